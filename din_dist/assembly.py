@@ -1,0 +1,156 @@
+"""Settings and a runtime in, a ready trainer out: the one module that may import every room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.config import Config, ModelConfig, ModelKind, require
+from din_dist.data.event_store import EventStore
+from din_dist.data.pipeline import training_batches
+from din_dist.data.splits import Examples, item_counts, split_examples
+from din_dist.distributed.gradients import GradientExchange
+from din_dist.distributed.runtime import Runtime
+from din_dist.layers.local_lookup import LocalLookup
+from din_dist.models.din import DIN
+from din_dist.models.mean_pooling import MeanPooling
+from din_dist.models.ranking_model import RankingModel
+from din_dist.training.checkpoint import CheckpointStore
+from din_dist.training.evaluator import Evaluator
+from din_dist.training.optimizers import make_optimizer
+from din_dist.training.regularization import Regularization
+from din_dist.training.telemetry import Exporter, Telemetry
+from din_dist.training.trainer import TrainStep, Trainer, num_updates
+
+
+class Job(NamedTuple):
+    """The parts of a training job."""
+
+    trainer: Trainer
+    evaluator: Evaluator
+    telemetry: Telemetry
+    model: RankingModel
+
+
+def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
+    """The item's table, then one for each item feature; row 0 of each is for unknown ids."""
+    sizes = {"item": facts.num_items, **facts.item_features}
+    widths = config.embedding_dim * len(sizes) if len(config.embedding_dim) == 1 else config.embedding_dim
+    require(
+        len(widths) == len(sizes),
+        f"must be one width, or one for each of {', '.join(sizes)}",
+        "embedding_dim",
+        ",".join(map(str, config.embedding_dim)),
+        f"Give {len(sizes)} numbers.",
+    )
+    return [schema.TableSpec(name, sizes[name] + 1, width) for name, width in zip(sizes, widths, strict=True)]
+
+
+def make_model(
+    config: ModelConfig,
+    facts: schema.DatasetFacts,
+    item_features: Mapping[str, np.ndarray],
+    *,
+    seed: int,
+    sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+) -> RankingModel:
+    """A model with its variables made, the same for the same `seed`."""
+    keras.utils.set_random_seed(seed)
+    lookup = LocalLookup(table_specs(config, facts), item_features, seed=seed, name="lookup")
+    kind = {ModelKind.DIN: DIN, ModelKind.MEAN_POOLING: MeanPooling}[config.model]
+    model = kind(lookup, config, sum_over_ranks, name="model")
+    model.build_variables()
+    return model
+
+
+def make_job(
+    config: Config,
+    runtime: Runtime,
+    store: EventStore,
+    *,
+    exporter: Exporter | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    num_threads: int = 2,
+) -> Job:
+    """Wires a training job.
+
+    Args:
+        store: the prepared data; nothing is downloaded or built here.
+        num_threads: for the input pipeline, this process' share of the cores.
+
+    Raises:
+        InputError: a setting does not fit the data.
+    """
+    splits = split_examples(store, config.data)
+    examples = splits["train"]
+    model = make_model(
+        config.model,
+        store.facts,
+        store.item_features,
+        seed=config.job.seed,
+        sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
+    )
+    variables = {weight.path: weight.value for weight in model.trainable_weights}
+    names = list(variables)
+    row_counts = _row_counts(config, store, splits, model.lookup)
+    optimizer = make_optimizer(config.optimizer, list(variables.values()), names, tables=list(row_counts))
+    step = TrainStep(
+        model,
+        optimizer,
+        GradientExchange(runtime, config.optimizer.wire_dtype),
+        Regularization(config.optimizer, row_counts),
+        config.optimizer,
+    )
+    averages = {weight.path: weight.value for weight in model.non_trainable_weights}
+    evaluator = Evaluator(config, store, splits, runtime)
+    telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
+
+    def make_batches(first_step: int, end_step: int):
+        return iter(
+            training_batches(
+                store,
+                examples,
+                config.data,
+                seed=config.job.seed,
+                global_batch_size=config.job.global_batch_size,
+                first_step=first_step,
+                end_step=end_step,
+                shard_index=runtime.rank,
+                num_shards=runtime.world_size,
+                num_parallel_calls=num_threads,
+            )
+        )
+
+    trainer = Trainer(
+        config,
+        runtime,
+        model,
+        step,
+        {**variables, **averages, **optimizer.state},
+        make_batches,
+        examples.num_examples,
+        evaluator,
+        CheckpointStore(config, store.facts.fingerprint, runtime),
+        telemetry,
+        stop_requested,
+    )
+    return Job(trainer, evaluator, telemetry, model)
+
+
+def _row_counts(
+    config: Config, store: EventStore, splits: Mapping[str, Examples], lookup: LocalLookup
+) -> dict[str, np.ndarray]:
+    """By the name of each table, how often its rows occur in training; ones where nobody will ask."""
+    of_items = np.zeros(store.facts.num_items + 1)
+    if config.optimizer.mini_batch_aware_l2:
+        of_items = item_counts(store, splits).astype(np.float64)
+    row_ids = [np.arange(len(of_items)), *store.item_features.values()]
+    return {
+        table.path: np.bincount(ids, of_items, spec.num_rows)
+        for table, spec, ids in zip(lookup.tables, lookup.specs, row_ids, strict=True)
+    }

@@ -1,0 +1,96 @@
+"""How every command starts and ends: flags in, one clear line and an exit code out."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, FailedElsewhere, InputError, Interrupted
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, runs `main` and exits: 0 done, 2 wrong input, 75 stopped on request (run it again), else 1."""
+    _quieten()
+    sys.exit(app.run(lambda _: _exit_code(main), flags_parser=_parse_flags))
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT has come; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self._came = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def __call__(self) -> bool:
+        return self._came
+
+    def _note(self, number: int, frame: object) -> None:
+        if self._came and number == signal.SIGINT:
+            signal.default_int_handler(number, None)
+        self._came = True
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _leave(EXIT_INPUT_ERROR, f"{error} See --help.")
+    if len(rest) > 1:
+        _leave(EXIT_INPUT_ERROR, f"Every setting is a --flag. Received: {rest[1]!r}. See --help.")
+    return rest
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    try:
+        main()
+    except InputError as error:
+        _leave(EXIT_INPUT_ERROR, str(error))
+    except Interrupted as stop:
+        _leave(EXIT_RETRY, str(stop), word="stopped")
+    except FailedElsewhere:
+        return 1
+    except FloatingPointError as error:
+        _leave(1, str(error))
+    except Exception:
+        traceback.print_exc()
+        _leave(1, f"rank {os.environ.get('HOROVOD_RANK', '0')} failed: see the lines above")
+    return 0
+
+
+def _leave(code: int, text: str, word: str = "error") -> None:
+    print(f"{word}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _quieten() -> None:
+    """Keeps the libraries' own start-up notes from burying ours."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without the lines that its C++ prints before any setting can silence it."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as aside:
+        os.dup2(aside.fileno(), 2)
+        try:
+            importlib.import_module("tensorflow")
+        except BaseException:
+            aside.seek(0)
+            os.write(saved, aside.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,76 @@
+"""Flags, made from the fields of `config` (each written down there once), and back to a `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import typing
+from typing import Any
+
+from absl import flags
+
+from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig
+
+_ROOMS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "job": JobConfig}
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines a flag for each setting."""
+    for kind in _ROOMS.values():
+        types = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if "help" in field.metadata:
+                _define(field.name, types[field.name], field.default, field.metadata["help"], flag_values)
+    flags.DEFINE_boolean(
+        "overwrite_prepared",
+        False,
+        "For prepare_data: prepare again, as after a change of the source. Other commands take no notice.",
+        flag_values=flag_values,
+    )
+
+
+def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+    """The settings that the flags give.
+
+    Raises:
+        InputError: they break a rule.
+    """
+    rooms: dict[str, Any] = {}
+    for room, kind in _ROOMS.items():
+        types = typing.get_type_hints(kind)
+        values = {
+            field.name: _value(types[field.name], flag_values[field.name].value)
+            for field in dataclasses.fields(kind)
+            if "help" in field.metadata
+        }
+        if room == "data":  # a default column may be absent from a log; one that was asked for may not
+            values["label_column_required"] = flag_values["label_column"].present > 0
+            values["item_features_required"] = flag_values["item_features"].present > 0
+        rooms[room] = kind(**values)
+    return Config(**rooms)
+
+
+def _define(name: str, type_: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
+    if type_ is bool:
+        flags.DEFINE_boolean(name, default, help_text, flag_values=flag_values)
+    elif type_ is int:
+        flags.DEFINE_integer(name, default, help_text, flag_values=flag_values)
+    elif type_ is float:
+        flags.DEFINE_float(name, default, help_text, flag_values=flag_values)
+    elif type_ is str:
+        flags.DEFINE_string(name, default, help_text, flag_values=flag_values)
+    elif issubclass(typing.get_origin(type_) or type_, tuple):
+        flags.DEFINE_list(name, [str(value) for value in default], help_text, flag_values=flag_values)
+    else:
+        choices = [choice.value for choice in type_]
+        flags.DEFINE_enum(name, default.value, choices, help_text, flag_values=flag_values)
+
+
+def _value(type_: Any, value: Any) -> Any:
+    if typing.get_origin(type_) is tuple:
+        element = typing.get_args(type_)[0]
+        try:
+            return tuple(element(part) for part in value)
+        except ValueError:
+            return value  # words where numbers belong: the config's own check names the flag
+    return type_(value) if issubclass(type_, enum.Enum) else value

@@ -1,0 +1,41 @@
+"""Prepares a data set for training and prints what it found: `python -m din_dist.cli.prepare_data`.
+
+Takes every flag of the trainer and checks all of them, so that a wrong one is found before any worker starts.
+"""
+
+from __future__ import annotations
+
+import time
+
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.cli.flags import config_from_flags, define_flags
+
+define_flags()
+
+
+def main() -> None:
+    started = time.perf_counter()
+    config = config_from_flags()
+    entry.import_tensorflow()  # takes seconds: wrong flags are answered before
+    from din_dist.assembly import table_specs
+    from din_dist.data.prepared import prepare
+    from din_dist.data.splits import split_examples
+    from din_dist.data.statistics import describe
+    from din_dist.training.checkpoint import check_compatible, latest_checkpoint
+
+    store = prepare(config.data, overwrite=flags.FLAGS.overwrite_prepared)
+    for line in describe(store, config.data.max_history_length):
+        print(line)
+    splits = split_examples(store, config.data)
+    counts = ", ".join(f"{name} {examples.num_examples:,}" for name, examples in splits.items())
+    print(f"examples ({config.data.split}): {counts}")
+    table_specs(config.model, store.facts)
+    if checkpoint := latest_checkpoint(config):
+        check_compatible(checkpoint, config, store.facts.fingerprint)
+    print(f"prepared in {time.perf_counter() - started:.1f} s: {store.folder}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

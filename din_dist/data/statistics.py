@@ -1,0 +1,75 @@
+"""What a prepared data set looks like, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from din_dist.data.event_store import EventStore
+
+PERCENTILES = (50, 90, 99, 100)
+_USERS_AT_ONCE = 1 << 16  # with labels: bounds the memory
+
+
+def describe(store: EventStore, max_history_length: int) -> dict[str, Any]:
+    """Users, items, events, history lengths: what `prepare_data` prints, ready for JSON.
+
+    Returns:
+        `users`, `items`, `events`; `item_features`: name -> number of ids; `first_timestamp`, `last_timestamp`;
+        `label_rate`: share of positive events, None without labels;
+        `events_per_user` and, over all examples that the log can give, `history_length` (all events before) and
+        `capped_history_length` (the newest `max_history_length` of them): `mean`, `p50`, `p90`, `p99`, `max`.
+    """
+    facts = store.facts
+    events_per_user = np.bincount(np.diff(store.user_offsets))
+    lengths = _history_lengths(store, events_per_user)
+    capped = lengths[: max_history_length + 1].copy()
+    capped[-1] += lengths[max_history_length + 1 :].sum()
+    return {
+        "users": facts.num_users,
+        "items": facts.num_items,
+        "events": facts.num_events,
+        "item_features": dict(facts.item_features),
+        "first_timestamp": facts.first_timestamp,
+        "last_timestamp": facts.last_timestamp,
+        "label_rate": None if store.labels is None else len(store.history_item_ids) / facts.num_events,
+        "events_per_user": _summary(events_per_user),
+        "history_length": _summary(lengths),
+        "capped_history_length": _summary(capped),
+    }
+
+
+def _history_lengths(store: EventStore, events_per_user: np.ndarray) -> np.ndarray:
+    """How many examples have a history of 0, 1, 2, ... events.
+
+    Without labels a user of n events gives examples with 1 to n - 1 events before them.
+    """
+    if store.history_ends is None:
+        at_least = np.cumsum(events_per_user[::-1])[::-1]  # users with n events or more
+        return np.concatenate([[0], at_least[2:]])
+    counts = np.zeros(1, np.int64)
+    for first in range(0, store.facts.num_users, _USERS_AT_ONCE):
+        offsets = store.user_offsets[first : first + _USERS_AT_ONCE + 1]
+        starts = store.history_offsets[first : first + len(offsets) - 1]
+        lengths = store.history_ends[offsets[0] : offsets[-1]] - np.repeat(starts, np.diff(offsets))
+        counts = _sum(counts, np.bincount(lengths))
+    return counts
+
+
+def _sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    short, long = sorted((left, right), key=len)
+    return long + np.pad(short, (0, len(long) - len(short)))
+
+
+def _summary(counts: np.ndarray, percentiles: Sequence[int] = PERCENTILES) -> dict[str, float]:
+    """Of values 0, 1, 2, ... that occur `counts` times; a percentile is a value that occurs (nearest rank)."""
+    reached = np.cumsum(counts)
+    total = int(reached[-1]) if len(reached) else 0
+    if not total:
+        return {"mean": 0.0, "p50": 0, "p90": 0, "p99": 0, "max": 0}
+    ranks = [max(1, -(-percent * total // 100)) for percent in percentiles]
+    values = [int(value) for value in np.searchsorted(reached, ranks)]
+    mean = float(counts @ np.arange(len(counts)) / total)
+    return {"mean": mean, **dict(zip(("p50", "p90", "p99", "max"), values, strict=True))}

@@ -1,0 +1,138 @@
+"""The workers of a job and how they speak: Horovod, or nobody to speak to.
+
+This is the only module that imports Horovod. Row gradients travel by all-gather, everything else by all-reduce.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+class Runtime:
+    """A process on its own: every sum is its own value. Also the interface of `HorovodRuntime`.
+
+    Methods named `*_in_graph` take and give tensors and may stand inside a `tf.function`; all ranks must call them in
+    the same order.
+    """
+
+    rank = 0
+    world_size = 1
+    local_rank = 0
+    local_size = 1
+
+    @property
+    def is_chief(self) -> bool:
+        return self.rank == 0
+
+    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+        """Sums each tensor over the ranks, in one message. Without a name, that of the tensor in its graph serves."""
+        return list(tensors)
+
+    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
+        return list(tensors)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sums an array over the ranks."""
+        return np.asarray(values)
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Joins an array's rows from all ranks, in the order of the ranks."""
+        return np.asarray(values)
+
+    def broadcast_variables(self, variables: Sequence[tf.Variable]) -> None:
+        """Gives every rank the chief's values."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The chief's `value`, on every rank."""
+        return value
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+
+    def shutdown(self) -> None:
+        """Leaves the job."""
+
+
+class HorovodRuntime(Runtime):
+    """The processes that `horovodrun` started."""
+
+    def __init__(self) -> None:
+        self._hvd = importlib.import_module("horovod.tensorflow")
+        self._hvd.init()
+        self.rank, self.world_size = self._hvd.rank(), self._hvd.size()
+        self.local_rank, self.local_size = self._hvd.local_rank(), self._hvd.local_size()
+
+    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+        if len(tensors) == 1:
+            return [self._hvd.allreduce(tensors[0], op=self._hvd.Sum, name=name)]
+        return self._hvd.grouped_allreduce(list(tensors), op=self._hvd.Sum, name=name)
+
+    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        return self._hvd.grouped_allgather(list(tensors), name=name)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return self._hvd.allreduce(tf.constant(values), op=self._hvd.Sum, name="host_sum").numpy()
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        return self._hvd.allgather(tf.constant(values), name="host_gather").numpy()
+
+    def broadcast_variables(self, variables: Sequence[tf.Variable]) -> None:
+        for place, variable in enumerate(variables):
+            variable.assign(self._hvd.broadcast(variable, root_rank=0, name=f"initial_{place}"))
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self._hvd.broadcast_object(value, root_rank=0, name="host_object")
+
+    def barrier(self) -> None:
+        self._hvd.barrier()
+
+    def shutdown(self) -> None:
+        self._hvd.shutdown()
+
+
+def open_runtime() -> Runtime:
+    """Joins the job that `horovodrun` started this process for, or stands alone."""
+    return HorovodRuntime() if int(os.environ.get("HOROVOD_SIZE", "1")) > 1 else Runtime()
+
+
+def claim_devices(runtime: Runtime, gpus: Sequence[Any] | None = None) -> list[int]:
+    """One GPU a process, or a fair share of the cores. Must come before TensorFlow's first operation.
+
+    Without GPUs a process confines itself to its own cores: thread pools of the full width in every worker would
+    fight over them (TensorFlow runs more threads than `intra_op` says).
+
+    Returns:
+        The cores that this process may use.
+
+    Raises:
+        RuntimeError: there are GPUs, but fewer than processes on this machine.
+    """
+    gpus = tf.config.list_physical_devices("GPU") if gpus is None else gpus
+    cores = sorted(os.sched_getaffinity(0))
+    if gpus:
+        if runtime.local_size > len(gpus):
+            raise RuntimeError(
+                f"Each worker needs a GPU of its own. Received: {runtime.local_size} workers and {len(gpus)} GPU(s) on "
+                f"this machine. Start at most {len(gpus)} workers here."
+            )
+        mine = gpus[runtime.local_rank]
+        tf.config.set_visible_devices(mine, "GPU")
+        tf.config.experimental.set_memory_growth(mine, True)
+    if len(cores) >= runtime.local_size:
+        first = len(cores) * runtime.local_rank // runtime.local_size
+        end = len(cores) * (runtime.local_rank + 1) // runtime.local_size
+        cores = cores[first:end]
+        if runtime.local_size > 1:
+            os.sched_setaffinity(0, cores)
+    else:
+        cores = cores[runtime.local_rank % len(cores) :][:1]
+    tf.config.threading.set_intra_op_parallelism_threads(len(cores))
+    tf.config.threading.set_inter_op_parallelism_threads(max(2, len(cores)))
+    return cores

@@ -1,0 +1,19 @@
+"""What a run can end with, and the exit code that says so."""
+
+EXIT_INPUT_ERROR = 2  # wrong input: running it again changes nothing
+EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint, run it again
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. Its text is one line: the rule, what came, what to do.
+
+    Commands print it as `error: ...` and exit with `EXIT_INPUT_ERROR`.
+    """
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT came: the step was finished and a checkpoint written."""
+
+
+class FailedElsewhere(Exception):
+    """Another rank reports what went wrong; this one leaves without a word of its own."""

@@ -1,0 +1,33 @@
+"""Dice: the data-adaptive activation of the DIN paper, section 5.3."""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+from din_dist.layers.standardize import Standardize, SumOverRanks
+
+
+@keras.saving.register_keras_serializable("din_dist")
+class Dice(keras.layers.Layer):
+    """`p * x + (1 - p) * alpha * x` with `p = sigmoid(standardize(x))`, for each column of `[M, W]`.
+
+    Source: the paper's equation 3. The authors' din/Dice.py multiplies the standardised x by one more weight that
+    starts at 0 (the gate is then 0.5 everywhere); the paper does not, and neither do we.
+    """
+
+    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs) -> None:
+        super().__init__(**kwargs)
+        # epsilon: batches of sparse positions can have columns that hardly vary.
+        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, name="standardize")
+
+    def build(self, input_shape: tuple) -> None:
+        self.standardize.build(input_shape)
+        self.alpha = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="alpha")
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        gate = tf.sigmoid(self.standardize(inputs, training=training))
+        return inputs * (self.alpha.value + gate * (1.0 - self.alpha.value))
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "frozen": self.standardize.frozen}

@@ -1,0 +1,45 @@
+"""Dropout that does not depend on how many workers there are."""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable("din_dist")
+class KeyedDropout(keras.layers.Layer):
+    """Leaves out a share `rate` of the units of `[B, W]`, which ones drawn from each example's own key.
+
+    `keras.layers.Dropout` draws for the rows of a batch, so that an example's mask would change with the worker that
+    got it. Here it depends on (key, stream, unit) alone: any number of workers trains the same function.
+    """
+
+    def __init__(self, rate: float, stream: int = 0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.rate, self.stream = rate, stream
+
+    def call(self, inputs: tf.Tensor, keys: tf.Tensor | None, training: bool = False) -> tf.Tensor:
+        if not training or not self.rate:
+            return inputs
+        if keys is None:
+            raise ValueError("Dropout draws from each example's key. Received: none. Pass example_keys in training.")
+        units = tf.range(self.stream << 20, (self.stream << 20) + inputs.shape[-1], dtype=tf.int32)
+        low, high = tf.unstack(tf.bitcast(keys, tf.int32), axis=-1)
+        bits = _mix32((low[:, None] ^ _mix32(units)) + high[:, None])
+        kept = tf.cast(bits, tf.float32) >= self.rate * 2.0**32 - 2.0**31  # bits are uniform in [-2**31, 2**31)
+        return tf.where(kept, inputs / (1.0 - self.rate), 0.0)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "rate": self.rate, "stream": self.stream}
+
+
+def _mix32(state: tf.Tensor) -> tf.Tensor:
+    """MurmurHash3's 32-bit finalizer, on int32 for want of unsigned arithmetic on GPUs."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        state = _xor_shifted(state, shift) * tf.constant(factor - 2**32, tf.int32)
+    return _xor_shifted(state, 16)
+
+
+def _xor_shifted(state: tf.Tensor, shift: int) -> tf.Tensor:
+    unsigned = tf.bitwise.right_shift(state, shift) & tf.constant((1 << (32 - shift)) - 1, tf.int32)
+    return tf.bitwise.bitwise_xor(state, unsigned)

@@ -1,0 +1,58 @@
+"""Item ids to item vectors, from tables that this process holds whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from din_dist.schema import TableSpec
+
+
+class LocalLookup(keras.layers.Layer):
+    """The embedding of an item and those of its features, side by side: H = the sum of the tables' widths.
+
+    This is the interface by which models reach embeddings, whoever holds them: `call`, `bias` and `width`.
+
+    Args:
+        tables: the item's own table first, then one for each of `item_features`, in its order.
+        item_features: name -> int32 `[num_item_rows]`, the feature's id of each item.
+        seed: of the initial values; every table gets its own.
+    """
+
+    def __init__(
+        self, tables: Sequence[TableSpec], item_features: Mapping[str, np.ndarray], seed: int = 0, **kwargs
+    ) -> None:
+        super().__init__(**kwargs)
+        self.specs = tuple(tables)
+        self.item_features = {name: tf.constant(ids, tf.int32) for name, ids in item_features.items()}
+        self.tables = [
+            self.add_weight(
+                shape=(spec.num_rows, spec.width),
+                initializer=keras.initializers.GlorotUniform(seed + place),
+                name=spec.name,
+            )
+            for place, spec in enumerate(self.specs)
+        ]
+        self.item_bias = self.add_weight(shape=(self.specs[0].num_rows, 1), initializer="zeros", name="item_bias")
+        self.built = True
+
+    @property
+    def width(self) -> int:
+        return sum(spec.width for spec in self.specs)
+
+    def call(self, item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Vectors `[U, H]` of the distinct ids among `item_ids` `[M]`, and the place of each id among them, `[M]`.
+
+        One gather a table and step, so that the gradient of a table is one row for each distinct item.
+        """
+        distinct, places = tf.unique(item_ids)
+        ids = [distinct, *(tf.gather(feature, distinct) for feature in self.item_features.values())]
+        rows = [tf.gather(table.value, table_ids) for table, table_ids in zip(self.tables, ids, strict=True)]
+        return tf.concat(rows, axis=1), places
+
+    def bias(self, item_ids: tf.Tensor) -> tf.Tensor:
+        """The learned bias of each item: `[M]`."""
+        return tf.squeeze(tf.gather(self.item_bias.value, item_ids), axis=1)

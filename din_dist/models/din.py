@@ -1,0 +1,40 @@
+"""The Deep Interest Network (Zhou et al. 2018, arXiv:1706.06978)."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from din_dist.config import BatchNorm, ModelConfig
+from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.layers.local_lookup import LocalLookup
+from din_dist.layers.standardize import SumOverRanks
+from din_dist.models.ranking_model import RankingModel
+
+
+class DIN(RankingModel):
+    """Weighs each past behaviour by its relevance to the candidate.
+
+    interest = Dense(BN(attention(q, history))); logit = head(BN([interest, q, interest * q])) + bias[item].
+    Source: the authors' din/model.py.
+    """
+
+    def __init__(
+        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs
+    ) -> None:
+        super().__init__(lookup, config, sum_over_ranks, **kwargs)
+        self.attention = LocalActivationUnit(
+            config.attention_hidden_units,
+            config.activation,
+            config.attention_normalization,
+            frozen=config.batch_norm is BatchNorm.FROZEN,
+            sum_over_ranks=sum_over_ranks,
+            name="attention",
+        )
+
+    def interest(
+        self, candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, training: bool
+    ) -> tf.Tensor:
+        return self.attention(candidate, keys, candidate_of, key_of, training=training)
+
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
+        return tf.concat([interest, candidate, interest * candidate], axis=1)

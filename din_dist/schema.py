@@ -1,0 +1,70 @@
+"""What passes between the rooms: the names, dtypes and shapes of prepared data and of a batch.
+
+Letters of shapes: U users, E events, B examples in a batch, N history positions in all of a batch's examples,
+H width of an item vector (its embeddings side by side).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
+
+# --- A packed batch: flat arrays, nothing padded. ---
+CANDIDATE_ITEM_IDS = "candidate_item_ids"  # int32 [B]
+HISTORY_ITEM_IDS = "history_item_ids"  # int32 [N], the histories end to end, each oldest first
+HISTORY_LENGTHS = "history_lengths"  # int32 [B], sum N
+EXAMPLE_KEYS = "example_keys"  # int64 [B], a number for (seed, epoch, example): what dropout draws from
+LABELS = "labels"  # float32 [B], 0 or 1
+EXAMPLE_IDS = "example_ids"  # int64 [B], position among the split's examples
+
+# --- A record of prepared data: one block of whole users, their events in time order. ---
+BLOCK_FIRST_USER = "first_user"  # int64, dense index (from 0) of the block's first user
+BLOCK_OFFSETS = "offsets"  # int64 [U + 1], where each user's events begin in this block
+BLOCK_ITEM_IDS = "item_ids"  # int32 [E], dense ids from 1
+BLOCK_TIMESTAMPS = "timestamps"  # int64 [E]
+BLOCK_LABELS = "labels"  # uint8 [E]; all 1 where the log has no labels
+
+EVENTS_SPLIT = "events"  # the one split of every builder's records; train, validation and test are cut from it later
+
+# --- Files beside the records. ---
+FACTS_FILE = "facts.json"  # a DatasetFacts
+VOCABULARY_DIR = "vocabulary"  # NAME.parquet, column "id": row i holds the user's own id of dense id i + 1
+ITEM_FEATURES_DIR = "item_features"  # NAME.npy, int32 [num_items + 1]: an item's dense id -> its feature's dense id
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetFacts:
+    """What a prepared data set holds; written with it as JSON.
+
+    `num_items` and the values of `item_features` count real ids: tables need one row more, for `UNKNOWN_ID`.
+    `sources` names what it was made from: path -> size, mtime_ns and content digest, empty where nothing can change.
+    `fingerprint` changes whenever the prepared events would.
+    """
+
+    num_users: int
+    num_items: int
+    num_events: int
+    has_labels: bool
+    item_features: Mapping[str, int]
+    first_timestamp: int
+    last_timestamp: int
+    fingerprint: str
+    sources: Mapping[str, Mapping[str, int | str]]
+
+    @classmethod
+    def from_json(cls, fields: Mapping) -> DatasetFacts:
+        return cls(**fields)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+    """One embedding table: `[num_rows, width]` float32, row 0 for `UNKNOWN_ID`."""
+
+    name: str
+    num_rows: int
+    width: int

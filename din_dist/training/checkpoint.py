@@ -1,0 +1,197 @@
+"""Checkpoints: written aside, then published by one rename, so that a crash at any moment leaves the last one whole.
+
+`OUTPUT_DIR/checkpoints/step-000001000/` holds one .npy file a variable (whole tables in global rows: any number of
+workers reads what any number wrote) and `manifest.json` with the training state, the settings and a digest of each file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist.config import Config, differences
+from din_dist.distributed.runtime import Runtime
+from din_dist.errors import FailedElsewhere, InputError
+from din_dist.training.state import TrainingState
+
+_MANIFEST = "manifest.json"
+
+
+class CheckpointStore:
+    """Saves and restores a job's variables and state under one output directory.
+
+    All ranks call `save` and `restore`; the chief reads and writes, the others get its values.
+    """
+
+    def __init__(self, config: Config, data_fingerprint: str, runtime: Runtime) -> None:
+        self._root = checkpoints_dir(config)
+        self._config = config
+        self._data_fingerprint = data_fingerprint
+        self._runtime = runtime
+
+    def save(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
+        """Publishes a checkpoint of `state.step`, and deletes those that need not be kept.
+
+        Raises:
+            InputError: it could not be written; the checkpoints before it are untouched.
+            FailedElsewhere: likewise, on the other ranks.
+        """
+        problem = None
+        if self._runtime.is_chief:
+            try:
+                self._write(variables, state)
+                self._prune(state.best_step)
+            except OSError as error:
+                last = latest_checkpoint(self._config)
+                kept = f"The last good checkpoint is {last.name}." if last else "There is none before it."
+                problem = (
+                    f"--output_dir: a checkpoint must fit. Received: {error.strerror or error} while saving step "
+                    f"{state.step} in {self._root}. {kept} Free some space and run the same command again."
+                )
+        problem = self._runtime.broadcast_object(problem)
+        if problem:
+            raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
+
+    def restore(self, variables: Mapping[str, tf.Variable], step: int | None = None) -> TrainingState | None:
+        """Loads the newest checkpoint, or that of `step`, into `variables`; None when there is none.
+
+        Raises:
+            InputError: it belongs to other settings or data, or is damaged.
+            FailedElsewhere: likewise, on the other ranks.
+        """
+        problem, fields = None, None
+        if self._runtime.is_chief:
+            try:
+                fields = self._read(variables, step)
+            except InputError as error:
+                problem = str(error)
+        problem, fields = self._runtime.broadcast_object((problem, fields))
+        if problem:
+            raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
+        if fields is None:
+            return None
+        self._runtime.broadcast_variables(list(variables.values()))
+        return TrainingState.from_json(fields)
+
+    def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        for abandoned in self._root.glob("writing-*"):
+            shutil.rmtree(abandoned)
+        aside = self._root / f"writing-{state.step}"
+        aside.mkdir()
+        try:
+            files = {}
+            for name, variable in variables.items():
+                path = aside / f"{name.replace('/', '.')}.npy"
+                with path.open("wb") as file:
+                    np.save(file, variable.numpy(), allow_pickle=False)
+                    _sync(file.fileno())
+                files[name] = {"file": path.name, "digest": _digest(path)}
+            manifest = {
+                "state": state.to_json(),
+                "config": self._config.to_json(),
+                "data_fingerprint": self._data_fingerprint,
+                "variables": files,
+            }
+            with (aside / _MANIFEST).open("w") as file:
+                json.dump(manifest, file, indent=1)
+                file.flush()
+                _sync(file.fileno())
+            final = self._root / _folder_name(state.step)
+            shutil.rmtree(final, ignore_errors=True)  # of a run that came this far before and was resumed from earlier
+            aside.rename(final)
+            _sync_folder(self._root)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _prune(self, best_step: int) -> None:
+        folders = _published(self._root)
+        for folder in folders[: -self._config.job.keep_checkpoints]:
+            if folder.name != _folder_name(best_step):
+                shutil.rmtree(folder)
+
+    def _read(self, variables: Mapping[str, tf.Variable], step: int | None) -> dict[str, Any] | None:
+        folder = latest_checkpoint(self._config) if step is None else self._root / _folder_name(step)
+        if folder is None:
+            return None
+        manifest = check_compatible(folder, self._config, self._data_fingerprint)
+        for name, variable in variables.items():
+            entry = manifest["variables"].get(name)
+            path = folder / entry["file"] if entry else folder / name
+            try:
+                if not entry or _digest(path) != entry["digest"]:
+                    raise ValueError("its content changed")
+                variable.assign(np.load(path, allow_pickle=False))
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{path}: must be as it was saved. Received: {str(error).splitlines()[0]}. Delete {folder} to go "
+                    "on from the checkpoint before it."
+                ) from error
+        return manifest["state"]
+
+
+def checkpoints_dir(config: Config) -> Path:
+    return Path(config.job.output_dir) / "checkpoints"
+
+
+def latest_checkpoint(config: Config) -> Path | None:
+    """The newest published checkpoint's folder."""
+    folders = _published(checkpoints_dir(config))
+    return folders[-1] if folders else None
+
+
+def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """The manifest of a checkpoint that `config` may go on from.
+
+    Raises:
+        InputError: its settings or data are others, or it cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        found = differences(manifest["config"], config.to_json())
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: must be a checkpoint. Received: {error}. Delete it to go on from the one before it."
+        ) from error
+    if manifest["data_fingerprint"] != data_fingerprint:
+        found.append("the prepared data: changed since")
+    if found:
+        raise InputError(
+            f"{folder}: a checkpoint is resumed with the settings it was made with. Received: {'; '.join(found)}. "
+            "Give the same settings, or another --output_dir."
+        )
+    return manifest
+
+
+def _published(root: Path) -> list[Path]:
+    return sorted(root.glob("step-*"))
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:012d}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)

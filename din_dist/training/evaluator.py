@@ -1,0 +1,95 @@
+"""Validation and test over all ranks, each example once, and the floors that a model must beat."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.config import Config
+from din_dist.data.event_store import EventStore
+from din_dist.data.pipeline import evaluation_batches
+from din_dist.data.splits import Examples, item_counts
+from din_dist.distributed.runtime import Runtime
+from din_dist.layers.packed import segment_ids, segment_sum
+from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
+
+Scorer = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]  # a packed batch to one number an example, `[B]`
+
+
+class Evaluator:
+    """Scores whole splits. Every rank takes its run of the examples and gets the metrics of all of them."""
+
+    def __init__(self, config: Config, store: EventStore, splits: Mapping[str, Examples], runtime: Runtime) -> None:
+        self._config, self._store, self._splits, self._runtime = config, store, splits, runtime
+
+    def has_examples(self, split: str) -> bool:
+        return self._splits[split].num_examples > 0
+
+    def evaluate(self, split: str, logits_of: Scorer) -> dict[str, float]:
+        """`gauc`, `auc`, `log_loss` and counts; without labels also the authors' `pairwise_gauc`."""
+        logits = self._scores(split, logits_of)
+        metrics = self._ranking_metrics(split, logits)
+        metrics["log_loss"] = log_loss(logits, self._labels(split))
+        metrics["num_examples"] = len(logits)
+        return metrics
+
+    def floors(self, split: str) -> dict[str, dict[str, float]]:
+        """The metrics of rankings that know nothing of interests: `popularity`; `user_repeat`, how often the user has
+        had the item before, ties by popularity; `FEATURE_repeat`, the same for each item feature."""
+        popularity = item_counts(self._store, self._splits).astype(np.float32)
+        popularity_of = tf.constant(popularity / (popularity.max() + 1.0))
+        scorers: dict[str, Scorer] = {"popularity": functools.partial(_popularity, popularity_of=popularity_of)}
+        identity = tf.range(self._store.facts.num_items + 1)
+        features = {name: tf.constant(ids) for name, ids in self._store.item_features.items()}
+        for name, feature_of in {"user": identity, **features}.items():
+            scorers[f"{name}_repeat"] = functools.partial(_repeats, feature_of=feature_of, popularity_of=popularity_of)
+        return {name: self._ranking_metrics(split, self._scores(split, scorer)) for name, scorer in scorers.items()}
+
+    def _ranking_metrics(self, split: str, scores: np.ndarray) -> dict[str, float]:
+        labels, users = self._labels(split), self._splits[split].user_of_example()
+        by_user = gauc(scores, labels, users)
+        metrics = {
+            "gauc": by_user.gauc,
+            "auc": auc(scores, labels),
+            "num_users": by_user.num_users,
+            "num_users_skipped": by_user.num_users_skipped,
+        }
+        if not self._store.facts.has_labels:
+            metrics["pairwise_gauc"] = pairwise_gauc(scores.reshape(-1, self._splits[split].draws_per_row))
+        return metrics
+
+    def _labels(self, split: str) -> np.ndarray:
+        examples = self._splits[split]
+        if self._store.labels is not None:
+            return self._store.labels[examples.events()]
+        return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
+
+    def _scores(self, split: str, score: Scorer) -> np.ndarray:
+        """`[num_examples]` float32, in the order of the split, equal on all ranks."""
+        batches = evaluation_batches(
+            self._store,
+            self._splits[split],
+            self._config.data,
+            seed=self._config.job.seed,
+            batch_size=self._config.job.evaluation_batch_size,
+            shard_index=self._runtime.rank,
+            num_shards=self._runtime.world_size,
+        )
+        mine = [score(batch).numpy() for batch in batches]
+        return self._runtime.gather(np.concatenate([*mine, np.zeros(0, np.float32)]))
+
+
+def _popularity(batch: Mapping[str, tf.Tensor], popularity_of: tf.Tensor) -> tf.Tensor:
+    return tf.gather(popularity_of, batch[schema.CANDIDATE_ITEM_IDS])
+
+
+def _repeats(batch: Mapping[str, tf.Tensor], feature_of: tf.Tensor, popularity_of: tf.Tensor) -> tf.Tensor:
+    candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
+    candidate = tf.gather(feature_of, batch[schema.CANDIDATE_ITEM_IDS])
+    same = tf.equal(tf.gather(candidate, candidate_of), tf.gather(feature_of, batch[schema.HISTORY_ITEM_IDS]))
+    times = segment_sum(tf.cast(same, tf.float32), candidate_of, tf.size(candidate))
+    return times + _popularity(batch, popularity_of)

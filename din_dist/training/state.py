@@ -1,0 +1,70 @@
+"""Where a job stands: everything that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """The position in training, which does not depend on the number of workers, and what was found so far.
+
+    `examples_seen` counts within `epoch` (from 0); `step` counts updates in all. `example_checksum` is the sum, modulo
+    2**64, of a hash of each example seen this epoch: equal sums mean that each was seen exactly once.
+    """
+
+    epoch: int = 0
+    examples_seen: int = 0
+    step: int = 0
+    epoch_loss: float = 0.0  # sum over the examples seen
+    example_checksum: int = 0
+    best_gauc: float = -math.inf
+    best_step: int = 0
+    validations_without_gain: int = 0
+    epoch_records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def advance(self, examples: int, loss: float) -> None:
+        """Counts one update on `examples` with mean loss `loss`."""
+        self.step += 1
+        self.examples_seen += examples
+        self.epoch_loss += loss * examples
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Files the epoch that is complete and starts the next one."""
+        self.epoch += 1
+        record = {
+            "epoch": self.epoch,
+            "examples": self.examples_seen,
+            "example_checksum": self.example_checksum,
+            "loss": self.epoch_loss / self.examples_seen,
+        }
+        self.epoch_records.append(record)
+        self.examples_seen, self.epoch_loss, self.example_checksum = 0, 0.0, 0
+        return record
+
+    def note_validation(self, gauc: float) -> bool:
+        """Files a validation; says whether it is the best so far."""
+        if gauc > self.best_gauc:
+            self.best_gauc, self.best_step, self.validations_without_gain = gauc, self.step, 0
+            return True
+        self.validations_without_gain += 1
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        fields["best_gauc"] = self.best_gauc if math.isfinite(self.best_gauc) else None
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TrainingState:
+        best = fields["best_gauc"]
+        return cls(**{**fields, "best_gauc": -math.inf if best is None else best})
+
+
+def add_checksums(*checksums: int) -> int:
+    """Their sum modulo 2**64."""
+    return int(np.sum(np.array(checksums, np.uint64), dtype=np.uint64))

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Builds the Horovod wheel for the TensorFlow that $PYTHON has (default: the checkout's .venv), and prints the wheel's path.
+#
+#   launch/build_horovod.sh [--gpu] [--check | --print_env]
+#
+# The wheel is kept in ${DIN_DIST_CACHE:-~/.cache/din_dist}/wheels/KEY and built only when it is not there: 2 to 3 minutes on
+# 2 cores. --gpu builds the NCCL operations, for which it takes nvcc. --check only tells whether the tools for a build are
+# there (if one is due), --print_env only shows its settings.
+set -euo pipefail
+
+horovod_version=0.28.1
+horovod_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+python=${PYTHON:-$venv/bin/python}
+constraints=$root/launch/constraints.txt
+
+device=cpu
+action=build
+for flag; do
+  case $flag in
+    --gpu) device=gpu ;;
+    --check | --print_env) action=${flag#--} ;;
+    *) die "unknown flag $flag. Usage: launch/build_horovod.sh [--gpu] [--check | --print_env]" ;;
+  esac
+done
+command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
+
+require_command() { # command, its Debian package
+  command -v "$1" >/dev/null ||
+    die "building Horovod takes $1, which is not on PATH. Install it (Debian, Ubuntu: apt-get install $2)."
+}
+
+find_cuda() {
+  local home=${HOROVOD_CUDA_HOME:-${CUDA_HOME:-/usr/local/cuda}} nvcc
+  if [[ ! -x $home/bin/nvcc ]]; then
+    nvcc=$(command -v nvcc) ||
+      die "--gpu takes nvcc, which is neither in $home/bin nor on PATH. Install the CUDA toolkit, or set HOROVOD_CUDA_HOME to it."
+    home=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+  fi
+  echo "$home"
+}
+
+find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the user names another
+  local home=${HOROVOD_NCCL_HOME:-$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/nccl}
+  [[ -f $home/include/nccl.h ]] ||
+    die "NCCL is not in $home: no include/nccl.h there. Run launch/setup.sh --gpu, or set HOROVOD_NCCL_HOME to a folder with include/ and lib/."
+  echo "$home"
+}
+
+# Named by the pinned TensorFlow, so that --check knows the wheel before TensorFlow is installed.
+tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
+machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
+key=horovod$horovod_version-tensorflow$tensorflow_version-$machine-$device
+folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
+
+exit_if_built() {
+  local wheel
+  for wheel in "$folder"/horovod-*.whl; do
+    [[ -f $wheel ]] || continue
+    [[ $action == check ]] || echo "$wheel"
+    exit 0
+  done
+}
+if [[ $action != print_env ]]; then
+  exit_if_built
+  require_command g++ g++
+  require_command make make
+fi
+settings=(
+  HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
+  "MAKEFLAGS=-j$(nproc)"
+)
+if [[ $device == gpu ]]; then
+  cuda=$(find_cuda)
+  settings+=(HOROVOD_GPU=CUDA HOROVOD_GPU_OPERATIONS=NCCL "HOROVOD_CUDA_HOME=$cuda")
+fi
+[[ $action != check ]] || exit 0
+if [[ $device == gpu ]]; then
+  nccl=$(find_nccl)
+  settings+=("HOROVOD_NCCL_HOME=$nccl" HOROVOD_NCCL_LINK=SHARED)
+fi
+if [[ $action == print_env ]]; then
+  printf '%s\n' "${settings[@]}"
+  exit 0
+fi
+
+installed=$("$python" - <<'PYTHON'
+import importlib.metadata
+
+names = {"tensorflow", "tensorflow-cpu"}
+print(*{d.version for d in importlib.metadata.distributions() if d.name.lower().replace("_", "-") in names})
+PYTHON
+)
+[[ $installed == "$tensorflow_version" ]] ||
+  die "$python must have the TensorFlow that launch/constraints.txt pins, $tensorflow_version. Found: ${installed:-none}. Run launch/setup.sh."
+
+mkdir -p "$folder"
+exec {lock}>"$folder/lock"
+flock "$lock" # of two builds at once the second waits,
+exit_if_built # and has the wheel of the first
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+log=$folder/build.log
+: >"$log"
+echo "Building Horovod $horovod_version for $device: once, 2 to 3 minutes on 2 cores (log: $log)" >&2
+
+# The tools stay out of the environment that is built for.
+run_pip "$python" "$log" install --target "$work/tools" -c "$constraints" \
+  cmake setuptools wheel cloudpickle packaging psutil pyyaml
+# Horovod's CMake files break on a space in TensorFlow's path: give them a path without.
+ln -s "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" "$work/site-packages"
+export PYTHONPATH=$work/tools:$work/site-packages
+run_pip "$python" "$log" download --dest "$work" --no-deps --no-build-isolation --no-binary horovod "horovod==$horovod_version"
+sdist=$work/horovod-$horovod_version.tar.gz
+sha256sum --check --status <<<"$horovod_sha256  $sdist" ||
+  die "$(basename "$sdist") must have the SHA-256 $horovod_sha256. The package index served another file: set PIP_INDEX_URL to a trusted one."
+tar -xzf "$sdist" -C "$work"
+source_tree=$work/horovod-$horovod_version
+
+# The opt-in XLA operations include headers that TensorFlow's wheel no longer ships. Nothing else needs that file.
+cmake_lists=$source_tree/horovod/tensorflow/CMakeLists.txt
+[[ $(grep -c 'xla_mpi_ops\.cc' "$cmake_lists") == 1 ]] ||
+  die "horovod/tensorflow/CMakeLists.txt must name xla_mpi_ops.cc on one line. Adapt launch/build_horovod.sh to this Horovod."
+sed -i '/xla_mpi_ops\.cc/d' "$cmake_lists"
+
+if [[ $device == gpu ]]; then
+  # Linkers look for libnccl.so; pip's package has only libnccl.so.2, which the wheel finds again relative to itself.
+  mkdir "$work/nccl"
+  ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
+  settings+=("HOROVOD_NCCL_LIB=$work/nccl")
+fi
+
+env "${settings[@]}" HOROVOD_CMAKE="$work/tools/cmake/data/bin/cmake" \
+  "$python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work" "$source_tree" >>"$log" 2>&1 ||
+  die "Horovod did not build: $(grep -m 1 -E ': (fatal )?error:|CMake Error' "$log"). Log: $log"
+wheel=$(basename "$work"/horovod-*.whl)
+mv "$work/$wheel" "$folder/$wheel.part"
+mv "$folder/$wheel.part" "$folder/$wheel" # whole or not at all
+exit_if_built

@@ -1,0 +1,46 @@
+# shellcheck shell=bash disable=SC2034
+# Shared by the launchers, which source it.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$(realpath -m "${DIN_DIST_VENV:-$root/.venv}")
+
+# A mistake of the user: one line, exit code 2.
+die() {
+  echo "$(basename "$0"): $*" >&2
+  exit 2
+}
+
+# The GPUs to train on. DIN_DIST_DEVICE=cpu leaves them alone; DIN_DIST_DEVICE=gpu insists on one.
+count_gpus() {
+  local device=${DIN_DIST_DEVICE:-} count=0
+  [[ $device =~ ^(cpu|gpu|)$ ]] || die "DIN_DIST_DEVICE must be cpu or gpu. Received: '$device'."
+  if [[ $device != cpu ]]; then
+    count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    [[ $device != gpu || $count != 0 ]] ||
+      die "DIN_DIST_DEVICE is gpu, but nvidia-smi -L lists none. Install the NVIDIA driver, or set DIN_DIST_DEVICE=cpu."
+  fi
+  echo "$count"
+}
+
+# run_pip PYTHON LOG ARGUMENTS...: what pip says goes to LOG; its failure becomes one line.
+run_pip() {
+  local python=$1 log=$2
+  shift 2
+  "$python" -m pip --disable-pip-version-check --no-input --retries 2 "$@" >>"$log" 2>&1 && return
+  if grep -qE '(NewConnection|ConnectTimeout|ReadTimeout|Proxy|SSL|ConnectionReset|NameResolution|Protocol)Error|Temporary failure in name' "$log"; then
+    die "the Python package index cannot be reached. Connect to it, or set PIP_INDEX_URL to one that can be reached. Log: $log"
+  fi
+  die "pip failed: $(grep 'ERROR: ' "$log" | tail -n 1). Correct this and run again. Log: $log"
+}
+
+# await PROCESS: its exit code. A trapped signal ends bash's wait too, and says so by setting interrupted.
+await() {
+  local code
+  while
+    interrupted=
+    code=0
+    wait "$1" || code=$?
+    [[ $interrupted ]]
+  do :; done
+  return "$code"
+}

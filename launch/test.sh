@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets up with the test dependencies, then runs the tests, lint and types among them.
+#
+#   launch/test.sh [pytest arguments]
+set -euo pipefail
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+setup_flags=(--test)
+num_gpus=$(count_gpus)
+((num_gpus == 0)) || setup_flags+=(--gpu)
+"$root/launch/setup.sh" "${setup_flags[@]}"
+
+cd "$root"
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Sets up, prepares the data and trains: one command on a fresh machine.
+#
+#   launch/train.sh [--num_workers N] [trainer flags]
+#
+# N workers (default: one a GPU, else 2) run under horovodrun; a single one runs without. With no trainer flags it trains with
+# launch/flags/quick.flags. The last line on stdout is the summary as JSON, everything else goes to stderr. SIGTERM and SIGINT
+# let the workers finish their step and write a checkpoint.
+# Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), else what the first failed worker gave.
+# Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
+set -euo pipefail
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+num_gpus=$(count_gpus)
+num_workers=$((num_gpus > 0 ? num_gpus : 2))
+trainer_flags=()
+while (($#)); do
+  case $1 in
+    --num_workers=* | -num_workers=*) num_workers=${1#*=} ;;
+    --num_workers | -num_workers)
+      num_workers=${2-}
+      shift $(($# > 1))
+      ;;
+    *) trainer_flags+=("$1") ;;
+  esac
+  shift
+done
+[[ $num_workers =~ ^[1-9][0-9]{0,3}$ ]] ||
+  die "--num_workers must be a whole number from 1. Received: '$num_workers'. Give the number of processes to train with."
+((${#trainer_flags[@]})) || trainer_flags=("--flagfile=$root/launch/flags/quick.flags")
+
+run_dir=$(mktemp -d)
+trap 'rm -rf "$run_dir"' EXIT
+export DIN_DIST_RUN_DIR=$run_dir DIN_DIST_VENV=$venv TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+if [[ -t 2 ]]; then
+  DIN_DIST_PROGRESS_TTY=$(tty <&2) # for the progress bar: the workers' own stderr is a pipe
+  export DIN_DIST_PROGRESS_TTY
+fi
+
+stage=setup
+stopped=
+child=
+# shellcheck disable=SC2329 # the traps call it
+stop() {
+  local signal=TERM
+  [[ ! $stopped || $1 != INT ]] || signal=INT # a second Ctrl-C: the trainer then ends without its checkpoint
+  stopped=1
+  interrupted=1
+  if [[ $stage == train ]]; then
+    # Not by horovodrun, which kills the workers 5 seconds after it is told to stop, checkpoint or no checkpoint.
+    touch "$run_dir/stop" # for workers that are yet to start
+    cat "$run_dir"/*.pid 2>/dev/null | xargs -r kill -s "$signal" 2>/dev/null || true
+  else
+    kill -TERM -- "-$child" "$child" 2>/dev/null || true
+  fi
+}
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+
+# run COMMAND...: in a session of its own, where Ctrl-C does not reach it ahead of stop. It ends when this script is killed.
+run() {
+  [[ ! $stopped ]] || return 75
+  setsid setpriv --pdeathsig TERM "$@" &
+  child=$!
+  await "$child"
+}
+
+finish() {
+  if [[ $stopped && $1 == 143 ]]; then exit 75; fi # SIGTERM came before anything was there to catch it
+  exit "$1"
+}
+
+setup_flags=()
+((num_gpus == 0)) || setup_flags+=(--gpu)
+run "$root/launch/setup.sh" "${setup_flags[@]}" >&2 || finish $?
+
+# Also checks every flag: a wrong one gives its one line here, not one from each worker.
+stage=prepare
+run "$venv/bin/python" -m din_dist.cli.prepare_data "${trainer_flags[@]}" >&2 || finish $?
+
+stage=train
+code=0
+if ((num_workers == 1)); then
+  run "$root/launch/worker.sh" "${trainer_flags[@]}" || code=$?
+else
+  # horovodrun puts "[RANK]<stdout>:" before each line. Rank 0 speaks for the job and loses that; the others go to stderr with
+  # their rank. What horovodrun says itself, that a worker failed, is shown only when no worker did.
+  mkfifo "$run_dir/stdout" "$run_dir/stderr"
+  sed -u -n -E "
+    s/^\[0\]<stdout>://p; t
+    s/^\[([0-9]+)\]<stdout>:/[\1] /w /dev/stderr
+    t
+    w $run_dir/horovodrun.stdout" <"$run_dir/stdout" &
+  sed -u -n -E "
+    s/^\[0\]<stderr>://p; t
+    s/^\[([0-9]+)\]<stderr>:/[\1] /p; t
+    w $run_dir/horovodrun.stderr" <"$run_dir/stderr" >&2 &
+  run "$venv/bin/horovodrun" --gloo -np "$num_workers" "$root/launch/worker.sh" "${trainer_flags[@]}" \
+    >"$run_dir/stdout" 2>"$run_dir/stderr" || code=$?
+  wait # for the last lines
+fi
+
+if [[ -s $run_dir/failures ]]; then
+  # The first to fail takes the others down. One that knows the wrong input knows best.
+  read -r rank code < <(grep -m 1 ' 2$' "$run_dir/failures" || head -n 1 "$run_dir/failures")
+  case $code in
+    2 | 75) ;; # the trainer gave the reason
+    137) echo "train.sh: worker $rank was killed (SIGKILL). Often memory ran out: use fewer workers or a smaller batch." >&2 ;;
+    *) [[ $stopped ]] || echo "train.sh: worker $rank ended with exit code $code, see above." >&2 ;;
+  esac
+elif ((code != 0)); then
+  cat "$run_dir"/horovodrun.* >&2
+fi
+finish "$code"

@@ -1,0 +1,415 @@
+"""Reading logs: what is accepted, and the message for all that is not."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from din_dist.data import columns as columns_module
+from din_dist.data.blocks import Block, EventLog
+from din_dist.data.columns import Columns, read_log
+from din_dist.errors import InputError
+
+ROWS = [
+    {"user_id": "b", "item_id": "x", "category_id": "red", "timestamp": 30},
+    {"user_id": "a", "item_id": "y", "category_id": "blue", "timestamp": 20},
+    {"user_id": "b", "item_id": "y", "category_id": "blue", "timestamp": 10},
+    {"user_id": "b", "item_id": "z", "category_id": None, "timestamp": 30},
+]
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    def cell(value: object) -> str:
+        return "" if value is None else str(value)
+
+    names = list(rows[0])
+    lines = [",".join(names)] + [",".join(cell(row[name]) for name in names) for row in rows]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.write(text)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict]], None]] = {
+    "log.parquet": write_parquet,
+    "log.csv": write_csv,
+    "log.csv.gz": write_csv,
+    "log.jsonl": write_jsonl,
+    "log.jsonl.gz": write_jsonl,
+}
+
+
+def write(folder: Path, rows: list[dict], name: str = "log.parquet") -> Path:
+    path = folder / name
+    WRITERS["log" + "".join(path.suffixes)](path, rows)
+    return path
+
+
+def only_block(log: EventLog) -> Block:
+    (block,) = log.blocks
+    return block
+
+
+def events(**columns: list) -> list[dict]:
+    """Rows of one user and one item, with these columns besides or instead."""
+    length = len(next(iter(columns.values())))
+    defaults = {"user_id": ["u"] * length, "item_id": ["i"] * length, "timestamp": list(range(length))}
+    merged = {**defaults, **columns}
+    return [dict(zip(merged, values, strict=True)) for values in zip(*merged.values(), strict=True)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_events(tmp_path: Path, name: str) -> None:
+    log = read_log([write(tmp_path, ROWS, name)], Columns())
+    block = only_block(log)
+    assert log.user_ids.to_pylist() == ["b", "a"]  # by first appearance
+    assert log.item_ids.to_pylist() == ["x", "y", "z"]
+    assert block.first_user == 0
+    assert block.offsets.tolist() == [0, 3, 4]
+    assert block.item_ids.tolist() == [2, 1, 3, 2]  # b: y at 10, then x and z at 30 as they came; a: y
+    assert block.item_ids.dtype == np.int32
+    assert block.timestamps.tolist() == [10, 30, 30, 20]
+    assert block.labels.tolist() == [1, 1, 1, 1]
+    assert not log.has_labels
+    assert log.item_features["category_id"].ids.to_pylist() == ["red", "blue"]
+    assert log.item_features["category_id"].of_item.tolist() == [0, 1, 2, 0]  # unknown item, x, y, z without category
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_integer_ids_stay_integers(tmp_path: Path, name: str) -> None:
+    rows = events(user_id=[7, 7, -3], item_id=[10, 0, 10], category_id=[5, None, 5])
+    log = read_log([write(tmp_path, rows, name)], Columns())
+    assert log.user_ids.to_pylist() == [7, -3]
+    assert log.item_ids.to_pylist() == [10, 0]
+    assert log.item_features["category_id"].ids.to_pylist() == [5]
+    assert log.item_features["category_id"].of_item.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("odd", ["007", "+1", "1.0", "", "9" * 19, "-0", "1 "])
+def test_csv_ids_become_integers_only_if_each_is_written_as_one(tmp_path: Path, odd: str) -> None:
+    rows = events(user_id=["1", f'"{odd}"' if odd else "x"])
+    assert read_log([write(tmp_path, rows, "log.csv")], Columns()).user_ids.to_pylist() == ["1", odd or "x"]
+
+
+def test_dictionary_encoded_parquet_ignores_order_and_unused_entries(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "user_id": pa.DictionaryArray.from_arrays([1, 1], ["unused", "u"]),
+            "item_id": pa.DictionaryArray.from_arrays([2, 0], ["late", "unused", "early"]),
+            "timestamp": [1, 2],
+        }
+    )
+    pq.write_table(table, tmp_path / "log.parquet")
+    log = read_log([tmp_path / "log.parquet"], Columns())
+    assert (log.user_ids.to_pylist(), log.item_ids.to_pylist()) == (["u"], ["early", "late"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 0], [True, False], [1.0, 0.0], ["1", "0"], ["true", "False"]],
+    ids=["integers", "booleans", "floats", "text", "words"],
+)
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl"])
+def test_labels(tmp_path: Path, name: str, values: list) -> None:
+    log = read_log([write(tmp_path, events(label=values), name)], Columns())
+    assert log.has_labels
+    assert only_block(log).labels.tolist() == [1, 0]
+
+
+def test_any_number_of_item_features(tmp_path: Path) -> None:
+    rows = events(item_id=["i", "j", "i"], brand=["b1", "b2", "b1"], shop=[3, 3, 3])
+    path = write(tmp_path, rows)
+    log = read_log([path], Columns(item_features=("brand", "shop"), item_features_required=True))
+    assert {name: feature.of_item.tolist() for name, feature in log.item_features.items()} == {
+        "brand": [0, 1, 2],
+        "shop": [0, 1, 1],
+    }
+    assert read_log([path], Columns(item_features=())).item_features == {}
+    assert read_log([path], Columns()).item_features == {}  # category_id may be absent
+
+
+def test_an_item_may_name_its_category_once(tmp_path: Path) -> None:
+    log = read_log([write(tmp_path, events(category_id=[None, "c", None]))], Columns())
+    assert log.item_features["category_id"].of_item.tolist() == [0, 1]
+
+
+DAY = 86_400_000_000
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array([5, 3], pa.int32()), [3, 5]),
+        (pa.array([5, 3], pa.uint64()), [3, 5]),
+        (pa.array([5.0, 3.0]), [3, 5]),
+        (pa.array(["5", "+3.0"]), [3, 5]),
+        (pa.array([datetime.date(1970, 1, 3), datetime.date(1970, 1, 2)]), [DAY, 2 * DAY]),
+        (pa.array([2_000, 1_999], pa.timestamp("ns")), [1, 2]),
+        (pa.array([2, 1], pa.timestamp("s", "Europe/Paris")), [1_000_000, 2_000_000]),
+        (pa.array(["1970-01-03", "1970-01-02 00:00:01"]), [DAY + 1_000_000, 2 * DAY]),
+        (pa.array(["1970-01-03T01:00:00+01:00", "1970-01-02T00:00:00Z"]), [DAY, 2 * DAY]),
+        (pa.array(["5", "3"]).dictionary_encode(), [3, 5]),
+    ],
+    ids=str,
+)
+def test_timestamps(tmp_path: Path, values: pa.Array, expected: list[int]) -> None:
+    table = pa.table({"user_id": ["u", "u"], "item_id": ["i", "i"], "timestamp": values})
+    pq.write_table(table, tmp_path / "log.parquet")
+    assert only_block(read_log([tmp_path / "log.parquet"], Columns())).timestamps.tolist() == expected
+
+
+def test_files_are_read_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "ROWS_PER_BATCH", 3)
+    rows = [{"user_id": f"u{n % 7}", "item_id": f"i{n % 5}", "timestamp": n // 3} for n in range(40)]
+    files = [write(tmp_path, rows[:11], "a.parquet"), write(tmp_path, rows[11:], "b.parquet")]
+    whole, parts = (read_log(paths, Columns()) for paths in ([write(tmp_path, rows)], files))
+    assert whole.user_ids.equals(parts.user_ids)
+    for field in ("offsets", "item_ids", "timestamps"):
+        np.testing.assert_array_equal(getattr(only_block(whole), field), getattr(only_block(parts), field))
+
+
+def test_many_text_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "BYTES_PER_BATCH", 200)
+    rows = [{"user_id": f"u{n % 7}", "item_id": n % 5, "timestamp": n, "junk": "x" * (n % 9)} for n in range(99)]
+    for name in ("log.csv", "log.jsonl"):
+        log = read_log([write(tmp_path, rows, name)], Columns())
+        assert log.item_ids.to_pylist() == [0, 1, 2, 3, 4]
+        assert len(only_block(log).item_ids) == 99
+
+
+def test_a_json_type_is_sought_beyond_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "_JSON_ROWS_TO_TYPE", 2)
+    path = write(tmp_path, events(category_id=[None, None, None, 8]), "log.jsonl")
+    assert read_log([path], Columns()).item_features["category_id"].ids.to_pylist() == [8]
+    nothing = write(tmp_path, events(category_id=[None, None]), "none.jsonl")
+    assert read_log([nothing], Columns()).item_features["category_id"].of_item.tolist() == [0, 0]
+
+
+def test_json_ids_that_look_like_dates_stay_text(tmp_path: Path) -> None:
+    log = read_log([write(tmp_path, events(user_id=["2020-01-01"]), "log.jsonl")], Columns())
+    assert log.user_ids.to_pylist() == ["2020-01-01"]
+
+
+def test_quoted_line_breaks_and_byte_order_mark_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text('\ufeffuser_id,item_id,timestamp,note\nu,"i\nj",1,"a, b"\n')
+    assert read_log([path], Columns()).item_ids.to_pylist() == ["i\nj"]
+
+
+def test_presorted_keeps_the_order_of_the_file(tmp_path: Path) -> None:
+    rows = events(user_id=["a", "b", "a", "b"], item_id=["1", "2", "3", "4"], timestamp=[5, 1, 5, 2])
+    block = only_block(read_log([write(tmp_path, rows)], Columns(presorted=True)))
+    assert block.item_ids.tolist() == [1, 3, 2, 4]
+
+
+# --- Errors: each by its message. ---
+
+
+def message(files: list[Path], columns: Columns | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        read_log(files, columns or Columns())
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(files[-1].name) in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl"])
+def test_missing_column(tmp_path: Path, name: str) -> None:
+    text = message([write(tmp_path, [{"user": 1, "item_id": 2, "timestamp": 3}], name)])
+    assert "column 'user_id' is missing. Received: columns user, item_id, timestamp." in text
+
+
+def test_required_columns_may_not_be_missing(tmp_path: Path) -> None:
+    path = write(tmp_path, events(user_id=["u"]))
+    assert "column 'label' is missing" in message([path], Columns(label_required=True))
+    assert "column 'category_id' is missing" in message([path], Columns(item_features_required=True))
+
+
+def test_all_files_have_a_column_or_none(tmp_path: Path) -> None:
+    files = [write(tmp_path, events(label=[1]), "a.parquet"), write(tmp_path, events(user_id=["u"]), "b.parquet")]
+    assert "column 'label' is missing" in message(files)
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "timestamp"])
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl"])
+def test_null(tmp_path: Path, name: str, column: str) -> None:
+    rows = [{"user_id": "u", "item_id": "i", "timestamp": 1}] * 2
+    text = message([write(tmp_path, [*rows, {**rows[0], column: None}], name)])
+    assert f"row 3: every event needs a {column}. Received: no {column}." in text
+
+
+def test_rows_count_from_the_start_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "ROWS_PER_BATCH", 2)
+    files = [
+        write(tmp_path, events(user_id=["u"] * 5), "a.parquet"),
+        write(tmp_path, events(user_id=["u"] * 4 + [None]), "b.parquet"),
+    ]
+    assert "b.parquet, row 5: every event needs a user_id" in message(files)
+
+
+@pytest.mark.parametrize(
+    ("values", "received"),
+    [([1.0, 1.5], "1.5"), ([1.0, float("nan")], "nan"), (["1", "soon"], "'soon'"), ([True, False], "True")],
+)
+def test_timestamps_must_be_integers(tmp_path: Path, values: list, received: str) -> None:
+    text = message([write(tmp_path, events(timestamp=values))])
+    row = 1 if received == "True" else 2
+    assert f"row {row}: a timestamp must be an integer (64 bits, any unit) or a date. " in text
+    assert f"Received: timestamp={received}." in text
+
+
+@pytest.mark.parametrize(("text", "row"), [("1.5", 3), ("9" * 20, 3), ("1970-01-01", 3), ("x", 3)])
+def test_timestamps_of_csv_must_be_integers(tmp_path: Path, text: str, row: int) -> None:
+    found = message([write(tmp_path, events(timestamp=["1", "2", text]), "log.csv")])
+    assert f"row {row}: a timestamp must be an integer" in found and f"timestamp={text!r}" in found
+
+
+def test_a_bad_date_among_dates(tmp_path: Path) -> None:
+    text = message([write(tmp_path, events(timestamp=["1970-01-01", "1970-02-30"]), "log.csv")])
+    assert (
+        "row 2: a timestamp must be an integer (64 bits, any unit) or a date. Received: timestamp='1970-02-30'" in text
+    )
+
+
+def test_dates_after_integers(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path, events(timestamp=[1]), "a.parquet"),
+        write(tmp_path, events(timestamp=[datetime.date(1970, 1, 1)]), "b.parquet"),
+    ]
+    assert "row 1: all timestamps must be of one kind, integers so far" in message(files)
+
+
+def test_presorted_and_yet_not_sorted(tmp_path: Path) -> None:
+    rows = events(user_id=["b", "a", "a", "b", "a"], timestamp=[9, 5, 7, 8, 6])
+    text = message([write(tmp_path, rows)], Columns(presorted=True))
+    assert "row 4: with --presorted each user's events must be in time order. Received: timestamp 8 after 9 " in text
+    assert "log.parquet, row 1)" in text
+
+
+@pytest.mark.parametrize("value", [2, -1, None, "yes", 0.5])
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+def test_labels_other_than_0_and_1(tmp_path: Path, name: str, value: object) -> None:
+    good = "1" if isinstance(value, str) else 1.0 if isinstance(value, float) else 1
+    text = message([write(tmp_path, events(label=[good, value]), name)])
+    assert "row 2: a label must be 0 or 1. Received: " in text
+    if value is None:
+        assert "no label." in text
+    else:
+        assert f"label={str(value) if name == 'log.csv' else value!r}".replace("label=", "") in text
+
+
+def test_an_item_with_two_categories(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path, events(item_id=["i", "j"], category_id=["red", "blue"]), "a.parquet"),
+        write(tmp_path, events(item_id=["i", "j"], category_id=["red", "green"]), "b.parquet"),
+    ]
+    text = message(files)
+    assert "b.parquet, row 2: an item must have one category_id. Received: item 'j' as 'blue' (" in text
+    assert "a.parquet, row 2) and here as 'green'. Correct one of the two rows." in text
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "category_id"])
+def test_ids_of_float_type(tmp_path: Path, column: str) -> None:
+    rows = events(**{column: [1.0, 2.0]})
+    assert f"row 1: ids must be strings or integers, not double. Received: {column}=1.0." in message(
+        [write(tmp_path, rows)]
+    )
+
+
+def test_ids_beyond_64_bits(tmp_path: Path) -> None:
+    table = pa.table({"user_id": pa.array([1, 2**63], pa.uint64()), "item_id": [1, 1], "timestamp": [1, 1]})
+    pq.write_table(table, tmp_path / "log.parquet")
+    text = message([tmp_path / "log.parquet"])
+    assert f"row 2: integer ids must fit 64 bits, signed. Received: user_id={2**63}." in text
+
+
+def test_ids_of_two_types(tmp_path: Path) -> None:
+    files = [write(tmp_path, events(user_id=["u"]), "a.parquet"), write(tmp_path, events(user_id=[1]), "b.parquet")]
+    assert "row 1: all ids of a column must be of one type, large_string so far. Received: user_id=1." in message(files)
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl"])
+def test_an_empty_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert "a log must have events. Received: an empty file." in message([tmp_path / name])
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    write(tmp_path, ROWS).with_name("log.csv").write_text("user_id,item_id,timestamp\n")
+    assert "a log must have events. Received: no rows" in message([tmp_path / "log.csv"])
+    pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "log.parquet")
+    assert "a log must have events. Received: no rows" in message([tmp_path / "log.parquet"])
+    (tmp_path / "log.jsonl").write_text("\n\n")
+    assert "Received: " in message([tmp_path / "log.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv.gz", "log.jsonl.gz"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_truncated_file(tmp_path: Path, name: str, share: float) -> None:
+    rows = [
+        {"user_id": f"u{n * n % 977}", "item_id": f"i{n * n % 613}", "timestamp": n * n % 8191} for n in range(20_000)
+    ]
+    path = write(tmp_path, rows, name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    text = message([path])
+    assert "from end to end" in text or "each line must be one JSON object" in text
+    assert "write it again" in text
+
+
+def test_garbage_inside_a_parquet_file(tmp_path: Path) -> None:
+    path = write(tmp_path, events(user_id=[str(n) for n in range(5000)]))
+    content = bytearray(path.read_bytes())
+    content[100:400] = b"\xff" * 300
+    path.write_bytes(content)
+    assert "must be Parquet from end to end" in message([path])
+
+
+def test_a_csv_row_of_the_wrong_width(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,i,1\nu,i\n")
+    assert "row 2: must be CSV from end to end. Received: CSV parse error: Expected 3 columns, got 2: u,i." in message(
+        [path]
+    )
+
+
+def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"user_id,item_id,timestamp\n\xff,i,1\n")
+    assert "invalid UTF8" in message([path])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"user_id": "u", "item_id": "i", "timest', "row 3: each line must be one JSON object. Received: "),
+        ("[1]", "row 3: each line must be one JSON object. Received: [1]."),
+        ('{"user_id": 5, "item_id": "i", "timestamp": 1}', "row 3 (user_id=5): must be JSON lines from end to end."),
+        ('{"user_id": "u", "item_id": "i", "timestamp": 1.5}', "row 3 (timestamp=1.5): must be JSON lines from"),
+    ],
+)
+@pytest.mark.parametrize("typed", [1, 1000])
+def test_malformed_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: str, typed: int) -> None:
+    monkeypatch.setattr(columns_module, "_JSON_ROWS_TO_TYPE", typed)
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user_id": "u", "item_id": "i", "timestamp": 1}\n' * 2 + line + "\n")
+    assert expected in message([path])

@@ -1,0 +1,229 @@
+"""The packed arrays, against a slow grouping in plain Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from din_dist import schema
+from din_dist.data import blocks as blocks_module
+from din_dist.data import event_store
+from din_dist.data.blocks import Block, SortedBlocks
+from din_dist.data.builders.base import _Tally, _write_beside
+from din_dist.data.columns import Columns, read_log
+from din_dist.data.event_store import EventStore, open_store, pack
+from din_dist.errors import InputError
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[dict]:
+    """Rows with string or integer ids, with or without labels, many ties in time."""
+    names = {"user_id": draw(st.integers(1, 8)), "item_id": draw(st.integers(1, 9))}
+    as_text = {name: draw(st.booleans()) for name in names}
+    labelled = draw(st.booleans())
+    categories = draw(st.lists(st.sampled_from([None, "c1", "c2", "c3"]), min_size=10, max_size=10))
+    rows = []
+    for _ in range(draw(st.integers(1, 60))):
+        row: dict = {"timestamp": draw(st.integers(-3, 6))}
+        for name, size in names.items():
+            number = draw(st.integers(0, size))
+            row[name] = f"{name}-{number}" if as_text[name] else number * 7
+            if name == "item_id":
+                row["category_id"] = categories[number]
+        if labelled:
+            row["label"] = draw(st.integers(0, 1))
+        rows.append(row)
+    return rows
+
+
+def store_of(rows: list[dict], folder: Path, events_per_block: int) -> EventStore:
+    """Reads, sorts, cuts into blocks, packs and opens, all but TFDS's records."""
+    folder.mkdir()
+    table = pa.Table.from_pylist(rows)
+    if pa.types.is_null(table["category_id"].type):
+        table = table.set_column(3, "category_id", table["category_id"].cast(pa.string()))
+    pq.write_table(table, folder / "log.parquet")
+    with mock.patch.object(blocks_module, "EVENTS_PER_BLOCK", events_per_block):
+        log = read_log([folder / "log.parquet"], Columns())
+    tally = _Tally()
+    for block in log.blocks:
+        tally.add(block)
+    _write_beside(folder, log, tally, {}, "fingerprint")
+    pack(folder, event_store.read_facts(folder), log.blocks)
+    return open_store(folder, ["category_id"])
+
+
+def check_against_plain_python(store: EventStore, rows: list[dict]) -> None:
+    labelled = "label" in rows[0]
+    users, items = (list(dict.fromkeys(row[name] for row in rows)) for name in ("user_id", "item_id"))
+    categories = list(dict.fromkeys(row["category_id"] for row in rows if row["category_id"] is not None))
+    assert store.vocabulary("users").to_pylist() == users
+    assert store.vocabulary("items").to_pylist() == items
+    assert store.vocabulary("category_id").to_pylist() == categories
+    facts = store.facts
+    assert (facts.num_users, facts.num_items, facts.num_events) == (len(users), len(items), len(rows))
+    assert facts.has_labels == labelled == (store.labels is not None)
+    assert facts.item_features == {"category_id": len(categories)}
+    assert facts.first_timestamp == min(row["timestamp"] for row in rows)
+    assert facts.last_timestamp == max(row["timestamp"] for row in rows)
+    for item, name in enumerate(items, start=1):
+        category = next(row["category_id"] for row in rows if row["item_id"] == name)
+        expected = 0 if category is None else categories.index(category) + 1
+        assert store.item_features["category_id"][item] == expected
+    assert store.item_features["category_id"][0] == 0
+
+    event = 0
+    for user, name in enumerate(users):
+        own = sorted((row for row in rows if row["user_id"] == name), key=lambda row: row["timestamp"])
+        assert store.user_offsets[user : user + 2].tolist() == [event, event + len(own)]
+        history: list[int] = []
+        for row in own:
+            item = items.index(row["item_id"]) + 1
+            assert store.item_ids[event] == item
+            assert store.timestamps[event] == row["timestamp"]
+            end = event if store.history_ends is None else store.history_ends[event]
+            assert store.history_item_ids[store.history_offsets[user] : end].tolist() == history
+            if store.labels is not None:
+                assert store.labels[event] == row["label"]
+            if row.get("label", 1):
+                history.append(item)
+            event += 1
+        if store.touched_gaps is not None and store.touched_offsets is not None:
+            touched = sorted({items.index(row["item_id"]) + 1 for row in own})
+            gaps = store.touched_gaps[store.touched_offsets[user] : store.touched_offsets[user + 1]]
+            assert gaps.tolist() == [item - 1 - rank for rank, item in enumerate(touched)]
+            untouched = [item for item in range(1, len(items) + 1) if item not in touched]
+            drawn = [r + 1 + int(np.searchsorted(gaps, r, side="right")) for r in range(len(untouched))]
+            assert drawn == untouched  # what the gaps are for
+    assert event == len(store.item_ids) == store.user_offsets[-1]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=logs(), events_per_block=st.integers(1, 30))
+def test_round_trip(rows: list[dict], events_per_block: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("store") / "1.0.0"
+    check_against_plain_python(store_of(rows, folder, events_per_block), rows)
+
+
+ROWS = [
+    {"user_id": "u", "item_id": "i", "timestamp": 1, "category_id": "c"},
+    {"user_id": "u", "item_id": "j", "timestamp": 2, "category_id": "c"},
+    {"user_id": "v", "item_id": "i", "timestamp": 3, "category_id": "c"},
+]
+LABELLED = [{**row, "label": label} for row, label in zip(ROWS, (1, 0, 1), strict=True)]
+
+
+def test_dtypes_and_sharing(tmp_path: Path) -> None:
+    plain, labelled = store_of(ROWS, tmp_path / "a", 99), store_of(LABELLED, tmp_path / "b", 99)
+    assert plain.history_item_ids is plain.item_ids and plain.history_offsets is plain.user_offsets
+    assert plain.labels is None and plain.history_ends is None
+    assert labelled.touched_gaps is None and labelled.touched_offsets is None
+    dtypes = {
+        "user_offsets": np.int64,
+        "item_ids": np.int32,
+        "timestamps": np.int64,
+        "labels": np.uint8,
+        "history_item_ids": np.int32,
+        "history_offsets": np.int64,
+        "history_ends": np.int64,
+        "touched_offsets": np.int64,
+        "touched_gaps": np.int32,
+    }
+    for store, (name, dtype) in itertools.product((plain, labelled), dtypes.items()):
+        array = getattr(store, name)
+        if array is not None:
+            assert type(array) is np.ndarray and array.dtype == dtype, name
+            assert array.ctypes.data % 64 == 0, name
+    plain.item_ids[0] = 7  # copy-on-write: this process alone sees it
+    assert open_store(tmp_path / "a", []).item_ids[0] == 1
+
+
+def test_labels_that_are_all_negative(tmp_path: Path) -> None:
+    store = store_of([{**row, "label": 0} for row in ROWS], tmp_path / "s", 1)
+    assert store.history_item_ids.shape == (0,)
+    assert store.history_ends is not None and store.history_ends.tolist() == [0, 0, 0]
+
+
+def test_blocks_hold_whole_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "EVENTS_PER_BLOCK", 4)
+    offsets = np.array([0, 3, 9, 10, 11, 12, 13])
+    values = np.arange(13)
+    cut = SortedBlocks(offsets, values, values, values)
+    assert [(block.first_user, block.offsets.tolist()) for block in cut] == [
+        (0, [0, 3, 9]),  # users that begin among events 0 to 3, the second a long one
+        (2, [0, 1, 2, 3]),  # 8 to 11
+        (5, [0, 1]),
+    ]
+    assert np.concatenate([block.item_ids for block in cut]).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("rows", [ROWS, LABELLED], ids=["plain", "labelled"])
+def test_truncated_or_missing_arrays(tmp_path: Path, rows: list[dict]) -> None:
+    store = store_of(rows, tmp_path / "s", 99)
+    packed = store.folder / "packed"
+    for path in [*packed.iterdir(), store.folder / "item_features" / "category_id.npy"]:
+        content = path.read_bytes()
+        for damaged in (content[:-1], content[:100], b"", None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(InputError) as caught:
+                open_store(store.folder, ["category_id"])
+            assert str(path) in str(caught.value)
+            assert f"Delete {packed}, or run prepare_data with --overwrite_prepared." in str(caught.value)
+            path.write_bytes(content)
+    open_store(store.folder, ["category_id"])
+
+
+def test_arrays_of_another_log(tmp_path: Path) -> None:
+    store, longer = store_of(ROWS, tmp_path / "a", 99), store_of([*ROWS, ROWS[0]], tmp_path / "b", 99)
+    path = store.folder / "packed" / "item_ids.npy"
+    path.write_bytes((longer.folder / "packed" / "item_ids.npy").read_bytes())
+    with pytest.raises(InputError, match=r"item_ids.npy: must hold 3 values of int32. Received: \(4,\) of int32"):
+        open_store(store.folder, [])
+    offsets = store.folder / "packed" / "user_offsets.npy"
+    np.save(offsets, np.array([0, 2, 4]))
+    with pytest.raises(InputError, match=r"user_offsets.npy: must end with 3. Received: 4"):
+        open_store(store.folder, [])
+
+
+def test_damaged_facts(tmp_path: Path) -> None:
+    store = store_of(ROWS, tmp_path / "s", 99)
+    facts = store.folder / schema.FACTS_FILE
+    for text in ("{", json.dumps({"num_users": 1})):
+        facts.write_text(text)
+        with pytest.raises(InputError, match=r"facts.json: cannot be read .* --overwrite_prepared"):
+            open_store(store.folder, [])
+
+
+def test_blocks_that_do_not_fit_the_facts(tmp_path: Path) -> None:
+    block = Block(0, np.array([0, 1]), np.array([1], np.int32), np.array([5]), np.array([1], np.uint8))
+    store = store_of(ROWS, tmp_path / "s", 99)
+    facts = dataclasses.replace(store.facts, num_users=2, num_events=2)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"records must hold 2 users and 2 events\. Received: 1 and 1"):
+        pack(folder, facts, [block])
+    with pytest.raises(ValueError, match="user 0 follows user 0"):
+        pack(folder, facts, [block, block])
+    assert list(folder.iterdir()) == []  # nothing half-written
+
+
+def test_packing_again_after_being_killed(tmp_path: Path) -> None:
+    store = store_of(ROWS, tmp_path / "s", 99)
+    (store.folder / "packed").rename(store.folder / "packed.incomplete")
+    (store.folder / "packed.incomplete" / "junk").touch()
+    log = read_log([store.folder / "log.parquet"], Columns())
+    pack(store.folder, store.facts, log.blocks)
+    assert not (store.folder / "packed.incomplete").exists()
+    assert not (store.folder / "packed" / "junk").exists()

@@ -1,0 +1,311 @@
+"""Preparing and opening: what stays, what is noticed, and that nothing is left half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.config import DataConfig
+from din_dist.data import blocks as blocks_module
+from din_dist.data import event_store, prepared
+from din_dist.data.builders import base
+from din_dist.data.event_store import EventStore
+from din_dist.data.prepared import builder_for, data_dir, open_prepared, prepare
+from din_dist.errors import InputError
+from tests.data.test_event_store import check_against_plain_python
+
+ROWS = [
+    {"user_id": f"u{n % 17}", "item_id": f"i{n * n % 23}", "category_id": f"c{n * n % 23 % 4}", "timestamp": n % 29}
+    for n in range(200)
+]
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    path.write_text(",".join(rows[0]) + "\n" + "".join(",".join(map(str, row.values())) + "\n" for row in rows))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "log.csv"
+    write_log(path, ROWS)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, log: Path) -> DataConfig:
+    return DataConfig(dataset="event_log", data_path=str(log), data_dir=str(tmp_path / "prepared"))
+
+
+def same_arrays(left: EventStore, right: EventStore) -> bool:
+    names = [field.name for field in dataclasses.fields(EventStore) if field.name not in ("facts", "item_features")]
+    return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+def left_behind(config: DataConfig) -> list[str]:
+    """All below the data folder but its locks and TFDS's cache of downloads."""
+    root = Path(config.data_dir)
+    found = [str(path.relative_to(root)) for path in root.rglob("*")]
+    return [path for path in found if not path.startswith(("locks", "downloads"))]
+
+
+def test_records_come_back_in_order_over_many_shards(
+    tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "EVENTS_PER_BLOCK", 3)
+    monkeypatch.setattr(base, "BLOCKS_PER_SHARD", 1)
+    rows = [{**row, "label": n % 3 // 2} for n, row in enumerate(ROWS)]
+    write_log(Path(config.data_path), rows)
+    check_against_plain_python(prepare(config), rows)
+    assert builder_for(config).info.splits[schema.EVENTS_SPLIT].num_shards == 17
+
+
+def test_prepared_once(config: DataConfig) -> None:
+    first = prepare(config)
+    with mock.patch.object(prepared, "_build") as build:
+        second = prepare(config)
+        third = open_prepared(config)
+    assert not build.called
+    assert same_arrays(first, second) and same_arrays(first, third)
+
+
+def test_the_default_data_dir_is_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert data_dir(DataConfig()) == Path("/cache/din_dist")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert data_dir(DataConfig()) == Path("/home/me/.cache/din_dist")
+    assert data_dir(DataConfig(data_dir="~/data")) == Path("/home/me/data")
+
+
+def test_logs_and_columns_have_folders_of_their_own(tmp_path: Path, config: DataConfig) -> None:
+    variants = [
+        {},
+        {"data_path": str(tmp_path / "other.csv")},
+        {"timestamp_column": "when"},
+        {"presorted": True},
+        {"item_features": ()},
+        {"label_column_required": True},
+    ]
+    folders = {str(builder_for(dataclasses.replace(config, **variant)).data_path) for variant in variants}
+    assert len(folders) == len(variants)
+
+
+def test_a_relative_path_is_the_same_log(config: DataConfig, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(log.parent)
+    relative = dataclasses.replace(config, data_path=log.name)
+    assert builder_for(relative).data_path == builder_for(config).data_path
+
+
+def test_fingerprints_follow_the_content(tmp_path: Path, config: DataConfig) -> None:
+    def fingerprint(**changes: object) -> str:
+        return prepare(dataclasses.replace(config, **changes)).facts.fingerprint  # type: ignore[arg-type]
+
+    first = fingerprint()
+    shutil.copy(config.data_path, tmp_path / "copy.csv")
+    assert fingerprint(data_path=str(tmp_path / "copy.csv")) == first
+    assert fingerprint(item_features=()) != first
+    write_log(tmp_path / "copy.csv", ROWS[1:])
+    assert fingerprint(data_path=str(tmp_path / "copy.csv"), data_dir=str(tmp_path / "elsewhere")) != first
+
+
+def test_opening_what_was_not_prepared(config: DataConfig) -> None:
+    expected = (
+        rf"event_log/.*/1\.0\.0: the data must be prepared before\. Received: nothing there\. Run: python -m "
+        rf"din_dist\.cli\.prepare_data --dataset=event_log --data_path={config.data_path} --data_dir={config.data_dir}$"
+    )
+    with pytest.raises(InputError, match=expected):
+        open_prepared(config)
+    assert not Path(config.data_dir).exists()
+
+
+@pytest.mark.parametrize("action", [prepare, open_prepared])
+def test_a_changed_source(config: DataConfig, action: object) -> None:
+    prepare(config)
+    os.utime(config.data_path, (1, 1))
+    open_prepared(config)  # a touch is no change
+    write_log(Path(config.data_path), ROWS[:-1])
+    expected = rf"{config.data_path}: this file has changed since .* --overwrite_prepared, or give another --data_dir"
+    with pytest.raises(InputError, match=expected):
+        action(config)  # type: ignore[operator]
+    assert prepare(config, overwrite=True).facts.num_events == len(ROWS) - 1
+    assert open_prepared(config).facts.num_events == len(ROWS) - 1
+
+
+def test_a_file_added_to_the_folder(tmp_path: Path, config: DataConfig) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    write_log(folder / "a.csv", ROWS[:100])
+    config = dataclasses.replace(config, data_path=str(folder))
+    prepare(config)
+    write_log(folder / "b.csv", ROWS[100:])
+    with pytest.raises(InputError, match=r"b\.csv: this file was added"):
+        open_prepared(config)
+
+
+def test_a_source_that_is_gone_has_not_changed(config: DataConfig) -> None:
+    prepare(config)
+    Path(config.data_path).unlink()
+    assert open_prepared(config).facts.num_events == len(ROWS)
+
+
+def test_a_source_that_changes_while_it_is_read(config: DataConfig) -> None:
+    from din_dist.data.builders import event_log
+
+    def read_and_meddle(*args: object) -> object:
+        log = real(*args)  # type: ignore[arg-type]
+        write_log(Path(config.data_path), ROWS[:-1])
+        return log
+
+    real = event_log.read_log
+    with (
+        mock.patch.object(event_log, "read_log", read_and_meddle),
+        pytest.raises(InputError, match="this file has changed since"),
+    ):
+        prepare(config)
+    assert left_behind(config) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"user_column": "who"}, "column 'who' is missing"),
+        ({"item_features": ("users",)}, "--item_features: 'users' is a name that we use ourselves"),
+        ({"data_path": "/no/such/log.csv"}, "/no/such/log.csv: no such file"),
+    ],
+)
+def test_nothing_is_left_after_an_error(config: DataConfig, changes: dict, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        prepare(dataclasses.replace(config, **changes))
+    assert left_behind(config) == []
+
+
+def full_disk() -> AbstractContextManager:
+    return mock.patch.object(base, "_write_beside", side_effect=OSError(28, "No space left on device"))
+
+
+def test_nothing_is_left_after_an_error_while_writing(config: DataConfig) -> None:
+    with full_disk(), pytest.raises(InputError, match=r"cannot be written \(.*No space left on device\)"):
+        prepare(config)
+    assert left_behind(config) == []
+
+
+def test_tensorflow_reports_a_full_disk_in_its_own_way(config: DataConfig) -> None:
+    full = tf.errors.ResourceExhaustedError(None, None, "x.tfrecord; No space left on device")
+    expected = r"cannot be written \(.*No space left on device\)"
+    with (
+        mock.patch.object(base.EventsBuilder, "_examples", side_effect=full),
+        pytest.raises(InputError, match=expected),
+    ):
+        prepare(config)
+    assert left_behind(config) == []
+
+
+def test_an_error_while_overwriting_leaves_what_was_there(config: DataConfig) -> None:
+    before = prepare(config)
+    with full_disk(), pytest.raises(InputError, match="cannot be written"):
+        prepare(config, overwrite=True)
+    assert same_arrays(before, open_prepared(config))
+    assert not list(Path(config.data_dir).rglob("*.replaced")) + list(Path(config.data_dir).rglob("incomplete*"))
+
+
+def test_leftovers_of_killed_processes_are_removed(config: DataConfig) -> None:
+    folder = Path(builder_for(config).data_path)
+    leftovers = [folder.with_name(f"incomplete.ABCDEF_{folder.name}"), folder.with_name(f"{folder.name}.replaced")]
+    for leftover in leftovers:
+        leftover.mkdir(parents=True)
+    prepare(config)
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_a_lost_or_truncated_cache(config: DataConfig) -> None:
+    store = prepare(config)
+    packed = store.folder / event_store.PACKED_DIR
+    path = packed / "item_ids.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=rf"{path}: .*Delete {packed}, or run prepare_data with --overwrite_prepared"):
+        open_prepared(config)
+    shutil.rmtree(packed)
+    again = open_prepared(config)
+    check_against_plain_python(again, ROWS)
+
+
+OPEN_IN_A_PROCESS = """
+import sys
+from din_dist.config import DataConfig
+from din_dist.data import event_store
+from din_dist.data.prepared import open_prepared
+pack, calls = event_store.pack, []
+event_store.pack = lambda *args: (calls.append(1), pack(*args))
+store = open_prepared(DataConfig(dataset="event_log", data_path=sys.argv[1], data_dir=sys.argv[2]))
+print(len(calls), int(store.item_ids.sum()))
+"""
+
+
+def test_processes_that_open_at_once_pack_once(config: DataConfig) -> None:
+    store = prepare(config)
+    expected = int(store.item_ids.sum())
+    shutil.rmtree(store.folder / event_store.PACKED_DIR)
+    command = [sys.executable, "-c", OPEN_IN_A_PROCESS, config.data_path, config.data_dir]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [worker.communicate()[0].split() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    assert sorted(int(calls) for calls, _ in outputs) == [0, 0, 1]
+    assert {int(total) for _, total in outputs} == {expected}
+
+
+def test_threads_that_prepare_at_once_build_once(config: DataConfig) -> None:
+    with mock.patch.object(prepared, "_build", side_effect=prepared._build) as build, ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: prepare(config), range(4)))
+    assert build.call_count == 1
+    assert all(same_arrays(stores[0], store) for store in stores)
+
+
+def test_tfds_keeps_quiet(config: DataConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    prepare(config)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line for line in err.splitlines() if "tfds" in line.lower() or "dataset" in line.lower()] == []
+
+
+@pytest.fixture(scope="module")
+def synthetic_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = str(tmp_path_factory.mktemp("synthetic"))
+    prepare(DataConfig(dataset="synthetic", synthetic_num_users=20, data_dir=folder))
+    yield folder
+
+
+def test_features_that_a_data_set_has_not(synthetic_dir: str) -> None:
+    config = DataConfig(dataset="synthetic", synthetic_num_users=20, data_dir=synthetic_dir)
+    assert dict(open_prepared(dataclasses.replace(config, item_features=())).facts.item_features) == {}
+    expected = r"--item_features: must be features of synthetic. Received: 'brand'. Choose among category_id\."
+    with pytest.raises(InputError, match=expected):
+        open_prepared(dataclasses.replace(config, item_features=("category_id", "brand")))
+
+
+def test_an_unknown_amazon_category(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"unknown category of amazon_reviews\. Received: 'Cars'\. Choose among Electro"
+    ):
+        builder_for(DataConfig(dataset="amazon_reviews/Cars", data_dir=str(tmp_path)))
+
+
+def test_amazon_beauty(shared_data: Path, tmp_path: Path) -> None:
+    path = shared_data / "amazon_beauty.parquet"
+    store = prepare(DataConfig(dataset="event_log", data_path=str(path), data_dir=str(tmp_path)))
+    facts = store.facts
+    assert (facts.num_users, facts.num_items, facts.num_events) == (22_363, 12_101, 198_502)
+    assert facts.item_features == {"category_id": 195} and not facts.has_labels
+    assert list(facts.sources) == [str(path)]

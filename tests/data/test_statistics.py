@@ -1,0 +1,62 @@
+"""Numbers about a prepared data set, against NumPy on small ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from din_dist.data import statistics
+from din_dist.data.statistics import describe
+from tests.data.test_event_store import store_of
+
+
+def rows_of(lengths: list[int], labels: list[int] | None = None) -> list[dict]:
+    users = [user for user, length in enumerate(lengths) for _ in range(length)]
+    rows: list[dict] = [
+        {"user_id": user, "item_id": n % 3, "category_id": n % 3, "timestamp": n} for n, user in enumerate(users)
+    ]
+    for row, label in zip(rows, labels or [], strict=bool(labels)):
+        row["label"] = label
+    return rows
+
+
+def nearest_rank(values: list[int], percent: int) -> int:
+    return int(np.percentile(values, percent, method="inverted_cdf"))
+
+
+def expected_summary(values: list[int]) -> dict:
+    ranks = {f"p{percent}": nearest_rank(values, percent) for percent in (50, 90, 99)}
+    return {"mean": pytest.approx(np.mean(values)), **ranks, "max": max(values)}
+
+
+def test_without_labels(tmp_path: Path) -> None:
+    lengths = [1, 5, 2, 9, 30, 1]
+    found = describe(store_of(rows_of(lengths), tmp_path / "s", 7), max_history_length=6)
+    histories = [before for length in lengths for before in range(1, length)]
+    assert found["users"] == 6 and found["items"] == 3 and found["events"] == 48
+    assert found["item_features"] == {"category_id": 3}
+    assert (found["first_timestamp"], found["last_timestamp"]) == (0, 47)
+    assert found["label_rate"] is None
+    assert found["events_per_user"] == expected_summary(lengths)
+    assert found["history_length"] == expected_summary(histories)
+    assert found["capped_history_length"] == expected_summary([min(length, 6) for length in histories])
+
+
+@pytest.mark.parametrize("users_at_once", [1, 2, 100])
+def test_with_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users_at_once: int) -> None:
+    monkeypatch.setattr(statistics, "_USERS_AT_ONCE", users_at_once)
+    lengths = [3, 8, 1, 4]
+    labels = [*(1, 0, 1), *(1, 1, 0, 1, 1, 0, 0, 1), 0, *(0, 0, 1, 0)]
+    found = describe(store_of(rows_of(lengths, labels), tmp_path / "s", 7), max_history_length=3)
+    histories = [*(0, 1, 1), *(0, 1, 2, 2, 3, 4, 4, 4), 0, *(0, 0, 0, 1)]
+    assert found["label_rate"] == 8 / 16
+    assert found["history_length"] == expected_summary(histories)
+    assert found["capped_history_length"] == expected_summary([min(length, 3) for length in histories])
+
+
+def test_no_example_at_all(tmp_path: Path) -> None:
+    found = describe(store_of(rows_of([1, 1]), tmp_path / "s", 7), max_history_length=10)
+    assert found["history_length"] == {"mean": 0.0, "p50": 0, "p90": 0, "p99": 0, "max": 0}
+    assert found["capped_history_length"] == found["history_length"]

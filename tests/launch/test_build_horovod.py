@@ -1,0 +1,202 @@
+"""launch/build_horovod.sh: settings, key and care of the wheel cache. The real build is what installs these tests' Horovod."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.fake_checkout import HOROVOD, FakeCheckout, finished, path_without
+
+XLA_LINE = 'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n'
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> FakeCheckout:
+    checkout = FakeCheckout(tmp_path)
+    checkout.env["FAKE_BUILD_ENV"] = str(tmp_path / "build_env")
+    serve_sdist(checkout, tmp_path, f"first line\n{XLA_LINE}last line\n")
+    return checkout
+
+
+def serve_sdist(checkout: FakeCheckout, folder: Path, cmake_lists: str) -> None:
+    """Has pip download a Horovod with this CMakeLists.txt, and the script trust it."""
+    sdist = folder / "sdist.tar.gz"
+    with tarfile.open(sdist, "w:gz") as archive:
+        entry = tarfile.TarInfo(f"horovod-{HOROVOD}/horovod/tensorflow/CMakeLists.txt")
+        entry.size = len(cmake_lists)
+        archive.addfile(entry, io.BytesIO(cmake_lists.encode()))
+    checkout.env["FAKE_SDIST"] = str(sdist)
+    script = checkout.root / "launch" / "build_horovod.sh"
+    lines = script.read_text().splitlines(keepends=True)
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    script.write_text(
+        "".join(f"horovod_sha256={digest}\n" if line.startswith("horovod_sha256=") else line for line in lines)
+    )
+
+
+def wheels(checkout: FakeCheckout) -> list[Path]:
+    return [path for path in checkout.cache.rglob("*") if ".whl" in path.name]
+
+
+def test_builds_once_and_prints_the_wheel_last(checkout: FakeCheckout) -> None:
+    done = checkout.run("build_horovod.sh")
+    assert done.returncode == 0, done.stderr
+    wheel = checkout.cache / "wheels" / checkout.key() / f"horovod-{HOROVOD}-cp311-cp311-linux_x86_64.whl"
+    assert done.stdout == f"{wheel}\n"
+    assert wheel.read_text() == "whole\n"
+    calls = checkout.pip_calls()
+    again = checkout.run("build_horovod.sh")
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+    assert checkout.pip_calls() == calls
+
+
+def test_settings_of_the_build(checkout: FakeCheckout, tmp_path: Path) -> None:
+    checkout.run("build_horovod.sh")
+    settings = (tmp_path / "build_env").read_text().splitlines()
+    assert "HOROVOD_WITHOUT_MPI=1" in settings
+    assert set(checkout.run("build_horovod.sh", "--print_env").stdout.splitlines()) < set(settings)
+    assert any(line.startswith("HOROVOD_CMAKE=") for line in settings), (
+        "not the system's cmake, nor one fetched by setup.py"
+    )
+
+
+def test_key_tells_cpu_from_gpu(checkout: FakeCheckout) -> None:
+    assert checkout.put_wheel("cpu") != checkout.put_wheel("gpu")
+    for flags, device in ([], "cpu"), (["--gpu"], "gpu"):
+        wheel = Path(checkout.run("build_horovod.sh", *flags).stdout.rstrip("\n"))
+        assert wheel.parent.name == checkout.key(device)
+
+
+def test_key_follows_tensorflow(checkout: FakeCheckout) -> None:
+    checkout.put_wheel()
+    constraints = checkout.root / "launch" / "constraints.txt"
+    constraints.write_text(constraints.read_text().replace("\ntensorflow==", "\ntensorflow==9."))
+    checkout.run("build_horovod.sh", "--check")
+    assert "must have the TensorFlow" in checkout.error("build_horovod.sh"), (
+        "the cached wheel is for another TensorFlow"
+    )
+
+
+def test_default_cache_is_in_the_home_folder(checkout: FakeCheckout, tmp_path: Path) -> None:
+    del checkout.env["DIN_DIST_CACHE"]
+    checkout.env.pop("XDG_CACHE_HOME", None)
+    done = checkout.run("build_horovod.sh", HOME=str(tmp_path / "home"))
+    assert done.stdout.startswith(f"{tmp_path}/home/.cache/din_dist/wheels/")
+    done = checkout.run("build_horovod.sh", XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    assert done.stdout.startswith(f"{tmp_path}/xdg/din_dist/wheels/")
+
+
+def test_cpu_build_has_gloo_and_no_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
+    done = checkout.run("build_horovod.sh", "--print_env", PATH=path_without(tmp_path / "bin", "g++", "make", "nvcc"))
+    settings = done.stdout.splitlines()
+    assert {"HOROVOD_WITH_TENSORFLOW=1", "HOROVOD_WITH_GLOO=1", "HOROVOD_WITHOUT_MPI=1"} <= set(settings)
+    assert not any("NCCL" in line or "GPU" in line or "CUDA" in line for line in settings)
+    assert f"MAKEFLAGS=-j{len(os.sched_getaffinity(0))}" in settings
+    assert wheels(checkout) == []
+
+
+def fake_cuda_and_nccl(folder: Path) -> tuple[Path, Path]:
+    cuda, nccl = folder / "cuda", folder / "nccl"
+    for file in (cuda / "bin" / "nvcc", nccl / "include" / "nccl.h", nccl / "lib" / "libnccl.so.2"):
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    return cuda, nccl
+
+
+def test_gpu_build_has_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
+    cuda, nccl = fake_cuda_and_nccl(tmp_path)
+    homes = {"HOROVOD_CUDA_HOME": str(cuda), "HOROVOD_NCCL_HOME": str(nccl)}
+    settings = set(checkout.run("build_horovod.sh", "--gpu", "--print_env", **homes).stdout.splitlines())
+    expected = {
+        "HOROVOD_GPU=CUDA",
+        "HOROVOD_GPU_OPERATIONS=NCCL",
+        "HOROVOD_WITH_GLOO=1",
+        f"HOROVOD_CUDA_HOME={cuda}",
+        f"HOROVOD_NCCL_HOME={nccl}",
+    }
+    assert expected <= settings
+    assert checkout.run("build_horovod.sh", "--gpu", **homes).returncode == 0
+    assert expected <= set((tmp_path / "build_env").read_text().splitlines())
+
+
+def test_cuda_is_found_by_its_compiler(checkout: FakeCheckout, tmp_path: Path) -> None:
+    cuda, nccl = fake_cuda_and_nccl(tmp_path)
+    path = f"{cuda}/bin:{os.environ['PATH']}"
+    done = checkout.run(
+        "build_horovod.sh", "--gpu", "--print_env", PATH=path, CUDA_HOME="/no", HOROVOD_NCCL_HOME=str(nccl)
+    )
+    assert f"HOROVOD_CUDA_HOME={cuda}" in done.stdout.splitlines()
+
+
+def test_missing_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
+    cuda, _ = fake_cuda_and_nccl(tmp_path)
+    assert checkout.error("build_horovod.sh", "--gpu", HOROVOD_CUDA_HOME=str(cuda), HOROVOD_NCCL_HOME="/no/nccl") == (
+        "build_horovod.sh: NCCL is not in /no/nccl: no include/nccl.h there. "
+        "Run launch/setup.sh --gpu, or set HOROVOD_NCCL_HOME to a folder with include/ and lib/."
+    )
+
+
+def test_another_tensorflow(checkout: FakeCheckout) -> None:
+    checkout.write_python(tensorflow="2.15.1")
+    assert "Found: 2.15.1. Run launch/setup.sh." in checkout.error("build_horovod.sh")
+
+
+def test_no_python(checkout: FakeCheckout) -> None:
+    del checkout.env["PYTHON"]
+    assert checkout.error("build_horovod.sh") == (
+        f"build_horovod.sh: there is no Python at {checkout.venv}/bin/python. Run launch/setup.sh first, or set PYTHON."
+    )
+
+
+def test_an_altered_source_is_refused(checkout: FakeCheckout) -> None:
+    with Path(checkout.env["FAKE_SDIST"]).open("ab") as sdist:
+        sdist.write(b"!")
+    assert f"horovod-{HOROVOD}.tar.gz must have the SHA-256 " in checkout.error("build_horovod.sh")
+    assert wheels(checkout) == []
+
+
+@pytest.mark.parametrize("cmake_lists", ["no such line\n", XLA_LINE * 2])
+def test_the_line_to_drop_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, cmake_lists: str) -> None:
+    serve_sdist(checkout, tmp_path, cmake_lists)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/tensorflow/CMakeLists.txt must name xla_mpi_ops.cc on one line. "
+        "Adapt launch/build_horovod.sh to this Horovod."
+    )
+
+
+def test_a_failed_build_names_the_compilers_error(checkout: FakeCheckout) -> None:
+    error = checkout.error(
+        "build_horovod.sh", FAKE_BUILD_ERROR="operations.cc:7: fatal error: farmhash.h: No such file"
+    )
+    assert error == (
+        "build_horovod.sh: Horovod did not build: operations.cc:7: fatal error: farmhash.h: No such file. "
+        f"Log: {checkout.cache}/wheels/{checkout.key()}/build.log"
+    )
+    assert wheels(checkout) == []
+
+
+def test_a_build_that_was_cut_off_leaves_no_wheel(checkout: FakeCheckout, tmp_path: Path) -> None:
+    process = checkout.start("build_horovod.sh", FAKE_PIP_SECONDS="2")
+    while not (tmp_path / "build_env").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)  # half a wheel is written now
+    os.killpg(process.pid, signal.SIGKILL)
+    finished(process)
+    assert wheels(checkout) == []
+    assert checkout.run("build_horovod.sh").returncode == 0
+
+
+def test_two_builds_at_once_make_one(checkout: FakeCheckout) -> None:
+    builds = [
+        finished(process) for process in [checkout.start("build_horovod.sh", FAKE_PIP_SECONDS="0.5") for _ in range(2)]
+    ]
+    assert [build.returncode for build in builds] == [0, 0]
+    assert builds[0].stdout == builds[1].stdout != ""
+    assert sum(call.startswith("pip wheel") for call in checkout.pip_calls()) == 1

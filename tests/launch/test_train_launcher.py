@@ -1,0 +1,270 @@
+"""launch/train.sh with the real horovodrun, and fakes in place of set-up, preparation and trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
+PREPARE = """
+import os, sys, time
+print("prepare got", sys.argv[1:], flush=True)
+time.sleep(float(os.environ.get("FAKE_PREPARE_SECONDS", "0")))
+sys.exit(int(os.environ.get("FAKE_PREPARE", "0")))
+"""
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+rank = os.environ.get("HOROVOD_RANK", "0")
+size = os.environ.get("HOROVOD_SIZE", "1")
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+print(f"log of rank {rank}", file=sys.stderr, flush=True)
+print("train got", sys.argv[1:], flush=True)
+codes = dict(pair.split("=") for pair in os.environ.get("FAKE_TRAIN", "").split())
+if rank in codes:
+    time.sleep(0.5)
+    if codes[rank] == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(int(codes[rank]))
+pathlib.Path(f"started.{rank}").touch()
+if "until_stopped" in codes:
+    while not stop:
+        time.sleep(0.1)
+    time.sleep(float(codes["until_stopped"]))
+    pathlib.Path(f"checkpoint.{rank}").touch()
+    sys.exit(75)
+while codes:  # another rank fails: this one hangs, as in a collective, deaf to SIGTERM
+    time.sleep(0.1)
+print(json.dumps({"world_size": int(size), "long": "x" * 5000}), flush=True)
+"""
+
+
+class Launcher:
+    """A checkout whose launch/ is the real one but for setup.sh, and whose .venv runs the fakes above."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "check out"  # paths with a space must do
+        shutil.copytree(LAUNCH, self.root / "launch")
+        fakes = self.root / "fakes" / "din_dist" / "cli"
+        fakes.mkdir(parents=True)
+        for name in ("__init__.py", "../__init__.py"):
+            (fakes / name).touch()
+        (fakes / "prepare_data.py").write_text(PREPARE)
+        (fakes / "train.py").write_text(TRAIN)
+        executables = self.root / ".venv" / "bin"
+        executables.mkdir(parents=True)
+        script(self.root / "launch" / "setup.sh", SETUP)
+        script(executables / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        script(executables / "horovodrun", f'#!/bin/sh\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n')
+        self.work = folder / "work"
+        self.work.mkdir()
+
+    def start(self, *flags: str, **env: str) -> subprocess.Popen[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
+        return subprocess.Popen(
+            [self.root / "launch" / "train.sh", *flags],
+            cwd=self.work,
+            env={**clean, "PYTHONPATH": str(self.root / "fakes"), "DIN_DIST_DEVICE": "cpu", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return finished(self.start(*flags, **env))
+
+    def stop_when_training(
+        self, process: subprocess.Popen[str], ranks: int, stop: Callable[[int, int], None], number: int
+    ) -> None:
+        wait_until(lambda: all((self.work / f"started.{rank}").exists() for rank in range(ranks)))
+        stop(process.pid, number)
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path)
+
+
+def test_two_workers_by_default_and_the_summary_is_the_last_line(launcher: Launcher) -> None:
+    done = launcher.run()
+    assert done.returncode == 0, done.stderr
+    quick = [f"--flagfile={launcher.root}/launch/flags/quick.flags"]
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"train got {quick}"
+    assert json.loads(lines[-1])["world_size"] == 2
+    assert len(lines) == 2, "rank 0 alone speaks on stdout"
+    assert f"prepare got {quick}" in done.stderr
+    assert "\nlog of rank 0\n" in done.stderr
+    assert "\n[1] log of rank 1\n" in done.stderr
+    assert f"\n[1] train got {quick}\n" in done.stderr
+
+
+@pytest.mark.parametrize("spelling", [["--num_workers=1"], ["--num_workers", "1"], ["-num_workers=1"]])
+def test_num_workers_is_the_launchers_own(launcher: Launcher, spelling: list[str]) -> None:
+    done = launcher.run("--epochs=2", *spelling, "--data_path=with space")
+    assert done.returncode == 0, done.stderr
+    assert "prepare got ['--epochs=2', '--data_path=with space']" in done.stderr
+    assert done.stdout.startswith("train got ['--epochs=2', '--data_path=with space']\n")
+    assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num_workers=0"], ["--num_workers=two"], ["--num_workers=-1"], ["--num_workers="], ["--num_workers"]]
+)
+def test_wrong_num_workers(launcher: Launcher, flags: list[str]) -> None:
+    done = launcher.run(*flags)
+    received = flags[0].partition("=")[2]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"train.sh: --num_workers must be a whole number from 1. Received: '{received}'. "
+        "Give the number of processes to train with.\n"
+    )
+
+
+def test_a_wrong_device_is_named(launcher: Launcher) -> None:
+    done = launcher.run(DIN_DIST_DEVICE="tpu")
+    assert (done.returncode, done.stderr) == (2, "train.sh: DIN_DIST_DEVICE must be cpu or gpu. Received: 'tpu'.\n")
+
+
+def nvidia_smi(folder: Path, num_gpus: int) -> str:
+    """A PATH on which nvidia-smi lists so many GPUs."""
+    listing = "".join(f"GPU {i}: Some GPU (UUID: GPU-{i})\\n" for i in range(num_gpus))
+    (folder / "smi").mkdir()
+    script(folder / "smi" / "nvidia-smi", f"#!/bin/sh\nprintf '{listing}'\n")
+    return f"{folder}/smi:{os.environ['PATH']}"
+
+
+def test_one_worker_a_gpu(launcher: Launcher, tmp_path: Path) -> None:
+    done = launcher.run("--epochs=1", PATH=nvidia_smi(tmp_path, 1), DIN_DIST_DEVICE="")
+    assert "set up with: --gpu\n" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
+
+
+def test_the_cpu_can_be_asked_for(launcher: Launcher, tmp_path: Path) -> None:
+    done = launcher.run("--num_workers=1", PATH=nvidia_smi(tmp_path, 1), DIN_DIST_DEVICE="cpu")
+    assert "set up with: \n" in done.stderr
+
+
+def test_a_gpu_can_be_insisted_on(launcher: Launcher, tmp_path: Path) -> None:
+    done = launcher.run(PATH=nvidia_smi(tmp_path, 0), DIN_DIST_DEVICE="gpu")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "train.sh: DIN_DIST_DEVICE is gpu, but nvidia-smi -L lists none. "
+        "Install the NVIDIA driver, or set DIN_DIST_DEVICE=cpu.\n"
+    )
+
+
+def test_a_failed_set_up_ends_it(launcher: Launcher) -> None:
+    done = launcher.run(FAKE_SETUP="2")
+    assert done.returncode == 2
+    assert "prepare got" not in done.stderr
+
+
+def test_flags_that_preparation_refuses_start_no_worker(launcher: Launcher) -> None:
+    done = launcher.run(FAKE_PREPARE="2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "train got" not in done.stderr
+
+
+def test_the_exit_code_of_one_worker(launcher: Launcher) -> None:
+    assert launcher.run("--num_workers=1", FAKE_TRAIN="0=75").returncode == 75
+
+
+def test_horovodrun_does_not_swallow_the_exit_code(launcher: Launcher) -> None:
+    done = launcher.run(FAKE_TRAIN="1=2")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr, "of horovodrun: the trainer has said what is wrong"
+
+
+def test_a_killed_worker_is_reported(launcher: Launcher) -> None:
+    done = launcher.run(FAKE_TRAIN="1=SIGKILL")
+    assert done.returncode == 137
+    assert done.stderr.endswith(
+        "train.sh: worker 1 was killed (SIGKILL). Often memory ran out: use fewer workers or a smaller batch.\n"
+    )
+
+
+def test_what_horovodrun_says_is_shown_when_no_worker_failed(launcher: Launcher) -> None:
+    script(launcher.root / ".venv" / "bin" / "horovodrun", "#!/bin/sh\necho no route to host >&2\nexit 3\n")
+    done = launcher.run()
+    assert done.returncode == 3
+    assert done.stderr.endswith("no route to host\n")
+
+
+@pytest.mark.parametrize(
+    ("stop", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_workers_get_all_the_time_they_need_to_stop(
+    launcher: Launcher, stop: Callable[[int, int], None], number: int
+) -> None:
+    process = launcher.start(FAKE_TRAIN="until_stopped=7")  # horovodrun itself would kill them after 5 seconds
+    launcher.stop_when_training(process, 2, stop, number)
+    done = finished(process)
+    assert done.returncode == 75, done.stderr
+    assert sorted(path.name for path in launcher.work.glob("checkpoint.*")) == ["checkpoint.0", "checkpoint.1"]
+
+
+def test_one_worker_stops_too(launcher: Launcher) -> None:
+    process = launcher.start("--num_workers=1", FAKE_TRAIN="until_stopped=0")
+    launcher.stop_when_training(process, 1, os.kill, signal.SIGTERM)
+    assert finished(process).returncode == 75
+    assert (launcher.work / "checkpoint.0").exists()
+
+
+def test_stopped_while_preparing(launcher: Launcher) -> None:
+    process = launcher.start(FAKE_PREPARE_SECONDS="60")
+    assert process.stderr is not None
+    while "prepare got" not in process.stderr.readline():
+        pass
+    process.terminate()
+    done = finished(process)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert "train got" not in done.stderr
+
+
+def test_stopped_while_horovodrun_starts(launcher: Launcher) -> None:
+    slow = f'#!/bin/sh\ntouch starting\nsleep 2\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n'
+    script(launcher.root / ".venv" / "bin" / "horovodrun", slow)
+    process = launcher.start(FAKE_TRAIN="until_stopped=0")
+    wait_until((launcher.work / "starting").exists)
+    process.terminate()
+    done = finished(process)
+    assert done.returncode == 75
+    assert "train got" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_nothing_survives_a_killed_launcher(launcher: Launcher, num_workers: int) -> None:
+    process = launcher.start(f"--num_workers={num_workers}", FAKE_TRAIN="until_stopped=0")
+    launcher.stop_when_training(process, num_workers, os.kill, signal.SIGKILL)
+    wait_until(lambda: len(list(launcher.work.glob("checkpoint.*"))) == num_workers)
+    process.communicate(timeout=60)  # ends when the last process has closed its output

@@ -1,0 +1,66 @@
+"""The packed models against the padded float64 reference: logits, loss, and the gradient of every parameter."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
+from tests.reference.compare import (
+    ITEM_FEATURES,
+    RAGGED,
+    assert_same_gradients,
+    loss_and_gradients,
+    packed,
+    padded_batch,
+    small_model,
+    weights_of,
+)
+from tests.reference.padded_din import PaddedModel, central_differences
+
+VARIANTS = [
+    *itertools.product([ModelKind.DIN], Activation, AttentionNormalization),
+    *itertools.product([ModelKind.MEAN_POOLING], Activation, [AttentionNormalization.SOFTMAX]),
+]
+
+
+def compare(lengths, training, model, activation, normalization, batch_norm, seed=0):
+    batch = padded_batch(lengths, seed)
+    settings = {"model": model, "activation": activation}
+    ours = small_model(seed, attention_normalization=normalization, batch_norm=batch_norm, **settings)
+    reference = PaddedModel(
+        ITEM_FEATURES,
+        normalization=normalization,
+        batch_statistics=training and batch_norm is BatchNorm.SYNCED,
+        **settings,
+    )
+    weights = weights_of(ours)
+    trainable = [weight.path for weight in ours.trainable_weights]
+    logits, loss, gradients = loss_and_gradients(ours, packed(batch), training)
+    np.testing.assert_allclose(logits, reference.logits(weights, batch), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, reference.loss(weights, batch), rtol=1e-5)
+    expected = central_differences(lambda changed: reference.loss(changed, batch), weights, trainable)
+    assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("batch_norm", BatchNorm)
+@pytest.mark.parametrize(("model", "activation", "normalization"), VARIANTS)
+def test_every_variant_equals_the_reference(model, activation, normalization, batch_norm, training):
+    compare(RAGGED, training, model, activation, normalization, batch_norm)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(0,), (1,), (12,), (0, 0, 0), (1, 1, 1), (12, 12), (0, 0, 1)], ids=lambda lengths: str(list(lengths))
+)
+@pytest.mark.parametrize("model", ModelKind)
+@pytest.mark.parametrize("batch_norm", BatchNorm)
+def test_batches_at_the_edges_equal_the_reference(model, batch_norm, lengths):
+    """One example, no history anywhere, length one only, the longest only; Dice, for it takes statistics."""
+    compare(lengths, True, model, Activation.DICE, AttentionNormalization.SOFTMAX, batch_norm)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_random_ragged_batches_equal_the_reference(seed):
+    lengths = np.random.default_rng(seed).integers(0, 13, 16)
+    compare(lengths, True, ModelKind.DIN, Activation.DICE, AttentionNormalization.SOFTMAX, BatchNorm.SYNCED, seed)

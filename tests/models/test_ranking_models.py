@@ -1,0 +1,186 @@
+"""What both models promise beyond their formulas; each test runs on DIN and on mean pooling."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy.testing import assert_allclose, assert_array_equal
+
+from din_dist import schema
+from din_dist.assembly import make_model
+from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
+from tests.reference.compare import (
+    FACTS,
+    ITEM_FEATURES,
+    RAGGED,
+    assert_same_gradients,
+    loss_and_gradients,
+    packed,
+    padded_batch,
+    small_model,
+    take,
+)
+from tests.reference.ranks import ThreadedRanks
+
+pytestmark = pytest.mark.parametrize("kind", ModelKind)
+
+HISTORIES = [[3, 1, 4], [], [5], [9, 2, 6, 5], []]
+CANDIDATES = [[1, 3], [7, 7, 8], [], [5], []]  # some histories have none
+
+
+def initial_weights(kind, seed):
+    model = make_model(ModelConfig(model=kind, embedding_dim=(8,)), FACTS, ITEM_FEATURES, seed=seed)
+    return {weight.path: weight.numpy() for weight in model.weights}
+
+
+def score(model, histories, candidates):
+    lengths, counts = ([len(row) for row in rows] for rows in (histories, candidates))
+    flat = [tf.constant([item for row in rows for item in row], tf.int32) for rows in (histories, candidates)]
+    return model.score_candidates(flat[0], tf.constant(lengths, tf.int32), flat[1], tf.constant(counts, tf.int32))
+
+
+@pytest.mark.parametrize("normalization", AttentionNormalization)
+def test_score_candidates_equals_scoring_one_by_one(kind, normalization):
+    model = small_model(model=kind, attention_normalization=normalization, activation=Activation.DICE)
+    one_by_one = [
+        model(
+            {
+                schema.CANDIDATE_ITEM_IDS: tf.constant([candidate]),
+                schema.HISTORY_ITEM_IDS: tf.constant(history, tf.int32),
+                schema.HISTORY_LENGTHS: tf.constant([len(history)]),
+            }
+        )[0]
+        for history, candidates in zip(HISTORIES, CANDIDATES, strict=True)
+        for candidate in candidates
+    ]
+    assert len(set(np.round(one_by_one, 4))) == 5  # six candidates, one of them twice for the same history
+    assert_allclose(score(model, HISTORIES, CANDIDATES), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_score_candidates_of_nothing(kind):
+    model = small_model(model=kind)
+    assert score(model, [], []).shape == (0,)
+    assert score(model, HISTORIES, [[]] * len(HISTORIES)).shape == (0,)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_order_of_the_batch_does_not_matter(kind, training):
+    model = small_model(model=kind, activation=Activation.DICE, dropout=0.5)
+    batch = packed(padded_batch(RAGGED))
+    order = np.random.default_rng(1).permutation(len(RAGGED))
+    logits = model(batch, training=training).numpy()
+    assert_allclose(model(take(batch, order), training=training), logits[order], rtol=1e-4, atol=1e-5)
+
+
+def test_the_layers_are_created_once(kind):
+    """However often and on whatever they are called; the parameters are those of the formulas (H = 3 + 2)."""
+    model = small_model(model=kind, activation=Activation.PRELU)
+    before = [id(weight) for weight in model.weights]
+    tables = 13 * 3 + 5 * 2 + 13
+    perceptron = {width: (width * 5 + 5 + 5) + (5 * 4 + 4 + 4) + (4 + 1) for width in (10, 15, 20)}
+    interest = 2 * 5 + (5 * 5 + 5)
+    head = 2 * 15 + perceptron[15] + perceptron[20] if kind is ModelKind.DIN else 2 * 10 + perceptron[10]
+    assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == tables + interest + head
+    for lengths in ((1,), (2, 0), ()):
+        model(packed(padded_batch(lengths)), training=True)
+    score(model, HISTORIES, CANDIDATES)
+    assert [id(weight) for weight in model.weights] == before
+    assert len({weight.path for weight in model.weights}) == len(before)  # checkpoints keep weights by path
+
+
+def test_a_graph_traced_once_takes_every_batch(kind):
+    model = small_model(model=kind, activation=Activation.DICE, batch_norm=BatchNorm.FROZEN, dropout=0.2)
+    example = packed(padded_batch((1,)))
+    signature = {name: tf.TensorSpec([None], values.dtype) for name, values in example.items()}
+    in_graph = tf.function(lambda batch: model(batch, training=True), input_signature=[signature])
+    for lengths in (RAGGED, (0, 0), (1,), ()):
+        batch = packed(padded_batch(lengths))
+        assert_allclose(in_graph(batch), model(batch, training=True), rtol=1e-5, atol=1e-6)
+    assert in_graph.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("batch_norm", BatchNorm)
+def test_a_batch_without_examples_gives_zero_gradients_and_moves_no_average(kind, batch_norm):
+    """The share of a rank in the last, partial batch of an epoch."""
+    model = small_model(model=kind, activation=Activation.DICE, batch_norm=batch_norm)
+    averages = [weight.numpy() for weight in model.non_trainable_weights]
+    logits, loss, gradients = loss_and_gradients(model, packed(padded_batch(())), training=True, num_examples=8)
+    assert logits.shape == (0,)
+    assert loss == 0
+    for path, gradient in gradients.items():
+        assert_array_equal(gradient, np.zeros_like(gradient), err_msg=path)
+    for weight, before in zip(model.non_trainable_weights, averages, strict=True):
+        assert_array_equal(weight, before, err_msg=weight.path)
+
+
+@pytest.mark.parametrize("shares", [((0, 1, 2), (3, 4, 5, 6, 7)), ((0, 1), (2, 3, 4, 5, 6, 7), ())], ids=["2", "3"])
+def test_many_ranks_equal_one(kind, shares):
+    """Logits, moving averages and summed gradients under synced batch norm, Dice and dropout; one rank has nothing."""
+    settings = {"model": kind, "activation": Activation.DICE, "dropout": 0.3}
+    batch = packed(padded_batch(RAGGED))
+    alone = small_model(**settings)
+    logits, loss, gradients = loss_and_gradients(alone, batch, training=True)
+
+    ranks = ThreadedRanks(len(shares))
+    models = [small_model(sum_over_ranks=ranks.sum_over_ranks(rank), **settings) for rank in range(len(shares))]
+    results = ranks.run(
+        lambda rank: loss_and_gradients(models[rank], take(batch, shares[rank]), training=True, num_examples=8)
+    )
+    assert_allclose(np.concatenate([logits for logits, _, _ in results]), logits, rtol=1e-4, atol=1e-5)
+    assert_allclose(sum(loss for _, loss, _ in results), loss, rtol=1e-5)
+    assert_same_gradients({path: sum(found[path] for _, _, found in results) for path in gradients}, gradients)
+    for model in models:
+        for weight, expected in zip(model.non_trainable_weights, alone.non_trainable_weights, strict=True):
+            assert_allclose(weight, expected, rtol=1e-5, atol=1e-6, err_msg=weight.path)
+
+
+def test_dropout_acts_in_training_only_and_keeps_to_the_example(kind):
+    model = small_model(model=kind, dropout=0.5, batch_norm=BatchNorm.FROZEN)
+    without = small_model(model=kind, batch_norm=BatchNorm.FROZEN)
+    batch = packed(padded_batch(RAGGED))
+    assert_array_equal(model(batch), without(batch))
+    together = model(batch, training=True)
+    assert np.abs(together - without(batch, training=True)).max() > 0.01
+    alone = tf.concat([model(take(batch, [i]), training=True) for i in range(len(RAGGED))], axis=0)
+    assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_make_model_depends_on_the_seed_alone(kind):
+    first = initial_weights(kind, seed=1)
+    tf.random.uniform([3])  # what was drawn before changes nothing
+    again, other = initial_weights(kind, seed=1), initial_weights(kind, seed=2)
+    for path, values in first.items():
+        assert_array_equal(again[path], values, err_msg=path)
+        if values.std() > 0:  # was drawn
+            assert np.abs(other[path] - values).max() > 1e-3, path
+
+
+def test_no_two_weights_start_equal(kind):
+    """Keras 3 repeats the values of an initializer: layers or tables of one shape must not share one."""
+    facts = schema.DatasetFacts(1, 12, 1, False, {"category_id": 12, "brand": 12}, 0, 0, "", {})
+    features = {name: np.arange(13, dtype=np.int32) for name in facts.item_features}
+    config = ModelConfig(model=kind, embedding_dim=(4,), hidden_units=(12, 12, 12), attention_hidden_units=(12, 12, 12))
+    model = make_model(config, facts, features, seed=0)
+    drawn = [weight.numpy().ravel() for weight in model.weights if weight.numpy().std() > 0]
+    assert len(drawn) >= 3 + 1 + 4
+    assert len({tuple(np.sort(values)[:8]) for values in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_logits_are_finite_however_far_the_weights_have_gone(kind, activation):
+    model = small_model(model=kind, activation=activation)
+    for weight in model.trainable_weights:
+        weight.assign(1e3 * weight)
+    batch = packed(padded_batch(RAGGED))
+    for training in (True, False):
+        logits, _, gradients = loss_and_gradients(model, batch, training)
+        assert np.isfinite(logits).all()
+        assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_weights_survive_saving_and_loading(kind, tmp_path):
+    batch = packed(padded_batch(RAGGED))
+    model = small_model(seed=1, model=kind, activation=Activation.DICE)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = small_model(seed=2, model=kind, activation=Activation.DICE)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert_array_equal(other(batch), model(batch))

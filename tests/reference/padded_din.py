@@ -1,0 +1,156 @@
+"""DIN and mean pooling in NumPy float64 and padded form: the judge of the packed model.
+
+Written from the formulas of DESIGN.md ("Model"), as plainly as they stand there: histories are rectangles with a mask,
+the four inputs of the attention are concatenated, gradients are central differences. It shares no code with `din_dist`.
+
+Letters: B examples, T positions of the longest history, H width of an item vector, W columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+EPSILON = 1e-3  # of batch normalisation, as tf.layers'
+
+Weights = Mapping[str, np.ndarray]  # by path, for example "model/head/dense_0/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedBatch:
+    candidate_item_ids: np.ndarray  # [B]
+    history_item_ids: np.ndarray  # [B, T]; what stands where the mask is False must not matter
+    history_mask: np.ndarray  # [B, T], True = real
+    labels: np.ndarray  # [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedModel:
+    """`item_features`: name -> the feature's id of each item. `batch_statistics`: in training, unless frozen."""
+
+    item_features: Mapping[str, np.ndarray]
+    model: str = "din"
+    activation: str = "sigmoid"
+    normalization: str = "softmax"
+    batch_statistics: bool = False
+
+    def loss(self, weights: Weights, batch: PaddedBatch) -> float:
+        probability = sigmoid(self.logits(weights, batch))
+        return float(-np.mean(np.log(np.where(batch.labels == 1, probability, 1 - probability))))
+
+    def logits(self, weights: Weights, batch: PaddedBatch) -> np.ndarray:
+        """`[B]`."""
+        candidate = self.embed(weights, batch.candidate_item_ids)  # [B, H]
+        keys = self.embed(weights, batch.history_item_ids)  # [B, T, H]
+        mask = batch.history_mask
+        if self.model == "din":
+            unit = scope(weights, "model/attention/")
+            interest = attend(
+                unit, candidate, keys, mask, self.activation, self.normalization, self.batch_statistics
+            )  # [B, H]
+        else:
+            interest = np.where(mask[..., None], keys, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
+        interest = batch_norm(scope(weights, "model/interest_norm/"), interest, self.batch_statistics)
+        interest = dense(scope(weights, "model/interest_projection/"), interest)
+        features = [interest, candidate, interest * candidate] if self.model == "din" else [interest, candidate]
+        features = np.concatenate(features, axis=1)
+        features = batch_norm(scope(weights, "model/head_norm/"), features, self.batch_statistics)
+        head = perceptron(scope(weights, "model/head/"), features, self.activation, self.batch_statistics)
+        return head + weights["lookup/item_bias"][batch.candidate_item_ids, 0]
+
+    def embed(self, weights: Weights, item_ids: np.ndarray) -> np.ndarray:
+        """The item's own embedding and those of its features, side by side: `[..., H]`."""
+        rows = [weights["lookup/item"][item_ids]]
+        rows += [weights[f"lookup/{name}"][feature[item_ids]] for name, feature in self.item_features.items()]
+        return np.concatenate(rows, axis=-1)
+
+
+def attend(
+    weights: Weights,
+    candidate: np.ndarray,
+    keys: np.ndarray,
+    mask: np.ndarray,
+    activation: str,
+    normalization: str,
+    batch_statistics: bool,
+) -> np.ndarray:
+    """The interest `[B, H]` of `candidate` `[B, H]` in `keys` `[B, T, H]`; zeros where `mask` `[B, T]` is all False."""
+    query = np.broadcast_to(candidate[:, None, :], keys.shape)
+    pairs = np.concatenate([query, keys, query - keys, query * keys], axis=-1)  # [B, T, 4H]
+    scores = perceptron(scope(weights, "scorer/"), pairs, activation, batch_statistics, mask)  # [B, T]
+    if normalization == "softmax":
+        scores = np.where(mask, scores / np.sqrt(candidate.shape[1]), -np.inf)
+        largest = np.max(scores, axis=1, keepdims=True, initial=-1e300)
+        exponentials = np.exp(scores - largest)  # 0 where masked
+        sums = exponentials.sum(axis=1, keepdims=True)
+        scores = exponentials / np.where(sums == 0, 1, sums)
+    return np.where(mask[..., None], scores[..., None] * keys, 0).sum(axis=1)
+
+
+def perceptron(
+    weights: Weights, inputs: np.ndarray, activation: str, batch_statistics: bool, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Hidden layers, then one output unit: `[..., W] -> [...]`. Batch statistics are of the rows in `mask`."""
+    hidden = inputs
+    for i in range(sum(name.endswith("kernel") for name in weights) - 1):
+        hidden = dense(scope(weights, f"dense_{i}/"), hidden)
+        own = scope(weights, f"activation_{i}/")
+        if activation == "sigmoid":
+            hidden = sigmoid(hidden)
+        elif activation == "relu":
+            hidden = np.maximum(hidden, 0)
+        elif activation == "prelu":
+            hidden = np.where(hidden > 0, hidden, own["alpha"] * hidden)
+        else:
+            hidden = dice(own, hidden, batch_statistics, mask)
+    return dense(scope(weights, "output/"), hidden)[..., 0]
+
+
+def dice(weights: Weights, x: np.ndarray, batch_statistics: bool, mask: np.ndarray | None = None) -> np.ndarray:
+    p = sigmoid(standardize(scope(weights, "standardize/"), x, batch_statistics, mask))
+    return p * x + (1 - p) * weights["alpha"] * x
+
+
+def batch_norm(weights: Weights, x: np.ndarray, batch_statistics: bool) -> np.ndarray:
+    return standardize(scope(weights, "standardize/"), x, batch_statistics) * weights["gamma"] + weights["beta"]
+
+
+def standardize(weights: Weights, x: np.ndarray, batch_statistics: bool, mask: np.ndarray | None = None) -> np.ndarray:
+    mean, variance = weights["moving_mean"], weights["moving_variance"]
+    rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+    if batch_statistics and len(rows):
+        mean, variance = rows.mean(axis=0), rows.var(axis=0)
+    return (x - mean) / np.sqrt(variance + EPSILON)
+
+
+def dense(weights: Weights, x: np.ndarray) -> np.ndarray:
+    return x @ weights["kernel"] + weights["bias"]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def scope(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
+    """The weights under `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def central_differences(
+    function: Callable[[Weights], float], weights: Weights, names: list[str], step: float = 1e-5
+) -> dict[str, np.ndarray]:
+    """The gradient of `function` with respect to every element of `weights[name]`, for each of `names`."""
+    weights = {name: np.array(value, np.float64) for name, value in weights.items()}
+    gradients = {}
+    for name in names:
+        gradients[name] = np.zeros_like(weights[name])
+        for place in np.ndindex(weights[name].shape):
+            middle = weights[name][place]
+            weights[name][place] = middle + step
+            above = function(weights)
+            weights[name][place] = middle - step
+            gradients[name][place] = (above - function(weights)) / (2 * step)
+            weights[name][place] = middle
+    return gradients
