@@ -104,7 +104,6 @@ exit_if_built # and has the wheel of the first
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 log=$folder/build.log
-: >"$log"
 echo "Building Horovod $horovod_version for $device: once, 2 to 3 minutes on 2 cores (log: $log)" >&2
 
 # The tools stay out of the environment that is built for.
@@ -134,7 +133,7 @@ if [[ $device == gpu ]]; then
 fi
 
 env "${settings[@]}" HOROVOD_CMAKE="$work/tools/cmake/data/bin/cmake" \
-  "$python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work" "$source_tree" >>"$log" 2>&1 ||
+  "$python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir "$work" "$source_tree" >"$log" 2>&1 ||
   die "Horovod did not build: $(grep -m 1 -E ': (fatal )?error:|CMake Error' "$log"). Log: $log"
 wheel=$(basename "$work"/horovod-*.whl)
 mv "$work/$wheel" "$folder/$wheel.part"

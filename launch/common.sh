@@ -22,15 +22,16 @@ count_gpus() {
   echo "$count"
 }
 
-# run_pip PYTHON LOG ARGUMENTS...: what pip says goes to LOG; its failure becomes one line.
+# run_pip PYTHON LOG ARGUMENTS...: what pip says becomes LOG; its failure becomes one line.
 run_pip() {
-  local python=$1 log=$2
+  local python=$1 log=$2 error
   shift 2
-  "$python" -m pip --disable-pip-version-check --no-input --retries 2 "$@" >>"$log" 2>&1 && return
-  if grep -qE '(NewConnection|ConnectTimeout|ReadTimeout|Proxy|SSL|ConnectionReset|NameResolution|Protocol)Error|Temporary failure in name' "$log"; then
+  "$python" -m pip --disable-pip-version-check --no-input "$@" >"$log" 2>&1 && return
+  if grep -qE '(NewConnection|ConnectTimeout|ReadTimeout|Proxy|SSL|ConnectionReset|NameResolution|Protocol)Error' "$log"; then
     die "the Python package index cannot be reached. Connect to it, or set PIP_INDEX_URL to one that can be reached. Log: $log"
   fi
-  die "pip failed: $(grep 'ERROR: ' "$log" | tail -n 1). Correct this and run again. Log: $log"
+  error=$(grep 'ERROR: ' "$log" || tail -n 1 "$log")
+  die "pip failed: ${error##*$'\n'}. Correct this and run again. Log: $log"
 }
 
 # await PROCESS: its exit code. A trapped signal ends bash's wait too, and says so by setting interrupted.

@@ -63,9 +63,8 @@ fi
 echo unfinished >"$stamp"
 
 log=$venv/din_dist_setup.log
-: >"$log"
 echo "Setting up $venv for $device: one or two minutes (log: $log)" >&2
-"$base_python" -m venv "$venv" >>"$log" 2>&1 || die "no virtual environment could be made at $venv: $(tail -n 1 "$log"). Log: $log"
+"$base_python" -m venv "$venv" >"$log" 2>&1 || die "no virtual environment could be made at $venv: $(tail -n 1 "$log"). Log: $log"
 python=$venv/bin/python
 
 tensorflow='tensorflow-cpu'
@@ -80,6 +79,8 @@ if "$python" -m pip show "$other" >/dev/null 2>&1; then
 fi
 run_pip "$python" "$log" install "${pip_flags[@]}" "$tensorflow" setuptools wheel
 wheel=$(PYTHON=$python "$root/launch/build_horovod.sh" "${build_flags[@]}")
-run_pip "$python" "$log" install "${pip_flags[@]}" --no-build-isolation "$wheel" --editable "${root}[$device${tests/+/,}]"
+# Its version says nothing of the TensorFlow that it was built for, so pip must not take the installed one for the same.
+run_pip "$python" "$log" install --force-reinstall --no-deps "$wheel"
+run_pip "$python" "$log" install "${pip_flags[@]}" --no-build-isolation --editable "${root}[$device${tests/+/,}]"
 
 echo "$made_from$tests" >"$stamp"

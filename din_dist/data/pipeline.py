@@ -138,7 +138,9 @@ def training_batches(
         total = tf.minimum(num_examples - first, global_batch_size)
         places = first + tf.range(*share(total, shard_index, num_shards))
         order = tf.stack([tf.constant(seed, tf.int64), epoch])
-        ids = tf.random.experimental.index_shuffle(places, seed=order, max_index=num_examples - 1)
+        # One place more than asked for: index_shuffle refuses a vector of none, which a rank of many may get.
+        places = tf.concat([places, [first]], axis=0)
+        ids = tf.random.experimental.index_shuffle(places, seed=order, max_index=num_examples - 1)[:-1]
         return maker.batch(ids, epoch)
 
     steps = tf.data.Dataset.range(first_step, end_step)

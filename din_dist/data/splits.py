@@ -7,15 +7,19 @@ one event of a split; without labels a row gives `1 + negatives_per_positive` ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from din_dist.config import DataConfig, Split
-from din_dist.data.event_store import EventStore
+from din_dist.data.event_store import PACKED_DIR, EventStore
 from din_dist.errors import InputError
 
 SPLITS = ("train", "validation", "test")
+_ARRAYS = ("users", "row_ends", "event_bases")
 _CHUNK = 10_000_000  # rows in memory at once
 
 
@@ -58,40 +62,41 @@ class Examples:
 def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]:
     """Cuts the events of `store` into `SPLITS`.
 
-    Without labels a user's first event is no example: nothing is known of the user yet.
+    Without labels a user's first event is no example: nothing is known of the user yet. The cut is kept beside the
+    packed events, memory-mapped like them: a job's workers on one machine hold it once.
 
     Raises:
         InputError: no event is left to train on, or a user has touched every item.
     """
+    if not store.facts.has_labels:
+        _require_untouched_items(store)
+    cut_times = _cut_times(store, config) if config.split is Split.TEMPORAL else ()
+    folder = store.folder / PACKED_DIR / "-".join(["split", config.split, *map(str, cut_times)])
+    if not folder.is_dir():
+        runs = {name: _runs(*bounds) for name, bounds in _bounds(store, config.split, cut_times).items()}
+        try:
+            _publish(folder, runs)
+        except OSError:  # prepared data on a read-only disk: then each process holds its own
+            return _checked({name: _examples(store, config, name, arrays) for name, arrays in runs.items()}, config)
+    mapped = {
+        name: {array: np.load(folder / f"{name}-{array}.npy", mmap_mode="c") for array in _ARRAYS} for name in SPLITS
+    }
+    return _checked({name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}, config)
+
+
+def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The first event and the end of each user's run in each split, `[U]` each."""
     begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
     firsts = begins if store.facts.has_labels else np.minimum(begins + 1, ends)
-    match config.split:
+    match split:
         case Split.LEAVE_ONE_OUT:
             validation_from = test_from = np.maximum(firsts, ends - 1)
         case Split.LEAVE_TWO_OUT:
             test_from = np.maximum(firsts, ends - 1)
             validation_from = np.maximum(firsts, ends - 2)
         case Split.TEMPORAL:
-            validation_time, test_time = _cut_times(store, config)
-            validation_from = np.maximum(firsts, begins + _num_before(store, validation_time))
-            test_from = np.maximum(firsts, begins + _num_before(store, test_time))
-    if not store.facts.has_labels:
-        _require_untouched_items(store)
-
-    def examples(low: np.ndarray, high: np.ndarray, negatives: int) -> Examples:
-        return _examples(low, high, 1 if store.facts.has_labels else 1 + negatives)
-
-    splits = {
-        "train": examples(firsts, validation_from, config.negatives_per_positive),
-        "validation": examples(validation_from, test_from, config.evaluation_negatives_per_positive),
-        "test": examples(test_from, ends, config.evaluation_negatives_per_positive),
-    }
-    if not splits["train"].num_rows:
-        raise InputError(
-            f"--split={config.split}: there must be events to train on. Received: none in {store.facts.num_events:,} "
-            f"events of {store.facts.num_users:,} users. Use users with more events, or another split."
-        )
-    return splits
+            validation_from, test_from = (np.maximum(firsts, begins + _num_before(store, time)) for time in cut_times)
+    return {"train": (firsts, validation_from), "validation": (validation_from, test_from), "test": (test_from, ends)}
 
 
 def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray:
@@ -107,14 +112,44 @@ def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray
     return counts
 
 
-def _examples(low: np.ndarray, high: np.ndarray, draws_per_row: int) -> Examples:
+def _runs(low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of `Examples`, from the bounds of each user's run."""
     counts = high - low
     users = np.flatnonzero(counts)
     row_ends = np.cumsum(counts[users])
     event_bases = low[users] - (row_ends - counts[users])
     largest = max(int(high[-1]) if len(high) else 0, len(counts))
     dtype = np.int32 if largest < 2**31 else np.int64
-    return Examples(users.astype(dtype), row_ends.astype(dtype), event_bases.astype(dtype), draws_per_row)
+    return {name: array.astype(dtype) for name, array in zip(_ARRAYS, (users, row_ends, event_bases), strict=True)}
+
+
+def _examples(store: EventStore, config: DataConfig, name: str, arrays: Mapping[str, np.ndarray]) -> Examples:
+    negatives = config.negatives_per_positive if name == "train" else config.evaluation_negatives_per_positive
+    return Examples(**arrays, draws_per_row=1 if store.facts.has_labels else 1 + negatives)
+
+
+def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examples]:
+    if not splits["train"].num_rows:
+        raise InputError(
+            f"--split={config.split}: there must be events to train on. Received: none, and "
+            f"{splits['validation'].num_rows} to validate and {splits['test'].num_rows} to test. Use users with more "
+            "events, or another split."
+        )
+    return splits
+
+
+def _publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, arrays in runs.items():
+            for array, values in arrays.items():
+                np.save(aside / f"{name}-{array}.npy", values)
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, with the same content
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _cut_times(store: EventStore, config: DataConfig) -> tuple[int, int]:

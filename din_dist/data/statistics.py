@@ -13,8 +13,33 @@ PERCENTILES = (50, 90, 99, 100)
 _USERS_AT_ONCE = 1 << 16  # with labels: bounds the memory
 
 
-def describe(store: EventStore, max_history_length: int) -> dict[str, Any]:
-    """Users, items, events, history lengths: what `prepare_data` prints, ready for JSON.
+def describe(store: EventStore, max_history_length: int) -> list[str]:
+    """`measure` as the lines that `prepare_data` prints."""
+    found = measure(store, max_history_length)
+
+    def spread(name: str) -> str:
+        numbers = found[name]
+        return (
+            f"mean {numbers['mean']:.1f}, 50% up to {numbers['p50']:,}, 90% {numbers['p90']:,}, "
+            f"99% {numbers['p99']:,}, longest {numbers['max']:,}"
+        )
+
+    sizes = [f"{name} {size:,}" for name, size in found["item_features"].items()]
+    rate = found["label_rate"]
+    return [
+        f"users: {found['users']:,}",
+        f"items: {found['items']:,}",
+        f"item features: {', '.join(sizes) or 'none'}",
+        f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
+        "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
+        f"events per user: {spread('events_per_user')}",
+        f"history lengths: {spread('history_length')}",
+        f"history lengths up to {max_history_length:,}: {spread('capped_history_length')}",
+    ]
+
+
+def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
+    """Users, items, events, history lengths; ready for JSON.
 
     Returns:
         `users`, `items`, `events`; `item_features`: name -> number of ids; `first_timestamp`, `last_timestamp`;

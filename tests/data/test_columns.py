@@ -186,6 +186,18 @@ def test_files_are_read_one_after_the_other(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(getattr(only_block(whole), field), getattr(only_block(parts), field))
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_one_of_the_files_may_have_no_rows(tmp_path: Path, name: str) -> None:
+    rows = events(timestamp=[1, 2])
+    full = write(tmp_path, rows, name.replace("a", "b", 1))
+    empty = tmp_path / name
+    if name == "a.csv":
+        empty.write_text("user_id,item_id,timestamp\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows).slice(0, 0), empty)
+    assert only_block(read_log([empty, full, empty], Columns())).timestamps.tolist() == [1, 2]
+
+
 def test_many_text_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns_module, "BYTES_PER_BATCH", 200)
     rows = [{"user_id": f"u{n % 7}", "item_id": n % 5, "timestamp": n, "junk": "x" * (n % 9)} for n in range(99)]
@@ -208,10 +220,18 @@ def test_json_ids_that_look_like_dates_stay_text(tmp_path: Path) -> None:
     assert log.user_ids.to_pylist() == ["2020-01-01"]
 
 
-def test_quoted_line_breaks_and_byte_order_mark_in_csv(tmp_path: Path) -> None:
+def test_byte_order_mark_in_csv(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    path.write_text('\ufeffuser_id,item_id,timestamp,note\nu,"i\nj",1,"a, b"\n')
-    assert read_log([path], Columns()).item_ids.to_pylist() == ["i\nj"]
+    path.write_text("\ufeffuser_id,item_id,timestamp\nu,i,1\n")
+    assert read_log([path], Columns()).item_ids.to_pylist() == ["i"]
+
+
+def test_quoted_line_breaks_in_csv_at_any_place_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "BYTES_PER_BATCH", 64)
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp,note\n" + 'u,"i\nj",1,"a,\n\n1,2 b"\n' * 50)
+    log = read_log([path], Columns())
+    assert log.item_ids.to_pylist() == ["i\nj"] and len(only_block(log).item_ids) == 50
 
 
 def test_presorted_keeps_the_order_of_the_file(tmp_path: Path) -> None:
@@ -236,6 +256,14 @@ def message(files: list[Path], columns: Columns | None = None) -> str:
 def test_missing_column(tmp_path: Path, name: str) -> None:
     text = message([write(tmp_path, [{"user": 1, "item_id": 2, "timestamp": 3}], name)])
     assert "column 'user_id' is missing. Received: columns user, item_id, timestamp." in text
+
+
+def test_a_column_that_occurs_twice(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp,item_id\nu,i,1,j\n")
+    assert "column 'item_id' occurs more than once. Received: columns user_id, item_id, timestamp, item_id." in message(
+        [path]
+    )
 
 
 def test_required_columns_may_not_be_missing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from din_dist.data import statistics
-from din_dist.data.statistics import describe
+from din_dist.data.statistics import describe, measure
 from tests.data.test_event_store import store_of
 
 
@@ -33,7 +33,7 @@ def expected_summary(values: list[int]) -> dict:
 
 def test_without_labels(tmp_path: Path) -> None:
     lengths = [1, 5, 2, 9, 30, 1]
-    found = describe(store_of(rows_of(lengths), tmp_path / "s", 7), max_history_length=6)
+    found = measure(store_of(rows_of(lengths), tmp_path / "s", 7), max_history_length=6)
     histories = [before for length in lengths for before in range(1, length)]
     assert found["users"] == 6 and found["items"] == 3 and found["events"] == 48
     assert found["item_features"] == {"category_id": 3}
@@ -49,7 +49,7 @@ def test_with_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users_at_o
     monkeypatch.setattr(statistics, "_USERS_AT_ONCE", users_at_once)
     lengths = [3, 8, 1, 4]
     labels = [*(1, 0, 1), *(1, 1, 0, 1, 1, 0, 0, 1), 0, *(0, 0, 1, 0)]
-    found = describe(store_of(rows_of(lengths, labels), tmp_path / "s", 7), max_history_length=3)
+    found = measure(store_of(rows_of(lengths, labels), tmp_path / "s", 7), max_history_length=3)
     histories = [*(0, 1, 1), *(0, 1, 2, 2, 3, 4, 4, 4), 0, *(0, 0, 0, 1)]
     assert found["label_rate"] == 8 / 16
     assert found["history_length"] == expected_summary(histories)
@@ -57,6 +57,21 @@ def test_with_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users_at_o
 
 
 def test_no_example_at_all(tmp_path: Path) -> None:
-    found = describe(store_of(rows_of([1, 1]), tmp_path / "s", 7), max_history_length=10)
+    found = measure(store_of(rows_of([1, 1]), tmp_path / "s", 7), max_history_length=10)
     assert found["history_length"] == {"mean": 0.0, "p50": 0, "p90": 0, "p99": 0, "max": 0}
     assert found["capped_history_length"] == found["history_length"]
+
+
+def test_lines_to_print(tmp_path: Path) -> None:
+    assert describe(store_of(rows_of([1, 3]), tmp_path / "a", 7), max_history_length=1) == [
+        "users: 2",
+        "items: 3",
+        "item features: category_id 3",
+        "events: 4, timestamps 0 to 3",
+        "labels: none, every event is a positive",
+        "events per user: mean 2.0, 50% up to 1, 90% 3, 99% 3, longest 3",
+        "history lengths: mean 1.5, 50% up to 1, 90% 2, 99% 2, longest 2",
+        "history lengths up to 1: mean 1.0, 50% up to 1, 90% 1, 99% 1, longest 1",
+    ]
+    labelled = describe(store_of(rows_of([2], [1, 0]), tmp_path / "b", 7), max_history_length=1)
+    assert labelled[4] == "labels: 50.00% positive"

@@ -1,4 +1,4 @@
-"""A checkout to run the launchers in: the real scripts, and a Python whose pip only notes down what it was asked to do."""
+"""A checkout to run the launchers in: the real scripts, and a Python whose pip only notes down what it is asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HOROVOD = "0.28.1"
 
-# `-m venv DIR` puts this same file into DIR; anything but venv, pip and the questions answered here goes to the real Python.
+# `-m venv DIR` copies this file into DIR. What is neither venv nor pip nor answered here goes to the real Python.
 PYTHON = """#!/usr/bin/env bash
 set -euo pipefail
 real={real}
@@ -23,10 +23,7 @@ case "$1 ${{2-}}" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "venv $3" >>{log} ;;
   "-m pip")
     shift 2
-    while [[ $1 == --disable-pip* || $1 == --no-input || $1 == --retries ]]; do
-      [[ $1 != --retries ]] || shift
-      shift
-    done
+    while [[ $1 == --* ]]; do shift; done
     [[ $1 == show ]] || echo "pip $*" >>{log}
     PATH=$PATH:{folder} exec "fake_pip_$1" "${{@:2}}"
     ;;

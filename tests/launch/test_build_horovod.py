@@ -1,4 +1,4 @@
-"""launch/build_horovod.sh: settings, key and care of the wheel cache. The real build is what installs these tests' Horovod."""
+"""launch/build_horovod.sh: its settings, its errors, its cache. A real build made the Horovod that runs these tests."""
 
 from __future__ import annotations
 

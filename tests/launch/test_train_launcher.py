@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+from tests.launch.fake_checkout import ROOT, finished, write_script
 
 SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
 PREPARE = """
@@ -55,7 +55,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "check out"  # paths with a space must do
-        shutil.copytree(LAUNCH, self.root / "launch")
+        shutil.copytree(ROOT / "launch", self.root / "launch")
         fakes = self.root / "fakes" / "din_dist" / "cli"
         fakes.mkdir(parents=True)
         for name in ("__init__.py", "../__init__.py"):
@@ -64,20 +64,20 @@ class Launcher:
         (fakes / "train.py").write_text(TRAIN)
         executables = self.root / ".venv" / "bin"
         executables.mkdir(parents=True)
-        script(self.root / "launch" / "setup.sh", SETUP)
-        script(executables / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        script(executables / "horovodrun", f'#!/bin/sh\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n')
+        write_script(self.root / "launch" / "setup.sh", SETUP)
+        write_script(executables / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        write_script(executables / "horovodrun", f'#!/bin/sh\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n')
         self.work = folder / "work"
         self.work.mkdir()
 
-    def start(self, *flags: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *flags: str, stderr: int = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
         return subprocess.Popen(
             [self.root / "launch" / "train.sh", *flags],
             cwd=self.work,
             env={**clean, "PYTHONPATH": str(self.root / "fakes"), "DIN_DIST_DEVICE": "cpu", **env},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )
@@ -90,16 +90,6 @@ class Launcher:
     ) -> None:
         wait_until(lambda: all((self.work / f"started.{rank}").exists() for rank in range(ranks)))
         stop(process.pid, number)
-
-
-def script(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    stdout, stderr = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -159,7 +149,7 @@ def nvidia_smi(folder: Path, num_gpus: int) -> str:
     """A PATH on which nvidia-smi lists so many GPUs."""
     listing = "".join(f"GPU {i}: Some GPU (UUID: GPU-{i})\\n" for i in range(num_gpus))
     (folder / "smi").mkdir()
-    script(folder / "smi" / "nvidia-smi", f"#!/bin/sh\nprintf '{listing}'\n")
+    write_script(folder / "smi" / "nvidia-smi", f"#!/bin/sh\nprintf '{listing}'\n")
     return f"{folder}/smi:{os.environ['PATH']}"
 
 
@@ -214,7 +204,7 @@ def test_a_killed_worker_is_reported(launcher: Launcher) -> None:
 
 
 def test_what_horovodrun_says_is_shown_when_no_worker_failed(launcher: Launcher) -> None:
-    script(launcher.root / ".venv" / "bin" / "horovodrun", "#!/bin/sh\necho no route to host >&2\nexit 3\n")
+    write_script(launcher.root / ".venv" / "bin" / "horovodrun", "#!/bin/sh\necho no route to host >&2\nexit 3\n")
     done = launcher.run()
     assert done.returncode == 3
     assert done.stderr.endswith("no route to host\n")
@@ -253,13 +243,26 @@ def test_stopped_while_preparing(launcher: Launcher) -> None:
 
 def test_stopped_while_horovodrun_starts(launcher: Launcher) -> None:
     slow = f'#!/bin/sh\ntouch starting\nsleep 2\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n'
-    script(launcher.root / ".venv" / "bin" / "horovodrun", slow)
+    write_script(launcher.root / ".venv" / "bin" / "horovodrun", slow)
     process = launcher.start(FAKE_TRAIN="until_stopped=0")
     wait_until((launcher.work / "starting").exists)
     process.terminate()
     done = finished(process)
     assert done.returncode == 75
     assert "train got" not in done.stdout + done.stderr
+
+
+def test_the_progress_bar_is_told_the_terminal(launcher: Launcher) -> None:
+    controller, terminal = os.openpty()
+    name = os.ttyname(terminal)
+    (launcher.root / "fakes" / "din_dist" / "cli" / "train.py").write_text(
+        "import os; print(os.environ.get('DIN_DIST_PROGRESS_TTY'))"
+    )
+    assert launcher.run("--num_workers=1").stdout == "None\n"
+    process = launcher.start("--num_workers=1", stderr=terminal)
+    os.close(terminal)
+    assert process.communicate(timeout=60)[0] == f"{name}\n"
+    os.close(controller)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -55,7 +55,7 @@ def test_outputs_and_gradients_equal_the_reference(frozen, training):
 
 def test_statistics_are_those_of_all_ranks():
     """The other rank, simulated, adds 3 to this rank's 1: sums about 0 are 3, of squares 9, of one row."""
-    layer = built(1, sum_over_ranks=lambda sums: sums + [3.0, 9.0, 1.0])
+    layer = built(1, sum_over_ranks=lambda sums: sums + tf.constant([3.0, 9.0, 1.0]))
     assert_allclose(layer(tf.constant([[1.0]]), training=True), [[0.2689]], rtol=1e-3)
 
 

@@ -15,10 +15,6 @@ def kept(keys, rate=0.5, stream=0):
     return layer(tf.ones([len(keys), UNITS]), tf.constant(keys, tf.int64), training=True).numpy() > 0
 
 
-def share_equal(one, other):
-    return np.mean(one == other)
-
-
 def test_kept_units_are_scaled_and_the_rest_are_zero():
     """By 1 / (1 - 3/4) = 4, in the gradient too; expectations stay."""
     inputs = tf.constant(np.arange(1.0, 1 + 64 * UNITS).reshape(64, UNITS), tf.float32)
@@ -44,11 +40,11 @@ def test_training_needs_keys():
 @pytest.mark.parametrize("keys", [RANDOM_KEYS, np.arange(4096)], ids=["random", "consecutive"])
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.9])
 def test_the_share_left_out_is_the_rate(rate, keys):
-    """Over all, in each unit, and in each example, to 5 standard deviations of independent draws."""
+    """Over all, in each unit, and in each example, to 6 standard deviations of independent draws."""
     left_out = ~kept(keys, rate)
     for axis, draws in ((None, left_out.size), (0, len(keys)), (1, UNITS)):
         shares = left_out.mean(axis=axis)
-        assert np.abs(shares - rate).max() < 5 * np.sqrt(rate * (1 - rate) / draws) + (axis == 1) * 0.01
+        assert np.abs(shares - rate).max() < 6 * np.sqrt(rate * (1 - rate) / draws)
 
 
 def test_a_mask_belongs_to_its_key():
@@ -72,7 +68,7 @@ def test_other_keys_have_other_masks(low):
 def test_streams_and_units_draw_apart():
     mask = kept(RANDOM_KEYS)
     for other in (kept(RANDOM_KEYS, stream=1), np.roll(mask, 1, axis=1), np.roll(mask, 1, axis=0)):
-        assert_allclose(share_equal(mask, other), 0.5, atol=0.01)
+        assert_allclose(np.mean(mask == other), 0.5, atol=0.01)
 
 
 def test_config_round_trip():

@@ -46,7 +46,10 @@ def test_the_order_of_the_four_inputs():
 
 
 def test_softmax_of_scores_over_the_root_of_the_width():
-    """Score = first element of the key; 0 and 2 ln 3 over sqrt(H = 4) weigh 1/4 and 3/4. A key serves two candidates."""
+    """Score = first element of the key; 0 and 2 ln 3 over sqrt(H = 4) weigh 1/4 and 3/4.
+
+    The second key serves both candidates.
+    """
     unit = summing_unit([0.0] * 4 + [1.0, 0.0, 0.0, 0.0] + [0.0] * 8, SOFTMAX)
     keys = tf.constant([[0.0, 8.0, 0.0, 0.0], [2 * math.log(3), 0.0, 4.0, 0.0]])
     pooled = unit(tf.zeros([2, 4]), keys, tf.constant([0, 0, 1]), tf.constant([0, 1, 1]))

@@ -98,8 +98,8 @@ def _fetch(name: str, names: list[str], dl_manager: tfds.download.DownloadManage
             path = Path(dl_manager.download(URL + name))
         except Exception as error:  # whatever the network stack raises
             raise InputError(
-                f"{URL}{name}: cannot be downloaded ({' '.join(str(error).split())[:200]}). Download {' and '.join(names)} "
-                "by other means, put both into a folder and give that as --data_path."
+                f"{URL}{name}: cannot be downloaded ({' '.join(str(error).split())[:200]}). "
+                f"Download {' and '.join(names)} by other means, put both into a folder and give that as --data_path."
             ) from error
     if name in PUBLISHED:
         size, md5 = PUBLISHED[name]

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy.testing import assert_allclose, assert_array_equal
+
+from din_dist.data.hashing import hash64
+
+
+def split_mix(*parts):
+    """The fold in plain Python: add the part and the golden gamma, then SplitMix64's finalizer."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state
+
+
+def test_the_published_first_number_of_split_mix():
+    """SplitMix64 of seed 0 begins with 0xE220A8397B1DCDAF."""
+    assert int(hash64(0).numpy()) == 0xE220A8397B1DCDAF
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(1,), (-1,), (2**63, 2**64 - 1), (1234, 1, 0, 198_501, 4), (0, 0), (-(2**63), 2**63 - 1)],
+    ids=str,
+)
+def test_equals_the_fold_in_plain_python(parts):
+    """As Python integers and, where they fit, as int64 tensors."""
+    assert int(hash64(*parts).numpy()) == split_mix(*parts)
+    if all(-(2**63) <= part < 2**63 for part in parts):
+        assert int(hash64(*(tf.constant(part, tf.int64) for part in parts)).numpy()) == split_mix(*parts)
+
+
+def test_parts_broadcast_and_a_graph_gives_the_same():
+    events, draws = tf.constant([[5], [-6]], tf.int64), tf.constant([0, 1, 2], tf.int32)
+    expected = [[split_mix(9, event, draw) for draw in (0, 1, 2)] for event in (5, -6)]
+    hashed = hash64(9, events, draws)
+    assert hashed.dtype == tf.uint64
+    assert_array_equal(hashed, np.array(expected, np.uint64))
+    assert_array_equal(tf.function(hash64)(9, events, draws), hashed)
+
+
+def test_the_order_and_number_of_parts_count():
+    assert len({int(hash64(*parts).numpy()) for parts in ((1, 2), (2, 1), (1,), (1, 2, 0), (3,))}) == 5
+
+
+def test_every_bit_is_even_and_follows_every_bit_of_the_part():
+    """Of 65,536 consecutive numbers, each bit is set in half; flipping any bit flips each bit half of the time."""
+    numbers = tf.range(65_536, dtype=tf.int64)
+
+    def bits(hashed):
+        return np.unpackbits(hashed.numpy().view(np.uint8).reshape(-1, 8), axis=1)
+
+    original = bits(hash64(7, numbers))
+    assert_allclose(original.mean(axis=0), 0.5, atol=0.012)  # six standard deviations
+    for bit in (0, 15, 16, 31, 32, 62):
+        flipped = bits(hash64(7, tf.bitwise.bitwise_xor(numbers, tf.constant(1 << bit, tf.int64))))
+        assert_allclose((original != flipped).mean(axis=0), 0.5, atol=0.02)

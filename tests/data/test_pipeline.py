@@ -1,0 +1,189 @@
+"""Packed batches against a slow reading of the rules, and every example exactly once."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from din_dist import schema
+from din_dist.config import DataConfig
+from din_dist.data.event_store import EventStore
+from din_dist.data.pipeline import BATCH_SIGNATURE, evaluation_batches, num_steps_per_epoch, share, training_batches
+from din_dist.data.prepared import prepare
+from din_dist.data.splits import Examples, split_examples
+from tests.small_log import small_config
+
+
+@pytest.fixture(params=[False, True], ids=["no_labels", "labels"])
+def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[DataConfig, EventStore, dict[str, Examples]]:
+    config = small_config(tmp_path, labels=request.param, negatives_per_positive=2).data
+    store = prepare(config)
+    return config, store, split_examples(store, config)
+
+
+def train(prepared, *, world_size: int = 1, rank: int = 0, steps: tuple[int, int], batch: int = 50, seed: int = 7):
+    config, store, splits = prepared
+    return training_batches(
+        store,
+        splits["train"],
+        config,
+        seed=seed,
+        global_batch_size=batch,
+        first_step=steps[0],
+        end_step=steps[1],
+        shard_index=rank,
+        num_shards=world_size,
+    ).as_numpy_iterator()
+
+
+def test_batches_hold_what_the_rules_say(prepared) -> None:
+    config, store, splits = prepared
+    examples = splits["train"]
+    events = examples.events()
+    for batch in train(prepared, steps=(0, num_steps_per_epoch(examples.num_examples, 50))):
+        ends = np.cumsum(batch[schema.HISTORY_LENGTHS])
+        histories = np.split(batch[schema.HISTORY_ITEM_IDS], ends[:-1])
+        for place, example in enumerate(batch[schema.EXAMPLE_IDS]):
+            row, draw = divmod(int(example), examples.draws_per_row)
+            event = events[row]
+            user = np.searchsorted(store.user_offsets, event, side="right") - 1
+            before = np.arange(store.user_offsets[user], event)
+            if store.labels is not None:
+                before = before[store.labels[before] == 1]
+                assert batch[schema.LABELS][place] == store.labels[event]
+            else:
+                assert batch[schema.LABELS][place] == (draw == 0)
+            expected = store.item_ids[before][-config.max_history_length :]
+            assert histories[place].tolist() == expected.tolist()
+            candidate = batch[schema.CANDIDATE_ITEM_IDS][place]
+            touched = store.item_ids[store.user_offsets[user] : store.user_offsets[user + 1]]
+            if store.labels is None and draw:
+                assert 1 <= candidate <= store.facts.num_items
+                assert candidate not in touched
+            else:
+                assert candidate == store.item_ids[event]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_example_exactly_once_an_epoch(prepared, world_size: int) -> None:
+    num_examples = prepared[2]["train"].num_examples
+    per_epoch = num_steps_per_epoch(num_examples, 50)
+    for epoch in range(2):
+        seen: Counter[int] = Counter()
+        for rank in range(world_size):
+            steps = (epoch * per_epoch, (epoch + 1) * per_epoch)
+            for batch in train(prepared, world_size=world_size, rank=rank, steps=steps):
+                seen.update(batch[schema.EXAMPLE_IDS].tolist())
+        assert seen == Counter(range(num_examples))
+
+
+def test_ranks_divide_the_same_global_batch_and_resume_anywhere(prepared) -> None:
+    """Step by step, the ranks' shares end to end are the one worker's batch; starting later changes nothing."""
+    whole = list(train(prepared, steps=(0, 12)))
+    parts = [list(train(prepared, world_size=3, rank=rank, steps=(5, 12))) for rank in range(3)]
+    for step, batch in enumerate(whole[5:]):
+        for name in BATCH_SIGNATURE:
+            joined = np.concatenate([part[step][name] for part in parts])
+            np.testing.assert_array_equal(joined, batch[name], err_msg=name)
+
+
+def test_order_differs_by_epoch_and_seed_and_is_not_the_logs(prepared) -> None:
+    per_epoch = num_steps_per_epoch(prepared[2]["train"].num_examples, 50)
+
+    def order(epoch: int, seed: int = 7) -> list[int]:
+        batches = train(prepared, steps=(epoch * per_epoch, (epoch + 1) * per_epoch), seed=seed)
+        return np.concatenate([batch[schema.EXAMPLE_IDS] for batch in batches]).tolist()
+
+    orders = [order(0), order(1), order(0, seed=8), sorted(order(0))]
+    assert order(0) == orders[0]
+    assert all(one != other for place, one in enumerate(orders) for other in orders[:place])
+
+
+def test_the_last_batch_may_leave_ranks_without_examples(prepared) -> None:
+    num_examples = prepared[2]["train"].num_examples
+    batch_size = num_examples - 1  # the last batch has one example
+    sizes = [
+        [len(batch[schema.LABELS]) for batch in train(prepared, world_size=3, rank=rank, steps=(0, 2), batch=batch_size)]
+        for rank in range(3)
+    ]
+    assert np.sum(sizes, axis=0).tolist() == [batch_size, 1]
+    assert sorted(last for _, last in sizes) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_negatives_are_redrawn_each_epoch_only_when_asked(tmp_path: Path, resample: bool) -> None:
+    config = small_config(tmp_path, resample_negatives=resample).data
+    store = prepare(config)
+    prepared = config, store, split_examples(store, config)
+    per_epoch = num_steps_per_epoch(prepared[2]["train"].num_examples, 50)
+
+    def negatives(epoch: int) -> dict[int, int]:
+        batches = train(prepared, steps=(epoch * per_epoch, (epoch + 1) * per_epoch))
+        pairs = [zip(b[schema.EXAMPLE_IDS], b[schema.CANDIDATE_ITEM_IDS], b[schema.LABELS], strict=True) for b in batches]
+        return {int(example): int(item) for batch in pairs for example, item, label in batch if not label}
+
+    same = np.mean([negatives(0)[example] == item for example, item in negatives(1).items()])
+    assert same == 1 if not resample else same < 0.3
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_takes_each_example_once_in_order(prepared, world_size: int) -> None:
+    config, store, splits = prepared
+    ids, candidates = [], []
+    for rank in range(world_size):
+        for batch in evaluation_batches(
+            store, splits["test"], config, seed=7, batch_size=16, shard_index=rank, num_shards=world_size
+        ).as_numpy_iterator():
+            ids += batch[schema.EXAMPLE_IDS].tolist()
+            candidates += batch[schema.CANDIDATE_ITEM_IDS].tolist()
+    assert ids == list(range(splits["test"].num_examples))
+    draws = splits["test"].draws_per_row
+    assert candidates[::draws] == store.item_ids[splits["test"].events()].tolist()
+
+
+def test_shares_cover_everything_and_differ_by_one() -> None:
+    for total in range(20):
+        runs = [share(total, index, 6) for index in range(6)]
+        assert [place for first, end in runs for place in range(first, end)] == list(range(total))
+        sizes = [end - first for first, end in runs]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_batches_have_the_declared_signature(prepared) -> None:
+    config, store, splits = prepared
+    dataset = training_batches(
+        store,
+        splits["train"],
+        config,
+        seed=1,
+        global_batch_size=8,
+        first_step=0,
+        end_step=1,
+        shard_index=0,
+        num_shards=1,
+    )
+    assert dataset.element_spec == BATCH_SIGNATURE
+
+
+def test_mapped_arrays_are_not_copied(tmp_path: Path) -> None:
+    """Private memory grows by less than the events' own size when a pipeline over them runs."""
+    config = small_config(
+        tmp_path, dataset="synthetic", data_path="", synthetic_num_users=60_000, synthetic_events_per_user=100
+    ).data
+    store = prepare(config)
+    splits = split_examples(store, config)
+    assert store.item_ids.nbytes > 20_000_000
+
+    def private_bytes() -> int:
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    list(train((config, store, splits), steps=(0, 1)))  # the pipeline's own machinery
+    before = private_bytes()
+    batches = train((config, store, splits), steps=(0, 20))
+    next(batches)
+    grown = private_bytes() - before
+    assert grown < store.item_ids.nbytes / 2

@@ -1,0 +1,114 @@
+"""Which event trains, validates and tests, against a slow reading of the rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from din_dist.config import DataConfig, Split
+from din_dist.data.event_store import EventStore
+from din_dist.data.prepared import prepare
+from din_dist.data.splits import Examples, item_counts, split_examples
+from din_dist.errors import InputError
+from tests.small_log import small_config, write_log
+
+
+def expected_events(store: EventStore, split: Split, cuts: tuple[int, int]) -> dict[str, list[int]]:
+    """The rules of DESIGN, one event at a time."""
+    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for user in range(store.facts.num_users):
+        begin, end = store.user_offsets[user : user + 2]
+        for event in range(begin, end):
+            from_end = end - event
+            if event == begin and not store.facts.has_labels:
+                continue
+            if split is Split.TEMPORAL:
+                time = store.timestamps[event]
+                name = "test" if time >= cuts[1] else "validation" if time >= cuts[0] else "train"
+            elif from_end == 1:
+                name = "test"
+            elif from_end == 2 and split is Split.LEAVE_TWO_OUT:
+                name = "validation"
+            else:
+                name = "train"
+            found[name].append(event)
+    return found
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("split", list(Split))
+def test_splits_follow_the_rules(tmp_path: Path, split: Split, labels: bool) -> None:
+    cuts = {"validation_from": 10, "test_from": 15} if split is Split.TEMPORAL else {}
+    config = small_config(tmp_path, labels=labels, split=split, negatives_per_positive=3, **cuts).data
+    store = prepare(config)
+    for _ in range(2):  # made, then read from the cache
+        splits = split_examples(store, config)
+        expected = expected_events(store, split, (10, 15))
+        assert {name: examples.events().tolist() for name, examples in splits.items()} == expected
+        for name, examples in splits.items():
+            draws = 1 if labels else 4 if name == "train" else 2
+            assert examples.num_examples == draws * len(expected[name])
+            users = np.searchsorted(store.user_offsets, expected[name], side="right") - 1
+            assert examples.user_of_example().tolist() == np.repeat(users, draws).tolist()
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_item_counts_leave_out_what_is_held_out(tmp_path: Path, labels: bool) -> None:
+    config = small_config(tmp_path, labels=labels, split=Split.LEAVE_TWO_OUT).data
+    store = prepare(config)
+    splits = split_examples(store, config)
+    held_out = np.concatenate([splits["validation"].events(), splits["test"].events()])
+    counts = np.zeros(store.facts.num_items + 1, int)
+    for event in range(store.facts.num_events):
+        if event not in held_out and (store.labels is None or store.labels[event]):
+            counts[store.item_ids[event]] += 1
+    assert item_counts(store, splits).tolist() == counts.tolist()
+
+
+def test_a_cut_in_time_defaults_to_the_last_fifth(tmp_path: Path) -> None:
+    config = small_config(tmp_path, split=Split.TEMPORAL).data
+    store = prepare(config)
+    validation, test = np.quantile(store.timestamps, [0.8, 0.9], method="higher")
+    events = {name: examples.events() for name, examples in split_examples(store, config).items()}
+    assert (store.timestamps[events["train"]] < validation).all()
+    assert (store.timestamps[events["test"]] >= test).all()
+    assert len(events["validation"])
+    assert len(events["test"])
+
+
+def test_arrays_are_mapped_and_take_12_bytes_a_user(tmp_path: Path) -> None:
+    config = small_config(tmp_path).data
+    examples = split_examples(prepare(config), config)["train"]
+    arrays = [examples.users, examples.row_ends, examples.event_bases]
+    assert all(isinstance(array, np.memmap) for array in arrays)
+    assert sum(array.nbytes for array in arrays) == 12 * len(examples.users)
+
+
+def test_nothing_to_train_on_is_one_clear_line(tmp_path: Path) -> None:
+    write_log(tmp_path / "log.parquet", num_users=4)
+    config = small_config(tmp_path, split=Split.TEMPORAL, validation_from=-5, test_from=-4).data
+    with pytest.raises(InputError, match=r"--split=temporal: there must be events to train on. Received: none"):
+        split_examples(prepare(config), config)
+
+
+def test_a_user_who_touched_everything_is_one_clear_line(tmp_path: Path) -> None:
+    write_log(tmp_path / "log.parquet", num_items=1)
+    config = small_config(tmp_path).data
+    with pytest.raises(InputError, match=r"never touched. Received: a user \(number \d+\) who touched all 1 items"):
+        split_examples(prepare(config), config)
+
+
+def test_cut_times_in_the_wrong_order_are_one_clear_line(tmp_path: Path) -> None:
+    config = small_config(tmp_path, split=Split.TEMPORAL, test_from=2).data
+    with pytest.raises(InputError, match="--validation_from: must not be later than --test_from"):
+        split_examples(prepare(config), config)
+    with pytest.raises(InputError, match="--validation_from: must be earlier than --test_from. Received: 5"):
+        DataConfig(split=Split.TEMPORAL, validation_from=5, test_from=5)
+
+
+def test_many_users_need_no_more_than_int32() -> None:
+    """The event index is computed in 64 bits from the 32-bit arrays."""
+    examples = Examples(np.array([0, 1], np.int32), np.array([2, 3], np.int32), np.array([2**31 - 3, 5], np.int32), 1)
+    assert examples.events().tolist() == [2**31 - 3, 2**31 - 2, 7]

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy.testing import assert_allclose, assert_array_equal
+
+from din_dist.config import OptimizerConfig, OptimizerKind
+from din_dist.distributed.gradients import RowGradients
+from din_dist.training.optimizers import Adagrad, LazyAdam, Sgd, make_optimizer
+
+NUM_ROWS, WIDTH = 6, 3
+ROWS_OF_STEP = [[4, 1], [1], [], [0, 4, 1], [2]]  # row 3 and 5 never, row 2 late
+
+
+def apply(optimizer, gradient, rate=0.1, step=1):
+    optimizer.apply([gradient], tf.constant(rate), tf.constant(step, tf.int64))
+
+
+class Reference:
+    """The formulas on whole float64 arrays; a table is given to it as some of its rows."""
+
+    def __init__(self, kind, row_wise):
+        self.kind, self.row_wise, self.state = kind, row_wise, {}
+
+    def change(self, name, rows, gradient, rate, step):
+        if self.kind is OptimizerKind.SGD:
+            return rate * gradient
+        if self.kind is OptimizerKind.ADAGRAD:
+            squares = gradient**2
+            if self.row_wise and name == "table":
+                squares = np.broadcast_to(squares.mean(axis=-1, keepdims=True), gradient.shape)
+            total = self.state.setdefault(f"{name}/a", np.full((NUM_ROWS, WIDTH), 0.1))
+            total[rows] += squares
+            return rate * gradient / (np.sqrt(total[rows]) + 1e-7)
+        first = self.state.setdefault(f"{name}/m", np.zeros((NUM_ROWS, WIDTH)))
+        second = self.state.setdefault(f"{name}/v", np.zeros((NUM_ROWS, WIDTH)))
+        first[rows] = 0.9 * first[rows] + 0.1 * gradient
+        second[rows] = 0.999 * second[rows] + 0.001 * gradient**2
+        rate *= np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        return rate * first[rows] / (np.sqrt(second[rows]) + 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row_wise"),
+    [
+        (OptimizerKind.SGD, False),
+        (OptimizerKind.ADAGRAD, False),
+        (OptimizerKind.ADAGRAD, True),
+        (OptimizerKind.LAZY_ADAM, False),
+    ],
+    ids=["sgd", "adagrad", "adagrad_row_wise", "lazy_adam"],
+)
+def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise):
+    """A dense variable and a table through five steps; after each, rows not named and their state are as they were."""
+    random = np.random.default_rng(0)
+    exact = {name: random.normal(0, 1, (NUM_ROWS, WIDTH)) for name in ("dense", "table")}
+    variables = {name: tf.Variable(values, dtype=tf.float32) for name, values in exact.items()}
+    config = OptimizerConfig(optimizer=kind, adagrad_row_wise=row_wise)
+    optimizer = make_optimizer(config, list(variables.values()), list(variables), tables=["table"])
+    reference = Reference(kind, row_wise)
+    of_table = [variables["table"], *(state for name, state in optimizer.state.items() if name.startswith("table/"))]
+    for step, rows in enumerate(ROWS_OF_STEP, start=1):
+        rate = 0.1 / step
+        whole, some = random.normal(0, 1, (NUM_ROWS, WIDTH)), random.normal(0, 1, (len(rows), WIDTH))
+        before = [values.numpy() for values in of_table]
+        sparse = RowGradients(tf.constant(rows, tf.int32), tf.constant(some, tf.float32))
+        optimizer.apply([tf.constant(whole, tf.float32), sparse], tf.constant(rate), tf.constant(step, tf.int64))
+        exact["dense"] -= reference.change("dense", slice(None), whole, rate, step)
+        exact["table"][rows] -= reference.change("table", rows, some, rate, step)
+        for name, variable in variables.items():
+            assert_allclose(variable, exact[name], rtol=1e-5, atol=1e-6, err_msg=f"{name}, step {step}")
+        others = [row for row in range(NUM_ROWS) if row not in rows]
+        for values, old in zip(of_table, before, strict=True):
+            assert_array_equal(values.numpy()[others], old[others])
+
+
+def test_sgd_by_hand():
+    variable = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
+    apply(Sgd([variable], ["w"]), tf.constant([[10.0, 0.0], [0.0, -10.0]]))
+    assert_allclose(variable, [[0.0, 2.0], [3.0, 5.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_adagrad_by_hand(sparse):
+    """The accumulator starts at 0.1 and gets 3.9: its root is 2. A second equal step: 7.9."""
+    gradient = tf.fill([1, 2], np.sqrt(3.9).astype(np.float32))
+    variable = tf.Variable([[1.0, 1.0]])
+    optimizer = Adagrad([variable], ["w"])
+    for step, change in enumerate([3.9**0.5 / 2, 3.9**0.5 / 2 + (3.9 / 7.9) ** 0.5], start=1):
+        apply(optimizer, RowGradients(tf.constant([0]), gradient) if sparse else gradient, 1.0, step)
+        assert_allclose(variable, [[1.0 - change] * 2], rtol=1e-5)
+
+
+def test_row_wise_adagrad_keeps_one_number_a_row():
+    """The mean of 7 and 0.8 is 3.9: both columns are divided by 2. Other variables keep a number for each value."""
+    table, kernel = tf.Variable(tf.zeros([5, 2])), tf.Variable(tf.zeros([5, 2]))
+    optimizer = Adagrad([table, kernel], ["table", "kernel"], tables=["table"], row_wise=True)
+    assert optimizer.state["table/accumulator"].shape == (5,)
+    assert optimizer.state["kernel/accumulator"].shape == (5, 2)
+    gradient = RowGradients(tf.constant([3]), tf.sqrt([[7.0, 0.8]]))
+    optimizer.apply([gradient, tf.zeros([5, 2])], tf.constant(1.0), tf.constant(1, tf.int64))
+    assert_allclose(table[3], -np.sqrt([7.0, 0.8]) / 2, rtol=1e-5)
+    assert_allclose(optimizer.state["table/accumulator"], [0.1, 0.1, 0.1, 4.0, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_adam_first_moves_by_the_rate(sparse):
+    """Bias correction makes the first step rate * sign(g), whatever the size of g."""
+    variable = tf.Variable([[1.0, 1.0, 1.0]])
+    gradient = tf.constant([[5.0, -0.01, 0.0]])
+    apply(LazyAdam([variable], ["w"]), RowGradients(tf.constant([0]), gradient) if sparse else gradient)
+    assert_allclose(variable, [[0.9, 1.1, 1.0]], rtol=1e-4)
+
+
+def test_adam_corrects_bias_by_the_steps_of_the_job():
+    """A row first met at step 3 has moments of one gradient, 0.1 g and 0.001 g^2, but corrections of three steps."""
+    variable = tf.Variable([[1.0], [1.0]])
+    apply(LazyAdam([variable], ["w"]), RowGradients(tf.constant([1]), tf.constant([[5.0]])), rate=0.1, step=3)
+    change = 0.1 * np.sqrt(1 - 0.999**3) / (1 - 0.9**3) * 0.1 / np.sqrt(0.001)
+    assert_allclose(variable, [[1.0], [1.0 - change]], rtol=1e-5)
+
+
+def test_the_state_is_named_for_checkpoints():
+    def state(**config):
+        variables = [tf.Variable(tf.zeros([2, 3])), tf.Variable(tf.zeros([4]))]
+        optimizer = make_optimizer(OptimizerConfig(**config), variables, ["a/table", "b"], tables=["a/table"])
+        return {name: tuple(value.shape) for name, value in optimizer.state.items()}
+
+    assert state(optimizer=OptimizerKind.SGD) == {}
+    assert state(optimizer=OptimizerKind.ADAGRAD) == {"a/table/accumulator": (2, 3), "b/accumulator": (4,)}
+    assert state(optimizer=OptimizerKind.ADAGRAD, adagrad_row_wise=True) == {
+        "a/table/accumulator": (2,),
+        "b/accumulator": (4,),
+    }
+    assert state(optimizer=OptimizerKind.LAZY_ADAM) == {
+        "a/table/first_moment": (2, 3),
+        "b/first_moment": (4,),
+        "a/table/second_moment": (2, 3),
+        "b/second_moment": (4,),
+    }
