@@ -217,7 +217,7 @@ class OptimizerConfig:
     learning_rate_schedule: Schedule = setting(
         Schedule.CONSTANT,
         "constant; step: times --learning_rate_decay every --learning_rate_decay_steps; warmup_linear and "
-        "warmup_cosine: up over --warmup_steps, then down to 0 at the last step.",
+        "warmup_cosine: up over --warmup_steps, then down to 0 at the end of --epochs.",
     )
     learning_rate_decay: float = setting(0.1, "Factor of the step schedule.")
     learning_rate_decay_steps: int = setting(336_000, "Steps between two decays of the step schedule (the authors').")
@@ -260,7 +260,7 @@ class OptimizerConfig:
 class JobConfig:
     global_batch_size: int = setting(1024, "Examples per update over all workers.")
     epochs: int = setting(2, "Passes over the training examples.")
-    max_steps: int = setting(0, "Stop after this many updates in all; 0 for no limit.")
+    max_steps: int = setting(0, "Stop after this many updates in all; 0 for no limit. Does not change the learning-rate schedule.")
     seed: int = setting(1234, "Seed of weights, order, negatives and dropout.")
     output_dir: str = setting(
         "runs/latest", "Where checkpoints, metrics and summary.json go. A folder with a checkpoint is resumed."

@@ -26,7 +26,8 @@ count_gpus() {
 run_pip() {
   local python=$1 log=$2 error
   shift 2
-  "$python" -m pip --disable-pip-version-check --no-input "$@" >"$log" 2>&1 && return
+  # With no retries pip would not say that it could not connect.
+  "$python" -m pip --disable-pip-version-check --no-input --retries 4 "$@" >"$log" 2>&1 && return
   if grep -qE '(NewConnection|ConnectTimeout|ReadTimeout|Proxy|SSL|ConnectionReset|NameResolution|Protocol)Error' "$log"; then
     die "the Python package index cannot be reached. Connect to it, or set PIP_INDEX_URL to one that can be reached. Log: $log"
   fi

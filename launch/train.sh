@@ -85,13 +85,11 @@ code=0
 if ((num_workers == 1)); then
   run "$root/launch/worker.sh" "${trainer_flags[@]}" || code=$?
 else
-  # horovodrun puts "[RANK]<stdout>:" before each line. Rank 0 speaks for the job and loses that; the others go to stderr with
-  # their rank. What horovodrun says itself, that a worker failed, is shown only when no worker did.
+  # horovodrun puts "[RANK]<stdout>:" before each line. Rank 0 speaks for the job and loses that, the others keep their rank.
+  # What horovodrun says itself, that a worker failed, is shown only when no worker did.
   mkfifo "$run_dir/stdout" "$run_dir/stderr"
   sed -u -n -E "
     s/^\[0\]<stdout>://p; t
-    s/^\[([0-9]+)\]<stdout>:/[\1] /w /dev/stderr
-    t
     w $run_dir/horovodrun.stdout" <"$run_dir/stdout" &
   sed -u -n -E "
     s/^\[0\]<stderr>://p; t

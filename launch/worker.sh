@@ -7,6 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 rank=${HOROVOD_RANK:-0}
+[[ $rank == 0 ]] || exec >&2 # stdout is for the summary
 exec {stderr}>&2 2>/dev/null # bash's own remark on a killed process is of no use to anyone
 "$venv/bin/python" -m din_dist.cli.train "$@" 2>&"$stderr" {stderr}>&- &
 child=$!

@@ -246,7 +246,8 @@ class _TimeColumn(_Column):
         self._chunks.append(values.to_numpy())
 
     def finish(self) -> np.ndarray:
-        return np.concatenate(self._chunks)
+        """int64 `[E]`."""
+        return _joined(self._chunks)
 
     def _microseconds(self, column: pa.Array) -> pa.Array:
         zone = column.type.tz if pa.types.is_timestamp(column.type) else None
@@ -296,7 +297,8 @@ class _LabelColumn(_Column):
         self._chunks.append(ones.cast(pa.uint8()).to_numpy())
 
     def finish(self) -> np.ndarray:
-        return np.concatenate(self._chunks)
+        """uint8 `[E]`."""
+        return _joined(self._chunks)
 
 
 def _one_value_per_item(
@@ -335,6 +337,13 @@ def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, 
             f"timestamp {sorted_times[index + 1]} after {sorted_times[index]} ({file}, row {number})",
             "Sort the log, or drop --presorted.",
         )
+
+
+def _joined(chunks: list[np.ndarray]) -> np.ndarray:
+    """One array of all, and the memory of the chunks given back."""
+    whole = np.concatenate(chunks)
+    chunks.clear()
+    return whole
 
 
 def _is_text(kind: pa.DataType) -> bool:

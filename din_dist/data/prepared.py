@@ -151,17 +151,25 @@ def _build(config: DataConfig, folder: Path) -> None:
 
 def _blocks(builder: EventsBuilder) -> Iterator[Block]:
     """The records in the order in which they were written, one in memory at a time."""
+    import tensorflow as tf
+
     read_config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1)
-    with _quietly():
-        records = builder.as_dataset(split=schema.EVENTS_SPLIT, read_config=read_config)
-    for record in records.as_numpy_iterator():
-        yield Block(
-            first_user=int(record[schema.BLOCK_FIRST_USER]),
-            offsets=record[schema.BLOCK_OFFSETS],
-            item_ids=record[schema.BLOCK_ITEM_IDS],
-            timestamps=record[schema.BLOCK_TIMESTAMPS],
-            labels=record[schema.BLOCK_LABELS],
-        )
+    try:
+        with _quietly():
+            records = builder.as_dataset(split=schema.EVENTS_SPLIT, read_config=read_config)
+        for record in records.as_numpy_iterator():
+            yield Block(
+                first_user=int(record[schema.BLOCK_FIRST_USER]),
+                offsets=record[schema.BLOCK_OFFSETS],
+                item_ids=record[schema.BLOCK_ITEM_IDS],
+                timestamps=record[schema.BLOCK_TIMESTAMPS],
+                labels=record[schema.BLOCK_LABELS],
+            )
+    except tf.errors.OpError as error:
+        raise InputError(
+            f"{builder.data_dir}: the records cannot be read ({' '.join(str(error).split())[:300]}). "
+            "Run prepare_data with --overwrite_prepared."
+        ) from error
 
 
 def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:

@@ -39,7 +39,7 @@ class TrainingState:
         record = {
             "epoch": self.epoch,
             "examples": self.examples_seen,
-            "example_checksum": self.example_checksum,
+            "example_checksum": f"{self.example_checksum:016x}",  # too long for a number in JSON
             "loss": self.epoch_loss / self.examples_seen,
         }
         self.epoch_records.append(record)

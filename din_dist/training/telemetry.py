@@ -136,7 +136,7 @@ class Telemetry:
         with self._summaries.as_default():
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    tf.summary.scalar(f"{kind}/{name}", value, step=state.step)
+                    tf.summary.scalar(f"{kind}/{name}", float(value), step=state.step)
 
     def close(self) -> None:
         if self._bar is not None:

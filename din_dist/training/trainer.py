@@ -122,6 +122,10 @@ class Trainer:
         self._saved_step = 0
         self.state = TrainingState()
         self.num_steps = num_updates(config, examples_per_epoch)
+        # max_steps ends a job early; it does not bend the schedule of the epochs, so that the job can go on later.
+        self._steps_of_schedule = config.job.epochs * num_steps_per_epoch(
+            examples_per_epoch, config.job.global_batch_size
+        )
         self.seconds = {"training": 0.0, "validation": 0.0, "checkpoint": 0.0, "test": 0.0}
         self._timed_examples, self._timed_seconds = 0, 0.0
 
@@ -207,7 +211,7 @@ class Trainer:
 
     def _train_on(self, batch: Batch, global_examples: int) -> StepResult:
         step = self.state.step + 1
-        rate = learning_rate(self._config.optimizer, step, self.num_steps)
+        rate = learning_rate(self._config.optimizer, step, self._steps_of_schedule)
         result = self._step(batch, rate, step, global_examples, self._stop_requested())
         loss, norm = float(result.loss), float(result.gradient_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):

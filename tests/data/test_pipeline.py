@@ -126,7 +126,8 @@ def test_negatives_are_redrawn_each_epoch_only_when_asked(tmp_path: Path, resamp
         pairs = [zip(b[schema.EXAMPLE_IDS], b[schema.CANDIDATE_ITEM_IDS], b[schema.LABELS], strict=True) for b in batches]
         return {int(example): int(item) for batch in pairs for example, item, label in batch if not label}
 
-    same = np.mean([negatives(0)[example] == item for example, item in negatives(1).items()])
+    first, second = negatives(0), negatives(1)
+    same = np.mean([first[example] == item for example, item in second.items()])
     assert same == 1 if not resample else same < 0.3
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow_datasets.core.utils import gcs_utils
 
 from din_dist import schema
 from din_dist.config import DataConfig
@@ -242,6 +243,18 @@ def test_a_lost_or_truncated_cache(config: DataConfig) -> None:
     check_against_plain_python(again, ROWS)
 
 
+@pytest.mark.parametrize("lost", [1, 10**9])
+def test_damaged_records(config: DataConfig, lost: int) -> None:
+    folder = prepare(config).folder
+    shutil.rmtree(folder / event_store.PACKED_DIR)
+    (records,) = folder.glob("*.tfrecord*")
+    records.write_bytes(records.read_bytes()[:-lost])
+    with pytest.raises(InputError, match=rf"{folder}.*records .* --overwrite_prepared"):
+        open_prepared(config)
+    assert not list(folder.glob("packed*"))
+    prepare(config, overwrite=True)
+
+
 OPEN_IN_A_PROCESS = """
 import sys
 from din_dist.config import DataConfig
@@ -278,6 +291,15 @@ def test_tfds_keeps_quiet(config: DataConfig, capfd: pytest.CaptureFixture[str])
     out, err = capfd.readouterr()
     assert out == ""
     assert [line for line in err.splitlines() if "tfds" in line.lower() or "dataset" in line.lower()] == []
+
+
+def test_tfds_looks_neither_in_the_network_nor_leaves_temporary_folders(config: DataConfig) -> None:
+    with (
+        mock.patch.object(gcs_utils, "gcs_dataset_info_files", side_effect=AssertionError) as look,
+        mock.patch("tempfile.mkdtemp", side_effect=AssertionError),
+    ):
+        prepare(config)
+    assert not look.called
 
 
 @pytest.fixture(scope="module")

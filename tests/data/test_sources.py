@@ -35,7 +35,7 @@ def test_a_folder_is_searched_to_the_bottom_and_sorted(tmp_path: Path) -> None:
 
 
 def test_a_glob_takes_files_and_folders(tmp_path: Path) -> None:
-    touch(tmp_path, "day=1/a.csv", "day=2/b.csv", "day=2/_SUCCESS", "night/c.csv")
+    touch(tmp_path, "day=1/a.csv", "day=2/b.csv", "day=2/_SUCCESS", "night/deep/c.csv")
     assert found(tmp_path / "day=*") == ["a.csv", "b.csv"]
     assert found(tmp_path / "**" / "[bc].csv") == ["b.csv", "c.csv"]
 
@@ -75,13 +75,14 @@ def test_a_touch_or_a_copy_is_no_change(tmp_path: Path) -> None:
     check_unchanged(recorded, files)
 
 
-@pytest.mark.parametrize("content", ["A.csv", "longer than before"])
-def test_a_change_is_noticed(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(("content", "same_time"), [("A.csv", False), ("longer", False), ("longer", True)])
+def test_a_change_is_noticed(tmp_path: Path, content: str, same_time: bool) -> None:
     touch(tmp_path, "a.csv")
     files = [tmp_path / "a.csv"]
     recorded = fingerprint_files(files)
     files[0].write_text(content)
-    os.utime(files[0], ns=(5, 5))
+    time = recorded[str(files[0])]["mtime_ns"] if same_time else 5
+    os.utime(files[0], ns=(time, time))
     with pytest.raises(
         InputError, match=r"a.csv: this file has changed since .* --overwrite_prepared, or .* --data_dir"
     ):

@@ -23,7 +23,7 @@ case "$1 ${{2-}}" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "venv $3" >>{log} ;;
   "-m pip")
     shift 2
-    while [[ $1 == --* ]]; do shift; done
+    while [[ ! $1 =~ ^(show|install|uninstall|download|wheel)$ ]]; do shift; done
     [[ $1 == show ]] || echo "pip $*" >>{log}
     PATH=$PATH:{folder} exec "fake_pip_$1" "${{@:2}}"
     ;;

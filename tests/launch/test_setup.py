@@ -94,7 +94,7 @@ def test_unknown_flag(checkout: FakeCheckout) -> None:
 
 def test_unreachable_index(with_wheel: FakeCheckout) -> None:
     """With the real Python and pip."""
-    pip = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0"}
+    pip = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": "/dev/null"}
     for name in ("PIP_NO_INDEX", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         with_wheel.env.pop(name, None)
     error = with_wheel.error("setup.sh", PYTHON=sys.executable, **pip)

@@ -33,7 +33,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
 
     def _info(self) -> tfds.core.DatasetInfo:
         flat = functools.partial(tfds.features.Tensor, shape=(None,), encoding="bytes")
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             description=(type(self).__doc__ or "").split("\n\n")[0],
             features=tfds.features.FeaturesDict(
@@ -97,6 +97,11 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
             "content": [source["digest"] for source in sources.values()],
         }
         return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """TFDS would look for data of this name in Google's bucket and leave a temporary folder behind each time."""
 
 
 class _Tally:

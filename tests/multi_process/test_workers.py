@@ -1,0 +1,114 @@
+"""Many workers equal one: real `horovodrun` jobs of 2 and 3 workers against one process, 60 steps of each optimizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from din_dist.config import DataConfig
+from din_dist.data.hashing import hash64
+from din_dist.data.prepared import prepare
+from din_dist.data.splits import split_examples
+from tests.multi_process.train_cases import CASES, config_of
+
+STEPS = 60
+ROOT = Path(__file__).parents[2]
+
+
+def train(folder: Path, run: str, world_size: int, max_steps: int = STEPS, cases: tuple[str, ...] = tuple(CASES)) -> None:
+    command = [sys.executable, "-m", "tests.multi_process.train_cases", str(folder), run, str(max_steps), *cases]
+    if world_size > 1:
+        launcher = Path(sys.executable).with_name("horovodrun")
+        command = [str(launcher), "--gloo", "-np", str(world_size), *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def losses(folder: Path, run: str, case: str) -> np.ndarray:
+    return np.array([line["loss"] for line in records(folder, run, case, "train")])
+
+
+def records(folder: Path, run: str, case: str, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / run / case / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def weights(folder: Path, run: str, case: str) -> dict[str, np.ndarray]:
+    (checkpoint,) = (folder / run / case / "checkpoints").glob(f"step-{STEPS:012d}")
+    return {path.name: np.load(path) for path in checkpoint.glob("*.npy")}
+
+
+def assert_same_weights(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """Equal relative to the largest weight of each variable."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        if "attention.scorer.output.bias" in name:
+            continue  # softmax cancels it: its gradient is rounding error, which Adam scales up to whole steps
+        scale = max(np.abs(weight).max(), 1e-3)
+        np.testing.assert_allclose(found[name] / scale, weight / scale, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, two workers, three workers; and one job that stops with two and goes on with three."""
+    folder = tmp_path_factory.mktemp("workers")
+    prepare(data_config(folder))
+    train(folder, "one", 1)
+    train(folder, "two", 2)
+    train(folder, "three", 3)
+    train(folder, "two_then_three", 2, max_steps=23, cases=("lazy_adam",))
+    train(folder, "two_then_three", 3, cases=("lazy_adam",))
+    return folder
+
+
+def data_config(folder: Path) -> DataConfig:
+    return config_of(folder, "any", "lazy_adam", STEPS).data
+
+
+@pytest.mark.parametrize("run", ["two", "three"])
+@pytest.mark.parametrize("case", CASES)
+def test_many_workers_equal_one(folder: Path, run: str, case: str) -> None:
+    loose = 50 if case == "bfloat16" else 1  # 8 bits of mantissa on the wire
+    np.testing.assert_allclose(losses(folder, run, case), losses(folder, "one", case), rtol=2e-4 * loose)
+    assert len(losses(folder, run, case)) == STEPS
+    assert_same_weights(weights(folder, run, case), weights(folder, "one", case), tolerance=1e-3 * loose)
+    assert losses(folder, "one", case)[-10:].mean() < losses(folder, "one", case)[:10].mean()  # it learns something
+
+
+def test_a_job_that_changes_its_size_ends_the_same(folder: Path) -> None:
+    other = weights(folder, "two_then_three", "lazy_adam")
+    assert_same_weights(other, weights(folder, "one", "lazy_adam"), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("run", ["one", "two", "three", "two_then_three"])
+def test_every_example_is_trained_on_exactly_once_an_epoch(folder: Path, run: str) -> None:
+    """The trained examples' checksum, which the job keeps, is that of each number from 0 once."""
+    store = prepare(data_config(folder))
+    num_examples = split_examples(store, data_config(folder))["train"].num_examples
+    checksum = f"{int(tf.reduce_sum(hash64(tf.range(num_examples, dtype=tf.int64)))):016x}"
+    epochs = records(folder, run, "lazy_adam", "epoch")
+    assert len(epochs) == STEPS * 64 // num_examples
+    for number, record in enumerate(epochs, start=1):
+        assert (record["epoch"], record["examples"]) == (number, num_examples)
+        assert record["example_checksum"] == checksum
+
+
+@pytest.mark.parametrize("run", ["two", "three"])
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation_is_that_of_one_worker(folder: Path, run: str, case: str) -> None:
+    (one,), (many,) = (records(folder, name, case, "test") for name in ("one", run))
+    tolerance = 0.02 if case == "bfloat16" else 1e-3
+    assert many["num_examples"] == one["num_examples"]
+    for name in ("gauc", "auc", "log_loss", "pairwise_gauc"):
+        assert many[name] == pytest.approx(one[name], abs=tolerance)
+
+
+def test_workers_hold_the_same_weights_and_learn(folder: Path) -> None:
+    """Against a test that could not fail: two optimizers must not end alike."""
+    assert np.abs(losses(folder, "one", "sgd") - losses(folder, "one", "adagrad")).max() > 0.01

@@ -1,0 +1,58 @@
+"""Trains every case in one process: `train_cases.py FOLDER RUN MAX_STEPS CASE...`, alone or under horovodrun.
+
+Results lie under FOLDER/RUN/CASE, as a job leaves them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from din_dist import assembly
+from din_dist.config import Activation, AttentionNormalization, BatchNorm, OptimizerKind, WireDtype
+from din_dist.data.prepared import open_prepared
+from din_dist.distributed.runtime import claim_devices, open_runtime
+from tests.small_log import small_config
+
+CASES: dict[str, dict] = {
+    "sgd": {"optimizer": OptimizerKind.SGD, "learning_rate": 0.3, "clip_norm": 1.0, "batch_norm": BatchNorm.FROZEN},
+    "adagrad": {
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "adagrad_row_wise": True,
+        "attention_normalization": AttentionNormalization.NONE,
+        "l2": 0.01,
+    },
+    "lazy_adam": {
+        "optimizer": OptimizerKind.LAZY_ADAM,
+        "learning_rate": 0.01,
+        "activation": Activation.DICE,
+        "dropout": 0.2,
+        "embedding_l2": 0.01,
+        "mini_batch_aware_l2": 0.1,
+        "resample_negatives": True,
+    },
+    "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
+}
+
+
+def config_of(folder: Path, run: str, case: str, max_steps: int):
+    return small_config(
+        folder, output_dir=str(folder / run / case), max_steps=max_steps, epochs=100, log_every_steps=1, **CASES[case]
+    )
+
+
+def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
+    runtime = open_runtime()
+    claim_devices(runtime)
+    for case in cases:
+        config = config_of(folder, run, case, max_steps)
+        job = assembly.make_job(config, runtime, open_prepared(config.data))
+        job.trainer.train()
+        job.telemetry.record("test", job.trainer.state, job.trainer.test())
+        job.telemetry.close()
+    runtime.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
