@@ -198,7 +198,7 @@ class ModelConfig:
         for name in ("embedding_dim", "attention_hidden_units", "hidden_units"):
             value = getattr(self, name)
             require(
-                len(value) > 0 and all(width > 0 for width in value),
+                len(value) > 0 and all(isinstance(width, int) and width > 0 for width in value),
                 "must be one or more positive numbers",
                 name,
                 ",".join(map(str, value)),

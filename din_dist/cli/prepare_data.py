@@ -10,14 +10,15 @@ import time
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.flags import config_from_flags, define_flags
+from din_dist.cli import flags as settings
 
-define_flags()
+settings.define_flags()
+flags.adopt_module_key_flags(settings)  # for --help
 
 
 def main() -> None:
     started = time.perf_counter()
-    config = config_from_flags()
+    config = settings.config_from_flags()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     from din_dist.assembly import table_specs
     from din_dist.data.prepared import prepare

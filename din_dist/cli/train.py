@@ -16,14 +16,15 @@ from absl import flags
 
 from din_dist import __version__
 from din_dist.cli import entry
-from din_dist.cli.flags import config_from_flags, define_flags
+from din_dist.cli import flags as settings
 
-define_flags()
+settings.define_flags()
+flags.adopt_module_key_flags(settings)  # for --help
 
 
 def main() -> None:
     started = time.perf_counter()
-    config = config_from_flags()
+    config = settings.config_from_flags()
     stop_requested = entry.StopRequest()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     import numpy as np

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.lib.format
 import tensorflow as tf
 
 from din_dist.config import Config, differences
@@ -91,9 +92,7 @@ class CheckpointStore:
             files = {}
             for name, variable in variables.items():
                 path = aside / f"{name.replace('/', '.')}.npy"
-                with path.open("wb") as file:
-                    np.save(file, variable.numpy(), allow_pickle=False)
-                    _sync(file.fileno())
+                _write_array(path, variable.numpy())
                 files[name] = {"file": path.name, "digest": _digest(path)}
             manifest = {
                 "state": state.to_json(),
@@ -178,6 +177,16 @@ def _published(root: Path) -> list[Path]:
 
 def _folder_name(step: int) -> str:
     return f"step-{step:012d}"
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    """`np.save`, but for its errors: that one hides from us why it could not write."""
+    values = np.ascontiguousarray(values).reshape(values.shape)
+    with path.open("wb") as file:
+        numpy.lib.format.write_array_header_1_0(file, numpy.lib.format.header_data_from_array_1_0(values))
+        file.write(values)
+        file.flush()
+        _sync(file.fileno())
 
 
 def _digest(path: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -257,6 +258,7 @@ def test_damaged_records(config: DataConfig, lost: int) -> None:
 
 OPEN_IN_A_PROCESS = """
 import sys
+import threading
 from din_dist.config import DataConfig
 from din_dist.data import event_store
 from din_dist.data.prepared import open_prepared
@@ -280,7 +282,20 @@ def test_processes_that_open_at_once_pack_once(config: DataConfig) -> None:
 
 
 def test_threads_that_prepare_at_once_build_once(config: DataConfig) -> None:
-    with mock.patch.object(prepared, "_build", side_effect=prepared._build) as build, ThreadPoolExecutor(4) as pool:
+    all_found_nothing, thread = threading.Barrier(4), threading.local()
+    real_writing = prepared._writing
+
+    def writing(config: DataConfig) -> AbstractContextManager[Path]:
+        if not hasattr(thread, "waited"):
+            thread.waited = True
+            all_found_nothing.wait(timeout=60)
+        return real_writing(config)
+
+    with (
+        mock.patch.object(prepared, "_writing", writing),
+        mock.patch.object(prepared, "_build", side_effect=prepared._build) as build,
+        ThreadPoolExecutor(4) as pool,
+    ):
         stores = list(pool.map(lambda _: prepare(config), range(4)))
     assert build.call_count == 1
     assert all(same_arrays(stores[0], store) for store in stores)

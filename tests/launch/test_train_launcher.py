@@ -33,7 +33,7 @@ print(f"log of rank {rank}", file=sys.stderr, flush=True)
 print("train got", sys.argv[1:], flush=True)
 codes = dict(pair.split("=") for pair in os.environ.get("FAKE_TRAIN", "").split())
 if rank in codes:
-    time.sleep(0.5)
+    time.sleep(1.5 if codes[rank] == "2" else 0.5)
     if codes[rank] == "SIGKILL":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(codes[rank]))
@@ -195,6 +195,10 @@ def test_horovodrun_does_not_swallow_the_exit_code(launcher: Launcher) -> None:
     assert "Traceback" not in done.stderr, "of horovodrun: the trainer has said what is wrong"
 
 
+def test_wrong_input_is_the_reason_even_if_another_worker_ends_first(launcher: Launcher) -> None:
+    assert launcher.run(FAKE_TRAIN="0=1 1=2").returncode == 2
+
+
 def test_a_killed_worker_is_reported(launcher: Launcher) -> None:
     done = launcher.run(FAKE_TRAIN="1=SIGKILL")
     assert done.returncode == 137
@@ -236,7 +240,9 @@ def test_stopped_while_preparing(launcher: Launcher) -> None:
     while "prepare got" not in process.stderr.readline():
         pass
     process.terminate()
+    told = time.monotonic()
     done = finished(process)
+    assert time.monotonic() - told < 30
     assert (done.returncode, done.stdout) == (75, "")
     assert "train got" not in done.stderr
 

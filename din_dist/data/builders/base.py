@@ -52,6 +52,12 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         """The log, and the facts about its source files (see `sources.fingerprint_files`)."""
 
+    def _log_download_bytes(self) -> None:
+        """TFDS prints sizes, and at the end a folder, on stdout; what is worth telling is told by the command."""
+
+    def _log_download_done(self) -> None:
+        """See `_log_download_bytes`."""
+
     def _settings(self) -> dict[str, Any]:
         """What the events depend on besides the source files' content."""
         return {}

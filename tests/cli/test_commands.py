@@ -1,0 +1,136 @@
+"""The commands as users run them: real processes, real signals, exit codes and last lines."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.small_log import write_log
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(name: str, folder: Path, *flags: str) -> list[str]:
+    log = folder / "log.parquet"
+    if not log.exists():
+        write_log(log, num_users=200)
+    return [
+        *(sys.executable, "-m", f"din_dist.cli.{name}", "--dataset=event_log", f"--data_path={log}"),
+        *(f"--data_dir={folder / 'prepared'}", f"--output_dir={folder / 'run'}", "--metrics_port=-1"),
+        *("--embedding_dim=8", "--hidden_units=8", "--attention_hidden_units=8", "--global_batch_size=64"),
+        *("--max_history_length=10", "--log_every_steps=1", *flags),
+    ]
+
+
+def run(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:
+    done = run("prepare_data", tmp_path, "--split=leave_two_out")
+    assert done.returncode == 0, done.stderr
+    for words in ("users: 200", "items: 30", "category_id 5", "events: ", "history lengths", "labels: none", "validation "):
+        assert words in done.stdout, words
+    assert not done.stderr
+
+
+def test_train_ends_with_its_summary(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    done = run("train", tmp_path, "--epochs=1")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    wanted = {"test_gauc", "test_auc", "test_log_loss", "test_pairwise_gauc", "examples_per_second", "epochs", "world_size"}
+    assert wanted | {"seconds", "versions", "peak_memory_bytes", "test_floors"} <= summary.keys()
+    assert summary["epochs"] == summary["world_size"] == 1
+    assert "--global_batch_size=64" in (tmp_path / "run" / "flags.txt").read_text()
+    for name in ("popularity", "user_repeat", "category_id_repeat"):
+        assert 0 <= summary["test_floors"][name]["gauc"] <= 1
+        assert name in done.stderr
+    again = run("train", tmp_path, "--epochs=1")  # complete: only tested again
+    assert json.loads(again.stdout)["test_gauc"] == pytest.approx(summary["test_gauc"], abs=1e-6)
+    other = run("prepare_data", tmp_path, "--epochs=1", "--learning_rate=0.5")
+    assert_one_line(other, "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGKILL between two checkpoints; SIGTERM and SIGINT after their own checkpoint, with the code for a retry."""
+    flags = ("--epochs=2", "--checkpoint_every_steps=7", "--dropout=0.2", "--resample_negatives", "--activation=dice")
+    assert run("prepare_data", tmp_path).returncode == 0
+    straight = run("train", tmp_path, *flags, f"--output_dir={tmp_path / 'straight'}")
+    assert straight.returncode == 0, straight.stderr
+    with subprocess.Popen(command("train", tmp_path, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("step 10:"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 75
+        assert "stopped: stopped on request after step" in rest
+    resumed = run("train", tmp_path, *flags)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at epoch 1" in resumed.stderr
+    expected, found = (json.loads(done.stdout.splitlines()[-1]) for done in (straight, resumed))
+    for before, after in zip(expected["epoch_records"], found["epoch_records"], strict=True):
+        assert after["examples"] == before["examples"]
+        assert after["example_checksum"] == before["example_checksum"]
+    for saved in (tmp_path / "straight" / "checkpoints").glob("*/*.npy"):
+        other = tmp_path / "run" / saved.relative_to(tmp_path / "straight")
+        np.testing.assert_allclose(np.load(other), np.load(saved), atol=2e-3, err_msg=saved.name)
+
+
+def test_wrong_flags_are_answered_before_tensorflow_loads(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    for name in ("train", "prepare_data"):
+        assert_one_line(run(name, tmp_path, "--no_such_flag=1"), "Unknown command line flag 'no_such_flag'")
+        assert_one_line(run(name, tmp_path, "--dropout=2"), "--dropout: must be in [0, 1). Received: 2.0")
+        assert_one_line(run(name, tmp_path, "--optimizer=adam"), "value should be one of <sgd|adagrad|lazy_adam>")
+        assert_one_line(run(name, tmp_path, "folder"), "Every setting is a --flag. Received: 'folder'")
+    assert time.perf_counter() - started < 60
+
+
+def test_train_does_not_prepare(tmp_path: Path) -> None:
+    assert_one_line(run("train", tmp_path), "Run: python -m din_dist.cli.prepare_data --dataset=event_log")
+
+
+def test_widths_must_fit_the_features(tmp_path: Path) -> None:
+    done = run("prepare_data", tmp_path, "--embedding_dim=8,4,2")
+    assert_one_line(done, "--embedding_dim: must be one width, or one for each of item, category_id. Received: '8,4,2'")
+
+
+def test_a_source_that_changed_is_noticed_by_both_commands(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    write_log(tmp_path / "log.parquet", num_users=201)
+    for name in ("prepare_data", "train"):
+        done = run(name, tmp_path)
+        assert_one_line(done, "log.parquet")
+        assert "--overwrite_prepared" in done.stderr
+    assert run("prepare_data", tmp_path, "--overwrite_prepared").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["train", "prepare_data"])
+def test_help_names_every_setting(tmp_path: Path, name: str) -> None:
+    done = run(name, tmp_path, "--help")
+    for word in ("--dataset", "--negatives_per_positive", "--batch_norm", "--keep_checkpoints", "--metrics_port"):
+        assert word in done.stdout.replace("--[no]", "--")

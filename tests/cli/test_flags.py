@@ -1,0 +1,90 @@
+"""Flags are the settings, and every flagfile is a job that would start."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from din_dist.cli.flags import config_from_flags, define_flags
+from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig, OptimizerKind
+from din_dist.errors import InputError
+
+FLAGFILES = sorted((Path(__file__).parents[2] / "launch" / "flags").glob("*.flags"))
+
+
+def parse(*arguments: str) -> Config:
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["program", *arguments])
+    return config_from_flags(values)
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert parse() == Config()
+
+
+def test_each_setting_has_a_flag_with_a_help_text() -> None:
+    values = flags.FlagValues()
+    define_flags(values)
+    for kind in (DataConfig, ModelConfig, OptimizerConfig, JobConfig):
+        for field in dataclasses.fields(kind):
+            if not field.name.endswith("_required"):
+                assert len(values[field.name].help) > 20, field.name
+
+
+def test_values_arrive_with_their_types() -> None:
+    config = parse("--optimizer=sgd", "--embedding_dim=32,8", "--item_features=", "--dropout=0.5", "--presorted")
+    assert config.optimizer.optimizer is OptimizerKind.SGD
+    assert config.model.embedding_dim == (32, 8)
+    assert config.data.item_features == ()
+    assert config.data.item_features_required
+    assert not config.data.label_column_required
+    assert config.model.dropout == 0.5
+    assert config.data.presorted
+
+
+@pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
+def test_every_flagfile_parses_and_says_what_it_is(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert "launch/train.sh" in text
+    for word in ("Needs:", "Takes:", "Reaches:"):
+        assert word in text, word
+    data = ["--data_path=log.parquet"] if "event_log" in path.read_text() else []
+    assert parse(f"--flagfile={path}", *data) != Config()
+
+
+def test_there_are_the_three_flagfiles() -> None:
+    assert {"quick", "authors", "recommended"} <= {path.stem for path in FLAGFILES}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=movies"], "--dataset: unknown data set. Received: 'movies'. Choose one of complete_journey"),
+        (["--dataset=event_log"], "--data_path: --dataset=event_log needs your files. Received: ''"),
+        (["--dataset=synthetic/big"], "--dataset: only amazon_reviews has configurations"),
+        (["--embedding_dim=wide"], "--embedding_dim: must be one or more positive numbers. Received: 'wide'"),
+        (["--hidden_units=80,0"], "--hidden_units: must be one or more positive numbers. Received: '80,0'"),
+        (["--dropout=1"], r"--dropout: must be in \[0, 1\). Received: 1.0"),
+        (["--learning_rate=0"], "--learning_rate: must be positive. Received: 0.0"),
+        (["--learning_rate_decay=2"], r"--learning_rate_decay: must be in \(0, 1\]. Received: 2.0"),
+        (["--warmup_steps=5"], r"--warmup_steps: belongs to the warmup_\* schedules. Received: 5"),
+        (["--clip_norm=-1"], "--clip_norm: must be at least 0. Received: -1.0"),
+        (["--global_batch_size=0"], "--global_batch_size: must be at least 1. Received: 0"),
+        (["--max_history_length=0"], "--max_history_length: must be at least 1. Received: 0"),
+        (["--metrics_port=70000"], "--metrics_port: must be a port, 0 or -1. Received: 70000"),
+        (["--output_dir="], "--output_dir: must name a folder. Received: ''"),
+        (["--early_stopping_patience=1"], "--early_stopping_patience: needs a validation split, which leave_one_out"),
+        (["--validation_from=5"], "--validation_from: belongs to --split=temporal. Received: 5"),
+        (["--item_features=a,a"], "--item_features: each feature may be named once. Received: 'a,a'"),
+        (["--item_features=item_id"], "--item_features: a column can have one role. Received: 'item_id'"),
+    ],
+)
+def test_wrong_settings_get_one_clear_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        parse(*arguments)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,77 @@
+"""The exchange, with two ranks played by hand; real ranks are in tests/multi_process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from din_dist.config import WireDtype
+from din_dist.distributed.gradients import GradientExchange, merge_rows
+from din_dist.distributed.runtime import Runtime
+
+
+class TwoRanks(Runtime):
+    """The other rank sends what this one does: sums double, gathers repeat. Notes what went over the wire."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[tf.Tensor]] = {}
+
+    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+        self.sent[str(name)] = list(tensors)
+        return [2 * tensor for tensor in tensors]
+
+    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        self.sent[name] = list(tensors)
+        return [tf.concat([tensor, tensor], axis=0) for tensor in tensors]
+
+
+def slices(row_ids: list[int], rows: list[list[float]], num_rows: int = 1000) -> tf.IndexedSlices:
+    return tf.IndexedSlices(tf.constant(rows), tf.constant(row_ids), dense_shape=[num_rows, len(rows[0])])
+
+
+def test_rows_that_share_an_id_are_added() -> None:
+    merged = merge_rows(slices([7, 3, 7], [[1.0, 2.0], [5.0, 5.0], [10.0, 20.0]]))
+    assert merged.row_ids.numpy().tolist() == [7, 3]
+    assert merged.rows.numpy().tolist() == [[11.0, 22.0], [5.0, 5.0]]
+
+
+def test_alone_nothing_changes_but_repeats() -> None:
+    gradients = [tf.constant([1.0, 2.0]), slices([4, 4], [[1.0], [2.0]])]
+    (dense, rows), (loss,) = GradientExchange(Runtime())(gradients, [tf.constant(3.0)], tf.constant(1.0))
+    assert dense.numpy().tolist() == [1.0, 2.0]
+    assert (rows.row_ids.numpy().tolist(), rows.rows.numpy().tolist()) == ([4], [[3.0]])
+    assert float(loss) == 3.0
+
+
+def test_two_ranks_add_up_and_send_each_row_once() -> None:
+    runtime = TwoRanks()
+    gradients = [slices([4, 9, 4], [[1.0], [2.0], [4.0]]), tf.constant([1.0]), slices([1], [[3.0, 3.0]])]
+    found, (loss, stops) = GradientExchange(runtime)(gradients, [tf.constant(3.0), tf.constant(1)], tf.constant(8.0))
+    assert dict(zip(found[0].row_ids.numpy().tolist(), found[0].rows.numpy().ravel(), strict=True)) == {4: 10.0, 9: 4.0}
+    assert found[1].numpy().tolist() == [2.0]
+    assert found[2].rows.numpy().tolist() == [[6.0, 6.0]]
+    assert (float(loss), float(stops)) == (6.0, 2.0)
+    assert [ids.numpy().tolist() for ids in runtime.sent["row_ids"]] == [[4, 9], [1]]
+    assert [rows.shape.as_list() for rows in runtime.sent["rows"]] == [[2, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(("wire_dtype", "error"), [(WireDtype.BFLOAT16, 2**-8), (WireDtype.FLOAT16, 2**-11)])
+def test_16_bits_halve_the_bytes_and_keep_small_gradients(wire_dtype: WireDtype, error: float) -> None:
+    """Gradients of a mean over 8,192 examples are tiny: float16 alone would flush them to zero."""
+    runtime, examples = TwoRanks(), tf.constant(8192.0)
+    rows = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32) / 8192e3
+    gradients = [slices(list(range(50)), rows.tolist())]
+    ((found,), _) = GradientExchange(runtime, wire_dtype)(gradients, [tf.constant(0.0)], examples)
+    assert runtime.sent["rows"][0].dtype.size == 2
+    np.testing.assert_allclose(found.rows, 2 * rows, rtol=error, atol=1e-11)
+
+
+def test_a_rank_without_rows_takes_part() -> None:
+    nothing = tf.IndexedSlices(tf.zeros([0, 3]), tf.zeros([0], tf.int32), dense_shape=[10, 3])
+    ((found,), _) = GradientExchange(TwoRanks())([nothing], [tf.constant(0.0)], tf.constant(1.0))
+    assert found.rows.shape == [0, 3]

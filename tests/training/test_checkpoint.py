@@ -1,0 +1,124 @@
+"""Checkpoints: whole or not there, and only for the job they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from din_dist.config import Config, JobConfig, OptimizerConfig
+from din_dist.distributed.runtime import Runtime
+from din_dist.errors import InputError
+from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
+from din_dist.training.state import TrainingState
+
+
+def make(folder: Path, *, learning_rate: float = 0.1, keep: int = 2, data: str = "d1") -> tuple[Config, CheckpointStore]:
+    job = JobConfig(output_dir=str(folder), keep_checkpoints=keep)
+    config = Config(optimizer=OptimizerConfig(learning_rate=learning_rate), job=job)
+    return config, CheckpointStore(config, data, Runtime())
+
+
+def variables(value: float) -> dict[str, tf.Variable]:
+    return {"model/table": tf.Variable(tf.fill([3, 2], value)), "model/count": tf.Variable(int(value), dtype=tf.int64)}
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    _, store = make(tmp_path)
+    state = TrainingState(epoch=1, examples_seen=64, step=9, example_checksum=2**64 - 1, best_gauc=0.7, best_step=9)
+    store.save(variables(4.0), state)
+    loaded = variables(0.0)
+    assert store.restore(loaded) == state
+    np.testing.assert_array_equal(loaded["model/table"], np.full([3, 2], 4.0))
+    assert int(loaded["model/count"]) == 4
+
+
+def test_an_untouched_folder_has_none(tmp_path: Path) -> None:
+    config, store = make(tmp_path / "new")
+    assert store.restore(variables(1.0)) is None
+    assert latest_checkpoint(config) is None
+
+
+def test_only_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    _, store = make(tmp_path, keep=2)
+    for step in range(1, 6):
+        store.save(variables(step), TrainingState(step=step, best_step=2))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        f"step-{step:012d}" for step in (2, 4, 5)
+    ]
+    best = variables(0.0)
+    store.restore(best, step=2)
+    assert float(best["model/table"][0, 0]) == 2.0
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    """What a SIGKILL in the middle of saving leaves."""
+    _, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    abandoned = tmp_path / "checkpoints" / "writing-2"
+    abandoned.mkdir()
+    (abandoned / "model.table.npy").write_bytes(b"half")
+    assert store.restore(variables(0.0)).step == 1
+    store.save(variables(3.0), TrainingState(step=3))
+    assert not abandoned.exists()
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    make(tmp_path)[1].save(variables(1.0), TrainingState(step=1))
+    _, other = make(tmp_path, learning_rate=0.2, keep=5)  # how many to keep may change
+    with pytest.raises(InputError, match=r"resumed with the settings it was made with. Received: --learning_rate: 0.1,"):
+        other.restore(variables(0.0))
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)[1].save(variables(1.0), TrainingState(step=1))
+    with pytest.raises(InputError, match="Received: the prepared data: changed since"):
+        make(tmp_path, data="d2")[1].restore(variables(0.0))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    config, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    folder = latest_checkpoint(config)
+    assert folder
+    path = folder / ("manifest.json" if damage == "manifest" else "model.table.npy")
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage != "changed" else content[:-1] + b"\x7f")
+    with pytest.raises(InputError, match=r"step-0+1.*Received: .*Delete .*step-0+1|must be a checkpoint"):
+        store.restore(variables(0.0))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        if os.environ.get("CI") == "true":
+            pytest.fail("mounting a small tmpfs needs root")
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        _, store = make(tmp_path)
+        small = {"table": tf.Variable(tf.ones([100, 100]))}
+        store.save(small, TrainingState(step=1))
+        big = {"table": tf.Variable(tf.ones([1000, 100]))}
+        with pytest.raises(InputError, match=r"a checkpoint must fit. Received: No space left .* step 2 .*step-0+1\. Free"):
+            store.save(big, TrainingState(step=2))
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000000001"]
+        assert store.restore(small).step == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
+    config, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    manifest = json.loads((latest_checkpoint(config) / "manifest.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["state"]["best_gauc"] is None  # no NaN or Infinity, which JSON does not know
+    assert manifest["config"]["optimizer"]["learning_rate"] == 0.1

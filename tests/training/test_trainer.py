@@ -1,0 +1,149 @@
+"""The loop: what it reaches, when it stops, what it picks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from din_dist import assembly
+from din_dist.config import Activation, Config, ModelKind, OptimizerKind, Split
+from din_dist.data.prepared import prepare
+from din_dist.distributed.runtime import Runtime
+from din_dist.errors import Interrupted
+from din_dist.training.checkpoint import latest_checkpoint
+from tests.small_log import small_config, write_log
+
+
+def make(config: Config, **kwargs) -> assembly.Job:
+    return assembly.make_job(config, Runtime(), prepare(config.data), **kwargs)
+
+
+def lines(config: Config, kind: str) -> list[dict]:
+    found = map(json.loads, (Path(config.job.output_dir) / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("model", list(ModelKind))
+def test_it_learns_what_users_like(tmp_path: Path, model: ModelKind) -> None:
+    """Users of the made-up log like one category: an untrained model ranks at chance, a trained one well above it."""
+    write_log(tmp_path / "log.parquet", num_users=300)
+    config = small_config(tmp_path, model=model, learning_rate=0.01, epochs=4, activation=Activation.DICE)
+    job = make(config)
+    before = job.evaluator.evaluate("test", job.model)["gauc"]
+    job.trainer.train()
+    after = job.trainer.test()
+    assert before < 0.6 < 0.7 < after["gauc"]
+    losses = [record["loss"] for record in job.trainer.state.epoch_records]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_an_epoch_costs_one_trace(tmp_path: Path) -> None:
+    """No batch size or history length makes TensorFlow trace the step again, nor does the next epoch."""
+    job = make(small_config(tmp_path, epochs=3))
+    job.trainer.train()
+    assert job.trainer._step._run.experimental_get_tracing_count() == 1
+    job.trainer.test()
+    assert job.trainer._logits_of.experimental_get_tracing_count() == 1
+
+
+def test_a_bad_loss_stops_before_the_update(tmp_path: Path) -> None:
+    config = small_config(tmp_path, optimizer=OptimizerKind.SGD)
+    job = make(config)
+    job.model.lookup.item_bias.assign(tf.fill(job.model.lookup.item_bias.shape, math.nan))
+    before = job.model.head.dense_layers[0].kernel.numpy()
+    with pytest.raises(FloatingPointError, match="Step 1: loss and gradient must be finite. Received: loss nan"):
+        job.trainer.train()
+    np.testing.assert_array_equal(job.model.head.dense_layers[0].kernel.numpy(), before)
+    assert latest_checkpoint(config) is None
+
+
+def test_the_best_weights_by_validation_are_tested(tmp_path: Path) -> None:
+    config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT, epochs=6, learning_rate=0.05)
+    job = make(config)
+    job.trainer.train()
+    gaucs = [line["gauc"] for line in lines(config, "validation")]
+    state = job.trainer.state
+    assert state.best_gauc == max(gaucs)
+    best_epoch = gaucs.index(max(gaucs)) + 1
+    assert state.best_step == best_epoch * state.step // 6
+    tested = job.trainer.test()
+    again = make(small_config(tmp_path, split=Split.LEAVE_TWO_OUT, epochs=6, learning_rate=0.05))
+    again.trainer._checkpoints.restore(again.trainer._variables, state.best_step)
+    assert again.evaluator.evaluate("test", again.model)["log_loss"] == pytest.approx(tested["log_loss"], abs=1e-6)
+
+
+def test_leave_one_out_never_selects(tmp_path: Path) -> None:
+    """There is no validation example, and so no best: the last weights are tested."""
+    config = small_config(tmp_path, epochs=2)
+    job = make(config)
+    job.trainer.train()
+    job.trainer.test()
+    assert job.trainer.state.best_step == 0
+    assert not lines(config, "validation")
+
+
+def test_early_stopping_counts_validations(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path, split=Split.LEAVE_TWO_OUT, epochs=50, learning_rate=0.05, early_stopping_patience=2
+    )
+    job = make(config)
+    job.trainer.train()
+    gaucs = [line["gauc"] for line in lines(config, "validation")]
+    assert len(gaucs) < 50
+    assert max(gaucs[-2:]) <= max(gaucs[:-2])
+    make(config).trainer.train()  # resumed, it knows that it had stopped
+    assert len(lines(config, "validation")) == len(gaucs)
+
+
+def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    settings = {"epochs": 3, "learning_rate": 0.01, "dropout": 0.3, "resample_negatives": True}
+    straight = make(small_config(tmp_path, output_dir=str(tmp_path / "straight"), **settings))
+    straight.trainer.train()
+    config = small_config(tmp_path, output_dir=str(tmp_path / "stopped"), **settings)
+    asked = iter([False] * 9 + [True])
+    job = make(config, stop_requested=lambda: next(asked))
+    with pytest.raises(Interrupted, match="stopped on request after step 10"):
+        job.trainer.train()
+    resumed = make(config)
+    resumed.trainer.train()
+    pairs = zip(resumed.trainer.state.epoch_records, straight.trainer.state.epoch_records, strict=True)
+    for found, expected in pairs:
+        assert found == {**expected, "loss": pytest.approx(expected["loss"])}
+    for name, variable in straight.trainer._variables.items():
+        np.testing.assert_allclose(resumed.trainer._variables[name], variable, atol=1e-6, err_msg=name)
+
+
+def test_checkpoints_and_validations_come_when_due(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path, split=Split.LEAVE_TWO_OUT, checkpoint_every_steps=3, evaluate_every_steps=5, max_steps=11, keep_checkpoints=99
+    )
+    make(config).trainer.train()
+    assert [line["step"] for line in lines(config, "validation")] == [5, 10]
+    steps = {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {3, 5, 6, 9, 11} <= steps <= {3, 5, 6, 9, 10, 11}
+
+
+def test_floors_by_hand(tmp_path: Path) -> None:
+    """Popularity and repeats of a log of three users, worked out by hand."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    events = {"a": ["x", "y", "x", "x"], "b": ["y", "x", "x"], "c": ["z", "x", "z"], "d": ["w"]}
+    rows = [
+        {"user_id": user, "item_id": item, "category_id": "c1" if item in "xy" else "c2", "timestamp": time}
+        for user, items in events.items()
+        for time, item in enumerate(items)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
+    job = make(small_config(tmp_path))
+    floors = job.evaluator.floors("test")
+    # Held out: x, x and z. Left: x 4 times, y twice, z and w once. Negatives of a and b are z or w (never touched, less
+    # popular than x); c's z, seen once, meets y (more popular) or w (as popular).
+    assert floors["user_repeat"]["gauc"] == 1.0  # every held-out item is a repeat, negatives never are
+    assert 2 / 3 <= floors["popularity"]["gauc"] <= 5 / 6
+    assert floors["user_repeat"]["num_users"] == 3
