@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import keras
@@ -25,7 +25,7 @@ from din_dist.training.evaluator import Evaluator
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.telemetry import Exporter, Telemetry
-from din_dist.training.trainer import TrainStep, Trainer, num_updates
+from din_dist.training.trainer import Trainer, TrainStep, num_updates
 
 
 class Job(NamedTuple):
@@ -110,7 +110,7 @@ def make_job(
     evaluator = Evaluator(config, store, splits, runtime)
     telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
 
-    def make_batches(first_step: int, end_step: int):
+    def make_batches(first_step: int, end_step: int) -> Iterator[Mapping[str, tf.Tensor]]:
         return iter(
             training_batches(
                 store,

@@ -82,7 +82,7 @@ class DataConfig:
     dataset: str = setting(
         "complete_journey",
         "Data set: complete_journey (real purchases, installed with the package), amazon_reviews/CATEGORY "
-        "(McAuley's 5-core files), event_log (your own files, see --data_path) or synthetic (any size, for load tests).",
+        "(McAuley's 5-core files), event_log (your own files, see --data_path) or synthetic (any size, for tests).",
     )
     data_path: str = setting(
         "",
@@ -212,7 +212,9 @@ class OptimizerConfig:
     optimizer: OptimizerKind = setting(
         OptimizerKind.LAZY_ADAM, "sgd, adagrad or lazy_adam. All of them touch only the embedding rows of the batch."
     )
-    adagrad_row_wise: bool = setting(False, "adagrad keeps one accumulator a row of an embedding table, not one a value.")
+    adagrad_row_wise: bool = setting(
+        False, "adagrad keeps one accumulator a row of an embedding table, not one a value."
+    )
     learning_rate: float = setting(1e-3, "Learning rate (after warm-up, before decay).")
     learning_rate_schedule: Schedule = setting(
         Schedule.CONSTANT,
@@ -224,19 +226,20 @@ class OptimizerConfig:
     warmup_steps: int = setting(0, "Steps of linear warm-up of the warmup_* schedules.")
     clip_norm: float = setting(0.0, "Largest global norm of the gradient; 0 for no clipping. The authors: 5.")
     l2: float = setting(0.0, "L2 on the dense kernels: adds l2 * w to their gradient.")
-    embedding_l2: float = setting(0.0, "L2 on the embedding rows of the batch: adds embedding_l2 * row to the gradient.")
+    embedding_l2: float = setting(
+        0.0, "L2 on the embedding rows of the batch: adds embedding_l2 * row to the gradient."
+    )
     mini_batch_aware_l2: float = setting(
         0.0,
-        "The paper's regularisation (section 5.1): adds mini_batch_aware_l2 / (events with this id) * row for the rows of the batch.",
+        "The paper's regularisation (section 5.1): adds mini_batch_aware_l2 / (events with this id) * row to the "
+        "gradient of the rows of the batch.",
     )
     wire_dtype: WireDtype = setting(
         WireDtype.FLOAT32, "How row gradients travel between workers: float32, bfloat16 or float16."
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.learning_rate > 0, "must be positive", "learning_rate", self.learning_rate, "For example 0.001."
-        )
+        require(self.learning_rate > 0, "must be positive", "learning_rate", self.learning_rate, "For example 0.001.")
         _require_at_least(self, 0, "clip_norm", "l2", "embedding_l2", "mini_batch_aware_l2", "warmup_steps")
         _require_at_least(self, 1, "learning_rate_decay_steps")
         require(
@@ -260,7 +263,9 @@ class OptimizerConfig:
 class JobConfig:
     global_batch_size: int = setting(1024, "Examples per update over all workers.")
     epochs: int = setting(2, "Passes over the training examples.")
-    max_steps: int = setting(0, "Stop after this many updates in all; 0 for no limit. Does not change the learning-rate schedule.")
+    max_steps: int = setting(
+        0, "Stop after this many updates in all; 0 for no limit. Does not change the learning-rate schedule."
+    )
     seed: int = setting(1234, "Seed of weights, order, negatives and dropout.")
     output_dir: str = setting(
         "runs/latest", "Where checkpoints, metrics and summary.json go. A folder with a checkpoint is resumed."

@@ -65,6 +65,11 @@ class EventStore:
     touched_gaps: np.ndarray | None
     item_features: Mapping[str, np.ndarray]
 
+    @property
+    def max_touched(self) -> int:
+        """The number of different items that any one user touched; 0 with labels."""
+        return 0 if self.touched_offsets is None else int(np.diff(self.touched_offsets).max(initial=0))
+
     def vocabulary(self, name: str) -> pa.ChunkedArray:
         """The user's own ids of `"users"`, `"items"` or an item feature: entry i belongs to dense id i + 1.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -32,7 +33,7 @@ BATCH_SIGNATURE = {
 _NEGATIVES, _DROPOUT, _EVALUATION = 1, 2, 3
 
 
-def share(total, index: int, num_shards: int):
+def share(total: Any, index: int, num_shards: int) -> tuple[Any, Any]:
     """First and end of the `index`-th of `num_shards` near-equal runs of `total`, an integer or an int64 tensor."""
     return total * index // num_shards, total * (index + 1) // num_shards
 
@@ -93,7 +94,7 @@ class BatchMaker:
                 tf.gather(arrays["touched_offsets"], user + 1),
                 arrays["touched_gaps"],
                 self.store.facts.num_items,
-                num_halvings=int(np.diff(self.store.touched_offsets).max()).bit_length(),
+                num_halvings=self.store.max_touched.bit_length(),
             )
             candidate = tf.where(draw == 0, candidate, negative)
         history_start = tf.maximum(
@@ -172,7 +173,9 @@ def evaluation_batches(
     return _mapped(starts, make, num_parallel_calls)
 
 
-def _mapped(dataset: tf.data.Dataset, make: Callable[[tf.Tensor], dict[str, tf.Tensor]], num_parallel_calls: int) -> tf.data.Dataset:
+def _mapped(
+    dataset: tf.data.Dataset, make: Callable[[tf.Tensor], dict[str, tf.Tensor]], num_parallel_calls: int
+) -> tf.data.Dataset:
     options = tf.data.Options()
     # tf.data's rewrites would copy every captured array into the graph: at 200 million events, 800 MB a worker.
     options.experimental_optimization.apply_default_optimizations = False

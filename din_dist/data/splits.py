@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from din_dist.config import DataConfig, Split
-from din_dist.data.event_store import PACKED_DIR, EventStore
+from din_dist.data.event_store import PACKED_DIR, USERS, EventStore
 from din_dist.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -173,10 +173,9 @@ def _num_before(store: EventStore, time: int) -> np.ndarray:
 
 
 def _require_untouched_items(store: EventStore) -> None:
-    touched = np.diff(store.touched_offsets)
-    if touched.size and touched.max() >= store.facts.num_items:
-        user = int(touched.argmax())
+    if store.touched_offsets is not None and store.max_touched >= store.facts.num_items:
+        user = store.vocabulary(USERS)[int(np.diff(store.touched_offsets).argmax())]
         raise InputError(
-            f"Negatives are items that a user never touched. Received: a user (number {user}) who touched all "
+            f"Negatives are items that a user never touched. Received: user {user.as_py()!r}, who touched all "
             f"{store.facts.num_items} items. Remove that user, or give the log a label column."
         )

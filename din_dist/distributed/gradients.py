@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import tensorflow as tf
 
@@ -18,7 +18,7 @@ class RowGradients(NamedTuple):
     rows: tf.Tensor  # float32 [R, D]
 
 
-Gradient = tf.Tensor | RowGradients
+Gradient: TypeAlias = tf.Tensor | RowGradients
 
 
 class GradientExchange:

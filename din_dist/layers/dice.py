@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -16,7 +18,7 @@ class Dice(keras.layers.Layer):
     starts at 0 (the gate is then 0.5 everywhere); the paper does not, and neither do we.
     """
 
-    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs) -> None:
+    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # epsilon: batches of sparse positions can have columns that hardly vary.
         self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, name="standardize")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -38,7 +39,7 @@ class HiddenLayers(keras.layers.Layer):
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
         dropout: float = 0.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.dense_layers = [keras.layers.Dense(width, name=f"dense_{i}") for i, width in enumerate(units)]
@@ -66,9 +67,7 @@ class HiddenLayers(keras.layers.Layer):
         for place, activation in enumerate(self.activations):
             if place:
                 hidden = self.dense_layers[place](hidden)
-            if isinstance(activation, Dice):
-                hidden = activation(hidden, training=training)
-            else:
-                hidden = activation(hidden)
+            mode = {"training": training} if isinstance(activation, Dice) else {}
+            hidden = activation(hidden, **mode)
             hidden = self.dropouts[place](hidden, keys, training=training)
         return tf.squeeze(self.output_layer(hidden), axis=-1)

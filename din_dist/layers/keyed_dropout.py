@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -14,7 +16,7 @@ class KeyedDropout(keras.layers.Layer):
     got it. Here it depends on (key, stream, unit) alone: any number of workers trains the same function.
     """
 
-    def __init__(self, rate: float, stream: int = 0, **kwargs) -> None:
+    def __init__(self, rate: float, stream: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rate, self.stream = rate, stream
 

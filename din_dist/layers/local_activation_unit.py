@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -34,7 +35,7 @@ class LocalActivationUnit(keras.layers.Layer):
         *,
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.normalization = normalization

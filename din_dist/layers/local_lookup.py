@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,7 +24,7 @@ class LocalLookup(keras.layers.Layer):
     """
 
     def __init__(
-        self, tables: Sequence[TableSpec], item_features: Mapping[str, np.ndarray], seed: int = 0, **kwargs
+        self, tables: Sequence[TableSpec], item_features: Mapping[str, np.ndarray], seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.specs = tuple(tables)

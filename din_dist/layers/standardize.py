@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -25,7 +26,7 @@ class Standardize(keras.layers.Layer):
         momentum: float = 0.99,
         epsilon: float = 1e-3,
         sum_over_ranks: SumOverRanks = tf.identity,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.frozen, self.momentum, self.epsilon, self.sum_over_ranks = frozen, momentum, epsilon, sum_over_ranks
@@ -72,7 +73,7 @@ class Standardize(keras.layers.Layer):
 class BatchNormalization(keras.layers.Layer):
     """`Standardize`, then a learned scale and offset for each column of `[M, W]`."""
 
-    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs) -> None:
+    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, name="standardize")
 

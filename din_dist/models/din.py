@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
@@ -19,7 +21,7 @@ class DIN(RankingModel):
     """
 
     def __init__(
-        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs
+        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any
     ) -> None:
         super().__init__(lookup, config, sum_over_ranks, **kwargs)
         self.attention = LocalActivationUnit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -29,7 +30,7 @@ class RankingModel(keras.Model):
     """
 
     def __init__(
-        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs
+        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.lookup = lookup
@@ -92,7 +93,12 @@ class RankingModel(keras.Model):
         lengths = tf.gather(history_lengths, history_of)  # [C]
         position_of = tf.ragged.range(starts, starts + lengths).values  # [P]
         return self._logits(
-            candidate_item_ids, history_item_ids, segment_ids(lengths), position_of, keys_of_dropout=None, training=False
+            candidate_item_ids,
+            history_item_ids,
+            segment_ids(lengths),
+            position_of,
+            keys_of_dropout=None,
+            training=False,
         )
 
     def _logits(

@@ -1,7 +1,7 @@
-"""Checkpoints: written aside, then published by one rename, so that a crash at any moment leaves the last one whole.
+"""Checkpoints: written aside, then published by one rename, so that a crash leaves the last one whole.
 
-`OUTPUT_DIR/checkpoints/step-000001000/` holds one .npy file a variable (whole tables in global rows: any number of
-workers reads what any number wrote) and `manifest.json` with the training state, the settings and a digest of each file.
+`OUTPUT_DIR/checkpoints/step-000000001000/` holds one .npy file a variable (whole tables in global rows: any number of
+workers reads what any number wrote) and `manifest.json`: training state, settings and a digest of each file.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _write_array(path: Path, values: np.ndarray) -> None:
     values = np.ascontiguousarray(values).reshape(values.shape)
     with path.open("wb") as file:
         numpy.lib.format.write_array_header_1_0(file, numpy.lib.format.header_data_from_array_1_0(values))
-        file.write(values)
+        file.write(values.data)
         file.flush()
         _sync(file.fileno())
 

@@ -56,10 +56,14 @@ class Optimizer(abc.ABC):
 class Sgd(Optimizer):
     """`w -= rate * g`."""
 
-    def update(self, name, variable, gradient, learning_rate, step) -> None:
+    def update(
+        self, name: str, variable: tf.Variable, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> None:
         variable.assign_sub(learning_rate * gradient)
 
-    def update_rows(self, name, variable, gradient, learning_rate, step) -> None:
+    def update_rows(
+        self, name: str, variable: tf.Variable, gradient: RowGradients, learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> None:
         variable.scatter_sub(tf.IndexedSlices(learning_rate * gradient.rows, gradient.row_ids))
 
 
@@ -80,12 +84,16 @@ class Adagrad(Optimizer):
         self._row_wise = {name for name in names if row_wise and name in tables}
         self._add_state("accumulator", self.INITIAL, [name in self._row_wise for name in names])
 
-    def update(self, name, variable, gradient, learning_rate, step) -> None:
+    def update(
+        self, name: str, variable: tf.Variable, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> None:
         accumulator = self.state[f"{name}/accumulator"]
         accumulator.assign_add(tf.square(gradient))
         variable.assign_sub(learning_rate * gradient / (tf.sqrt(accumulator) + self.EPSILON))
 
-    def update_rows(self, name, variable, gradient, learning_rate, step) -> None:
+    def update_rows(
+        self, name: str, variable: tf.Variable, gradient: RowGradients, learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> None:
         accumulator = self.state[f"{name}/accumulator"]
         squares = tf.square(gradient.rows)
         if name in self._row_wise:
@@ -108,13 +116,17 @@ class LazyAdam(Optimizer):
         self._add_state("first_moment", 0.0)
         self._add_state("second_moment", 0.0)
 
-    def update(self, name, variable, gradient, learning_rate, step) -> None:
+    def update(
+        self, name: str, variable: tf.Variable, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> None:
         first, second = self.state[f"{name}/first_moment"], self.state[f"{name}/second_moment"]
         first.assign(self._first(first, gradient))
         second.assign(self._second(second, gradient))
         variable.assign_sub(self._change(first, second, learning_rate, step))
 
-    def update_rows(self, name, variable, gradient, learning_rate, step) -> None:
+    def update_rows(
+        self, name: str, variable: tf.Variable, gradient: RowGradients, learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> None:
         first, second = self.state[f"{name}/first_moment"], self.state[f"{name}/second_moment"]
         row_ids = gradient.row_ids
         first_rows = self._first(tf.gather(first, row_ids), gradient.rows)
@@ -123,13 +135,13 @@ class LazyAdam(Optimizer):
         second.scatter_update(tf.IndexedSlices(second_rows, row_ids))
         variable.scatter_sub(tf.IndexedSlices(self._change(first_rows, second_rows, learning_rate, step), row_ids))
 
-    def _first(self, moment, gradient):
+    def _first(self, moment: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         return self.BETA_1 * moment + (1.0 - self.BETA_1) * gradient
 
-    def _second(self, moment, gradient):
+    def _second(self, moment: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         return self.BETA_2 * moment + (1.0 - self.BETA_2) * tf.square(gradient)
 
-    def _change(self, first, second, learning_rate, step):
+    def _change(self, first: tf.Tensor, second: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         updates = tf.cast(step, tf.float32)
         rate = learning_rate * tf.sqrt(1.0 - self.BETA_2**updates) / (1.0 - self.BETA_1**updates)
         return rate * first / (tf.sqrt(second) + self.EPSILON)

@@ -172,7 +172,9 @@ class _Interval:
     """Examples, loss and seconds since the last log line."""
 
     def __init__(self) -> None:
-        self._reset()
+        self._last: float | None = None  # when the last update ended, unless something else came between
+        self._seconds = self._loss = 0.0
+        self._examples = self._timed_examples = 0
 
     def add(self, examples: int, loss: float) -> None:
         now = time.perf_counter()
@@ -187,17 +189,12 @@ class _Interval:
         self._last = None
 
     def close(self) -> tuple[float, float]:
+        """Examples per second and mean loss; counting starts afresh."""
         rate = self._timed_examples / self._seconds if self._seconds else 0.0
-        result = rate, self._loss / max(self._examples, 1)
-        last = self._last
-        self._reset()
-        self._last = last
-        return result
-
-    def _reset(self) -> None:
-        self._last: float | None = None
+        mean_loss = self._loss / max(self._examples, 1)
         self._seconds = self._loss = 0.0
         self._examples = self._timed_examples = 0
+        return rate, mean_loss
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -213,6 +210,6 @@ def _terminal() -> TextIO | None:
         return sys.stderr
     path = os.environ.get("DIN_DIST_PROGRESS_TTY")
     try:
-        return open(path, "w") if path else None  # noqa: SIM115 (open as long as the job)
+        return Path(path).open("w") if path else None
     except OSError:  # the chief runs on another machine than the launcher
         return None

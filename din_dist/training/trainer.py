@@ -149,7 +149,9 @@ class Trainer:
             if float(result.stop_requests):
                 self._stop()
             if self._should_stop_early():
-                self._telemetry.say(f"stopping: {self.state.validations_without_gain} validations without a better GAUC")
+                self._telemetry.say(
+                    f"stopping: {self.state.validations_without_gain} validations without a better GAUC"
+                )
                 break
         if self.state.step > self._saved_step:
             self.save()
@@ -219,7 +221,7 @@ class Trainer:
                 raise FailedElsewhere
             raise FloatingPointError(
                 f"Step {step}: loss and gradient must be finite. Received: loss {loss}, gradient norm {norm}. The "
-                "weights were not updated and the last checkpoint is good. Try a lower --learning_rate or --clip_norm=5."
+                "weights were not updated; the last checkpoint is good. Try a lower --learning_rate or --clip_norm=5."
             )
         return result
 

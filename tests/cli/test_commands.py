@@ -45,7 +45,15 @@ def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: 
 def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:
     done = run("prepare_data", tmp_path, "--split=leave_two_out")
     assert done.returncode == 0, done.stderr
-    for words in ("users: 200", "items: 30", "category_id 5", "events: ", "history lengths", "labels: none", "validation "):
+    for words in (
+        "users: 200",
+        "items: 30",
+        "category_id 5",
+        "events: ",
+        "history lengths",
+        "labels: none",
+        "validation ",
+    ):
         assert words in done.stdout, words
     assert not done.stderr
 
@@ -56,7 +64,15 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
-    wanted = {"test_gauc", "test_auc", "test_log_loss", "test_pairwise_gauc", "examples_per_second", "epochs", "world_size"}
+    wanted = {
+        "test_gauc",
+        "test_auc",
+        "test_log_loss",
+        "test_pairwise_gauc",
+        "examples_per_second",
+        "epochs",
+        "world_size",
+    }
     assert wanted | {"seconds", "versions", "peak_memory_bytes", "test_floors"} <= summary.keys()
     assert summary["epochs"] == summary["world_size"] == 1
     assert "--global_batch_size=64" in (tmp_path / "run" / "flags.txt").read_text()
@@ -66,7 +82,9 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
     again = run("train", tmp_path, "--epochs=1")  # complete: only tested again
     assert json.loads(again.stdout)["test_gauc"] == pytest.approx(summary["test_gauc"], abs=1e-6)
     other = run("prepare_data", tmp_path, "--epochs=1", "--learning_rate=0.5")
-    assert_one_line(other, "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001")
+    assert_one_line(
+        other, "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

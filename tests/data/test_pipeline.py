@@ -107,7 +107,10 @@ def test_the_last_batch_may_leave_ranks_without_examples(prepared) -> None:
     num_examples = prepared[2]["train"].num_examples
     batch_size = num_examples - 1  # the last batch has one example
     sizes = [
-        [len(batch[schema.LABELS]) for batch in train(prepared, world_size=3, rank=rank, steps=(0, 2), batch=batch_size)]
+        [
+            len(batch[schema.LABELS])
+            for batch in train(prepared, world_size=3, rank=rank, steps=(0, 2), batch=batch_size)
+        ]
         for rank in range(3)
     ]
     assert np.sum(sizes, axis=0).tolist() == [batch_size, 1]
@@ -123,7 +126,9 @@ def test_negatives_are_redrawn_each_epoch_only_when_asked(tmp_path: Path, resamp
 
     def negatives(epoch: int) -> dict[int, int]:
         batches = train(prepared, steps=(epoch * per_epoch, (epoch + 1) * per_epoch))
-        pairs = [zip(b[schema.EXAMPLE_IDS], b[schema.CANDIDATE_ITEM_IDS], b[schema.LABELS], strict=True) for b in batches]
+        pairs = [
+            zip(b[schema.EXAMPLE_IDS], b[schema.CANDIDATE_ITEM_IDS], b[schema.LABELS], strict=True) for b in batches
+        ]
         return {int(example): int(item) for batch in pairs for example, item, label in batch if not label}
 
     first, second = negatives(0), negatives(1)

@@ -96,7 +96,7 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_user_who_touched_everything_is_one_clear_line(tmp_path: Path) -> None:
     write_log(tmp_path / "log.parquet", num_items=1)
     config = small_config(tmp_path).data
-    with pytest.raises(InputError, match=r"never touched. Received: a user \(number \d+\) who touched all 1 items"):
+    with pytest.raises(InputError, match=r"never touched. Received: user 'u\d+', who touched all 1 items"):
         split_examples(prepare(config), config)
 
 

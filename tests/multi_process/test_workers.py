@@ -21,7 +21,9 @@ STEPS = 60
 ROOT = Path(__file__).parents[2]
 
 
-def train(folder: Path, run: str, world_size: int, max_steps: int = STEPS, cases: tuple[str, ...] = tuple(CASES)) -> None:
+def train(
+    folder: Path, run: str, world_size: int, max_steps: int = STEPS, cases: tuple[str, ...] = tuple(CASES)
+) -> None:
     command = [sys.executable, "-m", "tests.multi_process.train_cases", str(folder), run, str(max_steps), *cases]
     if world_size > 1:
         launcher = Path(sys.executable).with_name("horovodrun")

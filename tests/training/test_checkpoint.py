@@ -18,7 +18,9 @@ from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from din_dist.training.state import TrainingState
 
 
-def make(folder: Path, *, learning_rate: float = 0.1, keep: int = 2, data: str = "d1") -> tuple[Config, CheckpointStore]:
+def make(
+    folder: Path, *, learning_rate: float = 0.1, keep: int = 2, data: str = "d1"
+) -> tuple[Config, CheckpointStore]:
     job = JobConfig(output_dir=str(folder), keep_checkpoints=keep)
     config = Config(optimizer=OptimizerConfig(learning_rate=learning_rate), job=job)
     return config, CheckpointStore(config, data, Runtime())
@@ -71,7 +73,9 @@ def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     make(tmp_path)[1].save(variables(1.0), TrainingState(step=1))
     _, other = make(tmp_path, learning_rate=0.2, keep=5)  # how many to keep may change
-    with pytest.raises(InputError, match=r"resumed with the settings it was made with. Received: --learning_rate: 0.1,"):
+    with pytest.raises(
+        InputError, match=r"resumed with the settings it was made with. Received: --learning_rate: 0.1,"
+    ):
         other.restore(variables(0.0))
 
 
@@ -108,7 +112,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         small = {"table": tf.Variable(tf.ones([100, 100]))}
         store.save(small, TrainingState(step=1))
         big = {"table": tf.Variable(tf.ones([1000, 100]))}
-        with pytest.raises(InputError, match=r"a checkpoint must fit. Received: No space left .* step 2 .*step-0+1\. Free"):
+        with pytest.raises(
+            InputError, match=r"a checkpoint must fit. Received: No space left .* step 2 .*step-0+1\. Free"
+        ):
             store.save(big, TrainingState(step=2))
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000000001"]
         assert store.restore(small).step == 1

@@ -88,9 +88,7 @@ def test_leave_one_out_never_selects(tmp_path: Path) -> None:
 
 
 def test_early_stopping_counts_validations(tmp_path: Path) -> None:
-    config = small_config(
-        tmp_path, split=Split.LEAVE_TWO_OUT, epochs=50, learning_rate=0.05, early_stopping_patience=2
-    )
+    config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT, epochs=50, learning_rate=0.05, early_stopping_patience=2)
     job = make(config)
     job.trainer.train()
     gaucs = [line["gauc"] for line in lines(config, "validation")]
@@ -120,7 +118,12 @@ def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path: Path) -> None
 
 def test_checkpoints_and_validations_come_when_due(tmp_path: Path) -> None:
     config = small_config(
-        tmp_path, split=Split.LEAVE_TWO_OUT, checkpoint_every_steps=3, evaluate_every_steps=5, max_steps=11, keep_checkpoints=99
+        tmp_path,
+        split=Split.LEAVE_TWO_OUT,
+        checkpoint_every_steps=3,
+        evaluate_every_steps=5,
+        max_steps=11,
+        keep_checkpoints=99,
     )
     make(config).trainer.train()
     assert [line["step"] for line in lines(config, "validation")] == [5, 10]
