@@ -125,11 +125,14 @@ cmake_lists=$source_tree/horovod/tensorflow/CMakeLists.txt
   die "horovod/tensorflow/CMakeLists.txt must name xla_mpi_ops.cc on one line. Adapt launch/build_horovod.sh to this Horovod."
 sed -i '/xla_mpi_ops\.cc/d' "$cmake_lists"
 
-if [[ $device == gpu ]]; then
-  # Linkers look for libnccl.so; pip's package has only libnccl.so.2, which the wheel finds again relative to itself.
+if [[ $device == gpu && ! ${HOROVOD_NCCL_HOME:-} ]]; then
+  # pip's package has only libnccl.so.2, but linkers look for libnccl.so. At run time the wheel finds it relative to itself:
+  # $ORIGIN is horovod/tensorflow in site-packages. Left alone, CMake would write this build's temporary folder there.
   mkdir "$work/nccl"
   ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
-  settings+=("HOROVOD_NCCL_LIB=$work/nccl")
+  # shellcheck disable=SC2016
+  settings+=("HOROVOD_NCCL_LIB=$work/nccl" "LDFLAGS=${LDFLAGS:-} "'-Wl,-rpath,$ORIGIN/../../nvidia/nccl/lib')
+  sed -i '/^project(/a set(CMAKE_SKIP_RPATH ON)' "$source_tree/CMakeLists.txt"
 fi
 
 env "${settings[@]}" HOROVOD_CMAKE="$work/tools/cmake/data/bin/cmake" \

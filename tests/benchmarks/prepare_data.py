@@ -61,7 +61,7 @@ def main(forms: list[str]) -> None:
             log = export(Path(folder), form)
             start = time.perf_counter()
             worker = subprocess.Popen([sys.executable, "-c", PREPARE, str(log), str(Path(folder, "prepared"))])
-            _, status, usage = os.wait4(worker.pid)
+            _, status, usage = os.wait4(worker.pid, 0)
             seconds = time.perf_counter() - start
             if status:
                 sys.exit(f"{form}: failed")

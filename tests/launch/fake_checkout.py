@@ -19,6 +19,7 @@ real={real}
 case "$1 ${{2-}}" in
   "-c "*ensurepip*) exit {ensurepip} ;;
   "-c "*'"%d.%d" %'*) echo "{version}" ;;
+  "-c "*purelib*) echo {folder}/site-packages ;;
   "- ") cat >/dev/null; echo "{tensorflow}" ;;
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "venv $3" >>{log} ;;
   "-m pip")
@@ -40,7 +41,9 @@ PIP = {
     # pip wheel ... --wheel-dir DIR SOURCE
     "wheel": """
 while [[ $1 != --wheel-dir ]]; do shift; done
-env | grep -E '^(HOROVOD|MAKEFLAGS)' >"$FAKE_BUILD_ENV"
+env | grep -E '^(HOROVOD|MAKEFLAGS|LDFLAGS)' >"$FAKE_BUILD_ENV"
+[[ ! ${HOROVOD_NCCL_LIB:-} ]] || echo "libnccl.so -> $(readlink "$HOROVOD_NCCL_LIB/libnccl.so")" >>"$FAKE_BUILD_ENV"
+grep -x 'set(CMAKE_SKIP_RPATH ON)' "$3/CMakeLists.txt" >>"$FAKE_BUILD_ENV" || true
 if grep xla_mpi_ops "$3/horovod/tensorflow/CMakeLists.txt"; then exit 1; fi
 echo half >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
 sleep ${FAKE_PIP_SECONDS:-0}

@@ -29,9 +29,13 @@ def serve_sdist(checkout: FakeCheckout, folder: Path, cmake_lists: str) -> None:
     """Has pip download a Horovod with this CMakeLists.txt, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
-        entry = tarfile.TarInfo(f"horovod-{HOROVOD}/horovod/tensorflow/CMakeLists.txt")
-        entry.size = len(cmake_lists)
-        archive.addfile(entry, io.BytesIO(cmake_lists.encode()))
+        for path, text in (
+            ("CMakeLists.txt", "project(horovod CXX)\n"),
+            ("horovod/tensorflow/CMakeLists.txt", cmake_lists),
+        ):
+            entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text.encode()))
     checkout.env["FAKE_SDIST"] = str(sdist)
     script = checkout.root / "launch" / "build_horovod.sh"
     lines = script.read_text().splitlines(keepends=True)
@@ -102,8 +106,8 @@ def test_cpu_build_has_gloo_and_no_nccl(checkout: FakeCheckout, tmp_path: Path) 
     assert wheels(checkout) == []
 
 
-def fake_cuda_and_nccl(folder: Path) -> tuple[Path, Path]:
-    cuda, nccl = folder / "cuda", folder / "nccl"
+def fake_cuda_and_nccl(folder: Path, nccl_in: str = "nccl") -> tuple[Path, Path]:
+    cuda, nccl = folder / "cuda", folder / nccl_in
     for file in (cuda / "bin" / "nvcc", nccl / "include" / "nccl.h", nccl / "lib" / "libnccl.so.2"):
         file.parent.mkdir(parents=True)
         file.touch(mode=0o755)
@@ -124,6 +128,17 @@ def test_gpu_build_has_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
     assert expected <= settings
     assert checkout.run("build_horovod.sh", "--gpu", **homes).returncode == 0
     assert expected <= set((tmp_path / "build_env").read_text().splitlines())
+
+
+def test_the_nccl_of_pip_is_found_again_at_run_time(checkout: FakeCheckout, tmp_path: Path) -> None:
+    cuda, nccl = fake_cuda_and_nccl(tmp_path, "site-packages/nvidia/nccl")
+    assert checkout.run("build_horovod.sh", "--gpu", HOROVOD_CUDA_HOME=str(cuda)).returncode == 0
+    settings = (tmp_path / "build_env").read_text().splitlines()
+    assert f"HOROVOD_NCCL_HOME={nccl}" in settings
+    assert f"libnccl.so -> {nccl}/lib/libnccl.so.2" in settings
+    assert "set(CMAKE_SKIP_RPATH ON)" in settings, "or the folder of this build is searched first"
+    [flags] = [line for line in settings if line.startswith("LDFLAGS=")]
+    assert flags.endswith(" -Wl,-rpath,$ORIGIN/../../nvidia/nccl/lib")
 
 
 def test_cuda_is_found_by_its_compiler(checkout: FakeCheckout, tmp_path: Path) -> None:

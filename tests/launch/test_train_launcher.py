@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,12 +67,13 @@ class Launcher:
         write_script(self.root / "launch" / "setup.sh", SETUP)
         write_script(executables / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         write_script(executables / "horovodrun", f'#!/bin/sh\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n')
+        self.processes: list[subprocess.Popen[str]] = []
         self.work = folder / "work"
         self.work.mkdir()
 
     def start(self, *flags: str, stderr: int = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [self.root / "launch" / "train.sh", *flags],
             cwd=self.work,
             env={**clean, "PYTHONPATH": str(self.root / "fakes"), "DIN_DIST_DEVICE": "cpu", **env},
@@ -81,6 +82,8 @@ class Launcher:
             text=True,
             start_new_session=True,
         )
+        self.processes.append(process)
+        return process
 
     def run(self, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
         return finished(self.start(*flags, **env))
@@ -100,8 +103,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @pytest.fixture
-def launcher(tmp_path: Path) -> Launcher:
-    return Launcher(tmp_path)
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path)
+    yield launcher
+    for process in launcher.processes:  # of a test that failed: what they started ends with them
+        process.kill()
 
 
 def test_two_workers_by_default_and_the_summary_is_the_last_line(launcher: Launcher) -> None:
