@@ -1,0 +1,52 @@
+"""Examples and history positions a second of the input pipeline alone: `python -m tests.benchmarks.input_pipeline FLAGS`.
+
+Takes the trainer's flags; the data must be prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+from din_dist import schema
+from din_dist.cli import entry
+from din_dist.cli import flags as settings
+
+settings.define_flags()
+
+
+def main() -> None:
+    config = settings.config_from_flags()
+    entry.import_tensorflow()
+    from din_dist.data.pipeline import num_steps_per_epoch, training_batches
+    from din_dist.data.prepared import open_prepared
+    from din_dist.data.splits import split_examples
+
+    store = open_prepared(config.data)
+    examples = split_examples(store, config.data)["train"]
+    steps = num_steps_per_epoch(examples.num_examples, config.job.global_batch_size) * config.job.epochs
+    batches = iter(
+        training_batches(
+            store,
+            examples,
+            config.data,
+            seed=config.job.seed,
+            global_batch_size=config.job.global_batch_size,
+            first_step=0,
+            end_step=steps,
+            shard_index=0,
+            num_shards=1,
+        )
+    )
+    next(batches)  # tracing
+    num_examples = num_positions = 0
+    started = time.perf_counter()
+    for batch in batches:
+        num_examples += len(batch[schema.LABELS])
+        num_positions += len(batch[schema.HISTORY_ITEM_IDS])
+    seconds = time.perf_counter() - started
+    print(json.dumps({"examples_per_second": num_examples / seconds, "positions_per_second": num_positions / seconds}))
+
+
+if __name__ == "__main__":
+    entry.run(main)
