@@ -1,6 +1,6 @@
-"""Examples and history positions a second of the input pipeline alone: `python -m tests.benchmarks.input_pipeline FLAGS`.
+"""Speed of the input pipeline alone: `python -m tests.benchmarks.input_pipeline FLAGS`, after prepare_data.
 
-Takes the trainer's flags; the data must be prepared.
+Takes the trainer's flags and prints examples and history positions a second as JSON.
 """
 
 from __future__ import annotations
