@@ -72,6 +72,7 @@ def test_there_are_the_three_flagfiles() -> None:
         (["--dropout=1"], r"--dropout: must be in \[0, 1\). Received: 1.0"),
         (["--learning_rate=0"], "--learning_rate: must be positive. Received: 0.0"),
         (["--learning_rate_decay=2"], r"--learning_rate_decay: must be in \(0, 1\]. Received: 2.0"),
+        (["--learning_rate_decay_steps=0"], "--learning_rate_decay_steps: must be at least 1. Received: 0"),
         (["--warmup_steps=5"], r"--warmup_steps: belongs to the warmup_\* schedules. Received: 5"),
         (["--clip_norm=-1"], "--clip_norm: must be at least 0. Received: -1.0"),
         (["--global_batch_size=0"], "--global_batch_size: must be at least 1. Received: 0"),

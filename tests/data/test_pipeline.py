@@ -177,6 +177,8 @@ def test_batches_have_the_declared_signature(prepared) -> None:
 
 def test_mapped_arrays_are_not_copied(tmp_path: Path) -> None:
     """Private memory grows by less than the events' own size when a pipeline over them runs."""
+    small = small_config(tmp_path).data
+    small_store = prepare(small)
     config = small_config(
         tmp_path, dataset="synthetic", data_path="", synthetic_num_users=60_000, synthetic_events_per_user=100
     ).data
@@ -187,7 +189,7 @@ def test_mapped_arrays_are_not_copied(tmp_path: Path) -> None:
     def private_bytes() -> int:
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-    list(train((config, store, splits), steps=(0, 1)))  # the pipeline's own machinery
+    list(train((small, small_store, split_examples(small_store, small)), steps=(0, 1)))  # the pipeline's own machinery
     before = private_bytes()
     batches = train((config, store, splits), steps=(0, 20))
     next(batches)
