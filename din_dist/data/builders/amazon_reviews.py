@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
+import requests
 import tensorflow_datasets as tfds
 
 from din_dist.data.blocks import EventLog, ItemFeature
@@ -95,6 +96,8 @@ def _fetch(name: str, names: list[str], dl_manager: tfds.download.DownloadManage
         path = Path()
     if not path.is_file():
         try:
+            # Without a network TFDS tries again for many minutes before it says so: ask first.
+            requests.head(URL + name, timeout=20, allow_redirects=True)
             path = Path(dl_manager.download(URL + name))
         except Exception as error:  # whatever the network stack raises
             raise InputError(

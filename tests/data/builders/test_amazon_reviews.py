@@ -11,6 +11,7 @@ from typing import ClassVar
 from unittest import mock
 
 import pytest
+import requests
 import tensorflow_datasets as tfds
 
 from din_dist import schema
@@ -82,13 +83,17 @@ def test_files_from_the_network(tmp_path: Path) -> None:
         path.write_bytes((files / url.removeprefix(URL)).read_bytes())
         return path
 
-    with mock.patch.object(tfds.download.DownloadManager, "download", side_effect=download):
+    with (
+        mock.patch.object(requests, "head"),
+        mock.patch.object(tfds.download.DownloadManager, "download", side_effect=download),
+    ):
         store = prepare(config_of(tmp_path))
     assert store.facts.num_events == 4
 
 
 def offline() -> AbstractContextManager:
-    return mock.patch.object(tfds.download.DownloadManager, "download", side_effect=ConnectionError("no route"))
+    """TFDS' own download would try again for minutes."""
+    return mock.patch.object(requests, "head", side_effect=ConnectionError("no route"))
 
 
 def test_no_network(tmp_path: Path) -> None:
