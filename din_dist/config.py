@@ -150,6 +150,13 @@ class DataConfig:
             "Give a file, a folder or a glob.",
         )
         require(
+            kind in ("event_log", "amazon_reviews") or not self.data_path,
+            f"--dataset={kind} reads no files of yours",
+            "data_path",
+            self.data_path,
+            "Add --dataset=event_log.",
+        )
+        require(
             len(set(self.item_features)) == len(self.item_features),
             "each feature may be named once",
             "item_features",
@@ -326,7 +333,13 @@ class Config:
 
 # What may differ between a checkpoint and the job that resumes it: how long, how often, where; never what is learned.
 FREE_TO_CHANGE = {
-    "data": {"data_path", "data_dir", "evaluation_negatives_per_positive"},
+    "data": {
+        "data_path",
+        "data_dir",
+        "evaluation_negatives_per_positive",
+        "label_column_required",  # these two say how a flag was given; what was found, the data's fingerprint tells
+        "item_features_required",
+    },
     "model": set(),
     "optimizer": {"wire_dtype"},
     "job": {field.name for field in dataclasses.fields(JobConfig)} - {"global_batch_size", "seed"},

@@ -3,6 +3,8 @@
 EXIT_INPUT_ERROR = 2  # wrong input: running it again changes nothing
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint, run it again
 
+EXIT_SIGINT = 130  # ended by Ctrl-C, as shells have it
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. Its text is one line: the rule, what came, what to do.

@@ -18,6 +18,12 @@ num_workers=$((num_gpus > 0 ? num_gpus : 2))
 trainer_flags=()
 while (($#)); do
   case $1 in
+    --help | -help | -h)
+      sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+      "$root/launch/setup.sh" >&2
+      "$venv/bin/python" -m din_dist.cli.train --help | sed '1,/^flags:/d' || true
+      exit 0
+      ;;
     --num_workers=* | -num_workers=*) num_workers=${1#*=} ;;
     --num_workers | -num_workers)
       num_workers=${2-}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from absl import app, flags
 from absl import logging as absl_logging
 
-from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, FailedElsewhere, InputError, Interrupted
+from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_SIGINT, FailedElsewhere, InputError, Interrupted
 
 
 def run(main: Callable[[], None]) -> None:
@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT has come; a second SIGINT ends the process at once."""
+    """Whether SIGTERM or SIGINT has come; a second SIGINT ends the process at once, without its checkpoint."""
 
     def __init__(self) -> None:
         self._came = False
@@ -36,7 +36,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         if self._came and number == signal.SIGINT:
-            signal.default_int_handler(number, None)
+            os._exit(EXIT_SIGINT)
+        if not self._came and _is_chief():
+            os.write(2, b"stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one\n")
         self._came = True
 
 
@@ -44,7 +46,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        _leave(EXIT_INPUT_ERROR, f"{error} See --help.")
+        text = str(error).removeprefix("ERROR:: ").rstrip(".")
+        _leave(EXIT_INPUT_ERROR, f"{text}. See --help.")
     if len(rest) > 1:
         _leave(EXIT_INPUT_ERROR, f"Every setting is a --flag. Received: {rest[1]!r}. See --help.")
     return rest
@@ -56,15 +59,27 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
     except Interrupted as stop:
+        if not _is_chief():
+            return EXIT_RETRY
         _leave(EXIT_RETRY, str(stop), word="stopped")
     except FailedElsewhere:
         return 1
     except FloatingPointError as error:
         _leave(1, str(error))
-    except Exception:
+    except Exception as error:
+        if "Horovod has been shut down" in str(error):
+            _leave(1, f"rank {_rank()} lost another worker and cannot go on alone. The same command resumes.")
         traceback.print_exc()
-        _leave(1, f"rank {os.environ.get('HOROVOD_RANK', '0')} failed: see the lines above")
+        _leave(1, f"rank {_rank()} failed: see the lines above")
     return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("HOROVOD_RANK", "0"))
+
+
+def _is_chief() -> bool:
+    return _rank() == 0
 
 
 def _leave(code: int, text: str, word: str = "error") -> None:

@@ -50,6 +50,18 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     return Config(**rooms)
 
 
+def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
+    """The settings in force, as a flagfile that repeats the job."""
+    names = [field.name for kind in _ROOMS.values() for field in dataclasses.fields(kind) if "help" in field.metadata]
+    lines = (
+        # Flags that were not given stay out where that has a meaning of its own.
+        flag_values[name].serialize()
+        for name in names
+        if flag_values[name].present or name not in ("label_column", "item_features")
+    )
+    return "".join(f"{line}\n" for line in lines if line)
+
+
 def _define(name: str, type_: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
     if type_ is bool:
         flags.DEFINE_boolean(name, default, help_text, flag_values=flag_values)

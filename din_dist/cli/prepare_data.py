@@ -33,7 +33,8 @@ def main() -> None:
     counts = ", ".join(f"{name} {examples.num_examples:,}" for name, examples in splits.items())
     print(f"examples ({config.data.split}): {counts}")
     table_specs(config.model, store.facts)
-    if checkpoint := latest_checkpoint(config):
+    # Only where the user names the folder: others prepare data while the default one holds an unrelated job.
+    if flags.FLAGS["output_dir"].present and (checkpoint := latest_checkpoint(config)):
         check_compatible(checkpoint, config, store.facts.fingerprint)
     print(f"prepared in {time.perf_counter() - started:.1f} s: {store.folder}")
 

@@ -5,7 +5,6 @@ The last line on stdout is the summary, as JSON.
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from importlib import metadata
@@ -32,19 +31,22 @@ def main() -> None:
     from din_dist import assembly
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.training.telemetry import Exporter, write_text_atomically
+    from din_dist.training.output_dir import claim_output_dir
+    from din_dist.training.telemetry import Exporter, to_json, write_text_atomically
     from din_dist.training.trainer import peak_memory_bytes
 
     runtime = open_runtime()
     cores = claim_devices(runtime)
-    exporter = Exporter(config.job, runtime) if config.job.metrics_port >= 0 else None
+    folder = Path(config.job.output_dir)
+    with runtime.together():
+        lock = claim_output_dir(folder) if runtime.is_chief else None
+        exporter = Exporter(config.job, runtime) if config.job.metrics_port >= 0 else None
     store = open_prepared(config.data)
     job = assembly.make_job(
         config, runtime, store, exporter=exporter, stop_requested=stop_requested, num_threads=len(cores)
     )
-    folder = Path(config.job.output_dir)
     if runtime.is_chief:
-        write_text_atomically(folder / "flags.txt", flags.FLAGS.flags_into_string())
+        write_text_atomically(folder / "flags.txt", settings.to_flagfile())
     seconds = {"start": time.perf_counter() - started}
     job.trainer.train()
     test = job.trainer.test()
@@ -57,7 +59,7 @@ def main() -> None:
         summary = {
             **{f"test_{name}": value for name, value in test.items()},
             "test_floors": floors,
-            "best_validation_gauc": job.trainer.state.to_json()["best_gauc"],
+            f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
             "best_step": job.trainer.state.best_step or job.trainer.state.step,
             "examples_per_second": round(job.trainer.examples_per_second, 1),
             "epochs": job.trainer.state.epoch,
@@ -71,13 +73,14 @@ def main() -> None:
             "versions": _versions(),
         }
         _report(summary, job.telemetry.say)
-        text = json.dumps(summary)
+        text = to_json(summary)
         write_text_atomically(folder / "summary.json", text + "\n")
     job.telemetry.close()
     runtime.barrier()
     runtime.shutdown()
-    if runtime.is_chief:
+    if lock:
         print(text, flush=True)
+        lock.close()
 
 
 def _report(summary: dict[str, Any], say: Any) -> None:
@@ -86,10 +89,9 @@ def _report(summary: dict[str, Any], say: Any) -> None:
         rows = {"this model": {"gauc": summary["test_gauc"], "auc": summary["test_auc"]}, **summary["test_floors"]}
         for name, metrics in rows.items():
             say(f"  {name:<20} test GAUC {metrics['gauc']:.4f}   AUC {metrics['auc']:.4f}")
-    say(
-        f"  {summary['examples_per_second']:,.0f} examples/s with {summary['world_size']} worker(s), "
-        f"{summary['seconds']['total']:.0f} s in all"
-    )
+    if summary["examples_per_second"]:
+        say(f"  {summary['examples_per_second']:,.0f} examples/s with {summary['world_size']} worker(s)")
+    say(f"  {summary['seconds']['total']:.0f} s in all")
 
 
 def _versions() -> dict[str, str]:

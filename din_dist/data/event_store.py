@@ -97,7 +97,7 @@ def read_facts(folder: Path) -> schema.DatasetFacts:
         return schema.DatasetFacts.from_json(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path}: cannot be read ({_first_line(error)}). Run prepare_data with --overwrite_prepared."
+            f"{path}: cannot be read ({_first_line(error)}). Give launch/train.sh or prepare_data --overwrite_prepared."
         ) from error
 
 
@@ -130,7 +130,7 @@ def open_store(folder: Path, features: Sequence[str]) -> EventStore:
     facts = read_facts(folder)
     facts = dataclasses.replace(facts, item_features={name: facts.item_features[name] for name in features})
     packed = folder / PACKED_DIR
-    remedy = f"Delete {packed}, or run prepare_data with --overwrite_prepared."
+    remedy = f"Delete {packed}, or give launch/train.sh or prepare_data --overwrite_prepared."
 
     def load(path: Path, dtype: type, length: int | None) -> np.ndarray:
         try:
@@ -249,7 +249,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
         if (num_users, num_events) != (facts.num_users, facts.num_events):
             raise InputError(
                 f"{folder.parent}: records must hold {facts.num_users} users and {facts.num_events} events. "
-                f"Received: {num_users} and {num_events}. Run prepare_data with --overwrite_prepared."
+                f"Received: {num_users} and {num_events}. Give launch/train.sh or prepare_data --overwrite_prepared."
             )
 
 

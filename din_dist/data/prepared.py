@@ -167,7 +167,7 @@ def _blocks(builder: EventsBuilder) -> Iterator[Block]:
     except tf.errors.OpError as error:
         raise InputError(
             f"{builder.data_dir}: the records cannot be read ({' '.join(str(error).split())[:300]}). "
-            "Run prepare_data with --overwrite_prepared."
+            "Give launch/train.sh or prepare_data --overwrite_prepared."
         ) from error
 
 

@@ -109,8 +109,8 @@ def check_unchanged(recorded: Mapping[str, Mapping[str, int | str]], files: Iter
         else:
             continue
         raise InputError(
-            f"{path}: this file {what} since the data was prepared. Run prepare_data again with "
-            "--overwrite_prepared, or give another --data_dir."
+            f"{path}: this file {what} since the data was prepared. Give launch/train.sh or "
+            "prepare_data --overwrite_prepared once, or give another --data_dir."
         )
 
 

@@ -5,13 +5,16 @@ This is the only module that imports Horovod. Row gradients travel by all-gather
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from din_dist.errors import FailedElsewhere, InputError
 
 
 class Runtime:
@@ -58,6 +61,25 @@ class Runtime:
 
     def shutdown(self) -> None:
         """Leaves the job."""
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that may be refused on some ranks only: all go on after it, or none.
+
+        Raises:
+            InputError: on the first rank whose block raised one.
+            FailedElsewhere: on the others.
+        """
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            problem = error
+        refused = np.flatnonzero(self.gather(np.array([problem is not None], np.int32)))
+        if len(refused):
+            if problem and refused[0] == self.rank:
+                raise problem
+            raise FailedElsewhere
 
 
 class HorovodRuntime(Runtime):

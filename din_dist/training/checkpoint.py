@@ -161,12 +161,15 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dic
         raise InputError(
             f"{folder}: must be a checkpoint. Received: {error}. Delete it to go on from the one before it."
         ) from error
-    if manifest["data_fingerprint"] != data_fingerprint:
-        found.append("the prepared data: changed since")
     if found:
         raise InputError(
             f"{folder}: a checkpoint is resumed with the settings it was made with. Received: {'; '.join(found)}. "
             "Give the same settings, or another --output_dir."
+        )
+    if manifest["data_fingerprint"] != data_fingerprint:
+        raise InputError(
+            f"{folder}: a checkpoint is resumed on the data it was made with. Received: data that was prepared anew "
+            "from a changed source. Give another --output_dir to train on it from the start."
         )
     return manifest
 

@@ -22,7 +22,7 @@ class TrainingState:
     step: int = 0
     epoch_loss: float = 0.0  # sum over the examples seen
     example_checksum: int = 0
-    best_gauc: float = -math.inf
+    best_validation: float = -math.inf  # GAUC, or AUC where no user has both labels
     best_step: int = 0
     validations_without_gain: int = 0
     epoch_records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -46,23 +46,23 @@ class TrainingState:
         self.examples_seen, self.epoch_loss, self.example_checksum = 0, 0.0, 0
         return record
 
-    def note_validation(self, gauc: float) -> bool:
+    def note_validation(self, value: float) -> bool:
         """Files a validation; says whether it is the best so far."""
-        if gauc > self.best_gauc:
-            self.best_gauc, self.best_step, self.validations_without_gain = gauc, self.step, 0
+        if value > self.best_validation:
+            self.best_validation, self.best_step, self.validations_without_gain = value, self.step, 0
             return True
         self.validations_without_gain += 1
         return False
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        fields["best_gauc"] = self.best_gauc if math.isfinite(self.best_gauc) else None
+        fields["best_validation"] = self.best_validation if math.isfinite(self.best_validation) else None
         return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainingState:
-        best = fields["best_gauc"]
-        return cls(**{**fields, "best_gauc": -math.inf if best is None else best})
+        best = fields["best_validation"]
+        return cls(**{**fields, "best_validation": -math.inf if best is None else best})
 
 
 def add_checksums(*checksums: int) -> int:

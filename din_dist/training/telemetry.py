@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -125,13 +126,18 @@ class Telemetry:
     def after_evaluation(self, split: str, state: TrainingState, metrics: dict[str, float]) -> None:
         self.record(split, state, metrics)
         self.say(f"{split}: GAUC {metrics['gauc']:.4f}, AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}")
+        if math.isnan(metrics["gauc"]):
+            self.say(
+                f"{split}: GAUC is not defined, since none of {metrics['num_users_skipped']:,} users has examples of "
+                "both labels here; AUC decides. --split=temporal keeps more examples of a user together."
+            )
 
     def record(self, kind: str, state: TrainingState, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl, and points in TensorBoard."""
         if not self._runtime.is_chief:
             return
         line = {"kind": kind, "time": time.time(), "step": state.step, **values}
-        self._lines.write(json.dumps(line) + "\n")
+        self._lines.write(to_json(line) + "\n")
         self._lines.flush()
         with self._summaries.as_default():
             for name, value in values.items():
@@ -195,6 +201,19 @@ class _Interval:
         self._seconds = self._loss = 0.0
         self._examples = self._timed_examples = 0
         return rate, mean_loss
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """One line of JSON, which knows no NaN: what is not finite becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), allow_nan=False)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -121,6 +121,7 @@ class Trainer:
         self._local_checksum = 0  # of this rank's examples since the ranks last added up
         self._saved_step = 0
         self.state = TrainingState()
+        self.validation_metric = "gauc"  # what the best model is chosen by
         self.num_steps = num_updates(config, examples_per_epoch)
         # max_steps ends a job early; it does not bend the schedule of the epochs, so that the job can go on later.
         self._steps_of_schedule = config.job.epochs * num_steps_per_epoch(
@@ -150,7 +151,8 @@ class Trainer:
                 self._stop()
             if self._should_stop_early():
                 self._telemetry.say(
-                    f"stopping: {self.state.validations_without_gain} validations without a better GAUC"
+                    f"stopping: {self.state.validations_without_gain} validations without a better "
+                    f"{self.validation_metric.upper()}"
                 )
                 break
         if self.state.step > self._saved_step:
@@ -190,6 +192,9 @@ class Trainer:
         self.state = state
         self._saved_step = state.step
         self._telemetry.resumed(state)
+        if state.step >= self.num_steps:
+            self._telemetry.say(f"trained to the end already, step {state.step}")
+            return
         self._telemetry.say(
             f"resuming at epoch {state.epoch + 1}, example {state.examples_seen:,} of "
             f"{self._examples_per_epoch:,} (step {state.step})"
@@ -250,7 +255,7 @@ class Trainer:
             self.save()
 
     def _validate(self) -> bool:
-        """Scores the validation split, if there is one; says whether the GAUC is the best so far."""
+        """Scores the validation split, if there is one; says whether it is the best so far."""
         if not self._evaluator.has_examples("validation"):
             return False
         started = time.perf_counter()
@@ -258,7 +263,8 @@ class Trainer:
         self.seconds["validation"] += time.perf_counter() - started
         self._telemetry.after_evaluation("validation", self.state, metrics)
         self._telemetry.pause()
-        return self.state.note_validation(metrics["gauc"])
+        self.validation_metric = "auc" if math.isnan(metrics["gauc"]) else "gauc"
+        return self.state.note_validation(metrics[self.validation_metric])
 
     def _should_stop_early(self) -> bool:
         patience = self._config.job.early_stopping_patience
@@ -267,7 +273,9 @@ class Trainer:
     def _stop(self) -> None:
         if self.state.step > self._saved_step:
             self.save()
-        raise Interrupted(f"stopped on request after step {self.state.step}; the same command goes on from there")
+        raise Interrupted(
+            f"on request, after the checkpoint of step {self.state.step}. The same command goes on from there."
+        )
 
     def _merge_checksums(self) -> None:
         parts = self._runtime.gather(np.array([self._local_checksum], np.uint64).view(np.int64)).view(np.uint64)

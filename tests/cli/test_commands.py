@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, nu
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 75
-        assert "stopped: stopped on request after step" in rest
+        assert "stopped: on request, after the checkpoint of step" in rest
     resumed = run("train", tmp_path, *flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at epoch 1" in resumed.stderr
@@ -152,3 +153,37 @@ def test_help_names_every_setting(tmp_path: Path, name: str) -> None:
     done = run(name, tmp_path, "--help")
     for word in ("--dataset", "--negatives_per_positive", "--batch_norm", "--keep_checkpoints", "--metrics_port"):
         assert word in done.stdout.replace("--[no]", "--")
+
+
+def test_preparing_takes_no_notice_of_the_default_folder(tmp_path: Path) -> None:
+    """It may hold an unrelated job; one that is named is checked."""
+    assert run("prepare_data", tmp_path).returncode == 0
+    checkpoint = tmp_path / "runs" / "latest" / "checkpoints" / "step-000000000001"
+    checkpoint.mkdir(parents=True)
+    words = [word for word in command("prepare_data", tmp_path) if not word.startswith("--output_dir")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for named, code in (((), 0), (("--output_dir=runs/latest",), 2)):
+        done = subprocess.run(
+            [*words, *named], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == code, done.stderr
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    program = (
+        "import time; from din_dist.cli import entry; "
+        "entry.run(lambda: (entry.StopRequest(), print('ready', flush=True), time.sleep(60)))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert first.startswith("stopping after this step and a checkpoint")
+    assert (process.returncode, rest) == (130, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from din_dist.cli.flags import config_from_flags, define_flags
+from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile
 from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig, OptimizerKind
 from din_dist.errors import InputError
 
@@ -89,3 +89,18 @@ def test_wrong_settings_get_one_clear_line(arguments: list[str], message: str) -
     with pytest.raises(InputError, match=message) as error:
         parse(*arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [(), ("--item_features=a,b", "--label_column=clicked", "--resample_negatives")])
+def test_the_flags_of_a_job_written_down_repeat_it(tmp_path: Path, given: tuple[str, ...]) -> None:
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["program", "--dataset=event_log", "--data_path=my log.csv", "--hidden_units=4,2", *given])
+    (tmp_path / "flags.txt").write_text(to_flagfile(values))
+    assert parse(f"--flagfile={tmp_path / 'flags.txt'}") == config_from_flags(values)
+
+
+@pytest.mark.parametrize("dataset", ["complete_journey", "synthetic"])
+def test_files_for_a_data_set_that_reads_none(dataset: str) -> None:
+    with pytest.raises(InputError, match=rf"--data_path: --dataset={dataset} reads no files.*Add --dataset=event_log"):
+        parse(f"--dataset={dataset}", "--data_path=clicks.csv")

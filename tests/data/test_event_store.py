@@ -180,7 +180,9 @@ def test_truncated_or_missing_arrays(tmp_path: Path, rows: list[dict]) -> None:
             with pytest.raises(InputError) as caught:
                 open_store(store.folder, ["category_id"])
             assert str(path) in str(caught.value)
-            assert f"Delete {packed}, or run prepare_data with --overwrite_prepared." in str(caught.value)
+            assert f"Delete {packed}, or give launch/train.sh or prepare_data --overwrite_prepared." in str(
+                caught.value
+            )
             path.write_bytes(content)
     open_store(store.folder, ["category_id"])
 

@@ -237,7 +237,9 @@ def test_a_lost_or_truncated_cache(config: DataConfig) -> None:
     packed = store.folder / event_store.PACKED_DIR
     path = packed / "item_ids.npy"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InputError, match=rf"{path}: .*Delete {packed}, or run prepare_data with --overwrite_prepared"):
+    with pytest.raises(
+        InputError, match=rf"{path}: .*Delete {packed}, or give launch/train.sh or prepare_data --overwrite_prepared"
+    ):
         open_prepared(config)
     shutil.rmtree(packed)
     again = open_prepared(config)

@@ -32,7 +32,9 @@ def variables(value: float) -> dict[str, tf.Variable]:
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     _, store = make(tmp_path)
-    state = TrainingState(epoch=1, examples_seen=64, step=9, example_checksum=2**64 - 1, best_gauc=0.7, best_step=9)
+    state = TrainingState(
+        epoch=1, examples_seen=64, step=9, example_checksum=2**64 - 1, best_validation=0.7, best_step=9
+    )
     store.save(variables(4.0), state)
     loaded = variables(0.0)
     assert store.restore(loaded) == state
@@ -81,7 +83,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     make(tmp_path)[1].save(variables(1.0), TrainingState(step=1))
-    with pytest.raises(InputError, match="Received: the prepared data: changed since"):
+    with pytest.raises(InputError, match="data that was prepared anew"):
         make(tmp_path, data="d2")[1].restore(variables(0.0))
 
 
@@ -126,5 +128,5 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     config, store = make(tmp_path)
     store.save(variables(1.0), TrainingState(step=1))
     manifest = json.loads((latest_checkpoint(config) / "manifest.json").read_text(), parse_constant=pytest.fail)
-    assert manifest["state"]["best_gauc"] is None  # no NaN or Infinity, which JSON does not know
+    assert manifest["state"]["best_validation"] is None  # no NaN or Infinity, which JSON does not know
     assert manifest["config"]["optimizer"]["learning_rate"] == 0.1

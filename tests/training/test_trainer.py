@@ -68,7 +68,7 @@ def test_the_best_weights_by_validation_are_tested(tmp_path: Path) -> None:
     job.trainer.train()
     gaucs = [line["gauc"] for line in lines(config, "validation")]
     state = job.trainer.state
-    assert state.best_gauc == max(gaucs)
+    assert state.best_validation == max(gaucs)
     best_epoch = gaucs.index(max(gaucs)) + 1
     assert state.best_step == best_epoch * state.step // 6
     tested = job.trainer.test()
@@ -105,7 +105,7 @@ def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path: Path) -> None
     config = small_config(tmp_path, output_dir=str(tmp_path / "stopped"), **settings)
     asked = iter([False] * 9 + [True])
     job = make(config, stop_requested=lambda: next(asked))
-    with pytest.raises(Interrupted, match="stopped on request after step 10"):
+    with pytest.raises(Interrupted, match="on request, after the checkpoint of step 10"):
         job.trainer.train()
     resumed = make(config)
     resumed.trainer.train()
@@ -150,3 +150,19 @@ def test_floors_by_hand(tmp_path: Path) -> None:
     assert floors["user_repeat"]["gauc"] == 1.0  # every held-out item is a repeat, negatives never are
     assert 2 / 3 <= floors["popularity"]["gauc"] <= 5 / 6
     assert floors["user_repeat"]["num_users"] == 3
+
+
+def test_where_no_user_has_both_labels_auc_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One labelled test event a user gives no pair to rank; the file stays JSON, which has no NaN."""
+    settings = {"split": Split.LEAVE_TWO_OUT, "epochs": 3, "early_stopping_patience": 3}
+    config = small_config(tmp_path, labels=True, **settings)
+    job = make(config)
+    job.trainer.train()
+    validations = lines(config, "validation")
+    assert "NaN" not in (Path(config.job.output_dir) / "metrics.jsonl").read_text()
+    assert [line["gauc"] for line in validations] == [None] * 3
+    state = job.trainer.state
+    assert state.best_validation == max(line["auc"] for line in validations)
+    assert state.validations_without_gain < 3
+    assert job.trainer.validation_metric == "auc"
+    assert "validation: GAUC is not defined" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""What goes wrong on one of two workers: one line and one exit code for the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from din_dist.training.output_dir import claim_output_dir
+from tests.cli.test_commands import ROOT, assert_one_line, command, run
+
+
+def launcher(folder: Path, *flags: str) -> list[str]:
+    words = command("train", folder, *flags)
+    return [str(ROOT / "launch" / "train.sh"), "--num_workers=2", *words[words.index("din_dist.cli.train") + 1 :]]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
+
+
+def launch(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        launcher(folder, *flags), env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def without_preparation(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """What came after the data was described."""
+    done.stderr = done.stderr.partition("prepared in ")[2].partition("\n")[2]
+    return done
+
+
+def test_a_port_that_only_the_second_worker_needs(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch(tmp_path, f"--metrics_port={port - 1}")
+    line = without_preparation(done)
+    line.stderr = line.stderr.replace("[1] ", "")
+    assert_one_line(line, f"--metrics_port: each rank of a machine needs a free port on 127.0.0.1. Received: {port}")
+
+
+def test_two_jobs_in_one_folder(tmp_path: Path) -> None:
+    with claim_output_dir(tmp_path / "run"):
+        done = launch(tmp_path)
+    assert_one_line(without_preparation(done), "--output_dir: one job at a time")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_lost_worker_is_one_line_from_the_other(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    with subprocess.Popen(
+        launcher(tmp_path, "--epochs=500"), env=environment(), stderr=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stderr
+        for line in job.stderr:
+            if line.startswith("step 10:"):
+                os.kill(worker_of(1, tmp_path), signal.SIGKILL)
+                break
+        # Horovod's own word on the connection stays: it names the peer.
+        rest = [line for line in job.stderr if not line.startswith("step ") and "Horovod background loop" not in line]
+    assert job.returncode == 137
+    assert rest[0] == "error: rank 0 lost another worker and cannot go on alone. The same command resumes.\n"
+    assert rest[1].startswith("train.sh: worker 1 was killed (SIGKILL).")
+    assert len(rest) == 2
+
+
+def worker_of(rank: int, folder: Path) -> int:
+    """Its process id, found as an operator would."""
+    for _ in range(100):
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            mine = f"--output_dir={folder / 'run'}".encode() in words and b"python" in words[0]
+            if mine and b"din_dist.cli.train" in words and f"HOROVOD_RANK={rank}".encode() in variables:
+                return int(entry.name)
+        time.sleep(0.1)
+    raise AssertionError(f"no worker {rank}")
