@@ -84,7 +84,7 @@ def test_a_change_is_noticed(tmp_path: Path, content: str, same_time: bool) -> N
     time = recorded[str(files[0])]["mtime_ns"] if same_time else 5
     os.utime(files[0], ns=(time, time))
     with pytest.raises(
-        InputError, match=r"a.csv: this file has changed since .* --overwrite_prepared, or .* --data_dir"
+        InputError, match=r"a.csv: this file has changed since .* --overwrite_prepared once, or .* --data_dir"
     ):
         check_unchanged(recorded, files)
 
