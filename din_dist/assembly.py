@@ -16,6 +16,7 @@ from din_dist.data.pipeline import training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime
+from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
@@ -27,11 +28,15 @@ from din_dist.training.regularization import Regularization
 from din_dist.training.telemetry import Exporter, Telemetry
 from din_dist.training.trainer import Trainer, TrainStep, num_updates
 
+MakeBatches = Callable[[int, int], Iterator[Mapping[str, tf.Tensor]]]
+
 
 class Job(NamedTuple):
     """The parts of a training job."""
 
     trainer: Trainer
+    step: TrainStep
+    make_batches: MakeBatches
     evaluator: Evaluator
     telemetry: Telemetry
     model: RankingModel
@@ -58,12 +63,16 @@ def make_model(
     *,
     seed: int,
     sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+    attention: type[LocalActivationUnit] = LocalActivationUnit,
 ) -> RankingModel:
     """A model with its variables made, the same for the same `seed`."""
     keras.utils.set_random_seed(seed)
     lookup = LocalLookup(table_specs(config, facts), item_features, seed=seed, name="lookup")
-    kind = {ModelKind.DIN: DIN, ModelKind.MEAN_POOLING: MeanPooling}[config.model]
-    model = kind(lookup, config, sum_over_ranks, name="model")
+    match config.model:
+        case ModelKind.DIN:
+            model: RankingModel = DIN(lookup, config, sum_over_ranks, attention=attention, name="model")
+        case ModelKind.MEAN_POOLING:
+            model = MeanPooling(lookup, config, sum_over_ranks, name="model")
     model.build_variables()
     return model
 
@@ -76,12 +85,15 @@ def make_job(
     exporter: Exporter | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     num_threads: int = 2,
+    attention: type[LocalActivationUnit] = LocalActivationUnit,
+    exchange: type[GradientExchange] = GradientExchange,
 ) -> Job:
     """Wires a training job.
 
     Args:
         store: the prepared data; nothing is downloaded or built here.
         num_threads: for the input pipeline, this process' share of the cores.
+        attention, exchange: other forms of the same, for comparison.
 
     Raises:
         InputError: a setting does not fit the data.
@@ -94,6 +106,7 @@ def make_job(
         store.item_features,
         seed=config.job.seed,
         sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
+        attention=attention,
     )
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     names = list(variables)
@@ -102,7 +115,7 @@ def make_job(
     step = TrainStep(
         model,
         optimizer,
-        GradientExchange(runtime, config.optimizer.wire_dtype),
+        exchange(runtime, config.optimizer.wire_dtype),
         Regularization(config.optimizer, row_counts),
         config.optimizer,
     )
@@ -139,7 +152,7 @@ def make_job(
         telemetry,
         stop_requested,
     )
-    return Job(trainer, evaluator, telemetry, model)
+    return Job(trainer, step, make_batches, evaluator, telemetry, model)
 
 
 def _row_counts(

@@ -74,6 +74,11 @@ def _exit_code(main: Callable[[], None]) -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """Lines for people; stdout is for programs."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _rank() -> int:
     return int(os.environ.get("HOROVOD_RANK", "0"))
 

@@ -76,3 +76,15 @@ def merge_rows(gradient: tf.IndexedSlices) -> RowGradients:
     """Sums the rows that share an id."""
     row_ids, places = tf.unique(tf.cast(gradient.indices, tf.int32))
     return RowGradients(row_ids, tf.math.unsorted_segment_sum(gradient.values, places, tf.size(row_ids)))
+
+
+class DenseExchange(GradientExchange):
+    """All-reduces whole tables, and so updates them whole: what `sparse_as_dense=True` does elsewhere.
+
+    For `cli/benchmark.py` to compare with ours; a step costs as much as the vocabulary is long.
+    """
+
+    def __call__(
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], scale: tf.Tensor
+    ) -> tuple[list[Gradient], list[tf.Tensor]]:
+        return super().__call__([tf.convert_to_tensor(gradient) for gradient in gradients], extra, scale)

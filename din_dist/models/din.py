@@ -21,10 +21,15 @@ class DIN(RankingModel):
     """
 
     def __init__(
-        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any
+        self,
+        lookup: LocalLookup,
+        config: ModelConfig,
+        sum_over_ranks: SumOverRanks = tf.identity,
+        attention: type[LocalActivationUnit] = LocalActivationUnit,
+        **kwargs: Any,
     ) -> None:
         super().__init__(lookup, config, sum_over_ranks, **kwargs)
-        self.attention = LocalActivationUnit(
+        self.attention = attention(
             config.attention_hidden_units,
             config.activation,
             config.attention_normalization,

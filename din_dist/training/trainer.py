@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from din_dist import schema
 from din_dist.config import Config, OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
-from din_dist.distributed.gradients import GradientExchange
+from din_dist.distributed.gradients import Gradient, GradientExchange
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, Interrupted
 from din_dist.models.ranking_model import RankingModel
@@ -70,27 +70,43 @@ class TrainStep:
     def _step(
         self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, stop: tf.Tensor
     ) -> StepResult:
-        names, variables = self._optimizer.names, self._optimizer.variables
-        labels = batch[schema.LABELS]
+        gradients, loss = self.local_gradients(batch, global_examples)
+        gradients, (loss, stops) = self.exchange(gradients, [loss, stop], global_examples)
+        norm = self.update(gradients, loss, rate, step)
+        checksum = tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS]))
+        return StepResult(loss, norm, stops, tf.size(batch[schema.LABELS]), checksum)
+
+    def local_gradients(
+        self, batch: Batch, global_examples: tf.Tensor
+    ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor]:
+        """This rank's part of the gradient and of the loss."""
         with tf.GradientTape() as tape:
             logits = self._model(batch, training=True)
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=batch[schema.LABELS], logits=logits)
             loss = tf.reduce_sum(losses) / global_examples  # a rank without examples contributes 0
-        gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        gradients, (loss, stops) = self._exchange(gradients, [loss, stop], scale=global_examples)
-        gradients = self._regularization(gradients, variables, names)
+        variables = self._optimizer.variables
+        return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss
+
+    def exchange(
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], global_examples: tf.Tensor
+    ) -> tuple[list[Gradient], list[tf.Tensor]]:
+        """The gradient of the global batch, on every rank."""
+        return self._exchange(gradients, extra, scale=global_examples)
+
+    def update(self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm."""
+        gradients = self._regularization(gradients, self._optimizer.variables, self._optimizer.names)
         norm = global_norm(gradients)
         if self._clip_norm:
             gradients = clip(gradients, norm, self._clip_norm)
 
-        def update() -> tf.Tensor:
+        def apply() -> tf.Tensor:
             self._optimizer.apply(gradients, rate, step)
             return tf.constant(True)
 
         # Loss and norm are those of the global batch: every rank takes the same branch.
-        tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), update, lambda: tf.constant(False))
-        checksum = tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS]))
-        return StepResult(loss, norm, stops, tf.size(labels), checksum)
+        tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, lambda: tf.constant(False))
+        return norm
 
 
 class Trainer:

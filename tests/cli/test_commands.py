@@ -187,3 +187,20 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         rest = process.stderr.read()
     assert first.startswith("stopping after this step and a checkpoint")
     assert (process.returncode, rest) == (130, "")
+
+
+def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    forms = ("padded", "unfactored", "dense_allreduce")
+    done = run(
+        "benchmark", tmp_path, "--benchmark_steps=10", "--benchmark_warmup_steps=2", f"--compare={','.join(forms)}"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["times_the_speed_of"]) == set(forms)
+    assert found["bytes_sent_per_step"] == {"dense": 0, "sparse": 0}  # nobody to send to
+    for name in ("examples_per_second", "forward_backward_seconds", "update_seconds", "share_of_matrix_rate"):
+        assert found[name] > 0, name
+    assert "examples/s" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert_one_line(run("benchmark", tmp_path, "--compare=torch"), "--compare: must be of padded, unfactored")

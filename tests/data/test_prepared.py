@@ -139,9 +139,7 @@ def test_a_changed_source(config: DataConfig, action: object) -> None:
     os.utime(config.data_path, (1, 1))
     open_prepared(config)  # a touch is no change
     write_log(Path(config.data_path), ROWS[:-1])
-    expected = (
-        rf"{config.data_path}: this file has changed since .* --overwrite_prepared once, or give another"
-    )
+    expected = rf"{config.data_path}: this file has changed since .* --overwrite_prepared once, or give another"
     with pytest.raises(InputError, match=expected):
         action(config)  # type: ignore[operator]
     assert prepare(config, overwrite=True).facts.num_events == len(ROWS) - 1

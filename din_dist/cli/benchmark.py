@@ -1,0 +1,143 @@
+"""Measures training speed on prepared data: `python -m din_dist.cli.benchmark`, alone or under `horovodrun`.
+
+Takes the trainer's flags. Prints a table to stderr and, as the last line on stdout, the same numbers as JSON.
+Nothing is written to --output_dir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+from typing import Any
+
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.cli import flags as settings
+from din_dist.config import Config, require
+
+FORMS = ("padded", "unfactored", "dense_allreduce")
+ROUNDS = 5
+
+settings.define_flags()
+flags.adopt_module_key_flags(settings)  # for --help
+flags.DEFINE_integer("benchmark_steps", 200, "Updates to measure.")
+flags.DEFINE_integer("benchmark_warmup_steps", 20, "Updates before that, not measured.")
+flags.DEFINE_list(
+    "compare",
+    [],
+    "Other forms to run in turn with ours, for ratios: padded (histories as a rectangle, attention inputs side by "
+    "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
+    "updated).",
+)
+flags.DEFINE_string(
+    "trace_dir", "", "Write a TensorFlow profiler trace of 10 updates there, for TensorBoard. Default: none."
+)
+
+
+def main() -> None:
+    config = settings.config_from_flags()
+    values = flags.FLAGS
+    for name in ("benchmark_steps", "benchmark_warmup_steps"):
+        require(getattr(values, name) >= 1, "must be at least 1", name, getattr(values, name), "For example 100.")
+    for form in values.compare:
+        require(form in FORMS, f"must be of {', '.join(FORMS)}", "compare", form, f"For example {FORMS[0]}.")
+    entry.import_tensorflow()
+    from din_dist.data.prepared import open_prepared
+    from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.training.benchmark import report, seconds_since_process_start
+    from din_dist.training.telemetry import to_json
+    from din_dist.training.trainer import peak_memory_bytes
+
+    runtime = open_runtime()
+    cores = claim_devices(runtime)
+    store = open_prepared(config.data)
+    with tempfile.TemporaryDirectory() as folder:
+        job = dataclasses.replace(config.job, output_dir=folder, metrics_port=-1)
+        config = dataclasses.replace(config, job=job)
+        ours, width = _start("ours", config, runtime, store, len(cores))
+        ours.run(1)
+        to_first_step = seconds_since_process_start()
+        ours.run(values.benchmark_warmup_steps)
+        tally = ours.run(values.benchmark_steps)
+        peak_memory = peak_memory_bytes()
+        ours.run_in_parts(5)  # tracing, until the shapes are general
+        parts, gradients = ours.run_in_parts(max(10, values.benchmark_steps // 4))
+        found = report(config, runtime, width, tally, parts, gradients)
+        found |= {"peak_memory_bytes": peak_memory, "seconds_to_first_step": to_first_step}
+        if values.trace_dir:
+            _trace(ours, f"{values.trace_dir}/rank-{runtime.rank}")
+        others = {form: _start(form, config, runtime, store, len(cores))[0] for form in values.compare}
+        found["times_the_speed_of"] = _compare(ours, others, values.benchmark_warmup_steps, values.benchmark_steps)
+    runtime.barrier()
+    runtime.shutdown()
+    if runtime.is_chief:
+        entry.say(_table(found))
+        print(to_json(found), flush=True)
+
+
+def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int) -> tuple[Any, int]:
+    """A benchmark of one form, nothing run yet, and the width of its item vectors."""
+    from din_dist import assembly
+    from din_dist.distributed.gradients import DenseExchange
+    from din_dist.layers.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
+    from din_dist.training.benchmark import StepBenchmark
+
+    parts: dict[str, dict[str, Any]] = {
+        "padded": {"attention": PaddedActivationUnit},
+        "unfactored": {"attention": UnfactoredActivationUnit},
+        "dense_allreduce": {"exchange": DenseExchange},
+    }
+    job = assembly.make_job(config, runtime, store, num_threads=num_threads, **parts.get(form, {}))
+    return StepBenchmark(job.step, job.make_batches(0, 2**40), config.job.global_batch_size), job.model.lookup.width
+
+
+def _compare(ours: Any, others: dict[str, Any], warmup_steps: int, steps: int) -> dict[str, float]:
+    """Our speed over theirs: the median of rounds in which the forms take turns, so that noise hits all alike."""
+    for other in others.values():
+        other.run(warmup_steps)
+    ratios: dict[str, list[float]] = {form: [] for form in others}
+    for _ in range(ROUNDS if others else 0):
+        own = _seconds(ours.run(max(1, steps // ROUNDS)))
+        for form, other in others.items():
+            ratios[form].append(_seconds(other.run(max(1, steps // ROUNDS // 4))) / own)
+    return {form: statistics.median(values) for form, values in ratios.items()}
+
+
+def _seconds(tally: Any) -> float:
+    return tally.seconds / tally.examples
+
+
+def _trace(ours: Any, folder: str) -> None:
+    import tensorflow as tf
+
+    tf.profiler.experimental.start(folder)
+    ours.run(10)
+    tf.profiler.experimental.stop()
+
+
+def _table(found: dict[str, Any]) -> str:
+    step = found["step_seconds"]
+    lines = [
+        f"{found['examples_per_second']:12,.0f} examples/s   {found['positions_per_second']:,.0f} history positions/s, "
+        f"{found['world_size']} worker(s), global batch {found['global_batch_size']:,}",
+        f"{step * 1e3:12.2f} ms a step, of which {found['input_wait_seconds'] * 1e3:.2f} waiting for input",
+    ]
+    for name in ("forward_backward", "exchange", "update"):
+        lines.append(f"{found[f'{name}_seconds'] * 1e3:12.2f} ms {name.replace('_', ' and ')}, run by itself")
+    sent = found["bytes_sent_per_step"]
+    own, alone = (found[f"{kind}_flops_per_second"] / 1e9 for kind in ("achieved", "matrix"))
+    lines += [
+        f"{found['flops_per_example']:12,.0f} FLOPs of matrix products an example: {own:.1f} GFLOP/s, "
+        f"{found['share_of_matrix_rate']:.0%} of the {alone:.1f} that they reach alone",
+        f"{sum(sent.values()):12,} bytes sent a step by each worker: {sent['dense']:,} dense, {sent['sparse']:,} rows",
+        f"{found['peak_memory_bytes'] / 2**20:12,.0f} MiB peak memory of the chief",
+        f"{found['seconds_to_first_step']:12.1f} s from process start to the first update",
+    ]
+    lines += [f"{ratio:12.2f} times the speed of {form}" for form, ratio in found["times_the_speed_of"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,182 @@
+"""Where the time of an update goes, against what this machine's matrix products allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.config import Config
+from din_dist.distributed.runtime import Runtime
+from din_dist.models.flops import Product, forward_products, training_flops
+from din_dist.training.trainer import Batch, TrainStep
+
+LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a number of updates took and did, on this rank."""
+
+    steps: int = 0
+    examples: int = 0
+    positions: int = 0
+    items: int = 0
+    wait_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+    def add(self, batch: Batch, waited: float, seconds: float) -> None:
+        history, candidates = batch[schema.HISTORY_ITEM_IDS].numpy(), batch[schema.CANDIDATE_ITEM_IDS].numpy()
+        self.steps += 1
+        self.examples += len(candidates)
+        self.positions += len(history)
+        self.items += len(np.union1d(history, candidates))
+        self.wait_seconds += waited
+        self.step_seconds += seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.wait_seconds + self.step_seconds
+
+    def mean_sizes(self) -> tuple[int, int, int]:
+        """Examples, positions and distinct items of an update."""
+        return (
+            round(self.examples / self.steps),
+            round(self.positions / self.steps),
+            round(self.items / self.steps),
+        )
+
+
+class StepBenchmark:
+    """Trains for real, on this rank's share of real batches, and takes the times."""
+
+    def __init__(self, step: TrainStep, batches: Iterator[Batch], global_batch_size: int) -> None:
+        self._step, self._batches = step, batches
+        self._global_examples = tf.constant(global_batch_size, tf.float32)
+        self._count = 0
+        self._rate = tf.constant(LEARNING_RATE, tf.float32)
+        self._parts = [
+            tf.function(part, autograph=False, reduce_retracing=True)  # shapes vary from batch to batch
+            for part in (step.local_gradients, step.exchange, step.update)
+        ]
+
+    def run(self, num_steps: int) -> Tally:
+        """Whole updates, as training runs them."""
+        tally = Tally()
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            batch = next(self._batches)
+            fetched = time.perf_counter()
+            self._count += 1
+            result = self._step(batch, LEARNING_RATE, self._count, int(self._global_examples), False)
+            float(result.loss)  # training reads it too
+            ended = time.perf_counter()
+            tally.add(batch, fetched - started, ended - fetched)
+        return tally
+
+    def run_in_parts(self, num_steps: int) -> tuple[dict[str, float], list[Any]]:
+        """Mean seconds of forward and backward, exchange, and update, each run by itself; and one local gradient."""
+        seconds = np.zeros(3)
+        gradients: list[Any] = []
+        local_gradients, exchange, update = self._parts
+        for _ in range(num_steps):
+            batch = next(self._batches)
+            self._count += 1
+            marks = [_now()]
+            gradients, loss = local_gradients(batch, self._global_examples)
+            marks.append(_now())
+            merged, (loss,) = exchange(gradients, [loss], self._global_examples)
+            marks.append(_now())
+            update(merged, loss, self._rate, tf.constant(self._count, tf.int64))
+            marks.append(_now())
+            seconds += np.diff(marks)
+        names = ("forward_backward", "exchange", "update")
+        return dict(zip(names, (seconds / num_steps).tolist(), strict=True)), gradients
+
+
+def _now() -> float:
+    tf.test.experimental.sync_devices()
+    return time.perf_counter()
+
+
+def matrix_seconds(products: Sequence[Product], repeats: int = 5) -> float:
+    """What these products and their two gradients take here by themselves, the best of `repeats` runs of each."""
+    return sum(sum(_best_seconds(run, repeats) for run in _runs(product)) for product in products)
+
+
+def _runs(product: Product) -> list[Callable[[], tf.Tensor]]:
+    rows, inner, columns = product
+    left, right, out = (tf.random.normal(shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
+    return [
+        lambda: tf.matmul(left, right),
+        lambda: tf.matmul(out, right, transpose_b=True),
+        lambda: tf.matmul(left, out, transpose_a=True),
+    ]
+
+
+def _best_seconds(run: Callable[[], tf.Tensor], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        started = _now()
+        run()
+        times.append(_now() - started)
+    return min(times)
+
+
+def bytes_sent(gradients: Sequence[tf.Tensor | tf.IndexedSlices], world_size: int, wire_bytes: int) -> dict[str, int]:
+    """Bytes that a rank sends in an update by ring algorithms.
+
+    An all-reduce sends 2 (N-1)/N of the whole, an all-gather N-1 times a rank's own part.
+
+    Args:
+        wire_bytes: of one value of a row gradient.
+    """
+    dense = rows = 0
+    for gradient in gradients:
+        if isinstance(gradient, tf.IndexedSlices):
+            num_rows = len(np.unique(gradient.indices.numpy()))
+            rows += num_rows * (4 + wire_bytes * int(np.prod(gradient.values.shape[1:])))
+        else:
+            dense += 4 * int(tf.size(gradient))
+    return {"dense": round(2 * (world_size - 1) / world_size * dense), "sparse": (world_size - 1) * rows}
+
+
+def seconds_since_process_start() -> float:
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def report(
+    config: Config, runtime: Runtime, width: int, tally: Tally, parts: dict[str, float], gradients: Sequence[Any]
+) -> dict[str, Any]:
+    """The numbers of a job; rates are summed over the ranks, times are the chief's. All ranks must call it."""
+    totals = runtime.sum(np.array([tally.examples, tally.positions], np.float64) / tally.seconds)
+    products = forward_products(config.model, width, *tally.mean_sizes())
+    flops = training_flops(products)
+    # All ranks at once, as in training.
+    runtime.barrier()
+    by_itself = matrix_seconds(products)
+    per_step = tally.seconds / tally.steps
+    wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
+    return {
+        "world_size": runtime.world_size,
+        "global_batch_size": config.job.global_batch_size,
+        "examples_per_second": float(totals[0]),
+        "positions_per_second": float(totals[1]),
+        "step_seconds": per_step,
+        "input_wait_seconds": tally.wait_seconds / tally.steps,
+        **{f"{name}_seconds": value for name, value in parts.items()},
+        "bytes_sent_per_step": bytes_sent(gradients, runtime.world_size, wire_bytes),
+        "flops_per_example": flops / tally.mean_sizes()[0],
+        "matrix_flops_per_second": flops / by_itself,
+        "achieved_flops_per_second": flops / per_step,
+        "share_of_matrix_rate": by_itself / per_step,
+    }
