@@ -26,9 +26,7 @@ from din_dist.training.evaluator import Evaluator
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.telemetry import Exporter, Telemetry
-from din_dist.training.trainer import Trainer, TrainStep, num_updates
-
-MakeBatches = Callable[[int, int], Iterator[Mapping[str, tf.Tensor]]]
+from din_dist.training.trainer import Batch, MakeBatches, Trainer, TrainStep, num_updates
 
 
 class Job(NamedTuple):
@@ -123,7 +121,7 @@ def make_job(
     evaluator = Evaluator(config, store, splits, runtime)
     telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
 
-    def make_batches(first_step: int, end_step: int) -> Iterator[Mapping[str, tf.Tensor]]:
+    def make_batches(first_step: int, end_step: int) -> Iterator[Batch]:
         return iter(
             training_batches(
                 store,

@@ -18,9 +18,8 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines a flag for each setting."""
     for kind in _ROOMS.values():
         types = typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            if "help" in field.metadata:
-                _define(field.name, types[field.name], field.default, field.metadata["help"], flag_values)
+        for field in _fields(kind):
+            _define(field.name, types[field.name], field.default, field.metadata["help"], flag_values)
     flags.DEFINE_boolean(
         "overwrite_prepared",
         False,
@@ -38,11 +37,7 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     rooms: dict[str, Any] = {}
     for room, kind in _ROOMS.items():
         types = typing.get_type_hints(kind)
-        values = {
-            field.name: _value(types[field.name], flag_values[field.name].value)
-            for field in dataclasses.fields(kind)
-            if "help" in field.metadata
-        }
+        values = {field.name: _value(types[field.name], flag_values[field.name].value) for field in _fields(kind)}
         if room == "data":  # a default column may be absent from a log; one that was asked for may not
             values["label_column_required"] = flag_values["label_column"].present > 0
             values["item_features_required"] = flag_values["item_features"].present > 0
@@ -52,7 +47,7 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
 
 def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
     """The settings in force, as a flagfile that repeats the job."""
-    names = [field.name for kind in _ROOMS.values() for field in dataclasses.fields(kind) if "help" in field.metadata]
+    names = [field.name for kind in _ROOMS.values() for field in _fields(kind)]
     lines = (
         # Flags that were not given stay out where that has a meaning of its own.
         flag_values[name].serialize()
@@ -60,6 +55,11 @@ def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
         if flag_values[name].present or name not in ("label_column", "item_features")
     )
     return "".join(f"{line}\n" for line in lines if line)
+
+
+def _fields(kind: type) -> list[dataclasses.Field]:
+    """Those that have a flag."""
+    return [field for field in dataclasses.fields(kind) if "help" in field.metadata]
 
 
 def _define(name: str, type_: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
