@@ -61,6 +61,7 @@ def make_model(
     *,
     seed: int,
     sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+    compiled: bool = False,
     attention: type[LocalActivationUnit] = LocalActivationUnit,
 ) -> RankingModel:
     """A model with its variables made, the same for the same `seed`."""
@@ -68,9 +69,9 @@ def make_model(
     lookup = LocalLookup(table_specs(config, facts), item_features, seed=seed, name="lookup")
     match config.model:
         case ModelKind.DIN:
-            model: RankingModel = DIN(lookup, config, sum_over_ranks, attention=attention, name="model")
+            model: RankingModel = DIN(lookup, config, sum_over_ranks, compiled, attention, name="model")
         case ModelKind.MEAN_POOLING:
-            model = MeanPooling(lookup, config, sum_over_ranks, name="model")
+            model = MeanPooling(lookup, config, sum_over_ranks, compiled, name="model")
     model.build_variables()
     return model
 
@@ -104,6 +105,7 @@ def make_job(
         store.item_features,
         seed=config.job.seed,
         sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
+        compiled=config.job.xla,
         attention=attention,
     )
     variables = {weight.path: weight.value for weight in model.trainable_weights}

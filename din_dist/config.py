@@ -277,6 +277,9 @@ class JobConfig:
     output_dir: str = setting(
         "runs/latest", "Where checkpoints, metrics and summary.json go. A folder with a checkpoint is resumed."
     )
+    xla: bool = setting(
+        True, "Compile the element-wise parts of training with XLA: faster steps, some seconds at the start."
+    )
     checkpoint_every_steps: int = setting(0, "Updates between checkpoints; 0: at the end of each epoch only.")
     keep_checkpoints: int = setting(2, "Newest checkpoints to keep; the best by validation is kept as well.")
     evaluate_every_steps: int = setting(0, "Updates between validations; 0: at the end of each epoch only.")

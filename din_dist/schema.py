@@ -1,7 +1,7 @@
 """What passes between the rooms: the names, dtypes and shapes of prepared data and of a batch.
 
-Letters of shapes: U users, E events, B examples in a batch, N history positions in all of a batch's examples,
-H width of an item vector (its embeddings side by side).
+Letters of shapes: U users of a block, or distinct items of a batch; E events; B examples in a batch, N history positions
+in all of them; H width of an item vector (its embeddings side by side).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ HISTORY_ITEM_IDS = "history_item_ids"  # int32 [N], the histories end to end, ea
 HISTORY_LENGTHS = "history_lengths"  # int32 [B], sum N
 EXAMPLE_KEYS = "example_keys"  # int64 [B], a number for (seed, epoch, example): what dropout draws from
 LABELS = "labels"  # float32 [B], 0 or 1
+DISTINCT_ITEM_IDS = "distinct_item_ids"  # int32 [U], the items of candidates and histories, each once
+ITEM_PLACES = "item_places"  # int32 [B + N], where each candidate and then each history position stands among those
 EXAMPLE_IDS = "example_ids"  # int64 [B], position among the split's examples
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---

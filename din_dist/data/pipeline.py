@@ -26,6 +26,8 @@ BATCH_SIGNATURE = {
     schema.HISTORY_LENGTHS: tf.TensorSpec([None], tf.int32),
     schema.EXAMPLE_KEYS: tf.TensorSpec([None], tf.int64),
     schema.LABELS: tf.TensorSpec([None], tf.float32),
+    schema.DISTINCT_ITEM_IDS: tf.TensorSpec([None], tf.int32),
+    schema.ITEM_PLACES: tf.TensorSpec([None], tf.int32),
     schema.EXAMPLE_IDS: tf.TensorSpec([None], tf.int64),
 }
 
@@ -101,12 +103,17 @@ class BatchMaker:
             tf.gather(arrays["history_offsets"], user), history_end - tf.constant(self.max_history_length, tf.int64)
         )
         window = tf.ragged.range(history_start, history_end).values
+        history = tf.gather(arrays["history_item_ids"], window)
+        # Which rows the step will want is found here, while the step before is at work.
+        distinct, places = tf.unique(tf.concat([candidate, history], axis=0))
         return {
             schema.CANDIDATE_ITEM_IDS: candidate,
-            schema.HISTORY_ITEM_IDS: tf.gather(arrays["history_item_ids"], window),
+            schema.HISTORY_ITEM_IDS: history,
             schema.HISTORY_LENGTHS: tf.cast(history_end - history_start, tf.int32),
             schema.EXAMPLE_KEYS: tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids), tf.int64),
             schema.LABELS: labels,
+            schema.DISTINCT_ITEM_IDS: distinct,
+            schema.ITEM_PLACES: places,
             schema.EXAMPLE_IDS: example_ids,
         }
 

@@ -25,8 +25,8 @@ class GradientExchange:
     """Sums gradients over the ranks; each rank's loss must already be divided by the global number of examples.
 
     Dense gradients, and the numbers that ride along with them, go in one grouped all-reduce. Of an embedding table
-    only the touched rows travel: repeats are summed here, ids and rows gathered, repeats across ranks summed again.
-    Bytes a step depend on the rows touched, never on the size of the table.
+    only the touched rows travel: ids and rows are gathered, and what several ranks have for one row is summed. Bytes a
+    step depend on the rows touched, never on the size of the table.
     """
 
     def __init__(self, runtime: Runtime, wire_dtype: WireDtype = WireDtype.FLOAT32) -> None:
@@ -39,11 +39,12 @@ class GradientExchange:
         """The summed `gradients`, in their order, and the summed `extra` float32 scalars.
 
         Args:
+            gradients: those of tables as `IndexedSlices` that name no row twice: lookups gather each row once.
             scale: about 1 / (size of a gradient): what 16-bit rows are multiplied by on the wire, against underflow.
         """
         is_dense = [not isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         dense = [gradient for gradient, here in zip(gradients, is_dense, strict=True) if here]
-        sparse = [merge_rows(gradient) for gradient, here in zip(gradients, is_dense, strict=True) if not here]
+        sparse = [_as_rows(gradient) for gradient, here in zip(gradients, is_dense, strict=True) if not here]
         summed = self._runtime.sum_in_graph([*dense, tf.stack([tf.cast(x, tf.float32) for x in extra])], "dense")
         merged = self._gather(sparse, scale)
         dense_results, sparse_results = iter(summed[:-1]), iter(merged)
@@ -70,6 +71,10 @@ class GradientExchange:
         if self._wire_dtype is WireDtype.FLOAT32:
             return rows
         return tf.cast(tf.bitcast(rows, self._wire_dtype.value), tf.float32) / scale
+
+
+def _as_rows(gradient: tf.IndexedSlices) -> RowGradients:
+    return RowGradients(tf.cast(gradient.indices, tf.int32), gradient.values)
 
 
 def merge_rows(gradient: tf.IndexedSlices) -> RowGradients:

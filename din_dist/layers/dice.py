@@ -18,18 +18,28 @@ class Dice(keras.layers.Layer):
     starts at 0 (the gate is then 0.5 everywhere); the paper does not, and neither do we.
     """
 
-    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        frozen: bool = False,
+        sum_over_ranks: SumOverRanks = tf.identity,
+        compiled: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         # epsilon: batches of sparse positions can have columns that hardly vary.
-        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, name="standardize")
+        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize")
 
     def build(self, input_shape: tuple) -> None:
         self.standardize.build(input_shape)
         self.alpha = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="alpha")
 
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        gate = tf.sigmoid(self.standardize(inputs, training=training))
-        return inputs * (self.alpha.value + gate * (1.0 - self.alpha.value))
+    def call(self, inputs: tf.Tensor, num_rows: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
+        """`num_rows`: how many of the M rows count, the first ones; None: all."""
+        return self.standardize.then(_gate, inputs, (self.alpha.value,), num_rows, training)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "frozen": self.standardize.frozen}
+
+
+def _gate(inputs: tf.Tensor, standardised: tf.Tensor, alpha: tf.Tensor) -> tf.Tensor:
+    return inputs * (alpha + tf.sigmoid(standardised) * (1.0 - alpha))

@@ -15,12 +15,12 @@ from din_dist.layers.standardize import SumOverRanks
 
 
 def make_activation(
-    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, name: str
+    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, compiled: bool, name: str
 ) -> keras.layers.Layer:
     """A layer `[M, W] -> [M, W]`."""
     match activation:
         case Activation.DICE:
-            return Dice(frozen, sum_over_ranks, name=name)
+            return Dice(frozen, sum_over_ranks, compiled, name=name)
         case Activation.PRELU:
             return keras.layers.PReLU(name=name)
         case Activation.SIGMOID | Activation.RELU:
@@ -39,15 +39,18 @@ class HiddenLayers(keras.layers.Layer):
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
         dropout: float = 0.0,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.dense_layers = [keras.layers.Dense(width, name=f"dense_{i}") for i, width in enumerate(units)]
         self.activations = [
-            make_activation(activation, frozen=frozen, sum_over_ranks=sum_over_ranks, name=f"activation_{i}")
+            make_activation(
+                activation, frozen=frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name=f"activation_{i}"
+            )
             for i in range(len(units))
         ]
-        self.dropouts = [KeyedDropout(dropout, stream=i, name=f"dropout_{i}") for i in range(len(units))]
+        self.dropouts = [KeyedDropout(dropout, stream=i, compiled=compiled, name=f"dropout_{i}") for i in range(len(units))]
         self.output_layer = keras.layers.Dense(1, name="output")
 
     def build(self, input_shape: tuple) -> None:
@@ -61,13 +64,22 @@ class HiddenLayers(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, keys: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
         return self.after_first(self.dense_layers[0](inputs), keys, training)
 
-    def after_first(self, projected: tf.Tensor, keys: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
-        """What follows the first Dense, for callers that have computed that one in a cheaper way."""
+    def after_first(
+        self,
+        projected: tf.Tensor,
+        keys: tf.Tensor | None = None,
+        training: bool = False,
+        num_rows: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """What follows the first Dense, for callers that have computed that one in a cheaper way.
+
+        `num_rows`: how many of the M rows count, the first ones; None: all.
+        """
         hidden = projected
         for place, activation in enumerate(self.activations):
             if place:
                 hidden = self.dense_layers[place](hidden)
-            mode = {"training": training} if isinstance(activation, Dice) else {}
+            mode = {"num_rows": num_rows, "training": training} if isinstance(activation, Dice) else {}
             hidden = activation(hidden, **mode)
             hidden = self.dropouts[place](hidden, keys, training=training)
         return tf.squeeze(self.output_layer(hidden), axis=-1)

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from din_dist.layers.fused import fused
+
 
 @keras.saving.register_keras_serializable("din_dist")
 class KeyedDropout(keras.layers.Layer):
@@ -16,23 +18,28 @@ class KeyedDropout(keras.layers.Layer):
     got it. Here it depends on (key, stream, unit) alone: any number of workers trains the same function.
     """
 
-    def __init__(self, rate: float, stream: int = 0, **kwargs: Any) -> None:
+    def __init__(self, rate: float, stream: int = 0, compiled: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.rate, self.stream = rate, stream
+        self.rate, self.stream, self.compiled = rate, stream, compiled
 
     def call(self, inputs: tf.Tensor, keys: tf.Tensor | None, training: bool = False) -> tf.Tensor:
         if not training or not self.rate:
             return inputs
         if keys is None:
             raise ValueError("Dropout draws from each example's key. Received: none. Pass example_keys in training.")
-        units = tf.range(self.stream << 20, (self.stream << 20) + inputs.shape[-1], dtype=tf.int32)
-        low, high = tf.unstack(tf.bitcast(keys, tf.int32), axis=-1)
-        bits = _mix32((low[:, None] ^ _mix32(units)) + high[:, None])
-        kept = tf.cast(bits, tf.float32) >= self.rate * 2.0**32 - 2.0**31  # bits are uniform in [-2**31, 2**31)
-        return tf.where(kept, inputs / (1.0 - self.rate), 0.0)
+        return _drop(inputs, keys, self.rate, self.stream, compiled=self.compiled)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "rate": self.rate, "stream": self.stream}
+
+
+@fused
+def _drop(inputs: tf.Tensor, keys: tf.Tensor, rate: float, stream: int) -> tf.Tensor:
+    units = tf.range(stream << 20, (stream << 20) + inputs.shape[-1], dtype=tf.int32)
+    low, high = tf.unstack(tf.bitcast(keys, tf.int32), axis=-1)
+    bits = _mix32((low[:, None] ^ _mix32(units)) + high[:, None])
+    kept = tf.cast(bits, tf.float32) >= rate * 2.0**32 - 2.0**31  # bits are uniform in [-2**31, 2**31)
+    return tf.where(kept, inputs / (1.0 - rate), 0.0)
 
 
 def _mix32(state: tf.Tensor) -> tf.Tensor:

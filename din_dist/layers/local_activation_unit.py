@@ -10,8 +10,9 @@ import keras
 import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization
+from din_dist.layers.fused import fused
 from din_dist.layers.hidden import HiddenLayers
-from din_dist.layers.packed import segment_softmax, segment_sum
+from din_dist.layers.packed import pool, rows_of, segment_softmax
 from din_dist.layers.standardize import SumOverRanks
 
 
@@ -35,12 +36,13 @@ class LocalActivationUnit(keras.layers.Layer):
         *,
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.normalization = normalization
+        self.normalization, self.compiled = normalization, compiled
         self.scorer = HiddenLayers(
-            hidden_units, activation, frozen=frozen, sum_over_ranks=sum_over_ranks, name="scorer"
+            hidden_units, activation, frozen=frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="scorer"
         )
 
     def build(self, candidate_shape: tuple) -> None:
@@ -53,6 +55,7 @@ class LocalActivationUnit(keras.layers.Layer):
         candidate_of: tf.Tensor,
         key_of: tf.Tensor,
         training: bool = False,
+        num_pairs: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """The interest `[C, H]` that each candidate finds in its history; zeros where the history is empty.
 
@@ -60,30 +63,38 @@ class LocalActivationUnit(keras.layers.Layer):
             candidate: `[C, H]`.
             keys: `[K, H]`, distinct behaviours: those that several pairs share are projected once.
             candidate_of, key_of: int32 `[P]`, the candidate and the key of each pair; `candidate_of` ascends.
+            num_pairs: how many of the P pairs are real; the rest is padding, of candidate -1. None: all.
         """
-        num_candidates = tf.shape(candidate)[0]
-        pair_keys = tf.gather(keys, key_of)  # [P, H]
-        scores = self.scores(candidate, keys, pair_keys, candidate_of, key_of, training)
-        if self.normalization is AttentionNormalization.SOFTMAX:
-            weights = segment_softmax(scores / math.sqrt(candidate.shape[-1]), candidate_of, num_candidates)
-        else:
-            weights = scores
-        return segment_sum(weights[:, None] * pair_keys, candidate_of, num_candidates)
-
-    def scores(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        pair_keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool,
-    ) -> tf.Tensor:
-        """The unnormalised attention scores `[P]`."""
+        compiled = self.compiled and training
         first = self.scorer.dense_layers[0]
         of_candidate, of_key, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
         by_candidate = tf.matmul(candidate, of_candidate + of_difference) + first.bias.value  # [C, units]
         by_key = tf.matmul(keys, of_key - of_difference)  # [K, units]
-        by_pair = tf.matmul(tf.gather(candidate, candidate_of) * pair_keys, of_product)  # [P, units]
-        projected = by_pair + tf.gather(by_candidate, candidate_of) + tf.gather(by_key, key_of)
-        return self.scorer.after_first(projected, training=training)
+        products = _products(candidate, keys, candidate_of, key_of, compiled=compiled)  # [P, H]
+        by_pair = tf.matmul(products, of_product)  # [P, units]
+        projected = _plus_rows(by_pair, by_candidate, by_key, candidate_of, key_of, compiled=compiled)
+        scores = self.scorer.after_first(projected, training=training, num_rows=num_pairs)
+        if self.normalization is AttentionNormalization.SOFTMAX:
+            scores = scores / math.sqrt(candidate.shape[-1])
+            return _softmax_pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
+        return pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
+
+
+@fused
+def _products(candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor) -> tf.Tensor:
+    return rows_of(candidate, candidate_of) * tf.gather(keys, key_of)
+
+
+@fused
+def _plus_rows(
+    by_pair: tf.Tensor, by_candidate: tf.Tensor, by_key: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor
+) -> tf.Tensor:
+    return by_pair + rows_of(by_candidate, candidate_of) + tf.gather(by_key, key_of)
+
+
+@fused
+def _softmax_pool(
+    scores: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, candidate: tf.Tensor
+) -> tf.Tensor:
+    weights = segment_softmax(scores, candidate_of, tf.shape(candidate)[0])
+    return pool(weights, keys, candidate_of, key_of, candidate)

@@ -15,7 +15,7 @@ from din_dist.schema import TableSpec
 class LocalLookup(keras.layers.Layer):
     """The embedding of an item and those of its features, side by side: H = the sum of the tables' widths.
 
-    This is the interface by which models reach embeddings, whoever holds them: `call`, `bias` and `width`.
+    This is the interface by which models reach embeddings, whoever holds them: `call` and `width`.
 
     Args:
         tables: the item's own table first, then one for each of `item_features`, in its order.
@@ -45,15 +45,12 @@ class LocalLookup(keras.layers.Layer):
         return sum(spec.width for spec in self.specs)
 
     def call(self, item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Vectors `[U, H]` of the distinct ids among `item_ids` `[M]`, and the place of each id among them, `[M]`.
+        """Vectors `[U, H]` and biases `[U]` of `item_ids` `[U]`, none of which may be named twice.
 
-        One gather a table and step, so that the gradient of a table is one row for each distinct item.
+        Nor is any row of a table gathered twice, so that the gradient of a table names each row once.
         """
-        distinct, places = tf.unique(item_ids)
-        ids = [distinct, *(tf.gather(feature, distinct) for feature in self.item_features.values())]
-        rows = [tf.gather(table.value, table_ids) for table, table_ids in zip(self.tables, ids, strict=True)]
-        return tf.concat(rows, axis=1), places
-
-    def bias(self, item_ids: tf.Tensor) -> tf.Tensor:
-        """The learned bias of each item: `[M]`."""
-        return tf.squeeze(tf.gather(self.item_bias.value, item_ids), axis=1)
+        rows = [tf.gather(self.tables[0].value, item_ids)]
+        for table, feature_of_item in zip(self.tables[1:], self.item_features.values(), strict=True):
+            distinct, places = tf.unique(tf.gather(feature_of_item, item_ids))
+            rows.append(tf.gather(tf.gather(table.value, distinct), places))
+        return tf.concat(rows, axis=1), tf.squeeze(tf.gather(self.item_bias.value, item_ids), axis=1)

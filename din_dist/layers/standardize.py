@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers, gradient included
+from din_dist.layers.fused import fused
+
+SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers
+ElementWise = Callable[..., tf.Tensor]  # (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W]
 
 
 @keras.saving.register_keras_serializable("din_dist")
 class Standardize(keras.layers.Layer):
-    """`(x - mean) / sqrt(variance + epsilon)` for each of the W columns of `[M, W]`.
+    """`(x - mean) / sqrt(variance + epsilon)` for each of the W columns of `[M, W]`, and what follows from it.
 
     In training the statistics are those of the global batch: `sum_over_ranks` is how this layer meets the other
     workers (the identity when alone). In inference, or always when `frozen`, they are the moving averages; frozen ones
     stay at mean 0 and variance 1, which is how the authors' TensorFlow 1 code ran (its updates were never executed).
+
+    The gradient is written out, not traced through the statistics: one message to the other ranks forward and one
+    backward, and no array of the size of `x` in between.
     """
 
     def __init__(
@@ -26,10 +32,12 @@ class Standardize(keras.layers.Layer):
         momentum: float = 0.99,
         epsilon: float = 1e-3,
         sum_over_ranks: SumOverRanks = tf.identity,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.frozen, self.momentum, self.epsilon, self.sum_over_ranks = frozen, momentum, epsilon, sum_over_ranks
+        self.compiled = compiled
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -39,20 +47,54 @@ class Standardize(keras.layers.Layer):
         )
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        if training and not self.frozen:
-            mean, variance = self._moments(inputs)
-        else:
-            mean, variance = self.moving_mean.value, self.moving_variance.value
-        return (inputs - mean) * tf.math.rsqrt(variance + self.epsilon)
+        return self.then(_itself, inputs, training=training)
 
-    def _moments(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def then(
+        self,
+        function: ElementWise,
+        inputs: tf.Tensor,
+        parameters: Sequence[tf.Tensor] = (),
+        num_rows: tf.Tensor | None = None,
+        training: bool = False,
+    ) -> tf.Tensor:
+        """`function(inputs, standardised inputs, *parameters)`, all in one pass over `inputs` `[M, W]`.
+
+        Args:
+            function: element by element, and the same object at every call.
+            num_rows: how many of the M rows count, the first ones; the rest is padding. None: all.
+        """
+        compiled = self.compiled and training
+        parameters = [tf.convert_to_tensor(parameter) for parameter in parameters]
+        if not training or self.frozen:
+            mean, scale = self.moving_mean.value, tf.math.rsqrt(self.moving_variance.value + self.epsilon)
+            return _apply(function, inputs, mean, scale, *parameters, compiled=compiled)
+        mean, scale, count = self._statistics(tf.stop_gradient(inputs), num_rows, compiled)
+
+        @tf.custom_gradient
+        def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
+            def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+                known = (function, upstream, inputs, mean, scale)
+                width = inputs.shape[-1]
+                sums = _gradient_sums(*known, *parameters, compiled=compiled)
+                of_standardised, of_parameters = tf.split(sums, [2 * width, len(parameters) * width])
+                means = self.sum_over_ranks(of_standardised) / count
+                of_inputs = _gradient_of_inputs(*known, means, num_rows, *parameters, compiled=compiled)
+                return [of_inputs, *tf.split(of_parameters, len(parameters))] if parameters else [of_inputs]
+
+            return _apply(function, inputs, mean, scale, *parameters, compiled=compiled), gradient
+
+        return differentiable(inputs, *parameters)
+
+    def _statistics(
+        self, inputs: tf.Tensor, num_rows: tf.Tensor | None, compiled: bool
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Mean `[W]`, scale `[W]` and number of rows (at least 1) of the global batch; keeps the moving averages."""
         # One message a layer: count, sum and sum of squares. They are taken about the moving mean (equal on all
         # ranks and near the true mean), since E[x^2] - E[x]^2 would lose float32 digits far from it.
         width = inputs.shape[-1]
-        centre = tf.stop_gradient(self.moving_mean.value)
-        shifted = inputs - centre
-        count = tf.cast(tf.shape(inputs)[:1], tf.float32)
-        sums = tf.concat([tf.reduce_sum(shifted, 0), tf.reduce_sum(tf.square(shifted), 0), count], axis=0)
+        centre = self.moving_mean.value
+        count = tf.cast(tf.shape(inputs)[0] if num_rows is None else num_rows, tf.float32)
+        sums = tf.concat([_sums_about(inputs, centre, num_rows, compiled=compiled), [count]], axis=0)
         total, total_of_squares, count = tf.split(self.sum_over_ranks(sums), [width, width, 1])
         anything = count > 0  # a batch of empty histories has no positions at all
         count = tf.maximum(count, 1.0)
@@ -61,8 +103,8 @@ class Standardize(keras.layers.Layer):
         variance = tf.maximum(total_of_squares / count - tf.square(mean_shift), 0.0)
         keep = tf.where(anything, self.momentum, 1.0)
         for average, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            average.assign(keep * average.value + (1.0 - keep) * tf.stop_gradient(value))
-        return mean, variance
+            average.assign(keep * average.value + (1.0 - keep) * value)
+        return mean, tf.math.rsqrt(variance + self.epsilon), count
 
     def get_config(self) -> dict:
         own = {"frozen": self.frozen, "momentum": self.momentum, "epsilon": self.epsilon}
@@ -73,9 +115,17 @@ class Standardize(keras.layers.Layer):
 class BatchNormalization(keras.layers.Layer):
     """`Standardize`, then a learned scale and offset for each column of `[M, W]`."""
 
-    def __init__(self, frozen: bool = False, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        frozen: bool = False,
+        sum_over_ranks: SumOverRanks = tf.identity,
+        compiled: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, name="standardize")
+        self.standardize = Standardize(
+            frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize"
+        )
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -84,7 +134,94 @@ class BatchNormalization(keras.layers.Layer):
         self.beta = self.add_weight(shape=(width,), initializer="zeros", name="beta")
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.standardize(inputs, training=training) * self.gamma.value + self.beta.value
+        return self.standardize.then(_scaled, inputs, (self.gamma.value, self.beta.value), training=training)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "frozen": self.standardize.frozen}
+
+
+def _itself(inputs: tf.Tensor, standardised: tf.Tensor) -> tf.Tensor:
+    return standardised
+
+
+def _scaled(inputs: tf.Tensor, standardised: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    return standardised * gamma + beta
+
+
+@fused
+def _apply(
+    function: ElementWise, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
+) -> tf.Tensor:
+    return function(inputs, (inputs - mean) * scale, *parameters)
+
+
+@fused
+def _sums_about(inputs: tf.Tensor, centre: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:
+    """Sum and sum of squares of each column: `[2W]`."""
+    shifted = _without_padding(inputs - centre, num_rows)
+    return tf.concat([_sum_of_columns(shifted), _sum_of_columns(tf.square(shifted))], axis=0)
+
+
+@fused
+def _gradient_sums(
+    function: ElementWise,
+    upstream: tf.Tensor,
+    inputs: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    *parameters: tf.Tensor,
+) -> tf.Tensor:
+    """Column sums `[(2 + number of parameters) * W]`: of the gradient of n, of that times n, of each parameter.
+
+    n is the standardised input. Rows of padding have no gradient, and so add nothing.
+    """
+    standardised = (inputs - mean) * scale
+    repeated = [tf.broadcast_to(parameter, tf.shape(inputs)) for parameter in parameters]
+    with tf.GradientTape() as tape:
+        tape.watch([standardised, *repeated])
+        outputs = function(inputs, standardised, *repeated)
+    of_standardised, *of_parameters = tape.gradient(outputs, [standardised, *repeated], upstream)
+    columns = [of_standardised, of_standardised * standardised, *of_parameters]
+    return tf.concat([_sum_of_columns(column) for column in columns], axis=0)
+
+
+@fused
+def _gradient_of_inputs(
+    function: ElementWise,
+    upstream: tf.Tensor,
+    inputs: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    means: tf.Tensor,
+    num_rows: tf.Tensor | None,
+    *parameters: tf.Tensor,
+) -> tf.Tensor:
+    """`[M, W]`, given the `means` `[2W]` over the global batch of the first two of `_gradient_sums`.
+
+    Source: Ioffe, Szegedy 2015 (arXiv:1502.03167), section 3, with their sums collected.
+    """
+    standardised = (inputs - mean) * scale
+    with tf.GradientTape() as tape:
+        tape.watch([inputs, standardised])
+        outputs = function(inputs, standardised, *parameters)
+    direct, through = tape.gradient(
+        outputs, [inputs, standardised], upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    mean_of_gradient, mean_of_product = tf.split(means, 2)
+    return direct + _without_padding(scale * (through - mean_of_gradient - standardised * mean_of_product), num_rows)
+
+
+def _without_padding(rows: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:
+    if num_rows is None:
+        return rows
+    return tf.where((tf.range(tf.shape(rows)[0]) < num_rows)[:, None], rows, 0.0)
+
+
+def _sum_of_columns(rows: tf.Tensor) -> tf.Tensor:
+    """`[M, W] -> [W]`."""
+    num_rows, parts = rows.shape[0], 8
+    if num_rows and num_rows % parts == 0:
+        # XLA's loop over a column is slow when it also computes what it adds up: do that in a flat loop first.
+        each = num_rows // parts
+        rows = tf.add_n([rows[part * each : (part + 1) * each] for part in range(parts)])
+    return tf.reduce_sum(rows, axis=0)

@@ -25,23 +25,31 @@ class DIN(RankingModel):
         lookup: LocalLookup,
         config: ModelConfig,
         sum_over_ranks: SumOverRanks = tf.identity,
+        compiled: bool = False,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, sum_over_ranks, **kwargs)
+        super().__init__(lookup, config, sum_over_ranks, compiled, **kwargs)
         self.attention = attention(
             config.attention_hidden_units,
             config.activation,
             config.attention_normalization,
             frozen=config.batch_norm is BatchNorm.FROZEN,
             sum_over_ranks=sum_over_ranks,
+            compiled=compiled,
             name="attention",
         )
 
     def interest(
-        self, candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, training: bool
+        self,
+        candidate: tf.Tensor,
+        keys: tf.Tensor,
+        candidate_of: tf.Tensor,
+        key_of: tf.Tensor,
+        training: bool,
+        num_pairs: tf.Tensor | None,
     ) -> tf.Tensor:
-        return self.attention(candidate, keys, candidate_of, key_of, training=training)
+        return self.attention(candidate, keys, candidate_of, key_of, training=training, num_pairs=num_pairs)
 
     def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
         return tf.concat([interest, candidate, interest * candidate], axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from din_dist.layers.fused import fused
 from din_dist.layers.packed import segment_sum
 from din_dist.models.ranking_model import RankingModel
 
@@ -15,12 +16,23 @@ class MeanPooling(RankingModel):
     """
 
     def interest(
-        self, candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, training: bool
+        self,
+        candidate: tf.Tensor,
+        keys: tf.Tensor,
+        candidate_of: tf.Tensor,
+        key_of: tf.Tensor,
+        training: bool,
+        num_pairs: tf.Tensor | None,
     ) -> tf.Tensor:
-        num_candidates = tf.shape(candidate)[0]
-        sums = segment_sum(tf.gather(keys, key_of), candidate_of, num_candidates)
-        counts = segment_sum(tf.ones_like(candidate_of, tf.float32), candidate_of, num_candidates)
-        return sums / tf.maximum(counts, 1.0)[:, None]
+        return _mean_pool(keys, candidate_of, key_of, candidate, compiled=self.compiled and training)
 
     def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
         return tf.concat([interest, candidate], axis=1)
+
+
+@fused
+def _mean_pool(keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
+    num_candidates = tf.shape(candidate)[0]
+    sums = segment_sum(tf.gather(keys, key_of), candidate_of, num_candidates)
+    counts = segment_sum(tf.ones_like(candidate_of, tf.float32), candidate_of, num_candidates)
+    return sums / tf.maximum(counts, 1.0)[:, None]

@@ -11,9 +11,10 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
+from din_dist.layers.fused import round_up
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.packed import segment_ids
+from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.standardize import BatchNormalization, SumOverRanks
 
 
@@ -27,23 +28,30 @@ class RankingModel(keras.Model):
         lookup: turns item ids into vectors; the model does not know where the tables live.
         config: sizes, activations and normalisation.
         sum_over_ranks: for batch statistics of the global batch; the identity when alone.
+        compiled: runs training through XLA, but for lookups and matrix products (see `layers/fused.py`).
     """
 
     def __init__(
-        self, lookup: LocalLookup, config: ModelConfig, sum_over_ranks: SumOverRanks = tf.identity, **kwargs: Any
+        self,
+        lookup: LocalLookup,
+        config: ModelConfig,
+        sum_over_ranks: SumOverRanks = tf.identity,
+        compiled: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.lookup = lookup
+        self.lookup, self.compiled = lookup, compiled
         frozen = config.batch_norm is BatchNorm.FROZEN
-        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, name="interest_norm")
+        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="interest_norm")
         self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
-        self.head_norm = BatchNormalization(frozen, sum_over_ranks, name="head_norm")
+        self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="head_norm")
         self.head = HiddenLayers(
             config.hidden_units,
             config.activation,
             frozen=frozen,
             sum_over_ranks=sum_over_ranks,
             dropout=config.dropout,
+            compiled=compiled,
             name="head",
         )
 
@@ -55,7 +63,13 @@ class RankingModel(keras.Model):
 
     @abc.abstractmethod
     def interest(
-        self, candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, training: bool
+        self,
+        candidate: tf.Tensor,
+        keys: tf.Tensor,
+        candidate_of: tf.Tensor,
+        key_of: tf.Tensor,
+        training: bool,
+        num_pairs: tf.Tensor | None,
     ) -> tf.Tensor:
         """Pools each candidate's history to `[C, H]`, zeros where it is empty. See `LocalActivationUnit.call`."""
 
@@ -64,13 +78,17 @@ class RankingModel(keras.Model):
         """`[C, H]` and `[C, H]` to what the head sees of them."""
 
     def call(self, batch: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Logits `[B]` of a packed batch (see `schema`)."""
-        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
+        """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
+        if schema.DISTINCT_ITEM_IDS in batch:
+            distinct, places = batch[schema.DISTINCT_ITEM_IDS], batch[schema.ITEM_PLACES]
+        else:
+            distinct, places = distinct_items(batch[schema.CANDIDATE_ITEM_IDS], batch[schema.HISTORY_ITEM_IDS])
         return self._logits(
-            batch[schema.CANDIDATE_ITEM_IDS],
-            batch[schema.HISTORY_ITEM_IDS],
-            candidate_of,
+            distinct,
+            places,
+            segment_ids(batch[schema.HISTORY_LENGTHS]),
             position_of=None,
+            num_candidates=tf.size(batch[schema.CANDIDATE_ITEM_IDS]),
             keys_of_dropout=batch.get(schema.EXAMPLE_KEYS),
             training=training,
         )
@@ -92,32 +110,51 @@ class RankingModel(keras.Model):
         starts = tf.gather(tf.cumsum(history_lengths, exclusive=True), history_of)
         lengths = tf.gather(history_lengths, history_of)  # [C]
         position_of = tf.ragged.range(starts, starts + lengths).values  # [P]
+        distinct, places = distinct_items(candidate_item_ids, history_item_ids)
         return self._logits(
-            candidate_item_ids,
-            history_item_ids,
+            distinct,
+            places,
             segment_ids(lengths),
             position_of,
+            num_candidates=tf.size(candidate_item_ids),
             keys_of_dropout=None,
             training=False,
         )
 
     def _logits(
         self,
-        candidate_item_ids: tf.Tensor,
-        history_item_ids: tf.Tensor,
+        item_ids: tf.Tensor,
+        places: tf.Tensor,
         candidate_of: tf.Tensor,
         position_of: tf.Tensor | None,
+        num_candidates: tf.Tensor,
         keys_of_dropout: tf.Tensor | None,
         training: bool,
     ) -> tf.Tensor:
-        """`candidate_of` and `position_of` `[P]` pair candidates with history positions; None: each position once."""
-        num_candidates = tf.size(candidate_item_ids)
-        vectors, places = self.lookup(tf.concat([candidate_item_ids, history_item_ids], axis=0))
-        candidate = tf.gather(vectors, places[:num_candidates])  # [C, H]
-        key_of = places[num_candidates:]
+        """Logits `[C]`.
+
+        Args:
+            item_ids: `[U]`, each once; `places` `[C + N]`: where in it the candidates and then the histories stand.
+            candidate_of, position_of: `[P]`, pair candidates with history positions; None: each position once.
+        """
+        compiled = self.compiled and training
+        vectors, biases = self.lookup(item_ids)
+        candidate_places, key_of = places[:num_candidates], places[num_candidates:]
         if position_of is not None:
             key_of = tf.gather(key_of, position_of)
-        interest = self.interest(candidate, vectors, candidate_of, key_of, training)
+        num_pairs = None
+        if compiled:  # for few shapes
+            num_pairs = tf.size(key_of)
+            vectors = padded(vectors, round_up(tf.size(item_ids)))
+            key_of = padded(key_of, round_up(num_pairs))
+            candidate_of = padded(candidate_of, tf.size(key_of), -1)
+        candidate = rows_at(vectors, candidate_places, compiled=compiled)  # [C, H]
+        interest = self.interest(candidate, vectors, candidate_of, key_of, training, num_pairs)
         interest = self.interest_projection(self.interest_norm(interest, training=training))
         features = self.head_norm(self.head_inputs(interest, candidate), training=training)
-        return self.head(features, keys_of_dropout, training=training) + self.lookup.bias(candidate_item_ids)
+        return self.head(features, keys_of_dropout, training=training) + tf.gather(biases, candidate_places)
+
+
+def distinct_items(candidate_item_ids: tf.Tensor, history_item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Each item once, `[U]`, and where in it the candidates and then the history positions stand, `[C + N]`."""
+    return tf.unique(tf.concat([candidate_item_ids, history_item_ids], axis=0))

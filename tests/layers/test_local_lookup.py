@@ -20,48 +20,34 @@ def lookup():
     return layer
 
 
-def test_distinct_vectors_with_the_embedding_of_the_feature_at_their_side(lookup):
-    vectors, places = lookup(tf.constant([3, 1, 3, 0]))
-    assert_array_equal(vectors, [[30, 31, -2], [10, 11, -1], [0, 1, 0]])
-    assert_array_equal(places, [0, 1, 0, 2])
+def test_vectors_with_the_embedding_of_the_feature_at_their_side(lookup):
+    vectors, biases = lookup(tf.constant([3, 1, 2]))
+    assert_array_equal(vectors, [[30, 31, -2], [10, 11, -1], [20, 21, -2]])
+    assert_array_equal(biases, np.float32([0.3, 0.1, 0.2]))
     assert lookup.width == 3
 
 
-def test_bias(lookup):
-    assert_array_equal(lookup.bias(tf.constant([3, 1, 3])), np.float32([0.3, 0.1, 0.3]))
-    for num_items in (0, 1):  # a batch of one stays a batch
-        assert lookup.bias(tf.zeros([num_items], tf.int32)).shape == (num_items,)
+def test_a_batch_of_one_and_of_none_and_no_features():
+    lookup = LocalLookup([TableSpec("item", 4, 2)], {})
+    for num_items in (0, 1):
+        vectors, biases = lookup(tf.zeros([num_items], tf.int32))
+        assert vectors.shape == (num_items, 2)
+        assert biases.shape == (num_items,)
 
 
-def test_gradients_are_rows_of_the_distinct_items(lookup):
-    """Item 3 stands at two places with weights 1 and 4: its row gets 5, item 2's gets 2, item 0 and 1 have no row.
-
-    Both are of category 2, which gets a row from each.
-    """
+def test_gradients_name_no_row_twice(lookup):
+    """Items 3 and 2, with weights 5 and 2, are both of category 2, which gets one row of their sum."""
     with tf.GradientTape() as tape:
-        vectors, places = lookup(tf.constant([3, 2, 3]))
-        total = tf.reduce_sum(tf.gather(vectors, places) * tf.constant([[1.0], [2.0], [4.0]]))
-    items, categories = tape.gradient(total, [table.value for table in lookup.tables])
+        vectors, biases = lookup(tf.constant([3, 2]))
+        total = tf.reduce_sum(vectors * tf.constant([[5.0], [2.0]])) + 10 * tf.reduce_sum(biases)
+    tables = [table.value for table in (*lookup.tables, lookup.item_bias)]
+    items, categories, biases = tape.gradient(total, tables)
     assert_array_equal(items.indices, [3, 2])
     assert_array_equal(items.values, [[5, 5], [2, 2]])
-    assert_array_equal(categories.indices, [2, 2])
-    assert_array_equal(categories.values, [[5], [2]])
-
-
-def test_the_gradient_of_the_bias_is_rows(lookup):
-    with tf.GradientTape() as tape:
-        total = tf.reduce_sum(lookup.bias(tf.constant([3, 1, 3])))
-    gradient = tape.gradient(total, lookup.item_bias.value)
-    assert_array_equal(tf.math.unsorted_segment_sum(gradient.values, gradient.indices, 4), [[0], [1], [0], [2]])
-    assert isinstance(gradient, tf.IndexedSlices)
-
-
-def test_no_items_and_no_features():
-    lookup = LocalLookup([TableSpec("item", 4, 2)], {})
-    vectors, places = lookup(tf.zeros([0], tf.int32))
-    assert vectors.shape == (0, 2)
-    assert places.shape == (0,)
-    assert lookup.width == 2
+    assert_array_equal(categories.indices, [2])
+    assert_array_equal(categories.values, [[7]])
+    assert_array_equal(biases.indices, [3, 2])
+    assert_array_equal(biases.values, [[10], [10]])
 
 
 def test_tables_start_by_the_seed_and_apart():

@@ -40,3 +40,23 @@ def test_segment_softmax_does_not_overflow():
 
 def test_segment_softmax_of_no_positions():
     assert segment_softmax(tf.zeros([0]), NOWHERE, 3).shape == (0,)
+
+
+def test_padding_is_left_out_and_has_no_gradient():
+    """Two rows of padding, with values that would show: softmax over [0, ln 3] is [1/4, 3/4]."""
+    scores = tf.constant([0.0, np.log(3.0), 1e30, np.nan])
+    segment_of = tf.constant([1, 1, -1, -1])
+    direction = tf.constant([1.0, 0.0, 0.0, 0.0])
+    with tf.GradientTape() as tape:
+        tape.watch(scores)
+        weights = segment_softmax(scores, segment_of, 3)
+        total = tf.reduce_sum((weights * direction)[:2])
+    assert_allclose(weights[:2], [0.25, 0.75], rtol=1e-6)
+    assert_allclose(tape.gradient(total, scores), [0.1875, -0.1875, 0.0, 0.0], rtol=1e-6)
+    assert_array_equal(segment_sum(tf.constant([1.0, 2.0, 4.0]), tf.constant([0, 2, -1]), 3), [1.0, 0.0, 2.0])
+
+
+def test_no_length_is_walked_twice():
+    """A rectangle of these would not fit in memory."""
+    lengths = tf.concat([tf.zeros([100_000], tf.int32), [100_000]], axis=0)
+    assert_array_equal(tf.unique(segment_ids(lengths))[0], [100_000])

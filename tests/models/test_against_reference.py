@@ -24,10 +24,10 @@ VARIANTS = [
 ]
 
 
-def compare(lengths, training, model, activation, normalization, batch_norm, seed=0):
+def compare(lengths, training, model, activation, normalization, batch_norm, seed=0, compiled=False):
     batch = padded_batch(lengths, seed)
     settings = {"model": model, "activation": activation}
-    ours = small_model(seed, attention_normalization=normalization, batch_norm=batch_norm, **settings)
+    ours = small_model(seed, compiled=compiled, attention_normalization=normalization, batch_norm=batch_norm, **settings)
     reference = PaddedModel(
         ITEM_FEATURES,
         normalization=normalization,
@@ -43,11 +43,13 @@ def compare(lengths, training, model, activation, normalization, batch_norm, see
     assert_same_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize(
+    ("training", "compiled"), [(True, False), (True, True), (False, False)], ids=["training", "compiled", "inference"]
+)
 @pytest.mark.parametrize("batch_norm", BatchNorm)
 @pytest.mark.parametrize(("model", "activation", "normalization"), VARIANTS)
-def test_every_variant_equals_the_reference(model, activation, normalization, batch_norm, training):
-    compare(RAGGED, training, model, activation, normalization, batch_norm)
+def test_every_variant_equals_the_reference(model, activation, normalization, batch_norm, training, compiled):
+    compare(RAGGED, training, model, activation, normalization, batch_norm, compiled=compiled)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +57,10 @@ def test_every_variant_equals_the_reference(model, activation, normalization, ba
 )
 @pytest.mark.parametrize("model", ModelKind)
 @pytest.mark.parametrize("batch_norm", BatchNorm)
-def test_batches_at_the_edges_equal_the_reference(model, batch_norm, lengths):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batches_at_the_edges_equal_the_reference(compiled, model, batch_norm, lengths):
     """One example, no history anywhere, length one only, the longest only; Dice, for it takes statistics."""
-    compare(lengths, True, model, Activation.DICE, AttentionNormalization.SOFTMAX, batch_norm)
+    compare(lengths, True, model, Activation.DICE, AttentionNormalization.SOFTMAX, batch_norm, compiled=compiled)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

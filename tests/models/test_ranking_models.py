@@ -112,8 +112,9 @@ def test_a_batch_without_examples_gives_zero_gradients_and_moves_no_average(kind
         assert_array_equal(weight, before, err_msg=weight.path)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shares", [((0, 1, 2), (3, 4, 5, 6, 7)), ((0, 1), (2, 3, 4, 5, 6, 7), ())], ids=["2", "3"])
-def test_many_ranks_equal_one(kind, shares):
+def test_many_ranks_equal_one(kind, shares, compiled):
     """Logits, moving averages and summed gradients under synced batch norm, Dice and dropout; one rank has nothing."""
     settings = {"model": kind, "activation": Activation.DICE, "dropout": 0.3}
     batch = packed(padded_batch(RAGGED))
@@ -121,7 +122,10 @@ def test_many_ranks_equal_one(kind, shares):
     logits, loss, gradients = loss_and_gradients(alone, batch, training=True)
 
     ranks = ThreadedRanks(len(shares))
-    models = [small_model(sum_over_ranks=ranks.sum_over_ranks(rank), **settings) for rank in range(len(shares))]
+    models = [
+        small_model(sum_over_ranks=ranks.sum_over_ranks(rank), compiled=compiled, **settings)
+        for rank in range(len(shares))
+    ]
     results = ranks.run(
         lambda rank: loss_and_gradients(models[rank], take(batch, shares[rank]), training=True, num_examples=8)
     )

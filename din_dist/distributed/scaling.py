@@ -1,0 +1,182 @@
+"""A step's time on more workers than there are here, from what one worker measured and what the links are.
+
+Arithmetic only. Weak scaling: each worker keeps the batch that was measured, so the global batch grows with the
+workers. Parts do not overlap: Horovod works off its messages one after the other, and a step waits for each.
+
+Source of the message counts: Horovod 0.28.1 with Gloo (`horovod/common/controller.cc`, `gloo_controller.cc`,
+`response_cache.cc`; gloo's `allreduce.cc`, `allgather.cc`, `allgatherv.cc`, `broadcast.cc`). All-reduces and
+all-gathers are rings there, whatever their size, and so are the rounds by which the workers agree on what is ready.
+Another control plane (MPI) or trees for small messages (NCCL) would need fewer hops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from din_dist.errors import InputError
+
+TCP_PAYLOAD_SHARE = 1448 / 1538  # of Ethernet with an MTU of 1500: the rest is headers and gaps between frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One worker's step: what it took and what it would send."""
+
+    compute_seconds: float  # the whole step of a worker on its own, waiting for input included
+    update_seconds: float  # of that, the optimizer: it grows with the rows that the workers touch together
+    row_merge_seconds: float  # to sum the repeats of as many rows as one worker sends
+    per_worker_batch_size: int
+    dense_gradient_bytes: int
+    row_gradient_bytes: int  # a worker's own part: ids and rows, each once, as they travel
+    table_bytes: int  # what `row_gradient_bytes` would be, were every row of every table touched
+    num_statistics_messages: int  # all-reduces of batch statistics, forward and backward
+    statistics_bytes: int  # of all of them together
+    num_gradient_messages: int  # all-reduces and all-gathers of gradients
+    num_gather_messages: int  # the all-gathers among them
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Any], source: str) -> Measured:
+        """Reads the JSON line of `cli/benchmark.py`, run with one worker.
+
+        Args:
+            source: where the line comes from, for errors.
+
+        Raises:
+            InputError: a number is missing or wrong, or more than one worker ran.
+        """
+        world_size = _number(report, "world_size", source)
+        if world_size != 1:
+            raise InputError(
+                f"{source}: must come from one worker. Received: world_size {world_size:g}. Run the benchmark without "
+                "horovodrun, with the batch that each worker is to have."
+            )
+        names = {"compute_seconds": "step_seconds", "per_worker_batch_size": "global_batch_size"}
+        values: dict[str, Any] = {
+            field.name: _number(report, names.get(field.name, field.name), source) for field in dataclasses.fields(cls)
+        }
+        if values["num_gather_messages"] > values["num_gradient_messages"]:
+            raise InputError(
+                f"{source}: num_gather_messages cannot exceed num_gradient_messages, which counts them too. Received: "
+                f"{values['num_gather_messages']:g} and {values['num_gradient_messages']:g}. Run the benchmark again."
+            )
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What joins the workers."""
+
+    bandwidth_bits_per_second: float  # of each worker's link, in each direction at once
+    latency_seconds: float  # of a small message between two processes, one way, their waking up included
+    message_overhead_seconds: float = 0.0  # of software, for each message of a step, whatever the number of workers
+    payload_share: float = TCP_PAYLOAD_SHARE
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A step's time with so many workers, by what takes it."""
+
+    world_size: int
+    seconds: dict[str, float]  # by term
+    examples_per_second: float
+    efficiency: float  # examples/s over those of as many workers that need not speak
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def dominant_term(self) -> str:
+        return max(self.seconds, key=lambda term: self.seconds[term])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self),
+            "step_seconds": self.step_seconds,
+            "dominant_term": self.dominant_term,
+        }
+
+
+def allreduce_bytes(num_bytes: float, world_size: int) -> float:
+    """What a worker sends, and receives, in a ring all-reduce: each of N parts travels N-1 hops, twice.
+
+    Source: Patarasu and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
+    """
+    return 2 * (world_size - 1) / world_size * num_bytes
+
+
+def allgather_bytes(own_bytes: float, world_size: int) -> float:
+    """What a worker sends, and receives, in a ring all-gather: everybody's part but one passes through it."""
+    return (world_size - 1) * own_bytes
+
+
+def allreduce_hops(world_size: int) -> int:
+    """Messages that one all-reduce waits for, one after the other, from the tensor being ready to its result.
+
+    A step's all-reduces have the same name and shape each time, so that Horovod finds them in its cache: the workers
+    agree by one small ring all-reduce of bits, then comes the ring itself. Agreeing goes on all the time; a tensor
+    that gets ready waits for half of a round that began without it.
+    """
+    ring = 2 * (world_size - 1)
+    return ring // 2 + ring + ring
+
+
+def allgather_hops(world_size: int) -> int:
+    """As `allreduce_hops`, for an all-gather whose lengths change from step to step.
+
+    What changes is not in the cache: after two rounds of bits (what is ready; what the cache must forget) the requests
+    go to rank 0 by two ring all-gathers (lengths, contents) and the answer comes back by two broadcasts along a tree.
+    """
+    around = world_size - 1
+    agree = around + 2 * 2 * around
+    negotiate = 2 * around + 2 * math.ceil(math.log2(world_size))
+    return agree + negotiate + around
+
+
+def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:
+    """The step of `world_size` workers, each on a link of its own and with the batch that was measured."""
+    num_gathers = measured.num_gather_messages
+    num_allreduces = measured.num_statistics_messages + measured.num_gradient_messages - num_gathers
+    hops = num_allreduces * allreduce_hops(world_size) + num_gathers * allgather_hops(world_size)
+    messages = num_allreduces + num_gathers if world_size > 1 else 0
+    bytes_per_second = cluster.bandwidth_bits_per_second / 8 * cluster.payload_share
+    dense_bytes = measured.dense_gradient_bytes + measured.statistics_bytes
+    seconds = {
+        "compute": measured.compute_seconds,
+        "all_reduce_bandwidth": allreduce_bytes(dense_bytes, world_size) / bytes_per_second,
+        "all_gather_bandwidth": allgather_bytes(measured.row_gradient_bytes, world_size) / bytes_per_second,
+        "message_latency": hops * cluster.latency_seconds,
+        "message_overhead": messages * cluster.message_overhead_seconds,
+        "rows_of_others": _seconds_for_rows_of_others(measured, world_size),
+    }
+    global_batch_size = world_size * measured.per_worker_batch_size
+    step_seconds = sum(seconds.values())
+    return Prediction(
+        world_size, seconds, global_batch_size / step_seconds, efficiency=measured.compute_seconds / step_seconds
+    )
+
+
+def _seconds_for_rows_of_others(measured: Measured, world_size: int) -> float:
+    """To merge every worker's rows, and to update those that this worker did not touch itself.
+
+    An upper bound: no two workers touch the same row until all rows of the tables are touched.
+    """
+    if world_size == 1 or not measured.row_gradient_bytes:
+        return 0.0
+    touched_rows_ratio = min(world_size, max(1.0, measured.table_bytes / measured.row_gradient_bytes))
+    return world_size * measured.row_merge_seconds + (touched_rows_ratio - 1) * measured.update_seconds
+
+
+def _number(report: Mapping[str, Any], name: str, source: str) -> float:
+    value = report.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise InputError(
+            f"{source}: {name} must be a number from 0 up. Received: {value!r}. Give the JSON line of "
+            "`python -m din_dist.cli.benchmark`, run with one worker."
+        )
+    if name in ("step_seconds", "global_batch_size") and not value:
+        raise InputError(f"{source}: {name} must be above 0. Received: {value!r}. Run the benchmark again.")
+    return value
