@@ -1,7 +1,7 @@
 """What passes between the rooms: the names, dtypes and shapes of prepared data and of a batch.
 
-Letters of shapes: U users of a block, or distinct items of a batch; E events; B examples in a batch, N history positions
-in all of them; H width of an item vector (its embeddings side by side).
+Letters of shapes: U users of a block, or distinct items of a batch; E events; B examples in a batch, N history
+positions in all of them; H width of an item vector (its embeddings side by side).
 """
 
 from __future__ import annotations

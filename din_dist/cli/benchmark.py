@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from din_dist.cli import entry
+from din_dist.cli import entry, sweep
 from din_dist.cli import flags as settings
 from din_dist.config import Config, require
 
-FORMS = ("padded", "unfactored", "dense_allreduce")
+FORMS = ("padded", "unfactored", "dense_allreduce", "without_xla")
 ROUNDS = 5
 
 settings.define_flags()
@@ -29,20 +31,37 @@ flags.DEFINE_list(
     [],
     "Other forms to run in turn with ours, for ratios: padded (histories as a rectangle, attention inputs side by "
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
-    "updated).",
+    "updated), without_xla. The first two do without XLA as well.",
 )
 flags.DEFINE_string(
-    "trace_dir", "", "Write a TensorFlow profiler trace of 10 updates there, for TensorBoard. Default: none."
+    "trace_dir",
+    "",
+    "Write there a TensorFlow profiler trace of 10 updates, for TensorBoard, and under horovodrun the chief's "
+    "horovod_timeline.json, for about:tracing. Default: none.",
 )
+flags.DEFINE_string(
+    "sweep",
+    "",
+    "Run a series and write SWEEP.csv and SWEEP.svg in --sweep_dir: workers (the same batch and cores for each; starts "
+    "horovodrun itself), batch, rows (synthetic data) or history (synthetic data).",
+)
+flags.DEFINE_list("sweep_values", [], "The points of the series. Default: some for each kind.")
+flags.DEFINE_integer("sweep_rounds", 3, "How often to run the series; medians are drawn.")
+flags.DEFINE_string("sweep_dir", "sweeps", "Folder for the results of a series.")
 
 
 def main() -> None:
     config = settings.config_from_flags()
     values = flags.FLAGS
-    for name in ("benchmark_steps", "benchmark_warmup_steps"):
+    for name in ("benchmark_steps", "benchmark_warmup_steps", "sweep_rounds"):
         require(getattr(values, name) >= 1, "must be at least 1", name, getattr(values, name), "For example 100.")
     for form in values.compare:
         require(form in FORMS, f"must be of {', '.join(FORMS)}", "compare", form, f"For example {FORMS[0]}.")
+    if values.sweep:
+        own = [flag for flag in sys.argv[1:] if not flag.lstrip("-").startswith("sweep")]
+        batch_size = config.job.global_batch_size
+        sweep.run(values.sweep, values.sweep_values, values.sweep_rounds, Path(values.sweep_dir), own, batch_size)
+        return
     entry.import_tensorflow()
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
@@ -56,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = dataclasses.replace(config.job, output_dir=folder, metrics_port=-1)
         config = dataclasses.replace(config, job=job)
-        ours, width = _start("ours", config, runtime, store, len(cores))
+        ours, model = _start("ours", config, runtime, store, len(cores))
         ours.run(1)
         to_first_step = seconds_since_process_start()
         ours.run(values.benchmark_warmup_steps)
@@ -64,10 +83,10 @@ def main() -> None:
         peak_memory = peak_memory_bytes()
         ours.run_in_parts(5)  # tracing, until the shapes are general
         parts, gradients = ours.run_in_parts(max(10, values.benchmark_steps // 4))
-        found = report(config, runtime, width, tally, parts, gradients)
+        found = report(config, runtime, model, tally, parts, gradients)
         found |= {"peak_memory_bytes": peak_memory, "seconds_to_first_step": to_first_step}
         if values.trace_dir:
-            _trace(ours, f"{values.trace_dir}/rank-{runtime.rank}")
+            _trace(ours, runtime, Path(values.trace_dir))
         others = {form: _start(form, config, runtime, store, len(cores))[0] for form in values.compare}
         found["times_the_speed_of"] = _compare(ours, others, values.benchmark_warmup_steps, values.benchmark_steps)
     runtime.barrier()
@@ -77,8 +96,8 @@ def main() -> None:
         print(to_json(found), flush=True)
 
 
-def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int) -> tuple[Any, int]:
-    """A benchmark of one form, nothing run yet, and the width of its item vectors."""
+def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int) -> tuple[Any, Any]:
+    """A benchmark of one form, nothing run yet, and its model."""
     from din_dist import assembly
     from din_dist.distributed.gradients import DenseExchange
     from din_dist.layers.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
@@ -89,10 +108,10 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         "unfactored": {"attention": UnfactoredActivationUnit},
         "dense_allreduce": {"exchange": DenseExchange},
     }
-    if form != "ours":  # as others run
+    if form in ("padded", "unfactored", "without_xla"):
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False))
     job = assembly.make_job(config, runtime, store, num_threads=num_threads, **parts.get(form, {}))
-    return StepBenchmark(job.step, job.make_batches(0, 2**40), config.job.global_batch_size), job.model.lookup.width
+    return StepBenchmark(job.step, job.make_batches(0, 2**40), config.job.global_batch_size), job.model
 
 
 def _compare(ours: Any, others: dict[str, Any], warmup_steps: int, steps: int) -> dict[str, float]:
@@ -111,11 +130,13 @@ def _seconds(tally: Any) -> float:
     return tally.seconds / tally.examples
 
 
-def _trace(ours: Any, folder: str) -> None:
+def _trace(ours: Any, runtime: Any, folder: Path) -> None:
     import tensorflow as tf
 
-    tf.profiler.experimental.start(folder)
-    ours.run(10)
+    folder.mkdir(parents=True, exist_ok=True)
+    tf.profiler.experimental.start(str(folder / f"rank-{runtime.rank}"))
+    with runtime.timeline(folder / "horovod_timeline.json"):
+        ours.run(10)
     tf.profiler.experimental.stop()
 
 
@@ -133,7 +154,8 @@ def _table(found: dict[str, Any]) -> str:
     lines += [
         f"{found['flops_per_example']:12,.0f} FLOPs of matrix products an example: {own:.1f} GFLOP/s, "
         f"{found['share_of_matrix_rate']:.0%} of the {alone:.1f} that they reach alone",
-        f"{sum(sent.values()):12,} bytes sent a step by each worker: {sent['dense']:,} dense, {sent['sparse']:,} rows",
+        f"{sum(sent.values()):12,} bytes sent a step by each worker: {sent['dense']:,} dense, {sent['sparse']:,} rows, "
+        f"{sent['statistics']:,} batch statistics",
         f"{found['peak_memory_bytes'] / 2**20:12,.0f} MiB peak memory of the chief",
         f"{found['seconds_to_first_step']:12.1f} s from process start to the first update",
     ]

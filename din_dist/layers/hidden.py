@@ -50,7 +50,9 @@ class HiddenLayers(keras.layers.Layer):
             )
             for i in range(len(units))
         ]
-        self.dropouts = [KeyedDropout(dropout, stream=i, compiled=compiled, name=f"dropout_{i}") for i in range(len(units))]
+        self.dropouts = [
+            KeyedDropout(dropout, stream=i, compiled=compiled, name=f"dropout_{i}") for i in range(len(units))
+        ]
         self.output_layer = keras.layers.Dense(1, name="output")
 
     def build(self, input_shape: tuple) -> None:

@@ -45,9 +45,7 @@ def rows_at(rows: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
 
 
 @fused
-def pool(
-    weights: tf.Tensor, keys: tf.Tensor, segment_of: tf.Tensor, key_of: tf.Tensor, like: tf.Tensor
-) -> tf.Tensor:
+def pool(weights: tf.Tensor, keys: tf.Tensor, segment_of: tf.Tensor, key_of: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Sum of `weights` `[P]` times the rows `key_of` `[P]` of `keys` `[K, H]` over each segment: `[C, H]`.
 
     `like`: any `[C, ...]`, for the number of segments, which XLA must know when it compiles.

@@ -123,9 +123,7 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.standardize = Standardize(
-            frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize"
-        )
+        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize")
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import schema
-from din_dist.config import Config
+from din_dist.config import BatchNorm, Config
 from din_dist.distributed.runtime import Runtime
 from din_dist.models.flops import Product, forward_products, training_flops
+from din_dist.models.ranking_model import RankingModel
 from din_dist.training.trainer import Batch, TrainStep
 
 LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
@@ -33,11 +34,10 @@ class Tally:
     step_seconds: float = 0.0
 
     def add(self, batch: Batch, waited: float, seconds: float) -> None:
-        history, candidates = batch[schema.HISTORY_ITEM_IDS].numpy(), batch[schema.CANDIDATE_ITEM_IDS].numpy()
         self.steps += 1
-        self.examples += len(candidates)
-        self.positions += len(history)
-        self.items += len(np.union1d(history, candidates))
+        self.examples += len(batch[schema.CANDIDATE_ITEM_IDS])
+        self.positions += len(batch[schema.HISTORY_ITEM_IDS])
+        self.items += len(batch[schema.DISTINCT_ITEM_IDS])
         self.wait_seconds += waited
         self.step_seconds += seconds
 
@@ -135,22 +135,39 @@ def _best_seconds(run: Callable[[], tf.Tensor], repeats: int) -> float:
     return min(times)
 
 
-def bytes_sent(gradients: Sequence[tf.Tensor | tf.IndexedSlices], world_size: int, wire_bytes: int) -> dict[str, int]:
+def message_sizes(
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices], statistics_widths: Sequence[int], wire_bytes: int
+) -> dict[str, int]:
+    """What a rank has to say in an update, in bytes and in messages that it waits for.
+
+    Args:
+        statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
+        wire_bytes: of one value of a row gradient; its id takes 4.
+    """
+    tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
+    dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
+    return {
+        "dense_gradient_bytes": 4 * sum(int(tf.size(gradient)) for gradient in dense),
+        "row_gradient_bytes": sum(
+            table.values.shape[0] * (4 + wire_bytes * int(np.prod(table.values.shape[1:]))) for table in tables
+        ),
+        "statistics_bytes": 4 * sum(4 * width + 1 for width in statistics_widths),
+        "num_gradient_messages": 1 + 2 * bool(tables),  # dense; ids; rows
+        "num_statistics_messages": 2 * len(statistics_widths),
+    }
+
+
+def bytes_sent(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """Bytes that a rank sends in an update by ring algorithms.
 
     An all-reduce sends 2 (N-1)/N of the whole, an all-gather N-1 times a rank's own part.
-
-    Args:
-        wire_bytes: of one value of a row gradient.
     """
-    dense = rows = 0
-    for gradient in gradients:
-        if isinstance(gradient, tf.IndexedSlices):
-            num_rows = len(np.unique(gradient.indices.numpy()))
-            rows += num_rows * (4 + wire_bytes * int(np.prod(gradient.values.shape[1:])))
-        else:
-            dense += 4 * int(tf.size(gradient))
-    return {"dense": round(2 * (world_size - 1) / world_size * dense), "sparse": (world_size - 1) * rows}
+    reduced = 2 * (world_size - 1) / world_size
+    return {
+        "dense": round(reduced * sizes["dense_gradient_bytes"]),
+        "statistics": round(reduced * sizes["statistics_bytes"]),
+        "sparse": (world_size - 1) * sizes["row_gradient_bytes"],
+    }
 
 
 def seconds_since_process_start() -> float:
@@ -159,26 +176,35 @@ def seconds_since_process_start() -> float:
 
 
 def report(
-    config: Config, runtime: Runtime, width: int, tally: Tally, parts: dict[str, float], gradients: Sequence[Any]
+    config: Config,
+    runtime: Runtime,
+    model: RankingModel,
+    tally: Tally,
+    parts: dict[str, float],
+    gradients: Sequence[Any],
 ) -> dict[str, Any]:
-    """The numbers of a job; rates are summed over the ranks, times are the chief's. All ranks must call it."""
+    """The numbers of a job; rates are summed over the ranks, the rest is the chief's. All ranks must call it."""
     totals = runtime.sum(np.array([tally.examples, tally.positions], np.float64) / tally.seconds)
-    products = forward_products(config.model, width, *tally.mean_sizes())
+    products = forward_products(config.model, model.lookup.width, *tally.mean_sizes())
     flops = training_flops(products)
     # All ranks at once, as in training.
     runtime.barrier()
     by_itself = matrix_seconds(products)
     per_step = tally.seconds / tally.steps
-    wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
+    synced = config.model.batch_norm is BatchNorm.SYNCED
+    widths = [w.shape[0] for w in model.non_trainable_weights if synced and w.path.endswith("moving_mean")]
+    sizes = message_sizes(gradients, widths, tf.as_dtype(config.optimizer.wire_dtype.value).size)
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,
         "examples_per_second": float(totals[0]),
         "positions_per_second": float(totals[1]),
+        "positions_per_step": tally.positions / tally.steps,
         "step_seconds": per_step,
         "input_wait_seconds": tally.wait_seconds / tally.steps,
         **{f"{name}_seconds": value for name, value in parts.items()},
-        "bytes_sent_per_step": bytes_sent(gradients, runtime.world_size, wire_bytes),
+        **sizes,
+        "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size),
         "flops_per_example": flops / tally.mean_sizes()[0],
         "matrix_flops_per_second": flops / by_itself,
         "achieved_flops_per_second": flops / per_step,

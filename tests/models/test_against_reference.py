@@ -27,7 +27,9 @@ VARIANTS = [
 def compare(lengths, training, model, activation, normalization, batch_norm, seed=0, compiled=False):
     batch = padded_batch(lengths, seed)
     settings = {"model": model, "activation": activation}
-    ours = small_model(seed, compiled=compiled, attention_normalization=normalization, batch_norm=batch_norm, **settings)
+    ours = small_model(
+        seed, compiled=compiled, attention_normalization=normalization, batch_norm=batch_norm, **settings
+    )
     reference = PaddedModel(
         ITEM_FEATURES,
         normalization=normalization,
