@@ -45,6 +45,7 @@ def small_config(folder: Path, *, labels: bool = False, **settings: object) -> C
         "global_batch_size": 64,
         "output_dir": str(folder / "run"),
         "metrics_port": -1,
+        "xla": False,  # compiling would take longer than the job
     }
     values = defaults | settings
     rooms = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "job": JobConfig}

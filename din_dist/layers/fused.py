@@ -50,10 +50,10 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def round_up(length: tf.Tensor, smallest: int = 256) -> tf.Tensor:
-    """The next of few lengths: multiples of 1/16 of the power of two below `length`, 3 % more on average."""
+def round_up(length: tf.Tensor, steps: int) -> tf.Tensor:
+    """The next of few lengths, `steps` between a power of two and the next, and none below 512."""
     halvings = tf.math.floor(tf.math.log(tf.cast(tf.maximum(length, 1), tf.float32)) / tf.math.log(2.0))
-    unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // 16, smallest)
+    unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // steps, 512)
     return (length + unit - 1) // unit * unit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ def command(name: str, folder: Path, *flags: str) -> list[str]:
         *(sys.executable, "-m", f"din_dist.cli.{name}", "--dataset=event_log", f"--data_path={log}"),
         *(f"--data_dir={folder / 'prepared'}", f"--output_dir={folder / 'run'}", "--metrics_port=-1"),
         *("--embedding_dim=8", "--hidden_units=8", "--attention_hidden_units=8", "--global_batch_size=64"),
-        *("--max_history_length=10", "--log_every_steps=1", *flags),
+        *("--max_history_length=10", "--log_every_steps=1", "--noxla", *flags),
     ]
 
 
@@ -190,16 +191,48 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
     assert run("prepare_data", tmp_path).returncode == 0
-    forms = ("padded", "unfactored", "dense_allreduce")
-    done = run(
-        "benchmark", tmp_path, "--benchmark_steps=10", "--benchmark_warmup_steps=2", f"--compare={','.join(forms)}"
-    )
+    forms = ("padded", "unfactored", "dense_allreduce", "without_xla")
+    short = ("--benchmark_steps=10", "--benchmark_warmup_steps=2")
+    done = run("benchmark", tmp_path, *short, "--xla", f"--compare={','.join(forms)}")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["times_the_speed_of"]) == set(forms)
-    assert found["bytes_sent_per_step"] == {"dense": 0, "sparse": 0}  # nobody to send to
+    assert found["bytes_sent_per_step"] == {"dense": 0, "sparse": 0, "statistics": 0}  # nobody to send to
     for name in ("examples_per_second", "forward_backward_seconds", "update_seconds", "share_of_matrix_rate"):
         assert found[name] > 0, name
     assert "examples/s" in done.stderr
     assert not (tmp_path / "run").exists()
     assert_one_line(run("benchmark", tmp_path, "--compare=torch"), "--compare: must be of padded, unfactored")
+
+
+def test_benchmark_of_one_worker_and_of_two(tmp_path: Path) -> None:
+    """The series starts horovodrun itself; the batch of a worker stays, and so what it computes."""
+    assert run("prepare_data", tmp_path).returncode == 0
+    flags = ("--benchmark_steps=4", "--benchmark_warmup_steps=2", f"--trace_dir={tmp_path / 'trace'}")
+    series = ("--sweep=workers", "--sweep_values=2,1", "--sweep_rounds=1", f"--sweep_dir={tmp_path / 'series'}")
+    done = run("benchmark", tmp_path, *flags, *series)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "series" / "workers.csv").open() as file:
+        alone, both = csv.DictReader(file)
+    assert [(row["world_size"], row["global_batch_size"]) for row in (alone, both)] == [("1", "64"), ("2", "128")]
+    assert (alone["dense_bytes_sent"], alone["sparse_bytes_sent"]) == ("0", "0")
+    # Two ranks: each sends the whole of what is reduced, and its own rows once.
+    assert both["dense_bytes_sent"] == both["dense_gradient_bytes"]
+    assert both["sparse_bytes_sent"] == both["row_gradient_bytes"]
+    assert (tmp_path / "series" / "workers.svg").read_text().lstrip().startswith("<?xml")
+    assert "row_ids" in (tmp_path / "trace" / "horovod_timeline.json").read_text()
+    assert list((tmp_path / "trace").glob("rank-1/**/*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sweep=users",), "--sweep: must be of workers, batch, rows, history. Received: 'users'"),
+        (("--sweep=batch", "--sweep_values=64,many"), "--sweep_values: must be whole numbers from 1. Received: 'many'"),
+        (("--sweep=workers", "--sweep_values=9999"), "--sweep_values: needs a core for each worker"),
+        (("--sweep=batch", "--sweep_rounds=0"), "--sweep_rounds: must be at least 1"),
+        (("--sweep=batch", "--sweep_values=64"), "the data must be prepared before"),
+    ],
+)
+def test_what_a_series_refuses(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    assert_one_line(run("benchmark", tmp_path, *flags, f"--sweep_dir={tmp_path}"), message)

@@ -1,0 +1,315 @@
+"""din_dist against the peers that install from PyPI: `python -m tests.benchmarks.peers --data_path=LOG`, run by hand.
+
+DeepCTR (its DIN, TensorFlow 2.15) and FuxiCTR (its DIN, PyTorch), each in an environment of its own with the exact
+versions of `PEER.txt`, made here on the first run (minutes). All train the same examples with the same negatives,
+exported from our prepared data: `leave_one_out`, histories up to 100, one fixed negative, embeddings 64 + 64, attention
+80-40-1 with softmax, head 80-40-1, sigmoid units, no dropout, no L2, Adam at 1e-3, one batch size, on the same cores.
+
+Speed: the systems take turns for --rounds rounds, each a process of its own: warm-up steps, then --seconds of training
+steps, input pipeline included. Ours is `din_dist.cli.benchmark`. Ratios are the median of the ratios of the rounds.
+Quality: seconds of training until the test GAUC is --target_gauc, evaluation excluded, the slow first step (tracing)
+included; every system's scores are judged here, by `din_dist.metrics`. Memory is VmHWM of the training process, in the
+speed rounds. Takes about 8 minutes for the rounds, then up to --max_seconds and the evaluations of each system.
+
+Each system is used as its documentation shows, so these differences remain:
+- Padding. DeepCTR fills every history up to 100, the width of its input; FuxiCTR up to the longest of the batch; ours
+  pads nothing. Histories here have 9 items on average: this, and the factored attention layer, is what is measured.
+- Tables. Adam moves all rows of the peers' tables at every step, and of ours those of the batch (`lazy_adam`).
+- Model. Ours follows the authors' code: scores divided by sqrt(H), a projection of the interest, the product of
+  interest and candidate as a third input of the head, a bias an item, and scale and offset where they have batch
+  normalisation (`--batch_norm=frozen`). The peers have none of these: their head sees candidate and interest.
+- Start. The peers' embeddings start at N(0, 1e-4), ours at Glorot's; each shuffles with its own generator. Our
+  benchmark of speed trains at a rate of 1e-6, which is the same work.
+- FuxiCTR clips gradients to norm 10 by default, and reads its batches in --loader_workers processes of their own, whose
+  memory is not counted. Its documented model is the one that its wheel installs, `model_zoo.LongCTR.DIN`.
+- Scores are logits from ours and probabilities from the peers: GAUC sees only their order.
+- Prepared data: ours is the whole folder (records, arrays, vocabularies of string ids). The peers' are arrays of dense
+  ids that our pipeline made; DeepCTR, which has no format, has its padded arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.config import require
+from din_dist.errors import InputError
+from din_dist.metrics.ranking import gauc
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+OURS = "din_dist"
+PEERS = {"deepctr": "DeepCTR", "fuxictr": "FuxiCTR"}
+SIZES = {
+    "max_history_length": 100,
+    "embedding_dim": 64,
+    "attention_hidden_units": [80, 40],
+    "hidden_units": [80, 40],
+    "learning_rate": 1e-3,
+}
+OTHER_SETTINGS = {
+    "dataset": "event_log",
+    "split": "leave_one_out",
+    "item_features": "category_id",
+    "negatives_per_positive": 1,
+    "activation": "sigmoid",
+    "attention_normalization": "softmax",
+    "batch_norm": "frozen",
+    "dropout": 0,
+    "optimizer": "lazy_adam",
+    "embedding_l2": 0,
+    "metrics_port": -1,
+}
+FOR_THE_RUNNERS = (
+    *("batch_size", "threads", "loader_workers", "seed", "warmup_steps", "seconds"),
+    *("evaluate_every_steps", "max_seconds"),
+)
+
+flags.DEFINE_string("data_path", None, "The log, as for the trainer; with a column category_id and without labels.")
+flags.DEFINE_list("peers", list(PEERS), f"Which ones: of {', '.join(PEERS)}.")
+flags.DEFINE_integer("rounds", 3, "Rounds of the measurement of speed.")
+flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not measured.")
+flags.DEFINE_float("seconds", 20.0, "Seconds of training steps of each system in a round.")
+flags.DEFINE_integer("batch_size", 1024, "Examples a step.")
+flags.DEFINE_integer("threads", 2, "Cores that each system may use.")
+flags.DEFINE_integer("loader_workers", 1, "Processes of FuxiCTR's data loader (1 is its default).")
+flags.DEFINE_integer("seed", 1234, "Of negatives, weights and order.")
+flags.DEFINE_float("target_gauc", 0.77, "Test GAUC to reach; 0 leaves that part out.")
+flags.DEFINE_integer("evaluate_every_steps", 50, "Steps between two evaluations on the way there.")
+flags.DEFINE_float("max_seconds", 1200.0, "Seconds of training after which a system has not reached it.")
+flags.DEFINE_string("peer_python", "python3.11", "Interpreter of the peers' environments: DeepCTR needs 3.11 at most.")
+flags.DEFINE_string("peers_dir", "", "For environments, exported data and logs. Default: in the user's cache folder.")
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    _check_flags()
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])  # every process below inherits it
+    pythons = {peer: _environment(peer, folder) for peer in FLAGS.peers}
+    sizes = _prepare(folder, pythons)
+    systems = [OURS, *FLAGS.peers]
+    rounds: list[dict[str, dict[str, Any]]] = []
+    our_steps = 100  # of a first run that only tells how many make --seconds
+    for number in range(FLAGS.rounds + 1):
+        found = {}
+        for system in systems if number else [OURS]:
+            found[system] = _our_speed(our_steps) if system == OURS else _peer(system, pythons, folder, "speed")[-1]
+            if number:
+                entry.say(f"round {number}: {_name(system)} {found[system]['examples_per_second']:,.0f} examples/s")
+        our_steps = max(1, round(FLAGS.seconds * found[OURS]["examples_per_second"] / FLAGS.batch_size))
+        rounds += [found] if number else []
+    curves = {}
+    for system in systems if FLAGS.target_gauc else []:
+        curves[system] = _peer(system, pythons, folder, "quality")
+    report = _report(systems, sizes, rounds, curves)
+    print(_table(report))
+    print(json.dumps(report), flush=True)
+
+
+def _check_flags() -> None:
+    require(bool(FLAGS.data_path), "is needed", "data_path", FLAGS.data_path, "Name the log.")
+    for peer in FLAGS.peers:
+        require(peer in PEERS, f"must be of {', '.join(PEERS)}", "peers", peer, "For example deepctr.")
+    values = FLAGS.flag_values_dict()
+    for name in ("rounds", "warmup_steps", "batch_size", "threads", "evaluate_every_steps"):
+        require(values[name] >= 1, "must be at least 1", name, values[name], "For example 2.")
+    for name in ("seconds", "max_seconds"):
+        require(values[name] > 0, "must be positive", name, values[name], "For example 20.")
+    for name in ("loader_workers", "seed"):
+        require(values[name] >= 0, "must be at least 0", name, values[name], "For example 1.")
+    require(0 <= FLAGS.target_gauc < 1, "must be in [0, 1)", "target_gauc", FLAGS.target_gauc, "For example 0.77.")
+    cores = len(os.sched_getaffinity(0))
+    require(FLAGS.threads <= cores, f"there are {cores} cores", "threads", FLAGS.threads, "Give a number up to that.")
+    found = shutil.which(FLAGS.peer_python)
+    require(found is not None, "must be an interpreter", "peer_python", FLAGS.peer_python, "Give the path of one.")
+
+
+def _folder() -> Path:
+    if FLAGS.peers_dir:
+        return Path(FLAGS.peers_dir).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist", "peers")
+
+
+def _environment(peer: str, folder: Path) -> Path:
+    """The Python of a peer's environment, made first unless one with the same versions is there."""
+    wanted = HERE / f"{peer}.txt"
+    place = folder / f"{peer}-env"
+    made_of, python, log = place / wanted.name, place / "bin" / "python", folder / f"{peer}-install.log"
+    if made_of.is_file() and made_of.read_text() == wanted.read_text():
+        return python
+    entry.say(f"installing {PEERS[peer]} (log: {log})")
+    shutil.rmtree(place, ignore_errors=True)
+    with log.open("w") as output:
+        for command in (
+            [FLAGS.peer_python, "-m", "venv", str(place)],
+            [str(python), "-m", "pip", "install", "-r", str(wanted)],
+        ):
+            if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
+                raise InputError(
+                    f"{PEERS[peer]} must install from {wanted.name}. Received: an error, see {log}. "
+                    "It needs Python 3.11 (--peer_python) and the package registry."
+                )
+    shutil.copy(wanted, made_of)
+    return python
+
+
+def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
+    """Exports the examples, has each peer bring them into its own form, and tells the bytes of each form."""
+    lines = _read([sys.executable, str(HERE / "export.py"), *_our_flags(), f"--export_dir={folder / 'data'}"])
+    sizes = {OURS: int(lines[-1]["bytes"])}
+    for peer in pythons:
+        _peer(peer, pythons, folder, "prepare")
+        sizes[peer] = sum(path.stat().st_size for path in (folder / "data" / peer).iterdir())
+    return sizes
+
+
+def _our_flags() -> list[str]:
+    settings = {**OTHER_SETTINGS, **SIZES, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
+    settings |= {"global_batch_size": FLAGS.batch_size}
+    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    return [f"--{name}={text}" for name, text in texts.items()]
+
+
+def _our_speed(steps: int) -> dict[str, Any]:
+    options = [f"--benchmark_steps={steps}", f"--benchmark_warmup_steps={FLAGS.warmup_steps}"]
+    versions = {package: metadata.version(package) for package in ("tensorflow-cpu", "keras")}
+    found = _read([sys.executable, "-m", "din_dist.cli.benchmark", *_our_flags(), *options])[-1]
+    return {**found, "versions": versions}
+
+
+def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> list[dict[str, Any]]:
+    """Runs a system's runner and gives what it said; in mode `quality` each entry has its `gauc`."""
+    data = folder / "data"
+    job: dict[str, Any] = {
+        **SIZES,
+        **{name: FLAGS[name].value for name in FOR_THE_RUNNERS},
+        "mode": mode,
+        "data": str(data),
+        "scores": str(data / f"{system}-scores.npy"),
+    }
+    test: Any = np.load(data / "test.npz") if mode == "quality" else {}
+
+    def judge(found: dict[str, Any]) -> str:
+        if mode != "quality":
+            return ""
+        found["gauc"] = gauc(np.load(job["scores"]), test["labels"], test["users"]).gauc
+        entry.say(f"{_name(system)}: test GAUC {found['gauc']:.4f} after {found['seconds']:.1f} s of training")
+        return "stop" if found["gauc"] >= FLAGS.target_gauc or found["seconds"] >= FLAGS.max_seconds else "go on"
+
+    if system == OURS:
+        return _read([sys.executable, str(HERE / "run_ours.py"), *_our_flags(), f"--job={json.dumps(job)}"], judge)
+    return _read([str(pythons[system]), str(HERE / f"run_{system}.py"), json.dumps(job)], judge)
+
+
+def _read(command: Sequence[str], answer: Callable[[dict[str, Any]], str] = lambda _: "") -> list[dict[str, Any]]:
+    """The JSON lines on the stdout of a command; `answer` gives what it is told after each, if anything."""
+    log = _folder() / "last-run.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(FLAGS.threads)}
+    environment.pop("PYTHONPATH", None)  # the peers' environments are their own
+    if command[0] == sys.executable:
+        environment["PYTHONPATH"] = str(ROOT)
+    found = []
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+        for line in process.stdout:
+            found.append(json.loads(line))
+            if text := answer(found[-1]):
+                print(text, file=process.stdin, flush=True)
+    if process.returncode:
+        text = log.read_text().strip()
+        if process.returncode == 2 and text.startswith("error: "):  # one of our commands found the input wrong
+            raise InputError(text.removeprefix("error: "))
+        raise RuntimeError(f"{' '.join(command[:2])} ended with {process.returncode}:\n{text[-3000:]}")
+    return found
+
+
+def _report(
+    systems: Sequence[str],
+    sizes: dict[str, int],
+    rounds: list[dict[str, dict[str, Any]]],
+    curves: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "machine": {"cores": FLAGS.threads, "cpu": _cpu_model(), "python": platform.python_version()},
+        "commit": _commit(),
+        "settings": {name: FLAGS[name].value for name in (*FOR_THE_RUNNERS, "rounds", "target_gauc")},
+        "data": Path(FLAGS.data_path).name,
+        "systems": {},
+    }
+    for system in systems:
+        results = [found[system] for found in rounds]
+        speeds = [result["examples_per_second"] for result in results]
+        ratios = [found[OURS]["examples_per_second"] / found[system]["examples_per_second"] for found in rounds]
+        curve = curves.get(system, [])
+        reached = [point["seconds"] for point in curve if point["gauc"] >= FLAGS.target_gauc]
+        report["systems"][system] = {
+            "examples_per_second": statistics.median(speeds),
+            "examples_per_second_by_round": speeds,
+            "ours_times_its_speed": statistics.median(ratios),
+            "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
+            "prepared_bytes": sizes[system],
+            "seconds_to_target": reached[0] if reached else None,
+            "curve": [{name: point[name] for name in ("seconds", "examples", "gauc")} for point in curve],
+            "versions": results[-1]["versions"],
+        }
+    return report
+
+
+def _table(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    target, limit = FLAGS.target_gauc, FLAGS.max_seconds
+    lines = [
+        f"{machine['cores']} cores of {machine['cpu']}, batch {FLAGS.batch_size}, commit {report['commit']}",
+        "",
+        f"| | examples/s | ours: times as fast | peak memory, MiB | prepared data, MB | s to {target} test GAUC |",
+        "|---|---|---|---|---|---|",
+    ]
+    for system, found in report["systems"].items():
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        seconds = found["seconds_to_target"]
+        reached = "not measured" if not found["curve"] else f"not within {limit:.0f} s"
+        lines.append(
+            f"| {_name(system)} ({versions}) | {found['examples_per_second']:,.0f} "
+            f"| {'' if system == OURS else format(found['ours_times_its_speed'], '.1f')} "
+            f"| {found['peak_memory_bytes'] / 2**20:,.0f} | {found['prepared_bytes'] / 1e6:.1f} "
+            f"| {reached if seconds is None else format(seconds, '.0f')} |"
+        )
+    return "\n".join(lines)
+
+
+def _name(system: str) -> str:
+    return PEERS.get(system, system)
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    entry.run(main)

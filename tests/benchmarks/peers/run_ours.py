@@ -1,0 +1,71 @@
+"""Trains din_dist for its quality: FLAGS of the trainer and --job, as `stopwatch` describes it.
+
+Its speed is measured by `din_dist.cli.benchmark`. Here the loop is that of `training/benchmark.py` at the real rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+
+import numpy as np
+import stopwatch
+from absl import flags
+
+from din_dist import schema
+from din_dist.cli import entry
+from din_dist.cli import flags as settings
+from din_dist.config import Config
+
+settings.define_flags()
+flags.DEFINE_string("job", None, "JSON.", required=True)
+
+
+def main() -> None:
+    config = settings.config_from_flags()
+    sys.argv[1:] = [flags.FLAGS.job]
+    entry.import_tensorflow()
+    with tempfile.TemporaryDirectory() as folder:
+        _train(dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=folder)))
+
+
+def _train(config: Config) -> None:
+    import tensorflow as tf
+
+    from din_dist import assembly
+    from din_dist.data.pipeline import BATCH_SIGNATURE, evaluation_batches
+    from din_dist.data.prepared import open_prepared
+    from din_dist.data.splits import split_examples
+    from din_dist.distributed.runtime import Runtime, claim_devices
+
+    job, channel = stopwatch.start()
+    runtime = Runtime()
+    num_threads = len(claim_devices(runtime))
+    store = open_prepared(config.data)
+    ours = assembly.make_job(config, runtime, store, num_threads=num_threads)
+    test = evaluation_batches(
+        store,
+        split_examples(store, config.data)["test"],
+        config.data,
+        seed=config.job.seed,
+        batch_size=config.job.evaluation_batch_size,
+        shard_index=0,
+        num_shards=1,
+    )
+    logits_of = tf.function(
+        lambda batch: ours.model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+    )
+    watch = stopwatch.Stopwatch(
+        job, channel, lambda: np.concatenate([logits_of(batch).numpy() for batch in test]), "tensorflow-cpu,keras"
+    )
+    with watch.running():
+        for place, batch in enumerate(ours.make_batches(0, 2**40)):
+            num_examples = len(batch[schema.LABELS])
+            result = ours.step(batch, config.optimizer.learning_rate, place + 1, num_examples, False)
+            float(result.loss)  # training reads it too
+            watch.after_step(num_examples)
+
+
+if __name__ == "__main__":
+    entry.run(main)
