@@ -9,6 +9,10 @@ import tensorflow as tf
 
 from din_dist.config import WireDtype
 from din_dist.distributed.runtime import Runtime
+from din_dist.layers.fused import round_up
+from din_dist.layers.packed import padded, segment_sum
+
+NO_ROW = -1  # padding
 
 
 class RowGradients(NamedTuple):
@@ -53,11 +57,24 @@ class GradientExchange:
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         if self._runtime.world_size == 1 or not gradients:
             return list(gradients)
-        # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables.
-        row_ids = self._runtime.gather_in_graph([gradient.row_ids for gradient in gradients], "row_ids")
-        rows = self._runtime.gather_in_graph([self._pack(gradient.rows, scale) for gradient in gradients], "rows")
+        # A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few
+        # lengths are remembered.
+        lengths = [round_up(tf.size(gradient.row_ids), steps=16, smallest=64) for gradient in gradients]
+        # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
+        # known from the batch, and so are under way while the gradient is computed.
+        row_ids = self._runtime.gather_in_graph(
+            [padded(gradient.row_ids, length, NO_ROW) for gradient, length in zip(gradients, lengths, strict=True)],
+            "row_ids",
+        )
+        rows = self._runtime.gather_in_graph(
+            [
+                self._pack(padded(gradient.rows, length), scale)
+                for gradient, length in zip(gradients, lengths, strict=True)
+            ],
+            "rows",
+        )
         return [
-            merge_rows(tf.IndexedSlices(self._unpack(some_rows, scale), some_ids))
+            merge_rows(some_ids, self._unpack(some_rows, scale))
             for some_ids, some_rows in zip(row_ids, rows, strict=True)
         ]
 
@@ -77,10 +94,12 @@ def _as_rows(gradient: tf.IndexedSlices) -> RowGradients:
     return RowGradients(tf.cast(gradient.indices, tf.int32), gradient.values)
 
 
-def merge_rows(gradient: tf.IndexedSlices) -> RowGradients:
-    """Sums the rows that share an id."""
-    row_ids, places = tf.unique(tf.cast(gradient.indices, tf.int32))
-    return RowGradients(row_ids, tf.math.unsorted_segment_sum(gradient.values, places, tf.size(row_ids)))
+def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor) -> RowGradients:
+    """Sums the rows `[R, D]` that share an id `[R]`, and leaves out those of `NO_ROW`."""
+    real = tf.where(row_ids != NO_ROW)  # [M, 1]
+    distinct, places = tf.unique(tf.gather_nd(row_ids, real))
+    segments = tf.tensor_scatter_nd_update(tf.fill(tf.shape(row_ids), -1), real, places)
+    return RowGradients(distinct, segment_sum(rows, segments, tf.size(distinct)))
 
 
 class DenseExchange(GradientExchange):

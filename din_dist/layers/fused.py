@@ -50,10 +50,10 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def round_up(length: tf.Tensor, steps: int) -> tf.Tensor:
-    """The next of few lengths, `steps` between a power of two and the next, and none below 512."""
+def round_up(length: tf.Tensor, steps: int, smallest: int = 512) -> tf.Tensor:
+    """The next of few lengths: `steps` between a power of two and the next, and multiples of `smallest`."""
     halvings = tf.math.floor(tf.math.log(tf.cast(tf.maximum(length, 1), tf.float32)) / tf.math.log(2.0))
-    unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // steps, 512)
+    unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // steps, smallest)
     return (length + unit - 1) // unit * unit
 
 

@@ -56,4 +56,4 @@ def pool(weights: tf.Tensor, keys: tf.Tensor, segment_of: tf.Tensor, key_of: tf.
 def padded(rows: tf.Tensor, length: tf.Tensor, value: float = 0) -> tf.Tensor:
     """`[N, ...] -> [length, ...]`."""
     paddings = [[0, length - tf.shape(rows)[0]], *[[0, 0]] * (rows.shape.rank - 1)]
-    return tf.pad(rows, paddings, constant_values=value)
+    return tf.pad(rows, paddings, constant_values=tf.cast(value, rows.dtype))

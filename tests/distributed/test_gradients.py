@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist.config import WireDtype
-from din_dist.distributed.gradients import GradientExchange, merge_rows
+from din_dist.distributed.gradients import NO_ROW, GradientExchange, merge_rows
 from din_dist.distributed.runtime import Runtime
 
 
@@ -34,10 +34,24 @@ def slices(row_ids: list[int], rows: list[list[float]], num_rows: int = 1000) ->
     return tf.IndexedSlices(tf.constant(rows), tf.constant(row_ids), dense_shape=[num_rows, len(rows[0])])
 
 
-def test_rows_that_share_an_id_are_added() -> None:
-    merged = merge_rows(slices([7, 3, 7], [[1.0, 2.0], [5.0, 5.0], [10.0, 20.0]]))
+def test_rows_that_share_an_id_are_added_and_padding_is_left_out() -> None:
+    rows = tf.constant([[1.0, 2.0], [5.0, 5.0], [9.0, 9.0], [10.0, 20.0]])
+    merged = merge_rows(tf.constant([7, 3, NO_ROW, 7]), rows)
     assert merged.row_ids.numpy().tolist() == [7, 3]
     assert merged.rows.numpy().tolist() == [[11.0, 22.0], [5.0, 5.0]]
+
+
+def test_lengths_that_travel_are_few() -> None:
+    """Horovod remembers how to gather a length that it has seen."""
+    runtime = TwoRanks()
+    seen = set()
+    for num_rows in range(1000, 1064):
+        gradient = slices(list(range(num_rows)), [[1.0]] * num_rows, 2000)
+        ((found,), _) = GradientExchange(runtime)([gradient], [tf.constant(0.0)], tf.constant(1.0))
+        assert found.row_ids.numpy().tolist() == list(range(num_rows))
+        assert (found.rows.numpy() == 2.0).all()
+        seen.add((len(runtime.sent["row_ids"][0]), len(runtime.sent["rows"][0])))
+    assert seen == {(1024, 1024), (1088, 1088)}
 
 
 def test_alone_nothing_changes() -> None:
@@ -56,8 +70,8 @@ def test_two_ranks_add_up_and_send_each_row_once() -> None:
     assert found[1].numpy().tolist() == [2.0]
     assert found[2].rows.numpy().tolist() == [[6.0, 6.0]]
     assert (float(loss), float(stops)) == (6.0, 2.0)
-    assert [ids.numpy().tolist() for ids in runtime.sent["row_ids"]] == [[4, 9], [1]]
-    assert [rows.shape.as_list() for rows in runtime.sent["rows"]] == [[2, 1], [1, 2]]
+    assert [ids.numpy().tolist() for ids in runtime.sent["row_ids"]] == [[4, 9] + [NO_ROW] * 62, [1] + [NO_ROW] * 63]
+    assert [rows.shape.as_list() for rows in runtime.sent["rows"]] == [[64, 1], [64, 2]]
 
 
 @pytest.mark.parametrize(("wire_dtype", "error"), [(WireDtype.BFLOAT16, 2**-8), (WireDtype.FLOAT16, 2**-11)])
