@@ -1,0 +1,128 @@
+"""The scaling model, by numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from din_dist.distributed.scaling import (
+    Cluster,
+    Measured,
+    allgather_bytes,
+    allgather_hops,
+    allreduce_bytes,
+    allreduce_hops,
+    predict,
+)
+from din_dist.errors import InputError
+
+MEASURED = Measured(
+    compute_seconds=0.1,
+    update_seconds=0.02,
+    row_merge_seconds=0.003,
+    per_worker_batch_size=100,
+    dense_gradient_bytes=1_000_000,
+    row_gradient_bytes=500_000,
+    table_bytes=1_500_000,
+    num_statistics_messages=4,
+    statistics_bytes=200_000,
+    num_gradient_messages=3,
+    num_gather_messages=2,
+)
+CLUSTER = Cluster(8e6, latency_seconds=0.001, message_overhead_seconds=0.01, payload_share=1.0)  # a megabyte a second
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    """The benchmark's JSON that gives MEASURED."""
+    found = dataclasses.asdict(MEASURED)
+    found["step_seconds"] = found.pop("compute_seconds")
+    found["global_batch_size"] = found.pop("per_worker_batch_size")
+    return {**found, "world_size": 1, "examples_per_second": 1000.0, **changes}
+
+
+def test_four_workers_by_hand() -> None:
+    found = predict(MEASURED, CLUSTER, 4)
+    assert found.seconds == pytest.approx(
+        {
+            "compute": 0.1,
+            "all_reduce_bandwidth": 1.8,  # 2 * 3/4 of 1.2 MB
+            "all_gather_bandwidth": 1.5,  # 3 parts of 0.5 MB
+            "message_latency": 0.131,  # 5 all-reduces of 15 hops, 2 all-gathers of 28
+            "message_overhead": 0.07,  # 7 messages
+            "rows_of_others": 0.052,  # 4 * 3 ms to merge; three times the rows to update, for the tables have no more
+        }
+    )
+    assert found.step_seconds == pytest.approx(3.653)
+    assert found.examples_per_second == pytest.approx(400 / 3.653)
+    assert found.efficiency == pytest.approx(0.1 / 3.653)
+    assert found.dominant_term == "all_reduce_bandwidth"
+    assert found.to_json()["dominant_term"] == "all_reduce_bandwidth"
+
+
+def test_a_worker_on_its_own_speaks_to_nobody() -> None:
+    found = predict(MEASURED, CLUSTER, 1)
+    assert found.step_seconds == found.seconds["compute"] == 0.1
+    assert (found.examples_per_second, found.efficiency, found.dominant_term) == (1000.0, 1.0, "compute")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "reduced", "gathered"), [(1, 0, 0), (2, 100, 200), (3, 133.333, 200), (5, 160, 400)]
+)
+def test_bytes_on_a_link(world_size: int, reduced: float, gathered: float) -> None:
+    assert allreduce_bytes(100, world_size) == pytest.approx(reduced, abs=1e-3)
+    assert allgather_bytes(100, world_size) == gathered
+
+
+@pytest.mark.parametrize(
+    ("world_size", "reduce_hops", "gather_hops"), [(1, 0, 0), (2, 5, 10), (3, 10, 20), (1024, 5115, 8204)]
+)
+def test_hops(world_size: int, reduce_hops: int, gather_hops: int) -> None:
+    assert allreduce_hops(world_size) == reduce_hops
+    assert allgather_hops(world_size) == gather_hops
+
+
+def test_what_dominates_follows_the_cluster() -> None:
+    quick = Cluster(math.inf, latency_seconds=0.0)
+    assert predict(MEASURED, quick, 2).dominant_term == "compute"
+    assert predict(MEASURED, dataclasses.replace(quick, latency_seconds=0.1), 8).dominant_term == "message_latency"
+    assert (
+        predict(MEASURED, dataclasses.replace(quick, message_overhead_seconds=1.0), 8).dominant_term
+        == "message_overhead"
+    )
+    assert predict(MEASURED, Cluster(8e6, 0.0), 8).dominant_term == "all_gather_bandwidth"
+    assert predict(MEASURED, quick, 1000).dominant_term == "rows_of_others"
+
+
+def test_headers_take_their_share_of_the_link() -> None:
+    half = dataclasses.replace(CLUSTER, payload_share=0.5)
+    assert predict(MEASURED, half, 4).seconds["all_gather_bandwidth"] == pytest.approx(3.0)
+
+
+def test_without_tables_there_are_no_rows() -> None:
+    dense = dataclasses.replace(MEASURED, row_gradient_bytes=0, table_bytes=0, num_gather_messages=0)
+    assert predict(dense, CLUSTER, 8).seconds["rows_of_others"] == 0
+
+
+def test_the_benchmarks_json_is_read() -> None:
+    assert Measured.from_report(report(), "one.json") == MEASURED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 2}, "one.json: must come from one worker. Received: world_size 2."),
+        ({"table_bytes": None}, "one.json: table_bytes must be a number from 0 up. Received: None."),
+        ({"row_gradient_bytes": -1}, "row_gradient_bytes must be a number from 0 up. Received: -1."),
+        ({"row_merge_seconds": math.nan}, "row_merge_seconds must be a number from 0 up. Received: nan."),
+        ({"update_seconds": "1"}, "update_seconds must be a number from 0 up. Received: '1'."),
+        ({"statistics_bytes": True}, "statistics_bytes must be a number from 0 up. Received: True."),
+        ({"step_seconds": 0}, "step_seconds must be above 0. Received: 0."),
+        ({"num_gather_messages": 4}, "num_gather_messages cannot exceed num_gradient_messages"),
+    ],
+)
+def test_a_wrong_report_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Measured.from_report(report(**changes), "one.json")
