@@ -52,7 +52,8 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 # Named by the pinned TensorFlow, so that --check knows the wheel before TensorFlow is installed.
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
-key=horovod$horovod_version-tensorflow$tensorflow_version-$machine-$device
+# Raise the number after "+" with every change to what is built.
+key=horovod$horovod_version+1-tensorflow$tensorflow_version-$machine-$device
 folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
 
 exit_if_built() {
@@ -124,6 +125,14 @@ cmake_lists=$source_tree/horovod/tensorflow/CMakeLists.txt
 [[ $(grep -c 'xla_mpi_ops\.cc' "$cmake_lists") == 1 ]] ||
   die "horovod/tensorflow/CMakeLists.txt must name xla_mpi_ops.cc on one line. Adapt launch/build_horovod.sh to this Horovod."
 sed -i '/xla_mpi_ops\.cc/d' "$cmake_lists"
+
+# Gloo's receiving thread polls without a pause while another thread of its process holds the connection. Where they share
+# a core, as workers on CPUs and containers with one CPU do, that takes the core from the holder for a time slice: a small
+# message between two such workers took 4 ms. One call lets the holder finish.
+pair=$source_tree/third_party/gloo/gloo/transport/tcp/pair.cc
+[[ $(grep -A 1 '^  if (!lock) {$' "$pair") == $'  if (!lock) {\n    return;' ]] ||
+  die "third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. Adapt launch/build_horovod.sh to this Horovod."
+sed -i -e '/^  if (!lock) {$/a \    sched_yield();' -e '/^#include <errno.h>$/i #include <sched.h>' "$pair"
 
 if [[ $device == gpu && ! ${HOROVOD_NCCL_HOME:-} ]]; then
   # pip's package has only libnccl.so.2, but linkers look for libnccl.so. At run time the wheel finds it relative to itself:

@@ -18,6 +18,7 @@ from absl import flags
 from din_dist.cli import entry, sweep
 from din_dist.cli import flags as settings
 from din_dist.config import Config, require
+from din_dist.distributed.cores import claim_cores
 
 FORMS = ("padded", "unfactored", "dense_allreduce", "without_xla")
 ROUNDS = 5
@@ -62,6 +63,7 @@ def main() -> None:
         batch_size = config.job.global_batch_size
         sweep.run(values.sweep, values.sweep_values, values.sweep_rounds, Path(values.sweep_dir), own, batch_size)
         return
+    cores = claim_cores()
     entry.import_tensorflow()
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
@@ -70,7 +72,7 @@ def main() -> None:
     from din_dist.training.trainer import peak_memory_bytes
 
     runtime = open_runtime()
-    cores = claim_devices(runtime)
+    claim_devices(runtime, len(cores))
     store = open_prepared(config.data)
     with tempfile.TemporaryDirectory() as folder:
         job = dataclasses.replace(config.job, output_dir=folder, metrics_port=-1)

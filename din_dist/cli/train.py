@@ -16,6 +16,7 @@ from absl import flags
 from din_dist import __version__
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.distributed.cores import claim_cores
 
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
@@ -25,6 +26,7 @@ def main() -> None:
     started = time.perf_counter()
     config = settings.config_from_flags()
     stop_requested = entry.StopRequest()
+    cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     import numpy as np
 
@@ -36,7 +38,7 @@ def main() -> None:
     from din_dist.training.trainer import peak_memory_bytes
 
     runtime = open_runtime()
-    cores = claim_devices(runtime)
+    claim_devices(runtime, len(cores))
     folder = Path(config.job.output_dir)
     with runtime.together():
         lock = claim_output_dir(folder) if runtime.is_chief else None

@@ -142,20 +142,13 @@ def open_runtime() -> Runtime:
     return HorovodRuntime() if int(os.environ.get("HOROVOD_SIZE", "1")) > 1 else Runtime()
 
 
-def claim_devices(runtime: Runtime, gpus: Sequence[Any] | None = None) -> list[int]:
-    """One GPU a process, or a fair share of the cores. Must come before TensorFlow's first operation.
-
-    Without GPUs a process confines itself to its own cores: thread pools of the full width in every worker would
-    fight over them (TensorFlow runs more threads than `intra_op` says).
-
-    Returns:
-        The cores that this process may use.
+def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:
+    """One GPU a process, and as many threads as cores. Must come before TensorFlow's first operation.
 
     Raises:
         RuntimeError: there are GPUs, but fewer than processes on this machine.
     """
     gpus = tf.config.list_physical_devices("GPU") if gpus is None else gpus
-    cores = sorted(os.sched_getaffinity(0))
     if gpus:
         if runtime.local_size > len(gpus):
             raise RuntimeError(
@@ -165,14 +158,5 @@ def claim_devices(runtime: Runtime, gpus: Sequence[Any] | None = None) -> list[i
         mine = gpus[runtime.local_rank]
         tf.config.set_visible_devices(mine, "GPU")
         tf.config.experimental.set_memory_growth(mine, True)
-    if len(cores) >= runtime.local_size:
-        first = len(cores) * runtime.local_rank // runtime.local_size
-        end = len(cores) * (runtime.local_rank + 1) // runtime.local_size
-        cores = cores[first:end]
-        if runtime.local_size > 1:
-            os.sched_setaffinity(0, cores)
-    else:
-        cores = cores[runtime.local_rank % len(cores) :][:1]
-    tf.config.threading.set_intra_op_parallelism_threads(len(cores))
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, len(cores)))
-    return cores
+    tf.config.threading.set_intra_op_parallelism_threads(num_cores)
+    tf.config.threading.set_inter_op_parallelism_threads(max(2, num_cores))

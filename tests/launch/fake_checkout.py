@@ -45,6 +45,7 @@ env | grep -E '^(HOROVOD|MAKEFLAGS|LDFLAGS)' >"$FAKE_BUILD_ENV"
 [[ ! ${HOROVOD_NCCL_LIB:-} ]] || echo "libnccl.so -> $(readlink "$HOROVOD_NCCL_LIB/libnccl.so")" >>"$FAKE_BUILD_ENV"
 grep -x 'set(CMAKE_SKIP_RPATH ON)' "$3/CMakeLists.txt" >>"$FAKE_BUILD_ENV" || true
 if grep xla_mpi_ops "$3/horovod/tensorflow/CMakeLists.txt"; then exit 1; fi
+[[ $(grep -A 2 "(!lock)" "$3/third_party/gloo/gloo/transport/tcp/pair.cc") == *sched_yield*return* ]] || exit 1
 echo half >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
 sleep ${FAKE_PIP_SECONDS:-0}
 if [[ ${FAKE_BUILD_ERROR:-} ]]; then echo "$FAKE_BUILD_ERROR"; exit 1; fi
@@ -91,7 +92,7 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        return f"horovod{HOROVOD}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
+        return f"horovod{HOROVOD}+1-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:
         wheel = self.cache / "wheels" / self.key(device) / f"horovod-{HOROVOD}-cp311-cp311-linux_x86_64.whl"

@@ -16,6 +16,18 @@ from tests.launch.fake_checkout import HOROVOD, FakeCheckout, finished, path_wit
 
 XLA_LINE = 'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n'
 
+PAIR = """#include <array>
+
+#include <errno.h>
+
+void Pair::handleEvents(int events) {
+  std::unique_lock<std::mutex> lock(m_, std::try_to_lock);
+  if (!lock) {
+    return;
+  }
+}
+"""
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> FakeCheckout:
@@ -25,13 +37,14 @@ def checkout(tmp_path: Path) -> FakeCheckout:
     return checkout
 
 
-def serve_sdist(checkout: FakeCheckout, folder: Path, cmake_lists: str) -> None:
-    """Has pip download a Horovod with this CMakeLists.txt, and the script trust it."""
+def serve_sdist(checkout: FakeCheckout, folder: Path, cmake_lists: str, pair: str = PAIR) -> None:
+    """Has pip download a Horovod with this CMakeLists.txt and this pair.cc of Gloo, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         for path, text in (
             ("CMakeLists.txt", "project(horovod CXX)\n"),
             ("horovod/tensorflow/CMakeLists.txt", cmake_lists),
+            ("third_party/gloo/gloo/transport/tcp/pair.cc", pair),
         ):
             entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
             entry.size = len(text)
@@ -182,6 +195,15 @@ def test_the_line_to_drop_must_be_there_once(checkout: FakeCheckout, tmp_path: P
     serve_sdist(checkout, tmp_path, cmake_lists)
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: horovod/tensorflow/CMakeLists.txt must name xla_mpi_ops.cc on one line. "
+        "Adapt launch/build_horovod.sh to this Horovod."
+    )
+
+
+@pytest.mark.parametrize("pair", ["", PAIR.replace("    return;", "    wait();"), PAIR + PAIR])
+def test_the_lock_to_yield_at_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, pair: str) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, pair)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. "
         "Adapt launch/build_horovod.sh to this Horovod."
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from din_dist import assembly
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, OptimizerKind, WireDtype
 from din_dist.data.prepared import open_prepared
+from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.runtime import claim_devices, open_runtime
 from tests.small_log import small_config
 
@@ -31,6 +32,7 @@ CASES: dict[str, dict] = {
         "embedding_l2": 0.01,
         "mini_batch_aware_l2": 0.1,
         "resample_negatives": True,
+        "xla": True,
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
 }
@@ -43,8 +45,9 @@ def config_of(folder: Path, run: str, case: str, max_steps: int):
 
 
 def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
+    cores = claim_cores()
     runtime = open_runtime()
-    claim_devices(runtime)
+    claim_devices(runtime, len(cores))
     for case in cases:
         config = config_of(folder, run, case, max_steps)
         job = assembly.make_job(config, runtime, open_prepared(config.data))

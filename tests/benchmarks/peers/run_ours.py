@@ -6,6 +6,7 @@ Its speed is measured by `din_dist.cli.benchmark`. Here the loop is that of `tra
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tempfile
 
@@ -41,7 +42,8 @@ def _train(config: Config) -> None:
 
     job, channel = stopwatch.start()
     runtime = Runtime()
-    num_threads = len(claim_devices(runtime))
+    num_threads = len(os.sched_getaffinity(0))
+    claim_devices(runtime, num_threads)
     store = open_prepared(config.data)
     ours = assembly.make_job(config, runtime, store, num_threads=num_threads)
     test = evaluation_batches(
