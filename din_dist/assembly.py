@@ -111,7 +111,9 @@ def make_job(
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     names = list(variables)
     row_counts = _row_counts(config, store, splits, model.lookup)
-    optimizer = make_optimizer(config.optimizer, list(variables.values()), names, tables=list(row_counts))
+    optimizer = make_optimizer(
+        config.optimizer, list(variables.values()), names, tables=list(row_counts), compiled=config.job.xla
+    )
     step = TrainStep(
         model,
         optimizer,

@@ -17,8 +17,9 @@ import tensorflow as tf
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, with one keyword more: `compiled`, to run it (and its gradient) through XLA.
 
-    It must be pure, take tensors (or None, or other constants) in order, and give one tensor. The compiled gradient
-    keeps nothing but the inputs and computes the rest again, which costs less than reading it from memory.
+    It must be pure and take tensors (or None, or other constants, which must not change) in order. Where it gives one
+    tensor it has a gradient; compiled, that keeps nothing but the inputs and computes the rest again, which costs less
+    than reading it from memory.
 
     XLA compiles anew for every shape, so callers round lengths that vary (`round_up`).
     """
@@ -34,7 +35,9 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return [tf.convert_to_tensor(gradient) for gradient in found]  # gathers: summed by row
 
     def run_compiled(*inputs: Any) -> tf.Tensor:
-        inputs = tuple(tf.convert_to_tensor(value) if tf.is_tensor(value) else value for value in inputs)
+        inputs = tf.nest.map_structure(
+            lambda value: tf.convert_to_tensor(value) if tf.is_tensor(value) else value, inputs
+        )
         sources = [value for value in inputs if _has_gradient(value)]
 
         @tf.custom_gradient
@@ -55,6 +58,10 @@ def round_up(length: tf.Tensor, steps: int, smallest: int = 512) -> tf.Tensor:
     halvings = tf.math.floor(tf.math.log(tf.cast(tf.maximum(length, 1), tf.float32)) / tf.math.log(2.0))
     unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // steps, smallest)
     return (length + unit - 1) // unit * unit
+
+
+def _as_tensor(value: Any) -> Any:
+    return tf.convert_to_tensor(value) if tf.is_tensor(value) else value  # of variables, what they hold now
 
 
 def _has_gradient(value: Any) -> bool:

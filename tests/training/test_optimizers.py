@@ -49,13 +49,14 @@ class Reference:
     ],
     ids=["sgd", "adagrad", "adagrad_row_wise", "lazy_adam"],
 )
-def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise, compiled):
     """A dense variable and a table through five steps; after each, rows not named and their state are as they were."""
     random = np.random.default_rng(0)
     exact = {name: random.normal(0, 1, (NUM_ROWS, WIDTH)) for name in ("dense", "table")}
     variables = {name: tf.Variable(values, dtype=tf.float32) for name, values in exact.items()}
     config = OptimizerConfig(optimizer=kind, adagrad_row_wise=row_wise)
-    optimizer = make_optimizer(config, list(variables.values()), list(variables), tables=["table"])
+    optimizer = make_optimizer(config, list(variables.values()), list(variables), ["table"], compiled)
     reference = Reference(kind, row_wise)
     of_table = [variables["table"], *(state for name, state in optimizer.state.items() if name.startswith("table/"))]
     for step, rows in enumerate(ROWS_OF_STEP, start=1):
