@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,16 @@ def main() -> None:
     for form in values.compare:
         require(form in FORMS, f"must be of {', '.join(FORMS)}", "compare", form, f"For example {FORMS[0]}.")
     if values.sweep:
-        own = [flag for flag in sys.argv[1:] if not flag.lstrip("-").startswith("sweep")]
-        batch_size = config.job.global_batch_size
-        sweep.run(values.sweep, values.sweep_values, values.sweep_rounds, Path(values.sweep_dir), own, batch_size)
+        own = [f"--{name}={values[name].value}" for name in ("benchmark_steps", "benchmark_warmup_steps", "trace_dir")]
+        sweep.run(
+            values.sweep,
+            values.sweep_values,
+            values.sweep_rounds,
+            Path(values.sweep_dir),
+            settings.to_flagfile().splitlines(),
+            own,
+            config.job.global_batch_size,
+        )
         return
     cores = claim_cores()
     entry.import_tensorflow()

@@ -40,12 +40,20 @@ SWEEPS = {
 }
 
 
-def run(kind: str, values: Sequence[str], rounds: int, folder: Path, flags: Sequence[str], batch_size: int) -> None:
+def run(
+    kind: str,
+    values: Sequence[str],
+    rounds: int,
+    folder: Path,
+    settings: Sequence[str],
+    flags: Sequence[str],
+    batch_size: int,
+) -> None:
     """Runs a series and writes `KIND.csv` and `KIND.svg` in `folder`.
 
     Args:
         values: the points; empty for those of `SWEEPS`.
-        flags: the benchmark's own, without those of the sweep.
+        settings: the trainer's flags; `flags`: the benchmark's own, without those of the sweep.
         batch_size: the global batch of the flags; of each worker in a sweep over workers.
 
     Raises:
@@ -61,11 +69,11 @@ def run(kind: str, values: Sequence[str], rounds: int, folder: Path, flags: Sequ
     folder.mkdir(parents=True, exist_ok=True)
     for point in points if kind in ("rows", "history") else []:
         entry.say(f"preparing {point:,} {SWEEPS[kind].label}")
-        _run([sys.executable, "-m", "din_dist.cli.prepare_data", *flags, *_overrides(kind, point, batch_size)])
+        _run([sys.executable, "-m", "din_dist.cli.prepare_data", *settings, *_overrides(kind, point, batch_size)])
     results = []
     for number in range(rounds):
         for point in points:
-            found = _measure(kind, point, flags, batch_size, most=max(points))
+            found = _measure(kind, point, [*settings, *flags], batch_size, most=max(points))
             results.append({"round": number + 1, kind: point, **_flat(found)})
             _write_csv(folder / f"{kind}.csv", results)  # after each: a long series may be stopped
             entry.say(
