@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -86,6 +87,7 @@ def make_job(
     num_threads: int = 2,
     attention: type[LocalActivationUnit] = LocalActivationUnit,
     exchange: type[GradientExchange] = GradientExchange,
+    spread: int = 1,
 ) -> Job:
     """Wires a training job.
 
@@ -93,6 +95,7 @@ def make_job(
         store: the prepared data; nothing is downloaded or built here.
         num_threads: for the input pipeline, this process' share of the cores.
         attention, exchange: other forms of the same, for comparison.
+        spread: rows of the item's tables for each item, of which it takes the last: as if there were so many more.
 
     Raises:
         InputError: a setting does not fit the data.
@@ -101,8 +104,8 @@ def make_job(
     examples = splits["train"]
     model = make_model(
         config.model,
-        store.facts,
-        store.item_features,
+        dataclasses.replace(store.facts, num_items=spread * store.facts.num_items),
+        {name: np.repeat(ids, spread)[spread - 1 :] for name, ids in store.item_features.items()},
         seed=config.job.seed,
         sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
         compiled=config.job.xla,
@@ -126,7 +129,7 @@ def make_job(
     telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
 
     def make_batches(first_step: int, end_step: int) -> Iterator[Batch]:
-        return iter(
+        batches = iter(
             training_batches(
                 store,
                 examples,
@@ -140,6 +143,10 @@ def make_job(
                 num_parallel_calls=num_threads,
             )
         )
+        if spread == 1:
+            return batches
+        items = schema.DISTINCT_ITEM_IDS
+        return ({**batch, items: batch[items] * spread} for batch in batches)
 
     trainer = Trainer(
         config,

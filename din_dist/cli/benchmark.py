@@ -26,6 +26,11 @@ settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
 flags.DEFINE_integer("benchmark_steps", 200, "Updates to measure.")
 flags.DEFINE_integer("benchmark_warmup_steps", 20, "Updates before that, not measured.")
+flags.DEFINE_integer(
+    "benchmark_item_rows",
+    0,
+    "Train as if the item's table had (about) so many rows, the items of the data spread over them. Default: as it is.",
+)
 flags.DEFINE_list(
     "compare",
     [],
@@ -43,7 +48,7 @@ flags.DEFINE_string(
     "sweep",
     "",
     "Run a series and write SWEEP.csv and SWEEP.svg in --sweep_dir: workers (the same batch and cores for each; starts "
-    "horovodrun itself), batch, rows (synthetic data) or history (synthetic data).",
+    "horovodrun itself), batch, rows (the items spread over more and more) or history (synthetic data).",
 )
 flags.DEFINE_list("sweep_values", [], "The points of the series. Default: some for each kind.")
 flags.DEFINE_integer("sweep_rounds", 3, "How often to run the series; medians are drawn.")
@@ -57,8 +62,18 @@ def main() -> None:
         require(getattr(values, name) >= 1, "must be at least 1", name, getattr(values, name), "For example 100.")
     for form in values.compare:
         require(form in FORMS, f"must be of {', '.join(FORMS)}", "compare", form, f"For example {FORMS[0]}.")
+    require(
+        values.benchmark_item_rows < 2**31,
+        "must be below 2**31",
+        "benchmark_item_rows",
+        values.benchmark_item_rows,
+        "For example 10000000.",
+    )
     if values.sweep:
-        own = [f"--{name}={values[name].value}" for name in ("benchmark_steps", "benchmark_warmup_steps", "trace_dir")]
+        own = [
+            f"--{name}={values[name].value}"
+            for name in ("benchmark_steps", "benchmark_warmup_steps", "benchmark_item_rows", "trace_dir")
+        ]
         sweep.run(
             values.sweep,
             values.sweep_values,
@@ -118,7 +133,8 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
     }
     if form in ("padded", "unfactored", "without_xla"):
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False))
-    job = assembly.make_job(config, runtime, store, num_threads=num_threads, **parts.get(form, {}))
+    spread = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
+    job = assembly.make_job(config, runtime, store, num_threads=num_threads, spread=spread, **parts.get(form, {}))
     return StepBenchmark(job.step, job.make_batches(0, 2**40), config.job.global_batch_size), job.model
 
 

@@ -67,7 +67,7 @@ def run(
             "--sweep draws a plot, which needs matplotlib. Received: none installed. Run: pip install matplotlib."
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
-    for point in points if kind in ("rows", "history") else []:
+    for point in points if kind == "history" else []:
         entry.say(f"preparing {point:,} {SWEEPS[kind].label}")
         _run([sys.executable, "-m", "din_dist.cli.prepare_data", *settings, *_overrides(kind, point, batch_size)])
     results = []
@@ -123,7 +123,7 @@ def _overrides(kind: str, point: int, batch_size: int) -> list[str]:
         case "batch":
             return [f"--global_batch_size={point}"]
         case "rows":
-            return ["--dataset=synthetic", "--data_path=", f"--synthetic_num_items={point}"]
+            return [f"--benchmark_item_rows={point}"]
         case _:
             return [
                 "--dataset=synthetic",
