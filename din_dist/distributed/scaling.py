@@ -129,15 +129,9 @@ def allreduce_hops(world_size: int) -> int:
 
 
 def allgather_hops(world_size: int) -> int:
-    """As `allreduce_hops`, for an all-gather whose lengths change from step to step.
-
-    What changes is not in the cache: after two rounds of bits (what is ready; what the cache must forget) the requests
-    go to rank 0 by two ring all-gathers (lengths, contents) and the answer comes back by two broadcasts along a tree.
-    """
-    around = world_size - 1
-    agree = around + 2 * 2 * around
-    negotiate = 2 * around + 2 * math.ceil(math.log2(world_size))
-    return agree + negotiate + around
+    """As `allreduce_hops`: the exchange rounds the lengths of what it gathers, so that they are in the cache too."""
+    ring = 2 * (world_size - 1)
+    return ring // 2 + ring + world_size - 1
 
 
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import BatchNorm, Config
+from din_dist.distributed.gradients import merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
@@ -125,7 +127,7 @@ def _runs(product: Product) -> list[Callable[[], tf.Tensor]]:
     ]
 
 
-def _best_seconds(run: Callable[[], tf.Tensor], repeats: int) -> float:
+def _best_seconds(run: Callable[[], Any], repeats: int) -> float:
     run()
     times = []
     for _ in range(repeats):
@@ -136,25 +138,43 @@ def _best_seconds(run: Callable[[], tf.Tensor], repeats: int) -> float:
 
 
 def message_sizes(
-    gradients: Sequence[tf.Tensor | tf.IndexedSlices], statistics_widths: Sequence[int], wire_bytes: int
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+    variables: Sequence[tf.Variable],
+    statistics_widths: Sequence[int],
+    wire_bytes: int,
 ) -> dict[str, int]:
     """What a rank has to say in an update, in bytes and in messages that it waits for.
 
+    `table_bytes` is what the rows would take, were every row of every table touched.
+
     Args:
+        variables: those of the gradients.
         statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
         wire_bytes: of one value of a row gradient; its id takes 4.
     """
-    tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
+    tables = [pair for pair in zip(gradients, variables, strict=True) if isinstance(pair[0], tf.IndexedSlices)]
     dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
+    row_bytes = [4 + wire_bytes * int(np.prod(table.shape[1:])) for _, table in tables]
+    touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
     return {
         "dense_gradient_bytes": 4 * sum(int(tf.size(gradient)) for gradient in dense),
-        "row_gradient_bytes": sum(
-            table.values.shape[0] * (4 + wire_bytes * int(np.prod(table.values.shape[1:]))) for table in tables
-        ),
+        "row_gradient_bytes": sum(rows * size for rows, size in zip(touched, row_bytes, strict=True)),
+        "table_bytes": sum(table.shape[0] * size for (_, table), size in zip(tables, row_bytes, strict=True)),
         "statistics_bytes": 4 * sum(4 * width + 1 for width in statistics_widths),
         "num_gradient_messages": 1 + 2 * bool(tables),  # dense; ids; rows
+        "num_gather_messages": 2 * bool(tables),
         "num_statistics_messages": 2 * len(statistics_widths),
     }
+
+
+def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], repeats: int = 5) -> float:
+    """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs."""
+    merge = tf.function(merge_rows, autograph=False, reduce_retracing=True)
+    tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
+    return sum(
+        _best_seconds(functools.partial(merge, tf.cast(table.indices, tf.int32), table.values), repeats)
+        for table in tables
+    )
 
 
 def bytes_sent(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
@@ -191,9 +211,10 @@ def report(
     runtime.barrier()
     by_itself = matrix_seconds(products)
     per_step = tally.seconds / tally.steps
+    model_variables = [weight.value for weight in model.trainable_weights]
     synced = config.model.batch_norm is BatchNorm.SYNCED
     widths = [w.shape[0] for w in model.non_trainable_weights if synced and w.path.endswith("moving_mean")]
-    sizes = message_sizes(gradients, widths, tf.as_dtype(config.optimizer.wire_dtype.value).size)
+    sizes = message_sizes(gradients, model_variables, widths, tf.as_dtype(config.optimizer.wire_dtype.value).size)
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,
@@ -204,6 +225,7 @@ def report(
         "input_wait_seconds": tally.wait_seconds / tally.steps,
         **{f"{name}_seconds": value for name, value in parts.items()},
         **sizes,
+        "row_merge_seconds": row_merge_seconds(gradients),
         "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size),
         "flops_per_example": flops / tally.mean_sizes()[0],
         "matrix_flops_per_second": flops / by_itself,

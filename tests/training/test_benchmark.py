@@ -1,0 +1,34 @@
+"""What the benchmark counts, by hand; that it runs is tested with the command."""
+
+import tensorflow as tf
+
+from din_dist.training.benchmark import bytes_sent, message_sizes
+
+
+def test_bytes_and_messages_by_hand() -> None:
+    """A table of 10 rows of 4 with 3 touched, its bias of width 1, and a dense kernel of 2 x 5; a layer 6 wide."""
+    variables = [tf.Variable(tf.zeros(shape)) for shape in ((10, 4), (10, 1), (2, 5))]
+    rows = tf.constant([7, 1, 2])
+    gradients = [
+        tf.IndexedSlices(tf.zeros([3, 4]), rows),
+        tf.IndexedSlices(tf.zeros([3, 1]), rows),
+        tf.zeros([2, 5]),
+    ]
+    sizes = message_sizes(gradients, variables, [6], wire_bytes=2)
+    assert sizes == {
+        "dense_gradient_bytes": 40,  # 10 numbers of 4 bytes
+        "row_gradient_bytes": 3 * (4 + 4 * 2) + 3 * (4 + 1 * 2),  # ids of 4 bytes, values of 2
+        "table_bytes": 10 * (4 + 4 * 2) + 10 * (4 + 1 * 2),
+        "statistics_bytes": 4 * ((2 * 6 + 1) + 2 * 6),  # sum, sum of squares and count; two sums backward
+        "num_gradient_messages": 3,
+        "num_gather_messages": 2,
+        "num_statistics_messages": 2,
+    }
+    assert bytes_sent(sizes, 1) == {"dense": 0, "statistics": 0, "sparse": 0}
+    # Of four: 2 * 3/4 of what is reduced; one's own part goes to three others.
+    assert bytes_sent(sizes, 4) == {"dense": 60, "statistics": 150, "sparse": 162}
+
+
+def test_a_dense_model_sends_one_message() -> None:
+    sizes = message_sizes([tf.zeros([3])], [tf.Variable(tf.zeros([3]))], [], wire_bytes=4)
+    assert (sizes["num_gradient_messages"], sizes["num_gather_messages"], sizes["table_bytes"]) == (1, 0, 0)
