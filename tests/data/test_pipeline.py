@@ -86,9 +86,18 @@ def test_ranks_divide_the_same_global_batch_and_resume_anywhere(prepared) -> Non
     whole = list(train(prepared, steps=(0, 12)))
     parts = [list(train(prepared, world_size=3, rank=rank, steps=(5, 12))) for rank in range(3)]
     for step, batch in enumerate(whole[5:]):
-        for name in BATCH_SIGNATURE:
-            joined = np.concatenate([part[step][name] for part in parts])
-            np.testing.assert_array_equal(joined, batch[name], err_msg=name)
+        assert [example for part in parts for example in examples_of(part[step])] == examples_of(batch)
+
+
+def examples_of(batch: dict[str, np.ndarray]) -> list[tuple]:
+    """All that a batch says of each of its examples, with each item by way of the batch's distinct ones."""
+    items = np.concatenate([batch[schema.CANDIDATE_ITEM_IDS], batch[schema.HISTORY_ITEM_IDS]])
+    distinct = batch[schema.DISTINCT_ITEM_IDS]
+    assert len(np.unique(distinct)) == len(distinct)
+    np.testing.assert_array_equal(distinct[batch[schema.ITEM_PLACES]], items)
+    histories = np.split(batch[schema.HISTORY_ITEM_IDS], np.cumsum(batch[schema.HISTORY_LENGTHS])[:-1])
+    names = (schema.EXAMPLE_IDS, schema.CANDIDATE_ITEM_IDS, schema.LABELS, schema.EXAMPLE_KEYS)
+    return list(zip(*(batch[name].tolist() for name in names), map(tuple, histories), strict=True))
 
 
 def test_order_differs_by_epoch_and_seed_and_is_not_the_logs(prepared) -> None:
