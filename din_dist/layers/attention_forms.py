@@ -8,27 +8,22 @@ import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
 from din_dist.layers.local_activation_unit import LocalActivationUnit
-from din_dist.layers.packed import segment_softmax, segment_sum
 
 
 class UnfactoredActivationUnit(LocalActivationUnit):
     """Packed, but the four inputs of each pair are written side by side, `[P, 4H]`, and multiplied as one."""
 
-    def call(
+    def scores(
         self,
         candidate: tf.Tensor,
         keys: tf.Tensor,
         candidate_of: tf.Tensor,
         key_of: tf.Tensor,
-        training: bool = False,
-        num_pairs: tf.Tensor | None = None,
+        training: bool,
+        num_pairs: tf.Tensor | None,
     ) -> tf.Tensor:
-        num_candidates = tf.shape(candidate)[0]
-        pair_keys = tf.gather(keys, key_of)
-        scores = self.scorer(side_by_side(tf.gather(candidate, candidate_of), pair_keys), training=training)
-        if self.normalization is AttentionNormalization.SOFTMAX:
-            scores = segment_softmax(scores / math.sqrt(candidate.shape[-1]), candidate_of, num_candidates)
-        return segment_sum(scores[:, None] * pair_keys, candidate_of, num_candidates)
+        pairs = side_by_side(tf.gather(candidate, candidate_of), tf.gather(keys, key_of))
+        return self.scorer(pairs, training=training)
 
 
 class PaddedActivationUnit(LocalActivationUnit):

@@ -35,9 +35,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return [tf.convert_to_tensor(gradient) for gradient in found]  # gathers: summed by row
 
     def run_compiled(*inputs: Any) -> tf.Tensor:
-        inputs = tf.nest.map_structure(
-            lambda value: tf.convert_to_tensor(value) if tf.is_tensor(value) else value, inputs
-        )
+        inputs = tf.nest.map_structure(_as_tensor, inputs)
         sources = [value for value in inputs if _has_gradient(value)]
 
         @tf.custom_gradient

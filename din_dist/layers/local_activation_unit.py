@@ -66,6 +66,23 @@ class LocalActivationUnit(keras.layers.Layer):
             num_pairs: how many of the P pairs are real; the rest is padding, of candidate -1. None: all.
         """
         compiled = self.compiled and training
+        scores = self.scores(candidate, keys, candidate_of, key_of, training, num_pairs)
+        if self.normalization is AttentionNormalization.SOFTMAX:
+            scores = scores / math.sqrt(candidate.shape[-1])
+            return _softmax_pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
+        return pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
+
+    def scores(
+        self,
+        candidate: tf.Tensor,
+        keys: tf.Tensor,
+        candidate_of: tf.Tensor,
+        key_of: tf.Tensor,
+        training: bool,
+        num_pairs: tf.Tensor | None,
+    ) -> tf.Tensor:
+        """The unnormalised attention scores `[P]`."""
+        compiled = self.compiled and training
         first = self.scorer.dense_layers[0]
         of_candidate, of_key, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
         by_candidate = tf.matmul(candidate, of_candidate + of_difference) + first.bias.value  # [C, units]
@@ -73,11 +90,7 @@ class LocalActivationUnit(keras.layers.Layer):
         products = _products(candidate, keys, candidate_of, key_of, compiled=compiled)  # [P, H]
         by_pair = tf.matmul(products, of_product)  # [P, units]
         projected = _plus_rows(by_pair, by_candidate, by_key, candidate_of, key_of, compiled=compiled)
-        scores = self.scorer.after_first(projected, training=training, num_rows=num_pairs)
-        if self.normalization is AttentionNormalization.SOFTMAX:
-            scores = scores / math.sqrt(candidate.shape[-1])
-            return _softmax_pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
-        return pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
+        return self.scorer.after_first(projected, training=training, num_rows=num_pairs)
 
 
 @fused

@@ -49,8 +49,9 @@ class Optimizer(abc.ABC):
             else:
                 dense.append((gradient, variable, *held))
         if dense:
-            updated = _update_all(self.update, rate, *map(list, zip(*dense, strict=True)), compiled=self.compiled)
-            for variables, values in zip(list(zip(*dense, strict=True))[1:], updated, strict=True):
+            dense_gradients, *changing = map(list, zip(*dense, strict=True))
+            updated = _update_all(self.update, rate, dense_gradients, *changing, compiled=self.compiled)
+            for variables, values in zip(changing, updated, strict=True):
                 for variable, value in zip(variables, values, strict=True):
                     variable.assign(value)
 

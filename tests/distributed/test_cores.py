@@ -5,8 +5,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import pytest
-
 from din_dist.distributed.cores import claim_cores
 
 
@@ -38,7 +36,6 @@ def test_more_workers_than_cores_get_one_each() -> None:
     assert shares(2, 5) == ([[0], [1], [0], [1], [0]], [])
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes two cores")
 def test_every_thread_of_a_real_worker_is_confined() -> None:
     """Those of TensorFlow and Horovod too: they start after it."""
     code = (
