@@ -89,7 +89,7 @@ def main() -> None:
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
     from din_dist.training.benchmark import report, seconds_since_process_start
-    from din_dist.training.telemetry import to_json
+    from din_dist.training.output_dir import to_json
     from din_dist.training.trainer import peak_memory_bytes
 
     runtime = open_runtime()

@@ -33,8 +33,8 @@ def main() -> None:
     from din_dist import assembly
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.training.output_dir import claim_output_dir
-    from din_dist.training.telemetry import Exporter, to_json, write_text_atomically
+    from din_dist.training.output_dir import claim_output_dir, to_json, write_text_atomically
+    from din_dist.training.telemetry import Exporter
     from din_dist.training.trainer import peak_memory_bytes
 
     runtime = open_runtime()

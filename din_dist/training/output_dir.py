@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import math
+import os
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from din_dist.errors import InputError
 
@@ -32,3 +35,23 @@ def claim_output_dir(folder: Path) -> TextIO:
             "Wait for its end, stop it, or name another folder."
         ) from error
     return lock
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """One line of JSON, which knows no NaN: what is not finite becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), allow_nan=False)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
+from din_dist.training.output_dir import to_json, write_text_atomically
 from din_dist.training.state import TrainingState
 
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -201,26 +202,6 @@ class _Interval:
         self._seconds = self._loss = 0.0
         self._examples = self._timed_examples = 0
         return rate, mean_loss
-
-
-def to_json(values: dict[str, Any]) -> str:
-    """One line of JSON, which knows no NaN: what is not finite becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(part) for name, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(part) for part in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(values), allow_nan=False)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def _terminal() -> TextIO | None:
