@@ -72,6 +72,18 @@ class LocalActivationUnit(keras.layers.Layer):
             return _softmax_pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
         return pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
 
+    def weights_of_pairs(
+        self, candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor
+    ) -> tf.Tensor:
+        """The attention weights `[P]` with which `call` pools outside training, for people to look at.
+
+        With `softmax` those of a candidate sum to 1; with `none` they may be of any size, and negative.
+        """
+        scores = self.scores(candidate, keys, candidate_of, key_of, training=False, num_pairs=None)
+        if self.normalization is AttentionNormalization.SOFTMAX:
+            return segment_softmax(scores / math.sqrt(candidate.shape[-1]), candidate_of, tf.shape(candidate)[0])
+        return scores
+
     def scores(
         self,
         candidate: tf.Tensor,

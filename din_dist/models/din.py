@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
+from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
+from din_dist.layers.packed import segment_ids
 from din_dist.layers.standardize import SumOverRanks
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.ranking_model import RankingModel, items_of
 
 
 class DIN(RankingModel):
@@ -53,3 +56,11 @@ class DIN(RankingModel):
 
     def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
         return tf.concat([interest, candidate, interest * candidate], axis=1)
+
+    def attention_weights(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        distinct, places = items_of(batch)
+        num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
+        vectors, _ = self.lookup(distinct)
+        candidate = tf.gather(vectors, places[:num_candidates])
+        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
+        return self.attention.weights_of_pairs(candidate, vectors, candidate_of, places[num_candidates:])

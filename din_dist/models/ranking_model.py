@@ -42,6 +42,7 @@ class RankingModel(keras.Model):
         super().__init__(**kwargs)
         self.lookup, self.compiled = lookup, compiled
         frozen = config.batch_norm is BatchNorm.FROZEN
+        self.has_batch_statistics = not frozen
         self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="interest_norm")
         self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
         self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="head_norm")
@@ -61,6 +62,19 @@ class RankingModel(keras.Model):
         one = tf.zeros([1], tf.int32)
         self({schema.CANDIDATE_ITEM_IDS: one, schema.HISTORY_ITEM_IDS: nothing, schema.HISTORY_LENGTHS: one})
 
+    @property
+    def statistics_widths(self) -> list[int]:
+        """Columns of each layer with batch statistics, which the ranks exchange in training."""
+        means = [weight for weight in self.non_trainable_weights if weight.path.endswith("moving_mean")]
+        return [weight.shape[0] for weight in means] if self.has_batch_statistics else []
+
+    def num_computed_positions(self, num_positions: tf.Tensor) -> tf.Tensor:
+        """How many there are in training with padding.
+
+        XLA compiles for each pair of lengths: few pairs, on average 6 % more positions.
+        """
+        return round_up(num_positions, steps=8) if self.compiled else num_positions
+
     @abc.abstractmethod
     def interest(
         self,
@@ -79,10 +93,7 @@ class RankingModel(keras.Model):
 
     def call(self, batch: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
-        if schema.DISTINCT_ITEM_IDS in batch:
-            distinct, places = batch[schema.DISTINCT_ITEM_IDS], batch[schema.ITEM_PLACES]
-        else:
-            distinct, places = distinct_items(batch[schema.CANDIDATE_ITEM_IDS], batch[schema.HISTORY_ITEM_IDS])
+        distinct, places = items_of(batch)
         return self._logits(
             distinct,
             places,
@@ -92,6 +103,10 @@ class RankingModel(keras.Model):
             keys_of_dropout=batch.get(schema.EXAMPLE_KEYS),
             training=training,
         )
+
+    def attention_weights(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+        """How much each history position of a packed batch counts, `[N]`; None where all count the same."""
+        return None
 
     def score_candidates(
         self,
@@ -143,16 +158,23 @@ class RankingModel(keras.Model):
         if position_of is not None:
             key_of = tf.gather(key_of, position_of)
         num_pairs = None
-        if compiled:  # XLA compiles for each pair of lengths: few pairs, on average 6 % more of P and 12 % of U
+        if compiled:  # few pairs of lengths: see `num_computed_positions`; of U 12 % more
             num_pairs = tf.size(key_of)
             vectors = padded(vectors, round_up(tf.size(item_ids), steps=4))
-            key_of = padded(key_of, round_up(num_pairs, steps=8))
+            key_of = padded(key_of, self.num_computed_positions(num_pairs))
             candidate_of = padded(candidate_of, tf.size(key_of), -1)
         candidate = rows_at(vectors, candidate_places, compiled=compiled)  # [C, H]
         interest = self.interest(candidate, vectors, candidate_of, key_of, training, num_pairs)
         interest = self.interest_projection(self.interest_norm(interest, training=training))
         features = self.head_norm(self.head_inputs(interest, candidate), training=training)
         return self.head(features, keys_of_dropout, training=training) + tf.gather(biases, candidate_places)
+
+
+def items_of(batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """`distinct_items` of a packed batch, which may bring them along."""
+    if schema.DISTINCT_ITEM_IDS in batch:
+        return batch[schema.DISTINCT_ITEM_IDS], batch[schema.ITEM_PLACES]
+    return distinct_items(batch[schema.CANDIDATE_ITEM_IDS], batch[schema.HISTORY_ITEM_IDS])
 
 
 def distinct_items(candidate_item_ids: tf.Tensor, history_item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

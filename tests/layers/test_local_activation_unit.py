@@ -56,6 +56,24 @@ def test_softmax_of_scores_over_the_root_of_the_width():
     assert_allclose(pooled, [[1.5 * math.log(3), 2.0, 3.0, 0.0], keys[1]], rtol=1e-5)
 
 
+def test_weights_by_hand():
+    """As above: 1/4 and 3/4 for the first candidate, all for the only behaviour of the second."""
+    unit = summing_unit([0.0] * 4 + [1.0, 0.0, 0.0, 0.0] + [0.0] * 8, SOFTMAX)
+    keys = tf.constant([[0.0, 8.0, 0.0, 0.0], [2 * math.log(3), 0.0, 4.0, 0.0]])
+    weights = unit.weights_of_pairs(tf.zeros([2, 4]), keys, tf.constant([0, 0, 1]), tf.constant([0, 1, 1]))
+    assert_allclose(weights, [0.25, 0.75, 1.0], rtol=1e-6)
+
+
+def test_weights_without_softmax_are_the_scores():
+    """[q, k, q-k, q*k] = [5, 2, 3, 10] and [5, 4, 1, 20] against [-1, 10, 100, 1000], and the output layer's -1."""
+    unit = summing_unit([-1.0, 10.0, 100.0, 1000.0], NONE)
+    unit.scorer.output_layer.kernel.assign([[-1.0]])
+    keys, one = tf.constant([[2.0], [4.0]]), tf.constant([0, 0])
+    assert_allclose(
+        unit.weights_of_pairs(tf.constant([[5.0]]), keys, one, tf.constant([1, 0])), [-20135, -10315], rtol=1e-6
+    )
+
+
 def random_inputs(lengths, seed, width=3):
     """Candidates `[B, H]`, padded keys `[B, T, H]` (values where nothing is, too) and mask `[B, T]`, in float64."""
     random = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from tests.reference.compare import (
     small_model,
     weights_of,
 )
-from tests.reference.padded_din import PaddedModel, central_differences
+from tests.reference.padded_din import PaddedModel, attention_weights, central_differences, scope
 
 VARIANTS = [
     *itertools.product([ModelKind.DIN], Activation, AttentionNormalization),
@@ -69,3 +69,25 @@ def test_batches_at_the_edges_equal_the_reference(compiled, model, batch_norm, l
 def test_random_ragged_batches_equal_the_reference(seed):
     lengths = np.random.default_rng(seed).integers(0, 13, 16)
     compare(lengths, True, ModelKind.DIN, Activation.DICE, AttentionNormalization.SOFTMAX, BatchNorm.SYNCED, seed)
+
+
+@pytest.mark.parametrize("normalization", AttentionNormalization)
+@pytest.mark.parametrize("activation", Activation)
+def test_attention_weights_equal_the_reference(activation, normalization):
+    batch = padded_batch(RAGGED)
+    ours = small_model(activation=activation, attention_normalization=normalization)
+    reference, weights = PaddedModel(ITEM_FEATURES), weights_of(ours)
+    candidate, keys = (reference.embed(weights, ids) for ids in (batch.candidate_item_ids, batch.history_item_ids))
+    unit = scope(weights, "model/attention/")
+    expected = attention_weights(
+        unit, candidate, keys, batch.history_mask, activation, normalization, batch_statistics=False
+    )
+    found = ours.attention_weights(packed(batch)).numpy()
+    np.testing.assert_allclose(found, expected[batch.history_mask], rtol=1e-4, atol=1e-5)
+    if normalization is AttentionNormalization.SOFTMAX:
+        sums = np.bincount(np.nonzero(batch.history_mask)[0], found, len(RAGGED))
+        np.testing.assert_allclose(sums, np.array(RAGGED) > 0, rtol=1e-5)
+
+
+def test_mean_pooling_looks_at_nothing_in_particular():
+    assert small_model(model=ModelKind.MEAN_POOLING).attention_weights(packed(padded_batch(RAGGED))) is None

@@ -77,6 +77,20 @@ def attend(
     batch_statistics: bool,
 ) -> np.ndarray:
     """The interest `[B, H]` of `candidate` `[B, H]` in `keys` `[B, T, H]`; zeros where `mask` `[B, T]` is all False."""
+    weights_of_keys = attention_weights(weights, candidate, keys, mask, activation, normalization, batch_statistics)
+    return (weights_of_keys[..., None] * keys).sum(axis=1)
+
+
+def attention_weights(
+    weights: Weights,
+    candidate: np.ndarray,
+    keys: np.ndarray,
+    mask: np.ndarray,
+    activation: str,
+    normalization: str,
+    batch_statistics: bool,
+) -> np.ndarray:
+    """How much each of `keys` counts, `[B, T]`: 0 where `mask` is False."""
     query = np.broadcast_to(candidate[:, None, :], keys.shape)
     pairs = np.concatenate([query, keys, query - keys, query * keys], axis=-1)  # [B, T, 4H]
     scores = perceptron(scope(weights, "scorer/"), pairs, activation, batch_statistics, mask)  # [B, T]
@@ -86,7 +100,7 @@ def attend(
         exponentials = np.exp(scores - largest)  # 0 where masked
         sums = exponentials.sum(axis=1, keepdims=True)
         scores = exponentials / np.where(sums == 0, 1, sums)
-    return np.where(mask[..., None], scores[..., None] * keys, 0).sum(axis=1)
+    return np.where(mask, scores, 0)
 
 
 def perceptron(
