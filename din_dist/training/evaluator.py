@@ -31,15 +31,20 @@ class Evaluator:
 
     def evaluate(self, split: str, logits_of: Scorer) -> dict[str, float]:
         """`gauc`, `auc`, `log_loss` and counts; without labels also the authors' `pairwise_gauc`."""
-        logits = self._scores(split, logits_of)
+        logits = self.scores(split, logits_of)
         metrics = self._ranking_metrics(split, logits)
-        metrics["log_loss"] = log_loss(logits, self._labels(split))
+        metrics["log_loss"] = log_loss(logits, self.labels(split))
         metrics["num_examples"] = len(logits)
         return metrics
 
     def floors(self, split: str) -> dict[str, dict[str, float]]:
-        """The metrics of rankings that know nothing of interests: `popularity`; `user_repeat`, how often the user has
-        had the item before, ties by popularity; `FEATURE_repeat`, the same for each item feature."""
+        """The metrics of `floor_scorers`."""
+        scorers = self.floor_scorers()
+        return {name: self._ranking_metrics(split, self.scores(split, scorer)) for name, scorer in scorers.items()}
+
+    def floor_scorers(self) -> dict[str, Scorer]:
+        """Rankings that know nothing of interests: `popularity`; `user_repeat`, how often the user has had the item
+        before, ties by popularity; `FEATURE_repeat`, the same for each item feature."""
         popularity = item_counts(self._store, self._splits).astype(np.float32)
         popularity_of = tf.constant(popularity / (popularity.max() + 1.0))
         scorers: dict[str, Scorer] = {"popularity": functools.partial(_popularity, popularity_of=popularity_of)}
@@ -47,10 +52,10 @@ class Evaluator:
         features = {name: tf.constant(ids) for name, ids in self._store.item_features.items()}
         for name, feature_of in {"user": identity, **features}.items():
             scorers[f"{name}_repeat"] = functools.partial(_repeats, feature_of=feature_of, popularity_of=popularity_of)
-        return {name: self._ranking_metrics(split, self._scores(split, scorer)) for name, scorer in scorers.items()}
+        return scorers
 
     def _ranking_metrics(self, split: str, scores: np.ndarray) -> dict[str, float]:
-        labels, users = self._labels(split), self._splits[split].user_of_example()
+        labels, users = self.labels(split), self._splits[split].user_of_example()
         by_user = gauc(scores, labels, users)
         metrics = {
             "gauc": by_user.gauc,
@@ -62,14 +67,15 @@ class Evaluator:
             metrics["pairwise_gauc"] = pairwise_gauc(scores.reshape(-1, self._splits[split].draws_per_row))
         return metrics
 
-    def _labels(self, split: str) -> np.ndarray:
+    def labels(self, split: str) -> np.ndarray:
+        """`[num_examples]` uint8, in the order of the split."""
         examples = self._splits[split]
         if self._store.labels is not None:
             return self._store.labels[examples.events()]
         return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
 
-    def _scores(self, split: str, score: Scorer) -> np.ndarray:
-        """`[num_examples]` float32, in the order of the split, equal on all ranks."""
+    def scores(self, split: str, score: Scorer) -> np.ndarray:
+        """`[num_examples]`, in the order of the split, equal on all ranks."""
         batches = evaluation_batches(
             self._store,
             self._splits[split],
