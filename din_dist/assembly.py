@@ -24,10 +24,12 @@ from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.evaluator import Evaluator
+from din_dist.training.exporter import Exporter
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
-from din_dist.training.telemetry import Exporter, Telemetry
-from din_dist.training.trainer import Batch, MakeBatches, Trainer, TrainStep, num_updates
+from din_dist.training.telemetry import Telemetry
+from din_dist.training.train_step import Batch, MessageSizes, TrainStep
+from din_dist.training.trainer import MakeBatches, Trainer, num_updates
 
 
 class Job(NamedTuple):
@@ -87,6 +89,7 @@ def make_job(
     num_threads: int = 2,
     attention: type[LocalActivationUnit] = LocalActivationUnit,
     exchange: type[GradientExchange] = GradientExchange,
+    train_step: type[TrainStep] = TrainStep,
     spread: int = 1,
 ) -> Job:
     """Wires a training job.
@@ -94,7 +97,8 @@ def make_job(
     Args:
         store: the prepared data; nothing is downloaded or built here.
         num_threads: for the input pipeline, this process' share of the cores.
-        attention, exchange: other forms of the same, for comparison.
+        exporter: this process' metrics; None: new ones, served by `config.job.metrics_port`.
+        attention, exchange, train_step: other forms of the same, for comparison.
         spread: rows of the item's tables for each item, of which it takes the last: as if there were so many more.
 
     Raises:
@@ -117,7 +121,7 @@ def make_job(
     optimizer = make_optimizer(
         config.optimizer, list(variables.values()), names, tables=list(row_counts), compiled=config.job.xla
     )
-    step = TrainStep(
+    step = train_step(
         model,
         optimizer,
         exchange(runtime, config.optimizer.wire_dtype),
@@ -126,6 +130,7 @@ def make_job(
     )
     averages = {weight.path: weight.value for weight in model.non_trainable_weights}
     evaluator = Evaluator(config, store, splits, runtime)
+    exporter = exporter or Exporter(config.job, runtime)
     telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
 
     def make_batches(first_step: int, end_step: int) -> Iterator[Batch]:
@@ -153,6 +158,7 @@ def make_job(
         runtime,
         model,
         step,
+        MessageSizes(model, optimizer, tf.as_dtype(config.optimizer.wire_dtype.value).size, runtime.world_size),
         {**variables, **averages, **optimizer.state},
         make_batches,
         examples.num_examples,

@@ -60,6 +60,11 @@ class WireDtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class LogFormat(enum.StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
 def setting(default: Any, help_text: str) -> Any:
     """A dataclass field with the help text of its flag."""
     return dataclasses.field(default=default, metadata={"help": help_text})
@@ -288,11 +293,36 @@ class JobConfig:
         0, "Stop after this many validations in a row without a better GAUC; 0 for never. Needs a validation split."
     )
     log_every_steps: int = setting(100, "Updates between two log lines and TensorBoard points.")
+    log_format: LogFormat = setting(
+        LogFormat.TEXT, "Lines on stderr: text for people, or json, an object a line, for log collectors."
+    )
+    histograms_every_steps: int = setting(
+        1000, "Updates between TensorBoard histograms of attention weights and embedding norms; 0 for none."
+    )
+    profile_at_step: int = setting(
+        0,
+        "Profile 20 updates from this one on, for TensorBoard; 0 for none. A running job does so when a file named "
+        "`profile` appears in --output_dir.",
+    )
+    projector_items: int = setting(
+        1000, "Most frequent items whose embeddings go to TensorBoard's projector when a job is done; 0 for none."
+    )
     metrics_host: str = setting("127.0.0.1", "Address that the Prometheus exporters listen on.")
     metrics_port: int = setting(
         0,
         "Prometheus port of the first worker of a machine, the next ones take the next ports. 0: a free port each, "
         "written to targets.json in --output_dir. -1: no exporter.",
+    )
+    metrics_tls_certificate: str = setting("", "PEM certificate by which the exporters serve HTTPS. Default: HTTP.")
+    metrics_tls_key: str = setting("", "PEM file with the key of --metrics_tls_certificate.")
+    metrics_password_file: str = setting(
+        "", "File with lines user:password, one of which a scrape must give (basic authentication). Default: none."
+    )
+    pushgateway: str = setting(
+        "", "URL of a Prometheus Pushgateway that gets the last values when a job ends. Default: none."
+    )
+    baseline_examples_per_second: float = setting(
+        0.0, "What one worker alone does (see cli/benchmark.py): lets Prometheus tell the scaling efficiency."
     )
 
     def __post_init__(self) -> None:
@@ -300,7 +330,17 @@ class JobConfig:
             self, 1, "global_batch_size", "epochs", "keep_checkpoints", "evaluation_batch_size", "log_every_steps"
         )
         _require_at_least(
-            self, 0, "max_steps", "seed", "checkpoint_every_steps", "evaluate_every_steps", "early_stopping_patience"
+            self,
+            0,
+            "max_steps",
+            "seed",
+            "checkpoint_every_steps",
+            "evaluate_every_steps",
+            "early_stopping_patience",
+            "histograms_every_steps",
+            "profile_at_step",
+            "projector_items",
+            "baseline_examples_per_second",
         )
         require(
             -1 <= self.metrics_port <= 65535,
@@ -308,6 +348,20 @@ class JobConfig:
             "metrics_port",
             self.metrics_port,
             "For example 9400.",
+        )
+        require(
+            bool(self.metrics_tls_certificate) == bool(self.metrics_tls_key),
+            "needs --metrics_tls_key, and the other way round",
+            "metrics_tls_certificate",
+            self.metrics_tls_certificate,
+            "Give both, or neither.",
+        )
+        require(
+            not self.pushgateway or self.pushgateway.startswith(("http://", "https://")),
+            "must be a URL",
+            "pushgateway",
+            self.pushgateway,
+            "For example http://pushgateway:9091.",
         )
         require(bool(self.output_dir), "must name a folder", "output_dir", self.output_dir, "For example runs/first.")
 

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from absl import app, flags
 from absl import logging as absl_logging
 
+from din_dist.config import LogFormat
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_SIGINT, FailedElsewhere, InputError, Interrupted
+from din_dist.training.terminal import format_line
 
 
 def run(main: Callable[[], None]) -> None:
@@ -61,22 +63,35 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY
-        _leave(EXIT_RETRY, str(stop), word="stopped")
+        _leave(EXIT_RETRY, str(stop), level="stopped")
     except FailedElsewhere:
         return 1
     except FloatingPointError as error:
         _leave(1, str(error))
     except Exception as error:
+        where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
         if "Horovod has been shut down" in str(error):
-            _leave(1, f"rank {_rank()} lost another worker and cannot go on alone. The same command resumes.")
+            _leave(1, f"rank {_rank()} lost another worker{where} and cannot go on alone. The same command resumes.")
+        if _log_format() is LogFormat.JSON:
+            _leave(1, f"rank {_rank()} failed{where}: {error}", traceback=traceback.format_exc())
         traceback.print_exc()
-        _leave(1, f"rank {_rank()} failed: see the lines above")
+        _leave(1, f"rank {_rank()} failed{where}: see the lines above")
     return 0
 
 
 def say(text: str) -> None:
-    """Lines for people; stdout is for programs."""
-    print(text, file=sys.stderr, flush=True)
+    """Lines for people or log collectors; stdout is for programs."""
+    _print(text, "info")
+
+
+def _print(text: str, level: str, **fields: str) -> None:
+    print(format_line(text, _log_format(), rank=_rank(), level=level, **fields), file=sys.stderr, flush=True)
+
+
+def _log_format() -> LogFormat:
+    """As asked for; text as long as nobody could ask."""
+    values = flags.FLAGS
+    return LogFormat(values.log_format) if "log_format" in values and values.is_parsed() else LogFormat.TEXT
 
 
 def _rank() -> int:
@@ -87,8 +102,8 @@ def _is_chief() -> bool:
     return _rank() == 0
 
 
-def _leave(code: int, text: str, word: str = "error") -> None:
-    print(f"{word}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
+    _print(" ".join(text.split()), level, **fields)
     sys.exit(code)
 
 

@@ -5,18 +5,16 @@ The last line on stdout is the summary, as JSON.
 
 from __future__ import annotations
 
-import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from din_dist import __version__
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
+from din_dist.training.terminal import duration
 
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
@@ -33,51 +31,59 @@ def main() -> None:
     from din_dist import assembly
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.training.exporter import Exporter
     from din_dist.training.output_dir import claim_output_dir, to_json, write_text_atomically
-    from din_dist.training.telemetry import Exporter
+    from din_dist.training.projector import write_projector
     from din_dist.training.trainer import peak_memory_bytes
+    from din_dist.training.versions import build_info
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     folder = Path(config.job.output_dir)
     with runtime.together():
         lock = claim_output_dir(folder) if runtime.is_chief else None
-        exporter = Exporter(config.job, runtime) if config.job.metrics_port >= 0 else None
+        exporter = Exporter(config.job, runtime)
     store = open_prepared(config.data)
     job = assembly.make_job(
         config, runtime, store, exporter=exporter, stop_requested=stop_requested, num_threads=len(cores)
     )
-    if runtime.is_chief:
-        write_text_atomically(folder / "flags.txt", settings.to_flagfile())
-    seconds = {"start": time.perf_counter() - started}
-    job.trainer.train()
-    test = job.trainer.test()
-    floors_started = time.perf_counter()
-    floors = job.evaluator.floors("test") if test else {}
-    seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
-    seconds["total"] = time.perf_counter() - started
-    peak_memory = int(runtime.gather(np.array([peak_memory_bytes()])).max())
-    if runtime.is_chief:
-        summary = {
-            **{f"test_{name}": value for name, value in test.items()},
-            "test_floors": floors,
-            f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
-            "best_step": job.trainer.state.best_step or job.trainer.state.step,
-            "examples_per_second": round(job.trainer.examples_per_second, 1),
-            "epochs": job.trainer.state.epoch,
-            "steps": job.trainer.state.step,
-            "epoch_records": job.trainer.state.epoch_records,
-            "world_size": runtime.world_size,
-            "global_batch_size": config.job.global_batch_size,
-            "num_parameters": job.model.count_params(),
-            "peak_memory_bytes": peak_memory,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "versions": _versions(),
-        }
-        _report(summary, job.telemetry.say)
-        text = to_json(summary)
-        write_text_atomically(folder / "summary.json", text + "\n")
-    job.telemetry.close()
+    with job.telemetry.until_the_end(job.trainer):
+        if runtime.is_chief:
+            write_text_atomically(folder / "flags.txt", settings.to_flagfile())
+            job.telemetry.show_flags(settings.to_flagfile())
+        seconds = {"start": time.perf_counter() - started}
+        job.trainer.train()
+        test = job.trainer.test()
+        floors_started = time.perf_counter()
+        with job.telemetry.phase("test"):
+            floors = job.evaluator.floors("test") if test else {}
+            if runtime.is_chief and config.job.projector_items:
+                write_projector(folder / "tensorboard", job.model.lookup, store, config.job.projector_items)
+        exporter.enter_phase("done")
+        seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
+        seconds["total"] = time.perf_counter() - started
+        peak_memory = int(runtime.gather(np.array([peak_memory_bytes()])).max())
+        if runtime.is_chief:
+            summary = {
+                **{f"test_{name}": value for name, value in test.items()},
+                "test_floors": floors,
+                f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
+                "best_step": job.trainer.state.best_step or job.trainer.state.step,
+                "examples_per_second": round(job.trainer.examples_per_second, 1),
+                "epochs": job.trainer.state.epoch,
+                "steps": job.trainer.state.step,
+                "epoch_records": job.trainer.state.epoch_records,
+                "world_size": runtime.world_size,
+                "global_batch_size": config.job.global_batch_size,
+                "num_parameters": job.model.count_params(),
+                "peak_memory_bytes": peak_memory,
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "versions": build_info(),
+                "metrics": exporter.values(),
+            }
+            job.telemetry.say(_table(summary), summary=summary)
+            text = to_json(summary)
+            write_text_atomically(folder / "summary.json", text + "\n")
     runtime.barrier()
     runtime.shutdown()
     if lock:
@@ -85,24 +91,19 @@ def main() -> None:
         lock.close()
 
 
-def _report(summary: dict[str, Any], say: Any) -> None:
-    """The end of a job for people: the model against its floors."""
+def _table(summary: dict[str, Any]) -> str:
+    """The end of a job for people: the model against its floors, and where the time went."""
+    lines = []
     if "test_gauc" in summary:
         rows = {"this model": {"gauc": summary["test_gauc"], "auc": summary["test_auc"]}, **summary["test_floors"]}
-        for name, metrics in rows.items():
-            say(f"  {name:<20} test GAUC {metrics['gauc']:.4f}   AUC {metrics['auc']:.4f}")
+        lines.append(f"  {'':<20} test GAUC      AUC")
+        lines += [f"  {name:<20} {metrics['gauc']:9.4f} {metrics['auc']:8.4f}" for name, metrics in rows.items()]
     if summary["examples_per_second"]:
-        say(f"  {summary['examples_per_second']:,.0f} examples/s with {summary['world_size']} worker(s)")
-    say(f"  {summary['seconds']['total']:.0f} s in all")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "din_dist": __version__}
-    for package in ("keras", "horovod", "tensorflow-datasets"):
-        found[package] = metadata.version(package)
-    import tensorflow as tf
-
-    return {**found, "tensorflow": tf.__version__}
+        lines.append(f"  {summary['examples_per_second']:,.0f} examples/s with {summary['world_size']} worker(s)")
+    seconds = {name: value for name, value in summary["seconds"].items() if name != "total"}
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    lines.append(f"  {duration(summary['seconds']['total'])} in all: {parts}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

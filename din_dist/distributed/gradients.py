@@ -57,9 +57,7 @@ class GradientExchange:
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         if self._runtime.world_size == 1 or not gradients:
             return list(gradients)
-        # A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few
-        # lengths are remembered.
-        lengths = [round_up(tf.size(gradient.row_ids), steps=16, smallest=64) for gradient in gradients]
+        lengths = [message_rows(tf.size(gradient.row_ids)) for gradient in gradients]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
         row_ids = self._runtime.gather_in_graph(
@@ -88,6 +86,15 @@ class GradientExchange:
         if self._wire_dtype is WireDtype.FLOAT32:
             return rows
         return tf.cast(tf.bitcast(rows, self._wire_dtype.value), tf.float32) / scale
+
+
+def message_rows(num_rows: tf.Tensor) -> tf.Tensor:
+    """How many rows travel for so many touched ones.
+
+    A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few lengths are
+    remembered.
+    """
+    return round_up(num_rows, steps=16, smallest=64)
 
 
 def _as_rows(gradient: tf.IndexedSlices) -> RowGradients:

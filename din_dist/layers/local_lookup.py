@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from din_dist.schema import TableSpec
+from din_dist.schema import UNKNOWN_ID, TableSpec
 
 
 class LocalLookup(keras.layers.Layer):
@@ -54,3 +54,8 @@ class LocalLookup(keras.layers.Layer):
             distinct, places = tf.unique(tf.gather(feature_of_item, item_ids))
             rows.append(tf.gather(tf.gather(table.value, distinct), places))
         return tf.concat(rows, axis=1), tf.squeeze(tf.gather(self.item_bias.value, item_ids), axis=1)
+
+    def unknown(self, item_ids: tf.Tensor) -> tf.Tensor:
+        """Bool `[tables, U]`: which of `item_ids` `[U]` have no known id in a table."""
+        features = [tf.gather(feature_of_item, item_ids) for feature_of_item in self.item_features.values()]
+        return tf.stack([item_ids, *features]) == UNKNOWN_ID

@@ -14,12 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import schema
-from din_dist.config import BatchNorm, Config
+from din_dist.config import Config
 from din_dist.distributed.gradients import merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
-from din_dist.training.trainer import Batch, TrainStep
+from din_dist.training.train_step import Batch, StepResult, TrainStep, statistics_bytes
 
 LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
 
@@ -33,15 +33,17 @@ class Tally:
     positions: int = 0
     items: int = 0
     wait_seconds: float = 0.0
-    step_seconds: float = 0.0
+    step_seconds: float = 0.0  # what reporting takes included
+    report_seconds: float = 0.0
 
-    def add(self, batch: Batch, waited: float, seconds: float) -> None:
+    def add(self, batch: Batch, waited: float, seconds: float, report_seconds: float) -> None:
         self.steps += 1
         self.examples += len(batch[schema.CANDIDATE_ITEM_IDS])
         self.positions += len(batch[schema.HISTORY_ITEM_IDS])
         self.items += len(batch[schema.DISTINCT_ITEM_IDS])
         self.wait_seconds += waited
         self.step_seconds += seconds
+        self.report_seconds += report_seconds
 
     @property
     def seconds(self) -> float:
@@ -59,8 +61,15 @@ class Tally:
 class StepBenchmark:
     """Trains for real, on this rank's share of real batches, and takes the times."""
 
-    def __init__(self, step: TrainStep, batches: Iterator[Batch], global_batch_size: int) -> None:
-        self._step, self._batches = step, batches
+    def __init__(
+        self,
+        step: TrainStep,
+        batches: Iterator[Batch],
+        global_batch_size: int,
+        report: Callable[[Batch, StepResult, float, float], None] | None,
+    ) -> None:
+        """`report`: told, as in training, of each update: its batch, result, seconds of waiting and time of start."""
+        self._step, self._batches, self._report = step, batches, report
         self._global_batch_size = global_batch_size
         self._count = 0
         self._rate = tf.constant(LEARNING_RATE, tf.float32)
@@ -75,12 +84,15 @@ class StepBenchmark:
         for _ in range(num_steps):
             started = time.perf_counter()
             batch = next(self._batches)
-            fetched = time.perf_counter()
+            fetched, clock = time.perf_counter(), time.time()
             self._count += 1
             result = self._step(batch, LEARNING_RATE, self._count, self._global_batch_size, False)
             float(result.loss)  # training reads it too
+            known = time.perf_counter()
+            if self._report:
+                self._report(batch, result, fetched - started, clock)
             ended = time.perf_counter()
-            timed.append((batch, fetched - started, ended - fetched))
+            timed.append((batch, fetched - started, ended - fetched, ended - known))
         tally = Tally()
         for entry in timed:  # afterwards: counting between updates would give the input pipeline time to hide in
             tally.add(*entry)
@@ -160,7 +172,7 @@ def message_sizes(
         "dense_gradient_bytes": 4 * sum(int(tf.size(gradient)) for gradient in dense),
         "row_gradient_bytes": sum(rows * size for rows, size in zip(touched, row_bytes, strict=True)),
         "table_bytes": sum(table.shape[0] * size for (_, table), size in zip(tables, row_bytes, strict=True)),
-        "statistics_bytes": 4 * sum(4 * width + 1 for width in statistics_widths),
+        "statistics_bytes": statistics_bytes(statistics_widths),
         "num_gradient_messages": 1 + 2 * bool(tables),  # dense; ids; rows
         "num_gather_messages": 2 * bool(tables),
         "num_statistics_messages": 2 * len(statistics_widths),
@@ -212,9 +224,8 @@ def report(
     by_itself = matrix_seconds(products)
     per_step = tally.seconds / tally.steps
     model_variables = [weight.value for weight in model.trainable_weights]
-    synced = config.model.batch_norm is BatchNorm.SYNCED
-    widths = [w.shape[0] for w in model.non_trainable_weights if synced and w.path.endswith("moving_mean")]
-    sizes = message_sizes(gradients, model_variables, widths, tf.as_dtype(config.optimizer.wire_dtype.value).size)
+    wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
+    sizes = message_sizes(gradients, model_variables, model.statistics_widths, wire_bytes)
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,
@@ -222,6 +233,7 @@ def report(
         "positions_per_second": float(totals[1]),
         "positions_per_step": tally.positions / tally.steps,
         "step_seconds": per_step,
+        "report_seconds": tally.report_seconds / tally.steps,
         "input_wait_seconds": tally.wait_seconds / tally.steps,
         **{f"{name}_seconds": value for name, value in parts.items()},
         **sizes,

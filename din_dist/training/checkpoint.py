@@ -38,17 +38,17 @@ class CheckpointStore:
         self._data_fingerprint = data_fingerprint
         self._runtime = runtime
 
-    def save(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
-        """Publishes a checkpoint of `state.step`, and deletes those that need not be kept.
+    def save(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
+        """Publishes a checkpoint of `state.step`, and deletes those that need not be kept; returns its bytes.
 
         Raises:
             InputError: it could not be written; the checkpoints before it are untouched.
             FailedElsewhere: likewise, on the other ranks.
         """
-        problem = None
+        problem, num_bytes = None, 0
         if self._runtime.is_chief:
             try:
-                self._write(variables, state)
+                num_bytes = self._write(variables, state)
                 self._prune(state.best_step)
             except OSError as error:
                 last = latest_checkpoint(self._config)
@@ -57,9 +57,10 @@ class CheckpointStore:
                     f"--output_dir: a checkpoint must fit. Received: {error.strerror or error} while saving step "
                     f"{state.step} in {self._root}. {kept} Free some space and run the same command again."
                 )
-        problem = self._runtime.broadcast_object(problem)
+        problem, num_bytes = self._runtime.broadcast_object((problem, num_bytes))
         if problem:
             raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
+        return num_bytes
 
     def restore(self, variables: Mapping[str, tf.Variable], step: int | None = None) -> TrainingState | None:
         """Loads the newest checkpoint, or that of `step`, into `variables`; None when there is none.
@@ -82,7 +83,7 @@ class CheckpointStore:
         self._runtime.broadcast_variables(list(variables.values()))
         return TrainingState.from_json(fields)
 
-    def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
+    def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
         self._root.mkdir(parents=True, exist_ok=True)
         for abandoned in self._root.glob("writing-*"):
             shutil.rmtree(abandoned)
@@ -105,9 +106,11 @@ class CheckpointStore:
                 file.flush()
                 _sync(file.fileno())
             final = self._root / _folder_name(state.step)
+            num_bytes = sum(path.stat().st_size for path in aside.iterdir())
             shutil.rmtree(final, ignore_errors=True)  # of a run that came this far before and was resumed from earlier
             aside.rename(final)
             _sync_folder(self._root)
+            return num_bytes
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

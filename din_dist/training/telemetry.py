@@ -2,214 +2,243 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
-import socket
-import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import numpy as np
-import tensorflow as tf
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from tqdm import tqdm
 
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import InputError
+from din_dist.errors import Interrupted
+from din_dist.training.exporter import Exporter
 from din_dist.training.output_dir import to_json, write_text_atomically
 from din_dist.training.state import TrainingState
+from din_dist.training.step_report import PARTS, StepReport
+from din_dist.training.tensorboard import PROFILED_STEPS, TensorBoard
+from din_dist.training.terminal import Terminal
 
-_STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+class Reported(Protocol):
+    """What is asked of a trainer: where it stands, and what it spent its time on."""
+
+    state: TrainingState
+    seconds: dict[str, float]
 
 
-class Exporter:
-    """One rank's Prometheus metrics, in a registry of its own, served at `/metrics`.
-
-    Raises:
-        InputError: the port is taken.
-    """
-
-    def __init__(self, job: JobConfig, runtime: Runtime) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.examples = Counter("din_dist_examples", "Examples trained on by this rank.", registry=registry)
-        self.step_seconds = Histogram(
-            "din_dist_step_seconds", "One update, input wait excluded.", buckets=_STEP_BUCKETS, registry=registry
-        )
-        self.input_wait_seconds = Counter(
-            "din_dist_input_wait_seconds", "Time spent waiting for the next batch.", registry=registry
-        )
-        self.loss = Gauge("din_dist_loss", "Mean loss of the last global batch, in nats.", registry=registry)
-        self.epoch = Gauge("din_dist_epoch", "Epochs completed.", registry=registry)
-        self.world_size = Gauge("din_dist_world_size", "Ranks in the job.", registry=registry)
-        self.world_size.set(runtime.world_size)
-        port = job.metrics_port + runtime.local_rank if job.metrics_port else 0
-        try:
-            self._server, self._thread = start_http_server(port, job.metrics_host, registry)
-        except OSError as error:
-            raise InputError(
-                f"--metrics_port: each rank of a machine needs a free port on {job.metrics_host}. Received: {port}, "
-                f"{error.strerror or error}. Choose another, or 0 for any free one."
-            ) from error
-        host = socket.gethostname() if job.metrics_host in ("0.0.0.0", "::") else job.metrics_host
-        self.address = f"{host}:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+Histograms = Callable[[], Mapping[str, np.ndarray]]
 
 
 class Telemetry:
     """Reports a job. Every rank exports its own metrics; only the chief prints and writes files."""
 
-    def __init__(self, job: JobConfig, runtime: Runtime, exporter: Exporter | None, num_steps: int) -> None:
-        self._job, self._runtime, self._exporter = job, runtime, exporter
+    def __init__(self, job: JobConfig, runtime: Runtime, exporter: Exporter, num_steps: int) -> None:
+        self._job, self._runtime, self.exporter, self._num_steps = job, runtime, exporter, num_steps
         self._folder = Path(job.output_dir)
-        self._bar: tqdm | None = None
-        self._files: Any = None
         self._since_log = _Interval()
+        self._terminal = Terminal(job.log_format, num_steps, silent=not runtime.is_chief)
+        self.say = self._terminal.say
+        restarts = 0
         if runtime.is_chief:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lines = (self._folder / "metrics.jsonl").open("a")
-            self._summaries = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
-            terminal = _terminal()
-            if terminal:
-                self._bar = tqdm(total=num_steps, unit="step", file=terminal, dynamic_ncols=True, smoothing=0.05)
+            path = self._folder / "metrics.jsonl"
+            restarts = _num_starts(path)
+            self._lines = path.open("a")
+            self._tensorboard = TensorBoard(self._folder / "tensorboard")
+        self._restarts = int(runtime.broadcast_object(restarts))
+        exporter.restarts.inc(self._restarts)
+        exporter.steps_planned.set(num_steps)
         self._write_targets()
 
-    def say(self, text: str) -> None:
-        """One line for people."""
-        if not self._runtime.is_chief:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=self._bar.fp)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    def started(self, state: TrainingState) -> None:
+        """Training is about to begin, or to go on, from `state`."""
+        self.exporter.enter_phase("training")
+        self.exporter.show_position(state)
+        self._terminal.go_to(state.step)
+        world_size = self._runtime.world_size
+        self.record("start", state, {"world_size": world_size, "restarts": self._restarts})
 
-    def resumed(self, state: TrainingState) -> None:
-        if self._bar is not None:
-            self._bar.n = state.step
-        self._show_epoch(state)
+    def show_flags(self, flagfile: str) -> None:
+        """Keeps the settings in force with the curves that they gave."""
+        if self._runtime.is_chief:
+            self._tensorboard.text("flags", 0, flagfile)
 
-    def after_step(
-        self, state: TrainingState, loss: float, rank_examples: int, global_examples: int, seconds: float, waited: float
-    ) -> None:
-        if self._exporter:
-            self._exporter.examples.inc(rank_examples)
-            self._exporter.step_seconds.observe(seconds)
-            self._exporter.input_wait_seconds.inc(waited)
-            self._exporter.loss.set(loss)
-        if not self._runtime.is_chief:
-            return
-        if self._bar is not None:
-            self._bar.update()
-        self._since_log.add(global_examples, loss)
-        if state.step % self._job.log_every_steps == 0:
-            rate, mean_loss = self._since_log.close()
-            self.record("train", state, {"loss": mean_loss, "examples_per_second": rate})
-            if self._bar is not None:
-                self._bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:,.0f} examples/s")
-            else:
-                self.say(f"step {state.step}: loss {mean_loss:.4f}, {rate:,.0f} examples/s")
-
-    def pause(self) -> None:
-        """What follows is no training: keep it out of the rate."""
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A block that is no training: kept out of its rate."""
+        self.exporter.enter_phase(name)
         self._since_log.pause()
+        try:
+            yield
+        finally:
+            self.exporter.enter_phase("training")
+
+    def after_step(self, state: TrainingState, report: StepReport, histograms: Histograms) -> None:
+        """Counts an update; `histograms` is called when some are due."""
+        self.exporter.after_step(state, report)
+        if not self._runtime.is_chief:
+            return
+        self._terminal.advance()
+        self._since_log.add(report)
+        if state.step % self._job.log_every_steps == 0:
+            found = {"epoch": state.epoch + 1, **self._since_log.close(), "world_size": self._runtime.world_size}
+            self.record("train", state, found)
+            rate = found["examples_per_second"]
+            left = (self._num_steps - state.step) * self._job.global_batch_size / max(rate, 1e-9)
+            self._terminal.show_progress(state.step, found["loss"], rate, left, found)
+        if self._job.histograms_every_steps and state.step % self._job.histograms_every_steps == 0:
+            for name, values in histograms().items():
+                self._tensorboard.histogram(name, state.step, values)
+            self._since_log.pause()
+        self._profile_if_asked(state.step)
+
+    def refused_step(self, loss: float, gradient_norm: float) -> None:
+        """The weights were not updated, for one of these is not finite."""
+        self.exporter.nonfinite_steps.inc()
+        self.exporter.loss.set(loss)
+        self.exporter.gradient_norm.set(gradient_norm)
 
     def after_epoch(self, state: TrainingState, record: dict[str, Any]) -> None:
-        self._show_epoch(state)
+        self.exporter.epochs.inc()
+        self.exporter.show_position(state)
         self.record("epoch", state, record)
-        self.say(f"epoch {record['epoch']}: {record['examples']:,} examples, loss {record['loss']:.4f}")
+        self.say(f"epoch {record['epoch']}: {record['examples']:,} examples, loss {record['loss']:.4f}", **record)
 
-    def after_evaluation(self, split: str, state: TrainingState, metrics: dict[str, float]) -> None:
-        self.record(split, state, metrics)
-        self.say(f"{split}: GAUC {metrics['gauc']:.4f}, AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}")
+    def after_evaluation(self, split: str, state: TrainingState, metrics: dict[str, Any], seconds: float) -> None:
+        self.exporter.after_evaluation(split, metrics)
+        self.record(split, state, {**metrics, "seconds": seconds})
+        self.say(
+            f"{split}: GAUC {metrics['gauc']:.4f}, AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}",
+            **{"split": split, **metrics},
+        )
         if math.isnan(metrics["gauc"]):
             self.say(
                 f"{split}: GAUC is not defined, since none of {metrics['num_users_skipped']:,} users has examples of "
                 "both labels here; AUC decides. --split=temporal keeps more examples of a user together."
             )
 
-    def record(self, kind: str, state: TrainingState, values: dict[str, Any]) -> None:
+    def after_checkpoint(self, state: TrainingState, seconds: float, size: int) -> None:
+        self.exporter.after_checkpoint(seconds, size)
+        self.record("checkpoint", state, {"seconds": seconds, "bytes": size})
+
+    def record(self, kind: str, state: TrainingState, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, and points in TensorBoard."""
         if not self._runtime.is_chief:
             return
         line = {"kind": kind, "time": time.time(), "step": state.step, **values}
         self._lines.write(to_json(line) + "\n")
         self._lines.flush()
-        with self._summaries.as_default():
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    tf.summary.scalar(f"{kind}/{name}", float(value), step=state.step)
+        self._tensorboard.scalars(kind, state.step, values)
+
+    @contextlib.contextmanager
+    def until_the_end(self, trainer: Reported) -> Iterator[None]:
+        """The life of a job: leaves its last words however it ends, and closes."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        except Interrupted:
+            outcome = "stopped"
+            raise
+        finally:
+            self._end(trainer, outcome)
+            self.close()
+
+    def _end(self, trainer: Reported, outcome: str) -> None:
+        self.exporter.enter_phase(outcome)
+        self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
+        if self._runtime.is_chief and self._job.metrics_port >= 0 and outcome != "failed":
+            # Whoever watches shall miss those that broke down, not those that ended.
+            write_text_atomically(self._folder / "targets.json", "[]")
+        if self._job.pushgateway and (problem := self.exporter.push()):
+            self.say(problem, level="warning")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._exporter:
-            self._exporter.close()
+        self._terminal.close()
+        self.exporter.close()
         if self._runtime.is_chief:
             self._lines.close()
-            self._summaries.close()
+            self._tensorboard.close()
 
-    def _show_epoch(self, state: TrainingState) -> None:
-        if self._exporter:
-            self._exporter.epoch.set(state.epoch)
+    def _profile_if_asked(self, step: int) -> None:
+        if self._tensorboard.stop_profile_if_due(step):
+            self.say(f"profile of {PROFILED_STEPS} updates: tensorboard --logdir {self._folder / 'tensorboard'}")
+        asked = step + 1 == self._job.profile_at_step
+        if step % self._job.log_every_steps == 0:
+            request = self._folder / "profile"
+            asked = asked or request.exists()
+            request.unlink(missing_ok=True)
+        if asked and (problem := self._tensorboard.start_profile(step)):
+            self.say(f"no profile: {problem}", level="warning")
 
     def _write_targets(self) -> None:
         """`targets.json`, by which Prometheus finds every rank (its file-based service discovery)."""
         if self._job.metrics_port < 0:
             return
         address = np.zeros((1, 256), np.uint8)
-        encoded = (self._exporter.address if self._exporter else "").encode()
+        encoded = self.exporter.address.encode()
         address[0, : len(encoded)] = list(encoded)
         addresses = [bytes(row[row > 0]).decode() for row in self._runtime.gather(address)]
         if self._runtime.is_chief:
+            scheme = "https" if self._job.metrics_tls_certificate else "http"
+            labels = {"job": "din_dist", "run": self._job.output_dir, "__scheme__": scheme}
             targets = [
-                {"targets": [address], "labels": {"job": "din_dist", "rank": str(rank)}}
+                {"targets": [address], "labels": {**labels, "rank": str(rank)}}
                 for rank, address in enumerate(addresses)
             ]
             write_text_atomically(self._folder / "targets.json", json.dumps(targets, indent=1))
-            self.say(f"metrics: {', '.join(f'http://{address}/metrics' for address in addresses)}")
+            self.say(
+                f"metrics: {', '.join(f'{scheme}://{address}/metrics' for address in addresses)}", addresses=addresses
+            )
+
+
+def _num_starts(path: Path) -> int:
+    """How often a job has begun or gone on in this folder."""
+    try:
+        with path.open() as lines:
+            return sum(line.startswith('{"kind": "start"') for line in lines)
+    except FileNotFoundError:
+        return 0
 
 
 class _Interval:
-    """Examples, loss and seconds since the last log line."""
+    """What happened since the last log line."""
 
     def __init__(self) -> None:
         self._last: float | None = None  # when the last update ended, unless something else came between
-        self._seconds = self._loss = 0.0
-        self._examples = self._timed_examples = 0
+        self._clear()
 
-    def add(self, examples: int, loss: float) -> None:
+    def add(self, report: StepReport) -> None:
         now = time.perf_counter()
         if self._last is not None:
             self._seconds += now - self._last
-            self._timed_examples += examples
+            self._timed_examples += report.global_examples
         self._last = now
-        self._examples += examples
-        self._loss += loss * examples
+        self._reports.append(report)
 
     def pause(self) -> None:
         self._last = None
 
-    def close(self) -> tuple[float, float]:
-        """Examples per second and mean loss; counting starts afresh."""
-        rate = self._timed_examples / self._seconds if self._seconds else 0.0
-        mean_loss = self._loss / max(self._examples, 1)
-        self._seconds = self._loss = 0.0
-        self._examples = self._timed_examples = 0
-        return rate, mean_loss
+    def close(self) -> dict[str, float]:
+        """Examples per second, mean loss, mean times of an update; counting starts afresh."""
+        reports = self._reports
+        examples = sum(report.global_examples for report in reports)
+        found = {
+            "loss": sum(report.loss * report.global_examples for report in reports) / examples,
+            "gradient_norm": reports[-1].gradient_norm,
+            "learning_rate": reports[-1].learning_rate,
+            "examples_per_second": self._timed_examples / self._seconds if self._seconds else 0.0,
+            "step_seconds": sum(report.total_seconds for report in reports) / len(reports),
+        }
+        for part in PARTS:
+            found[f"{part}_seconds"] = sum(report.seconds[part] for report in reports) / len(reports)
+        self._clear()
+        return found
 
-
-def _terminal() -> TextIO | None:
-    """Where a progress bar may move: stderr, or the launcher's own terminal behind horovodrun's pipes."""
-    if sys.stderr.isatty():
-        return sys.stderr
-    path = os.environ.get("DIN_DIST_PROGRESS_TTY")
-    try:
-        return Path(path).open("w") if path else None
-    except OSError:  # the chief runs on another machine than the launcher
-        return None
+    def _clear(self) -> None:
+        self._seconds, self._timed_examples = 0.0, 0
+        self._reports: list[StepReport] = []

@@ -2,111 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist import schema
-from din_dist.config import Config, OptimizerConfig
-from din_dist.data.hashing import hash64
+from din_dist.config import Config
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
-from din_dist.distributed.gradients import Gradient, GradientExchange
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, Interrupted
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.evaluator import Evaluator
-from din_dist.training.optimizers import Optimizer
-from din_dist.training.regularization import Regularization, clip, global_norm
 from din_dist.training.schedules import learning_rate
 from din_dist.training.state import TrainingState, add_checksums
+from din_dist.training.step_report import PARTS, StepReport
 from din_dist.training.telemetry import Telemetry
+from din_dist.training.train_step import Batch, MessageSizes, StepResult, TrainStep
 
-Batch = Mapping[str, tf.Tensor]
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
-
-
-class StepResult(NamedTuple):
-    """Of one update; all but the last two are equal on all ranks."""
-
-    loss: tf.Tensor  # mean over the global batch
-    gradient_norm: tf.Tensor
-    stop_requests: tf.Tensor  # ranks that were asked to stop
-    num_examples: tf.Tensor  # of this rank
-    checksum: tf.Tensor  # uint64, of this rank's examples
-
-
-class TrainStep:
-    """One update of the weights, the same on every rank."""
-
-    def __init__(
-        self,
-        model: RankingModel,
-        optimizer: Optimizer,
-        exchange: GradientExchange,
-        regularization: Regularization,
-        config: OptimizerConfig,
-    ) -> None:
-        self._model, self._optimizer, self._exchange = model, optimizer, exchange
-        self._regularization, self._clip_norm = regularization, config.clip_norm
-        scalars = [tf.TensorSpec([], dtype) for dtype in (tf.float32, tf.int64, tf.float32, tf.float32)]
-        self._run = tf.function(self._step, input_signature=[BATCH_SIGNATURE, *scalars], autograph=False)
-
-    def __call__(self, batch: Batch, rate: float, step: int, global_examples: int, stop: bool) -> StepResult:
-        """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
-        return self._run(
-            batch,
-            tf.constant(rate, tf.float32),
-            tf.constant(step, tf.int64),
-            tf.constant(global_examples, tf.float32),
-            tf.constant(stop, tf.float32),
-        )
-
-    def _step(
-        self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, stop: tf.Tensor
-    ) -> StepResult:
-        gradients, loss = self.local_gradients(batch, global_examples)
-        gradients, (loss, stops) = self.exchange(gradients, [loss, stop], global_examples)
-        norm = self.update(gradients, loss, rate, step)
-        checksum = tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS]))
-        return StepResult(loss, norm, stops, tf.size(batch[schema.LABELS]), checksum)
-
-    def local_gradients(
-        self, batch: Batch, global_examples: tf.Tensor
-    ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor]:
-        """This rank's part of the gradient and of the loss."""
-        with tf.GradientTape() as tape:
-            logits = self._model(batch, training=True)
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=batch[schema.LABELS], logits=logits)
-            loss = tf.reduce_sum(losses) / global_examples  # a rank without examples contributes 0
-        variables = self._optimizer.variables
-        return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss
-
-    def exchange(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], global_examples: tf.Tensor
-    ) -> tuple[list[Gradient], list[tf.Tensor]]:
-        """The gradient of the global batch, on every rank."""
-        return self._exchange(gradients, extra, scale=global_examples)
-
-    def update(self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm."""
-        gradients = self._regularization(gradients, self._optimizer.variables, self._optimizer.names)
-        norm = global_norm(gradients)
-        if self._clip_norm:
-            gradients = clip(gradients, norm, self._clip_norm)
-
-        def apply() -> tf.Tensor:
-            self._optimizer.apply(gradients, rate, step)
-            return tf.constant(True)
-
-        # Loss and norm are those of the global batch: every rank takes the same branch.
-        tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, lambda: tf.constant(False))
-        return norm
+_SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
 class Trainer:
@@ -118,6 +40,7 @@ class Trainer:
         runtime: Runtime,
         model: RankingModel,
         step: TrainStep,
+        message_sizes: MessageSizes,
         variables: Mapping[str, tf.Variable],
         make_batches: MakeBatches,
         examples_per_epoch: int,
@@ -128,6 +51,7 @@ class Trainer:
     ) -> None:
         """`variables`: by name, all that a checkpoint keeps. `stop_requested`: of this process, asked at every step."""
         self._config, self._runtime, self._step, self._variables = config, runtime, step, variables
+        self._model, self._message_sizes = model, message_sizes
         self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._stop_requested = stop_requested
@@ -154,11 +78,19 @@ class Trainer:
             FloatingPointError: a loss or gradient that is not finite; the weights are those before that update.
         """
         self._restore_latest()
+        try:
+            self._train_to_the_end()
+        except Exception as error:
+            error.add_note(f"step {self.state.step + 1}")
+            raise
+
+    def _train_to_the_end(self) -> None:
         for batch, waited in self._batches():
-            started = time.perf_counter()
+            started = time.time()
             global_examples = self._next_examples()
-            result = self._train_on(batch, global_examples)
-            self._count(result, global_examples, waited, time.perf_counter() - started)
+            rate = learning_rate(self._config.optimizer, self.state.step + 1, self._steps_of_schedule)
+            result = self._train_on(batch, rate, global_examples)
+            self._count(batch, result, rate, global_examples, waited, started)
             if self.state.examples_seen == self._examples_per_epoch:
                 self._end_epoch()
             else:
@@ -176,15 +108,11 @@ class Trainer:
 
     def test(self) -> dict[str, Any]:
         """Metrics of the test split with the best weights by validation, or the last ones where there is none."""
-        started = time.perf_counter()
         state = self.state
-        if state.best_step not in (0, state.step):
-            self._checkpoints.restore(self._variables, state.best_step)
-        metrics = self._evaluator.evaluate("test", self._logits_of) if self._evaluator.has_examples("test") else {}
-        if metrics:
-            self._telemetry.after_evaluation("test", state, metrics)
-        self.seconds["test"] += time.perf_counter() - started
-        return metrics
+        with self._phase("test"):
+            if state.best_step not in (0, state.step):
+                self._checkpoints.restore(self._variables, state.best_step)
+            return self._evaluate("test")
 
     @property
     def examples_per_second(self) -> float:
@@ -193,21 +121,22 @@ class Trainer:
 
     def save(self) -> None:
         """Publishes a checkpoint; all ranks are at the same step."""
-        started = time.perf_counter()
-        self._merge_checksums()
-        self._checkpoints.save(self._variables, self.state)
-        self._saved_step = self.state.step
-        self.seconds["checkpoint"] += time.perf_counter() - started
-        self._telemetry.pause()
+        with self._phase("checkpoint"):
+            started = time.perf_counter()
+            self._merge_checksums()
+            num_bytes = self._checkpoints.save(self._variables, self.state)
+            self._saved_step = self.state.step
+            self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
 
     def _restore_latest(self) -> None:
         state = self._checkpoints.restore(self._variables)
         if state is None:
             self._runtime.broadcast_variables(list(self._variables.values()))
+            self._telemetry.started(self.state)
             return
         self.state = state
         self._saved_step = state.step
-        self._telemetry.resumed(state)
+        self._telemetry.started(state)
         if state.step >= self.num_steps:
             self._telemetry.say(f"trained to the end already, step {state.step}")
             return
@@ -232,12 +161,12 @@ class Trainer:
         """How many examples the next update has over all ranks; the last of an epoch may have fewer."""
         return min(self._config.job.global_batch_size, self._examples_per_epoch - self.state.examples_seen)
 
-    def _train_on(self, batch: Batch, global_examples: int) -> StepResult:
+    def _train_on(self, batch: Batch, rate: float, global_examples: int) -> StepResult:
         step = self.state.step + 1
-        rate = learning_rate(self._config.optimizer, step, self._steps_of_schedule)
         result = self._step(batch, rate, step, global_examples, self._stop_requested())
         loss, norm = float(result.loss), float(result.gradient_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._telemetry.refused_step(loss, norm)
             if not self._runtime.is_chief:
                 raise FailedElsewhere
             raise FloatingPointError(
@@ -246,15 +175,53 @@ class Trainer:
             )
         return result
 
-    def _count(self, result: StepResult, global_examples: int, waited: float, seconds: float) -> None:
-        state, loss = self.state, float(result.loss)
+    def _count(
+        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: float
+    ) -> None:
+        """`waited`: seconds for the batch, until `started` by the wall clock."""
+        report = self.report(batch, result, rate, global_examples, waited, started)
         if self.seconds["training"]:  # the first update of a run is mostly tracing
             self._timed_examples += global_examples
-            self._timed_seconds += waited + seconds
-        self.seconds["training"] += waited + seconds
-        state.advance(global_examples, loss)
+            self._timed_seconds += report.total_seconds
+        self.seconds["training"] += report.total_seconds
+        self.state.advance(global_examples, report.loss)
         self._local_checksum = add_checksums(self._local_checksum, int(result.checksum))
-        self._telemetry.after_step(state, loss, int(result.num_examples), global_examples, seconds, waited)
+        self._telemetry.after_step(self.state, report, lambda: self._histograms(batch))
+
+    def report(
+        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: float
+    ) -> StepReport:
+        """What an update did and took, until now; arguments as of `_count`."""
+        observed = [part.numpy() for part in result.observed]
+        gradients_ready, exchange_ended, rows_sent, unique_rows, unknown_ids, computed_positions = observed
+        marks = [started, float(gradients_ready), float(exchange_ended), time.time()]
+        parts = [waited, *(max(0.0, end - begin) for begin, end in itertools.pairwise(marks))]
+        positions = batch[schema.HISTORY_ITEM_IDS].shape[0]
+        return StepReport(
+            loss=float(result.loss),
+            gradient_norm=float(result.gradient_norm),
+            learning_rate=rate,
+            global_examples=global_examples,
+            examples=int(result.num_examples),
+            positions=positions,
+            padding_ratio=1 - positions / max(int(computed_positions), 1) if positions else 0.0,
+            seconds=dict(zip(PARTS, parts, strict=True)),
+            exchanged_bytes=self._message_sizes.of(rows_sent.tolist()),
+            unique_rows=dict(zip(self._message_sizes.table_names, unique_rows.tolist(), strict=True)),
+            unknown_ids_ratio=dict(
+                zip((spec.name for spec in self._model.lookup.specs), unknown_ids.tolist(), strict=True)
+            ),
+        )
+
+    def _histograms(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Of this rank's last batch, and of a sample of each table's rows."""
+        found = {}
+        if (weights := self._model.attention_weights(batch)) is not None:
+            found["attention_weights"] = weights.numpy()
+        for spec, table in zip(self._model.lookup.specs, self._model.lookup.tables, strict=True):
+            rows = np.unique(np.linspace(1, spec.num_rows - 1, _SAMPLED_ROWS, dtype=np.int32))
+            found[f"embedding_norms/{spec.name}"] = np.linalg.norm(tf.gather(table.value, rows).numpy(), axis=1)
+        return found
 
     def _end_epoch(self) -> None:
         self._merge_checksums()
@@ -274,13 +241,25 @@ class Trainer:
         """Scores the validation split, if there is one; says whether it is the best so far."""
         if not self._evaluator.has_examples("validation"):
             return False
-        started = time.perf_counter()
-        metrics = self._evaluator.evaluate("validation", self._logits_of)
-        self.seconds["validation"] += time.perf_counter() - started
-        self._telemetry.after_evaluation("validation", self.state, metrics)
-        self._telemetry.pause()
+        with self._phase("validation"):
+            metrics = self._evaluate("validation")
         self.validation_metric = "auc" if math.isnan(metrics["gauc"]) else "gauc"
         return self.state.note_validation(metrics[self.validation_metric])
+
+    def _evaluate(self, split: str) -> dict[str, float]:
+        if not self._evaluator.has_examples(split):
+            return {}
+        started = time.perf_counter()
+        metrics = self._evaluator.evaluate(split, self._logits_of)
+        self._telemetry.after_evaluation(split, self.state, metrics, time.perf_counter() - started)
+        return metrics
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with self._telemetry.phase(name):
+            yield
+        self.seconds[name] += time.perf_counter() - started
 
     def _should_stop_early(self) -> bool:
         patience = self._config.job.early_stopping_patience

@@ -1,0 +1,105 @@
+"""Serves a registry to Prometheus over HTTP or HTTPS, to anyone or to those who know a password.
+
+`prometheus_client.start_http_server` has no basic authentication, and a client that never ends its TLS handshake holds
+up all the others there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import socket
+import ssl
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import MetricsHandler
+
+from din_dist.config import JobConfig
+from din_dist.errors import InputError
+
+_CLIENT_SECONDS = 10.0  # after which a silent client is hung up on
+
+
+class MetricsServer:
+    """Answers at `port` (0: a free one, see `port`) of `job.metrics_host` until it is closed.
+
+    Raises:
+        InputError: the port is taken, or the files for TLS or authentication are of no use.
+    """
+
+    def __init__(self, job: JobConfig, registry: CollectorRegistry, port: int) -> None:
+        context = _tls_context(job) if job.metrics_tls_certificate else None
+        logins = _logins(job.metrics_password_file) if job.metrics_password_file else None
+
+        class Handler(MetricsHandler):
+            timeout = _CLIENT_SECONDS
+
+            def do_GET(self) -> None:
+                given = self.headers.get("Authorization", "").encode()
+                if logins is None or sum(hmac.compare_digest(given, login) for login in logins):
+                    super().do_GET()
+                    return
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", 'Basic realm="din_dist metrics"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in job.metrics_host else socket.AF_INET
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Scanners and broken-off scrapes are no news of the job."""
+
+        try:
+            self._server = Server((job.metrics_host, port), Handler.factory(registry))
+        except OSError as error:
+            raise InputError(
+                f"--metrics_port: each rank of a machine needs a free port on {job.metrics_host}. Received: {port}, "
+                f"{error.strerror or error}. Choose another, or 0 for any free one."
+            ) from error
+        if context:
+            # The handshake waits for the client's thread: in the accepting one, a silent client would stop all others.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _tls_context(job: JobConfig) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(job.metrics_tls_certificate, job.metrics_tls_key)
+    except OSError as error:  # of which ssl.SSLError is one
+        raise InputError(
+            "--metrics_tls_certificate, --metrics_tls_key: must be a PEM certificate and its key. Received: "
+            f"{job.metrics_tls_certificate} and {job.metrics_tls_key}, {error.strerror or error}. Correct the files."
+        ) from error
+    return context
+
+
+def _logins(path: str) -> list[bytes]:
+    """What clients may send as `Authorization`."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"--metrics_password_file: must be a file that can be read. Received: {path}, {error.strerror}. "
+            "Correct the path."
+        ) from error
+    entries = [line.strip() for line in lines if line.strip()]
+    if not entries or not all(b":" in entry.strip(b":") for entry in entries):
+        raise InputError(
+            f"--metrics_password_file: must have a line user:password for each login. Received: {path}, "
+            f"{len(entries)} line(s), not all of that form. Correct the file."
+        )
+    return [b"Basic " + base64.b64encode(entry) for entry in entries]

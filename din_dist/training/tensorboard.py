@@ -1,0 +1,69 @@
+"""A job's files for TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+PROFILED_STEPS = 20
+
+
+class TensorBoard:
+    """Writes under `folder`; only the chief has one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # TensorBoard's own writer: `tf.summary` runs an operation for each value, some .4 ms each.
+        self._writer = EventFileWriter(str(folder))
+        self._profile_until: int | None = None
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self._write(step, *(scalar_pb(f"{kind}/{name}", float(value)) for name, value in numbers.items()))
+
+    def text(self, name: str, step: int, lines: str) -> None:
+        """`lines` as they stand."""
+        self._write(step, text_pb(name, "".join(f"    {line}\n" for line in lines.splitlines())))  # Markdown's for code
+
+    def histogram(self, name: str, step: int, values: np.ndarray) -> None:
+        self._write(step, histogram_pb(name, values))
+
+    def _write(self, step: int, *summaries: Summary) -> None:
+        together = Summary(value=[value for summary in summaries for value in summary.value])
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=together))
+        self._writer.flush()
+
+    def start_profile(self, step: int) -> str | None:
+        """Profiles the updates after `step`; says what hinders it."""
+        if self._profile_until is not None:
+            return "a profile is being taken already"
+        try:
+            tf.profiler.experimental.start(str(self._folder))
+        except (tf.errors.OpError, OSError) as error:
+            return str(error)
+        self._profile_until = step + PROFILED_STEPS
+        return None
+
+    def stop_profile_if_due(self, step: int) -> bool:
+        """Says whether this ended a profile."""
+        if self._profile_until is None or step < self._profile_until:
+            return False
+        self._profile_until = None
+        tf.profiler.experimental.stop()
+        return True
+
+    def close(self) -> None:
+        if self._profile_until is not None:
+            self.stop_profile_if_due(self._profile_until)
+        self._writer.close()

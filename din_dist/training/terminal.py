@@ -1,0 +1,96 @@
+"""Lines and a progress bar for people, or JSON lines for log collectors; all on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from din_dist.config import LogFormat
+from din_dist.training.output_dir import to_json
+
+
+def format_line(text: str, log_format: LogFormat, *, rank: int, level: str = "info", **fields: Any) -> str:
+    """One line of a log; `fields` are for machines, which find in them what `text` says."""
+    if log_format is LogFormat.TEXT:
+        return text if level == "info" else f"{level}: {text}"
+    return to_json({"time": time.time(), "level": level, "rank": rank, "message": text, **fields})
+
+
+class Terminal:
+    """What the chief shows. Other ranks are given one that is `silent`."""
+
+    def __init__(self, log_format: LogFormat, num_steps: int, *, silent: bool) -> None:
+        self._format, self._silent = log_format, silent
+        self._num_steps = num_steps
+        self._bar: tqdm | None = None
+        self._file = None if silent or log_format is LogFormat.JSON else _terminal()
+        if self._file:
+            self._bar = tqdm(
+                total=num_steps,
+                unit="step",
+                file=self._file,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+            )
+
+    def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
+        if self._silent:
+            return
+        line = format_line(text, self._format, rank=0, level=level, **fields)
+        if self._bar is not None:
+            self._bar.write(line, file=self._bar.fp)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def go_to(self, step: int) -> None:
+        """Where a job that is resumed stands."""
+        if self._bar is not None:
+            self._bar.n = self._bar.initial = step
+            self._bar.refresh()
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def show_progress(self, step: int, loss: float, rate: float, seconds_left: float, fields: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s")
+            return
+        left = f", {duration(seconds_left)} left" if rate else ""
+        self.say(
+            f"step {step:,} of {self._num_steps:,}: loss {loss:.4f}, {rate:,.0f} examples/s{left}", step=step, **fields
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._file is not None and self._file is not sys.stderr:
+            self._file.close()
+
+
+def duration(seconds: float) -> str:
+    """For people: 42 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _terminal() -> TextIO | None:
+    """Where a progress bar may move: stderr, or the launcher's own terminal behind horovodrun's pipes."""
+    if sys.stderr.isatty():
+        return sys.stderr
+    path = os.environ.get("DIN_DIST_PROGRESS_TTY")
+    try:
+        return Path(path).open("w") if path else None
+    except OSError:  # the chief runs on another machine than the launcher
+        return None

@@ -1,0 +1,37 @@
+"""What a job runs on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from din_dist import __version__
+
+
+@functools.cache
+def build_info() -> dict[str, str]:
+    """Versions by name, and the commit where it is known."""
+    packages = {name: metadata.version(name) for name in ("keras", "horovod", "tensorflow-datasets")}
+    import tensorflow as tf  # its package goes by two names
+
+    versions = {"python": platform.python_version(), "tensorflow": tf.__version__, **packages}
+    named = {name.replace("-", "_"): version for name, version in versions.items()}
+    return {"version": __version__, "commit": _commit(), **named}
+
+
+def _commit() -> str:
+    """Of the checkout that this runs from; images say it by DIN_DIST_COMMIT."""
+    if commit := os.environ.get("DIN_DIST_COMMIT"):
+        return commit
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,52 @@
+"""Programs that tests need and Python's package index does not have."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+DEBIAN_PACKAGES = {"chromium": "chromium", "prometheus-pushgateway": "prometheus-pushgateway"}
+
+
+def program(name: str) -> str:
+    """Its path. Without it, continuous integration fails; elsewhere the test is skipped."""
+    if path := shutil.which(name):
+        return path
+    hint = f"{name} is not installed: apt-get install {DEBIAN_PACKAGES.get(name, 'prometheus')}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(hint)
+    pytest.skip(hint)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(command: Sequence[str | Path], log: Path, ready_url: str) -> Iterator[None]:
+    """A server, from when it answers at `ready_url` to the end of the block."""
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    urllib.request.urlopen(ready_url, timeout=5).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, log.read_text()
+                    assert time.monotonic() < until, log.read_text()
+                    time.sleep(0.1)
+            yield
+        finally:
+            process.kill()
