@@ -12,8 +12,13 @@ def test_equal_mass_by_hand():
 
 
 def test_ties_stay_together():
-    """Ranks of the four 7s begin at 1: all go where the first goes, and no bin is left empty in the numbering."""
-    assert_array_equal(equal_mass_bins(np.array([7, 1, 7, 7, 7, 9]), 3), [0, 0, 0, 0, 0, 1])
+    """The four 7s lie around the middle, and no bin is left empty in the numbering: of ten, three are used."""
+    assert_array_equal(equal_mass_bins(np.array([7, 1, 7, 7, 7, 9]), 3), [1, 0, 1, 1, 1, 2])
+    assert_array_equal(equal_mass_bins(np.array([7, 1, 7, 7, 7, 9]), 10), [1, 0, 1, 1, 1, 2])
+
+
+def test_a_tie_of_nearly_all_leaves_the_others_a_bin():
+    assert_array_equal(equal_mass_bins(np.array([20] * 9 + [3]), 4), [1] * 9 + [0])
 
 
 def test_nothing_and_one():

@@ -1,0 +1,159 @@
+"""Tells what a job did as one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
+
+The job may be finished, at work or broken off: its folder is only read, and its GPUs are left alone. The last line on
+stdout is the report's path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.cli import flags as settings
+from din_dist.config import Config, require
+from din_dist.errors import InputError
+from din_dist.report.job import JobRecord, Status, read_job
+
+if TYPE_CHECKING:
+    from din_dist.data.event_store import EventStore
+    from din_dist.data.splits import Examples
+    from din_dist.models.ranking_model import RankingModel
+    from din_dist.report.page import Findings
+
+OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
+REPORT_PATH = flags.DEFINE_string("report_path", "", "Where the report goes. Default: report.html in --output_dir.")
+MAX_EXAMPLES = flags.DEFINE_integer(
+    "report_max_examples",
+    200_000,
+    "Most examples to score: of a larger split whole users, evenly spaced, the same ones every time.",
+)
+
+
+def main() -> None:
+    most = MAX_EXAMPLES.value
+    require(most >= 1, "must be at least 1", "report_max_examples", most, "For example 200000.")
+    folder = Path(OUTPUT_DIR.value)
+    record = read_job(folder)
+    entry.import_tensorflow()  # takes seconds: a wrong folder is answered before
+    from din_dist.report.page import render
+    from din_dist.training.output_dir import write_text_atomically
+
+    path = Path(REPORT_PATH.value or folder / "report.html")
+    page = render(_find(record, most))
+    try:
+        write_text_atomically(path, page)
+    except OSError as error:
+        raise InputError(
+            f"--report_path: must be a file that can be written. Received: {path}, {error.strerror}. Name another one."
+        ) from error
+    print(path, flush=True)
+
+
+def _find(record: JobRecord, most: int) -> Findings:
+    """All that the files allow to tell; the report itself says what they do not."""
+    import tensorflow as tf
+
+    from din_dist.data.prepared import open_prepared
+    from din_dist.data.splits import item_counts, split_examples
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.report import attention, scoring
+    from din_dist.report.page import Data, Findings
+    from din_dist.training.evaluator import Evaluator
+
+    tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
+    found = Findings(record)
+    try:
+        config = found.config = _config(record)
+        store = open_prepared(config.data)
+        splits = split_examples(store, config.data)
+        found.data = Data(store.facts, {name: examples.num_examples for name, examples in splits.items()})
+        model, found.step = _trained_model(config, store)
+        split = _split_to_score(record, splits)
+        entry.say(f"scoring the {split} split with the weights of update {found.step}")
+        examples = scoring.thin_out(splits[split], most)
+        evaluator = Evaluator(config, store, {**splits, "scored": examples}, Runtime())
+        scored = scoring.score(evaluator, "scored", examples, model)
+        popularity, num_in_split = item_counts(store, splits), splits[split].num_examples
+        found.evaluation = scoring.evaluate(scored, store, config.data, popularity, split, num_in_split)
+        entry.say("reading attention weights")
+        found.shown = attention.show(model, config, store, examples, attention.choose(scored))
+        found.averages = attention.averages(model, config, store, examples)
+    except InputError as error:
+        found.problems.append(str(error))
+        entry.say(f"left out: {error}")
+    return found
+
+
+def _config(record: JobRecord) -> Config:
+    """The settings of the job, which now lies in `record.folder` wherever it was then.
+
+    Raises:
+        InputError: they are not there, or are not settings of this version.
+    """
+    path = record.folder / "flags.txt"
+    if record.flags is None:
+        raise InputError(f"{path}: holds the settings of the job. Received: no such file. Only the curves are shown.")
+    values = flags.FlagValues()
+    settings.define_flags(values)
+    try:
+        rest = values(["report", *record.flags.splitlines()], known_only=True)[1:]
+    except flags.Error as error:
+        raise InputError(
+            f"{path}: must be settings of this version. Received: {error}. Only the curves are shown."
+        ) from error
+    if rest:
+        entry.say(f"{path}: settings that this version does not know are left aside: {' '.join(rest)}")
+    config = settings.config_from_flags(values)
+    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(record.folder)))
+
+
+def _trained_model(config: Config, store: EventStore) -> tuple[RankingModel, int]:
+    """The model with the best weights by validation, or the newest where there is none, and their step.
+
+    Raises:
+        InputError: there is no checkpoint, or it does not fit.
+    """
+    from din_dist.assembly import make_model
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.training.checkpoint import CheckpointStore
+
+    model = make_model(config.model, store.facts, store.item_features, seed=config.job.seed)
+    variables = {weight.path: weight.value for weight in model.weights}
+    checkpoints = CheckpointStore(config, store.facts.fingerprint, Runtime())
+    for attempts_left in (1, 0):
+        try:
+            state = checkpoints.restore(variables)
+            if state is None:
+                raise InputError(
+                    f"{config.job.output_dir}: what the model has learned is read from a checkpoint. "
+                    "Received: none yet. One is written at the end of each epoch, or by --checkpoint_every_steps."
+                )
+            if state.best_step not in (0, state.step):
+                checkpoints.restore(variables, state.best_step)
+            return model, state.best_step or state.step
+        except InputError:
+            if not attempts_left:  # a job at work may have replaced what was being read
+                raise
+    raise AssertionError
+
+
+def _split_to_score(record: JobRecord, splits: Mapping[str, Examples]) -> str:
+    """Test results are for finished jobs: what may still change must not be chosen by them.
+
+    Raises:
+        InputError: neither split has examples.
+    """
+    order = ("test", "validation") if record.status is Status.FINISHED else ("validation", "test")
+    for split in order:
+        if splits[split].num_examples:
+            return split
+    raise InputError("--split: there must be examples to score. Received: none to validate or test. Use another split.")
+
+
+if __name__ == "__main__":
+    entry.run(main)
