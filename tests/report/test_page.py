@@ -1,0 +1,146 @@
+"""The page in the cases that a test job does not meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from din_dist.config import Config, ModelConfig
+from din_dist.metrics.calibration import calibration
+from din_dist.metrics.slices import Slice
+from din_dist.report.attention import Averages, Behaviour, Shown
+from din_dist.report.job import JobRecord, Status
+from din_dist.report.page import Data, Findings, render
+from din_dist.report.scoring import Evaluation, Ranking, Table
+from din_dist.schema import DatasetFacts
+
+RECORD = JobRecord(Path("runs/a<b"), [], 0, "--epochs=1", None, Status.FINISHED)
+FACTS = DatasetFacts(3, 4, 5, True, {"category_id": 2}, 0, 9, "", {})
+EVALUATION = Evaluation(
+    split="test",
+    num_in_split=4,
+    num_examples=4,
+    num_positives=1,
+    num_users=2,
+    num_users_skipped=1,
+    rankings=[Ranking("model", 0.7, 0.8), Ranking("popularity", 0.6, 0.9), Ranking("brand_repeat", 0.65, 0.5)],
+    log_loss=0.4,
+    calibration=calibration(np.array([0.2, 0.2, 0.9, 0.9]), np.array([0, 0, 1, 0])),
+    corrected=None,
+    tables=[Table("history length", "Events", [Slice("1–3", 4, 1, "GAUC", {"model": 0.7, "popularity": 0.6})])],
+)
+
+
+def example(*weights: float | None, rest: float = 0.0, num_rest: int = 0) -> Shown:
+    behaviours = [Behaviour(age, f"i{age}", "c", age == 1, True, weight) for age, weight in enumerate(weights, 1)]
+    return Shown("long history", "u1", "i1", "c", 1, 0.9996, len(weights) + num_rest, behaviours, num_rest, rest)
+
+
+def text_of(findings: Findings) -> str:
+    page = re.sub("<style>.*?</style>", "", render(findings, now=0), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", page)).split())
+
+
+def found(**changes: object) -> Findings:
+    data = Data(FACTS, {"train": 9, "validation": 0, "test": 4})
+    return dataclasses.replace(Findings(RECORD, Config(), data, 7, EVALUATION), **changes)
+
+
+def test_the_verdict_compares_with_the_best_floor() -> None:
+    text = text_of(found())
+    assert (
+        "On 4 test examples the model reaches GAUC 0.7000, 0.0500 above the best floor, repeats of brand (0.6500)"
+        in text
+    )
+    assert "2 users count, 1 have examples of one label only" in text
+    assert "base rate alone 0.5623, nats" in text  # -(1/4 ln 1/4 + 3/4 ln 3/4)
+
+
+def test_without_gauc_auc_decides() -> None:
+    """And a model below a floor is told so."""
+    rankings = [dataclasses.replace(ranking, gauc=math.nan) for ranking in EVALUATION.rankings]
+    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, rankings=rankings)))
+    assert "the model reaches AUC 0.8000, 0.1000 below the best floor, popularity (0.9000)" in text
+    assert "no user has examples of both labels" in text
+
+
+def test_nothing_to_rank() -> None:
+    rankings = [Ranking(ranking.name, math.nan, math.nan) for ranking in EVALUATION.rankings]
+    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, rankings=rankings, tables=[])))
+    assert "The test split has no examples of both labels: there is nothing to rank." in text
+
+
+def test_a_slice_by_auc_is_marked() -> None:
+    slices = [
+        Slice("1–3", 4, 1, "GAUC", {"model": 0.7, "popularity": 0.75}),
+        Slice("4", 2, 1, "AUC", {"model": 1.0, "popularity": 0.5}),
+        Slice("5", 2, 0, "AUC", {"model": math.nan, "popularity": math.nan}),
+    ]
+    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, tables=[Table("brand", "", slices)])))
+    assert "1–3 4 popularity: 0.7500 model: 0.7000 0.7000 -0.050" in text
+    assert "1.0000 * +0.500" in text
+    assert "– * –" in text
+    assert "* AUC, where no user has examples of both labels." in text
+
+
+def test_mean_pooling_says_that_it_looks_at_nothing() -> None:
+    text = text_of(found(shown=[example(None, None)]))
+    assert "This model has no attention:" in text
+    assert "i2" in text
+
+
+def test_weights_that_are_no_shares() -> None:
+    config = Config(model=ModelConfig(attention_normalization="none"))
+    findings = found(config=config, shown=[example(-2.5, 1.0, rest=12.25, num_rest=3)])
+    assert "Weights are not normalised here" in text_of(findings)
+    assert "3 others, together 12.2" in text_of(findings)
+    page = render(findings)
+    assert 'class="bar negative"' in page
+    assert "weight -2.5" in page
+    assert 'class="tick"' not in page
+
+
+def test_bars_of_shares_are_to_scale() -> None:
+    """The heaviest fills its place; the line of the equal share, 1/3, stands at 1/3 of 1/2."""
+    averages = Averages(5, [("1", 1.5, 9), ("2", 0.5, 4)], [("item", 3, 0.1, 0.4)])
+    page = render(found(shown=[example(0.5, 0.3, 0.2)], averages=averages))
+    assert re.findall(r'class="fill" width="([\d.]+)%"', page)[-3:] == ["100.00", "60.00", "40.00"]
+    assert set(re.findall(r'class="tick" x1="([\d.]+)%"', page)) == {"66.67", "10.00"}
+    text = text_of(found(shown=[example(0.5, 0.3, 0.2)], averages=averages))
+    for words in ("> 99.9 %", "50.0 %", "1.50", "40.0 % of the attention on 10.0 % of the history"):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("status", Status)
+def test_a_job_of_which_nothing_is_known(status: Status) -> None:
+    findings = Findings(dataclasses.replace(RECORD, status=status, flags=None), problems=["no <settings>"])
+    text = text_of(findings)
+    assert f"a<b {status}" in text
+    assert "Left out: no <settings>" in text
+    assert "Nothing was logged yet" in text
+
+
+def test_strange_lines_do_no_harm() -> None:
+    """Strings where numbers belong, missing fields, an event that is an object."""
+    lines = [
+        {"kind": "train"},
+        {"kind": "train", "step": "x", "time": "y", "loss": []},
+        {"kind": "train", "step": 3, "time": 5.0, "loss": 0.5, "examples_per_second": 10.0},
+        {"kind": "elastic", "time": 6.0, "event": {"a": "<b>"}},
+        {"kind": ["end"], "seconds_by_phase": 3},
+        {"kind": "end", "seconds_by_phase": {"training": "long"}},
+    ]
+    text = text_of(Findings(dataclasses.replace(RECORD, lines=lines, summary={"seconds": 3, "versions": []})))
+    assert "{'a': '<b>'}" in text
+
+
+def test_the_policy_allows_the_style_sheet_and_nothing_else() -> None:
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', render(found()))
+    assert html.unescape(policy).startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
