@@ -1,0 +1,117 @@
+"""A real Prometheus with our configuration watches a real job of two workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cli.test_commands import ROOT, run
+from tests.multi_process.test_refusals import environment, launcher
+from tests.programs import free_port, program, running
+
+INTERVAL = 1  # seconds between two scrapes
+
+
+class Prometheus:
+    """The HTTP API of a server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
+        fields = {"query": expression, **({"time": at} if at else {})}
+        return self._get("query", fields)["result"]
+
+    def value(self, expression: str, at: float | None = None) -> float:
+        (found,) = self.query(expression, at)
+        return float(found["value"][1])
+
+    def firing(self) -> set[str]:
+        return {alert["labels"]["alertname"] for alert in self._get("alerts", {})["alerts"]}
+
+    def _get(self, what: str, fields: dict[str, Any]) -> Any:
+        url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(fields)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+
+@contextmanager
+def prometheus(folder: Path, runs: Path) -> Iterator[Prometheus]:
+    """Our configuration, but for the place of the jobs and the pace."""
+    config = yaml.safe_load((ROOT / "docker" / "prometheus" / "prometheus.yml").read_text())
+    config["global"] = {
+        f"{name}": f"{INTERVAL}s" for name in ("scrape_interval", "scrape_timeout", "evaluation_interval")
+    }
+    config["rule_files"] = [str(ROOT / "docker" / "prometheus" / name) for name in config["rule_files"]]
+    for scrape in config["scrape_configs"]:
+        for discovery in scrape["file_sd_configs"]:
+            discovery["files"] = [path.replace("/runs/", f"{runs}/") for path in discovery["files"]]
+            discovery["refresh_interval"] = f"{INTERVAL}s"
+    folder.mkdir()
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    command = [
+        program("prometheus"),
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, folder / "log", f"{url}/-/ready"):
+        yield Prometheus(url)
+
+
+def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    with prometheus(tmp_path / "prometheus", tmp_path / "run") as server:
+        flags = ("--metrics_port=0", "--epochs=1000", "--max_steps=3000")
+        with subprocess.Popen(
+            launcher(tmp_path, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as job:
+            assert job.stderr
+            steps = 0
+            for line in job.stderr:
+                steps += line.startswith("step ")
+                if line.startswith("step 2,000 of "):
+                    middle = time.time()
+                    up = server.query('up{job="din_dist"} == 1')
+                    alerts = server.firing()
+            assert job.stdout
+            summary = json.loads(job.stdout.read().splitlines()[-1])
+        assert job.returncode == 0
+        assert {sample["metric"]["rank"] for sample in up} == {"0", "1"}
+        assert {sample["metric"]["run"] for sample in up} == {str(tmp_path / "run")}
+        assert not alerts
+        # What the job says of itself: when it was where.
+        told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        when = {line["step"]: line["time"] for line in told if line["kind"] == "train"}
+        examples = {line["step"]: line["examples"] for line in told if line["kind"] == "train"}
+        first = next(step for step, at in when.items() if at > middle - 10)
+        seconds = middle - when[first]
+        trained = examples[2000] - examples[first]
+        rate = trained / seconds
+        at_most = rate * 2 * INTERVAL  # an interval at either end
+        increase = server.value(f"sum(increase(din_dist_examples_total[{seconds:.0f}s]))", at=middle)
+        assert abs(increase - trained) <= at_most
+        one_minute = server.value("run:din_dist_examples:rate1m", at=middle)
+        assert 0 < one_minute < 2 * rate
+        last = server.value("sum(last_over_time(din_dist_examples_total[5m]))")
+        total = sum(record["examples"] for record in summary["epoch_records"])
+        assert total - at_most <= last <= summary["metrics"]["din_dist_examples_total"] * 2 + 64
+        parts = server.query("run_part:din_dist_step_part_seconds:ratio_rate5m", at=middle)
+        assert abs(sum(float(part["value"][1]) for part in parts) - 1) < 1e-6
+        # It has ended well, so nobody misses its ranks.
+        until = time.monotonic() + 60
+        while server.query('up{job="din_dist"}'):
+            assert time.monotonic() < until
+            time.sleep(INTERVAL)
+        assert not server.firing()
