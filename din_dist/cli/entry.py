@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -104,7 +105,17 @@ def _is_chief() -> bool:
 
 def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
     _print(" ".join(text.split()), level, **fields)
+    _tell_launcher(code)
     sys.exit(code)
+
+
+def _tell_launcher(code: int) -> None:
+    """As launch/worker.sh does when the process has ended; but that takes seconds, in which a rank that only follows
+    this one may end first and have this one killed."""
+    folder = os.environ.get("DIN_DIST_RUN_DIR")
+    if folder and Path(folder).is_dir():
+        with (Path(folder) / "failures").open("a") as failures:
+            failures.write(f"{_rank()} {code}\n")
 
 
 def _quieten() -> None:

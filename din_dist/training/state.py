@@ -33,6 +33,11 @@ class TrainingState:
         self.examples_seen += examples
         self.epoch_loss += loss * examples
 
+    @property
+    def examples(self) -> int:
+        """Seen in all epochs."""
+        return self.examples_seen + sum(record["examples"] for record in self.epoch_records)
+
     def end_epoch(self) -> dict[str, Any]:
         """Files the epoch that is complete and starts the next one."""
         self.epoch += 1

@@ -85,7 +85,12 @@ class Telemetry:
         self._terminal.advance()
         self._since_log.add(report)
         if state.step % self._job.log_every_steps == 0:
-            found = {"epoch": state.epoch + 1, **self._since_log.close(), "world_size": self._runtime.world_size}
+            found = {
+                "epoch": state.epoch + 1,
+                "examples": state.examples,
+                **self._since_log.close(),
+                "world_size": self._runtime.world_size,
+            }
             self.record("train", state, found)
             rate = found["examples_per_second"]
             left = (self._num_steps - state.step) * self._job.global_batch_size / max(rate, 1e-9)

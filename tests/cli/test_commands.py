@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, nu
     with subprocess.Popen(command("train", tmp_path, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         for line in process.stderr:
-            if line.startswith("step 10:"):
+            if line.startswith("step 10 of "):
                 process.send_signal(number)
                 break
         rest = process.stderr.read()

@@ -36,7 +36,9 @@ class Prometheus:
         return float(found["value"][1])
 
     def firing(self) -> set[str]:
-        return {alert["labels"]["alertname"] for alert in self._get("alerts", {})["alerts"]}
+        return {
+            alert["labels"]["alertname"] for alert in self._get("alerts", {})["alerts"] if alert["state"] == "firing"
+        }
 
     def _get(self, what: str, fields: dict[str, Any]) -> Any:
         url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(fields)}"
