@@ -21,6 +21,11 @@ GRAFANA = Path(__file__).parents[2] / "docker" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "din_dist.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 DATASOURCES = yaml.safe_load((GRAFANA / "provisioning" / "datasources" / "prometheus.yml").read_text())["datasources"]
+RECORDED = {
+    rule["record"]
+    for group in yaml.safe_load((PROMETHEUS / "recording_rules.yml").read_text())["groups"]
+    for rule in group["rules"]
+}
 QUERIES = [
     *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
     *((f"annotation {found['name']}", found["expr"]) for found in DASHBOARD["annotations"]["list"]),
@@ -56,11 +61,9 @@ def test_every_query_parses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("title", "query"), QUERIES, ids=[title for title, _ in QUERIES])
 def test_every_query_reads_what_exists(title: str, query: str) -> None:
-    groups = yaml.safe_load((PROMETHEUS / "recording_rules.yml").read_text())["groups"]
-    recorded = {rule["record"] for group in groups for rule in group["rules"]}
     names = metric_names(filled(query))
     assert names, "reads nothing"
-    assert not names - recorded - exported_metrics() - FOREIGN_METRICS
+    assert not names - RECORDED - exported_metrics() - FOREIGN_METRICS
     assert asked_values(query, "phase") <= set(PHASES)
     assert asked_values(query, "part") <= set(PARTS)
 

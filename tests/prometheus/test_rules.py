@@ -21,6 +21,7 @@ def rules(name: str) -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+CASE_GROUPS = [group for path in CASES for group in yaml.safe_load(path.read_text())["tests"]]
 RECORDING, ALERTS = rules("recording_rules.yml"), rules("alert_rules.yml")
 
 
@@ -44,10 +45,9 @@ def test_rules_give_what_was_calculated_by_hand(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [alert["alert"] for alert in ALERTS])
 def test_every_alert_has_a_firing_and_a_quiet_case(name: str) -> None:
-    groups = [group for path in CASES for group in yaml.safe_load(path.read_text())["tests"]]
     expected = [
         [bool(case["exp_alerts"]) for case in group.get("alert_rule_test", []) if case["alertname"] == name]
-        for group in groups
+        for group in CASE_GROUPS
     ]
     assert any(True in of_group for of_group in expected), "no case in which it fires"
     assert any(of_group and not any(of_group) for of_group in expected), "no series on which it stays quiet throughout"
@@ -56,11 +56,7 @@ def test_every_alert_has_a_firing_and_a_quiet_case(name: str) -> None:
 @pytest.mark.parametrize("name", [rule["record"] for rule in RECORDING])
 def test_every_recording_rule_has_a_case(name: str) -> None:
     expressions = [
-        case["expr"]
-        for path in CASES
-        for group in yaml.safe_load(path.read_text())["tests"]
-        for case in group.get("promql_expr_test", [])
-        if case["exp_samples"]
+        case["expr"] for group in CASE_GROUPS for case in group.get("promql_expr_test", []) if case["exp_samples"]
     ]
     assert any(name in metric_names(expression) for expression in expressions)
 
