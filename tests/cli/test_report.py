@@ -144,6 +144,17 @@ def test_a_job_without_a_checkpoint(copy: Path) -> None:
     assert "Scored" not in text
 
 
+def test_the_best_weights_are_scored_not_the_newest(copy: Path) -> None:
+    """The newest checkpoint is made to say that the one before it was the best."""
+    older, newest = sorted((copy / "checkpoints").iterdir())[-2:]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state"]["best_step"] = step = int(older.name.removeprefix("step-"))
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    text = text_of(page_of(copy))
+    assert f"with the weights of update {step}" in text
+    assert f"{json.loads((copy / 'summary.json').read_text())['test_log_loss']:.4f}" not in text
+
+
 def test_without_data_or_settings_the_curves_remain(copy: Path) -> None:
     flags = (copy / "flags.txt").read_text()
     (copy / "flags.txt").write_text(re.sub("--data_dir=.*", f"--data_dir={copy / 'nowhere'}", flags))

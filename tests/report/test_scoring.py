@@ -45,6 +45,13 @@ def test_whole_users_evenly_spaced(most: int, users: list[int]) -> None:
     assert_array_equal(thin_out(EXAMPLES, most).users, users)
 
 
+def test_busy_users_among_the_chosen_make_it_fewer() -> None:
+    """Of 3, 1, 1 and 1 rows every second user has 8 examples, every third too, every fourth 6."""
+    busy = Examples(np.arange(4), np.array([3, 4, 5, 6]), np.zeros(4, np.int64), 2)
+    assert_array_equal(thin_out(busy, 8).users, [0, 2])
+    assert_array_equal(thin_out(busy, 6).users, [0])
+
+
 def test_a_split_without_examples_stays_so() -> None:
     nothing = np.zeros(0, np.int32)
     assert thin_out(Examples(nothing, nothing, nothing, 2), 10).num_examples == 0
