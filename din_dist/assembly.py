@@ -25,6 +25,7 @@ from din_dist.models.ranking_model import RankingModel
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.evaluator import Evaluator
 from din_dist.training.exporter import Exporter
+from din_dist.training.history import History
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.telemetry import Telemetry
@@ -86,6 +87,7 @@ def make_job(
     *,
     exporter: Exporter | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    leave_requested: Callable[[], bool] = lambda: False,
     num_threads: int = 2,
     attention: type[LocalActivationUnit] = LocalActivationUnit,
     exchange: type[GradientExchange] = GradientExchange,
@@ -117,18 +119,23 @@ def make_job(
     )
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     names = list(variables)
+    tables = [weight.path for weight in model.lookup.trainable_weights]
     row_counts = _row_counts(config, store, splits, model.lookup)
     optimizer = make_optimizer(
-        config.optimizer, list(variables.values()), names, tables=list(row_counts), compiled=config.job.xla
+        config.optimizer, list(variables.values()), names, tables=tables, compiled=config.job.xla
     )
+    averages = {weight.path: weight.value for weight in model.non_trainable_weights}
+    saved = {**variables, **averages, **optimizer.state}
+    by_rows = {id(variable) for variable in optimizer.row_wise}
+    history = History(optimizer.row_wise, [value for value in saved.values() if id(value) not in by_rows])
     step = train_step(
         model,
         optimizer,
         exchange(runtime, config.optimizer.wire_dtype),
         Regularization(config.optimizer, row_counts),
         config.optimizer,
+        history if runtime.elastic else None,
     )
-    averages = {weight.path: weight.value for weight in model.non_trainable_weights}
     evaluator = Evaluator(config, store, splits, runtime)
     exporter = exporter or Exporter(config.job, runtime)
     telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
@@ -158,14 +165,16 @@ def make_job(
         runtime,
         model,
         step,
-        MessageSizes(model, optimizer, tf.as_dtype(config.optimizer.wire_dtype.value).size, runtime.world_size),
-        {**variables, **averages, **optimizer.state},
+        MessageSizes(model, optimizer, tf.as_dtype(config.optimizer.wire_dtype.value).size, runtime.has_peers),
+        saved,
         make_batches,
         examples.num_examples,
         evaluator,
         CheckpointStore(config, store.facts.fingerprint, runtime),
         telemetry,
+        history,
         stop_requested,
+        leave_requested,
     )
     return Job(trainer, step, make_batches, evaluator, telemetry, model)
 

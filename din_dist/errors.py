@@ -17,5 +17,9 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT came: the step was finished and a checkpoint written."""
 
 
+class Left(Interrupted):
+    """This rank was asked to leave an elastic job, which goes on without it."""
+
+
 class FailedElsewhere(Exception):
     """Another rank reports what went wrong; this one leaves without a word of its own."""

@@ -16,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist.config import LogFormat
-from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_SIGINT, FailedElsewhere, InputError, Interrupted
+from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_SIGINT, FailedElsewhere, InputError, Interrupted, Left
 from din_dist.training.terminal import format_line
 
 
@@ -26,23 +26,28 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(app.run(lambda _: _exit_code(main), flags_parser=_parse_flags))
 
 
-class StopRequest:
-    """Whether SIGTERM or SIGINT has come; a second SIGINT ends the process at once, without its checkpoint."""
+class Requests:
+    """What signals ask of a training process.
+
+    SIGINT and SIGTERM ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT ends it
+    at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
+    """
 
     def __init__(self) -> None:
-        self._came = False
+        self.stop = self.leave = False
+        self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
-    def __call__(self) -> bool:
-        return self._came
-
     def _note(self, number: int, frame: object) -> None:
-        if self._came and number == signal.SIGINT:
+        if self.stop and number == signal.SIGINT:
             os._exit(EXIT_SIGINT)
-        if not self._came and _is_chief():
+        if self._elastic and number == signal.SIGTERM:
+            self.leave = True
+            return
+        if not self.stop and _is_chief():
             os.write(2, b"stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one\n")
-        self._came = True
+        self.stop = True
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -61,6 +66,8 @@ def _exit_code(main: Callable[[], None]) -> int:
         main()
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
+    except Left:
+        _leave(EXIT_RETRY, f"rank {_rank()} leaves on request; the other workers go on", level="stopped")
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY

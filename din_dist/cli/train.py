@@ -16,6 +16,8 @@ from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.training.terminal import duration
 
+_HANDOVER_SECONDS = 30.0  # in which a chief that was lost or is no longer chief lets go of the output directory
+
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
 
@@ -23,16 +25,17 @@ flags.adopt_module_key_flags(settings)  # for --help
 def main() -> None:
     started = time.perf_counter()
     config = settings.config_from_flags()
-    stop_requested = entry.StopRequest()
+    requests = entry.Requests()
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     import numpy as np
 
     from din_dist import assembly
     from din_dist.data.prepared import open_prepared
+    from din_dist.distributed.elastic import run_elastic
     from din_dist.distributed.runtime import claim_devices, open_runtime
     from din_dist.training.exporter import Exporter
-    from din_dist.training.output_dir import claim_output_dir, to_json, write_text_atomically
+    from din_dist.training.output_dir import OutputDirLock, to_json, write_text_atomically
     from din_dist.training.projector import write_projector
     from din_dist.training.trainer import peak_memory_bytes
     from din_dist.training.versions import build_info
@@ -40,18 +43,28 @@ def main() -> None:
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     folder = Path(config.job.output_dir)
+    lock = OutputDirLock(folder)
     with runtime.together():
-        lock = claim_output_dir(folder) if runtime.is_chief else None
+        lock.hold(runtime.is_chief, _HANDOVER_SECONDS if runtime.elastic else 0)
         exporter = Exporter(config.job, runtime)
     store = open_prepared(config.data)
     job = assembly.make_job(
-        config, runtime, store, exporter=exporter, stop_requested=stop_requested, num_threads=len(cores)
+        config,
+        runtime,
+        store,
+        exporter=exporter,
+        stop_requested=lambda: requests.stop,
+        leave_requested=lambda: requests.leave,
+        num_threads=len(cores),
     )
-    with job.telemetry.until_the_end(job.trainer):
+    seconds = {"start": time.perf_counter() - started}
+
+    def run() -> str | None:
+        """The summary, on the chief. Called again when workers came or went."""
+        lock.hold(runtime.is_chief, _HANDOVER_SECONDS)
         if runtime.is_chief:
             write_text_atomically(folder / "flags.txt", settings.to_flagfile())
             job.telemetry.show_flags(settings.to_flagfile())
-        seconds = {"start": time.perf_counter() - started}
         job.trainer.train()
         test = job.trainer.test()
         floors_started = time.perf_counter()
@@ -63,32 +76,37 @@ def main() -> None:
         seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
         seconds["total"] = time.perf_counter() - started
         peak_memory = int(runtime.gather(np.array([peak_memory_bytes()])).max())
-        if runtime.is_chief:
-            summary = {
-                **{f"test_{name}": value for name, value in test.items()},
-                "test_floors": floors,
-                f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
-                "best_step": job.trainer.state.best_step or job.trainer.state.step,
-                "examples_per_second": round(job.trainer.examples_per_second, 1),
-                "epochs": job.trainer.state.epoch,
-                "steps": job.trainer.state.step,
-                "epoch_records": job.trainer.state.epoch_records,
-                "world_size": runtime.world_size,
-                "global_batch_size": config.job.global_batch_size,
-                "num_parameters": job.model.count_params(),
-                "peak_memory_bytes": peak_memory,
-                "seconds": {name: round(value, 3) for name, value in seconds.items()},
-                "versions": build_info(),
-                "metrics": exporter.values(),
-            }
-            job.telemetry.say(_table(summary), summary=summary)
-            text = to_json(summary)
-            write_text_atomically(folder / "summary.json", text + "\n")
+        if not runtime.is_chief:
+            return None
+        summary = {
+            **{f"test_{name}": value for name, value in test.items()},
+            "test_floors": floors,
+            f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
+            "best_step": job.trainer.state.best_step or job.trainer.state.step,
+            "examples_per_second": round(job.trainer.examples_per_second, 1),
+            "epochs": job.trainer.state.epoch,
+            "steps": job.trainer.state.step,
+            "epoch_records": job.trainer.state.epoch_records,
+            "world_size": runtime.world_size,
+            "global_batch_size": config.job.global_batch_size,
+            "num_parameters": job.model.count_params(),
+            "peak_memory_bytes": peak_memory,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "versions": build_info(),
+            "metrics": exporter.values(),
+        }
+        job.telemetry.say(_table(summary), summary=summary)
+        text = to_json(summary)
+        write_text_atomically(folder / "summary.json", text + "\n")
+        return text
+
+    with job.telemetry.until_the_end(job.trainer):
+        summary = run_elastic(runtime, run, job.telemetry.say)
     runtime.barrier()
     runtime.shutdown()
-    if lock:
-        print(text, flush=True)
-        lock.close()
+    if summary:
+        print(summary, flush=True)
+        lock.release()
 
 
 def _table(summary: dict[str, Any]) -> str:

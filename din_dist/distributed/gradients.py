@@ -55,7 +55,7 @@ class GradientExchange:
         return [next(dense_results if here else sparse_results) for here in is_dense], tf.unstack(summed[-1])
 
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
-        if self._runtime.world_size == 1 or not gradients:
+        if not self._runtime.has_peers or not gradients:
             return list(gradients)
         lengths = [message_rows(tf.size(gradient.row_ids)) for gradient in gradients]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,16 @@ class Runtime:
     world_size = 1
     local_rank = 0
     local_size = 1
+    elastic = False  # whether the set of workers may change
 
     @property
     def is_chief(self) -> bool:
         return self.rank == 0
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there are other ranks, or may be some later."""
+        return self.elastic or self.world_size > 1
 
     def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
         """Sums each tensor over the ranks, in one message. Without a name, that of the tensor in its graph serves."""
@@ -50,11 +57,11 @@ class Runtime:
         """Joins an array's rows from all ranks, in the order of the ranks."""
         return np.asarray(values)
 
-    def broadcast_variables(self, variables: Sequence[tf.Variable]) -> None:
-        """Gives every rank the chief's values."""
+    def broadcast_variables(self, variables: Sequence[tf.Variable], root: int = 0) -> None:
+        """Gives every rank the values that rank `root` has."""
 
-    def broadcast_object(self, value: Any) -> Any:
-        """The chief's `value`, on every rank."""
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The `value` of rank `root`, on every rank."""
         return value
 
     def barrier(self) -> None:
@@ -67,6 +74,17 @@ class Runtime:
 
     def shutdown(self) -> None:
         """Leaves the job."""
+
+    def workers_changed(self) -> bool:
+        """Whether workers are to be taken in or let go, as far as this rank has heard."""
+        return False
+
+    def lost_a_peer(self, error: Exception) -> bool:
+        """Whether `error` says that a rank went away during a message."""
+        return False
+
+    def reset(self) -> None:
+        """Joins the job anew, with the ranks that there are now."""
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -97,6 +115,9 @@ class HorovodRuntime(Runtime):
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
         self._hvd = importlib.import_module("horovod.tensorflow")
+        self._join()
+
+    def _join(self) -> None:
         self._hvd.init()
         self.rank, self.world_size = self._hvd.rank(), self._hvd.size()
         self.local_rank, self.local_size = self._hvd.local_rank(), self._hvd.local_size()
@@ -115,12 +136,12 @@ class HorovodRuntime(Runtime):
     def gather(self, values: np.ndarray) -> np.ndarray:
         return self._hvd.allgather(tf.constant(values), name="host_gather").numpy()
 
-    def broadcast_variables(self, variables: Sequence[tf.Variable]) -> None:
+    def broadcast_variables(self, variables: Sequence[tf.Variable], root: int = 0) -> None:
         for place, variable in enumerate(variables):
-            variable.assign(self._hvd.broadcast(variable, root_rank=0, name=f"initial_{place}"))
+            variable.assign(self._hvd.broadcast(variable, root_rank=root, name=f"initial_{place}"))
 
-    def broadcast_object(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0, name="host_object")
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        return self._hvd.broadcast_object(value, root_rank=root, name="host_object")
 
     def barrier(self) -> None:
         self.sum(np.zeros(1, np.float32))
@@ -136,9 +157,48 @@ class HorovodRuntime(Runtime):
     def shutdown(self) -> None:
         self._hvd.shutdown()
 
+    def lost_a_peer(self, error: Exception) -> bool:
+        # Out of a graph it comes as an error of TensorFlow's with Horovod's name in it.
+        return type(error).__name__ == "HorovodInternalError" or (
+            isinstance(error, tf.errors.OpError) and "Horovod" in str(error)
+        )
+
+
+class ElasticRuntime(HorovodRuntime):
+    """The processes that `horovodrun` started with `--min-np`: they come and go."""
+
+    elastic = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Event()
+        notifications = importlib.import_module("horovod.common.elastic").notification_manager
+        notifications.init()
+        notifications.register_listener(self)
+
+    def on_hosts_updated(self, timestamp: float, result: object) -> None:
+        """Called by Horovod, on the chief only."""
+        self._changed.set()
+
+    def workers_changed(self) -> bool:
+        return self._changed.is_set()
+
+    def reset(self) -> None:
+        self._hvd.shutdown()
+        self._changed.clear()
+        self._join()
+        os.environ["HOROVOD_RANK"] = str(self.rank)  # which Horovod sets at the start only
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        # A worker that is taken in finds the others at work already: it may be refused alone.
+        yield
+
 
 def open_runtime() -> Runtime:
     """Joins the job that `horovodrun` started this process for, or stands alone."""
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        return ElasticRuntime()
     return HorovodRuntime() if int(os.environ.get("HOROVOD_SIZE", "1")) > 1 else Runtime()
 
 

@@ -86,7 +86,7 @@ class StepBenchmark:
             batch = next(self._batches)
             fetched, clock = time.perf_counter(), time.time()
             self._count += 1
-            result = self._step(batch, LEARNING_RATE, self._count, self._global_batch_size, False)
+            result = self._step(batch, LEARNING_RATE, self._count, self._global_batch_size)
             float(result.loss)  # training reads it too
             known = time.perf_counter()
             if self._report:

@@ -23,21 +23,40 @@ class Optimizer(abc.ABC):
     `state` holds, by name, everything that a checkpoint must keep.
 
     Args:
+        tables: the names of the variables that are tables: those are given row gradients.
         compiled: runs the update of the dense variables as one kernel, through XLA.
     """
 
     state_kinds: tuple[str, ...] = ()
 
-    def __init__(self, variables: Sequence[tf.Variable], names: Sequence[str], compiled: bool = False) -> None:
+    def __init__(
+        self,
+        variables: Sequence[tf.Variable],
+        names: Sequence[str],
+        tables: Sequence[str] = (),
+        compiled: bool = False,
+    ) -> None:
         self.variables = list(variables)
         self.names = list(names)
+        self.tables = set(tables)
         self.compiled = compiled
         self.state: dict[str, tf.Variable] = {}
 
-    def apply(self, gradients: Sequence[Gradient], learning_rate: tf.Tensor, step: tf.Tensor) -> None:
-        """One update; `step` counts from 1."""
+    @property
+    def row_wise(self) -> list[tf.Variable]:
+        """Tables and what is held for them, in the order of `apply`'s result."""
+        return [
+            changing
+            for name, variable in zip(self.names, self.variables, strict=True)
+            if name in self.tables
+            for changing in (variable, *(self.state[f"{name}/{kind}"] for kind in self.state_kinds))
+        ]
+
+    def apply(self, gradients: Sequence[Gradient], learning_rate: tf.Tensor, step: tf.Tensor) -> list[RowGradients]:
+        """One update; `step` counts from 1. Returns, for each of `row_wise`, the rows as they were before."""
         rate = self._rate(learning_rate, step)
         dense = []
+        replaced = []
         for name, variable, gradient in zip(self.names, self.variables, gradients, strict=True):
             held = [self.state[f"{name}/{kind}"] for kind in self.state_kinds]
             if isinstance(gradient, RowGradients):
@@ -46,6 +65,7 @@ class Optimizer(abc.ABC):
                 for table, rows in zip((variable, *held), after, strict=True):
                     # Not `scatter_sub`, which takes four times as long as writing what was just read.
                     table.scatter_update(tf.IndexedSlices(rows, gradient.row_ids))
+                replaced += [RowGradients(gradient.row_ids, rows) for rows in before]
             else:
                 dense.append((gradient, variable, *held))
         if dense:
@@ -54,6 +74,7 @@ class Optimizer(abc.ABC):
             for variables, values in zip(changing, updated, strict=True):
                 for variable, value in zip(variables, values, strict=True):
                     variable.assign(value)
+        return replaced
 
     @staticmethod
     @abc.abstractmethod
@@ -83,7 +104,6 @@ class Adagrad(Optimizer):
 
     Args:
         row_wise: tables keep one accumulator a row, of the mean of g^2: 1/D of the memory.
-        tables: the names of the variables that are tables.
     """
 
     INITIAL, EPSILON = 0.1, 1e-7  # as Keras
@@ -96,7 +116,7 @@ class Adagrad(Optimizer):
         row_wise: bool = False,
         compiled: bool = False,
     ) -> None:
-        super().__init__(variables, names, compiled)
+        super().__init__(variables, names, tables, compiled)
         self._add_state("accumulator", self.INITIAL, [row_wise and name in tables for name in names])
 
     @staticmethod
@@ -115,8 +135,14 @@ class LazyAdam(Optimizer):
 
     BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # as Keras
 
-    def __init__(self, variables: Sequence[tf.Variable], names: Sequence[str], compiled: bool = False) -> None:
-        super().__init__(variables, names, compiled)
+    def __init__(
+        self,
+        variables: Sequence[tf.Variable],
+        names: Sequence[str],
+        tables: Sequence[str] = (),
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(variables, names, tables, compiled)
         self._add_state("first_moment", 0.0)
         self._add_state("second_moment", 0.0)
 
@@ -141,11 +167,11 @@ def make_optimizer(
 ) -> Optimizer:
     match config.optimizer:
         case OptimizerKind.SGD:
-            return Sgd(variables, names, compiled)
+            return Sgd(variables, names, tables, compiled)
         case OptimizerKind.ADAGRAD:
             return Adagrad(variables, names, tables, config.adagrad_row_wise, compiled)
         case OptimizerKind.LAZY_ADAM:
-            return LazyAdam(variables, names, compiled)
+            return LazyAdam(variables, names, tables, compiled)
     raise ValueError(f"Unknown optimizer {config.optimizer!r}")
 
 

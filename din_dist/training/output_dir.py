@@ -6,10 +6,44 @@ import fcntl
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from din_dist.errors import InputError
+
+
+class OutputDirLock:
+    """Keeps other jobs out of a folder for as long as this process is chief."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock: TextIO | None = None
+
+    def hold(self, is_chief: bool, patience_seconds: float = 0.0) -> None:
+        """Claims the folder, or lets it go to another chief.
+
+        Args:
+            patience_seconds: how long another process, that was chief before, may take to let it go.
+
+        Raises:
+            InputError: as `claim_output_dir`.
+        """
+        if not is_chief:
+            self.release()
+        until = time.monotonic() + patience_seconds
+        while is_chief and self._lock is None:
+            try:
+                self._lock = claim_output_dir(self._folder)
+            except InputError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.1)
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.close()
+        self._lock = None
 
 
 def claim_output_dir(folder: Path) -> TextIO:

@@ -6,8 +6,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 
 @dataclasses.dataclass
 class TrainingState:
@@ -27,8 +25,9 @@ class TrainingState:
     validations_without_gain: int = 0
     epoch_records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def advance(self, examples: int, loss: float) -> None:
-        """Counts one update on `examples` with mean loss `loss`."""
+    def advance(self, examples: int, loss: float, checksum: int = 0) -> None:
+        """Counts one update on `examples` with mean loss `loss`; `checksum`: the sum of the examples' hashes."""
+        self.example_checksum = (self.example_checksum + checksum) % 2**64
         self.step += 1
         self.examples_seen += examples
         self.epoch_loss += loss * examples
@@ -59,6 +58,9 @@ class TrainingState:
         self.validations_without_gain += 1
         return False
 
+    def copy(self) -> TrainingState:
+        return dataclasses.replace(self, epoch_records=list(self.epoch_records))
+
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         fields["best_validation"] = self.best_validation if math.isfinite(self.best_validation) else None
@@ -68,8 +70,3 @@ class TrainingState:
     def from_json(cls, fields: dict[str, Any]) -> TrainingState:
         best = fields["best_validation"]
         return cls(**{**fields, "best_validation": -math.inf if best is None else best})
-
-
-def add_checksums(*checksums: int) -> int:
-    """Their sum modulo 2**64."""
-    return int(np.sum(np.array(checksums, np.uint64), dtype=np.uint64))

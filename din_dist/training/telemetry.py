@@ -14,7 +14,7 @@ import numpy as np
 
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import Interrupted
+from din_dist.errors import Interrupted, Left
 from din_dist.training.exporter import Exporter
 from din_dist.training.output_dir import to_json, write_text_atomically
 from din_dist.training.state import TrainingState
@@ -40,31 +40,59 @@ class Telemetry:
         self._job, self._runtime, self.exporter, self._num_steps = job, runtime, exporter, num_steps
         self._folder = Path(job.output_dir)
         self._since_log = _Interval()
-        self._terminal = Terminal(job.log_format, num_steps, silent=not runtime.is_chief)
-        self.say = self._terminal.say
-        restarts = 0
-        if runtime.is_chief:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / "metrics.jsonl"
-            restarts = _num_starts(path)
-            self._lines = path.open("a")
-            self._tensorboard = TensorBoard(self._folder / "tensorboard")
-        self._restarts = int(runtime.broadcast_object(restarts))
-        exporter.restarts.inc(self._restarts)
         exporter.steps_planned.set(num_steps)
-        self._write_targets()
+        self._restarts: int | None = None
+        self._open()
+
+    def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
+        """One line for people, from the chief."""
+        self._terminal.say(text, level=level, **fields)
+
+    def _open(self) -> None:
+        """What only the chief has, which may be another rank than before."""
+        self._terminal = Terminal(self._job.log_format, self._num_steps, silent=not self._runtime.is_chief)
+        self._reports = self._runtime.is_chief
+        if self._reports:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lines = (self._folder / "metrics.jsonl").open("a")
+            self._tensorboard = TensorBoard(self._folder / "tensorboard")
+
+    def _close(self) -> None:
+        self._terminal.close()
+        if self._reports:
+            self._lines.close()
+            self._tensorboard.close()
 
     def started(self, state: TrainingState) -> None:
-        """Training is about to begin, or to go on, from `state`."""
+        """Training is about to begin, or to go on, from `state`, with the ranks that there are now."""
+        runtime = self._runtime
+        first = self._restarts is None
+        if self._reports != runtime.is_chief:
+            self._close()
+            self._open()
+        restarts = runtime.broadcast_object(_num_starts(self._folder) if runtime.is_chief and first else self._restarts)
+        if first:
+            self.exporter.restarts.inc(restarts)
+        else:
+            self.exporter.elastic_resets.inc()
+        self.exporter.world_size.set(runtime.world_size)
+        self.exporter.rank.set(runtime.rank)
         self.exporter.enter_phase("training")
         self.exporter.show_position(state)
+        self._since_log.pause()
         self._terminal.go_to(state.step)
-        world_size = self._runtime.world_size
-        self.record("start", state, {"world_size": world_size, "restarts": self._restarts})
+        if first:
+            self.record("start", state, {"world_size": runtime.world_size, "restarts": restarts})
+        else:
+            workers = f"{runtime.world_size} worker(s) from step {state.step} on"
+            self.record("elastic", state, {"world_size": runtime.world_size, "event": workers})
+            self.say(workers, world_size=runtime.world_size, step=state.step)
+        self._restarts = restarts
+        self._write_targets()
 
     def show_flags(self, flagfile: str) -> None:
         """Keeps the settings in force with the curves that they gave."""
-        if self._runtime.is_chief:
+        if self._reports:
             self._tensorboard.text("flags", 0, flagfile)
 
     @contextlib.contextmanager
@@ -80,7 +108,7 @@ class Telemetry:
     def after_step(self, state: TrainingState, report: StepReport, histograms: Histograms) -> None:
         """Counts an update; `histograms` is called when some are due."""
         self.exporter.after_step(state, report)
-        if not self._runtime.is_chief:
+        if not self._reports:
             return
         self._terminal.advance()
         self._since_log.add(report)
@@ -132,7 +160,7 @@ class Telemetry:
 
     def record(self, kind: str, state: TrainingState, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, and points in TensorBoard."""
-        if not self._runtime.is_chief:
+        if not self._reports:
             return
         line = {"kind": kind, "time": time.time(), "step": state.step, **values}
         self._lines.write(to_json(line) + "\n")
@@ -146,28 +174,29 @@ class Telemetry:
         try:
             yield
             outcome = "done"
+        except Left:
+            outcome = "left"
+            raise
         except Interrupted:
             outcome = "stopped"
             raise
         finally:
-            self._end(trainer, outcome)
+            if outcome != "left":
+                self._end(trainer, outcome)
             self.close()
 
     def _end(self, trainer: Reported, outcome: str) -> None:
         self.exporter.enter_phase(outcome)
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
-        if self._runtime.is_chief and self._job.metrics_port >= 0 and outcome != "failed":
+        if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
             # Whoever watches shall miss those that broke down, not those that ended.
             write_text_atomically(self._folder / "targets.json", "[]")
         if self._job.pushgateway and (problem := self.exporter.push()):
             self.say(problem, level="warning")
 
     def close(self) -> None:
-        self._terminal.close()
+        self._close()
         self.exporter.close()
-        if self._runtime.is_chief:
-            self._lines.close()
-            self._tensorboard.close()
 
     def _profile_if_asked(self, step: int) -> None:
         if self._tensorboard.stop_profile_if_due(step):
@@ -201,13 +230,10 @@ class Telemetry:
             )
 
 
-def _num_starts(path: Path) -> int:
+def _num_starts(folder: Path) -> int:
     """How often a job has begun or gone on in this folder."""
-    try:
-        with path.open() as lines:
-            return sum(line.startswith('{"kind": "start"') for line in lines)
-    except FileNotFoundError:
-        return 0
+    with (folder / "metrics.jsonl").open() as lines:
+        return sum(line.startswith('{"kind": "start"') for line in lines)
 
 
 class _Interval:

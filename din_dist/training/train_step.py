@@ -13,6 +13,7 @@ from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients, message_rows
 from din_dist.models.ranking_model import RankingModel
+from din_dist.training.history import History
 from din_dist.training.optimizers import Optimizer
 from din_dist.training.regularization import Regularization, clip, global_norm
 
@@ -31,14 +32,27 @@ class Observed(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Of one update; the first three are equal on all ranks."""
+    """Of one update; all until `checksum` are equal on all ranks."""
 
     loss: tf.Tensor  # mean over the global batch
     gradient_norm: tf.Tensor
-    stop_requests: tf.Tensor  # ranks that were asked to stop
+    requests: tf.Tensor  # float32 [3], how many ranks have each request of `Requests`
+    checksum: tf.Tensor  # float32 [8], the sums of the bytes of the ranks' checksums (see `checksum_of`)
     num_examples: tf.Tensor  # of this rank
-    checksum: tf.Tensor  # uint64, of this rank's examples
     observed: Observed
+    values: list[tf.Tensor]  # of the history's `others`, after the update
+    replaced: list[RowGradients]  # rows of its `tables`, before it
+
+
+class Requests(NamedTuple):
+    """What one rank wants of all, heard by them with the same update."""
+
+    stop: bool = False  # the whole job
+    leave: bool = False  # this rank alone
+    change: bool = False  # workers are to be taken in or let go
+
+
+NO_REQUESTS = Requests()
 
 
 class TrainStep:
@@ -51,31 +65,46 @@ class TrainStep:
         exchange: GradientExchange,
         regularization: Regularization,
         config: OptimizerConfig,
+        history: History | None = None,
     ) -> None:
+        """`history`: what must be undone of an update at need; None: nothing."""
+        self._history = history
         self._model, self._optimizer, self._exchange = model, optimizer, exchange
         self._regularization, self._clip_norm = regularization, config.clip_norm
-        scalars = [tf.TensorSpec([], dtype) for dtype in (tf.float32, tf.int64, tf.float32, tf.float32)]
-        self._run = tf.function(self._step, input_signature=[BATCH_SIGNATURE, *scalars], autograph=False)
+        scalars = [tf.TensorSpec([], dtype) for dtype in (tf.float32, tf.int64, tf.float32)]
+        signature = [BATCH_SIGNATURE, *scalars, tf.TensorSpec([len(Requests._fields)], tf.float32)]
+        self._run = tf.function(self._step, input_signature=signature, autograph=False)
 
-    def __call__(self, batch: Batch, rate: float, step: int, global_examples: int, stop: bool) -> StepResult:
+    def __call__(
+        self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
+    ) -> StepResult:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
         return self._run(
             batch,
             tf.constant(rate, tf.float32),
             tf.constant(step, tf.int64),
             tf.constant(global_examples, tf.float32),
-            tf.constant(stop, tf.float32),
+            tf.constant(requests, tf.float32),
         )
 
     def _step(
-        self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, stop: tf.Tensor
+        self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, requests: tf.Tensor
     ) -> StepResult:
         own, loss = self.local_gradients(batch, global_examples)
-        gradients, (loss, stops) = self.exchange(own, [loss, stop], global_examples)
-        norm = self.update(gradients, loss, rate, step)
-        checksum = tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS]))
-        observed = self.observe(batch, own, gradients)
-        return StepResult(loss, norm, stops, tf.size(batch[schema.LABELS]), checksum, observed)
+        checksum = _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))
+        extra = [loss, *tf.unstack(requests), *tf.unstack(checksum)]
+        gradients, (loss, *extra) = self.exchange(own, extra, global_examples)
+        norm, replaced = self.update(gradients, loss, rate, step)
+        return StepResult(
+            loss,
+            norm,
+            requests=tf.stack(extra[: len(Requests._fields)]),
+            checksum=tf.stack(extra[len(Requests._fields) :]),
+            num_examples=tf.size(batch[schema.LABELS]),
+            observed=self.observe(batch, own, gradients),
+            values=[variable.read_value() for variable in self._history.others] if self._history else [],
+            replaced=replaced if self._history else [],
+        )
 
     def observe(
         self, batch: Batch, own: Sequence[tf.Tensor | tf.IndexedSlices], merged: Sequence[Gradient]
@@ -112,20 +141,26 @@ class TrainStep:
         """The gradient of the global batch, on every rank."""
         return self._exchange(gradients, extra, scale=global_examples)
 
-    def update(self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm."""
+    def update(
+        self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, list[RowGradients]]:
+        """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm and replaced rows."""
         gradients = self._regularization(gradients, self._optimizer.variables, self._optimizer.names)
         norm = global_norm(gradients)
         if self._clip_norm:
             gradients = clip(gradients, norm, self._clip_norm)
 
-        def apply() -> tf.Tensor:
-            self._optimizer.apply(gradients, rate, step)
-            return tf.constant(True)
+        def apply() -> list[RowGradients]:
+            return self._optimizer.apply(gradients, rate, step)
 
-        # Loss and norm are those of the global batch: every rank takes the same branch.
-        tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, lambda: tf.constant(False))
-        return norm
+        def refuse() -> list[RowGradients]:
+            by_rows = any(isinstance(gradient, RowGradients) for gradient in gradients)
+            shapes = [[0, *variable.shape[1:]] for variable in self._optimizer.row_wise if by_rows]
+            return [RowGradients(tf.zeros([0], tf.int32), tf.zeros(shape)) for shape in shapes]
+
+        # Loss and norm are those of the global batch: every rank takes the same branch. Nor does any of them begin
+        # before all of the exchange is done, so that an update whose exchange fails has changed no weights.
+        return norm, tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, refuse)
 
 
 class UnobservedTrainStep(TrainStep):
@@ -137,12 +172,23 @@ class UnobservedTrainStep(TrainStep):
         return Observed(*(tf.constant(0) for _ in Observed._fields))
 
 
+def checksum_of(sums: Sequence[float]) -> int:
+    """The sum modulo 2**64 of what the ranks gave as bytes; `sums` of each byte, the lowest first."""
+    return sum(int(value) << (8 * place) for place, value in enumerate(sums)) % 2**64
+
+
+def _as_bytes(checksum: tf.Tensor) -> tf.Tensor:
+    """A uint64 as 8 float32, which add up exactly over as many as 65,000 ranks in the message of dense gradients."""
+    places = tf.constant([*range(0, 64, 8)], tf.uint64)
+    return tf.cast(tf.bitwise.right_shift(checksum, places) & tf.constant(255, tf.uint64), tf.float32)
+
+
 class MessageSizes:
     """What a rank hands to the exchange in an update, in bytes by kind of message."""
 
-    def __init__(self, model: RankingModel, optimizer: Optimizer, wire_bytes: int, world_size: int) -> None:
+    def __init__(self, model: RankingModel, optimizer: Optimizer, wire_bytes: int, has_peers: bool) -> None:
         """`wire_bytes`: of one value of a row gradient."""
-        self._alone = world_size == 1
+        self._alone = not has_peers
         tables = {weight.path for weight in model.lookup.trainable_weights}
         named = dict(zip(optimizer.names, optimizer.variables, strict=True))
         self.table_names = [name.rpartition("/")[2] for name in named if name in tables]

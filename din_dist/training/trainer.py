@@ -16,16 +16,18 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.config import Config
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
+from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import FailedElsewhere, Interrupted
+from din_dist.errors import FailedElsewhere, Interrupted, Left
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.evaluator import Evaluator
+from din_dist.training.history import History, agree
 from din_dist.training.schedules import learning_rate
-from din_dist.training.state import TrainingState, add_checksums
+from din_dist.training.state import TrainingState
 from din_dist.training.step_report import PARTS, StepReport
 from din_dist.training.telemetry import Telemetry
-from din_dist.training.train_step import Batch, MessageSizes, StepResult, TrainStep
+from din_dist.training.train_step import Batch, MessageSizes, Requests, StepResult, TrainStep, checksum_of
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
@@ -47,18 +49,23 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointStore,
         telemetry: Telemetry,
+        history: History,
         stop_requested: Callable[[], bool],
+        leave_requested: Callable[[], bool],
     ) -> None:
-        """`variables`: by name, all that a checkpoint keeps. `stop_requested`: of this process, asked at every step."""
+        """`variables`: by name, all that a checkpoint keeps.
+
+        `stop_requested`, `leave_requested`: of this process, asked at every step; the first is meant for the whole job.
+        """
         self._config, self._runtime, self._step, self._variables = config, runtime, step, variables
         self._model, self._message_sizes = model, message_sizes
         self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
-        self._stop_requested = stop_requested
+        self._history = history
+        self._stop_requested, self._leave_requested = stop_requested, leave_requested
         self._logits_of = tf.function(
             lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
         )
-        self._local_checksum = 0  # of this rank's examples since the ranks last added up
         self._saved_step = 0
         self.state = TrainingState()
         self.validation_metric = "gauc"  # what the best model is chosen by
@@ -70,14 +77,35 @@ class Trainer:
         self.seconds = {"training": 0.0, "validation": 0.0, "checkpoint": 0.0, "test": 0.0}
         self._timed_examples, self._timed_seconds = 0, 0.0
 
+    def _join(self) -> None:
+        """Takes up training where the job stands: in the memory of its ranks, else in its last checkpoint."""
+        positions = self._positions()
+        holders = [rank for rank, position in enumerate(positions) if position]
+        finished = True
+        if holders:
+            step, finished = agree([position for position in positions if position])
+            if positions[self._runtime.rank]:
+                self.state = self._history.go_back(step, finished=finished)
+            if len(holders) < len(positions):
+                self._take_over_from(holders[0])
+        else:
+            self._restore_latest()
+        if self._runtime.elastic:
+            self._history.begin(self.state, finished=finished)
+        self._telemetry.started(self.state)
+        if not finished:
+            self._after_update()
+
     def train(self) -> None:
-        """Every update that is left.
+        """Every update that is left, from where the job stands.
 
         Raises:
-            Interrupted: after a checkpoint, when any rank was asked to stop.
+            Interrupted: after a checkpoint, when any rank was asked to stop, or all to leave.
+            Left: this rank was asked to leave, and the others go on.
+            WorkersChanged: ranks come or go.
             FloatingPointError: a loss or gradient that is not finite; the weights are those before that update.
         """
-        self._restore_latest()
+        self._join()
         try:
             self._train_to_the_end()
         except Exception as error:
@@ -91,12 +119,8 @@ class Trainer:
             rate = learning_rate(self._config.optimizer, self.state.step + 1, self._steps_of_schedule)
             result = self._train_on(batch, rate, global_examples)
             self._count(batch, result, rate, global_examples, waited, started)
-            if self.state.examples_seen == self._examples_per_epoch:
-                self._end_epoch()
-            else:
-                self._do_what_is_due()
-            if float(result.stop_requests):
-                self._stop()
+            self._after_update()
+            self._answer(Requests(*result.requests.numpy().tolist()))
             if self._should_stop_early():
                 self._telemetry.say(
                     f"stopping: {self.state.validations_without_gain} validations without a better "
@@ -109,6 +133,7 @@ class Trainer:
     def test(self) -> dict[str, Any]:
         """Metrics of the test split with the best weights by validation, or the last ones where there is none."""
         state = self.state
+        self._history.clear()
         with self._phase("test"):
             if state.best_step not in (0, state.step):
                 self._checkpoints.restore(self._variables, state.best_step)
@@ -123,7 +148,6 @@ class Trainer:
         """Publishes a checkpoint; all ranks are at the same step."""
         with self._phase("checkpoint"):
             started = time.perf_counter()
-            self._merge_checksums()
             num_bytes = self._checkpoints.save(self._variables, self.state)
             self._saved_step = self.state.step
             self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
@@ -131,12 +155,11 @@ class Trainer:
     def _restore_latest(self) -> None:
         state = self._checkpoints.restore(self._variables)
         if state is None:
+            self.state, self._saved_step = TrainingState(), 0
             self._runtime.broadcast_variables(list(self._variables.values()))
-            self._telemetry.started(self.state)
             return
         self.state = state
         self._saved_step = state.step
-        self._telemetry.started(state)
         if state.step >= self.num_steps:
             self._telemetry.say(f"trained to the end already, step {state.step}")
             return
@@ -163,7 +186,8 @@ class Trainer:
 
     def _train_on(self, batch: Batch, rate: float, global_examples: int) -> StepResult:
         step = self.state.step + 1
-        result = self._step(batch, rate, step, global_examples, self._stop_requested())
+        requests = Requests(self._stop_requested(), self._leave_requested(), self._runtime.workers_changed())
+        result = self._step(batch, rate, step, global_examples, requests)
         loss, norm = float(result.loss), float(result.gradient_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._telemetry.refused_step(loss, norm)
@@ -184,8 +208,9 @@ class Trainer:
             self._timed_examples += global_examples
             self._timed_seconds += report.total_seconds
         self.seconds["training"] += report.total_seconds
-        self.state.advance(global_examples, report.loss)
-        self._local_checksum = add_checksums(self._local_checksum, int(result.checksum))
+        self.state.advance(global_examples, report.loss, checksum_of(result.checksum.numpy().tolist()))
+        if self._runtime.elastic:
+            self._history.add(self.state, result.values, result.replaced)
         self._telemetry.after_step(self.state, report, lambda: self._histograms(batch))
 
     def report(
@@ -224,11 +249,27 @@ class Trainer:
         return found
 
     def _end_epoch(self) -> None:
-        self._merge_checksums()
         record = self.state.end_epoch()
         self._telemetry.after_epoch(self.state, record)
         self._validate()
         self.save()
+
+    def _after_update(self) -> None:
+        if self.state.examples_seen == self._examples_per_epoch:
+            self._end_epoch()
+        else:
+            self._do_what_is_due()
+        if self._runtime.elastic:
+            self._history.finish(self.state)
+
+    def _answer(self, requests: Requests) -> None:
+        """`requests`: how many ranks have each; the same on all."""
+        if requests.stop or requests.leave == self._runtime.world_size:
+            self._stop()
+        if requests.leave and self._leave_requested():
+            raise Left("on request; the other workers go on.")
+        if requests.leave or requests.change:
+            raise WorkersChanged
 
     def _do_what_is_due(self) -> None:
         """Within an epoch, as often as the flags say; due by the step alone, so on every rank."""
@@ -272,10 +313,20 @@ class Trainer:
             f"on request, after the checkpoint of step {self.state.step}. The same command goes on from there."
         )
 
-    def _merge_checksums(self) -> None:
-        parts = self._runtime.gather(np.array([self._local_checksum], np.uint64).view(np.int64)).view(np.uint64)
-        self.state.example_checksum = add_checksums(self.state.example_checksum, *map(int, parts))
-        self._local_checksum = 0
+    def _positions(self) -> list[tuple[int, bool] | None]:
+        """Of each rank, where its memory stands."""
+        if not self._runtime.elastic:
+            return [None] * self._runtime.world_size
+        step, finished = self._history.newest() or (-1, False)
+        rows = self._runtime.gather(np.array([[step, finished]], np.int64)).tolist()
+        return [(step, bool(finished)) if step >= 0 else None for step, finished in rows]
+
+    def _take_over_from(self, rank: int) -> None:
+        """Gives every rank what `rank` has."""
+        self._runtime.broadcast_variables(list(self._variables.values()), root=rank)
+        known = (self.state.to_json(), self._saved_step, self.validation_metric)
+        fields, self._saved_step, self.validation_metric = self._runtime.broadcast_object(known, root=rank)
+        self.state = TrainingState.from_json(fields)
 
 
 def num_updates(config: Config, examples_per_epoch: int) -> int:

@@ -64,7 +64,7 @@ def _train(config: Config) -> None:
     with watch.running():
         for place, batch in enumerate(ours.make_batches(0, 2**40)):
             num_examples = len(batch[schema.LABELS])
-            result = ours.step(batch, config.optimizer.learning_rate, place + 1, num_examples, False)
+            result = ours.step(batch, config.optimizer.learning_rate, place + 1, num_examples)
             float(result.loss)  # training reads it too
             watch.after_step(num_examples)
 
