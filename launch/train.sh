@@ -2,10 +2,16 @@
 # Sets up, prepares the data and trains: one command on a fresh machine.
 #
 #   launch/train.sh [--num_workers N] [trainer flags]
+#   launch/train.sh --elastic --hosts_file FILE [--num_workers N] [--min_workers N] [--max_workers N] [trainer flags]
 #
 # N workers (default: one a GPU, else 2) run under horovodrun; a single one runs without. With no trainer flags it trains with
 # launch/flags/quick.flags. The last line on stdout is the summary as JSON, everything else goes to stderr. SIGTERM and SIGINT
 # let the workers finish their step and write a checkpoint.
+#
+# --elastic goes on when workers are lost or added: FILE has a line HOST:SLOTS for each host and may change at any time. It
+# starts with N workers (default: 2), goes on with as few as --min_workers (1) and grows to --max_workers (no limit). A host
+# whose worker failed is left out for 10 seconds, longer each time. Prepared data and --output_dir must be the same on all.
+#
 # Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), else what the first failed worker gave.
 # Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
 set -euo pipefail
@@ -16,6 +22,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 num_gpus=$(count_gpus)
 num_workers=$((num_gpus > 0 ? num_gpus : 2))
 trainer_flags=()
+elastic=
+hosts_file=
+min_workers=1
+max_workers=
 while (($#)); do
   case $1 in
     --help | -help | -h)
@@ -29,12 +39,34 @@ while (($#)); do
       num_workers=${2-}
       shift $(($# > 1))
       ;;
+    --elastic) elastic=1 ;;
+    --hosts_file=*) hosts_file=${1#*=} ;;
+    --min_workers=*) min_workers=${1#*=} ;;
+    --max_workers=*) max_workers=${1#*=} ;;
+    --hosts_file | --min_workers | --max_workers)
+      declare "${1#--}=${2-}"
+      shift $(($# > 1))
+      ;;
     *) trainer_flags+=("$1") ;;
   esac
   shift
 done
 [[ $num_workers =~ ^[1-9][0-9]{0,3}$ ]] ||
   die "--num_workers must be a whole number from 1. Received: '$num_workers'. Give the number of processes to train with."
+if [[ $elastic ]]; then
+  for setting in min_workers max_workers; do
+    [[ ${!setting} =~ ^([1-9][0-9]{0,3}|)$ ]] ||
+      die "--$setting must be a whole number from 1. Received: '${!setting}'. Give a number of workers."
+  done
+  ((min_workers <= num_workers && num_workers <= ${max_workers:-9999})) ||
+    die "--num_workers must be from --min_workers to --max_workers. Received: $num_workers, with $min_workers and ${max_workers:-no limit}. Correct one of them."
+  [[ ! $hosts_file || -r $hosts_file ]] ||
+    die "--hosts_file must be a file with a line HOST:SLOTS for each host. Received: '$hosts_file', which cannot be read. Correct the path."
+  [[ $hosts_file || -x /etc/mpi/discover_hosts.sh ]] ||
+    die "--elastic needs --hosts_file outside Kubernetes. Received: none. Give a file with a line HOST:SLOTS for each host."
+elif [[ $hosts_file || $max_workers || $min_workers != 1 ]]; then
+  die "--hosts_file, --min_workers and --max_workers belong to --elastic. Received: no --elastic. Add it, or drop them."
+fi
 ((${#trainer_flags[@]})) || trainer_flags=("--flagfile=$root/launch/flags/quick.flags")
 
 run_dir=$(mktemp -d)
@@ -51,6 +83,7 @@ child=
 # shellcheck disable=SC2329 # the traps call it
 stop() {
   local signal=TERM
+  [[ ! $elastic ]] || signal=INT # TERM would ask each worker to leave, and the others to go on
   [[ ! $stopped || $1 != INT ]] || signal=INT # a second Ctrl-C: the trainer then ends without its checkpoint
   stopped=1
   interrupted=1
@@ -88,25 +121,37 @@ run "$venv/bin/python" -m din_dist.cli.prepare_data "${trainer_flags[@]}" >&2 ||
 
 stage=train
 code=0
-if ((num_workers == 1)); then
+if [[ $elastic ]]; then
+  horovodrun=(-np "$num_workers" --min-np "$min_workers" --host-discovery-script "$root/launch/discover_hosts.sh")
+  horovodrun+=(--elastic-timeout 600 --blacklist-cooldown-range 10 300)
+  [[ ! $max_workers ]] || horovodrun+=(--max-np "$max_workers")
+  [[ ! $hosts_file ]] || DIN_DIST_HOSTS_FILE=$(realpath "$hosts_file")
+  export DIN_DIST_HOSTS_FILE
+else
+  horovodrun=(-np "$num_workers")
+fi
+if ((num_workers == 1)) && [[ ! $elastic ]]; then
   run "$root/launch/worker.sh" "${trainer_flags[@]}" || code=$?
 else
   # horovodrun puts "[RANK]<stdout>:" before each line. Rank 0 speaks for the job and loses that, the others keep their rank.
+  # On stdout only the chief speaks, which in an elastic job may be another than at the start.
   # What horovodrun says itself, that a worker failed, is shown only when no worker did.
   mkfifo "$run_dir/stdout" "$run_dir/stderr"
   sed -u -n -E "
-    s/^\[0\]<stdout>://p; t
+    s/^\[[0-9]+\]<stdout>://p; t
     w $run_dir/horovodrun.stdout" <"$run_dir/stdout" &
   sed -u -n -E "
     s/^\[0\]<stderr>://p; t
     s/^\[([0-9]+)\]<stderr>:/[\1] /p; t
     w $run_dir/horovodrun.stderr" <"$run_dir/stderr" >&2 &
-  run "$venv/bin/horovodrun" --gloo -np "$num_workers" "$root/launch/worker.sh" "${trainer_flags[@]}" \
+  run "$venv/bin/horovodrun" --gloo "${horovodrun[@]}" "$root/launch/worker.sh" "${trainer_flags[@]}" \
     >"$run_dir/stdout" 2>"$run_dir/stderr" || code=$?
   wait # for the last lines
 fi
 
-if [[ -s $run_dir/failures ]]; then
+if [[ $elastic && $code == 0 ]]; then
+  : # whoever failed was not needed
+elif [[ -s $run_dir/failures ]]; then
   # The first to fail takes the others down. One that knows the wrong input knows best.
   read -r rank code < <(grep -m 1 ' 2$' "$run_dir/failures" || head -n 1 "$run_dir/failures")
   case $code in

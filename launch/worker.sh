@@ -7,12 +7,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 rank=${HOROVOD_RANK:-0}
-[[ $rank == 0 ]] || exec >&2 # stdout is for the summary
+[[ $rank == 0 || ${HOROVOD_ELASTIC-} ]] || exec >&2 # stdout is for the summary
 exec {stderr}>&2 2>/dev/null # bash's own remark on a killed process is of no use to anyone
 "$venv/bin/python" -m din_dist.cli.train "$@" 2>&"$stderr" {stderr}>&- &
 child=$!
 trap 'interrupted=1; kill -TERM "$child"' TERM # by horovodrun, when another worker failed
-echo "$child" >"$DIN_DIST_RUN_DIR/$rank.pid"
+echo "$child" >"$DIN_DIST_RUN_DIR/$rank.$$.pid" # in an elastic job another worker may have this rank later
 [[ ! -e $DIN_DIST_RUN_DIR/stop ]] || kill -TERM "$child" # train.sh looked for the process id before it was there
 
 code=0

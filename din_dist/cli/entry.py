@@ -38,6 +38,8 @@ class Requests:
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
+        # Signals that came before this went unheard: bash starts its children deaf to SIGINT.
+        self.stop = (Path(os.environ.get("DIN_DIST_RUN_DIR", "")) / "stop").exists()
 
     def _note(self, number: int, frame: object) -> None:
         if self.stop and number == signal.SIGINT:
@@ -78,13 +80,19 @@ def _exit_code(main: Callable[[], None]) -> int:
         _leave(1, str(error))
     except Exception as error:
         where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
-        if "Horovod has been shut down" in str(error):
+        if _lost_a_peer(error):
             _leave(1, f"rank {_rank()} lost another worker{where} and cannot go on alone. The same command resumes.")
         if _log_format() is LogFormat.JSON:
             _leave(1, f"rank {_rank()} failed{where}: {error}", traceback=traceback.format_exc())
         traceback.print_exc()
         _leave(1, f"rank {_rank()} failed{where}: see the lines above")
     return 0
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """As `HorovodRuntime.lost_a_peer`, without importing TensorFlow for it."""
+    ours = type(error).__name__ == "HorovodInternalError" or type(error).__module__.startswith("tensorflow")
+    return ours and "horovod" in str(error).lower()
 
 
 def say(text: str) -> None:

@@ -158,9 +158,9 @@ class HorovodRuntime(Runtime):
         self._hvd.shutdown()
 
     def lost_a_peer(self, error: Exception) -> bool:
-        # Out of a graph it comes as an error of TensorFlow's with Horovod's name in it.
+        # Out of a graph it comes as an error of TensorFlow's, at a node of Horovod's or with Horovod's own words.
         return type(error).__name__ == "HorovodInternalError" or (
-            isinstance(error, tf.errors.OpError) and "Horovod" in str(error)
+            isinstance(error, tf.errors.OpError) and "horovod" in str(error).lower()
         )
 
 

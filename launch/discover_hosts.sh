@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Prints the hosts that an elastic job may use now, a line HOST or HOST:SLOTS each; horovodrun asks every second.
+#
+# From the file $DIN_DIST_HOSTS_FILE, which may change at any time (# begins a comment); else, in Kubernetes, from the script
+# that the MPI operator mounts.
+set -euo pipefail
+
+if [[ ${DIN_DIST_HOSTS_FILE:-} ]]; then
+  sed 's/#.*//; s/[[:space:]]//g; /^$/d; /:/!s/$/:1/' "$DIN_DIST_HOSTS_FILE"
+elif [[ -x /etc/mpi/discover_hosts.sh ]]; then
+  exec /etc/mpi/discover_hosts.sh
+else
+  echo "discover_hosts.sh: DIN_DIST_HOSTS_FILE must name a file of hosts outside Kubernetes. Received: nothing. Set it." >&2
+  exit 2
+fi
