@@ -152,8 +152,10 @@ fi
 if [[ $elastic && $code == 0 ]]; then
   : # whoever failed was not needed
 elif [[ -s $run_dir/failures ]]; then
-  # The first to fail takes the others down. One that knows the wrong input knows best.
-  read -r rank code < <(grep -m 1 ' 2$' "$run_dir/failures" || head -n 1 "$run_dir/failures")
+  # The first to fail takes the others down; in an elastic job they went on, until the last. One that knows the wrong input
+  # knows best.
+  [[ $elastic ]] && which=tail || which=head
+  read -r rank code < <(grep -m 1 ' 2$' "$run_dir/failures" || "$which" -n 1 "$run_dir/failures")
   case $code in
     2 | 75) ;; # the trainer gave the reason
     137) echo "train.sh: worker $rank was killed (SIGKILL). Often memory ran out: use fewer workers or a smaller batch." >&2 ;;

@@ -66,13 +66,14 @@ class History:
 
     def go_back(self, step: int, *, finished: bool) -> TrainingState:
         """Makes all variables what they were after the update `step`, and returns the state then."""
+        kept = [position.reached.step for position in self._positions]
+        if step not in kept:
+            raise RuntimeError(f"Update {step} is not kept: only {kept} are.")
         while self._positions[-1].reached.step > step:
             undone = self._positions.pop()
             for table, rows in zip(self.tables, undone.replaced, strict=True):
                 table.scatter_update(tf.IndexedSlices(rows.rows, rows.row_ids))
         position = self._positions[-1]
-        if position.reached.step != step:
-            raise RuntimeError(f"Update {step} is not kept: the newest is {position.reached.step}.")
         # Always: an update that was broken off has moved the averages of batch statistics.
         for variable, value in zip(self.others, position.values, strict=True):
             variable.assign(value)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,8 @@ from typing import Any
 import yaml
 
 from tests.cli.test_commands import ROOT, run
-from tests.multi_process.test_refusals import environment, launcher
+from tests.multi_process.test_elastic import start, wait_for
+from tests.multi_process.test_refusals import environment, launcher, worker_of
 from tests.programs import free_port, program, running
 
 INTERVAL = 1  # seconds between two scrapes
@@ -35,10 +40,9 @@ class Prometheus:
         (found,) = self.query(expression, at)
         return float(found["value"][1])
 
-    def firing(self) -> set[str]:
-        return {
-            alert["labels"]["alertname"] for alert in self._get("alerts", {})["alerts"] if alert["state"] == "firing"
-        }
+    def alerts(self, state: str = "firing") -> set[str]:
+        found = self._get("alerts", {})["alerts"]
+        return {alert["labels"]["alertname"] for alert in found if alert["state"] == state}
 
     def _get(self, what: str, fields: dict[str, Any]) -> Any:
         url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(fields)}"
@@ -86,7 +90,7 @@ def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
                 if line.startswith("step 2,000 of "):
                     middle = time.time()
                     up = server.query('up{job="din_dist"} == 1')
-                    alerts = server.firing()
+                    alerts = server.alerts()
             assert job.stdout
             summary = json.loads(job.stdout.read().splitlines()[-1])
         assert job.returncode == 0
@@ -116,4 +120,40 @@ def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
         while server.query('up{job="din_dist"}'):
             assert time.monotonic() < until
             time.sleep(INTERVAL)
-        assert not server.firing()
+        assert not server.alerts()
+
+
+def test_the_loss_of_an_elastic_worker_is_seen(tmp_path: Path) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    with (
+        prometheus(tmp_path / "prometheus", tmp_path / "run") as server,
+        start(tmp_path, "--metrics_port=0", "--epochs=10000") as job,
+    ):
+        wait_for(job, "step 1,000 of ")
+        drain = threading.Thread(target=job.communicate)
+        drain.start()
+        try:
+            assert eventually(lambda: server.value("sum(up)") == 2)
+            assert server.value("run:din_dist_world_size:max") == 2
+            assert "DinDistFewerWorkers" not in server.alerts("pending")
+            os.kill(worker_of(1, tmp_path), signal.SIGKILL)
+            assert eventually(lambda: "DinDistFewerWorkers" in server.alerts("pending"))
+            assert eventually(lambda: server.value("sum(din_dist_elastic_resets_total)") >= 1)
+            # Its host is taken in again, and the new worker is found by the targets that the job wrote anew.
+            assert eventually(lambda: server.value("sum(up)") == 2 and server.value("run:din_dist_world_size:max") == 2)
+            assert eventually(lambda: not server.alerts("pending"))
+        finally:
+            job.send_signal(signal.SIGTERM)
+            drain.join()
+    assert job.returncode == 75
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 60) -> bool:
+    """Whether `holds` within so long; values that are not there yet do not."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(ValueError):
+            if holds():
+                return True
+        time.sleep(INTERVAL / 4)
+    return False

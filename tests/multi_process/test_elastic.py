@@ -1,0 +1,141 @@
+"""Elastic jobs of two workers, each on a "host" of its own (two names of this machine), that lose one for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_commands import run
+from tests.multi_process.test_refusals import environment, launcher, worker_of
+
+FLAGS = ("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02")
+
+
+def elastic(folder: Path, *flags: str) -> list[str]:
+    hosts = folder / "hosts"
+    hosts.write_text("localhost:1\n127.0.0.1:1  # the same\n")
+    words = launcher(folder, *FLAGS, *flags)
+    return [words[0], "--elastic", f"--hosts_file={hosts}", *words[1:]]
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        elastic(folder, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(job: subprocess.Popen[str], words: str) -> list[str]:
+    """The lines until one has `words`."""
+    assert job.stderr
+    lines = []
+    for line in job.stderr:
+        lines.append(line)
+        if words in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A prepared log, and how one worker trains on it."""
+    folder = tmp_path_factory.mktemp("elastic")
+    assert run("prepare_data", folder).returncode == 0
+    done = run("train", folder, *FLAGS, f"--output_dir={folder / 'alone'}")
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_as_if_nothing_happened(summary: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    """Every example once in each epoch, in the same updates: the same losses, and the same test."""
+    for record, expected in zip(summary["epoch_records"], undisturbed["epoch_records"], strict=True):
+        assert record["examples"] == expected["examples"]
+        assert record["example_checksum"] == expected["example_checksum"]
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert summary["steps"] == undisturbed["steps"]
+    assert summary["test_gauc"] == pytest.approx(undisturbed["test_gauc"], abs=0.003)
+
+
+@pytest.mark.parametrize("rank", [1, 0], ids=["a worker", "the chief"])
+def test_a_killed_worker_costs_no_example(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, rank: int) -> None:
+    source, expected = undisturbed
+    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    with start(tmp_path) as job:
+        wait_for(job, "step 200 of ")
+        os.kill(worker_of(rank, tmp_path), signal.SIGKILL)
+        out, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert_as_if_nothing_happened(summary, expected)
+    told = events(tmp_path)
+    resets = [line for line in told if line["kind"] == "elastic"]
+    assert resets[0]["world_size"] == 1
+    assert 199 <= resets[0]["step"] < expected["steps"]
+    assert summary["metrics"]["din_dist_elastic_resets_total"] >= 1
+    # Nothing was read from the disk: training went on with the very next update.
+    after = next(line for line in told[told.index(resets[0]) :] if line["kind"] == "train")
+    assert after["step"] == resets[0]["step"] + 1
+
+
+def test_an_evicted_worker_leaves_and_the_others_do_not_go_back(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source, expected = undisturbed
+    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    with start(tmp_path) as job:
+        wait_for(job, "step 200 of ")
+        os.kill(worker_of(1, tmp_path), signal.SIGTERM)
+        lines = wait_for(job, "1 worker(s) from step ")
+        out, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    assert "[1] stopped: rank 1 leaves on request; the other workers go on\n" in [
+        *lines,
+        *err.splitlines(keepends=True),
+    ]
+    assert_as_if_nothing_happened(json.loads(out.splitlines()[-1]), expected)
+    steps = [line["step"] for line in events(tmp_path) if line["kind"] == "train"]
+    assert steps == list(range(1, expected["steps"] + 1))  # none twice
+
+
+def test_a_stopped_job_resumes_with_another_number_of_workers(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source, expected = undisturbed
+    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    with start(tmp_path) as job:
+        wait_for(job, "step 200 of ")
+        job.send_signal(signal.SIGTERM)
+        err = job.communicate(timeout=100)[1]
+    assert job.returncode == 75, err
+    assert "stopped: on request, after the checkpoint of step 2" in err
+    done = run("train", tmp_path, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert_as_if_nothing_happened(json.loads(done.stdout.splitlines()[-1]), expected)
+
+
+def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
+    def refusal(*flags: str) -> str:
+        words = [launcher(tmp_path)[0], *flags]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        return line
+
+    hosts = tmp_path / "hosts"
+    hosts.touch()
+    assert "--elastic needs --hosts_file outside Kubernetes. Received: none." in refusal("--elastic")
+    assert "--hosts_file must be a file with a line HOST:SLOTS" in refusal("--elastic", "--hosts_file=nowhere")
+    assert "belong to --elastic. Received: no --elastic." in refusal("--min_workers=2")
+    assert "--max_workers must be a whole number from 1. Received: 'few'" in refusal("--elastic", "--max_workers=few")
+    assert "must be from --min_workers to --max_workers. Received: 2, with 3 and no limit" in refusal(
+        "--elastic", f"--hosts_file={hosts}", "--min_workers=3"
+    )
