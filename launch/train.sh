@@ -154,7 +154,7 @@ if [[ $elastic && $code == 0 ]]; then
 elif [[ -s $run_dir/failures ]]; then
   # The first to fail takes the others down; in an elastic job they went on, until the last. One that knows the wrong input
   # knows best.
-  [[ $elastic ]] && which=tail || which=head
+  [[ $elastic ]] && which="tail" || which="head"
   read -r rank code < <(grep -m 1 ' 2$' "$run_dir/failures" || "$which" -n 1 "$run_dir/failures")
   case $code in
     2 | 75) ;; # the trainer gave the reason

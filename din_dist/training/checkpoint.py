@@ -55,7 +55,7 @@ class CheckpointStore:
                 kept = f"The last good checkpoint is {last.name}." if last else "There is none before it."
                 problem = (
                     f"--output_dir: a checkpoint must fit. Received: {error.strerror or error} while saving step "
-                    f"{state.step} in {self._root}. {kept} Free some space and run the same command again."
+                    f"{state.step} in {self._root}. {kept} Free some space."
                 )
         problem, num_bytes = self._runtime.broadcast_object((problem, num_bytes))
         if problem:
@@ -82,6 +82,10 @@ class CheckpointStore:
             return None
         self._runtime.broadcast_variables(list(variables.values()))
         return TrainingState.from_json(fields)
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`."""
+        return bool(self._runtime.broadcast_object((self._root / _folder_name(step)).exists()))
 
     def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
         self._root.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ class Telemetry:
         self._since_log = _Interval()
         exporter.steps_planned.set(num_steps)
         self._restarts: int | None = None
+        self._lost_records = False
         self._open()
 
     def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
@@ -60,8 +61,9 @@ class Telemetry:
     def _close(self) -> None:
         self._terminal.close()
         if self._reports:
-            self._lines.close()
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk, of which `record` has told
+                self._lines.close()
+                self._tensorboard.close()
 
     def started(self, state: TrainingState) -> None:
         """Training is about to begin, or to go on, from `state`, with the ranks that there are now."""
@@ -158,14 +160,24 @@ class Telemetry:
         self.exporter.after_checkpoint(seconds, size)
         self.record("checkpoint", state, {"seconds": seconds, "bytes": size})
 
+    def checkpoint_failed(self, problem: str) -> None:
+        if self._runtime.is_chief:  # who writes it
+            self.exporter.checkpoint_failures.inc()
+            self.say(f"{problem} Training goes on without it.", level="warning")
+
     def record(self, kind: str, state: TrainingState, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, and points in TensorBoard."""
         if not self._reports:
             return
         line = {"kind": kind, "time": time.time(), "step": state.step, **values}
-        self._lines.write(to_json(line) + "\n")
-        self._lines.flush()
-        self._tensorboard.scalars(kind, state.step, values)
+        try:
+            self._lines.write(to_json(line) + "\n")
+            self._lines.flush()
+            self._tensorboard.scalars(kind, state.step, values)
+        except OSError as error:
+            if not self._lost_records:
+                self.say(f"records of the job are lost from step {state.step} on: {error}", level="warning")
+            self._lost_records = True
 
     @contextlib.contextmanager
     def until_the_end(self, trainer: Reported) -> Iterator[None]:

@@ -18,7 +18,7 @@ from din_dist.config import Config
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import FailedElsewhere, Interrupted, Left
+from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.evaluator import Evaluator
@@ -128,7 +128,7 @@ class Trainer:
                 )
                 break
         if self.state.step > self._saved_step:
-            self.save()
+            self.save(required=True)
 
     def test(self) -> dict[str, Any]:
         """Metrics of the test split with the best weights by validation, or the last ones where there is none."""
@@ -136,7 +136,11 @@ class Trainer:
         self._history.clear()
         with self._phase("test"):
             if state.best_step not in (0, state.step):
-                self._checkpoints.restore(self._variables, state.best_step)
+                if self._checkpoints.has(state.best_step):
+                    self._checkpoints.restore(self._variables, state.best_step)
+                else:
+                    lost = f"the best weights, of step {state.best_step}, could not be saved: testing the last ones"
+                    self._telemetry.say(lost, level="warning")
             return self._evaluate("test")
 
     @property
@@ -144,11 +148,23 @@ class Trainer:
         """Of the global batch, over training time only; the first update of a run (tracing) is left out."""
         return self._timed_examples / self._timed_seconds if self._timed_seconds else 0.0
 
-    def save(self) -> None:
-        """Publishes a checkpoint; all ranks are at the same step."""
+    def save(self, *, required: bool = False) -> None:
+        """Publishes a checkpoint; all ranks are at the same step.
+
+        Where that fails, training goes on with the one before it.
+
+        Raises:
+            InputError, FailedElsewhere: it failed and is `required`.
+        """
         with self._phase("checkpoint"):
             started = time.perf_counter()
-            num_bytes = self._checkpoints.save(self._variables, self.state)
+            try:
+                num_bytes = self._checkpoints.save(self._variables, self.state)
+            except (InputError, FailedElsewhere) as error:
+                if required:
+                    raise
+                self._telemetry.checkpoint_failed(str(error))
+                return
             self._saved_step = self.state.step
             self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
 
@@ -308,7 +324,7 @@ class Trainer:
 
     def _stop(self) -> None:
         if self.state.step > self._saved_step:
-            self.save()
+            self.save(required=True)
         raise Interrupted(
             f"on request, after the checkpoint of step {self.state.step}. The same command goes on from there."
         )

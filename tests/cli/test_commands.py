@@ -236,3 +236,57 @@ def test_benchmark_of_one_worker_and_of_two(tmp_path: Path) -> None:
 )
 def test_what_a_series_refuses(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
     assert_one_line(run("benchmark", tmp_path, *flags, f"--sweep_dir={tmp_path}"), message)
+
+
+def test_log_collectors_get_an_object_a_line(tmp_path: Path) -> None:
+    """Of a job that trains, of wrong input and of a failure; stdout stays the summary."""
+    assert run("prepare_data", tmp_path).returncode == 0
+    done = run("train", tmp_path, "--epochs=1", "--log_format=json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all({"time", "level", "rank", "message"} <= line.keys() for line in lines)
+    assert lines[-1]["summary"]["test_gauc"] == json.loads(done.stdout.splitlines()[-1])["test_gauc"]
+    refused = run("train", tmp_path, "--epochs=1", "--log_format=json", "--seed=77")
+    assert refused.returncode == 2
+    (line,) = map(json.loads, refused.stderr.splitlines())
+    assert line["level"] == "error"
+    assert "a checkpoint is resumed with the settings it was made with" in line["message"]
+
+
+FAILING_TRAINER = """
+import itertools, os, sys
+from din_dist.cli import entry, train
+from din_dist.training.train_step import TrainStep
+calls = itertools.count(1)
+step = TrainStep.__call__
+def fail_at_third(*arguments):
+    if next(calls) == 3:
+        raise MemoryError("out of memory")
+    return step(*arguments)
+TrainStep.__call__ = fail_at_third
+entry.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_rank_that_fails_names_itself_and_its_step(tmp_path: Path, log_format: str) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    words = command("train", tmp_path, f"--log_format={log_format}")
+    done = subprocess.run(
+        [words[0], "-c", FAILING_TRAINER, *words[3:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    if log_format == "json":
+        line = json.loads(last)
+        assert (line["level"], line["rank"]) == ("error", 0)
+        assert line["message"] == "rank 0 failed at step 3: out of memory"
+        assert "MemoryError" in line["traceback"]
+    else:
+        assert last == "error: rank 0 failed at step 3: see the lines above"
+        assert "MemoryError: out of memory" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -14,8 +15,8 @@ from din_dist import assembly
 from din_dist.config import Activation, Config, ModelKind, OptimizerKind, Split
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import Interrupted
-from din_dist.training.checkpoint import latest_checkpoint
+from din_dist.errors import InputError, Interrupted
+from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from tests.small_log import small_config, write_log
 
 
@@ -202,3 +203,39 @@ def test_where_no_user_has_both_labels_auc_decides(tmp_path: Path, capsys: pytes
     assert state.validations_without_gain < 3
     assert job.trainer.validation_metric == "auc"
     assert "validation: GAUC is not defined" in capsys.readouterr().err
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make(small_config(tmp_path, split="leave_two_out", epochs=3, learning_rate=0.3))
+    write, calls = CheckpointStore._write, iter(range(1, 100))
+
+    def fail_at_first(*arguments: object) -> int:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(CheckpointStore, "_write", fail_at_first)
+    job.trainer.train()
+    state = job.trainer.state
+    assert job.telemetry.exporter.values()["din_dist_checkpoint_failures_total"] == 1
+    assert job.telemetry.exporter.values()["din_dist_checkpoint_seconds_count"] == 2
+    assert "warning: --output_dir: a checkpoint must fit. Received: No space left" in (told := capfd.readouterr().err)
+    assert "Training goes on without it." in told
+    state.best_step = state.step // 3  # the one that was not saved
+    assert job.trainer.test()["num_examples"] > 0
+    assert f"the best weights, of step {state.best_step}, could not be saved" in capfd.readouterr().err
+    job.telemetry.close()
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make(small_config(tmp_path, epochs=1))
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(CheckpointStore, "_write", fail)
+    with pytest.raises(InputError, match="Received: Read-only file system while saving step"):
+        job.trainer.train()
+    job.telemetry.close()
