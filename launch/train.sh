@@ -142,6 +142,7 @@ else
     w $run_dir/horovodrun.stdout" <"$run_dir/stdout" &
   sed -u -n -E "
     s/^\[0\]<stderr>://p; t
+    s/^\[[0-9]+\]<stderr>:\{/{/p; t # of --log_format=json, which has the rank in it
     s/^\[([0-9]+)\]<stderr>:/[\1] /p; t
     w $run_dir/horovodrun.stderr" <"$run_dir/stderr" >&2 &
   run "$venv/bin/horovodrun" --gloo "${horovodrun[@]}" "$root/launch/worker.sh" "${trainer_flags[@]}" \

@@ -30,6 +30,7 @@ size = os.environ.get("HOROVOD_SIZE", "1")
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 print(f"log of rank {rank}", file=sys.stderr, flush=True)
+print(json.dumps({"rank": int(rank)}), file=sys.stderr, flush=True)
 print("train got", sys.argv[1:], flush=True)
 codes = dict(pair.split("=") for pair in os.environ.get("FAKE_TRAIN", "").split())
 if rank in codes:
@@ -121,6 +122,8 @@ def test_two_workers_by_default_and_the_summary_is_the_last_line(launcher: Launc
     assert f"prepare got {quick}" in done.stderr
     assert "\nlog of rank 0\n" in done.stderr
     assert "\n[1] log of rank 1\n" in done.stderr
+    assert '\n{"rank": 0}\n' in done.stderr
+    assert '\n{"rank": 1}\n' in done.stderr  # of --log_format=json: nothing before it
     assert f"\n[1] train got {quick}\n" in done.stderr
 
 
