@@ -5,6 +5,7 @@ Takes every flag of the trainer and checks all of them, so that a wrong one is f
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from absl import flags
@@ -24,7 +25,7 @@ def main() -> None:
     from din_dist.data.prepared import prepare
     from din_dist.data.splits import split_examples
     from din_dist.data.statistics import describe
-    from din_dist.training.checkpoint import check_compatible, latest_checkpoint
+    from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
 
     store = prepare(config.data, overwrite=flags.FLAGS.overwrite_prepared)
     for line in describe(store, config.data.max_history_length):
@@ -35,7 +36,8 @@ def main() -> None:
     table_specs(config.model, store.facts)
     # Only where the user names the folder: others prepare data while the default one holds an unrelated job.
     if flags.FLAGS["output_dir"].present and (checkpoint := latest_checkpoint(config)):
-        check_compatible(checkpoint, config, store.facts.fingerprint)
+        with contextlib.suppress(DamagedCheckpoint):  # training goes on from the one before
+            check_compatible(checkpoint, config, store.facts.fingerprint)
     print(f"prepared in {time.perf_counter() - started:.1f} s: {store.folder}")
 
 

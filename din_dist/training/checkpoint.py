@@ -26,6 +26,10 @@ from din_dist.training.state import TrainingState
 _MANIFEST = "manifest.json"
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not as it was saved."""
+
+
 class CheckpointStore:
     """Saves and restores a job's variables and state under one output directory.
 
@@ -37,6 +41,7 @@ class CheckpointStore:
         self._config = config
         self._data_fingerprint = data_fingerprint
         self._runtime = runtime
+        self.damaged: list[str] = []  # what the last `restore` passed over, on the chief
 
     def save(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
         """Publishes a checkpoint of `state.step`, and deletes those that need not be kept; returns its bytes.
@@ -65,8 +70,10 @@ class CheckpointStore:
     def restore(self, variables: Mapping[str, tf.Variable], step: int | None = None) -> TrainingState | None:
         """Loads the newest checkpoint, or that of `step`, into `variables`; None when there is none.
 
+        Damaged ones are passed over in favour of the one before; `damaged` says which.
+
         Raises:
-            InputError: it belongs to other settings or data, or is damaged.
+            InputError: it belongs to other settings or data, or all are damaged.
             FailedElsewhere: likewise, on the other ranks.
         """
         problem, fields = None, None
@@ -126,9 +133,18 @@ class CheckpointStore:
                 shutil.rmtree(folder)
 
     def _read(self, variables: Mapping[str, tf.Variable], step: int | None) -> dict[str, Any] | None:
-        folder = latest_checkpoint(self._config) if step is None else self._root / _folder_name(step)
-        if folder is None:
-            return None
+        folders = _published(self._root)[::-1] if step is None else [self._root / _folder_name(step)]
+        self.damaged = []
+        for folder in folders:
+            try:
+                return self._read_one(variables, folder)
+            except DamagedCheckpoint as error:
+                self.damaged.append(str(error))
+        if self.damaged:
+            raise InputError(f"{self.damaged[0]} None of {len(folders)} can be read: name another --output_dir.")
+        return None
+
+    def _read_one(self, variables: Mapping[str, tf.Variable], folder: Path) -> dict[str, Any]:
         manifest = check_compatible(folder, self._config, self._data_fingerprint)
         for name, variable in variables.items():
             entry = manifest["variables"].get(name)
@@ -138,9 +154,8 @@ class CheckpointStore:
                     raise ValueError("its content changed")
                 variable.assign(np.load(path, allow_pickle=False))
             except (OSError, ValueError) as error:
-                raise InputError(
-                    f"{path}: must be as it was saved. Received: {str(error).splitlines()[0]}. Delete {folder} to go "
-                    "on from the checkpoint before it."
+                raise DamagedCheckpoint(
+                    f"{path}: must be as it was saved. Received: {str(error).splitlines()[0]}."
                 ) from error
         return manifest["state"]
 
@@ -159,15 +174,14 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dic
     """The manifest of a checkpoint that `config` may go on from.
 
     Raises:
-        InputError: its settings or data are others, or it cannot be read.
+        InputError: its settings or data are others.
+        DamagedCheckpoint: it cannot be read.
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         found = differences(manifest["config"], config.to_json())
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: must be a checkpoint. Received: {error}. Delete it to go on from the one before it."
-        ) from error
+        raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {error}.") from error
     if found:
         raise InputError(
             f"{folder}: a checkpoint is resumed with the settings it was made with. Received: {'; '.join(found)}. "

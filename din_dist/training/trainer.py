@@ -170,6 +170,8 @@ class Trainer:
 
     def _restore_latest(self) -> None:
         state = self._checkpoints.restore(self._variables)
+        for problem in self._checkpoints.damaged:
+            self._telemetry.say(f"{problem} Going on from the checkpoint before it.", level="warning")
         if state is None:
             self.state, self._saved_step = TrainingState(), 0
             self._runtime.broadcast_variables(list(self._variables.values()))

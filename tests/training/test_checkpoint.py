@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -88,9 +90,10 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "manifest"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
     config, store = make(tmp_path)
     store.save(variables(1.0), TrainingState(step=1))
+    store.save(variables(2.0), TrainingState(step=2))
     folder = latest_checkpoint(config)
     assert folder
     path = folder / ("manifest.json" if damage == "manifest" else "model.table.npy")
@@ -99,7 +102,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] if damage != "changed" else content[:-1] + b"\x7f")
-    with pytest.raises(InputError, match=r"step-0+1.*Received: .*Delete .*step-0+1|must be a checkpoint"):
+    found = variables(0.0)
+    assert store.restore(found).step == 1
+    assert float(found["model/table"][0, 0]) == 1.0
+    (problem,) = store.damaged
+    assert re.search(r"step-0+2.*must be (as it was saved|a checkpoint)\. Received: ", problem)
+    with pytest.raises(InputError, match=r"step-0+2.*Received: "):
+        store.restore(found, step=2)
+    shutil.rmtree(folder.parent / "step-000000000001")
+    with pytest.raises(InputError, match=r"step-0+2.*Received: .*None of 1 can be read: name another --output_dir\."):
         store.restore(variables(0.0))
 
 
