@@ -134,7 +134,7 @@ def make_job(
         exchange(runtime, config.optimizer.wire_dtype),
         Regularization(config.optimizer, row_counts),
         config.optimizer,
-        history if runtime.elastic else None,
+        history if runtime.elastic or config.job.skip_nonfinite_steps else None,
     )
     evaluator = Evaluator(config, store, splits, runtime)
     exporter = exporter or Exporter(config.job, runtime)

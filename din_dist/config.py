@@ -286,6 +286,9 @@ class JobConfig:
         True, "Compile the element-wise parts of training with XLA: faster steps, some seconds at the start."
     )
     checkpoint_every_steps: int = setting(0, "Updates between checkpoints; 0: at the end of each epoch only.")
+    skip_nonfinite_steps: int = setting(
+        0, "Updates to leave out at most because loss or gradient is not finite; one more stops the job. Default: none."
+    )
     keep_checkpoints: int = setting(2, "Newest checkpoints to keep; the best by validation is kept as well.")
     evaluate_every_steps: int = setting(0, "Updates between validations; 0: at the end of each epoch only.")
     evaluation_batch_size: int = setting(4096, "Examples per evaluation batch on each worker.")
@@ -334,6 +337,7 @@ class JobConfig:
             0,
             "max_steps",
             "seed",
+            "skip_nonfinite_steps",
             "checkpoint_every_steps",
             "evaluate_every_steps",
             "early_stopping_patience",

@@ -108,7 +108,7 @@ class StepBenchmark:
             batch = next(self._batches)
             self._count += 1
             marks = [_now()]
-            gradients, loss = local_gradients(batch, global_examples)
+            gradients, loss, _ = local_gradients(batch, global_examples)
             marks.append(_now())
             merged, (loss,) = exchange(gradients, [loss], global_examples)
             marks.append(_now())

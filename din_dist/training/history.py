@@ -47,12 +47,17 @@ class History:
     def begin(self, state: TrainingState, *, finished: bool) -> None:
         """Nothing before this can be undone. `finished`: what was due after the last update is done."""
         self.clear()
-        values = [tf.identity(variable) for variable in self.others]
-        self._positions.append(_Position(state.copy(), state.copy() if finished else None, values, []))
+        self._positions.append(_Position(state.copy(), state.copy() if finished else None, self._read(), []))
 
-    def add(self, state: TrainingState, values: Sequence[tf.Tensor], replaced: Sequence[RowGradients]) -> None:
-        """After an update: `state`, the `others` as they are now and rows of the `tables` as they were before it."""
-        self._positions.append(_Position(state.copy(), None, values, replaced))
+    def add(self, state: TrainingState, values: Sequence[tf.Tensor] | None, replaced: Sequence[RowGradients]) -> None:
+        """After an update: `state`, the `others` as they are now and rows of the `tables` as they were before it.
+
+        Without `values`, which the update gave along, they are read.
+        """
+        self._positions.append(_Position(state.copy(), None, values or self._read(), replaced))
+
+    def _read(self) -> list[tf.Tensor]:
+        return [tf.identity(variable) for variable in self.others]
 
     def finish(self, state: TrainingState) -> None:
         """What was due after the newest update is done."""

@@ -23,6 +23,7 @@ class TrainingState:
     best_validation: float = -math.inf  # GAUC, or AUC where no user has both labels
     best_step: int = 0
     validations_without_gain: int = 0
+    skipped_steps: int = 0  # whose loss or gradient was not finite
     epoch_records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def advance(self, examples: int, loss: float, checksum: int = 0) -> None:

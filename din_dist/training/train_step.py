@@ -39,6 +39,7 @@ class StepResult(NamedTuple):
     requests: tf.Tensor  # float32 [3], how many ranks have each request of `Requests`
     checksum: tf.Tensor  # float32 [8], the sums of the bytes of the ranks' checksums (see `checksum_of`)
     num_examples: tf.Tensor  # of this rank
+    nonfinite_examples: tf.Tensor  # int64, those of this rank whose loss is not finite
     observed: Observed
     values: list[tf.Tensor]  # of the history's `others`, after the update
     replaced: list[RowGradients]  # rows of its `tables`, before it
@@ -90,7 +91,7 @@ class TrainStep:
     def _step(
         self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, requests: tf.Tensor
     ) -> StepResult:
-        own, loss = self.local_gradients(batch, global_examples)
+        own, loss, losses = self.local_gradients(batch, global_examples)
         checksum = _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))
         extra = [loss, *tf.unstack(requests), *tf.unstack(checksum)]
         gradients, (loss, *extra) = self.exchange(own, extra, global_examples)
@@ -101,6 +102,7 @@ class TrainStep:
             requests=tf.stack(extra[: len(Requests._fields)]),
             checksum=tf.stack(extra[len(Requests._fields) :]),
             num_examples=tf.size(batch[schema.LABELS]),
+            nonfinite_examples=tf.boolean_mask(batch[schema.EXAMPLE_IDS], ~tf.math.is_finite(losses)),
             observed=self.observe(batch, own, gradients),
             values=[variable.read_value() for variable in self._history.others] if self._history else [],
             replaced=replaced if self._history else [],
@@ -126,14 +128,14 @@ class TrainStep:
 
     def local_gradients(
         self, batch: Batch, global_examples: tf.Tensor
-    ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor]:
-        """This rank's part of the gradient and of the loss."""
+    ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor, tf.Tensor]:
+        """This rank's part of the gradient and of the loss, and the loss of each of its examples."""
         with tf.GradientTape() as tape:
             logits = self._model(batch, training=True)
             losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=batch[schema.LABELS], logits=logits)
             loss = tf.reduce_sum(losses) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables
-        return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss
+        return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss, losses
 
     def exchange(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], global_examples: tf.Tensor

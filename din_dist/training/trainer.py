@@ -30,6 +30,7 @@ from din_dist.training.telemetry import Telemetry
 from din_dist.training.train_step import Batch, MessageSizes, Requests, StepResult, TrainStep, checksum_of
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
+_NAMED_EXAMPLES = 10  # of each rank, in an error
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
@@ -62,6 +63,7 @@ class Trainer:
         self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._history = history
+        self._keeps_history = runtime.elastic or config.job.skip_nonfinite_steps > 0
         self._stop_requested, self._leave_requested = stop_requested, leave_requested
         self._logits_of = tf.function(
             lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
@@ -90,7 +92,7 @@ class Trainer:
                 self._take_over_from(holders[0])
         else:
             self._restore_latest()
-        if self._runtime.elastic:
+        if self._keeps_history:
             self._history.begin(self.state, finished=finished)
         self._telemetry.started(self.state)
         if not finished:
@@ -206,16 +208,44 @@ class Trainer:
         step = self.state.step + 1
         requests = Requests(self._stop_requested(), self._leave_requested(), self._runtime.workers_changed())
         result = self._step(batch, rate, step, global_examples, requests)
-        loss, norm = float(result.loss), float(result.gradient_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._telemetry.refused_step(loss, norm)
-            if not self._runtime.is_chief:
-                raise FailedElsewhere
-            raise FloatingPointError(
-                f"Step {step}: loss and gradient must be finite. Received: loss {loss}, gradient norm {norm}. The "
-                "weights were not updated; the last checkpoint is good. Try a lower --learning_rate or --clip_norm=5."
-            )
+        if not _is_finite(result):
+            self._refuse(result, step)
         return result
+
+    def _refuse(self, result: StepResult, step: int) -> None:
+        """Of an update that did not change the weights: forgets it, or stops the job."""
+        loss, norm = float(result.loss), float(result.gradient_norm)
+        self._telemetry.refused_step(loss, norm)
+        problem = (
+            f"Step {step}: loss and gradient must be finite. Received: loss {loss}, gradient norm {norm}, "
+            f"{self._culprits(result)}."
+        )
+        if self.state.skipped_steps < self._config.job.skip_nonfinite_steps:
+            self.state.skipped_steps += 1
+            self._history.go_back(self.state.step, finished=True)  # the averages of batch statistics
+            self._telemetry.say(
+                f"{problem} Skipped, {self.state.skipped_steps} of at most {self._config.job.skip_nonfinite_steps}.",
+                level="warning",
+            )
+            return
+        if not self._runtime.is_chief:
+            raise FailedElsewhere
+        raise FloatingPointError(
+            f"{problem} The weights were not updated; the last checkpoint is good. In another --output_dir, try a "
+            "lower --learning_rate or --clip_norm=5."
+        )
+
+    def _culprits(self, result: StepResult) -> str:
+        """The examples of all ranks whose own loss is not finite."""
+        mine = result.nonfinite_examples.numpy()
+        rows = self._runtime.gather(np.stack([np.full_like(mine, self._runtime.rank), mine], axis=1))
+        if not len(rows):
+            return "though the loss of each example is finite"
+        named = "; ".join(
+            f"on rank {rank} of examples {', '.join(map(str, rows[rows[:, 0] == rank, 1][:_NAMED_EXAMPLES]))}"
+            for rank in np.unique(rows[:, 0])
+        )
+        return f"the loss of {len(rows)} example(s) by itself: {named}"
 
     def _count(
         self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: float
@@ -226,9 +256,10 @@ class Trainer:
             self._timed_examples += global_examples
             self._timed_seconds += report.total_seconds
         self.seconds["training"] += report.total_seconds
-        self.state.advance(global_examples, report.loss, checksum_of(result.checksum.numpy().tolist()))
-        if self._runtime.elastic:
-            self._history.add(self.state, result.values, result.replaced)
+        made = _is_finite(result)
+        self.state.advance(global_examples, report.loss if made else 0.0, checksum_of(result.checksum.numpy().tolist()))
+        if self._keeps_history:
+            self._history.add(self.state, result.values if made else None, result.replaced)
         self._telemetry.after_step(self.state, report, lambda: self._histograms(batch))
 
     def report(
@@ -277,7 +308,7 @@ class Trainer:
             self._end_epoch()
         else:
             self._do_what_is_due()
-        if self._runtime.elastic:
+        if self._keeps_history:
             self._history.finish(self.state)
 
     def _answer(self, requests: Requests) -> None:
@@ -356,6 +387,11 @@ def num_updates(config: Config, examples_per_epoch: int) -> int:
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_finite(result: StepResult) -> bool:
+    """The same on all ranks."""
+    return math.isfinite(float(result.loss)) and math.isfinite(float(result.gradient_norm))
 
 
 def _is_due(step: int, every_steps: int) -> bool:

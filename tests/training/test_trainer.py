@@ -99,6 +99,47 @@ def test_a_bad_loss_stops_before_the_update(tmp_path: Path) -> None:
     assert latest_checkpoint(config) is None
 
 
+def poison(job: assembly.Job, item: int) -> None:
+    """From now on the logit of this candidate is not a number."""
+    bias = job.model.lookup.item_bias.value
+    bias.scatter_update(tf.IndexedSlices(tf.fill([1, 1], math.nan), [item]))
+
+
+def test_examples_with_a_bad_loss_are_named(tmp_path: Path) -> None:
+    job = make(small_config(tmp_path))
+    poison(job, item=3)
+    batch = next(job.make_batches(0, 1))
+    expected = batch["example_ids"].numpy()[batch["candidate_item_ids"].numpy() == 3].tolist()
+    assert 0 < len(expected) <= 10
+    named = (
+        rf"the loss of {len(expected)} example\(s\) by itself: on rank 0 of examples {', '.join(map(str, expected))}\."
+    )
+    with pytest.raises(FloatingPointError, match=named):
+        job.trainer.train()
+
+
+def test_bad_updates_are_skipped_and_leave_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, epochs=1, activation=Activation.DICE, skip_nonfinite_steps=2)
+    job = make(config)
+    steps = job.trainer.num_steps
+    item = 3
+    with_it = [
+        step + 1 for step, batch in enumerate(job.make_batches(0, steps)) if item in batch["candidate_item_ids"].numpy()
+    ]
+    assert len(with_it) > 2
+    poison(job, item)
+    with pytest.raises(FloatingPointError, match=f"Step {with_it[2]}: "):
+        job.trainer.train()
+    state = job.trainer.state
+    assert (state.skipped_steps, state.step) == (2, with_it[2] - 1)
+    assert state.examples_seen == 64 * state.step  # the skipped ones count: the epoch goes on behind them
+    assert job.telemetry.exporter.values()["din_dist_nonfinite_steps_total"] == 3
+    assert "Skipped, 2 of at most 2." in capfd.readouterr().err
+    for name, variable in job.trainer._variables.items():
+        values = np.delete(variable.numpy(), item, axis=0) if "item_bias" in name else variable.numpy()
+        assert np.isfinite(values).all(), name  # the averages of batch statistics included
+
+
 def test_the_best_weights_by_validation_are_tested(tmp_path: Path) -> None:
     config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT, epochs=6, learning_rate=0.05)
     job = make(config)
