@@ -39,7 +39,8 @@ class Requests:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         # Signals that came before this went unheard: bash starts its children deaf to SIGINT.
-        self.stop = (Path(os.environ.get("DIN_DIST_RUN_DIR", "")) / "stop").exists()
+        folder = os.environ.get("DIN_DIST_RUN_DIR")
+        self.stop = self.stop or (folder is not None and (Path(folder) / "stop").exists())
 
     def _note(self, number: int, frame: object) -> None:
         if self.stop and number == signal.SIGINT:
@@ -48,7 +49,8 @@ class Requests:
             self.leave = True
             return
         if not self.stop and _is_chief():
-            os.write(2, b"stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one\n")
+            text = "stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one"
+            os.write(2, f"{format_line(text, _log_format(), rank=0)}\n".encode())
         self.stop = True
 
 
