@@ -286,6 +286,11 @@ class JobConfig:
         True, "Compile the element-wise parts of training with XLA: faster steps, some seconds at the start."
     )
     checkpoint_every_steps: int = setting(0, "Updates between checkpoints; 0: at the end of each epoch only.")
+    rejoin_timeout_seconds: float = setting(
+        300.0,
+        "How long the rest of an elastic job waits for --min_workers before it saves a checkpoint and ends with exit "
+        "code 75.",
+    )
     skip_nonfinite_steps: int = setting(
         0, "Updates to leave out at most because loss or gradient is not finite; one more stops the job. Default: none."
     )
@@ -345,6 +350,13 @@ class JobConfig:
             "profile_at_step",
             "projector_items",
             "baseline_examples_per_second",
+        )
+        require(
+            self.rejoin_timeout_seconds > 0,
+            "must be positive",
+            "rejoin_timeout_seconds",
+            self.rejoin_timeout_seconds,
+            "For example 300.",
         )
         require(
             -1 <= self.metrics_port <= 65535,

@@ -3,6 +3,7 @@
 EXIT_INPUT_ERROR = 2  # wrong input: running it again changes nothing
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint, run it again
 
+EXIT_GAVE_UP = 79  # of a worker to launch/train.sh, which stops the elastic job and ends with EXIT_RETRY
 EXIT_SIGINT = 130  # ended by Ctrl-C, as shells have it
 
 

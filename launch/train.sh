@@ -10,7 +10,8 @@
 #
 # --elastic goes on when workers are lost or added: FILE has a line HOST:SLOTS for each host and may change at any time. It
 # starts with N workers (default: 2), goes on with as few as --min_workers (1) and grows to --max_workers (no limit). A host
-# whose worker failed is left out for 10 seconds, longer each time. Prepared data and --output_dir must be the same on all.
+# whose worker failed is left out for 10 seconds, longer each time. With fewer than --min_workers for --rejoin_timeout_seconds
+# it writes a checkpoint and ends with code 75. Prepared data and --output_dir must be the same on all.
 #
 # Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), else what the first failed worker gave.
 # Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
@@ -103,6 +104,7 @@ run() {
   [[ ! $stopped ]] || return 75
   setsid setpriv --pdeathsig TERM "$@" &
   child=$!
+  echo "$child" >"$run_dir/child"
   await "$child"
 }
 
@@ -123,7 +125,7 @@ stage=train
 code=0
 if [[ $elastic ]]; then
   horovodrun=(-np "$num_workers" --min-np "$min_workers" --host-discovery-script "$root/launch/discover_hosts.sh")
-  horovodrun+=(--elastic-timeout 600 --blacklist-cooldown-range 10 300)
+  horovodrun+=(--elastic-timeout 86400 --blacklist-cooldown-range 10 300)
   [[ ! $max_workers ]] || horovodrun+=(--max-np "$max_workers")
   [[ ! $hosts_file ]] || DIN_DIST_HOSTS_FILE=$(realpath "$hosts_file")
   export DIN_DIST_HOSTS_FILE
@@ -145,12 +147,28 @@ else
     s/^\[[0-9]+\]<stderr>:\{/{/p; t # of --log_format=json, which has the rank in it
     s/^\[([0-9]+)\]<stderr>:/[\1] /p; t
     w $run_dir/horovodrun.stderr" <"$run_dir/stderr" >&2 &
+  if [[ $elastic ]]; then
+    # A worker gave up for want of others, after a checkpoint. Horovod would wait for them on and on.
+    (
+      until grep -qs ' 79$' "$run_dir/failures" || grep -qs 'status code 79\.' "$run_dir/horovodrun.stdout"; do
+        [[ -d $run_dir ]] || exit 0
+        sleep 1
+      done
+      touch "$run_dir/gave_up"
+      sleep 5                               # the other workers give up too
+      kill -KILL -- "-$(<"$run_dir/child")" # it does not hear TERM while it waits for hosts
+    ) 2>/dev/null &
+    watcher=$!
+  fi
   run "$venv/bin/horovodrun" --gloo "${horovodrun[@]}" "$root/launch/worker.sh" "${trainer_flags[@]}" \
     >"$run_dir/stdout" 2>"$run_dir/stderr" || code=$?
+  [[ ! $elastic ]] || kill "$watcher" 2>/dev/null || true
   wait # for the last lines
 fi
 
-if [[ $elastic && $code == 0 ]]; then
+if [[ -e $run_dir/gave_up ]]; then
+  code=75
+elif [[ $elastic && $code == 0 ]]; then
   : # whoever failed was not needed
 elif [[ -s $run_dir/failures ]]; then
   # The first to fail takes the others down; in an elastic job they went on, until the last. One that knows the wrong input

@@ -7,6 +7,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 rank=${HOROVOD_RANK:-0}
+if [[ ! -d $DIN_DIST_RUN_DIR ]]; then # on another host than train.sh, which learns the exit code from horovodrun then
+  DIN_DIST_RUN_DIR=$(mktemp -d)
+  trap 'rm -rf "$DIN_DIST_RUN_DIR"' EXIT
+fi
 [[ $rank == 0 || ${HOROVOD_ELASTIC-} ]] || exec >&2 # stdout is for the summary
 exec {stderr}>&2 2>/dev/null # bash's own remark on a killed process is of no use to anyone
 "$venv/bin/python" -m din_dist.cli.train "$@" 2>&"$stderr" {stderr}>&- &

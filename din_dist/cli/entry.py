@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -124,6 +125,13 @@ def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
     _print(" ".join(text.split()), level, **fields)
     _tell_launcher(code)
     sys.exit(code)
+
+
+def leave_at_once(code: int, text: str) -> NoReturn:
+    """Ends the process from any thread, whatever the others wait for."""
+    _print(text, "stopped")
+    _tell_launcher(code)
+    os._exit(code)
 
 
 def _tell_launcher(code: int) -> None:

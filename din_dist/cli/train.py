@@ -14,6 +14,7 @@ from absl import flags
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
+from din_dist.errors import EXIT_GAVE_UP, InputError
 from din_dist.training.terminal import duration
 
 _HANDOVER_SECONDS = 30.0  # in which a chief that was lost or is no longer chief lets go of the output directory
@@ -100,8 +101,22 @@ def main() -> None:
         write_text_atomically(folder / "summary.json", text + "\n")
         return text
 
+    def give_up() -> None:
+        """Not enough workers came back: whoever gets hold of the output directory saves, and all end."""
+        text = f"fewer than --min_workers for {config.job.rejoin_timeout_seconds:.0f} s"
+        try:
+            lock.hold(is_chief=True)
+            job.trainer.save_alone()
+            text += f"; step {job.trainer.state.step} is saved. The same command goes on from there"
+        except InputError:
+            text += "; another worker saves"
+        except OSError as error:
+            text += f"; the checkpoint could not be written: {error}"
+        finally:
+            entry.leave_at_once(EXIT_GAVE_UP, text)
+
     with job.telemetry.until_the_end(job.trainer):
-        summary = run_elastic(runtime, run, job.telemetry.say)
+        summary = run_elastic(runtime, run, job.telemetry.say, give_up, config.job.rejoin_timeout_seconds)
     runtime.barrier()
     runtime.shutdown()
     if summary:

@@ -67,6 +67,15 @@ class CheckpointStore:
             raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
         return num_bytes
 
+    def save_alone(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
+        """As `save`, by this rank without a word to the others, which may be gone.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._write(variables, state)
+        self._prune(state.best_step)
+
     def restore(self, variables: Mapping[str, tf.Variable], step: int | None = None) -> TrainingState | None:
         """Loads the newest checkpoint, or that of `step`, into `variables`; None when there is none.
 

@@ -92,6 +92,7 @@ class Trainer:
                 self._take_over_from(holders[0])
         else:
             self._restore_latest()
+            finished = self.state.examples_seen < self._examples_per_epoch  # else saved alone, before the epoch's end
         if self._keeps_history:
             self._history.begin(self.state, finished=finished)
         self._telemetry.started(self.state)
@@ -169,6 +170,18 @@ class Trainer:
                 return
             self._saved_step = self.state.step
             self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
+
+    def save_alone(self) -> None:
+        """Publishes a checkpoint of where this rank's memory stands, when the others cannot be reached.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        position = self._history.newest()
+        if position is None or position[0] <= self._saved_step:
+            return  # the disk has it, or nothing was learned yet
+        self.state = self._history.go_back(position[0], finished=position[1])
+        self._checkpoints.save_alone(self._variables, self.state)
 
     def _restore_latest(self) -> None:
         state = self._checkpoints.restore(self._variables)

@@ -122,6 +122,27 @@ def test_a_stopped_job_resumes_with_another_number_of_workers(
     assert_as_if_nothing_happened(json.loads(done.stdout.splitlines()[-1]), expected)
 
 
+def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source, expected = undisturbed
+    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    with start(tmp_path, "--min_workers=2", "--rejoin_timeout_seconds=3") as job:
+        wait_for(job, "step 200 of ")
+        os.kill(worker_of(0, tmp_path), signal.SIGKILL)
+        err = job.communicate(timeout=100)[1]
+    assert job.returncode == 75, err
+    *_, saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    step = int(saved.name.removeprefix("step-"))
+    assert step >= 199
+    assert (
+        f"stopped: fewer than --min_workers for 3 s; step {step} is saved. The same command goes on from there" in err
+    )
+    done = run("train", tmp_path, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert_as_if_nothing_happened(json.loads(done.stdout.splitlines()[-1]), expected)
+
+
 def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
     def refusal(*flags: str) -> str:
         words = [launcher(tmp_path)[0], *flags]
