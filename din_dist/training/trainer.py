@@ -233,9 +233,10 @@ class Trainer:
             f"Step {step}: loss and gradient must be finite. Received: loss {loss}, gradient norm {norm}, "
             f"{self._culprits(result)}."
         )
+        if self._keeps_history:
+            self._history.go_back(self.state.step, finished=True)  # it has moved the averages of batch statistics
         if self.state.skipped_steps < self._config.job.skip_nonfinite_steps:
             self.state.skipped_steps += 1
-            self._history.go_back(self.state.step, finished=True)  # the averages of batch statistics
             self._telemetry.say(
                 f"{problem} Skipped, {self.state.skipped_steps} of at most {self._config.job.skip_nonfinite_steps}.",
                 level="warning",
