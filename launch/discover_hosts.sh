@@ -6,7 +6,8 @@
 set -euo pipefail
 
 if [[ ${DIN_DIST_HOSTS_FILE:-} ]]; then
-  sed 's/#.*//; s/[[:space:]]//g; /^$/d; /:/!s/$/:1/' "$DIN_DIST_HOSTS_FILE"
+  # A line that is being written, or is no host, must not end the job.
+  sed -nE 's/#.*//; s/[[:space:]]//g; /^[A-Za-z0-9._-]+$/s/$/:1/; /^[A-Za-z0-9._-]+:[1-9][0-9]*$/p' "$DIN_DIST_HOSTS_FILE"
 elif [[ -x /etc/mpi/discover_hosts.sh ]]; then
   exec /etc/mpi/discover_hosts.sh
 else

@@ -60,9 +60,16 @@ if [[ $elastic ]]; then
       die "--$setting must be a whole number from 1. Received: '${!setting}'. Give a number of workers."
   done
   ((min_workers <= num_workers && num_workers <= ${max_workers:-9999})) ||
-    die "--num_workers must be from --min_workers to --max_workers. Received: $num_workers, with $min_workers and ${max_workers:-no limit}. Correct one of them."
+    die "--num_workers (default: one a GPU, else 2) must be from --min_workers to --max_workers. Received: $num_workers, with $min_workers and ${max_workers:-no limit}. Correct one of them."
   [[ ! $hosts_file || -r $hosts_file ]] ||
     die "--hosts_file must be a file with a line HOST:SLOTS for each host. Received: '$hosts_file', which cannot be read. Correct the path."
+  if [[ $hosts_file ]]; then
+    wrong=$(grep -nvE '^[[:space:]]*([A-Za-z0-9._-]+(:[1-9][0-9]*)?)?[[:space:]]*(#.*)?$' "$hosts_file" | head -n 1 || true)
+    [[ ! $wrong ]] ||
+      die "--hosts_file must have a line HOST or HOST:SLOTS for each host. Received: $hosts_file, line ${wrong/:/: }. Correct it."
+    grep -qE '^[[:space:]]*[A-Za-z0-9]' "$hosts_file" ||
+      die "--hosts_file must have a line HOST or HOST:SLOTS for each host. Received: $hosts_file, which names none. Add one."
+  fi
   [[ $hosts_file || -x /etc/mpi/discover_hosts.sh ]] ||
     die "--elastic needs --hosts_file outside Kubernetes. Received: none. Give a file with a line HOST:SLOTS for each host."
 elif [[ $hosts_file || $max_workers || $min_workers != 1 ]]; then
@@ -92,6 +99,8 @@ stop() {
     # Not by horovodrun, which kills the workers 5 seconds after it is told to stop, checkpoint or no checkpoint.
     touch "$run_dir/stop" # for workers that are yet to start
     cat "$run_dir"/*.pid 2>/dev/null | xargs -r kill -s "$signal" 2>/dev/null || true
+    # Without workers, horovodrun waits for hosts and hears nothing.
+    [[ ! $elastic ]] || compgen -G "$run_dir/*.pid" >/dev/null || kill -KILL -- "-$child" 2>/dev/null || true
   else
     kill -TERM -- "-$child" "$child" 2>/dev/null || true
   fi
@@ -166,7 +175,7 @@ else
   wait # for the last lines
 fi
 
-if [[ -e $run_dir/gave_up ]]; then
+if [[ -e $run_dir/gave_up || ($elastic && $stopped && $code == 137 && ! -s $run_dir/failures) ]]; then
   code=75
 elif [[ $elastic && $code == 0 ]]; then
   : # whoever failed was not needed

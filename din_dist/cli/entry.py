@@ -40,8 +40,7 @@ class Requests:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         # Signals that came before this went unheard: bash starts its children deaf to SIGINT.
-        folder = os.environ.get("DIN_DIST_RUN_DIR")
-        self.stop = self.stop or (folder is not None and (Path(folder) / "stop").exists())
+        self.stop = self.stop or stop_file_exists()
 
     def _note(self, number: int, frame: object) -> None:
         if self.stop and number == signal.SIGINT:
@@ -53,6 +52,12 @@ class Requests:
             text = "stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one"
             os.write(2, f"{format_line(text, _log_format(), rank=0)}\n".encode())
         self.stop = True
+
+
+def stop_file_exists() -> bool:
+    """Whether launch/train.sh was asked to stop the job."""
+    folder = os.environ.get("DIN_DIST_RUN_DIR")
+    return folder is not None and (Path(folder) / "stop").exists()
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

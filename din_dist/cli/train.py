@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -16,6 +16,10 @@ from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
 from din_dist.training.terminal import duration
+
+if TYPE_CHECKING:
+    from din_dist.training.output_dir import OutputDirLock
+    from din_dist.training.trainer import Trainer
 
 _HANDOVER_SECONDS = 30.0  # in which a chief that was lost or is no longer chief lets go of the output directory
 
@@ -101,27 +105,41 @@ def main() -> None:
         write_text_atomically(folder / "summary.json", text + "\n")
         return text
 
-    def give_up() -> None:
-        """Not enough workers came back: whoever gets hold of the output directory saves, and all end."""
-        text = f"fewer than --min_workers for {config.job.rejoin_timeout_seconds:.0f} s"
-        try:
-            lock.hold(is_chief=True)
-            job.trainer.save_alone()
-            text += f"; step {job.trainer.state.step} is saved. The same command goes on from there"
-        except InputError:
-            text += "; another worker saves"
-        except OSError as error:
-            text += f"; the checkpoint could not be written: {error}"
-        finally:
-            entry.leave_at_once(EXIT_GAVE_UP, text)
-
+    waiting = _Waiting(lock, job.trainer, config.job.rejoin_timeout_seconds)
     with job.telemetry.until_the_end(job.trainer):
-        summary = run_elastic(runtime, run, job.telemetry.say, give_up, config.job.rejoin_timeout_seconds)
+        summary = run_elastic(runtime, run, job.telemetry.say, waiting)
     runtime.barrier()
     runtime.shutdown()
     if summary:
         print(summary, flush=True)
         lock.release()
+
+
+class _Waiting:
+    """While this worker of an elastic job waits for the others: see `distributed.elastic.Waiting`."""
+
+    def __init__(self, lock: OutputDirLock, trainer: Trainer, patience_seconds: float) -> None:
+        self._lock, self._trainer, self.patience_seconds = lock, trainer, patience_seconds
+        self._outcome = ""
+
+    def save(self) -> None:
+        """One worker does: who gets hold of the output directory."""
+        try:
+            self._lock.hold(is_chief=True)
+            self._trainer.save_alone()
+            self._outcome = f"step {self._trainer.state.step} is saved. The same command goes on from there"
+        except InputError:
+            self._outcome = "another worker saves"
+        except OSError as error:
+            self._outcome = f"the checkpoint could not be written: {error}"
+
+    def stop_requested(self) -> bool:
+        return entry.stop_file_exists()
+
+    def give_up(self, waited_seconds: float) -> None:
+        self.save()
+        reason = "on request" if self.stop_requested() else f"fewer than --min_workers for {waited_seconds:.0f} s"
+        entry.leave_at_once(EXIT_GAVE_UP, f"{reason}; {self._outcome}")
 
 
 def _table(summary: dict[str, Any]) -> str:

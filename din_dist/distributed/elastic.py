@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from din_dist.distributed.runtime import Runtime
 
 Result = TypeVar("Result")
+
+_LOOK_EVERY_SECONDS = 0.5
+_SAVE_AFTER_SECONDS = 10.0  # Gloo aborts the process after 30
 
 
 class WorkersChanged(Exception):
     """Raised by every rank that stays, at the same place: ranks are to be taken in or let go."""
 
 
-def run_elastic(
-    runtime: Runtime,
-    body: Callable[[], Result],
-    say: Callable[[str], None],
-    give_up: Callable[[], None],
-    patience_seconds: float,
-) -> Result:
+class Waiting(Protocol):
+    """What is done while this rank waits for the others, from another thread."""
+
+    patience_seconds: float
+
+    def save(self) -> None:
+        """Keeps what was learned: waiting may end in an abort of Horovod's, for want of an answer."""
+
+    def stop_requested(self) -> bool:
+        """Whether somebody wants the job to stop. The waiting thread hears no signals."""
+
+    def give_up(self, waited_seconds: float) -> None:
+        """Ends this process."""
+
+
+def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str], None], waiting: Waiting) -> Result:
     """What `body` returns, which is called again with the new ranks whenever the set of them changes.
 
     It begins by agreeing on where the job stands. Where the set cannot change, it is called once.
-
-    Args:
-        give_up: ends this process when there are not enough ranks for `patience_seconds`; called in another thread,
-            while this one waits for them.
     """
     while True:
         try:
@@ -38,10 +47,22 @@ def run_elastic(
             if not runtime.elastic or not (lost or isinstance(error, WorkersChanged)):
                 raise
         say("a worker was lost: going on without it" if lost else "workers come or go")
-        waiting = threading.Timer(patience_seconds, give_up)
-        waiting.daemon = True
-        waiting.start()
+        joined = threading.Event()
+        watch = threading.Thread(target=_watch, args=(joined, waiting), daemon=True)
+        watch.start()
         try:
             runtime.reset()
         finally:
-            waiting.cancel()
+            joined.set()
+            watch.join()
+
+
+def _watch(joined: threading.Event, waiting: Waiting) -> None:
+    started, saved = time.monotonic(), False
+    while not joined.wait(_LOOK_EVERY_SECONDS):
+        waited = time.monotonic() - started
+        if not saved and waited >= _SAVE_AFTER_SECONDS:
+            waiting.save()
+            saved = True
+        if waited >= waiting.patience_seconds or waiting.stop_requested():
+            waiting.give_up(waited)

@@ -32,12 +32,12 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST = 80  # characters of an id or a name
 
 _STATUS = {
-    Status.FINISHED: "All its epochs are done.",
+    Status.FINISHED: "It trained to its end.",
     Status.RUNNING: "It is at work in this folder now: a report made later will say more.",
     Status.STOPPED: "It wrote a checkpoint; the same command goes on from there.",
     Status.FAILED: "It ended with an error; its last checkpoint is good.",
     Status.BROKEN_OFF: "Its files name no end, and no process of this machine is at work in the folder. "
-    "The same command goes on from the last checkpoint.",
+    "The same command goes on from the last checkpoint, if there is one.",
 }
 _SPLITS = {
     Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",

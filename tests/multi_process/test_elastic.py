@@ -143,6 +143,22 @@ def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
     assert_as_if_nothing_happened(json.loads(done.stdout.splitlines()[-1]), expected)
 
 
+def test_a_stop_while_a_lost_worker_is_waited_for(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    source, _ = undisturbed
+    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    with start(tmp_path, "--min_workers=2") as job:
+        wait_for(job, "step 200 of ")
+        os.kill(worker_of(1, tmp_path), signal.SIGKILL)
+        wait_for(job, "a worker was lost")
+        job.send_signal(signal.SIGTERM)
+        err = job.communicate(timeout=100)[1]
+    assert job.returncode == 75, err
+    *_, saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    step = int(saved.name.removeprefix("step-"))
+    assert step >= 199
+    assert f"stopped: on request; step {step} is saved. The same command goes on from there" in err
+
+
 def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
     def refusal(*flags: str) -> str:
         words = [launcher(tmp_path)[0], *flags]
@@ -152,7 +168,11 @@ def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
         return line
 
     hosts = tmp_path / "hosts"
-    hosts.touch()
+    hosts.write_text("localhost:1\nwhat is this\n")
+    assert "hosts, line 2: what is this. Correct it." in refusal("--elastic", f"--hosts_file={hosts}")
+    hosts.write_text("# none yet\n\n")
+    assert "hosts, which names none. Add one." in refusal("--elastic", f"--hosts_file={hosts}")
+    hosts.write_text("localhost:2  # this machine\n")
     assert "--elastic needs --hosts_file outside Kubernetes. Received: none." in refusal("--elastic")
     assert "--hosts_file must be a file with a line HOST:SLOTS" in refusal("--elastic", "--hosts_file=nowhere")
     assert "belong to --elastic. Received: no --elastic." in refusal("--min_workers=2")
