@@ -77,6 +77,13 @@ class EventStore:
         """
         return pq.read_table(vocabulary_path(self.folder, name), columns=["id"]).column("id")
 
+    def own_ids(self, name: str, dense_ids: Sequence[int] | np.ndarray, unknown: str = "(unknown)") -> list[str]:
+        """The log's own ids, as text, of dense ids `[M]` of a vocabulary; `unknown` for the reserved one."""
+        dense_ids = np.asarray(dense_ids)
+        known = dense_ids != schema.UNKNOWN_ID
+        found = iter(self.vocabulary(name).take(pa.array(dense_ids[known] - 1)).to_pylist())
+        return [str(next(found)) if here else unknown for here in known]
+
 
 def vocabulary_path(folder: Path, name: str) -> Path:
     return folder / schema.VOCABULARY_DIR / f"{quote(name, safe='')}.parquet"

@@ -13,7 +13,7 @@ from din_dist.data.event_store import ITEMS, USERS, EventStore
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
 from din_dist.models.ranking_model import RankingModel
-from din_dist.report.scoring import MODEL, Scored, of_segments, own_ids, probabilities, thin_out
+from din_dist.report.scoring import MODEL, Scored, of_segments, probabilities, thin_out
 
 _PER_KIND = 2
 _MOST_SHOWN = 15  # behaviours of one example
@@ -119,12 +119,12 @@ def show(
         if example.place in new_places:
             found[int(wanted[np.searchsorted(new_places, example.place)])] = example
     items = np.unique(np.concatenate([[e.candidate, *e.history] for e in found.values()]).astype(np.int64))
-    item_names = dict(zip(items.tolist(), own_ids(store, ITEMS, items), strict=True))
+    item_names = dict(zip(items.tolist(), store.own_ids(ITEMS, items), strict=True))
     feature, of_item = next(iter(store.item_features.items()), ("", np.zeros(store.facts.num_items + 1, np.int32)))
     categories = np.unique(of_item[items])
-    names = own_ids(store, feature, categories) if feature else [""]
+    names = store.own_ids(feature, categories) if feature else [""]
     category_names = dict(zip(categories.tolist(), names, strict=True))
-    users = own_ids(store, USERS, examples.user_of_example()[wanted] + 1)  # users count from 0
+    users = store.own_ids(USERS, examples.user_of_example()[wanted] + 1)  # users count from 0
     user_names = dict(zip(wanted.tolist(), users, strict=True))
     return [
         _shown(kind, found[place], user_names[place], item_names, category_names, of_item)

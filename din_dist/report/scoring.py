@@ -179,12 +179,6 @@ def _corrected(scored: Scored, config: DataConfig) -> tuple[float, Calibration] 
     return log_loss(logits, scored.labels), calibration(probabilities(logits), scored.labels)
 
 
-def own_ids(store: EventStore, vocabulary: str, dense_ids: np.ndarray) -> list[str]:
-    """The ids that the log itself uses, as text; "(unknown)" for those it does not describe."""
-    values = store.vocabulary(vocabulary)
-    return [str(values[int(dense) - 1].as_py()) if dense != schema.UNKNOWN_ID else "(unknown)" for dense in dense_ids]
-
-
 def _by_range(scored: Scored, values: np.ndarray, num_bins: int, title: str, unit: str) -> Table:
     part_of = equal_mass_bins(values, num_bins)
     names = range_names(values, part_of)
@@ -194,5 +188,5 @@ def _by_range(scored: Scored, values: np.ndarray, num_bins: int, title: str, uni
 def _by_feature(scored: Scored, store: EventStore, feature: str) -> Table:
     values = scored.by_row(store.item_features[feature][scored.candidates])
     kept, part_of = largest_parts(values, _LARGEST_CATEGORIES)
-    names = [*own_ids(store, feature, kept), "all others"]
+    names = [*store.own_ids(feature, kept), "all others"]
     return Table(feature, "", slices(scored.rankings, scored.labels, scored.users, part_of, names))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, EventStore
@@ -20,9 +19,9 @@ def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_it
     vectors, _ = lookup(tf.constant(chosen, tf.int32))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "items.bytes").write_bytes(vectors.numpy().astype("<f4").tobytes())
-    columns = {"item": own_ids(store.vocabulary(ITEMS), chosen), "events": counts[chosen].astype(str).tolist()}
+    columns = {"item": store.own_ids(ITEMS, chosen), "events": counts[chosen].astype(str).tolist()}
     for name, feature_of_item in store.item_features.items():
-        columns[name] = own_ids(store.vocabulary(name), feature_of_item[chosen])
+        columns[name] = store.own_ids(name, feature_of_item[chosen], unknown="unknown")
     rows = [list(columns), *zip(*columns.values(), strict=True)]
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
     (folder / "items.tsv").write_text(text)
@@ -31,10 +30,3 @@ def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_it
         'embeddings {\n  tensor_name: "items"\n  tensor_path: "items.bytes"\n  metadata_path: "items.tsv"\n'
         f"  tensor_shape: {len(chosen)}\n  tensor_shape: {lookup.width}\n}}\n",
     )
-
-
-def own_ids(vocabulary: pa.ChunkedArray, dense_ids: np.ndarray) -> list[str]:
-    """The log's own ids of dense ids `[M]`; of the reserved one, "unknown"."""
-    known = dense_ids > 0
-    found = iter(vocabulary.take(pa.array(dense_ids[known] - 1)).to_pylist())
-    return [str(next(found)) if here else "unknown" for here in known]

@@ -15,7 +15,7 @@ from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import split_examples
 from din_dist.report import attention
-from din_dist.report.scoring import MODEL, Scored, own_ids
+from din_dist.report.scoring import MODEL, Scored
 
 
 def scored(logits, labels, lengths, users=None) -> Scored:
@@ -78,9 +78,9 @@ def test_what_is_shown_is_what_the_model_does(parts, normalization) -> None:
     assert [example.kind for example in shown] == ["a", "a", "b"]
     for place, example in zip((longest, other, last), shown, strict=True):
         here = slice(ends[place] - lengths[place], ends[place])
-        history = own_ids(store, "items", batch[schema.HISTORY_ITEM_IDS].numpy()[here])
-        assert example.item == own_ids(store, "items", [batch[schema.CANDIDATE_ITEM_IDS].numpy()[place]])[0]
-        assert example.user == own_ids(store, "users", [examples.user_of_example()[place] + 1])[0]
+        history = store.own_ids("items", batch[schema.HISTORY_ITEM_IDS].numpy()[here])
+        assert example.item == store.own_ids("items", [batch[schema.CANDIDATE_ITEM_IDS].numpy()[place]])[0]
+        assert example.user == store.own_ids("users", [examples.user_of_example()[place] + 1])[0]
         assert example.label == batch[schema.LABELS].numpy()[place]
         assert example.probability == pytest.approx(1 / (1 + np.exp(-logits[place])), abs=1e-6)
         assert example.history_length == len(history)

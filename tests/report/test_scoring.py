@@ -17,7 +17,7 @@ from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.distributed.runtime import Runtime
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.ranking import log_loss
-from din_dist.report.scoring import MODEL, Scored, evaluate, of_segments, own_ids, score, thin_out
+from din_dist.report.scoring import MODEL, Scored, evaluate, of_segments, score, thin_out
 from din_dist.training.evaluator import Evaluator
 from tests.small_log import small_config
 
@@ -122,7 +122,7 @@ def test_the_correction_for_drawn_negatives(store_and_config) -> None:
 
 def test_own_ids(store_and_config) -> None:
     store, _ = store_and_config
-    first, unknown = own_ids(store, "category_id", np.array([1, 0]))
+    first, unknown = store.own_ids("category_id", np.array([1, 0]))
     assert first.startswith("c")
     assert unknown == "(unknown)"
 
@@ -138,5 +138,5 @@ def test_a_log_with_labels_has_no_mixture_to_correct(tmp_path: Path) -> None:
     assert found.corrected is None
     assert scored.draws_per_row == 1
     categories = {part.name: part.num_examples for part in found.tables[2].slices}
-    names = own_ids(store, "category_id", store.item_features["category_id"][scored.candidates])
+    names = store.own_ids("category_id", store.item_features["category_id"][scored.candidates])
     assert categories == {name: names.count(name) for name in set(names)}
