@@ -11,20 +11,23 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-DEBIAN_PACKAGES = {"chromium": "chromium", "prometheus-pushgateway": "prometheus-pushgateway"}
+DEBIAN_PACKAGES = {"promtool": "prometheus"}  # where the name is another
 
 
 def program(name: str) -> str:
-    """Its path. Without it, continuous integration fails; elsewhere the test is skipped."""
-    if path := shutil.which(name):
-        return path
-    hint = f"{name} is not installed: apt-get install {DEBIAN_PACKAGES.get(name, 'prometheus')}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(hint)
-    pytest.skip(hint)
+    """Its path. Without it, see `missing`."""
+    return shutil.which(name) or missing(f"{name} is not installed: apt-get install {DEBIAN_PACKAGES.get(name, name)}")
+
+
+def missing(reason: str) -> NoReturn:
+    """Ends a test for want of something: continuous integration fails, elsewhere the test is skipped."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def free_port() -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from tests.programs import program
 
 PROMETHEUS = Path(__file__).parents[2] / "docker" / "prometheus"
 # Of Prometheus itself, and of a Pushgateway.
@@ -24,12 +22,7 @@ _MATCHER = re.compile(r'(\w+)\s*(=~|=)\s*"([^"]*)"')
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs it; without it the test is skipped, and fails in continuous integration."""
-    if not shutil.which("promtool"):
-        reason = "no promtool on PATH: install Prometheus (Debian, Ubuntu: apt-get install prometheus)"
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return subprocess.run(["promtool", *arguments], capture_output=True, text=True)
+    return subprocess.run([program("promtool"), *arguments], capture_output=True, text=True)
 
 
 def metric_names(expression: str) -> set[str]:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from tests.programs import program
 
 _QUIET = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0"),
 ]
-
-
-def find_chromium() -> str:
-    """Its path; without one the test is skipped, in CI it fails."""
-    found = shutil.which("chromium")
-    if found is None:
-        reason = "no chromium: install it (Debian: apt-get install chromium)"
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 def open_page(page: Path, profile: Path) -> tuple[str, list[str]]:
@@ -38,7 +25,7 @@ def screenshot(page: Path, picture: Path, profile: Path, width: int, height: int
 
 def _run(task: str, page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [find_chromium(), *_QUIET, f"--user-data-dir={profile}", *flags, task, page.as_uri()],
+        [program("chromium"), *_QUIET, f"--user-data-dir={profile}", *flags, task, page.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
