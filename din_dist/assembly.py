@@ -127,6 +127,7 @@ def make_job(
     averages = {weight.path: weight.value for weight in model.non_trainable_weights}
     saved = {**variables, **averages, **optimizer.state}
     by_rows = {id(variable) for variable in optimizer.row_wise}
+    can_go_back = runtime.elastic or config.job.skip_nonfinite_steps > 0
     history = History(optimizer.row_wise, [value for value in saved.values() if id(value) not in by_rows])
     step = train_step(
         model,
@@ -134,7 +135,7 @@ def make_job(
         exchange(runtime, config.optimizer.wire_dtype),
         Regularization(config.optimizer, row_counts),
         config.optimizer,
-        history if runtime.elastic or config.job.skip_nonfinite_steps else None,
+        history if can_go_back else None,
     )
     evaluator = Evaluator(config, store, splits, runtime)
     exporter = exporter or Exporter(config.job, runtime)

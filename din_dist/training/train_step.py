@@ -76,6 +76,10 @@ class TrainStep:
         signature = [BATCH_SIGNATURE, *scalars, tf.TensorSpec([len(Requests._fields)], tf.float32)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
 
+    @property
+    def can_be_undone(self) -> bool:
+        return self._history is not None
+
     def __call__(
         self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
     ) -> StepResult:

@@ -63,7 +63,6 @@ class Trainer:
         self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._history = history
-        self._keeps_history = runtime.elastic or config.job.skip_nonfinite_steps > 0
         self._stop_requested, self._leave_requested = stop_requested, leave_requested
         self._logits_of = tf.function(
             lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
@@ -93,7 +92,7 @@ class Trainer:
         else:
             self._restore_latest()
             finished = self.state.examples_seen < self._examples_per_epoch  # else saved alone, before the epoch's end
-        if self._keeps_history:
+        if self._step.can_be_undone:
             self._history.begin(self.state, finished=finished)
         self._telemetry.started(self.state)
         if not finished:
@@ -233,7 +232,7 @@ class Trainer:
             f"Step {step}: loss and gradient must be finite. Received: loss {loss}, gradient norm {norm}, "
             f"{self._culprits(result)}."
         )
-        if self._keeps_history:
+        if self._step.can_be_undone:
             self._history.go_back(self.state.step, finished=True)  # it has moved the averages of batch statistics
         if self.state.skipped_steps < self._config.job.skip_nonfinite_steps:
             self.state.skipped_steps += 1
@@ -272,7 +271,7 @@ class Trainer:
         self.seconds["training"] += report.total_seconds
         made = _is_finite(result)
         self.state.advance(global_examples, report.loss if made else 0.0, checksum_of(result.checksum.numpy().tolist()))
-        if self._keeps_history:
+        if self._step.can_be_undone:
             self._history.add(self.state, result.values if made else None, result.replaced)
         self._telemetry.after_step(self.state, report, lambda: self._histograms(batch))
 
@@ -322,7 +321,7 @@ class Trainer:
             self._end_epoch()
         else:
             self._do_what_is_due()
-        if self._keeps_history:
+        if self._step.can_be_undone:
             self._history.finish(self.state)
 
     def _answer(self, requests: Requests) -> None:
