@@ -17,7 +17,16 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist.config import LogFormat
-from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_SIGINT, FailedElsewhere, InputError, Interrupted, Left
+from din_dist.errors import (
+    EXIT_INPUT_ERROR,
+    EXIT_RETRY,
+    EXIT_SIGINT,
+    FailedElsewhere,
+    InputError,
+    Interrupted,
+    Left,
+    is_lost_peer,
+)
 from din_dist.training.terminal import format_line
 
 
@@ -88,19 +97,13 @@ def _exit_code(main: Callable[[], None]) -> int:
         _leave(1, str(error))
     except Exception as error:
         where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
-        if _lost_a_peer(error):
+        if is_lost_peer(error):
             _leave(1, f"rank {_rank()} lost another worker{where} and cannot go on alone. The same command resumes.")
         if _log_format() is LogFormat.JSON:
             _leave(1, f"rank {_rank()} failed{where}: {error}", traceback=traceback.format_exc())
         traceback.print_exc()
         _leave(1, f"rank {_rank()} failed{where}: see the lines above")
     return 0
-
-
-def _lost_a_peer(error: Exception) -> bool:
-    """As `HorovodRuntime.lost_a_peer`, without importing TensorFlow for it."""
-    ours = type(error).__name__ == "HorovodInternalError" or type(error).__module__.startswith("tensorflow")
-    return ours and "horovod" in str(error).lower()
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist.errors import FailedElsewhere, InputError
+from din_dist.errors import FailedElsewhere, InputError, is_lost_peer
 
 
 class Runtime:
@@ -158,10 +158,7 @@ class HorovodRuntime(Runtime):
         self._hvd.shutdown()
 
     def lost_a_peer(self, error: Exception) -> bool:
-        # Out of a graph it comes as an error of TensorFlow's, at a node of Horovod's or with Horovod's own words.
-        return type(error).__name__ == "HorovodInternalError" or (
-            isinstance(error, tf.errors.OpError) and "horovod" in str(error).lower()
-        )
+        return is_lost_peer(error)
 
 
 class ElasticRuntime(HorovodRuntime):
