@@ -126,9 +126,9 @@ def make_job(
     )
     averages = {weight.path: weight.value for weight in model.non_trainable_weights}
     saved = {**variables, **averages, **optimizer.state}
-    by_rows = {id(variable) for variable in optimizer.row_wise}
+    by_rows = {id(variable) for variable in optimizer.changing_by_rows}
     can_go_back = runtime.elastic or config.job.skip_nonfinite_steps > 0
-    history = History(optimizer.row_wise, [value for value in saved.values() if id(value) not in by_rows])
+    history = History(optimizer.changing_by_rows, [value for value in saved.values() if id(value) not in by_rows])
     step = train_step(
         model,
         optimizer,

@@ -8,7 +8,8 @@ the batch keeps weights and state to the bit ("lazy").
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import tensorflow as tf
 
@@ -27,7 +28,7 @@ class Optimizer(abc.ABC):
         compiled: runs the update of the dense variables as one kernel, through XLA.
     """
 
-    state_kinds: tuple[str, ...] = ()
+    initial_state: ClassVar[Mapping[str, float]] = {}  # kind of what is held for each variable -> its first values
 
     def __init__(
         self,
@@ -40,25 +41,32 @@ class Optimizer(abc.ABC):
         self.names = list(names)
         self.tables = set(tables)
         self.compiled = compiled
-        self.state: dict[str, tf.Variable] = {}
+        self.state: dict[str, tf.Variable] = {
+            f"{name}/{kind}": tf.Variable(tf.fill(self._state_shape(name, variable), initial), trainable=False)
+            for kind, initial in self.initial_state.items()
+            for name, variable in zip(names, variables, strict=True)
+        }
+
+    def _state_shape(self, name: str, variable: tf.Variable) -> tf.TensorShape:
+        return variable.shape
 
     @property
-    def row_wise(self) -> list[tf.Variable]:
+    def changing_by_rows(self) -> list[tf.Variable]:
         """Tables and what is held for them, in the order of `apply`'s result."""
         return [
             changing
             for name, variable in zip(self.names, self.variables, strict=True)
             if name in self.tables
-            for changing in (variable, *(self.state[f"{name}/{kind}"] for kind in self.state_kinds))
+            for changing in (variable, *(self.state[f"{name}/{kind}"] for kind in self.initial_state))
         ]
 
     def apply(self, gradients: Sequence[Gradient], learning_rate: tf.Tensor, step: tf.Tensor) -> list[RowGradients]:
-        """One update; `step` counts from 1. Returns, for each of `row_wise`, the rows as they were before."""
+        """One update; `step` counts from 1. Returns, for each of `changing_by_rows`, the rows as they were before."""
         rate = self._rate(learning_rate, step)
         dense = []
         replaced = []
         for name, variable, gradient in zip(self.names, self.variables, gradients, strict=True):
-            held = [self.state[f"{name}/{kind}"] for kind in self.state_kinds]
+            held = [self.state[f"{name}/{kind}"] for kind in self.initial_state]
             if isinstance(gradient, RowGradients):
                 before = [tf.gather(table, gradient.row_ids) for table in (variable, *held)]
                 after = self.update(gradient.rows, rate, *before)
@@ -79,16 +87,10 @@ class Optimizer(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
-        """The new value, and what is held for it in the order of `state_kinds`; of a variable or of rows of a table."""
+        """The new value, then what is held for it, as in `initial_state`; of a variable or of rows of a table."""
 
     def _rate(self, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         return learning_rate
-
-    def _add_state(self, kind: str, initial: float, row_wise: Sequence[bool] | None = None) -> None:
-        self.state_kinds = (*self.state_kinds, kind)
-        for place, (name, variable) in enumerate(zip(self.names, self.variables, strict=True)):
-            shape = variable.shape[:1] if row_wise and row_wise[place] else variable.shape
-            self.state[f"{name}/{kind}"] = tf.Variable(tf.fill(shape, initial), trainable=False)
 
 
 class Sgd(Optimizer):
@@ -106,7 +108,8 @@ class Adagrad(Optimizer):
         row_wise: tables keep one accumulator a row, of the mean of g^2: 1/D of the memory.
     """
 
-    INITIAL, EPSILON = 0.1, 1e-7  # as Keras
+    initial_state: ClassVar[Mapping[str, float]] = {"accumulator": 0.1}  # these two as Keras
+    EPSILON = 1e-7
 
     def __init__(
         self,
@@ -116,8 +119,11 @@ class Adagrad(Optimizer):
         row_wise: bool = False,
         compiled: bool = False,
     ) -> None:
+        self._rows_only = set(tables) if row_wise else set()
         super().__init__(variables, names, tables, compiled)
-        self._add_state("accumulator", self.INITIAL, [row_wise and name in tables for name in names])
+
+    def _state_shape(self, name: str, variable: tf.Variable) -> tf.TensorShape:
+        return variable.shape[:1] if name in self._rows_only else variable.shape
 
     @staticmethod
     def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
@@ -133,18 +139,8 @@ class Adagrad(Optimizer):
 class LazyAdam(Optimizer):
     """Adam (Kingma, Ba 2015); rows that are not in the batch do not move and their moments do not decay."""
 
+    initial_state: ClassVar[Mapping[str, float]] = {"first_moment": 0.0, "second_moment": 0.0}
     BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # as Keras
-
-    def __init__(
-        self,
-        variables: Sequence[tf.Variable],
-        names: Sequence[str],
-        tables: Sequence[str] = (),
-        compiled: bool = False,
-    ) -> None:
-        super().__init__(variables, names, tables, compiled)
-        self._add_state("first_moment", 0.0)
-        self._add_state("second_moment", 0.0)
 
     @staticmethod
     def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:

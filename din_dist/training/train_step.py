@@ -161,7 +161,7 @@ class TrainStep:
 
         def refuse() -> list[RowGradients]:
             by_rows = any(isinstance(gradient, RowGradients) for gradient in gradients)
-            shapes = [[0, *variable.shape[1:]] for variable in self._optimizer.row_wise if by_rows]
+            shapes = [[0, *variable.shape[1:]] for variable in self._optimizer.changing_by_rows if by_rows]
             return [RowGradients(tf.zeros([0], tf.int32), tf.zeros(shape)) for shape in shapes]
 
         # Loss and norm are those of the global batch: every rank takes the same branch. Nor does any of them begin
