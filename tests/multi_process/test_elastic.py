@@ -55,6 +55,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
+def share_log(undisturbed: tuple[Path, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Gives a job in `folder` the log of the undisturbed one, and returns how that one ended."""
+    source, expected = undisturbed
+    (folder / "log.parquet").symlink_to(source / "log.parquet")
+    return expected
+
+
 def assert_as_if_nothing_happened(summary: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     """Every example once in each epoch, in the same updates: the same losses, and the same test."""
     for record, expected in zip(summary["epoch_records"], undisturbed["epoch_records"], strict=True):
@@ -67,8 +74,7 @@ def assert_as_if_nothing_happened(summary: dict[str, Any], undisturbed: dict[str
 
 @pytest.mark.parametrize("rank", [1, 0], ids=["a worker", "the chief"])
 def test_a_killed_worker_costs_no_example(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, rank: int) -> None:
-    source, expected = undisturbed
-    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    expected = share_log(undisturbed, tmp_path)
     with start(tmp_path) as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(rank, tmp_path), signal.SIGKILL)
@@ -89,8 +95,7 @@ def test_a_killed_worker_costs_no_example(undisturbed: tuple[Path, dict[str, Any
 def test_an_evicted_worker_leaves_and_the_others_do_not_go_back(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    source, expected = undisturbed
-    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    expected = share_log(undisturbed, tmp_path)
     with start(tmp_path) as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(1, tmp_path), signal.SIGTERM)
@@ -109,8 +114,7 @@ def test_an_evicted_worker_leaves_and_the_others_do_not_go_back(
 def test_a_stopped_job_resumes_with_another_number_of_workers(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    source, expected = undisturbed
-    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    expected = share_log(undisturbed, tmp_path)
     with start(tmp_path) as job:
         wait_for(job, "step 200 of ")
         job.send_signal(signal.SIGTERM)
@@ -125,8 +129,7 @@ def test_a_stopped_job_resumes_with_another_number_of_workers(
 def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    source, expected = undisturbed
-    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    expected = share_log(undisturbed, tmp_path)
     with start(tmp_path, "--min_workers=2", "--rejoin_timeout_seconds=3") as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(0, tmp_path), signal.SIGKILL)
@@ -144,8 +147,7 @@ def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
 
 
 def test_a_stop_while_a_lost_worker_is_waited_for(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    source, _ = undisturbed
-    (tmp_path / "log.parquet").symlink_to(source / "log.parquet")
+    share_log(undisturbed, tmp_path)
     with start(tmp_path, "--min_workers=2") as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(1, tmp_path), signal.SIGKILL)
