@@ -6,7 +6,6 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from urllib.error import URLError
 
 import tensorflow as tf
 from prometheus_client import (
@@ -185,7 +184,7 @@ class Exporter:
                 grouping_key={"run": self._job.output_dir, "rank": str(self._rank)},
                 timeout=_PUSH_SECONDS,
             )
-        except (OSError, URLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             return f"--pushgateway: {self._job.pushgateway} did not take the metrics: {error}"
         return None
 
