@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prints the hosts that an elastic job may use now, a line HOST or HOST:SLOTS each; horovodrun asks every second.
+# Prints the hosts that an elastic job may use now, a line HOST or HOST:SLOTS each; the launcher asks every
+# second, and tells Horovod of those that answer.
 #
 # From the file $DIN_DIST_HOSTS_FILE, which may change at any time (# begins a comment); else, in Kubernetes, from the script
 # that the MPI operator mounts.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
@@ -27,6 +29,7 @@ from din_dist.errors import (
     Left,
     is_lost_peer,
 )
+from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE
 from din_dist.training.terminal import format_line
 
 
@@ -41,32 +44,37 @@ class Requests:
 
     SIGINT and SIGTERM ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT ends it
     at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
+    They are heard by a thread, whatever the main one waits for; it also gives the worker's agent signs of life.
     """
 
     def __init__(self) -> None:
         self.stop = self.leave = False
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        hear, tell = socket.socketpair()
+        tell.setblocking(False)
+        signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-        # Signals that came before this went unheard: bash starts its children deaf to SIGINT.
-        self.stop = self.stop or stop_file_exists()
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(hear, tell), daemon=True).start()
 
-    def _note(self, number: int, frame: object) -> None:
+    def _listen(self, hear: socket.socket, tell: socket.socket) -> None:
+        """`tell`: kept open by this thread."""
+        hear.settimeout(BEAT_SECONDS)
+        while True:
+            _tell_agent(b".")
+            with contextlib.suppress(TimeoutError):
+                for number in hear.recv(64):
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
         if self.stop and number == signal.SIGINT:
             os._exit(EXIT_SIGINT)
         if self._elastic and number == signal.SIGTERM:
             self.leave = True
             return
         if not self.stop and _is_chief():
-            text = "stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one"
-            os.write(2, f"{format_line(text, _log_format(), rank=0)}\n".encode())
+            say("stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one")
         self.stop = True
-
-
-def stop_file_exists() -> bool:
-    """Whether launch/train.sh was asked to stop the job."""
-    folder = os.environ.get("DIN_DIST_RUN_DIR")
-    return folder is not None and (Path(folder) / "stop").exists()
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -131,24 +139,27 @@ def _is_chief() -> bool:
 
 def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
     _print(" ".join(text.split()), level, **fields)
-    _tell_launcher(code)
+    _tell_end(code)
     sys.exit(code)
 
 
 def leave_at_once(code: int, text: str) -> NoReturn:
     """Ends the process from any thread, whatever the others wait for."""
     _print(text, "stopped")
-    _tell_launcher(code)
+    _tell_end(code)
     os._exit(code)
 
 
-def _tell_launcher(code: int) -> None:
-    """As launch/worker.sh does when the process has ended; but that takes seconds, in which a rank that only follows
-    this one may end first and have this one killed."""
-    folder = os.environ.get("DIN_DIST_RUN_DIR")
-    if folder and Path(folder).is_dir():
-        with (Path(folder) / "failures").open("a") as failures:
-            failures.write(f"{_rank()} {code}\n")
+def _tell_agent(word: bytes) -> None:
+    """To the agent that stands by this process, where `launch/train.sh` started it."""
+    if beats := os.environ.get(BEATS_VARIABLE):
+        with contextlib.suppress(OSError):
+            os.write(int(beats), word)
+
+
+def _tell_end(code: int) -> None:
+    """Ending takes seconds, in which a rank that only follows this one may end first and be taken for the cause."""
+    _tell_agent(f"\nends {code}\n".encode())
 
 
 def _quieten() -> None:

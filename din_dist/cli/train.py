@@ -105,7 +105,7 @@ def main() -> None:
         write_text_atomically(folder / "summary.json", text + "\n")
         return text
 
-    waiting = _Waiting(lock, job.trainer, config.job.rejoin_timeout_seconds)
+    waiting = _Waiting(lock, job.trainer, requests, config.job.rejoin_timeout_seconds)
     with job.telemetry.until_the_end(job.trainer):
         summary = run_elastic(runtime, run, job.telemetry.say, waiting)
     runtime.barrier()
@@ -118,8 +118,11 @@ def main() -> None:
 class _Waiting:
     """While this worker of an elastic job waits for the others: see `distributed.elastic.Waiting`."""
 
-    def __init__(self, lock: OutputDirLock, trainer: Trainer, patience_seconds: float) -> None:
-        self._lock, self._trainer, self.patience_seconds = lock, trainer, patience_seconds
+    def __init__(
+        self, lock: OutputDirLock, trainer: Trainer, requests: entry.Requests, patience_seconds: float
+    ) -> None:
+        self._lock, self._trainer, self._requests = lock, trainer, requests
+        self.patience_seconds = patience_seconds
         self._outcome = ""
 
     def save(self) -> None:
@@ -134,7 +137,7 @@ class _Waiting:
             self._outcome = f"the checkpoint could not be written: {error}"
 
     def stop_requested(self) -> bool:
-        return entry.stop_file_exists()
+        return self._requests.stop
 
     def give_up(self, waited_seconds: float) -> None:
         self.save()

@@ -1,0 +1,260 @@
+"""Prepares the data and starts the workers: what `launch/train.sh` runs once everything is set up."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from din_dist.cli import flags as settings
+from din_dist.config import require
+from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
+from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file
+from din_dist.launcher.supervisor import Supervisor
+
+_LAUNCH = Path(__file__).parents[2] / "launch"
+_DISCOVER = str(_LAUNCH / "discover_hosts.sh")
+_OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # which Kubernetes' MPI operator mounts
+_LONGEST_COOLDOWN = 30  # times --host_cooldown_seconds
+
+_USAGE = """\
+launch/train.sh [--num_workers N] [trainer flags]
+launch/train.sh --hosts HOST:SLOTS,... --num_workers N [trainer flags]
+launch/train.sh --elastic --hosts_file FILE [--num_workers N] [--min_workers N] [trainer flags]
+
+Without trainer flags it trains with launch/flags/quick.flags. The last line on stdout is the summary as JSON,
+everything else goes to stderr. SIGTERM and SIGINT let the workers finish their step and write a checkpoint. On several
+hosts, the checkout, the prepared data and --output_dir must be the same for all.
+
+Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), else what the first failed worker
+gave.
+Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
+"""
+
+_FLAGS = flags.FlagValues()  # of the launcher; all others are the trainer's
+_SHORTEST_STALL_TIMEOUT = 5.0
+_ELASTIC_ONLY = ("min_workers", "max_workers", "host_cooldown_seconds")
+
+
+def _define(name: str, default: str, help_text: str, short_name: str | None = None) -> None:
+    # Text: absl's own word on what is no number is not in our form.
+    flags.DEFINE_string(name, default, help_text, short_name=short_name, flag_values=_FLAGS)
+
+
+_define("num_workers", "2", "Processes to train with. Default: one a GPU, else 2.")
+_define("hosts", "", "Hosts to train on, HOST:SLOTS comma-separated. Default: this one.", short_name="H")
+_define(
+    "hosts_file",
+    "",
+    "File with a line HOST:SLOTS for each host; # begins a comment. With --elastic it may change at any time; without "
+    "it the script is asked that Kubernetes' MPI operator mounts.",
+)
+_define("ssh_port", "22", "Port of the hosts' ssh servers.")
+_define("network_interface", "", "Network card by which the workers reach each other. Default: Horovod finds one.")
+_define(
+    "stall_timeout_seconds",
+    "60",
+    "After how long a worker that gives no sign of life is treated as lost. Also how long the others wait for a new "
+    "one to start.",
+)
+flags.DEFINE_boolean(
+    "elastic",
+    False,
+    "Go on when workers are lost or added. --num_workers are waited for at the start.",
+    flag_values=_FLAGS,
+)
+_define("min_workers", "1", "With --elastic: wait for others with fewer than this.")
+_define("max_workers", "", "With --elastic: never use more than this. Default: no limit.")
+_define(
+    "host_cooldown_seconds",
+    "10",
+    "With --elastic: how long a host is left out whose worker failed; doubled each time, up to 30 times.",
+)
+flags.DEFINE_boolean("preflight", True, "Check all hosts before a start on more than one.", flag_values=_FLAGS)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code: that of the job, 2 for wrong input, 75 when it was stopped by a signal.
+
+    Raises:
+        InputError: a flag of the launcher's is wrong.
+    """
+    try:
+        trainer_flags = _FLAGS(["train.sh", *arguments], known_only=True)[1:]
+    except flags.Error as error:
+        raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
+    num_workers, stall_timeout = _check_numbers()
+    hosts = _hosts()
+    if not trainer_flags:
+        trainer_flags = [f"--flagfile={_LAUNCH / 'flags' / 'quick.flags'}"]
+    if sys.stderr.isatty():
+        # For the progress bar: the workers' own stderr is a pipe.
+        os.environ["DIN_DIST_PROGRESS_TTY"] = os.ttyname(sys.stderr.fileno())
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Also checks every flag: a wrong one gives its one line here, not one from each worker.
+    code = _run_first("prepare_data", trainer_flags)
+    only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
+    if code == 0 and hosts and not only_here and _FLAGS.preflight:
+        where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
+        code = _run_first("check_cluster", [*where, *trainer_flags])
+    if code:
+        return code
+    agent = [sys.executable, "-m", "din_dist.launcher.agent", *trainer_flags]
+    alone = num_workers == 1 and only_here and not _FLAGS.elastic
+    with tempfile.TemporaryDirectory() as folder:
+        current_hosts = Path(folder, "hosts")
+        return Supervisor(
+            agent if alone else [*_horovodrun(num_workers, hosts, only_here, current_hosts), *agent],
+            horovod=not alone,
+            elastic=_FLAGS.elastic,
+            local=only_here,
+            stall_timeout_seconds=stall_timeout,
+            hosts=HostList([_DISCOVER], current_hosts, int(_FLAGS.ssh_port), stall_timeout) if _FLAGS.elastic else None,
+        ).run()
+
+
+def _check_numbers() -> tuple[int, float]:
+    """Workers at the start, and `--stall_timeout_seconds`."""
+    numbers = {}
+    for name in ("num_workers", "min_workers", "max_workers", "ssh_port", "host_cooldown_seconds"):
+        value = str(_FLAGS[name].value)
+        if value == "" and name == "max_workers":
+            continue
+        require(
+            value.isdecimal() and 0 < int(value) < 100_000,
+            "must be a whole number from 1",
+            name,
+            value,
+            "Give the number of processes to train with."
+            if name.endswith("workers")
+            else f"For example {_FLAGS[name].default}.",
+        )
+        numbers[name] = int(value)
+    try:
+        stall_timeout = float(_FLAGS.stall_timeout_seconds)
+    except ValueError:
+        stall_timeout = 0.0
+    require(
+        stall_timeout >= _SHORTEST_STALL_TIMEOUT,
+        f"must be a number of seconds from {_SHORTEST_STALL_TIMEOUT:g}",
+        "stall_timeout_seconds",
+        _FLAGS.stall_timeout_seconds,
+        "For example 60.",
+    )
+    given = [name for name in _ELASTIC_ONLY if _FLAGS[name].present]
+    require(
+        _FLAGS.elastic or not given,
+        "belongs to --elastic",
+        (given or [""])[0],
+        _FLAGS[(given or ["elastic"])[0]].value,
+        "Add --elastic, or drop it.",
+    )
+    start, low, high = numbers["num_workers"], numbers["min_workers"], numbers.get("max_workers")
+    require(
+        not _FLAGS.elastic or (low <= start and (high is None or start <= high)),
+        "(default: one a GPU, else 2) must be from --min_workers to --max_workers",
+        "num_workers",
+        f"{start}, with {low} and {high or 'no limit'}",
+        "Correct one of them.",
+    )
+    return start, stall_timeout
+
+
+def _hosts() -> list[HostSlots]:
+    """Those named at the start; none: this machine, or in Kubernetes what its operator says."""
+    require(
+        not (_FLAGS.hosts and _FLAGS.hosts_file),
+        "is one way to name the hosts, --hosts_file another",
+        "hosts",
+        _FLAGS.hosts,
+        "Drop one of them.",
+    )
+    require(
+        not (_FLAGS.hosts and _FLAGS.elastic), "cannot change", "hosts", _FLAGS.hosts, "Give --elastic a --hosts_file."
+    )
+    if _FLAGS.hosts_file:
+        os.environ["DIN_DIST_HOSTS_FILE"] = str(Path(_FLAGS.hosts_file).absolute())
+        return read_hosts_file(_FLAGS.hosts_file)
+    require(
+        not _FLAGS.elastic or _OPERATORS_SCRIPT.exists(),
+        "needs --hosts_file outside Kubernetes",
+        "elastic",
+        "none",
+        "Give a file with a line HOST:SLOTS for each host.",
+    )
+    return parse_hosts(_FLAGS.hosts) if _FLAGS.hosts else []
+
+
+def _horovodrun(num_workers: int, hosts: Sequence[HostSlots], only_here: bool, current_hosts: Path) -> list[str]:
+    """Horovod's launcher and its flags, before the worker's command."""
+    timeout = str(round(float(_FLAGS.stall_timeout_seconds)))
+    venv = Path(os.environ.get("DIN_DIST_VENV", sys.prefix))
+    words = [str(venv / "bin" / "horovodrun"), "--gloo", "--gloo-timeout-seconds", timeout]
+    words += ["-np", str(num_workers)]
+    if not only_here:
+        words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # it would remember hosts that were reached once
+    if interface := _FLAGS.network_interface or (_FLAGS.elastic and len(hosts) == 1 and _default_interface()):
+        words += ["--network-interface", interface]  # without, an elastic job waits for a second host to compare with
+    if _FLAGS.elastic:
+        cooldown = int(_FLAGS.host_cooldown_seconds)
+        tell = current_hosts.with_name("tell_hosts")
+        tell.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n")
+        tell.chmod(0o755)
+        words += ["--min-np", _FLAGS.min_workers, "--host-discovery-script", str(tell), "--elastic-timeout", "86400"]
+        words += ["--blacklist-cooldown-range", str(cooldown), str(cooldown * _LONGEST_COOLDOWN)]
+        words += ["--max-np", _FLAGS.max_workers] if _FLAGS.max_workers else []
+    elif hosts:
+        words += ["-H", ",".join(map(str, hosts))]
+    return words
+
+
+def _default_interface() -> str:
+    """The network card of the default route."""
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        interface, destination, *_ = line.split()
+        if destination == "00000000":
+            return interface
+    return "lo"
+
+
+def _run_first(name: str, arguments: Sequence[str]) -> int:
+    """Another of our commands, whose report goes to stderr; the exit code, 75 when a signal stopped it."""
+    stopped = []
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        process.terminate()
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"din_dist.cli.{name}", *arguments], stdout=sys.stderr, start_new_session=True
+    )
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return EXIT_RETRY if stopped else code
+
+
+def _print_help() -> None:
+    """Of the launcher's flags, then the trainer's."""
+    settings.define_flags()
+    print(f"{__doc__}\n\n{_USAGE}\n{_FLAGS.get_help()}\n\nOf the trainer:\n")
+    print(flags.FLAGS.module_help(settings))
+
+
+if __name__ == "__main__":
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        _print_help()
+        sys.exit()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"train.sh: {error}", file=sys.stderr)
+        sys.exit(EXIT_INPUT_ERROR)

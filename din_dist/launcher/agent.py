@@ -1,0 +1,233 @@
+"""Stands by one trainer process, on the trainer's own host: `python -m din_dist.launcher.agent TRAINER_FLAGS`.
+
+The launcher's arm: it stops the trainer when the launcher says so or is gone, ends it when it has hung, and tells the
+launcher how it ended. It needs no shared files, so it serves on any host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from din_dist.errors import EXIT_HUNG, EXIT_RETRY
+from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE, Address, Lines, encode
+
+_CONNECT_SECONDS = 10.0
+_GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
+_PR_SET_PDEATHSIG = 1
+
+
+class Agent:
+    """One trainer and the link to the launcher."""
+
+    def __init__(self, launcher: socket.socket, stall_timeout_seconds: float) -> None:
+        self._launcher: socket.socket | None = launcher
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._selector = selectors.DefaultSelector()
+        self._launcher_lines, self._trainer_lines = Lines(), Lines()
+        self._heard_launcher = time.monotonic()
+        self._heard_trainer: float | None = None  # None: it is not ready for signals yet
+        self._stop_level = 0  # of SIGINTs that the trainer has to get, and got
+        self._interrupts_sent = 0
+        self._kill_at: float | None = None
+        self._verdict: int | None = None  # the exit code, where it is not the trainer's own
+        self._told = False
+        self._trainer: subprocess.Popen[bytes] | None = None
+
+    def run(self, command: Sequence[str]) -> int:
+        """Runs the trainer to its end; its exit code."""
+        here, there = socket.socketpair()
+        here.setblocking(False)
+        there.setblocking(False)
+        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # `_hear_signals` acts
+        assert self._launcher
+        self._launcher.setblocking(False)
+        self._selector.register(self._launcher, selectors.EVENT_READ, self._hear_launcher)
+        self._selector.register(here, selectors.EVENT_READ, lambda: self._hear_signals(here))
+        pumps = self._start(command)
+        assert self._trainer
+        next_beat = 0.0
+        while self._trainer.poll() is None:
+            for key, _ in self._selector.select(timeout=max(0.0, next_beat - time.monotonic())):
+                key.data()
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + BEAT_SECONDS
+                self._tell({})
+                self._check()
+        code = self._trainer.returncode
+        code = self._verdict or (code if code >= 0 else 128 - code)
+        if not self._told:
+            self._tell({"ended": code})
+        for pump in pumps:
+            pump.join(timeout=5)  # whoever the trainer started may hold them open
+        return code
+
+    def _start(self, command: Sequence[str]) -> list[threading.Thread]:
+        beats, trainers_end = os.pipe()
+        os.set_blocking(beats, False)
+        self._selector.register(beats, selectors.EVENT_READ, lambda: self._hear_trainer(beats))
+        under_horovodrun = "HOROVOD_RANK" in os.environ
+        is_static_follower = os.environ.get("HOROVOD_RANK", "0") != "0" and "HOROVOD_ELASTIC" not in os.environ
+        libc = ctypes.CDLL(None)
+        self._trainer = subprocess.Popen(
+            command,
+            env={**os.environ, BEATS_VARIABLE: str(trainers_end)},
+            pass_fds=[trainers_end],
+            # Through this process: where ssh broke off, writing to what it left behind would be the trainer's end.
+            stdout=subprocess.PIPE if under_horovodrun else None,
+            stderr=subprocess.PIPE if under_horovodrun else None,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # no trainer without its agent
+        )
+        os.close(trainers_end)
+        if not under_horovodrun:
+            return []
+        pumps = [
+            # Stdout is for the summary: of the chief, which in an elastic job any rank may become.
+            threading.Thread(target=_pump, args=(self._trainer.stdout, 2 if is_static_follower else 1), daemon=True),
+            threading.Thread(target=_pump, args=(self._trainer.stderr, 2), daemon=True),
+        ]
+        for pump in pumps:
+            pump.start()
+        return pumps
+
+    def _hear_launcher(self) -> None:
+        assert self._launcher
+        try:
+            piece = self._launcher.recv(65536)
+        except OSError:
+            piece = b""
+        if not piece:
+            self._part_from_launcher()
+            return
+        self._heard_launcher = time.monotonic()
+        for line in self._launcher_lines.add(piece):
+            self._ask_to_stop(json.loads(line).get("stop", 0))
+
+    def _hear_trainer(self, beats: int) -> None:
+        piece = os.read(beats, 65536)
+        if not piece:
+            self._selector.unregister(beats)
+            return
+        self._heard_trainer = time.monotonic()
+        for line in self._trainer_lines.add(piece):
+            if line.startswith(b"ends "):  # said before it is through with ending, which takes seconds
+                self._tell({"ended": int(line.split()[1])})
+                self._told = True
+        self._interrupt()
+
+    def _hear_signals(self, here: socket.socket) -> None:
+        numbers = here.recv(64)
+        if signal.SIGINT in numbers:
+            self._ask_to_stop(self._stop_level + 1)
+        if signal.SIGTERM in numbers:
+            self._terminate()
+
+    def _terminate(self) -> None:
+        """SIGTERM, from Horovod or from who evicts this worker, goes on to the trainer, which knows what to do."""
+        assert self._trainer
+        if self._heard_trainer is None:
+            self._kill(EXIT_RETRY)
+        else:
+            self._trainer.send_signal(signal.SIGTERM)
+
+    def _ask_to_stop(self, level: int) -> None:
+        self._stop_level = max(self._stop_level, level)
+        if self._stop_level and self._heard_trainer is None:
+            self._kill(EXIT_RETRY)  # it has learned nothing yet
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        assert self._trainer
+        while self._heard_trainer is not None and self._interrupts_sent < self._stop_level:
+            self._trainer.send_signal(signal.SIGINT)
+            self._interrupts_sent += 1
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        assert self._trainer
+        if self._launcher and now - self._heard_launcher > self._stall_timeout_seconds:
+            self._part_from_launcher()
+        hung = self._heard_trainer is not None and now - self._heard_trainer > self._stall_timeout_seconds
+        if hung and self._verdict is None:
+            _say(f"it gave no sign of life for {self._stall_timeout_seconds:g} s: it has hung and is killed")
+            self._kill(EXIT_HUNG)
+        if self._kill_at is not None and now >= self._kill_at and self._verdict is None:
+            _say(f"it is killed: it did not stop within {_GRACE_SECONDS:g} s")
+            self._kill(EXIT_RETRY)
+
+    def _part_from_launcher(self) -> None:
+        """Without a launcher there is no job. This worker may also be the one that was cut off from all others."""
+        assert self._launcher
+        self._selector.unregister(self._launcher)
+        self._launcher.close()
+        self._launcher = None
+        _say("the launcher is gone or out of reach: stopping after this step and a checkpoint")
+        self._kill_at = time.monotonic() + _GRACE_SECONDS
+        self._ask_to_stop(1)
+
+    def _kill(self, verdict: int) -> None:
+        assert self._trainer
+        self._verdict = verdict
+        self._trainer.kill()
+
+    def _tell(self, message: dict[str, int]) -> None:
+        if self._launcher:
+            with contextlib.suppress(OSError):  # `_hear_launcher` and `_check` find out
+                self._launcher.send(encode(message))
+
+
+def _pump(source: object, target: int) -> None:
+    """Passes on what comes, and goes on reading where nobody takes it."""
+    broken = False
+    while piece := os.read(source.fileno(), 65536):  # type: ignore[attr-defined]
+        while piece and not broken:
+            try:
+                piece = piece[os.write(target, piece) :]
+            except OSError:
+                broken = True
+
+
+def _say(text: str) -> None:
+    line = f"worker {os.environ.get('HOROVOD_RANK', '0')}: {text}\n"
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
+
+
+def _join() -> tuple[socket.socket, float]:
+    """A link to the launcher, introduced."""
+    address = Address.from_environment()
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            link = socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS)
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                _say(f"the launcher at {address.host}:{address.port} must be reachable. Received: {error}")
+                sys.exit(EXIT_RETRY)
+            time.sleep(0.5)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    hello = {
+        "token": address.token,
+        "host": os.environ.get("HOROVOD_HOSTNAME", ""),
+        "local_rank": int(os.environ.get("HOROVOD_LOCAL_RANK", "0")),
+        "rank": int(os.environ.get("HOROVOD_RANK", "0")),
+    }
+    link.sendall(encode(hello))
+    return link, address.stall_timeout_seconds
+
+
+if __name__ == "__main__":
+    sys.exit(Agent(*_join()).run([sys.executable, "-m", "din_dist.cli.train", *sys.argv[1:]]))

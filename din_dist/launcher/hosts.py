@@ -1,0 +1,144 @@
+"""The hosts of a job: how they are written down, and which of them answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Self
+
+from din_dist.errors import InputError
+
+_LINE = re.compile(r"([A-Za-z0-9._-]+)(?::([1-9][0-9]*))?")
+_PROBE_SECONDS = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HostSlots:
+    """A host and how many workers it may have."""
+
+    name: str
+    slots: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.slots}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Of HOST or HOST:SLOTS; None: it is neither."""
+        match = _LINE.fullmatch(text)
+        return cls(match[1], int(match[2] or 1)) if match else None
+
+
+def parse_hosts(text: str) -> list[HostSlots]:
+    """Of `--hosts`: HOST:SLOTS,HOST:SLOTS,...
+
+    Raises:
+        InputError: it is something else.
+    """
+    found = [HostSlots.parse(part.strip()) for part in text.split(",")]
+    if None in found:
+        raise InputError(f"--hosts: must be HOST or HOST:SLOTS, comma-separated. Received: {text!r}. Correct it.")
+    return [host for host in found if host]
+
+
+def read_hosts_file(path: str) -> list[HostSlots]:
+    """Of `--hosts_file`: a line HOST or HOST:SLOTS each; # begins a comment.
+
+    Raises:
+        InputError: it cannot be read, has another line, or none.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--hosts_file: must be a file with a line HOST:SLOTS for each host. Received: {path!r}, which cannot be "
+            "read. Correct the path."
+        ) from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if text := line.partition("#")[0].strip():
+            host = HostSlots.parse(text)
+            if host is None:
+                raise InputError(
+                    f"--hosts_file: must have a line HOST or HOST:SLOTS for each host. Received: {path}, line "
+                    f"{number}: {text}. Correct it."
+                )
+            found.append(host)
+    if not found:
+        raise InputError(
+            f"--hosts_file: must have a line HOST or HOST:SLOTS for each host. Received: {path}, which names none. "
+            "Add one."
+        )
+    return found
+
+
+@functools.cache
+def is_local(name: str) -> bool:
+    """Whether a host is this machine, as Horovod has it: it starts workers there without ssh."""
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return False
+    if address.startswith("127."):
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))  # which only a machine of that address can
+        except OSError:
+            return False
+    return True
+
+
+class HostList:
+    """The hosts that an elastic job may use now: of those in the file or the cluster, the ones that answer.
+
+    Horovod takes a host that is listed for one that works, and the whole job waits while it tries to reach it.
+    """
+
+    def __init__(self, discover: Sequence[str], path: Path, ssh_port: int, patience_seconds: float) -> None:
+        """`discover`: a command that prints them all. `path`: the file that Horovod is told."""
+        self._discover, self._path, self._ssh_port = discover, path, ssh_port
+        self._patience_seconds = patience_seconds
+        self._answered: dict[str, float] = {}  # when last
+        self.silent: set[str] = set()
+
+    async def refresh(self, at_work: Collection[str]) -> None:
+        """Asks anew. `at_work`: hosts of workers that have just been heard of."""
+        now = time.monotonic()
+        listed = await self._listed()
+        await asyncio.gather(*(self._probe(host.name, now) for host in listed if host.name not in at_work))
+        for name in at_work:
+            self._answered[name] = now
+        # One that answered a moment ago may be busy; who takes it from the list ends its workers.
+        alive = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
+        self.silent = {host.name for host in listed} - alive
+        aside = self._path.with_suffix(".new")
+        aside.write_text("".join(f"{host}\n" for host in listed if host.name in alive))
+        aside.replace(self._path)
+
+    async def _listed(self) -> list[HostSlots]:
+        process = await asyncio.create_subprocess_exec(*self._discover, stdout=subprocess.PIPE)
+        output, _ = await process.communicate()
+        if process.returncode:
+            raise InputError(f"{self._discover[0]} must print the hosts. Received: exit code {process.returncode}.")
+        parsed = [HostSlots.parse(line.strip()) for line in output.decode(errors="replace").splitlines()]
+        return [host for host in parsed if host]  # a line that is being written must not end the job
+
+    async def _probe(self, name: str, now: float) -> None:
+        if is_local(name) or "OMPI_MCA_plm_rsh_agent" in os.environ:  # Kubernetes' own way into its pods
+            self._answered[name] = now
+            return
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_PROBE_SECONDS):
+                _, writer = await asyncio.open_connection(name, self._ssh_port)
+                writer.close()
+                self._answered[name] = now

@@ -1,0 +1,280 @@
+"""Runs a job's workers, under Horovod's driver or a single one without, and answers for them.
+
+Each worker has an agent (`agent.py`) with a link to here. Over the links a stop reaches every host, exit codes come
+back, and who falls silent is ended: Horovod itself would wait for it on and on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import psutil
+
+from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY
+from din_dist.launcher.hosts import HostList
+from din_dist.launcher.link import BEAT_SECONDS, Address, encode
+
+_GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
+_ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
+_HELLO_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_PREFIX = re.compile(rb"\[(\d+)\]<(stdout|stderr)>:(.*)", re.DOTALL)
+
+
+@dataclasses.dataclass(eq=False)
+class _Worker:
+    """As its agent introduced it."""
+
+    host: str
+    local_rank: int
+    rank: int
+    writer: asyncio.StreamWriter
+    heard: float
+
+    def tell(self, message: dict[str, int]) -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # that it is gone, the reader finds out
+            self.writer.write(encode(message))
+
+
+class Supervisor:
+    """One job."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        horovod: bool,
+        elastic: bool,
+        local: bool,
+        stall_timeout_seconds: float,
+        hosts: HostList | None = None,
+    ) -> None:
+        """`command`: that starts the agents: `horovodrun ...`, or an agent itself without `horovod`.
+
+        `local`: all workers are on this machine. `hosts`: of an elastic job, refreshed while it runs.
+        """
+        self._command, self._horovod, self._elastic, self._local = command, horovod, elastic, local
+        self._stall_timeout_seconds, self._hosts = stall_timeout_seconds, hosts
+        self._token = secrets.token_hex(16)
+        self._workers: set[_Worker] = set()
+        self._failures: list[tuple[int, int]] = []  # rank and exit code, in the order in which they came
+        self._stop_level = 0
+        self._gave_up = self._killed = False
+        self._silent: set[str] = set()
+        self._horovodrun_said: list[bytes] = []
+
+    def run(self) -> int:
+        """The job's exit code."""
+        return asyncio.run(self._run())
+
+    async def _run(self) -> int:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop, signal.SIGTERM)
+        loop.add_signal_handler(signal.SIGINT, self._stop, signal.SIGINT)
+        server = await asyncio.start_server(self._serve, "127.0.0.1" if self._local else "0.0.0.0", 0)
+        port = server.sockets[0].getsockname()[1]
+        address = Address("127.0.0.1" if self._local else "", port, self._token, self._stall_timeout_seconds)
+        if self._hosts:
+            await self._refresh_hosts(self._hosts)
+        libc = ctypes.CDLL(None)
+        self._process = subprocess.Popen(
+            self._command,
+            env={**os.environ, **address.to_environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if self._horovod else None,
+            stderr=subprocess.PIPE if self._horovod else None,
+            start_new_session=True,  # where Ctrl-C does not reach it ahead of `_stop`
+            # Without us it would wait for hosts on and on. Its children still end their workers gently.
+            preexec_fn=(lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)) if self._horovod else None,
+        )
+        pumps = self._start_pumps()
+        chores = [asyncio.create_task(self._beat())]
+        if self._hosts:
+            chores.append(asyncio.create_task(self._keep_hosts(self._hosts)))
+        code = await asyncio.to_thread(self._process.wait)
+        code = code if code >= 0 else 128 - code
+        if self._workers and not self._killed:
+            await self._end_orphans()
+        for chore in chores:
+            chore.cancel()
+        for pump in pumps:
+            await asyncio.to_thread(pump.join, 10)
+        server.close()
+        return self._verdict(code)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Of one agent, to the end of its link."""
+        worker: _Worker | None = None
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                hello = json.loads(await reader.readline())
+                if not secrets.compare_digest(hello["token"], self._token):
+                    return
+            worker = _Worker(hello["host"], hello["local_rank"], hello["rank"], writer, time.monotonic())
+            self._workers.add(worker)
+            if self._stop_level:
+                worker.tell({"stop": self._stop_level})
+            while line := await reader.readline():
+                worker.heard = time.monotonic()
+                if "ended" in (message := json.loads(line)):
+                    self._note_end(worker, message["ended"])
+        except (OSError, ValueError, KeyError, TypeError, TimeoutError):
+            pass  # broken off, or a stranger
+        finally:
+            if worker:
+                self._workers.discard(worker)
+            writer.close()
+
+    def _note_end(self, worker: _Worker, code: int) -> None:
+        if code:
+            self._failures.append((worker.rank, code))
+        if code == EXIT_GAVE_UP and not self._gave_up:
+            # It has saved, for want of others. Horovod would wait for them on and on.
+            self._gave_up = True
+            asyncio.get_running_loop().call_later(_GIVING_UP_SECONDS, self._kill)
+
+    async def _beat(self) -> None:
+        while True:
+            for worker in list(self._workers):
+                worker.tell({})
+                if time.monotonic() - worker.heard > self._stall_timeout_seconds:
+                    self._workers.discard(worker)
+                    await asyncio.to_thread(self._end_silent, worker)
+                    worker.writer.transport.abort()
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def _end_silent(self, worker: _Worker) -> None:
+        """Ends what Horovod's driver has of a worker on this machine: a worker of this host's, or the ssh to it."""
+        _say(
+            f"worker {worker.rank} on {worker.host or 'this machine'} was not heard of for "
+            f"{self._stall_timeout_seconds:g} s: it is given up"
+        )
+        if not self._horovod:
+            self._kill()
+            return
+        wanted = {f"HOROVOD_HOSTNAME={worker.host}", f"HOROVOD_LOCAL_RANK={worker.local_rank}"}
+        for process in _descendants(self._process.pid):
+            with contextlib.suppress(psutil.Error):
+                if wanted <= set(" ".join(process.cmdline()).split()):
+                    for each in [*_descendants(process.pid), process]:
+                        each.kill()
+
+    def _stop(self, number: int) -> None:
+        """By a signal: the workers finish their step and save. A second Ctrl-C: at once."""
+        if self._stop_level == 0:
+            self._stop_level = 1
+        elif number == signal.SIGINT:
+            self._stop_level = 2
+        for worker in self._workers:
+            worker.tell({"stop": self._stop_level})
+        if not self._workers:
+            self._kill()  # a driver that still starts workers, or waits for hosts and hears nothing
+
+    def _kill(self) -> None:
+        self._killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _end_orphans(self) -> None:
+        """Of a driver that died: stops the workers that it has left on other hosts."""
+        _say("horovodrun ended before its workers: they stop after this step and a checkpoint")
+        self._gave_up = True
+        for worker in self._workers:
+            worker.tell({"stop": 1})
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while self._workers and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+
+    async def _keep_hosts(self, hosts: HostList) -> None:
+        while True:
+            await asyncio.sleep(1)
+            await self._refresh_hosts(hosts)
+
+    async def _refresh_hosts(self, hosts: HostList) -> None:
+        await hosts.refresh({worker.host for worker in self._workers})
+        for name in sorted(hosts.silent - self._silent):
+            _say(f"{name} does not answer on its ssh port: left out until it does")
+        for name in sorted(self._silent - hosts.silent):
+            _say(f"{name} answers")
+        self._silent = hosts.silent
+
+    def _start_pumps(self) -> list[threading.Thread]:
+        """Threads: a terminal that takes no output must not silence the links."""
+        if not self._horovod:
+            return []
+        pumps = [
+            threading.Thread(target=self._pump, args=(self._process.stdout, sys.stdout.buffer), daemon=True),
+            threading.Thread(target=self._pump, args=(self._process.stderr, sys.stderr.buffer), daemon=True),
+        ]
+        for pump in pumps:
+            pump.start()
+        return pumps
+
+    def _pump(self, source: BinaryIO, target: BinaryIO) -> None:
+        """Horovod puts `[RANK]<stdout>:` before each line. Rank 0 speaks for the job and loses that.
+
+        On stdout only the chief speaks, which in an elastic job may be another than at the start. What horovodrun
+        says itself, that a worker failed, is kept for when no worker did.
+        """
+        for line in source:
+            match = _PREFIX.match(line)
+            if match is None:
+                self._horovodrun_said.append(line)
+                continue
+            rank, stream, text = match.groups()
+            # Of --log_format=json the rank is in the line.
+            named = stream == b"stderr" and rank != b"0" and not text.startswith(b"{")
+            with contextlib.suppress(OSError, ValueError):
+                target.write(b"[%s] %s" % (rank, text) if named else text)
+                target.flush()
+
+    def _verdict(self, code: int) -> int:
+        if self._gave_up or (self._stop_level and self._killed and not self._failures):
+            return EXIT_RETRY
+        if self._elastic and code == 0:
+            return 0  # whoever failed was not needed
+        if self._failures:
+            return self._verdict_of_workers()
+        if code:
+            for line in self._horovodrun_said:
+                sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+        return code
+
+    def _verdict_of_workers(self) -> int:
+        # The first to fail takes the others down; in an elastic job they went on, until the last. One that knows the
+        # wrong input knows best.
+        wrong_input = [failure for failure in self._failures if failure[1] == EXIT_INPUT_ERROR]
+        rank, code = (wrong_input or self._failures)[-1 if self._elastic and not wrong_input else 0]
+        if code == 128 + signal.SIGKILL:
+            _say(f"worker {rank} was killed (SIGKILL). Often memory ran out: use fewer workers or a smaller batch.")
+        elif code == 128 + signal.SIGBUS:
+            _say(f"worker {rank} ended by SIGBUS: a file of the prepared data was cut short under it.")
+        elif code not in (EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_HUNG) and not self._stop_level:
+            _say(f"worker {rank} ended with exit code {code}, see above.")
+        return code
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _say(text: str) -> None:
+    print(f"train.sh: {text}", file=sys.stderr, flush=True)
