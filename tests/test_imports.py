@@ -15,7 +15,7 @@ MAY_IMPORT = {  # besides leaves and itself
     "models": {"layers"},
     "distributed": {"layers"},
     "training": {"distributed", "metrics", "models", "layers", "data"},
-    "launcher": set(),
+    "launcher": {"data"},
     "report": {"training", "distributed", "models", "layers", "metrics", "data"},
     "assembly": {"training", "distributed", "models", "layers", "metrics", "data"},
     "cli": {"assembly", "launcher", "report", "training", "distributed", "models", "layers", "metrics", "data"},

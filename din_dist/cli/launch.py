@@ -103,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
     if code == 0 and hosts and not only_here and _FLAGS.preflight:
         where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
+        where += ["--elastic"] if _FLAGS.elastic else []
         code = _run_first("check_cluster", [*where, *trainer_flags])
     if code:
         return code

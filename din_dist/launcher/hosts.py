@@ -17,7 +17,7 @@ from typing import Self
 
 from din_dist.errors import InputError
 
-_LINE = re.compile(r"([A-Za-z0-9._-]+)(?::([1-9][0-9]*))?")
+_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::([1-9][0-9]*))?")
 _PROBE_SECONDS = 3.0
 
 

@@ -1,0 +1,53 @@
+"""Checks that a job can run on these hosts: `python -m din_dist.cli.check_cluster -H host:slots,host:slots [FLAGS]`.
+
+Takes every flag of the trainer: it goes by those that say where data and results lie, and by --metrics_port. Prints a
+line for each host that is fine, and a table of what is wrong with the others and how to mend it. Exit code 0: a job
+will start, though there may be warnings; 2: it will not.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.cli import flags as settings
+from din_dist.config import require
+from din_dist.errors import InputError
+from din_dist.launcher.hosts import parse_hosts, read_hosts_file
+from din_dist.launcher.preflight import check_hosts, render
+
+settings.define_flags()
+flags.adopt_module_key_flags(settings)  # for --help
+HOSTS = flags.DEFINE_string("hosts", "", "HOST or HOST:SLOTS, comma-separated.", short_name="H")
+HOSTS_FILE = flags.DEFINE_string("hosts_file", "", "Instead: a file with a line HOST or HOST:SLOTS for each host.")
+SSH_PORT = flags.DEFINE_integer("ssh_port", None, "Port of sshd on the hosts. Default: what ssh takes.")
+ELASTIC = flags.DEFINE_boolean("elastic", False, "The job will be elastic: all hosts must share --output_dir.")
+
+
+def main() -> None:
+    port = SSH_PORT.value
+    require(port is None or 1 <= port <= 65535, "must be a port", "ssh_port", port, "For example 22.")
+    require(
+        bool(HOSTS.value) != bool(HOSTS_FILE.value),
+        "name the hosts here or in --hosts_file",
+        "hosts",
+        HOSTS.value,
+        "Give one of the two, for example -H gpu1:8,gpu2:8.",
+    )
+    config = settings.config_from_flags()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it has put somewhere is taken away
+    hosts = parse_hosts(HOSTS.value) if HOSTS.value else read_hosts_file(HOSTS_FILE.value)
+    findings = check_hosts(hosts, config, port, elastic=ELASTIC.value)
+    print(render(hosts, findings), flush=True)
+    if wrong := {finding.host: None for finding in findings if finding.fatal}:
+        raise InputError(
+            f"A job needs hosts that pass each check. Received: {', '.join(wrong)}, which did not. Do what the table "
+            "says."
+        )
+
+
+if __name__ == "__main__":
+    entry.run(main)
