@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
+import json
 from typing import Any
 
 from din_dist.errors import InputError
@@ -421,15 +423,24 @@ FREE_TO_CHANGE = {
 
 def differences(saved: dict, current: dict) -> list[str]:
     """Settings by which two `Config.to_json()` would train different models, as `--name: saved, now current`."""
-    found = []
-    for room, free in FREE_TO_CHANGE.items():
-        for name in current[room]:
-            if name in free:
-                continue
-            before, now = _plain(saved.get(room, {}).get(name)), _plain(current[room][name])
-            if before != now:
-                found.append(f"--{name}: {before}, now {now}")
-    return found
+    before, now = _learned_by(saved), _learned_by(current)
+    return [f"--{name}: {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+
+
+def digest_of(config: Config, data_fingerprint: str) -> int:
+    """A number of 63 bits: equal for jobs that train the same model on the same data."""
+    text = json.dumps([_learned_by(config.to_json()), data_fingerprint], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _learned_by(settings: dict) -> dict[str, Any]:
+    """Of a `Config.to_json()`, what decides the model that is trained."""
+    return {
+        name: _plain(value)
+        for room, free in FREE_TO_CHANGE.items()
+        for name, value in settings.get(room, {}).items()
+        if name not in free
+    }
 
 
 def _plain(value: Any) -> Any:

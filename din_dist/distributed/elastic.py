@@ -12,7 +12,9 @@ from din_dist.distributed.runtime import Runtime
 Result = TypeVar("Result")
 
 _LOOK_EVERY_SECONDS = 0.5
-_SAVE_AFTER_SECONDS = 10.0  # Gloo aborts the process after 30
+_SAVE_AFTER_SECONDS = 10.0  # Gloo may abort the process, after --stall_timeout_seconds
+_MOST_FAILURES_IN_A_ROW = 10  # each within `_AT_ONCE_SECONDS` of joining: these workers do not fit together
+_AT_ONCE_SECONDS = 2.0
 
 
 class WorkersChanged(Exception):
@@ -39,12 +41,19 @@ def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str
 
     It begins by agreeing on where the job stands. Where the set cannot change, it is called once.
     """
+    failures_in_a_row = 0
     while True:
+        started = time.monotonic()
         try:
             return body()
         except Exception as error:
             lost = runtime.lost_a_peer(error)
-            if not runtime.elastic or not (lost or isinstance(error, WorkersChanged)):
+            failures_in_a_row = failures_in_a_row + 1 if time.monotonic() - started < _AT_ONCE_SECONDS else 0
+            if (
+                not runtime.elastic
+                or not (lost or isinstance(error, WorkersChanged))
+                or failures_in_a_row > _MOST_FAILURES_IN_A_ROW
+            ):
                 raise
         say("a worker was lost: going on without it" if lost else "workers come or go")
         joined = threading.Event()

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import schema
-from din_dist.config import Config
+from din_dist.config import Config, digest_of
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
@@ -53,6 +53,7 @@ class Trainer:
         history: History,
         stop_requested: Callable[[], bool],
         leave_requested: Callable[[], bool],
+        data_fingerprint: str,
     ) -> None:
         """`variables`: by name, all that a checkpoint keeps.
 
@@ -63,6 +64,7 @@ class Trainer:
         self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._history = history
+        self._digest = digest_of(config, data_fingerprint)
         self._stop_requested, self._leave_requested = stop_requested, leave_requested
         self._logits_of = tf.function(
             lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
@@ -376,12 +378,22 @@ class Trainer:
         )
 
     def _positions(self) -> list[tuple[int, bool] | None]:
-        """Of each rank, where its memory stands."""
-        if not self._runtime.elastic:
-            return [None] * self._runtime.world_size
+        """Of each rank, where its memory stands.
+
+        Raises:
+            InputError: this rank trains something else than the job.
+        """
         step, finished = self._history.newest() or (-1, False)
-        rows = self._runtime.gather(np.array([[step, finished]], np.int64)).tolist()
-        return [(step, bool(finished)) if step >= 0 else None for step, finished in rows]
+        rows = self._runtime.gather(np.array([[step, finished, self._digest]], np.int64)).tolist()
+        positions = [(step, bool(finished)) if step >= 0 else None for step, finished, _ in rows]
+        of_job = next((row[2] for row, position in zip(rows, positions, strict=True) if position), rows[0][2])
+        if self._digest != of_job:
+            raise InputError(
+                "All workers must have the same settings and the same prepared data. Received: others on rank "
+                f"{self._runtime.rank} than the job's. Prepare the data anew there, or copy it, and start all workers "
+                "by one command."
+            )
+        return positions
 
     def _take_over_from(self, rank: int) -> None:
         """Gives every rank what `rank` has."""
