@@ -40,6 +40,7 @@ class Host:
     namespace: str
     address: str
     switch: str  # the switch's namespace; the port there has this host's name
+    cable: subprocess.Popen[str] | None = None  # where it is one of ours, see `hosts`
 
     def command(self, command: Sequence[str]) -> list[str]:
         """`command`, as run on this host."""
@@ -64,6 +65,13 @@ class Host:
                 # The bucket holds a millisecond: less, and the timer cannot keep the rate; more, and bursts beat it.
                 burst = max(16_000, bits_per_second(rate) // 8 // 1000)
                 _run([*tc, "add", "dev", card, "root", "tbf", "rate", rate, "burst", str(burst), "latency", "100ms"])
+
+    def disturb(self, delay_ms: float = 0.0, loss: float = 0.0) -> None:
+        """Lets a cable of ours deliver late, or lose a share of the frames; without arguments it is good again."""
+        assert self.cable, "Only cables of ours can be made bad: give hosts() our_cables=True."
+        assert self.cable.stdin
+        self.cable.stdin.write(f"{delay_ms / 2:g} {loss}\n")
+        self.cable.stdin.flush()
 
     def unplug(self) -> None:
         """Cuts this host off; `plug_in` brings it back."""
@@ -95,8 +103,10 @@ def horovodrun(hosts: Sequence[Host], command: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def hosts(num_hosts: int) -> Iterator[list[Host]]:
+def hosts(num_hosts: int, *, our_cables: bool = False) -> Iterator[list[Host]]:
     """Builds the lab and takes it down, whatever happens in between; what a killed one left, the next takes down.
+
+    `our_cables`: a process carries the packets of each host (see `cluster_cable`), slower than the kernel would.
 
     Raises:
         LabError: this machine cannot have one.
@@ -116,6 +126,10 @@ def hosts(num_hosts: int) -> Iterator[list[Host]]:
         _run(["ip", "-n", switch, "link", "add", "bridge", "type", "bridge"])
         _run(["ip", "-n", switch, "link", "set", "bridge", "up"])
         found = [Host(f"{prefix}{number}", f"10.77.0.{number + 1}", switch) for number in range(num_hosts)]
+        for host in found:
+            _run(["ip", "netns", "add", host.namespace])
+        if our_cables:
+            found = [dataclasses.replace(host, cable=stack.enter_context(_cable(host))) for host in found]
         for host in found:
             _add(host, found, folder)
         for host in found:
@@ -137,13 +151,29 @@ def _add(host: Host, all_hosts: Sequence[Host], folder: Path) -> None:
         f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\nPermitRootLogin prohibit-password\n"
         f"ListenAddress {host.address}\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
-    _run(["ip", "netns", "add", host.namespace])
     here, there = host.namespace, host.switch
-    _run(["ip", "-n", there, "link", "add", here, "type", "veth", "peer", "name", "eth0", "netns", here])
+    if not host.cable:
+        _run(["ip", "-n", there, "link", "add", here, "type", "veth", "peer", "name", "eth0", "netns", here])
     _run(["ip", "-n", there, "link", "set", here, "master", "bridge", "up"])
     _run(["ip", "-n", here, "address", "add", f"{host.address}/24", "dev", "eth0"])
     for card in ("lo", "eth0"):
         _run(["ip", "-n", here, "link", "set", card, "up"])
+
+
+@contextlib.contextmanager
+def _cable(host: Host) -> Iterator[subprocess.Popen[str]]:
+    ends = [f"{host.namespace}:eth0", f"{host.switch}:{host.namespace}"]
+    command = [sys.executable, str(Path(__file__).with_name("cluster_cable.py")), *ends]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cable:
+        assert cable.stdout
+        try:
+            if not cable.stdout.readline():
+                raise LabError("A cable of ours needs /dev/net/tun. Received: see above. Load the kernel's tun module.")
+            for namespace, card in (end.split(":") for end in ends):
+                _run(["ip", "-n", namespace, "link", "set", card, "mtu", "9000"])  # fewer packets to carry
+            yield cable
+        finally:
+            cable.kill()
 
 
 @contextlib.contextmanager

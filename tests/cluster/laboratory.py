@@ -1,0 +1,473 @@
+"""An elastic job on real hosts, and faults for it: what dies, hangs, is cut off or full, and how it comes back.
+
+    with Laboratory(folder, data, seed) as laboratory:
+        with laboratory.job("first") as job:
+            FAULTS["killed worker"](job)
+            summary = job.finish()
+
+Hosts are network namespaces with sshd (`tests/cluster_lab.py`). The launcher has one for itself, each worker another.
+`--output_dir` is a small file system that can be filled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from tests import cluster_lab
+from tests.cluster_lab import Host
+
+ROOT = Path(__file__).parents[2]
+NUM_WORKERS = 3
+STALL_TIMEOUT_SECONDS = 20
+DISK_BYTES = 192 << 20
+EPOCHS = 4
+TRAINER_FLAGS = (
+    "--dataset=event_log",
+    "--split=leave_two_out",
+    "--embedding_dim=16",
+    "--attention_hidden_units=32,16",
+    "--optimizer=lazy_adam",
+    "--global_batch_size=1024",
+    "--checkpoint_every_steps=50",
+    "--histograms_every_steps=0",
+    "--projector_items=0",
+    "--rejoin_timeout_seconds=120",
+)
+
+
+class FaultError(AssertionError):
+    """A job did not do what it should after a fault."""
+
+
+class Laboratory:
+    """Hosts, a small disk, and how an undisturbed job ends."""
+
+    def __init__(self, folder: Path, beauty: Path, seed: int, epochs: int = EPOCHS) -> None:
+        self.folder, self.epochs = folder, epochs
+        self.random = random.Random(seed)
+        self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={beauty}", f"--data_dir={folder / 'data'}"]
+        self.trainer_flags.append(f"--epochs={epochs}")
+        self.disk = folder / "disk"
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.disk.mkdir(parents=True)
+            # Before the hosts: each has its own view of the mounts, as of its beginning.
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", self.disk], check=True)
+            stack.callback(subprocess.run, ["umount", "--lazy", self.disk], check=False)
+            self.launcher, *self.workers = stack.enter_context(cluster_lab.hosts(1 + NUM_WORKERS, our_cables=True))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def undisturbed(self) -> dict[str, Any]:
+        """The summary of the same job in one process that nothing happens to."""
+        words = [*self.trainer_flags, f"--output_dir={self.folder / 'undisturbed'}"]
+        for command in ("prepare_data", "train"):
+            done = subprocess.run(
+                [sys.executable, "-m", f"din_dist.cli.{command}", *words], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise FaultError(done.stderr)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    @contextlib.contextmanager
+    def job(self, name: str) -> Iterator[Job]:
+        for old in self.disk.iterdir():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        job = Job(self, self.disk / name)
+        try:
+            job.start()
+            yield job
+        finally:
+            job.end()
+
+
+class Job:
+    """One elastic job; after a fault of its launcher it is started again."""
+
+    def __init__(self, laboratory: Laboratory, output: Path) -> None:
+        self.laboratory, self.output = laboratory, output
+        self.random = laboratory.random
+        self._hosts_file = laboratory.folder / "hosts"
+        self.list_hosts(laboratory.workers)
+        self.log: list[str] = []
+
+    def list_hosts(self, hosts: list[Host]) -> None:
+        aside = self._hosts_file.with_suffix(".new")
+        aside.write_text("".join(f"{host.address}:1\n" for host in hosts))
+        aside.replace(self._hosts_file)
+
+    def start(self) -> None:
+        command = [
+            str(ROOT / "launch" / "elastic.sh"),
+            f"--hosts_file={self._hosts_file}",
+            f"--num_workers={NUM_WORKERS}",
+            "--network_interface=eth0",
+            "--host_cooldown_seconds=1",
+            f"--stall_timeout_seconds={STALL_TIMEOUT_SECONDS}",
+            "--nopreflight",
+            *self.laboratory.trainer_flags,
+            f"--output_dir={self.output}",
+        ]
+        variables = {"DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
+        self.process = subprocess.Popen(
+            self.laboratory.launcher.command(command),
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._out: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._out.extend, args=(self.process.stdout,), daemon=True),
+            threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        self.process.kill()
+        for worker in self.trainers():
+            worker.signal(signal.SIGKILL)
+        self.process.wait()
+        for host in self.laboratory.workers:
+            host.plug_in()
+            host.disturb()
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Of metrics.jsonl."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.output / "metrics.jsonl").read_text().splitlines()
+            return [record for line in lines if line.endswith("}") and (record := json.loads(line))["kind"] == kind]
+        return []
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def step(self) -> int:
+        """Of the last update."""
+        return self.records("train")[-1]["step"] if self.records("train") else 0
+
+    def world_size(self) -> int:
+        return max(self.records("elastic") + self.records("start"), key=lambda record: record["time"])["world_size"]
+
+    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 150) -> None:
+        """Until it holds, or the job has ended well."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            if not self.running:
+                if self.process.returncode == 0:
+                    return
+                raise FaultError(f"exit code {self.process.returncode} while waiting for {what}:\n{self.tail()}")
+            if time.monotonic() > deadline:
+                raise FaultError(f"waited {seconds:g} s for {what}:\n{self.tail()}")
+            time.sleep(0.2)
+
+    def tail(self) -> str:
+        return "".join(line for line in self.log if not line.startswith(("step ", "[")))[-4000:]
+
+    def wait_for_updates(self, updates: int = 5) -> None:
+        """By all workers."""
+        self.wait("all workers to be at work", self._complete)
+        before = self.step()
+        self.wait("updates", lambda: self._complete() and self.step() >= before + updates)
+
+    def _complete(self) -> bool:
+        return bool(self.records("train")) and self.world_size() == NUM_WORKERS
+
+    def trainers(self) -> list[Trainer]:
+        """Those of the job that live."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"din_dist.cli.train" in words and f"--output_dir={self.output}".encode() in words:
+                    variables = (entry / "environ").read_bytes().split(b"\0")
+                    (host,) = (value[17:].decode() for value in variables if value.startswith(b"HOROVOD_HOSTNAME="))
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    found.append(Trainer(int(entry.name), parent, host))
+        return sorted(found, key=lambda trainer: trainer.host)
+
+    def chief(self) -> Trainer:
+        """Who holds the lock of the output directory."""
+        inode = (self.output / ".lock").stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
+                for trainer in self.trainers():
+                    if trainer.pid == int(fields[4]):
+                        return trainer
+        raise FaultError("no trainer holds the output directory")
+
+    def follower(self) -> Trainer:
+        chief = self.chief()
+        return self.random.choice([trainer for trainer in self.trainers() if trainer != chief])
+
+    def any_trainer(self) -> Trainer:
+        return self.random.choice(self.trainers())
+
+    def host_of(self, trainer: Trainer) -> Host:
+        (host,) = (host for host in self.laboratory.workers if host.address == trainer.host)
+        return host
+
+    def finish(self, seconds: float = 600) -> dict[str, Any]:
+        """Waits for its good end; the summary."""
+        code = self.process.wait(timeout=seconds)
+        for reader in self._readers:
+            reader.join()
+        if code:
+            raise FaultError(f"exit code {code}:\n{self.tail()}")
+        return json.loads(self._out[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A trainer process."""
+
+    pid: int
+    agent: int
+    host: str
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+def check(summary: dict[str, Any], undisturbed: dict[str, Any]) -> int:
+    """How many epochs have lost or doubled an example: none, or an error says which.
+
+    Raises:
+        FaultError: examples were lost or doubled, or it learned something else.
+    """
+    wrong = [
+        record
+        for record, expected in zip(summary["epoch_records"], undisturbed["epoch_records"], strict=True)
+        if (record["examples"], record["example_checksum"]) != (expected["examples"], expected["example_checksum"])
+    ]
+    difference = abs(summary["test_gauc"] - undisturbed["test_gauc"])
+    if wrong or difference > 0.003 or summary["steps"] != undisturbed["steps"]:
+        raise FaultError(
+            f"epochs with lost or doubled examples: {wrong}; steps {summary['steps']} of {undisturbed['steps']}; GAUC "
+            f"differs by {difference:.4f}"
+        )
+    return len(wrong)
+
+
+def _lose(job: Job, trainer: Trainer, how: Callable[[], None]) -> None:
+    """A worker goes; the others go on without it, and it comes back."""
+    resets = len(job.records("elastic"))
+    how()
+    job.wait(
+        f"the others to go on without {trainer.host}",
+        lambda: any(record["world_size"] < NUM_WORKERS for record in job.records("elastic")[resets:]),
+    )
+
+
+def kill_worker(job: Job) -> None:
+    trainer = job.follower()
+    _lose(job, trainer, lambda: trainer.signal(signal.SIGKILL))
+
+
+def kill_chief(job: Job) -> None:
+    trainer = job.chief()
+    _lose(job, trainer, lambda: trainer.signal(signal.SIGKILL))
+
+
+def evict(job: Job) -> None:
+    trainer = job.any_trainer()
+    steps = len(job.records("train"))
+    _lose(job, trainer, lambda: trainer.signal(signal.SIGTERM))
+    made = [record["step"] for record in job.records("train")[steps - 1 :]]
+    if made != sorted(set(made)):
+        raise FaultError(f"an eviction must not undo updates. Received: {made}")
+
+
+def stop_worker(job: Job) -> None:
+    """SIGSTOP of the trainer alone: its agent lives."""
+    trainer = job.any_trainer()
+    _lose(job, trainer, lambda: trainer.signal(signal.SIGSTOP))
+
+
+def freeze_host(job: Job) -> None:
+    """Everything of a worker stops, as on a machine that hangs: nobody there can tell."""
+    trainer = job.any_trainer()
+    _lose(job, trainer, lambda: [os.kill(pid, signal.SIGSTOP) for pid in (trainer.agent, trainer.pid)] and None)
+    for pid in (trainer.agent, trainer.pid):  # the machine goes on at last: what is left over must end by itself
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def cut_cable(job: Job) -> None:
+    """For longer than `--stall_timeout_seconds`."""
+    trainer = job.any_trainer()
+    host = job.host_of(trainer)
+    _lose(job, trainer, host.unplug)
+    time.sleep(job.random.uniform(0, 5))
+    host.plug_in()
+
+
+def cut_cable_briefly(job: Job) -> None:
+    host = job.host_of(job.any_trainer())
+    host.unplug()
+    time.sleep(job.random.uniform(0.5, 4))
+    host.plug_in()
+
+
+def lose_packets(job: Job) -> None:
+    host = job.host_of(job.any_trainer())
+    host.disturb(loss=0.05)
+    time.sleep(10)
+    host.disturb()
+
+
+def delay_packets(job: Job) -> None:
+    host = job.host_of(job.any_trainer())
+    host.disturb(delay_ms=50)
+    time.sleep(10)
+    host.disturb()
+
+
+def take_host_and_add_it(job: Job) -> None:
+    """The list of hosts shrinks and grows: an orderly change."""
+    trainer = job.any_trainer()
+    left = [host for host in job.laboratory.workers if host.address != trainer.host]
+    _lose(job, trainer, lambda: job.list_hosts(left))
+    job.list_hosts(job.laboratory.workers)
+
+
+def fill_disk(job: Job) -> None:
+    """Until a checkpoint has failed."""
+    failed = len([line for line in job.log if "checkpoint" in line and "No space left" in line])
+    filler = job.laboratory.disk / "filler"
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
+    try:
+        job.wait(
+            "a checkpoint that fails",
+            lambda: len([line for line in job.log if "No space left" in line]) > failed,
+        )
+    finally:
+        filler.unlink()
+
+
+def _gone(job: Job) -> bool:
+    return not job.trainers()
+
+
+def _restart(job: Job) -> None:
+    deadline = time.monotonic() + STALL_TIMEOUT_SECONDS + 45
+    while job.running or job.trainers():
+        if time.monotonic() > deadline:
+            raise FaultError(f"still there: launcher {job.running}, trainers {job.trainers()}")
+        time.sleep(0.2)
+    job.start()
+
+
+def kill_driver(job: Job) -> None:
+    """Horovod's."""
+    driver = _descendant(job.process.pid, "horovodrun")
+    os.kill(driver, signal.SIGKILL)
+    code = job.process.wait(timeout=90)
+    if code != 75:
+        raise FaultError(f"without its driver a job must end with code 75. Received: {code}\n{job.tail()}")
+    _restart(job)
+
+
+def kill_launcher(job: Job) -> None:
+    """All that runs on the launcher's host."""
+    for pid in _pids_in(job.laboratory.launcher):
+        name = Path(f"/proc/{pid}/comm")
+        with contextlib.suppress(OSError):
+            if "sshd" not in name.read_text():
+                os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+    _restart(job)
+
+
+def stop_job(job: Job) -> None:
+    """SIGTERM to the launcher."""
+    before = job.step()
+    job.process.terminate()
+    code = job.process.wait(timeout=90)
+    if code != 75:
+        raise FaultError(f"a stopped job must end with code 75. Received: {code}\n{job.tail()}")
+    saved = max(int(path.name.removeprefix("step-")) for path in (job.output / "checkpoints").glob("step-*"))
+    if saved < before:
+        raise FaultError(f"a stopped job must save where it stands. Received: step {saved} after step {before}")
+    _restart(job)
+
+
+def kill_all_workers(job: Job) -> None:
+    """A power cut of all hosts but the launcher's."""
+    for trainer in job.trainers():
+        trainer.signal(signal.SIGKILL)
+    job.process.wait(timeout=150)
+    _restart(job)
+
+
+FAULTS: dict[str, Callable[[Job], None]] = {
+    "SIGKILL of a worker": kill_worker,
+    "SIGKILL of the chief": kill_chief,
+    "SIGTERM of a worker": evict,
+    "SIGSTOP of a worker": stop_worker,
+    "a host freezes": freeze_host,
+    "a host is cut off, and back": cut_cable,
+    "a cable is out for seconds": cut_cable_briefly,
+    "packet loss 5 %": lose_packets,
+    "delay 50 ms": delay_packets,
+    "a host is taken and added": take_host_and_add_it,
+    "disk full": fill_disk,
+    "SIGTERM of the launcher": stop_job,
+    "SIGKILL of the driver": kill_driver,
+    "SIGKILL of the launcher": kill_launcher,
+    "SIGKILL of all workers": kill_all_workers,
+}
+
+
+def longest_pause(job: Job, since: float) -> float:
+    """Seconds without an update, from `since` on."""
+    times = [since, *(record["time"] for record in job.records("train") if record["time"] > since)]
+    return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
+
+
+def _descendant(pid: int, name: str) -> int:
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    children: dict[int, list[tuple[int, str]]] = {}
+    for child, parent, arguments in rows:
+        children.setdefault(int(parent), []).append((int(child), arguments))
+    queue = [pid]
+    while queue:
+        for child, arguments in children.get(queue.pop(), []):
+            if re.search(rf"bin/{name} ", arguments):
+                return child
+            queue.append(child)
+    raise FaultError(f"no {name}")
+
+
+def _pids_in(host: Host) -> list[int]:
+    listed = subprocess.run(["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
