@@ -1,4 +1,4 @@
-"""A cable between two network namespaces that can be made bad: `python -m tests.cluster_cable NAMESPACE:CARD NAMESPACE:CARD`.
+"""A cable between two network namespaces that can be made bad: `python -m tests.cluster_cable SPACE:CARD SPACE:CARD`.
 
 For kernels without netem. Each end is a TAP card of its namespace; this process carries the frames between them, and
 reads from stdin, a line each, how: `DELAY_MS LOSS` (one way; a share of the frames). Both cards go when it ends.

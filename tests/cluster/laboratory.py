@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -43,7 +44,9 @@ TRAINER_FLAGS = (
     "--optimizer=lazy_adam",
     "--global_batch_size=1024",
     "--checkpoint_every_steps=50",
+    "--log_every_steps=1",
     "--histograms_every_steps=0",
+    "--noxla",  # a new worker would compile for long
     "--projector_items=0",
     "--rejoin_timeout_seconds=120",
 )
@@ -450,7 +453,7 @@ FAULTS: dict[str, Callable[[Job], None]] = {
 def longest_pause(job: Job, since: float) -> float:
     """Seconds without an update, from `since` on."""
     times = [since, *(record["time"] for record in job.records("train") if record["time"] > since)]
-    return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
+    return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
 
 
 def _descendant(pid: int, name: str) -> int:
