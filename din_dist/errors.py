@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 
 class Left(Interrupted):
-    """This rank was asked to leave an elastic job, which goes on without it."""
+    """This rank leaves an elastic job, which goes on without it; the text says why."""
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -53,7 +53,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # Raise the number after "+" with every change to what is built.
-key=horovod$horovod_version+1-tensorflow$tensorflow_version-$machine-$device
+key=horovod$horovod_version+2-tensorflow$tensorflow_version-$machine-$device
 folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
 
 exit_if_built() {
@@ -133,6 +133,41 @@ pair=$source_tree/third_party/gloo/gloo/transport/tcp/pair.cc
 [[ $(grep -A 1 '^  if (!lock) {$' "$pair") == $'  if (!lock) {\n    return;' ]] ||
   die "third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. Adapt launch/build_horovod.sh to this Horovod."
 sed -i -e '/^  if (!lock) {$/a \    sched_yield();' -e '/^#include <errno.h>$/i #include <sched.h>' "$pair"
+
+# Where a connection breaks in the middle of a message, Gloo forgets to tell who waits for that message: every other time a
+# worker dies, one of the rest waited out the whole time-out.
+[[ $(grep -c '^  // Loop through posted send operations\.$' "$pair") == 1 ]] ||
+  die "third_party/gloo/gloo/transport/tcp/pair.cc must loop through posted send operations once. Adapt launch/build_horovod.sh to this Horovod."
+sed -i 's,^  // Loop through posted send operations\.$,\
+  std::vector<WeakNonOwningPtr<UnboundBuffer>> under_way{rx_.ubuf};\
+  for (auto\& op : tx_) under_way.push_back(op.ubuf);\
+  for (auto\& one : under_way) {\
+    NonOwningPtr<UnboundBuffer> buffer(one);\
+    if (buffer) buffer->signalException(ex);\
+  }\
+&,' "$pair"
+
+# When a worker dies while the others join anew, Gloo throws there. Nothing catches it: all of them abort, and the elastic job
+# with them (horovod/horovod issue 3264). Caught, it is an hvd.init() that failed and can be tried again. The rank -1 tells a
+# worker whose host is no longer wanted, which was aborted likewise.
+common=$source_tree/horovod/common
+[[ $(grep -cE '^ *(global_gloo_context\.Initialize\(ParseGlooIface|state\.process_set_table\.Initialize\(global_gloo_context)' "$common/operations.cc") == 2 &&
+  $(grep -cE 'horovod_global\.initialization_done = false;' "$common/operations.cc") == 2 &&
+  $(grep -c '// Signals that this host is not part of the job' "$common/gloo/gloo_context.cc") == 1 ]] ||
+  die "horovod/common must initialize Gloo in operations.cc and notice removed hosts in gloo_context.cc. Adapt launch/build_horovod.sh to this Horovod."
+sed -i -e '/^ *state\.process_set_table\.Initialize(global_gloo_context);/d' \
+  -e '/horovod_global\.initialization_done = false;/a \    horovod_global.initialization_failed = false;' \
+  -e 's/^ *global_gloo_context\.Initialize(ParseGlooIface());/    try {\
+      global_gloo_context.Initialize(ParseGlooIface());\
+      state.process_set_table.Initialize(global_gloo_context);\
+    } catch (const std::exception\& error) {\
+      LOG(DEBUG) << "Horovod could not be initialized: " << error.what();\
+      state.process_set_table.Finalize(global_gloo_context, SHUT_DOWN_ERROR);\
+      global_gloo_context.Finalize();\
+      state.initialization_failed = true;\
+      return;\
+    }/' "$common/operations.cc"
+sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HOROVOD_RANK, "-1");' "$common/gloo/gloo_context.cc"
 
 if [[ $device == gpu && ! ${HOROVOD_NCCL_HOME:-} ]]; then
   # pip's package has only libnccl.so.2, but linkers look for libnccl.so. At run time the wheel finds it relative to itself:

@@ -93,8 +93,8 @@ def _exit_code(main: Callable[[], None]) -> int:
         main()
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
-    except Left:
-        _leave(EXIT_RETRY, f"rank {_rank()} leaves on request; the other workers go on", level="stopped")
+    except Left as reason:
+        _leave(EXIT_RETRY, f"rank {_rank()} leaves {reason}; the other workers go on", level="stopped")
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY

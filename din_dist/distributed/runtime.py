@@ -6,9 +6,11 @@ This is the only module that imports Horovod. Row gradients travel by all-gather
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist.errors import FailedElsewhere, InputError, is_lost_peer
+from din_dist.errors import FailedElsewhere, InputError, Left, is_lost_peer
+
+_JOIN_AGAIN_SECONDS = 0.2
 
 
 class Runtime:
@@ -180,16 +184,36 @@ class ElasticRuntime(HorovodRuntime):
     def workers_changed(self) -> bool:
         return self._changed.is_set()
 
+    def _join(self) -> None:
+        """Tries again when a worker is lost while all join: that fails on every rank."""
+        while True:
+            try:
+                super()._join()
+            except ValueError as error:  # as it says that init failed
+                self._hvd.shutdown()
+                if _libc_environment("HOROVOD_RANK") == "-1":
+                    raise Left("because its host was taken from the job") from error
+                time.sleep(_JOIN_AGAIN_SECONDS)
+            else:
+                os.environ["HOROVOD_RANK"] = str(self.rank)  # which Horovod sets at the start only
+                return
+
     def reset(self) -> None:
         self._hvd.shutdown()
         self._changed.clear()
         self._join()
-        os.environ["HOROVOD_RANK"] = str(self.rank)  # which Horovod sets at the start only
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         # A worker that is taken in finds the others at work already: it may be refused alone.
         yield
+
+
+def _libc_environment(name: str) -> str:
+    """A variable that C code has set, which `os.environ` does not see."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return (getenv(name.encode()) or b"").decode()
 
 
 def open_runtime() -> Runtime:

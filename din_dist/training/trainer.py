@@ -331,7 +331,7 @@ class Trainer:
         if requests.stop or requests.leave == self._runtime.world_size:
             self._stop()
         if requests.leave and self._leave_requested():
-            raise Left("on request; the other workers go on.")
+            raise Left("on request")
         if requests.leave or requests.change:
             raise WorkersChanged
 

@@ -26,7 +26,20 @@ void Pair::handleEvents(int events) {
     return;
   }
 }
+  // Loop through posted send operations.
 """
+
+OPERATIONS = """
+  {
+    global_gloo_context.Initialize(ParseGlooIface());
+  }
+  if (state.control_operation == LibType::GLOO) {
+    state.process_set_table.Initialize(global_gloo_context);
+  }
+    horovod_global.initialization_done = false;
+    horovod_global.initialization_done = false;
+"""
+GLOO_CONTEXT = "      // Signals that this host is not part of the job\n"
 
 
 @pytest.fixture
@@ -37,14 +50,18 @@ def checkout(tmp_path: Path) -> FakeCheckout:
     return checkout
 
 
-def serve_sdist(checkout: FakeCheckout, folder: Path, cmake_lists: str, pair: str = PAIR) -> None:
-    """Has pip download a Horovod with this CMakeLists.txt and this pair.cc of Gloo, and the script trust it."""
+def serve_sdist(
+    checkout: FakeCheckout, folder: Path, cmake_lists: str, pair: str = PAIR, operations: str = OPERATIONS
+) -> None:
+    """Has pip download a Horovod with these files, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         for path, text in (
             ("CMakeLists.txt", "project(horovod CXX)\n"),
             ("horovod/tensorflow/CMakeLists.txt", cmake_lists),
             ("third_party/gloo/gloo/transport/tcp/pair.cc", pair),
+            ("horovod/common/operations.cc", operations),
+            ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
         ):
             entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
             entry.size = len(text)
@@ -199,6 +216,14 @@ def test_the_line_to_drop_must_be_there_once(checkout: FakeCheckout, tmp_path: P
     )
 
 
+def test_a_gloo_that_tells_of_lost_connections_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, PAIR.replace("posted send", "all"))
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: third_party/gloo/gloo/transport/tcp/pair.cc must loop through posted send operations once. "
+        "Adapt launch/build_horovod.sh to this Horovod."
+    )
+
+
 @pytest.mark.parametrize("pair", ["", PAIR.replace("    return;", "    wait();"), PAIR + PAIR])
 def test_the_lock_to_yield_at_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, pair: str) -> None:
     serve_sdist(checkout, tmp_path, XLA_LINE, pair)
@@ -206,6 +231,15 @@ def test_the_lock_to_yield_at_must_be_there_once(checkout: FakeCheckout, tmp_pat
         "build_horovod.sh: third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. "
         "Adapt launch/build_horovod.sh to this Horovod."
     )
+
+
+def test_another_horovod_that_starts_up_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, operations="void BackgroundThreadLoop() {}\n")
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/common must initialize Gloo in operations.cc and notice removed hosts in "
+        "gloo_context.cc. Adapt launch/build_horovod.sh to this Horovod."
+    )
+
 
 
 def test_a_failed_build_names_the_compilers_error(checkout: FakeCheckout) -> None:
