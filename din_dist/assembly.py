@@ -176,7 +176,7 @@ def make_job(
         history,
         stop_requested,
         leave_requested,
-        store.facts.fingerprint,
+        store,
     )
     return Job(trainer, step, make_batches, evaluator, telemetry, model)
 

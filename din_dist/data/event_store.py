@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -24,6 +25,22 @@ from din_dist.errors import InputError
 PACKED_DIR = "packed"
 USERS = "users"  # names of vocabularies; an item feature's bears the feature's name
 ITEMS = "items"
+
+_OVERWRITE = "launch/train.sh or prepare_data --overwrite_prepared"
+
+
+class FileState(NamedTuple):
+    """What tells a file from another at the same place, and from itself after a write."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        stat = path.stat()
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +67,7 @@ class EventStore:
             `t_j - 1 - j`: the number of smaller ids the user never touched.
             Nondecreasing for each user. None with labels.
         item_features: name -> int32 `[num_items + 1]`, an item's dense id -> its feature's dense id; 0 for item 0.
+        files: all that was opened, each as it was just before: no change after that goes unnoticed.
     """
 
     facts: schema.DatasetFacts
@@ -64,18 +82,45 @@ class EventStore:
     touched_offsets: np.ndarray | None
     touched_gaps: np.ndarray | None
     item_features: Mapping[str, np.ndarray]
+    files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
 
     @property
     def max_touched(self) -> int:
         """The number of different items that any one user touched; 0 with labels."""
         return 0 if self.touched_offsets is None else int(np.diff(self.touched_offsets).max(initial=0))
 
+    def check_unchanged(self) -> None:
+        """Compares the files with what was opened; it takes a `stat` of each.
+
+        Data that was prepared anew counts as changed: what is mapped here is still the old, but a worker that comes
+        later would train on the new.
+
+        Raises:
+            InputError: a file was removed, replaced, cut or written to.
+        """
+        changes = {path: what for path, opened in self.files.items() if (what := _change(path, opened))}
+        if not changes:
+            return
+        rule = "prepared data must stay as it is while a job uses it. Received:"
+        if len(changes) == len(self.files) and set(changes.values()) <= {_REMOVED, _REPLACED}:
+            what = "was prepared anew" if self.folder.exists() else "was removed, or is being prepared anew,"
+            raise InputError(
+                f"{self.folder}: {rule} it {what} under the running job. Start the job again once it is there: on the "
+                "same events it goes on from its last checkpoint."
+            )
+        path, what = next(iter(changes.items()))
+        raise InputError(f"{path}: {rule} this file {what}. {_remedy(path)}, and start the job again.")
+
     def vocabulary(self, name: str) -> pa.ChunkedArray:
         """The user's own ids of `"users"`, `"items"` or an item feature: entry i belongs to dense id i + 1.
 
         (User u, counted from 0 as in `user_offsets`, is entry u.) Read from the disk at each call.
+
+        Raises:
+            InputError: the file is missing or damaged.
         """
-        return pq.read_table(vocabulary_path(self.folder, name), columns=["id"]).column("id")
+        with _reading(vocabulary_path(self.folder, name)) as path:
+            return pq.read_table(path, columns=["id"]).column("id")
 
     def own_ids(self, name: str, dense_ids: Sequence[int] | np.ndarray, unknown: str = "(unknown)") -> list[str]:
         """The log's own ids, as text, of dense ids `[M]` of a vocabulary; `unknown` for the reserved one."""
@@ -99,13 +144,8 @@ def read_facts(folder: Path) -> schema.DatasetFacts:
     Raises:
         InputError: the file is missing or damaged.
     """
-    path = folder / schema.FACTS_FILE
-    try:
+    with _reading(folder / schema.FACTS_FILE) as path:
         return schema.DatasetFacts.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({_first_line(error)}). Give launch/train.sh or prepare_data --overwrite_prepared."
-        ) from error
 
 
 def is_packed(folder: Path) -> bool:
@@ -132,50 +172,60 @@ def open_store(folder: Path, features: Sequence[str]) -> EventStore:
     """Maps the cache in `folder` into memory, with these item features.
 
     Raises:
-        InputError: a file is missing, truncated or does not fit the others.
+        InputError: a file is missing, truncated, does not fit the others or was changed meanwhile.
     """
+    files: dict[Path, FileState] = {}  # before each is read, and compared when all are: so they belong together
+    with _reading(folder / schema.FACTS_FILE) as path:
+        files[path] = FileState.of(path)
     facts = read_facts(folder)
     facts = dataclasses.replace(facts, item_features={name: facts.item_features[name] for name in features})
-    packed = folder / PACKED_DIR
-    remedy = f"Delete {packed}, or give launch/train.sh or prepare_data --overwrite_prepared."
 
     def load(path: Path, dtype: type, length: int | None) -> np.ndarray:
-        try:
-            array = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: cannot be mapped ({_first_line(error)}). {remedy}") from error
-        if array.dtype != dtype or array.ndim != 1 or length not in (None, len(array)):
+        mapped = map_array(path, files)
+        if mapped.dtype != dtype or mapped.ndim != 1 or length not in (None, len(mapped)):
             raise InputError(
                 f"{path}: must hold {length} values of {np.dtype(dtype)}. "
-                f"Received: {array.shape} of {array.dtype}. {remedy}"
+                f"Received: {mapped.shape} of {mapped.dtype}. {_remedy(path)}."
             )
-        return array
+        return np.asarray(mapped)
+
+    def load_packed(name: str, dtype: type, length: int | None) -> np.ndarray:
+        return load(folder / PACKED_DIR / f"{name}.npy", dtype, length)
 
     def load_offsets(name: str, length: int | None) -> np.ndarray:
-        offsets = load(packed / f"{name}.npy", np.int64, facts.num_users + 1)
+        offsets = load_packed(name, np.int64, facts.num_users + 1)
         if length not in (None, offsets[-1]):
-            raise InputError(f"{packed / name}.npy: must end with {length}. Received: {offsets[-1]}. {remedy}")
+            path = folder / PACKED_DIR / f"{name}.npy"
+            raise InputError(f"{path}: must end with {length}. Received: {offsets[-1]}. {_remedy(path)}.")
         return offsets
+
+    # Nothing needs the ids' names before a job's end: that is too late to miss them.
+    for name, num_ids in {USERS: facts.num_users, ITEMS: facts.num_items, **facts.item_features}.items():
+        with _reading(vocabulary_path(folder, name)) as path:
+            files[path] = FileState.of(path)
+            num_found = pq.read_metadata(path).num_rows
+        if num_found != num_ids:
+            raise InputError(f"{path}: must hold {num_ids} ids. Received: {num_found}. {_remedy(path)}.")
 
     num_events = facts.num_events
     user_offsets = load_offsets("user_offsets", num_events)
-    item_ids = load(packed / "item_ids.npy", np.int32, num_events)
+    item_ids = load_packed("item_ids", np.int32, num_events)
     labels = history_ends = touched_offsets = touched_gaps = None
     history_offsets, history_item_ids = user_offsets, item_ids
     if facts.has_labels:
-        labels = load(packed / "labels.npy", np.uint8, num_events)
-        history_ends = load(packed / "history_ends.npy", np.int64, num_events)
+        labels = load_packed("labels", np.uint8, num_events)
+        history_ends = load_packed("history_ends", np.int64, num_events)
         history_offsets = load_offsets("history_offsets", None)
-        history_item_ids = load(packed / "history_item_ids.npy", np.int32, int(history_offsets[-1]))
+        history_item_ids = load_packed("history_item_ids", np.int32, int(history_offsets[-1]))
     else:
         touched_offsets = load_offsets("touched_offsets", None)
-        touched_gaps = load(packed / "touched_gaps.npy", np.int32, int(touched_offsets[-1]))
-    return EventStore(
+        touched_gaps = load_packed("touched_gaps", np.int32, int(touched_offsets[-1]))
+    store = EventStore(
         facts=facts,
         folder=folder,
         user_offsets=user_offsets,
         item_ids=item_ids,
-        timestamps=load(packed / "timestamps.npy", np.int64, num_events),
+        timestamps=load_packed("timestamps", np.int64, num_events),
         labels=labels,
         history_item_ids=history_item_ids,
         history_offsets=history_offsets,
@@ -185,7 +235,24 @@ def open_store(folder: Path, features: Sequence[str]) -> EventStore:
         item_features={
             name: load(item_feature_path(folder, name), np.int32, facts.num_items + 1) for name in facts.item_features
         },
+        files=files,
     )
+    store.check_unchanged()
+    return store
+
+
+def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
+    """Maps a .npy file into memory and notes in `files` how it was.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    with _reading(path):
+        files[path] = FileState.of(path)
+        mapped = np.load(path, mmap_mode="c", allow_pickle=False)
+        if (end := mapped.offset + mapped.nbytes) != files[path].num_bytes:
+            raise ValueError(f"its values end at byte {end} of {files[path].num_bytes}")
+    return mapped
 
 
 class _ArrayWriter:
@@ -214,6 +281,9 @@ class _ArrayWriter:
         with self._file:
             self._file.seek(0)
             self._write_header()
+            # Else a machine that fails may keep the published name, and zeros for the values.
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
@@ -237,7 +307,10 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
         kept_offsets.append(np.zeros(1))
         for block in blocks:
             if block.first_user != num_users:
-                raise ValueError(f"Blocks out of order: user {block.first_user} follows user {num_users - 1}.")
+                raise InputError(
+                    f"{folder.parent}: records must hold all users in order. Received: user {block.first_user} where "
+                    f"user {num_users} must stand. Give {_OVERWRITE}."
+                )
             user_offsets.append(num_events + block.offsets[1:])
             item_ids.append(block.item_ids)
             timestamps.append(block.timestamps)
@@ -256,7 +329,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
         if (num_users, num_events) != (facts.num_users, facts.num_events):
             raise InputError(
                 f"{folder.parent}: records must hold {facts.num_users} users and {facts.num_events} events. "
-                f"Received: {num_users} and {num_events}. Give launch/train.sh or prepare_data --overwrite_prepared."
+                f"Received: {num_users} and {num_events}. Give {_OVERWRITE}."
             )
 
 
@@ -269,5 +342,39 @@ def touched_gaps(block: Block, num_items: int) -> tuple[np.ndarray, np.ndarray]:
     return offsets, touched_items - 1 - ranks
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+_REMOVED, _REPLACED = "was removed", "was replaced by another"
+
+
+def _change(path: Path, opened: FileState) -> str | None:
+    """What became of a file since it was opened."""
+    try:
+        now = FileState.of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return _REMOVED
+    except OSError as error:
+        return f"cannot be reached any more ({error.strerror})"
+    if now == opened:
+        return None
+    if (now.device, now.inode) != (opened.device, opened.inode):
+        return _REPLACED
+    if now.num_bytes < opened.num_bytes:
+        return f"was cut from {opened.num_bytes} to {now.num_bytes} bytes"
+    return "was written to"
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged file."""
+    for folder in path.parents:
+        if folder.name == PACKED_DIR:
+            return f"Delete {folder}, or give {_OVERWRITE}"
+    return f"Give {_OVERWRITE}"
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Reports whatever is wrong with a file in one way."""
+    try:
+        yield path
+    except (OSError, ValueError, TypeError, EOFError, pa.ArrowException) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read ({problem}). {_remedy(path)}.") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -42,9 +43,19 @@ def data_dir(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
 
 
+def prepared_folder(config: DataConfig) -> Path:
+    """Where the data of `config` lies once it is prepared; nothing is read, so that damage there does not matter."""
+    root = data_dir(config)
+    nowhere = root / "locks" / "none"  # TFDS reads what it finds
+    return root / Path(_builder(config, nowhere).data_path).relative_to(nowhere)
+
+
 def builder_for(config: DataConfig) -> EventsBuilder:
     """The TFDS builder of `--dataset`, under the data folder."""
-    root = data_dir(config)
+    return _builder(config, data_dir(config))
+
+
+def _builder(config: DataConfig, root: Path) -> EventsBuilder:
     kind, _, category = config.dataset.partition("/")
     with _quietly():
         match kind:
@@ -91,7 +102,7 @@ def prepare(config: DataConfig, overwrite: bool = False) -> EventStore:
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
     """
-    if overwrite or not Path(builder_for(config).data_path).exists():
+    if overwrite or not prepared_folder(config).exists():
         with _writing(config) as folder:
             if overwrite or not folder.exists():  # another process may have been faster
                 _build(config, folder)
@@ -106,8 +117,7 @@ def open_prepared(config: DataConfig) -> EventStore:
     Raises:
         InputError: it was not prepared, its source changed since, or its cache is damaged.
     """
-    builder = builder_for(config)
-    folder = Path(builder.data_path)
+    folder = prepared_folder(config)
     if not folder.exists():
         raise InputError(
             f"{folder}: the data must be prepared before. Received: nothing there. "
@@ -119,7 +129,8 @@ def open_prepared(config: DataConfig) -> EventStore:
     if not event_store.is_packed(folder):
         with _writing(config):
             if not event_store.is_packed(folder):  # another process may have been faster
-                event_store.pack(folder, facts, _blocks(builder))
+                # The facts as they are now: it may have been prepared anew while this process waited.
+                event_store.pack(folder, event_store.read_facts(folder), _blocks(config, folder))
     return event_store.open_store(folder, features)
 
 
@@ -148,14 +159,17 @@ def _build(config: DataConfig, folder: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _blocks(builder: EventsBuilder) -> Iterator[Block]:
+def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
     """The records in the order in which they were written, one in memory at a time."""
     import tensorflow as tf
 
     read_config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1)
     try:
         with _quietly():
-            records = builder.as_dataset(split=schema.EVENTS_SPLIT, read_config=read_config)
+            records = builder_for(config).as_dataset(split=schema.EVENTS_SPLIT, read_config=read_config)
+    except Exception as error:  # of whatever kind: TFDS does not say what it raises over its own damaged files
+        raise _unreadable(folder, error) from error
+    try:
         for record in records.as_numpy_iterator():
             yield Block(
                 first_user=int(record[schema.BLOCK_FIRST_USER]),
@@ -165,10 +179,15 @@ def _blocks(builder: EventsBuilder) -> Iterator[Block]:
                 labels=record[schema.BLOCK_LABELS],
             )
     except tf.errors.OpError as error:
-        raise InputError(
-            f"{builder.data_dir}: the records cannot be read ({' '.join(str(error).split())[:300]}). "
-            "Give launch/train.sh or prepare_data --overwrite_prepared."
-        ) from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    problem = re.sub(r"{{.*?}} |\[Op:.*", "", " ".join(str(error).split()))  # without the names of graph nodes
+    return InputError(
+        f"{folder}: the records cannot be read ({problem.strip()[:300]}). "
+        "Give launch/train.sh or prepare_data --overwrite_prepared."
+    )
 
 
 def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
@@ -200,7 +219,7 @@ def _writing(config: DataConfig) -> Iterator[Path]:
     """Yields the data set's folder once no other process writes to it."""
     import tensorflow as tf  # here: TFDS writes with it, and reports a full disk in its terms
 
-    folder = Path(builder_for(config).data_path)
+    folder = prepared_folder(config)
     name = "-".join(folder.relative_to(data_dir(config)).parts)
     lock = data_dir(config) / "locks" / f"{name}.lock"
     try:

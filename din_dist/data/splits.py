@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from din_dist.config import DataConfig, Split
-from din_dist.data.event_store import PACKED_DIR, USERS, EventStore
+from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
 from din_dist.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -66,7 +66,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
     packed events, memory-mapped like them: a job's workers on one machine hold it once.
 
     Raises:
-        InputError: no event is left to train on, or a user has touched every item.
+        InputError: no event is left to train on, a user has touched every item, or the cut that was kept is damaged.
     """
     if not store.facts.has_labels:
         _require_untouched_items(store)
@@ -79,8 +79,9 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
         except OSError:  # prepared data on a read-only disk: then each process holds its own
             return _checked({name: _examples(store, config, name, arrays) for name, arrays in runs.items()}, config)
     mapped = {
-        name: {array: np.load(folder / f"{name}-{array}.npy", mmap_mode="c") for array in _ARRAYS} for name in SPLITS
+        name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS} for name in SPLITS
     }
+    _check_kept_cut(store, folder, mapped)
     return _checked({name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}, config)
 
 
@@ -150,6 +151,18 @@ def _publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Every event that can be an example is in one of the splits."""
+    whole = all(len({len(array) for array in arrays.values()}) == 1 for arrays in mapped.values())
+    found = sum(int(arrays["row_ends"][-1]) for arrays in mapped.values() if len(arrays["row_ends"]))
+    firsts = 0 if store.facts.has_labels else int(np.count_nonzero(np.diff(store.user_offsets)))
+    if not whole or found != store.facts.num_events - firsts:
+        raise InputError(
+            f"{folder}: the splits must hold {store.facts.num_events - firsts} events, each user's in one run. "
+            f"Received: {found if whole else 'arrays of different lengths'}. Delete this folder."
+        )
 
 
 def _cut_times(store: EventStore, config: DataConfig) -> tuple[int, int]:

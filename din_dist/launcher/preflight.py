@@ -290,9 +290,9 @@ def _question(config: Config) -> Iterator[Question]:
     Raises:
         InputError: that cannot be written, or the settings name no data set.
     """
-    from din_dist.data.prepared import builder_for
+    from din_dist.data.prepared import prepared_folder
 
-    data_folder = builder_for(config.data).data_path
+    data_folder = prepared_folder(config.data)
     folder = Path(config.job.output_dir).absolute()
     token = folder / f".check_cluster.{secrets.token_hex(8)}"
     try:

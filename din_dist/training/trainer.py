@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import Config, digest_of
+from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
@@ -53,9 +54,9 @@ class Trainer:
         history: History,
         stop_requested: Callable[[], bool],
         leave_requested: Callable[[], bool],
-        data_fingerprint: str,
+        store: EventStore,
     ) -> None:
-        """`variables`: by name, all that a checkpoint keeps.
+        """`variables`: by name, all that a checkpoint keeps. `store`: where the batches come from.
 
         `stop_requested`, `leave_requested`: of this process, asked at every step; the first is meant for the whole job.
         """
@@ -64,7 +65,7 @@ class Trainer:
         self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._history = history
-        self._digest = digest_of(config, data_fingerprint)
+        self._store, self._digest = store, digest_of(config, store.facts.fingerprint)
         self._stop_requested, self._leave_requested = stop_requested, leave_requested
         self._logits_of = tf.function(
             lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
@@ -158,8 +159,10 @@ class Trainer:
         Where that fails, training goes on with the one before it.
 
         Raises:
-            InputError, FailedElsewhere: it failed and is `required`.
+            InputError, FailedElsewhere: it failed and is `required`; or what it learned from has changed, at any time.
         """
+        with self._runtime.together():
+            self._store.check_unchanged()
         with self._phase("checkpoint"):
             started = time.perf_counter()
             try:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -167,24 +171,195 @@ def test_blocks_hold_whole_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.concatenate([block.item_ids for block in cut]).tolist() == values.tolist()
 
 
-@pytest.mark.parametrize("rows", [ROWS, LABELLED], ids=["plain", "labelled"])
-def test_truncated_or_missing_arrays(tmp_path: Path, rows: list[dict]) -> None:
-    store = store_of(rows, tmp_path / "s", 99)
-    packed = store.folder / "packed"
-    for path in [*packed.iterdir(), store.folder / "item_features" / "category_id.npy"]:
-        content = path.read_bytes()
-        for damaged in (content[:-1], content[:100], b"", None):
-            path.unlink()
-            if damaged is not None:
-                path.write_bytes(damaged)
-            with pytest.raises(InputError) as caught:
-                open_store(store.folder, ["category_id"])
-            assert str(path) in str(caught.value)
-            assert f"Delete {packed}, or give launch/train.sh or prepare_data --overwrite_prepared." in str(
-                caught.value
-            )
-            path.write_bytes(content)
-    open_store(store.folder, ["category_id"])
+OF_BOTH = [
+    "facts.json",
+    "item_features/category_id.npy",
+    "vocabulary/category_id.parquet",
+    "vocabulary/items.parquet",
+    "vocabulary/users.parquet",
+    "packed/item_ids.npy",
+    "packed/timestamps.npy",
+    "packed/user_offsets.npy",
+]
+FILES = {
+    "plain": [*OF_BOTH, "packed/touched_gaps.npy", "packed/touched_offsets.npy"],
+    "labelled": [
+        *OF_BOTH,
+        "packed/history_ends.npy",
+        "packed/history_item_ids.npy",
+        "packed/history_offsets.npy",
+        "packed/labels.npy",
+    ],
+}
+each_file = pytest.mark.parametrize(("log", "name"), [(log, name) for log, names in FILES.items() for name in names])
+MakeStore = Callable[[str], EventStore]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("originals")
+    for log, rows in {"plain": ROWS, "labelled": LABELLED}.items():
+        store_of(rows, folder / log, 99)
+        for path in (folder / log).rglob("*"):  # else the clock may be too coarse to tell a write that follows
+            os.utime(path, (1, 1))
+    return folder
+
+
+@pytest.fixture
+def store_with(originals: Path, tmp_path: Path) -> MakeStore:
+    """Opens a copy, to be damaged, of the `plain` or the `labelled` log."""
+    return lambda log: open_store(shutil.copytree(originals / log, tmp_path / log), ["category_id"])
+
+
+def remedy(path: Path) -> str:
+    """What an error must say to do about a damaged file."""
+    overwrite = "launch/train.sh or prepare_data --overwrite_prepared"
+    return f"Delete {path.parent}, or give {overwrite}" if path.parent.name == "packed" else f"Give {overwrite}"
+
+
+def test_a_store_knows_all_its_files(store_with: MakeStore) -> None:
+    for log, names in FILES.items():
+        store = store_with(log)
+        assert sorted(str(path.relative_to(store.folder)) for path in store.files) == sorted(names)
+        in_folder = {path for path in store.folder.rglob("*") if path.is_file() and path.name != "log.parquet"}
+        assert in_folder == set(store.files)
+
+
+@each_file
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: None,
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[:128],  # the header of an array, whole
+        lambda content: content[: len(content) * 3 // 4],
+        lambda content: content[:-1],
+        lambda content: content + bytes(4),
+    ],
+    ids=["missing", "empty", "beginning", "header", "most", "all_but_a_byte", "too_much"],
+)
+def test_damaged_files(store_with: MakeStore, log: str, name: str, damage: Callable[[bytes], bytes | None]) -> None:
+    store = store_with(log)
+    path = store.folder / name
+    damaged = damage(path.read_bytes())
+    path.unlink()
+    if damaged is not None:
+        path.write_bytes(damaged)
+    with pytest.raises(InputError) as caught:
+        open_store(store.folder, ["category_id"])
+    text = str(caught.value)
+    assert text.startswith(f"{path}: cannot be read (") and text.endswith(f"). {remedy(path)}.")
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("log", "name"), [(log, name) for log, names in FILES.items() for name in names if name.endswith(".npy")]
+)
+def test_arrays_that_are_too_short_and_say_so(store_with: MakeStore, log: str, name: str) -> None:
+    store = store_with(log)
+    path = store.folder / name
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(InputError, match=rf"{path}: must hold \d values of \w+\. Received: .* {remedy(path)}\.$"):
+        open_store(store.folder, ["category_id"])
+
+
+@pytest.mark.parametrize("name", ["users", "items", "category_id"])
+def test_damaged_vocabularies(store_with: MakeStore, name: str) -> None:
+    store = store_with("plain")
+    path = store.folder / "vocabulary" / f"{name}.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 40 + content[44:])  # its end, which says what there is, is whole
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read \(.*\)\. Give .* --overwrite_prepared\.$"):
+        store.vocabulary(name)
+    pq.write_table(pa.table({"id": ["a", "b", "c", "d", "e"]}), path)
+    with pytest.raises(InputError, match=rf"{path}: must hold \d ids\. Received: 5\. Give .* --overwrite_prepared\.$"):
+        open_store(store.folder, ["category_id"])
+
+
+def replace(path: Path) -> None:
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+def write_in_place(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(path.read_bytes()[:1])
+
+
+@each_file
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (Path.unlink, "was removed"),
+        (replace, "was replaced by another"),
+        (lambda path: os.truncate(path, 9), r"was cut from \d+ to 9 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "was written to"),
+        (write_in_place, "was written to"),
+    ],
+    ids=["removed", "replaced", "cut", "longer", "written_in_place"],
+)
+def test_files_that_change_under_a_job(
+    store_with: MakeStore, log: str, name: str, change: Callable[[Path], None], what: str
+) -> None:
+    store = store_with(log)
+    store.check_unchanged()
+    path = store.folder / name
+    change(path)
+    with pytest.raises(InputError) as caught:
+        store.check_unchanged()
+    assert re.fullmatch(
+        rf"{path}: prepared data must stay as it is while a job uses it\. Received: this file {what}\. {remedy(path)}, "
+        "and start the job again\\.",
+        str(caught.value),
+    )
+
+
+def test_what_is_no_change(store_with: MakeStore) -> None:
+    store = store_with("plain")
+    (store.folder / "packed" / "split-leave_one_out").mkdir()  # what this and other jobs add
+    for path in store.files:
+        path.read_bytes()
+        path.chmod(0o400)
+    store.check_unchanged()
+    fields = {field.name: getattr(store, field.name) for field in dataclasses.fields(store) if field.name != "files"}
+    EventStore(**fields).check_unchanged()  # of arrays that are mapped from nowhere
+
+
+def test_a_cache_that_is_packed_again_under_a_job(tmp_path: Path, store_with: MakeStore) -> None:
+    store = store_with("plain")
+    (store.folder / "packed").rename(tmp_path / "aside")
+    with pytest.raises(InputError, match=r"packed/user_offsets.npy: .* this file was removed\. Delete .*/packed, or"):
+        store.check_unchanged()
+    pack(store.folder, store.facts, read_log([store.folder / "log.parquet"], Columns()).blocks)
+    with pytest.raises(InputError, match=r"packed/user_offsets.npy: .* this file was replaced by another\. Delete"):
+        store.check_unchanged()
+
+
+def test_a_folder_that_is_removed_under_a_job(store_with: MakeStore) -> None:
+    store = store_with("plain")
+    shutil.rmtree(store.folder)
+    with pytest.raises(
+        InputError, match=rf"^{store.folder}: .* Received: it was removed, or is being prepared anew, under the running"
+    ):
+        store.check_unchanged()
+
+
+def test_files_that_change_while_they_are_opened(store_with: MakeStore) -> None:
+    """Else a store could be half of what was there before, half of what came after."""
+    store = store_with("plain")
+    real_read = event_store.read_facts
+
+    def read_and_meddle(folder: Path) -> schema.DatasetFacts:
+        replace(folder / "facts.json")
+        return real_read(folder)
+
+    with (
+        mock.patch.object(event_store, "read_facts", read_and_meddle),
+        pytest.raises(InputError, match="this file was replaced by another"),
+    ):
+        open_store(store.folder, ["category_id"])
 
 
 def test_arrays_of_another_log(tmp_path: Path) -> None:
@@ -216,7 +391,8 @@ def test_blocks_that_do_not_fit_the_facts(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(InputError, match=r"records must hold 2 users and 2 events\. Received: 1 and 1"):
         pack(folder, facts, [block])
-    with pytest.raises(ValueError, match="user 0 follows user 0"):
+    expected = rf"{folder}: records must hold all users in order\. Received: user 0 where user 1 must stand\. Give"
+    with pytest.raises(InputError, match=expected):
         pack(folder, facts, [block, block])
     assert list(folder.iterdir()) == []  # nothing half-written
 

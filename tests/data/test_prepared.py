@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,7 +27,7 @@ from din_dist.data import blocks as blocks_module
 from din_dist.data import event_store, prepared
 from din_dist.data.builders import base
 from din_dist.data.event_store import EventStore
-from din_dist.data.prepared import builder_for, data_dir, open_prepared, prepare
+from din_dist.data.prepared import builder_for, data_dir, open_prepared, prepare, prepared_folder
 from din_dist.errors import InputError
 from tests.data.test_event_store import check_against_plain_python
 
@@ -52,7 +54,7 @@ def config(tmp_path: Path, log: Path) -> DataConfig:
 
 
 def same_arrays(left: EventStore, right: EventStore) -> bool:
-    names = [field.name for field in dataclasses.fields(EventStore) if field.name not in ("facts", "item_features")]
+    names = {field.name for field in dataclasses.fields(EventStore)} - {"facts", "item_features", "files"}
     return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
 
 
@@ -246,16 +248,133 @@ def test_a_lost_or_truncated_cache(config: DataConfig) -> None:
     check_against_plain_python(again, ROWS)
 
 
-@pytest.mark.parametrize("lost", [1, 10**9])
-def test_damaged_records(config: DataConfig, lost: int) -> None:
-    folder = prepare(config).folder
-    shutil.rmtree(folder / event_store.PACKED_DIR)
-    (records,) = folder.glob("*.tfrecord*")
-    records.write_bytes(records.read_bytes()[:-lost])
-    with pytest.raises(InputError, match=rf"{folder}.*records .* --overwrite_prepared"):
-        open_prepared(config)
+@pytest.fixture(scope="module")
+def of_five_shards(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Prepared, with the cache lost: the records are to be read again."""
+    folder = tmp_path_factory.mktemp("five_shards")
+    write_log(folder / "log.csv", ROWS)
+    config = DataConfig(dataset="event_log", data_path=str(folder / "log.csv"), data_dir=str(folder / "prepared"))
+    with mock.patch.object(blocks_module, "EVENTS_PER_BLOCK", 20), mock.patch.object(base, "BLOCKS_PER_SHARD", 2):
+        prepared_at = prepare(config).folder
+    shutil.rmtree(prepared_at / event_store.PACKED_DIR)
+    return config
+
+
+@pytest.fixture
+def damaged(of_five_shards: DataConfig, tmp_path: Path) -> DataConfig:
+    """The config of a copy of `of_five_shards`, to be damaged."""
+    shutil.copytree(of_five_shards.data_dir, tmp_path / "copy")
+    return dataclasses.replace(of_five_shards, data_dir=str(tmp_path / "copy"))
+
+
+def first_record(content: bytes) -> int:
+    """Where the first of a shard's two records ends: length, its checksum, content, its checksum."""
+    return 8 + 4 + int.from_bytes(content[:8], "little") + 4
+
+
+@pytest.mark.parametrize("shard", [0, 2, 4], ids=["first", "middle", "last"])
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda content: None, r"event_log-events\.tfrecord-0000\d-of-00005; No such file or directory"),
+        (lambda content: b"", "order|expected to contain 10 elements but contained only 8"),
+        (
+            lambda content: content[: first_record(content)],
+            "order|expected to contain 10 elements but contained only 9",
+        ),
+        (lambda content: content[: len(content) // 2], "order|truncated record at"),
+        (lambda content: content[:-1], "truncated record at"),
+        (lambda content: content[:40] + bytes(20) + content[60:], "corrupted record at"),
+        (lambda content: content[first_record(content) :] + content[: first_record(content)], "order"),
+    ],
+    ids=["missing", "empty", "one_record", "half", "all_but_a_byte", "zeros", "turned_around"],
+)
+def test_damaged_records(damaged: DataConfig, shard: int, damage: Callable[[bytes], bytes | None], found: str) -> None:
+    folder = prepared_folder(damaged)
+    path = sorted(folder.glob("*.tfrecord*"))[shard]
+    content = damage(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        open_prepared(damaged)
+    text = str(caught.value)
+    assert text.startswith(
+        (f"{folder}: the records cannot be read (", f"{folder}: records must hold all users in order.")
+    )
+    assert text.endswith(". Give launch/train.sh or prepare_data --overwrite_prepared.")
+    assert re.search(found, text) and "node" not in text
     assert not list(folder.glob("packed*"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"splits": ['], ids=["missing", "empty", "cut"])
+def test_what_tfds_notes_beside_the_records(damaged: DataConfig, content: bytes | None) -> None:
+    """Only who reads the records needs it, and nothing that is to be overwritten stands in the way."""
+    folder = prepared_folder(damaged)
+    before = open_prepared(damaged)
+    path = folder / "dataset_info.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert same_arrays(open_prepared(damaged), before)
+    shutil.rmtree(folder / event_store.PACKED_DIR)
+    with pytest.raises(InputError, match=rf"{folder}: the records cannot be read .* --overwrite_prepared\.$"):
+        open_prepared(damaged)
+    assert not list(folder.glob("packed*"))
+    assert same_arrays(prepare(damaged, overwrite=True), before)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"num_users": 17, "num_it'], ids=["missing", "empty", "cut"])
+def test_lost_facts(damaged: DataConfig, content: bytes | None) -> None:
+    folder = prepared_folder(damaged)
+    (folder / schema.FACTS_FILE).unlink()
+    if content is not None:
+        (folder / schema.FACTS_FILE).write_bytes(content)
+    with pytest.raises(InputError, match=r"facts\.json: cannot be read \(.*\)\. Give .* --overwrite_prepared\.$"):
+        open_prepared(damaged)
+    assert not list(folder.glob("packed*"))
+    check_against_plain_python(prepare(damaged, overwrite=True), ROWS)
+
+
+def test_data_that_is_prepared_anew_under_a_job(config: DataConfig) -> None:
+    store = prepare(config)
+    before = {name: np.array(getattr(store, name)) for name in ("item_ids", "timestamps", "user_offsets")}
+    expected = rf"^{store.folder}: prepared data must stay as it is .* Received: it was prepared anew under the running"
+    write_log(Path(config.data_path), ROWS[:-1])
     prepare(config, overwrite=True)
+    with pytest.raises(InputError, match=expected):
+        store.check_unchanged()
+    for name, array in before.items():  # a job that is asked to end has its own data until then
+        np.testing.assert_array_equal(getattr(store, name), array)
+
+
+def test_data_that_is_being_prepared_anew_under_a_job(config: DataConfig) -> None:
+    store = prepare(config)
+
+    def check(*args: object) -> None:
+        with pytest.raises(InputError, match="it was removed, or is being prepared anew, under the running job"):
+            store.check_unchanged()
+        raise OSError(28, "No space left on device")
+
+    with mock.patch.object(base, "_write_beside", check), pytest.raises(InputError, match="cannot be written"):
+        prepare(config, overwrite=True)
+    store.check_unchanged()  # what was there is back
+
+
+def test_data_that_is_prepared_anew_while_another_process_waits_to_pack(config: DataConfig) -> None:
+    """The records of today are packed by the facts of today."""
+    shutil.rmtree(prepare(config).folder / event_store.PACKED_DIR)
+    real_writing = prepared._writing
+
+    @contextlib.contextmanager
+    def writing(config: DataConfig) -> Iterator[Path]:
+        with real_writing(config) as folder:
+            write_log(Path(config.data_path), ROWS[:-1])
+            prepared._build(config, folder)  # as one does who had the lock before
+            yield folder
+
+    with mock.patch.object(prepared, "_writing", writing):
+        check_against_plain_python(open_prepared(config), ROWS[:-1])
 
 
 OPEN_IN_A_PROCESS = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,39 @@ def test_splits_follow_the_rules(tmp_path: Path, split: Split, labels: bool) -> 
             assert examples.num_examples == draws * len(expected[name])
             users = np.searchsorted(store.user_offsets, expected[name], side="right") - 1
             assert examples.user_of_example().tolist() == np.repeat(users, draws).tolist()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-3]), "cannot be read"),
+        (lambda file: file.write_bytes(b""), "cannot be read"),
+        (lambda file: np.save(file, np.load(file)[:-1]), "Received: arrays of different lengths"),
+        (lambda file: np.save(file.with_name("train-row_ends.npy"), np.load(file) + 1), "the splits must hold"),
+    ],
+    ids=["missing", "cut", "empty", "shorter", "of other data"],
+)
+def test_a_kept_cut_that_is_damaged(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT).data
+    store = prepare(config)
+    split_examples(store, config)
+    damage(store.folder / "packed" / "split-leave_two_out" / "train-row_ends.npy")
+    with pytest.raises(InputError, match=message) as refused:
+        split_examples(store, config)
+    assert "Delete " in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_kept_cut_that_changes_under_a_job(tmp_path: Path) -> None:
+    config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT).data
+    store = prepare(config)
+    split_examples(store, config)
+    file = store.folder / "packed" / "split-leave_two_out" / "train-users.npy"
+    store.check_unchanged()
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match="this file was written to"):
+        store.check_unchanged()
 
 
 @pytest.mark.parametrize("labels", [False, True])

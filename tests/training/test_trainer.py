@@ -6,6 +6,7 @@ import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,6 +271,39 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     assert job.trainer.test()["num_examples"] > 0
     assert f"the best weights, of step {state.best_step}, could not be saved" in capfd.readouterr().err
     job.telemetry.close()
+
+
+def test_data_that_changes_under_a_job_stops_it_before_the_next_checkpoint(tmp_path: Path) -> None:
+    config = small_config(tmp_path, epochs=2, split=Split.LEAVE_TWO_OUT)
+    job = make(config)
+    (array,) = prepare(config.data).folder.glob("packed/item_ids.npy")
+    validate = job.evaluator.evaluate
+
+    def change_and_validate(*arguments: Any) -> dict[str, float]:
+        array.write_bytes(array.read_bytes())
+        return validate(*arguments)
+
+    job.evaluator.evaluate = change_and_validate  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="item_ids.npy: prepared data must stay as it is while a job uses it"):
+        job.trainer.train()
+    assert latest_checkpoint(config) is None
+
+
+def test_workers_with_other_data_or_settings_are_refused(tmp_path: Path) -> None:
+    """The second rank of two, whose gathered rows are those of another job."""
+
+    class Second(Runtime):
+        rank, world_size = 1, 2
+
+        def gather(self, values: np.ndarray) -> np.ndarray:
+            other = values.copy()
+            other[:, -1] += 1
+            return np.concatenate([other, values])
+
+    config = small_config(tmp_path)
+    job = assembly.make_job(config, Second(), prepare(config.data))
+    with pytest.raises(InputError, match="same settings and the same prepared data. Received: others on rank 1"):
+        job.trainer.train()
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
