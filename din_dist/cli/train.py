@@ -5,6 +5,7 @@ The last line on stdout is the summary, as JSON.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,13 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
+from din_dist.launcher.link import JOB_VARIABLE
 from din_dist.training.terminal import duration
 
 if TYPE_CHECKING:
-    from din_dist.training.output_dir import OutputDirLock
     from din_dist.training.trainer import Trainer
 
-_HANDOVER_SECONDS = 30.0  # in which a chief that was lost or is no longer chief lets go of the output directory
+_SAVING_LOCK = ".saving"
 
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
@@ -48,9 +49,9 @@ def main() -> None:
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     folder = Path(config.job.output_dir)
-    lock = OutputDirLock(folder)
+    lock = OutputDirLock(folder, os.environ.get(JOB_VARIABLE, ""))
     with runtime.together():
-        lock.hold(runtime.is_chief, _HANDOVER_SECONDS if runtime.elastic else 0)
+        lock.hold(runtime.is_chief)
         exporter = Exporter(config.job, runtime)
     store = open_prepared(config.data)
     job = assembly.make_job(
@@ -66,7 +67,7 @@ def main() -> None:
 
     def run() -> str | None:
         """The summary, on the chief. Called again when workers came or went."""
-        lock.hold(runtime.is_chief, _HANDOVER_SECONDS)
+        lock.hold(runtime.is_chief)
         if runtime.is_chief:
             write_text_atomically(folder / "flags.txt", settings.to_flagfile())
             job.telemetry.show_flags(settings.to_flagfile())
@@ -105,7 +106,7 @@ def main() -> None:
         write_text_atomically(folder / "summary.json", text + "\n")
         return text
 
-    waiting = _Waiting(lock, job.trainer, requests, config.job.rejoin_timeout_seconds)
+    waiting = _Waiting(folder, job.trainer, requests, config.job.rejoin_timeout_seconds)
     with job.telemetry.until_the_end(job.trainer):
         summary = run_elastic(runtime, run, job.telemetry.say, waiting)
     runtime.barrier()
@@ -118,31 +119,29 @@ def main() -> None:
 class _Waiting:
     """While this worker of an elastic job waits for the others: see `distributed.elastic.Waiting`."""
 
-    def __init__(
-        self, lock: OutputDirLock, trainer: Trainer, requests: entry.Requests, patience_seconds: float
-    ) -> None:
-        self._lock, self._trainer, self._requests = lock, trainer, requests
+    def __init__(self, folder: Path, trainer: Trainer, requests: entry.Requests, patience_seconds: float) -> None:
+        self._folder, self._trainer, self._requests = folder, trainer, requests
         self.patience_seconds = patience_seconds
-        self._outcome = ""
-
-    def save(self) -> None:
-        """One worker does: who gets hold of the output directory."""
-        try:
-            self._lock.hold(is_chief=True)
-            self._trainer.save_alone()
-            self._outcome = f"step {self._trainer.state.step} is saved. The same command goes on from there"
-        except InputError:
-            self._outcome = "another worker saves"
-        except OSError as error:
-            self._outcome = f"the checkpoint could not be written: {error}"
 
     def stop_requested(self) -> bool:
         return self._requests.stop
 
     def give_up(self, waited_seconds: float) -> None:
-        self.save()
         reason = "on request" if self.stop_requested() else f"fewer than --min_workers for {waited_seconds:.0f} s"
-        entry.leave_at_once(EXIT_GAVE_UP, f"{reason}; {self._outcome}")
+        entry.leave_at_once(EXIT_GAVE_UP, f"{reason}; {self._save()}")
+
+    def _save(self) -> str:
+        """One worker does; not by the chief's lock, for that may be the one that all wait for."""
+        from din_dist.training.output_dir import claim_output_dir
+
+        try:
+            self._saving = claim_output_dir(self._folder, name=_SAVING_LOCK)  # to the end of this process
+            self._trainer.save_alone()
+        except InputError:
+            return "another worker saves"
+        except OSError as error:
+            return f"the checkpoint could not be written: {error}"
+        return f"step {self._trainer.state.step} is saved. The same command goes on from there"
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from din_dist.distributed.runtime import Runtime
 Result = TypeVar("Result")
 
 _LOOK_EVERY_SECONDS = 0.5
-_SAVE_AFTER_SECONDS = 10.0  # Gloo may abort the process, after --stall_timeout_seconds
 _MOST_FAILURES_IN_A_ROW = 10  # each within `_AT_ONCE_SECONDS` of joining: these workers do not fit together
 _AT_ONCE_SECONDS = 2.0
 
@@ -26,14 +25,11 @@ class Waiting(Protocol):
 
     patience_seconds: float
 
-    def save(self) -> None:
-        """Keeps what was learned: waiting may end in an abort of Horovod's, for want of an answer."""
-
     def stop_requested(self) -> bool:
         """Whether somebody wants the job to stop. The waiting thread hears no signals."""
 
     def give_up(self, waited_seconds: float) -> None:
-        """Ends this process."""
+        """Keeps what was learned and ends this process."""
 
 
 def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str], None], waiting: Waiting) -> Result:
@@ -67,11 +63,8 @@ def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str
 
 
 def _watch(joined: threading.Event, waiting: Waiting) -> None:
-    started, saved = time.monotonic(), False
+    started = time.monotonic()
     while not joined.wait(_LOOK_EVERY_SECONDS):
         waited = time.monotonic() - started
-        if not saved and waited >= _SAVE_AFTER_SECONDS:
-            waiting.save()
-            saved = True
         if waited >= waiting.patience_seconds or waiting.stop_requested():
             waiting.give_up(waited)

@@ -113,7 +113,10 @@ class Agent:
             return
         self._heard_launcher = time.monotonic()
         for line in self._launcher_lines.add(piece):
-            self._ask_to_stop(json.loads(line).get("stop", 0))
+            message = json.loads(line)
+            if message.get("given_up"):  # heard late, as by a host that had hung: others have its place
+                self._kill(EXIT_HUNG)
+            self._ask_to_stop(message.get("stop", 0))
 
     def _hear_trainer(self, beats: int) -> None:
         piece = os.read(beats, 65536)

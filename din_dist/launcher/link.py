@@ -2,6 +2,7 @@
 
 agent:     {"token": ..., "host": ..., "local_rank": ..., "rank": ...}   once, first
 launcher:  {"stop": n}       the job is to stop; n = 2: at once, without a checkpoint
+    launcher:  {"given_up": true}   the job goes on without this worker, which was silent for too long
 agent:     {"ended": code}   with what its trainer ended, or is about to
 both:      {}                a sign of life, each `BEAT_SECONDS`
 """
@@ -14,6 +15,7 @@ import os
 from typing import Any, Self
 
 ADDRESS_VARIABLE = "DIN_DIST_LAUNCHER"
+JOB_VARIABLE = "DIN_DIST_JOB"  # tells the workers of one job from those of another
 BEATS_VARIABLE = "DIN_DIST_BEATS_FD"  # of a trainer: where its signs of life go
 BEAT_SECONDS = 1.0
 

@@ -26,7 +26,7 @@ import psutil
 
 from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY
 from din_dist.launcher.hosts import HostList
-from din_dist.launcher.link import BEAT_SECONDS, Address, encode
+from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, Address, encode
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
@@ -45,7 +45,7 @@ class _Worker:
     writer: asyncio.StreamWriter
     heard: float
 
-    def tell(self, message: dict[str, int]) -> None:
+    def tell(self, message: dict[str, int | bool]) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # that it is gone, the reader finds out
             self.writer.write(encode(message))
 
@@ -93,7 +93,7 @@ class Supervisor:
         libc = ctypes.CDLL(None)
         self._process = subprocess.Popen(
             self._command,
-            env={**os.environ, **address.to_environment()},
+            env={**os.environ, **address.to_environment(), JOB_VARIABLE: secrets.token_hex(8)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._horovod else None,
             stderr=subprocess.PIPE if self._horovod else None,
@@ -153,8 +153,9 @@ class Supervisor:
                 worker.tell({})
                 if time.monotonic() - worker.heard > self._stall_timeout_seconds:
                     self._workers.discard(worker)
+                    worker.tell({"given_up": True})
                     await asyncio.to_thread(self._end_silent, worker)
-                    worker.writer.transport.abort()
+                    worker.writer.close()
             await asyncio.sleep(BEAT_SECONDS)
 
     def _end_silent(self, worker: _Worker) -> None:

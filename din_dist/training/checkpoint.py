@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from din_dist.errors import FailedElsewhere, InputError
 from din_dist.training.state import TrainingState
 
 _MANIFEST = "manifest.json"
+_ABANDONED_AFTER_SECONDS = 600.0
 
 
 class DamagedCheckpoint(InputError):
@@ -105,10 +108,12 @@ class CheckpointStore:
 
     def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
         self._root.mkdir(parents=True, exist_ok=True)
-        for abandoned in self._root.glob("writing-*"):
-            shutil.rmtree(abandoned)
-        aside = self._root / f"writing-{state.step}"
-        aside.mkdir()
+        for other in self._root.glob("writing-*"):
+            # Of a process that was killed; a new one may be of a worker that was cut off and saves what it has.
+            if time.time() - other.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"writing-{state.step}-", dir=self._root))
+        aside.chmod(0o755)  # as other folders, so that others may read the checkpoint
         try:
             files = {}
             for name, variable in variables.items():

@@ -65,6 +65,7 @@ class Laboratory:
         self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={beauty}", f"--data_dir={folder / 'data'}"]
         self.trainer_flags.append(f"--epochs={epochs}")
         self.disk = folder / "disk"
+        self.num_steps = 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -89,7 +90,9 @@ class Laboratory:
             )
             if done.returncode:
                 raise FaultError(done.stderr)
-        return json.loads(done.stdout.splitlines()[-1])
+        summary = json.loads(done.stdout.splitlines()[-1])
+        self.num_steps = summary["steps"]
+        return summary
 
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[Job]:
@@ -257,24 +260,29 @@ class Trainer:
             os.kill(self.pid, number)
 
 
-def check(summary: dict[str, Any], undisturbed: dict[str, Any]) -> int:
-    """How many epochs have lost or doubled an example: none, or an error says which.
+def wrong_epochs(summary: dict[str, Any], undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
+    """The epochs in which the history that survived has lost or doubled an example."""
+    names = ("examples", "example_checksum")
+    return [
+        record
+        for record, expected in zip(summary["epoch_records"], undisturbed["epoch_records"], strict=True)
+        if [record[name] for name in names] != [expected[name] for name in names]
+    ]
+
+
+def check(summary: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    """A job went as if nothing had happened.
 
     Raises:
         FaultError: examples were lost or doubled, or it learned something else.
     """
-    wrong = [
-        record
-        for record, expected in zip(summary["epoch_records"], undisturbed["epoch_records"], strict=True)
-        if (record["examples"], record["example_checksum"]) != (expected["examples"], expected["example_checksum"])
-    ]
+    wrong = wrong_epochs(summary, undisturbed)
     difference = abs(summary["test_gauc"] - undisturbed["test_gauc"])
     if wrong or difference > 0.003 or summary["steps"] != undisturbed["steps"]:
         raise FaultError(
             f"epochs with lost or doubled examples: {wrong}; steps {summary['steps']} of {undisturbed['steps']}; GAUC "
             f"differs by {difference:.4f}"
         )
-    return len(wrong)
 
 
 def _lose(job: Job, trainer: Trainer, how: Callable[[], None]) -> None:
@@ -450,10 +458,18 @@ FAULTS: dict[str, Callable[[Job], None]] = {
 }
 
 
-def longest_pause(job: Job, since: float) -> float:
-    """Seconds without an update, from `since` on."""
-    times = [since, *(record["time"] for record in job.records("train") if record["time"] > since)]
-    return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
+def seconds_to_go_on(job: Job, since: float) -> float:
+    """From a fault at `since` to the first update of the workers that were left, or that were started again.
+
+    Where none was lost: the longest time without an update.
+    """
+    updates = [record["time"] for record in job.records("train") if record["time"] > since]
+    changes = [record["time"] for kind in ("elastic", "start") for record in job.records(kind)]
+    for change in sorted(changes):
+        for update in updates:
+            if since < change < update:
+                return update - since
+    return max((later - earlier for earlier, later in itertools.pairwise([since, *updates])), default=0.0)
 
 
 def _descendant(pid: int, name: str) -> int:

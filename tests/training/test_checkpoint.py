@@ -70,9 +70,12 @@ def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
     abandoned = tmp_path / "checkpoints" / "writing-2"
     abandoned.mkdir()
     (abandoned / "model.table.npy").write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    (tmp_path / "checkpoints" / "writing-3").mkdir()  # another process may be at it
     assert store.restore(variables(0.0)).step == 1
     store.save(variables(3.0), TrainingState(step=3))
     assert not abandoned.exists()
+    assert (tmp_path / "checkpoints" / "writing-3").exists()
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

@@ -36,3 +36,22 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", Path("/proc/run")):
         with pytest.raises(InputError, match=r"--output_dir: must be a folder that can be written\. Received: "):
             claim_output_dir(folder)
+
+
+def test_another_process_of_the_same_job_takes_the_folder_over(tmp_path: Path) -> None:
+    lost = claim_output_dir(tmp_path, "job one")
+    with pytest.raises(InputError, match="one job at a time"):
+        claim_output_dir(tmp_path, "job two")
+    with pytest.raises(InputError, match="one job at a time"):
+        claim_output_dir(tmp_path)
+    successor = claim_output_dir(tmp_path, "job one")
+    lost.close()  # the lost one dies at last: nothing is free by that
+    with pytest.raises(InputError, match="one job at a time"):
+        claim_output_dir(tmp_path, "job two")
+    successor.close()
+    claim_output_dir(tmp_path, "job two").close()
+
+
+def test_jobs_without_a_name_are_not_the_same_job(tmp_path: Path) -> None:
+    with claim_output_dir(tmp_path), pytest.raises(InputError, match="one job at a time"):
+        claim_output_dir(tmp_path)

@@ -1,0 +1,63 @@
+"""Each kind of fault once, on real hosts. Hundreds of them, at random: `tests/cluster/long_run.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.laboratory import FAULTS, Job, Laboratory, check, seconds_to_go_on
+from tests.cluster_lab import LabError
+from tests.programs import missing
+
+pytestmark = pytest.mark.timeout(1200)
+SEED = 20181
+
+OF_THE_LAUNCHER = [name for name in FAULTS if "launcher" in name or "driver" in name or "all workers" in name]
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Iterator[Laboratory]:
+    try:
+        laboratory = Laboratory(
+            tmp_path_factory.mktemp("laboratory"), shared_data / "amazon_beauty.parquet", SEED
+        ).__enter__()
+    except LabError as error:
+        missing(str(error))
+    with laboratory:
+        yield laboratory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(laboratory: Laboratory) -> dict[str, Any]:
+    return laboratory.undisturbed()
+
+
+def inject(job: Job, names: list[str]) -> None:
+    for name in names:
+        job.wait_for_updates()
+        assert job.running, "the job is too short for all these faults"
+        started = time.time()
+        FAULTS[name](job)
+        job.wait_for_updates()
+        print(f"{name}: {seconds_to_go_on(job, started):.1f} s until training went on, at step {job.step()}")
+
+
+def test_workers_that_are_lost_and_hosts_that_misbehave(laboratory: Laboratory, undisturbed: dict[str, Any]) -> None:
+    print(f"seed {SEED}")
+    with laboratory.job("workers") as job:
+        inject(job, [name for name in FAULTS if name not in OF_THE_LAUNCHER])
+        summary = job.finish()
+    check(summary, undisturbed)
+    assert summary["metrics"]["din_dist_checkpoint_failures_total"] >= 1
+
+
+def test_a_job_whose_launcher_is_lost_goes_on_when_started_again(
+    laboratory: Laboratory, undisturbed: dict[str, Any]
+) -> None:
+    with laboratory.job("launcher") as job:
+        inject(job, OF_THE_LAUNCHER)
+        check(job.finish(), undisturbed)
