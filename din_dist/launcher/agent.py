@@ -232,5 +232,10 @@ def _join() -> tuple[socket.socket, float]:
     return link, address.stall_timeout_seconds
 
 
+def main(trainer_flags: Sequence[str]) -> int:
+    """The exit code of a trainer with these flags."""
+    return Agent(*_join()).run([sys.executable, "-m", "din_dist.cli.train", *trainer_flags])
+
+
 if __name__ == "__main__":
-    sys.exit(Agent(*_join()).run([sys.executable, "-m", "din_dist.cli.train", *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))
