@@ -68,16 +68,15 @@ def main() -> None:
     def run() -> str | None:
         """The summary, on the chief. Called again when workers came or went."""
         lock.hold(runtime.is_chief)
-        if runtime.is_chief:
-            write_text_atomically(folder / "flags.txt", settings.to_flagfile())
-            job.telemetry.show_flags(settings.to_flagfile())
+        job.telemetry.show_flags(settings.to_flagfile())
         job.trainer.train()
         test = job.trainer.test()
         floors_started = time.perf_counter()
         with job.telemetry.phase("test"):
             floors = job.evaluator.floors("test") if test else {}
             if runtime.is_chief and config.job.projector_items:
-                write_projector(folder / "tensorboard", job.model.lookup, store, config.job.projector_items)
+                with job.telemetry.dispensable():
+                    write_projector(folder / "tensorboard", job.model.lookup, store, config.job.projector_items)
         exporter.enter_phase("done")
         seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
         seconds["total"] = time.perf_counter() - started
@@ -103,7 +102,8 @@ def main() -> None:
         }
         job.telemetry.say(_table(summary), summary=summary)
         text = to_json(summary)
-        write_text_atomically(folder / "summary.json", text + "\n")
+        with job.telemetry.dispensable():
+            write_text_atomically(folder / "summary.json", text + "\n")
         return text
 
     waiting = _Waiting(folder, job.trainer, requests, config.job.rejoin_timeout_seconds)

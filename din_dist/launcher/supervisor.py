@@ -171,7 +171,7 @@ class Supervisor:
         for process in _descendants(self._process.pid):
             with contextlib.suppress(psutil.Error):
                 if wanted <= set(" ".join(process.cmdline()).split()):
-                    for each in [*_descendants(process.pid), process]:
+                    for each in [process, *_descendants(process.pid)]:  # the shell first: it would remark on it
                         each.kill()
 
     def _stop(self, number: int) -> None:

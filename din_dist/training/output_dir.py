@@ -115,5 +115,9 @@ def to_json(values: dict[str, Any]) -> str:
 def write_text_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import tensorflow as tf
 
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
@@ -61,9 +62,20 @@ class Telemetry:
     def _close(self) -> None:
         self._terminal.close()
         if self._reports:
-            with contextlib.suppress(OSError):  # a full disk, of which `record` has told
+            with self.dispensable():
                 self._lines.close()
+            with self.dispensable():
                 self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def dispensable(self) -> Iterator[None]:
+        """A block that writes what training does not need: where it fails, on a full disk say, that is told once."""
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            if not self._lost_records:
+                self.say(f"records of the job are lost from now on: {error}", level="warning")
+            self._lost_records = True
 
     def started(self, state: TrainingState) -> None:
         """Training is about to begin, or to go on, from `state`, with the ranks that there are now."""
@@ -93,9 +105,11 @@ class Telemetry:
         self._write_targets()
 
     def show_flags(self, flagfile: str) -> None:
-        """Keeps the settings in force with the curves that they gave."""
+        """Keeps the settings in force, to repeat the job, and with the curves that they gave."""
         if self._reports:
-            self._tensorboard.text("flags", 0, flagfile)
+            with self.dispensable():
+                write_text_atomically(self._folder / "flags.txt", flagfile)
+                self._tensorboard.text("flags", 0, flagfile)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -126,8 +140,9 @@ class Telemetry:
             left = (self._num_steps - state.step) * self._job.global_batch_size / max(rate, 1e-9)
             self._terminal.show_progress(state.step, found["loss"], rate, left, found)
         if self._job.histograms_every_steps and state.step % self._job.histograms_every_steps == 0:
-            for name, values in histograms().items():
-                self._tensorboard.histogram(name, state.step, values)
+            with self.dispensable():
+                for name, values in histograms().items():
+                    self._tensorboard.histogram(name, state.step, values)
             self._since_log.pause()
         self._profile_if_asked(state.step)
 
@@ -170,14 +185,13 @@ class Telemetry:
         if not self._reports:
             return
         line = {"kind": kind, "time": time.time(), "step": state.step, **values}
-        try:
+        with self.dispensable():
             self._lines.write(to_json(line) + "\n")
             self._lines.flush()
             self._tensorboard.scalars(kind, state.step, values)
-        except OSError as error:
-            if not self._lost_records:
-                self.say(f"records of the job are lost from step {state.step} on: {error}", level="warning")
-            self._lost_records = True
+            if self._lost_records:
+                self.say("records of the job are kept again")
+            self._lost_records = False
 
     @contextlib.contextmanager
     def until_the_end(self, trainer: Reported) -> Iterator[None]:
@@ -202,7 +216,8 @@ class Telemetry:
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
         if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
             # Whoever watches shall miss those that broke down, not those that ended.
-            write_text_atomically(self._folder / "targets.json", "[]")
+            with self.dispensable():
+                write_text_atomically(self._folder / "targets.json", "[]")
         if self._job.pushgateway and (problem := self.exporter.push()):
             self.say(problem, level="warning")
 
@@ -236,7 +251,8 @@ class Telemetry:
                 {"targets": [address], "labels": {**labels, "rank": str(rank)}}
                 for rank, address in enumerate(addresses)
             ]
-            write_text_atomically(self._folder / "targets.json", json.dumps(targets, indent=1))
+            with self.dispensable():
+                write_text_atomically(self._folder / "targets.json", json.dumps(targets, indent=1))
             self.say(
                 f"metrics: {', '.join(f'{scheme}://{address}/metrics' for address in addresses)}", addresses=addresses
             )

@@ -17,6 +17,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 PROFILED_STEPS = 20
+_RETRY_SECONDS = 60.0
 
 
 class TensorBoard:
@@ -24,8 +25,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # TensorBoard's own writer: `tf.summary` runs an operation for each value, some .4 ms each.
-        self._writer = EventFileWriter(str(folder))
+        self._writer: EventFileWriter | None = None
+        self._not_before = 0.0  # which no other writer is tried
         self._profile_until: int | None = None
 
     def scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -40,9 +41,18 @@ class TensorBoard:
         self._write(step, histogram_pb(name, values))
 
     def _write(self, step: int, *summaries: Summary) -> None:
+        if self._writer is None:
+            if time.monotonic() < self._not_before:
+                return
+            # TensorBoard's own writer: `tf.summary` runs an operation for each value, some .4 ms each.
+            self._writer = EventFileWriter(str(self._folder))
         together = Summary(value=[value for summary in summaries for value in summary.value])
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=together))
-        self._writer.flush()
+        try:
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=together))
+            self._writer.flush()
+        except (OSError, tf.errors.OpError):  # after which this writer is of no more use
+            self._writer, self._not_before = None, time.monotonic() + _RETRY_SECONDS
+            raise
 
     def start_profile(self, step: int) -> str | None:
         """Profiles the updates after `step`; says what hinders it."""
@@ -66,4 +76,5 @@ class TensorBoard:
     def close(self) -> None:
         if self._profile_until is not None:
             self.stop_profile_if_due(self._profile_until)
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
