@@ -110,6 +110,7 @@ class HostList:
         self._patience_seconds = patience_seconds
         self._answered: dict[str, float] = {}  # when last
         self.silent: set[str] = set()
+        self.refused: set[str] = set()  # left out for good; to be added to
 
     async def refresh(self, at_work: Collection[str]) -> None:
         """Asks anew. `at_work`: hosts of workers that have just been heard of."""
@@ -119,8 +120,9 @@ class HostList:
         for name in at_work:
             self._answered[name] = now
         # One that answered a moment ago may be busy; who takes it from the list ends its workers.
-        alive = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
-        self.silent = {host.name for host in listed} - alive
+        recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
+        alive = recent - self.refused
+        self.silent = {host.name for host in listed} - recent
         aside = self._path.with_suffix(".new")
         aside.write_text("".join(f"{host}\n" for host in listed if host.name in alive))
         aside.replace(self._path)

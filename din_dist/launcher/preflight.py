@@ -45,6 +45,7 @@ _SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oStrictHostKeyChecking
 _NO_FOLDER, _NO_PYTHON = 81, 82  # exit codes that neither ssh nor Python gives
 _INHERITED = ("PATH", "PYTHONPATH", "DIN_DIST_DEVICE")  # of the environment, which Horovod hands to all workers
 _PYTHON = str(Path(sys.prefix, "bin", "python"))
+_SSH_CHECK = "ssh"
 _HERE = "this machine"  # where that is none of the hosts
 
 _Told = TypeVar("_Told")
@@ -80,7 +81,8 @@ def check_hosts(
     ssh, also where Kubernetes has another way into its pods.
 
     Args:
-        elastic: the job will be, so that any host may come to write checkpoints.
+        elastic: the job will be: any host may come to write checkpoints, and it can begin without those that do not
+            answer.
 
     Raises:
         InputError: a host is named twice, or a setting is wrong on this machine already.
@@ -104,6 +106,14 @@ def check_hosts(
         unreached = _ask_all(pool, met, findings, lambda probe: probe.reach(peers))
     findings += compare(hosts, here, answers, config, elastic=elastic)
     findings += compare_links(peers, unreached)
+    if elastic and answers:
+        remedy = "An elastic job begins without it and takes it in once it answers."
+        findings = [
+            dataclasses.replace(finding, remedy=f"{finding.remedy} {remedy}", fatal=False)
+            if finding.check == _SSH_CHECK
+            else finding
+            for finding in findings
+        ]
     order = [*names, _HERE]
     return sorted(findings, key=lambda finding: order.index(finding.host))
 
@@ -424,7 +434,7 @@ class _Probe:
             return Finding(host, "probe", said, "Correct that; it may be another version of din_dist there.")
         words = shlex.join(["ssh", "-o", "BatchMode=yes", *self._port, host, "true"])
         remedy = f"Make this work from here: {words}. See that its sshd runs and has your key (ssh-copy-id {host})."
-        return Finding(host, "ssh", said, remedy)
+        return Finding(host, _SSH_CHECK, said, remedy)
 
     def __enter__(self) -> Self:
         return self

@@ -142,6 +142,9 @@ class Supervisor:
     def _note_end(self, worker: _Worker, code: int) -> None:
         if code:
             self._failures.append((worker.rank, code))
+        if code == EXIT_INPUT_ERROR and self._hosts and worker.host and len({w.host for w in self._workers}) > 1:
+            _say(f"{worker.host} is left out for good: what is wrong there does not change by trying again")
+            self._hosts.refused.add(worker.host)
         if code == EXIT_GAVE_UP and not self._gave_up:
             # It has saved, for want of others. Horovod would wait for them on and on.
             self._gave_up = True

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
+
+import psutil
 
 from tests import cluster_lab
 from tests.cluster_lab import Host
@@ -129,7 +130,6 @@ class Job:
             "--network_interface=eth0",
             "--host_cooldown_seconds=1",
             f"--stall_timeout_seconds={STALL_TIMEOUT_SECONDS}",
-            "--nopreflight",
             *self.laboratory.trainer_flags,
             f"--output_dir={self.output}",
         ]
@@ -473,17 +473,10 @@ def seconds_to_go_on(job: Job, since: float) -> float:
 
 
 def _descendant(pid: int, name: str) -> int:
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    children: dict[int, list[tuple[int, str]]] = {}
-    for child, parent, arguments in rows:
-        children.setdefault(int(parent), []).append((int(child), arguments))
-    queue = [pid]
-    while queue:
-        for child, arguments in children.get(queue.pop(), []):
-            if re.search(rf"bin/{name} ", arguments):
-                return child
-            queue.append(child)
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(word.endswith(f"bin/{name}") for word in process.cmdline()):
+                return process.pid
     raise FaultError(f"no {name}")
 
 

@@ -143,13 +143,16 @@ def test_own_name_is_loopback(lab: list[Host], prepared: Config) -> None:
 def test_unplugged(lab: list[Host], prepared: Config) -> None:
     lab[1].unplug()
     try:
-        done = check_lab(lab, prepared)
+        done, elastic = check_lab(lab, prepared), check_lab(lab, prepared, "--elastic")
     finally:
         lab[1].plug_in()
     what, found, remedy = only_row(done, SECOND)
     assert what == "ssh"
     assert f"connect to host {SECOND} port 22" in found
     assert f"Make this work from here: ssh -o BatchMode=yes {SECOND} true." in remedy
+    what, _, remedy = only_row(elastic, SECOND, code=0)
+    assert what == "ssh (warning)"
+    assert remedy.endswith("An elastic job begins without it and takes it in once it answers.")
 
 
 def test_a_metrics_port_is_taken(lab: list[Host], prepared: Config) -> None:

@@ -241,7 +241,6 @@ def test_another_horovod_that_starts_up_otherwise(checkout: FakeCheckout, tmp_pa
     )
 
 
-
 def test_a_failed_build_names_the_compilers_error(checkout: FakeCheckout) -> None:
     error = checkout.error(
         "build_horovod.sh", FAKE_BUILD_ERROR="operations.cc:7: fatal error: farmhash.h: No such file"

@@ -69,3 +69,10 @@ def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path: Path, mon
 def test_a_host_of_this_machine_needs_no_ssh(tmp_path: Path) -> None:
     hosts = host_list(tmp_path, "localhost:2\n", port=1, patience_seconds=60)
     assert refreshed(hosts, tmp_path / "hosts", set()) == ["localhost:2"]
+
+
+def test_a_host_that_is_refused_stays_out(tmp_path: Path) -> None:
+    hosts = host_list(tmp_path, "localhost:2\n127.0.0.1:2\n", port=1, patience_seconds=60)
+    hosts.refused.add("localhost")
+    assert refreshed(hosts, tmp_path / "hosts", {"localhost"}) == ["127.0.0.1:2"]
+    assert hosts.silent == set()
