@@ -21,7 +21,7 @@ from din_dist.cli import flags as settings
 from din_dist.config import Config, require
 from din_dist.distributed.cores import claim_cores
 
-FORMS = ("padded", "unfactored", "dense_allreduce", "without_xla", "without_metrics")
+FORMS = ("padded", "unfactored", "dense_allreduce", "without_xla", "without_metrics", "undoable")
 ROUNDS = 5
 
 settings.define_flags()
@@ -38,7 +38,8 @@ flags.DEFINE_list(
     [],
     "Other forms to run in turn with ours, for ratios: padded (histories as a rectangle, attention inputs side by "
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
-    "updated), without_xla, without_metrics (nothing is measured or reported). The first two do without XLA as well.",
+    "updated), without_xla, without_metrics (nothing is measured or reported), undoable (the last updates are kept in "
+    "memory, as in elastic jobs). The first two do without XLA as well.",
 )
 flags.DEFINE_string(
     "trace_dir",
@@ -138,6 +139,8 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
     }
     if form in ("padded", "unfactored", "without_xla"):
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False))
+    if form == "undoable":  # as whoever may skip an update must be able to
+        config = dataclasses.replace(config, job=dataclasses.replace(config.job, skip_nonfinite_steps=1))
     spread = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
     job = assembly.make_job(config, runtime, store, num_threads=num_threads, spread=spread, **parts.get(form, {}))
 
@@ -145,6 +148,7 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         global_batch_size = config.job.global_batch_size
         found = job.trainer.report(batch, result, LEARNING_RATE, global_batch_size, waited, started)
         job.trainer.state.advance(global_batch_size, found.loss)
+        job.trainer.keep(result)
         job.telemetry.after_step(job.trainer.state, found, dict)
 
     return (
@@ -152,7 +156,7 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
             job.step,
             job.make_batches(0, 2**40),
             config.job.global_batch_size,
-            report if form == "ours" else None,
+            report if form in ("ours", "undoable") else None,
         ),
         job.model,
     )

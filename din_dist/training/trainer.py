@@ -276,9 +276,13 @@ class Trainer:
         self.seconds["training"] += report.total_seconds
         made = _is_finite(result)
         self.state.advance(global_examples, report.loss if made else 0.0, checksum_of(result.checksum.numpy().tolist()))
-        if self._step.can_be_undone:
-            self._history.add(self.state, result.values if made else None, result.replaced)
+        self.keep(result)
         self._telemetry.after_step(self.state, report, lambda: self._histograms(batch))
+
+    def keep(self, result: StepResult) -> None:
+        """Notes how to undo an update, in jobs that may have to."""
+        if self._step.can_be_undone:
+            self._history.add(self.state, result.values if _is_finite(result) else None, result.replaced)
 
     def report(
         self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: float
