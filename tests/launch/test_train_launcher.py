@@ -23,6 +23,11 @@ print("prepare got", sys.argv[1:], flush=True)
 time.sleep(float(os.environ.get("FAKE_PREPARE_SECONDS", "0")))
 sys.exit(int(os.environ.get("FAKE_PREPARE", "0")))
 """
+CHECK = """
+import os, sys
+print("check got", sys.argv[1:], flush=True)
+sys.exit(int(os.environ.get("FAKE_CHECK", "0")))
+"""
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 rank = os.environ.get("HOROVOD_RANK", "0")
@@ -65,6 +70,7 @@ class Launcher:
             real = (ROOT / "din_dist" / "cli" / name).resolve().parent
             (fakes / name).write_text(f"__path__.append({str(real)!r})\n")
         (fakes / "prepare_data.py").write_text(PREPARE)
+        (fakes / "check_cluster.py").write_text(CHECK)
         (fakes / "train.py").write_text(TRAIN)
         executables = self.root / ".venv" / "bin"
         executables.mkdir(parents=True)
@@ -224,6 +230,60 @@ def test_what_horovodrun_says_is_shown_when_no_worker_failed(launcher: Launcher)
     done = launcher.run()
     assert done.returncode == 3
     assert done.stderr.endswith("no route to host\n")
+
+
+def horovodruns_words(launcher: Launcher, *flags: str) -> list[str]:
+    """What it is called with, up to the worker's command."""
+    write_script(
+        launcher.root / ".venv" / "bin" / "horovodrun", '#!/bin/sh\nfor word; do echo "$word"; done >&2\nexit 3\n'
+    )
+    done = launcher.run(*flags, "--epochs=1")
+    assert done.returncode == 3, done.stderr
+    words = done.stderr.splitlines()
+    words = words[words.index("--gloo") :]
+    assert words[-3:] == ["-m", "din_dist.launcher.agent", "--epochs=1"]
+    return words[: words.index("-m") - 1]
+
+
+def test_workers_on_named_hosts(launcher: Launcher) -> None:
+    assert horovodruns_words(launcher, "--hosts=localhost:2,127.0.0.1:2", "--num_workers=4") == [
+        *("--gloo", "--gloo-timeout-seconds", "60", "-np", "4", "-H", "localhost:2,127.0.0.1:2")
+    ]
+
+
+def test_workers_on_hosts_elsewhere(launcher: Launcher) -> None:
+    flags = ("--hosts=203.0.113.7:2", "--num_workers=2", "--nopreflight", "--ssh_port=2222", "--network_interface=eth7")
+    assert horovodruns_words(launcher, *flags) == [
+        *("--gloo", "--gloo-timeout-seconds", "60", "-np", "2", "-p", "2222", "--disable-cache"),
+        *("--network-interface", "eth7", "-H", "203.0.113.7:2"),
+    ]
+
+
+def test_elastic_settings(launcher: Launcher) -> None:
+    hosts = launcher.work / "hosts"
+    hosts.write_text("localhost:2\n127.0.0.1:2\n")
+    flags = ("--min_workers=2", "--max_workers=4", "--host_cooldown_seconds=5", "--stall_timeout_seconds=45")
+    words = horovodruns_words(launcher, "--elastic", f"--hosts_file={hosts}", "--num_workers=3", *flags)
+    script = words.pop(words.index("--host-discovery-script") + 1)
+    assert not Path(script).exists(), "gone with the job"
+    assert words == [
+        *("--gloo", "--gloo-timeout-seconds", "45", "-np", "3", "--min-np", "2", "--host-discovery-script"),
+        *("--elastic-timeout", "86400", "--blacklist-cooldown-range", "5", "150", "--max-np", "4"),
+    ]
+
+
+def test_elastic_on_one_host_needs_no_second_to_find_the_network(launcher: Launcher) -> None:
+    hosts = launcher.work / "hosts"
+    hosts.write_text("localhost:2\n")
+    words = horovodruns_words(launcher, "--elastic", f"--hosts_file={hosts}")
+    assert words[words.index("--network-interface") + 1] in {path.name for path in Path("/sys/class/net").iterdir()}
+
+
+def test_hosts_that_do_not_answer_are_named_before_the_start(launcher: Launcher) -> None:
+    done = launcher.run("--hosts=203.0.113.7:2", "--num_workers=2", FAKE_CHECK="2")
+    assert done.returncode == 2
+    assert "check got ['--hosts=203.0.113.7:2', '--ssh_port=22'" in done.stderr
+    assert "train got" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from din_dist import assembly
 from din_dist.config import Config
@@ -53,6 +55,30 @@ def test_metrics_jsonl_tells_the_life_of_a_job(tmp_path: Path) -> None:
     (end,) = found["end"]
     assert (end["outcome"], end["step"]) == ("done", state.step)
     assert end["seconds_by_phase"]["training"] > 0
+
+
+def test_a_full_disk_costs_records_but_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few updates in the middle cannot be recorded, as TensorBoard's writer then says it."""
+    monkeypatch.setattr("din_dist.training.tensorboard._RETRY_SECONDS", 0.0)
+    write = EventFileWriter.add_event
+
+    def full(writer: EventFileWriter, event: Any) -> None:
+        if 5 <= event.step < 8:
+            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+        write(writer, event)
+
+    monkeypatch.setattr(EventFileWriter, "add_event", full)
+    job = train(small_config(tmp_path, log_every_steps=1))
+    assert job.trainer.state.step > 8
+    assert [line["step"] for line in records(tmp_path / "run")["train"]] == list(range(1, job.trainer.state.step + 1))
+    said = capsys.readouterr().err
+    assert said.count("records of the job are lost from now on: No space left on device") == 1
+    assert said.count("records of the job are kept again") == 1
+    points = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tensors("train/loss")
+    assert {5, 6, 7}.isdisjoint({point.step for point in points})
+    assert {4, 8} <= {point.step for point in points}
 
 
 def test_restarts_are_counted_and_outcomes_told(tmp_path: Path) -> None:
