@@ -53,7 +53,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # Raise the number after "+" with every change to what is built.
-key=horovod$horovod_version+2-tensorflow$tensorflow_version-$machine-$device
+key=horovod$horovod_version+3-tensorflow$tensorflow_version-$machine-$device
 folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
 
 exit_if_built() {
@@ -167,6 +167,18 @@ sed -i -e '/^ *state\.process_set_table\.Initialize(global_gloo_context);/d' \
       state.initialization_failed = true;\
       return;\
     }/' "$common/operations.cc"
+
+# A rank whose message fails tells its own caller and goes on to the next, while the others still wait for its part in the
+# failed one: all of them for the whole time-out. Left at once, its connections close, by which the others know.
+[[ $(grep -A 1 '^  Status status;$' "$common/operations.cc") == *$'\n  try {'* &&
+  $(grep -cE '^    status = Status::UnknownError\(ex\.what\(\)\);$|^  if \(!status\.in_progress\(\)\) \{$' "$common/operations.cc") == 2 ]] ||
+  die "horovod/common/operations.cc must catch what a message throws in one place. Adapt launch/build_horovod.sh to this Horovod."
+sed -i -e '/^  Status status;$/{N;s/\n  try {$/\
+  std::exception_ptr broken;&/}' \
+  -e 's/^    status = Status::UnknownError(ex\.what());$/&\
+    broken = std::current_exception();/' \
+  -e '/^  if (!status\.in_progress()) {$/,/^  }$/s/^  }$/&\
+  if (broken) std::rethrow_exception(broken);/' "$common/operations.cc"
 sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HOROVOD_RANK, "-1");' "$common/gloo/gloo_context.cc"
 
 if [[ $device == gpu && ! ${HOROVOD_NCCL_HOME:-} ]]; then

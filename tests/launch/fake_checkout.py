@@ -49,6 +49,7 @@ if grep xla_mpi_ops "$3/horovod/tensorflow/CMakeLists.txt"; then exit 1; fi
 [[ $(grep -c 'under_way{rx_.ubuf}' "$3/third_party/gloo/gloo/transport/tcp/pair.cc") == 1 ]] || exit 1
 operations=$3/horovod/common/operations.cc
 [[ $(grep -c 'catch (const std::exception& error)' "$operations") == 1 ]] || exit 1
+[[ $(grep -A 1 '^  }$' "$operations") == *rethrow_exception* ]] || exit 1
 [[ $(grep -c 'initialization_failed = false' "$operations") == 2 ]] || exit 1
 grep -q 'SetEnv(HOROVOD_RANK, "-1");' "$3/horovod/common/gloo/gloo_context.cc" || exit 1
 echo half >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
@@ -97,7 +98,7 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        return f"horovod{HOROVOD}+2-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
+        return f"horovod{HOROVOD}+3-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:
         wheel = self.cache / "wheels" / self.key(device) / f"horovod-{HOROVOD}-cp311-cp311-linux_x86_64.whl"

@@ -30,6 +30,16 @@ void Pair::handleEvents(int events) {
 """
 
 OPERATIONS = """
+  Status status;
+  try {
+  } catch (const std::exception& ex) {
+    status = Status::UnknownError(ex.what());
+  }
+  if (!status.in_progress()) {
+    for (auto& e : entries) {
+    }
+  }
+}
   {
     global_gloo_context.Initialize(ParseGlooIface());
   }
@@ -270,3 +280,11 @@ def test_two_builds_at_once_make_one(checkout: FakeCheckout) -> None:
     assert [build.returncode for build in builds] == [0, 0]
     assert builds[0].stdout == builds[1].stdout != ""
     assert sum(call.startswith("pip wheel") for call in checkout.pip_calls()) == 1
+
+
+def test_another_horovod_that_passes_messages_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, operations=OPERATIONS.replace("  Status status;", "  Status said;"))
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/common/operations.cc must catch what a message throws in one place. Adapt "
+        "launch/build_horovod.sh to this Horovod."
+    )
