@@ -81,6 +81,7 @@ run_pip "$python" "$log" install "${pip_flags[@]}" "$tensorflow" setuptools whee
 wheel=$(PYTHON=$python "$root/launch/build_horovod.sh" "${build_flags[@]}")
 # Its version says nothing of the TensorFlow that it was built for, so pip must not take the installed one for the same.
 run_pip "$python" "$log" install --force-reinstall --no-deps "$wheel"
-run_pip "$python" "$log" install "${pip_flags[@]}" --no-build-isolation --editable "${root}[$device${tests/+/,}]"
+# Named again: told to ignore what is installed, pip would build Horovod from its index.
+run_pip "$python" "$log" install "${pip_flags[@]}" --no-build-isolation "$wheel" --editable "${root}[$device${tests/+/,}]"
 
 echo "$made_from$tests" >"$stamp"
