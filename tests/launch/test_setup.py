@@ -122,7 +122,7 @@ def test_what_is_installed(with_wheel: FakeCheckout) -> None:
     assert with_wheel.pip_calls() == [
         f"pip install {pins} tensorflow-cpu setuptools wheel",
         f"pip install --force-reinstall --no-deps {wheel}",
-        f"pip install {pins} --no-build-isolation --editable {with_wheel.root}[cpu,test]",
+        f"pip install {pins} --no-build-isolation {wheel} --editable {with_wheel.root}[cpu,test]",
     ]
 
 
@@ -178,6 +178,7 @@ def test_a_set_up_that_was_cut_off_is_done_afresh(with_wheel: FakeCheckout) -> N
     assert with_wheel.run("setup.sh").returncode == 0
     _, tensorflow, _, ours = with_wheel.pip_calls()
     assert "--ignore-installed" in tensorflow and "--ignore-installed" in ours
+    assert ".whl --editable" in ours, "else pip would ignore our Horovod too, and build one that does not work"
     assert with_wheel.run("setup.sh").stderr == ""
 
 
