@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
-LEAVES = {"schema", "config", "errors"}
+LEAVES = {"schema", "config", "errors", "versions"}
 MAY_IMPORT = {  # besides leaves and itself
     "layers": set(),
     "metrics": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT = {  # besides leaves and itself
     "errors": set(),
     "schema": set(),
     "config": set(),
+    "versions": set(),
     "__init__": set(),
 }
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}

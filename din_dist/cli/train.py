@@ -44,7 +44,7 @@ def main() -> None:
     from din_dist.training.output_dir import OutputDirLock, to_json, write_text_atomically
     from din_dist.training.projector import write_projector
     from din_dist.training.trainer import peak_memory_bytes
-    from din_dist.training.versions import build_info
+    from din_dist.versions import build_info
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))

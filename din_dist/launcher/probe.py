@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from din_dist import __version__, schema
+from din_dist.versions import commit
 
 PACKAGE = Path(__file__).parents[1]
 CONNECT_SECONDS = 3.0
@@ -82,7 +83,7 @@ def find_facts(question: Question) -> Facts:
         host_name=socket.gethostname(),
         addresses=addresses,
         address=next(filter(_is_own, addresses), None),
-        commit=_commit(),
+        commit=commit(),  # for people: `sources` decide
         versions=_versions(),
         sources={
             path.relative_to(PACKAGE).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
@@ -170,15 +171,6 @@ def _machine() -> str:
     """A running kernel and one of its network namespaces, such as a container has."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
-
-
-def _commit() -> str:
-    """Of the checkout, for people: `sources` decide. `training/versions.py` has its own, behind a wall from here."""
-    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.training.metrics_server import MetricsServer
 from din_dist.training.state import TrainingState
 from din_dist.training.step_report import StepReport
-from din_dist.training.versions import build_info
+from din_dist.versions import build_info
 
 PHASES = ("starting", "training", "validation", "checkpoint", "test", "done", "stopped", "failed")
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

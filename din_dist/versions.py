@@ -20,14 +20,14 @@ def build_info() -> dict[str, str]:
 
     versions = {"python": platform.python_version(), "tensorflow": tf.__version__, **packages}
     named = {name.replace("-", "_"): version for name, version in versions.items()}
-    return {"version": __version__, "commit": _commit(), **named}
+    return {"version": __version__, "commit": commit(), **named}
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that this runs from; images say it by DIN_DIST_COMMIT."""
-    if commit := os.environ.get("DIN_DIST_COMMIT"):
-        return commit
-    root = Path(__file__).parents[2]
+    if told := os.environ.get("DIN_DIST_COMMIT"):
+        return told
+    root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return "unknown"
     try:
