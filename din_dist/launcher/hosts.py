@@ -113,7 +113,11 @@ class HostList:
         self.refused: set[str] = set()  # left out for good; to be added to
 
     async def refresh(self, at_work: Collection[str]) -> None:
-        """Asks anew. `at_work`: hosts of workers that have just been heard of."""
+        """Asks anew. `at_work`: hosts of workers that have just been heard of.
+
+        Raises:
+            InputError: nobody says which hosts there are. What was known of them stays.
+        """
         now = time.monotonic()
         listed = await self._listed()
         await asyncio.gather(*(self._probe(host.name, now) for host in listed if host.name not in at_work))
@@ -128,10 +132,11 @@ class HostList:
         aside.replace(self._path)
 
     async def _listed(self) -> list[HostSlots]:
-        process = await asyncio.create_subprocess_exec(*self._discover, stdout=subprocess.PIPE)
-        output, _ = await process.communicate()
+        process = await asyncio.create_subprocess_exec(*self._discover, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, errors = await process.communicate()
         if process.returncode:
-            raise InputError(f"{self._discover[0]} must print the hosts. Received: exit code {process.returncode}.")
+            said = errors.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {process.returncode}"
+            raise InputError(f"{self._discover[0]} must print the hosts. Received: {said}. Correct that.")
         parsed = [HostSlots.parse(line.strip()) for line in output.decode(errors="replace").splitlines()]
         return [host for host in parsed if host]  # a line that is being written must not end the job
 

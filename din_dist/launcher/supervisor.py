@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import psutil
 
-from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY
+from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.launcher.hosts import HostList
 from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, Address, encode
 
@@ -204,9 +204,16 @@ class Supervisor:
             await asyncio.sleep(0.1)
 
     async def _keep_hosts(self, hosts: HostList) -> None:
+        problem = ""
         while True:
             await asyncio.sleep(1)
-            await self._refresh_hosts(hosts)
+            try:
+                await self._refresh_hosts(hosts)
+                problem = ""
+            except (InputError, OSError) as error:  # a file that is being replaced, say: the job goes on
+                if str(error) != problem:
+                    _say(f"{error} The hosts known so far stay.")
+                problem = str(error)
 
     async def _refresh_hosts(self, hosts: HostList) -> None:
         await hosts.refresh({worker.host for worker in self._workers})

@@ -76,3 +76,12 @@ def test_a_host_that_is_refused_stays_out(tmp_path: Path) -> None:
     hosts.refused.add("localhost")
     assert refreshed(hosts, tmp_path / "hosts", {"localhost"}) == ["127.0.0.1:2"]
     assert hosts.silent == set()
+
+
+def test_without_a_list_the_last_one_stays(tmp_path: Path) -> None:
+    hosts = host_list(tmp_path, "localhost:2\n", port=1, patience_seconds=60)
+    assert refreshed(hosts, tmp_path / "hosts", set()) == ["localhost:2"]
+    (tmp_path / "listed").unlink()
+    with pytest.raises(InputError, match=r"cat must print the hosts\. Received: .*listed: No such file"):
+        asyncio.run(hosts.refresh(set()))
+    assert (tmp_path / "hosts").read_text() == "localhost:2\n"
