@@ -134,8 +134,8 @@ pair=$source_tree/third_party/gloo/gloo/transport/tcp/pair.cc
   die "third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. Adapt launch/build_horovod.sh to this Horovod."
 sed -i -e '/^  if (!lock) {$/a \    sched_yield();' -e '/^#include <errno.h>$/i #include <sched.h>' "$pair"
 
-# Where a connection breaks in the middle of a message, Gloo forgets to tell who waits for that message: every other time a
-# worker dies, one of the rest waited out the whole time-out.
+# Where a connection breaks in the middle of a message, Gloo forgets to tell who waits for that message, who then waits out
+# the whole time-out.
 [[ $(grep -c '^  // Loop through posted send operations\.$' "$pair") == 1 ]] ||
   die "third_party/gloo/gloo/transport/tcp/pair.cc must loop through posted send operations once. Adapt launch/build_horovod.sh to this Horovod."
 sed -i 's,^  // Loop through posted send operations\.$,\
