@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +22,13 @@ OF_THE_LAUNCHER = [name for name in FAULTS if "launcher" in name or "driver" in 
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Iterator[Laboratory]:
-    try:
-        laboratory = Laboratory(
-            tmp_path_factory.mktemp("laboratory"), shared_data / "amazon_beauty.parquet", SEED
-        ).__enter__()
-    except LabError as error:
-        missing(str(error))
-    with laboratory:
-        yield laboratory
+    folder = tmp_path_factory.mktemp("laboratory")
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(Laboratory(folder, shared_data / "amazon_beauty.parquet", SEED, epochs=6))
+        except LabError as error:
+            missing(str(error))
+        yield found
 
 
 @pytest.fixture(scope="module")
