@@ -25,7 +25,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> I
     folder = tmp_path_factory.mktemp("laboratory")
     with contextlib.ExitStack() as stack:
         try:
-            found = stack.enter_context(Laboratory(folder, shared_data / "amazon_beauty.parquet", SEED, epochs=6))
+            found = stack.enter_context(Laboratory(folder, shared_data / "amazon_beauty.parquet", SEED, epochs=5))
         except LabError as error:
             missing(str(error))
         yield found
