@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,12 @@ from tests.cluster.laboratory import FAULTS, Job, Laboratory, check, seconds_to_
 from tests.cluster_lab import LabError
 from tests.programs import missing
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        "DIN_DIST_FAULTS" not in os.environ, reason="takes ten minutes and is still on trial: set DIN_DIST_FAULTS=1"
+    ),
+]
 SEED = 20181
 
 OF_THE_LAUNCHER = [name for name in FAULTS if "launcher" in name or "driver" in name or "all workers" in name]
