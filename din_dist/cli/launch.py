@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         trainer_flags = _FLAGS(["train.sh", *arguments], known_only=True)[1:]
     except flags.Error as error:
         raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
-    num_workers, stall_timeout = _check_numbers()
+    numbers = _numbers()
     hosts = _hosts()
     if not trainer_flags:
         trainer_flags = [f"--flagfile={_LAUNCH / 'flags' / 'quick.flags'}"]
@@ -108,22 +108,22 @@ def main(arguments: Sequence[str]) -> int:
     if code:
         return code
     agent = [sys.executable, "-m", "din_dist.launcher.agent", *trainer_flags]
-    alone = num_workers == 1 and only_here and not _FLAGS.elastic
+    alone = numbers["num_workers"] == 1 and only_here and not _FLAGS.elastic
     with tempfile.TemporaryDirectory() as folder:
         current_hosts = Path(folder, "hosts")
+        stall_timeout = numbers["stall_timeout_seconds"]
         return Supervisor(
-            agent if alone else [*_horovodrun(num_workers, hosts, only_here, current_hosts), *agent],
+            agent if alone else [*_horovodrun(numbers, hosts, only_here, current_hosts), *agent],
             horovod=not alone,
-            elastic=_FLAGS.elastic,
             local=only_here,
             stall_timeout_seconds=stall_timeout,
             hosts=HostList([_DISCOVER], current_hosts, int(_FLAGS.ssh_port), stall_timeout) if _FLAGS.elastic else None,
         ).run()
 
 
-def _check_numbers() -> tuple[int, float]:
-    """Workers at the start, and `--stall_timeout_seconds`."""
-    numbers = {}
+def _numbers() -> dict[str, float]:
+    """By flag, those that were given or have a default."""
+    numbers: dict[str, float] = {}
     for name in ("num_workers", "min_workers", "max_workers", "ssh_port", "host_cooldown_seconds"):
         value = str(_FLAGS[name].value)
         if value == "" and name == "max_workers":
@@ -149,14 +149,11 @@ def _check_numbers() -> tuple[int, float]:
         _FLAGS.stall_timeout_seconds,
         "For example 60.",
     )
-    given = [name for name in _ELASTIC_ONLY if _FLAGS[name].present]
-    require(
-        _FLAGS.elastic or not given,
-        "belongs to --elastic",
-        (given or [""])[0],
-        _FLAGS[(given or ["elastic"])[0]].value,
-        "Add --elastic, or drop it.",
-    )
+    for name in _ELASTIC_ONLY:
+        flag = _FLAGS[name]
+        require(
+            _FLAGS.elastic or not flag.present, "belongs to --elastic", name, flag.value, "Add --elastic, or drop it."
+        )
     start, low, high = numbers["num_workers"], numbers["min_workers"], numbers.get("max_workers")
     require(
         not _FLAGS.elastic or (low <= start and (high is None or start <= high)),
@@ -165,7 +162,7 @@ def _check_numbers() -> tuple[int, float]:
         f"{start}, with {low} and {high or 'no limit'}",
         "Correct one of them.",
     )
-    return start, stall_timeout
+    return numbers | {"stall_timeout_seconds": stall_timeout}
 
 
 def _hosts() -> list[HostSlots]:
@@ -193,18 +190,20 @@ def _hosts() -> list[HostSlots]:
     return parse_hosts(_FLAGS.hosts) if _FLAGS.hosts else []
 
 
-def _horovodrun(num_workers: int, hosts: Sequence[HostSlots], only_here: bool, current_hosts: Path) -> list[str]:
+def _horovodrun(
+    numbers: Mapping[str, float], hosts: Sequence[HostSlots], only_here: bool, current_hosts: Path
+) -> list[str]:
     """Horovod's launcher and its flags, before the worker's command."""
-    timeout = str(round(float(_FLAGS.stall_timeout_seconds)))
+    timeout = str(round(numbers["stall_timeout_seconds"]))
     venv = Path(os.environ.get("DIN_DIST_VENV", sys.prefix))
     words = [str(venv / "bin" / "horovodrun"), "--gloo", "--gloo-timeout-seconds", timeout]
-    words += ["-np", str(num_workers)]
+    words += ["-np", _FLAGS.num_workers]
     if not only_here:
         words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # it would remember hosts that were reached once
     if interface := _FLAGS.network_interface or (_FLAGS.elastic and len(hosts) == 1 and _default_interface()):
         words += ["--network-interface", interface]  # without, an elastic job waits for a second host to compare with
     if _FLAGS.elastic:
-        cooldown = int(_FLAGS.host_cooldown_seconds)
+        cooldown = int(numbers["host_cooldown_seconds"])
         tell = current_hosts.with_name("tell_hosts")
         tell.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n")
         tell.chmod(0o755)

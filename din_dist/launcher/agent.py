@@ -7,7 +7,6 @@ launcher how it ended. It needs no shared files, so it serves on any host.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -21,10 +20,10 @@ from collections.abc import Sequence
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE, Address, Lines, encode
+from din_dist.launcher.processes import die_with_parent, exit_code
 
 _CONNECT_SECONDS = 10.0
 _GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
-_PR_SET_PDEATHSIG = 1
 
 
 class Agent:
@@ -66,8 +65,7 @@ class Agent:
                 next_beat = time.monotonic() + BEAT_SECONDS
                 self._tell({})
                 self._check()
-        code = self._trainer.returncode
-        code = self._verdict or (code if code >= 0 else 128 - code)
+        code = self._verdict or exit_code(self._trainer.returncode)
         if not self._told:
             self._tell({"ended": code})
         for pump in pumps:
@@ -80,7 +78,6 @@ class Agent:
         self._selector.register(beats, selectors.EVENT_READ, lambda: self._hear_trainer(beats))
         under_horovodrun = "HOROVOD_RANK" in os.environ
         is_static_follower = os.environ.get("HOROVOD_RANK", "0") != "0" and "HOROVOD_ELASTIC" not in os.environ
-        libc = ctypes.CDLL(None)
         self._trainer = subprocess.Popen(
             command,
             env={**os.environ, BEATS_VARIABLE: str(trainers_end)},
@@ -88,7 +85,7 @@ class Agent:
             # Through this process: where ssh broke off, writing to what it left behind would be the trainer's end.
             stdout=subprocess.PIPE if under_horovodrun else None,
             stderr=subprocess.PIPE if under_horovodrun else None,
-            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # no trainer without its agent
+            preexec_fn=die_with_parent,  # no trainer without its agent
         )
         os.close(trainers_end)
         if not under_horovodrun:

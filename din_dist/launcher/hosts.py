@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from din_dist.errors import InputError
+from din_dist.launcher.probe import is_own
 
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::([1-9][0-9]*))?")
 _PROBE_SECONDS = 3.0
@@ -88,14 +89,7 @@ def is_local(name: str) -> bool:
         address = socket.gethostbyname(name)
     except OSError:
         return False
-    if address.startswith("127."):
-        return True
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))  # which only a machine of that address can
-        except OSError:
-            return False
-    return True
+    return is_own(address)
 
 
 class HostList:

@@ -1,10 +1,10 @@
 """What the launcher and the agents of its workers say to each other: objects of JSON, a line each, over TCP.
 
 agent:     {"token": ..., "host": ..., "local_rank": ..., "rank": ...}   once, first
-launcher:  {"stop": n}       the job is to stop; n = 2: at once, without a checkpoint
-    launcher:  {"given_up": true}   the job goes on without this worker, which was silent for too long
-agent:     {"ended": code}   with what its trainer ended, or is about to
-both:      {}                a sign of life, each `BEAT_SECONDS`
+launcher:  {"stop": n}         the job is to stop; n = 2: at once, without a checkpoint
+launcher:  {"given_up": true}  the job goes on without this worker, which was silent for too long
+agent:     {"ended": code}     with what its trainer ended, or is about to
+both:      {}                  a sign of life, each `BEAT_SECONDS`
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def find_facts(question: Question) -> Facts:
         machine=_machine(),
         host_name=socket.gethostname(),
         addresses=addresses,
-        address=next(filter(_is_own, addresses), None),
+        address=next(filter(is_own, addresses), None),
         commit=commit(),  # for people: `sources` decide
         versions=_versions(),
         sources={
@@ -162,7 +162,7 @@ def _why_unreached(address: str, port: int) -> str:
     return ""
 
 
-def _is_own(address: str) -> bool:
+def is_own(address: str) -> bool:
     """Whether it is this machine's: it is from there, then, that it sends to there."""
     return is_loopback(address) or source_address(address) == address
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -27,11 +26,11 @@ import psutil
 from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.launcher.hosts import HostList
 from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, Address, encode
+from din_dist.launcher.processes import die_with_parent, exit_code
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
 _HELLO_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
 _PREFIX = re.compile(rb"\[(\d+)\]<(stdout|stderr)>:(.*)", re.DOTALL)
 
 
@@ -58,17 +57,17 @@ class Supervisor:
         command: Sequence[str],
         *,
         horovod: bool,
-        elastic: bool,
         local: bool,
         stall_timeout_seconds: float,
         hosts: HostList | None = None,
     ) -> None:
         """`command`: that starts the agents: `horovodrun ...`, or an agent itself without `horovod`.
 
-        `local`: all workers are on this machine. `hosts`: of an elastic job, refreshed while it runs.
+        `local`: all workers are on this machine. `hosts`: of an elastic job, and only there; refreshed while it runs.
         """
-        self._command, self._horovod, self._elastic, self._local = command, horovod, elastic, local
+        self._command, self._horovod, self._local = command, horovod, local
         self._stall_timeout_seconds, self._hosts = stall_timeout_seconds, hosts
+        self._elastic = hosts is not None
         self._token = secrets.token_hex(16)
         self._workers: set[_Worker] = set()
         self._failures: list[tuple[int, int]] = []  # rank and exit code, in the order in which they came
@@ -90,7 +89,6 @@ class Supervisor:
         address = Address("127.0.0.1" if self._local else "", port, self._token, self._stall_timeout_seconds)
         if self._hosts:
             await self._refresh_hosts(self._hosts)
-        libc = ctypes.CDLL(None)
         self._process = subprocess.Popen(
             self._command,
             env={**os.environ, **address.to_environment(), JOB_VARIABLE: secrets.token_hex(8)},
@@ -99,14 +97,13 @@ class Supervisor:
             stderr=subprocess.PIPE if self._horovod else None,
             start_new_session=True,  # where Ctrl-C does not reach it ahead of `_stop`
             # Without us it would wait for hosts on and on. Its children still end their workers gently.
-            preexec_fn=(lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)) if self._horovod else None,
+            preexec_fn=die_with_parent if self._horovod else None,
         )
         pumps = self._start_pumps()
         chores = [asyncio.create_task(self._beat())]
         if self._hosts:
             chores.append(asyncio.create_task(self._keep_hosts(self._hosts)))
-        code = await asyncio.to_thread(self._process.wait)
-        code = code if code >= 0 else 128 - code
+        code = exit_code(await asyncio.to_thread(self._process.wait))
         if self._workers and not self._killed:
             await self._end_orphans()
         for chore in chores:

@@ -61,7 +61,7 @@ class Laboratory:
     """Hosts, a small disk, and how an undisturbed job ends."""
 
     def __init__(self, folder: Path, beauty: Path, seed: int, epochs: int = EPOCHS) -> None:
-        self.folder, self.epochs = folder, epochs
+        self.folder = folder
         self.random = random.Random(seed)
         self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={beauty}", f"--data_dir={folder / 'data'}"]
         self.trainer_flags.append(f"--epochs={epochs}")
@@ -173,7 +173,8 @@ class Job:
 
     def step(self) -> int:
         """Of the last update."""
-        return self.records("train")[-1]["step"] if self.records("train") else 0
+        made = self.records("train")
+        return made[-1]["step"] if made else 0
 
     def world_size(self) -> int:
         return max(self.records("elastic") + self.records("start"), key=lambda record: record["time"])["world_size"]
@@ -255,9 +256,10 @@ class Trainer:
     agent: int
     host: str
 
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+    def signal(self, number: int, *, agent_too: bool = False) -> None:
+        for pid in [self.agent, self.pid] if agent_too else [self.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def wrong_epochs(summary: dict[str, Any], undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
@@ -323,10 +325,8 @@ def stop_worker(job: Job) -> None:
 def freeze_host(job: Job) -> None:
     """Everything of a worker stops, as on a machine that hangs: nobody there can tell."""
     trainer = job.any_trainer()
-    _lose(job, trainer, lambda: [os.kill(pid, signal.SIGSTOP) for pid in (trainer.agent, trainer.pid)] and None)
-    for pid in (trainer.agent, trainer.pid):  # the machine goes on at last: what is left over must end by itself
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+    _lose(job, trainer, lambda: trainer.signal(signal.SIGSTOP, agent_too=True))
+    trainer.signal(signal.SIGCONT, agent_too=True)  # the machine goes on at last: what is left over must end by itself
 
 
 def cut_cable(job: Job) -> None:
@@ -369,23 +369,20 @@ def take_host_and_add_it(job: Job) -> None:
 
 def fill_disk(job: Job) -> None:
     """Until a checkpoint has failed."""
-    failed = len([line for line in job.log if "checkpoint" in line and "No space left" in line])
+
+    def failed_checkpoints() -> int:
+        return sum("a checkpoint must fit" in line and "No space left" in line for line in job.log)
+
+    before = failed_checkpoints()
     filler = job.laboratory.disk / "filler"
     with filler.open("wb") as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 20))
             file.flush()
     try:
-        job.wait(
-            "a checkpoint that fails",
-            lambda: len([line for line in job.log if "No space left" in line]) > failed,
-        )
+        job.wait("a checkpoint that fails", lambda: failed_checkpoints() > before)
     finally:
         filler.unlink()
-
-
-def _gone(job: Job) -> bool:
-    return not job.trainers()
 
 
 def _restart(job: Job) -> None:
@@ -439,7 +436,7 @@ def kill_all_workers(job: Job) -> None:
     _restart(job)
 
 
-FAULTS: dict[str, Callable[[Job], None]] = {
+FAULTS_OF_WORKERS: dict[str, Callable[[Job], None]] = {
     "SIGKILL of a worker": kill_worker,
     "SIGKILL of the chief": kill_chief,
     "SIGTERM of a worker": evict,
@@ -451,11 +448,14 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "delay 50 ms": delay_packets,
     "a host is taken and added": take_host_and_add_it,
     "disk full": fill_disk,
+}
+FAULTS_OF_JOBS: dict[str, Callable[[Job], None]] = {  # after which the job has to be started again
     "SIGTERM of the launcher": stop_job,
     "SIGKILL of the driver": kill_driver,
     "SIGKILL of the launcher": kill_launcher,
     "SIGKILL of all workers": kill_all_workers,
 }
+FAULTS = FAULTS_OF_WORKERS | FAULTS_OF_JOBS
 
 
 def seconds_to_go_on(job: Job, since: float) -> float:

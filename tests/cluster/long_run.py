@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.laboratory import FAULTS, Job, Laboratory, check, seconds_to_go_on, wrong_epochs
+from tests.cluster.laboratory import FAULTS, FAULTS_OF_JOBS, Job, Laboratory, check, seconds_to_go_on, wrong_epochs
 
 _RARE = 0.25  # the chance, against the others, of faults that the job has to be started again for
 _LAST_STEPS = 30  # of a job: none is begun then
@@ -34,7 +34,7 @@ def torment(job: Job, until: float) -> list[tuple[str, float]]:
     """Injects faults as long as the job runs; their names and after how many seconds it went on."""
     found: list[tuple[str, float]] = []
     names = list(FAULTS)
-    weights = [_RARE if _restarts(name) else 1.0 for name in names]
+    weights = [_RARE if name in FAULTS_OF_JOBS else 1.0 for name in names]
     last = job.laboratory.num_steps - _LAST_STEPS
     while True:
         job.wait_for_updates()
@@ -48,10 +48,6 @@ def torment(job: Job, until: float) -> list[tuple[str, float]]:
         job.wait_for_updates(1)
         found[-1] = (name, seconds_to_go_on(job, started))
         print(f"  step {step}: {name}, went on after {found[-1][1]:.1f} s", flush=True)
-
-
-def _restarts(name: str) -> bool:
-    return any(word in name for word in ("launcher", "driver", "all workers"))
 
 
 def table(tallies: dict[str, Tally], doubled: int) -> str:

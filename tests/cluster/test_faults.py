@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.laboratory import FAULTS, Job, Laboratory, check, seconds_to_go_on
+from tests.cluster.laboratory import FAULTS_OF_JOBS, FAULTS_OF_WORKERS, Job, Laboratory, check, seconds_to_go_on
 from tests.cluster_lab import LabError
 from tests.programs import missing
 
@@ -22,8 +22,6 @@ pytestmark = [
     ),
 ]
 SEED = 20181
-
-OF_THE_LAUNCHER = [name for name in FAULTS if "launcher" in name or "driver" in name or "all workers" in name]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +40,12 @@ def undisturbed(laboratory: Laboratory) -> dict[str, Any]:
     return laboratory.undisturbed()
 
 
-def inject(job: Job, names: list[str]) -> None:
-    for name in names:
+def inject(job: Job, faults: Mapping[str, Callable[[Job], None]]) -> None:
+    for name, fault in faults.items():
         job.wait_for_updates()
         assert job.running, "the job is too short for all these faults"
         started = time.time()
-        FAULTS[name](job)
+        fault(job)
         job.wait_for_updates()
         print(f"{name}: {seconds_to_go_on(job, started):.1f} s until training went on, at step {job.step()}")
 
@@ -55,7 +53,7 @@ def inject(job: Job, names: list[str]) -> None:
 def test_workers_that_are_lost_and_hosts_that_misbehave(laboratory: Laboratory, undisturbed: dict[str, Any]) -> None:
     print(f"seed {SEED}")
     with laboratory.job("workers") as job:
-        inject(job, [name for name in FAULTS if name not in OF_THE_LAUNCHER])
+        inject(job, FAULTS_OF_WORKERS)
         summary = job.finish()
     check(summary, undisturbed)
     assert summary["metrics"]["din_dist_checkpoint_failures_total"] >= 1
@@ -65,5 +63,5 @@ def test_a_job_whose_launcher_is_lost_goes_on_when_started_again(
     laboratory: Laboratory, undisturbed: dict[str, Any]
 ) -> None:
     with laboratory.job("launcher") as job:
-        inject(job, OF_THE_LAUNCHER)
+        inject(job, FAULTS_OF_JOBS)
         check(job.finish(), undisturbed)

@@ -154,6 +154,17 @@ def path_without(folder: Path, *commands: str) -> str:
     return str(folder)
 
 
+def write_commands(folder: Path, **sources: str) -> None:
+    """A package in `folder`, for PYTHONPATH, in which these of `din_dist.cli` are others; the rest is real."""
+    cli = folder / "din_dist" / "cli"
+    cli.mkdir(parents=True)
+    for package in (cli, cli.parent):
+        real = ROOT / package.relative_to(folder)
+        (package / "__init__.py").write_text(f"{(real / '__init__.py').read_text()}\n__path__.append({str(real)!r})\n")
+    for name, source in sources.items():
+        (cli / f"{name}.py").write_text(source)
+
+
 def write_script(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)

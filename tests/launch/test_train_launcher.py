@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import ROOT, finished, write_script
+from tests.launch.fake_checkout import ROOT, finished, write_commands, write_script
 
 SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
 PREPARE = """
@@ -64,14 +64,7 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "check out"  # paths with a space must do
         shutil.copytree(ROOT / "launch", self.root / "launch")
-        fakes = self.root / "fakes" / "din_dist" / "cli"
-        fakes.mkdir(parents=True)
-        for name in ("__init__.py", "../__init__.py"):  # all else is the real one's
-            real = (ROOT / "din_dist" / "cli" / name).resolve().parent
-            (fakes / name).write_text(f"__path__.append({str(real)!r})\n")
-        (fakes / "prepare_data.py").write_text(PREPARE)
-        (fakes / "check_cluster.py").write_text(CHECK)
-        (fakes / "train.py").write_text(TRAIN)
+        write_commands(self.root / "fakes", prepare_data=PREPARE, check_cluster=CHECK, train=TRAIN)
         executables = self.root / ".venv" / "bin"
         executables.mkdir(parents=True)
         write_script(self.root / "launch" / "setup.sh", SETUP)

@@ -17,8 +17,8 @@ import pytest
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.launcher.link import Address, Lines, encode
+from tests.launch.fake_checkout import write_commands
 
-ROOT = Path(__file__).parents[2]
 STALL_TIMEOUT_SECONDS = 2.0
 
 # Its ways: by the first argument.
@@ -64,12 +64,7 @@ class AgentUnderTest:
 
     def __init__(self, folder: Path, way: str, **variables: str) -> None:
         self.folder = folder
-        fakes = folder / "fakes" / "din_dist" / "cli"
-        fakes.mkdir(parents=True)
-        for package in (fakes, fakes.parent):  # all else is the real one's
-            real = ROOT / package.relative_to(folder / "fakes")
-            (package / "__init__.py").write_text(f"__path__.append({str(real)!r})\n")
-        (fakes / "train.py").write_text(TRAINER)
+        write_commands(folder / "fakes", train=TRAINER)
         server = socket.create_server(("127.0.0.1", 0))
         address = Address("127.0.0.1", server.getsockname()[1], "token", STALL_TIMEOUT_SECONDS)
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
