@@ -72,7 +72,7 @@ class Supervisor:
         self._workers: set[_Worker] = set()
         self._failures: list[tuple[int, int]] = []  # rank and exit code, in the order in which they came
         self._stop_level = 0
-        self._gave_up = self._killed = False
+        self._gave_up = self._killed = self._done = False
         self._silent: set[str] = set()
         self._horovodrun_said: list[bytes] = []
 
@@ -139,6 +139,8 @@ class Supervisor:
     def _note_end(self, worker: _Worker, code: int) -> None:
         if code:
             self._failures.append((worker.rank, code))
+        else:
+            self._done = True  # a worker ends well only when the whole job has
         if code == EXIT_INPUT_ERROR and self._hosts and worker.host and len({w.host for w in self._workers}) > 1:
             _say(f"{worker.host} is left out for good: what is wrong there does not change by trying again")
             self._hosts.refused.add(worker.host)
@@ -253,8 +255,8 @@ class Supervisor:
     def _verdict(self, code: int) -> int:
         if self._gave_up or (self._stop_level and self._killed and not self._failures):
             return EXIT_RETRY
-        if self._elastic and code == 0:
-            return 0  # whoever failed was not needed
+        if self._elastic and (code == 0 or self._done):
+            return 0  # whoever failed was not needed; also in the last moment, when Horovod takes it for the job's end
         if self._failures:
             return self._verdict_of_workers()
         if code:

@@ -17,9 +17,7 @@ from tests.programs import missing
 
 pytestmark = [
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        "DIN_DIST_FAULTS" not in os.environ, reason="takes ten minutes and is still on trial: set DIN_DIST_FAULTS=1"
-    ),
+    pytest.mark.skipif("DIN_DIST_FAULTS" not in os.environ, reason="takes ten minutes: set DIN_DIST_FAULTS=1"),
 ]
 SEED = 20181
 

@@ -265,6 +265,14 @@ def test_elastic_settings(launcher: Launcher) -> None:
     ]
 
 
+def test_an_elastic_job_whose_chief_is_done_is_done(launcher: Launcher) -> None:
+    """Another worker may fail in the last moment, as by the chief's connections that close."""
+    hosts = launcher.work / "hosts"
+    hosts.write_text("localhost:1\n127.0.0.1:1\n")
+    done = launcher.run("--elastic", f"--hosts_file={hosts}", FAKE_TRAIN="0=0 1=1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_elastic_on_one_host_needs_no_second_to_find_the_network(launcher: Launcher) -> None:
     hosts = launcher.work / "hosts"
     hosts.write_text("localhost:2\n")
