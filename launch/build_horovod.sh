@@ -53,7 +53,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # Raise the number after "+" with every change to what is built.
-key=horovod$horovod_version+3-tensorflow$tensorflow_version-$machine-$device
+key=horovod$horovod_version+4-tensorflow$tensorflow_version-$machine-$device
 folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
 
 exit_if_built() {
@@ -180,6 +180,13 @@ sed -i -e '/^  Status status;$/{N;s/\n  try {$/\
   -e '/^  if (!status\.in_progress()) {$/,/^  }$/s/^  }$/&\
   if (broken) std::rethrow_exception(broken);/' "$common/operations.cc"
 sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HOROVOD_RANK, "-1");' "$common/gloo/gloo_context.cc"
+
+# Finalizing the global process set does nothing, for only the global Gloo context counts as enabled: its connections stay open
+# until it is initialized anew. A rank that has left an operation, and waits for the others to do so too, then never tells
+# those who wait for its part of that operation. Replaced by an empty context, it lets go of them.
+[[ $(grep -c '^  gloo_context\.Finalize();$' "$common/process_set.cc") == 1 ]] ||
+  die "horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt launch/build_horovod.sh to this Horovod."
+sed -i 's/^  gloo_context\.Finalize();$/  gloo_context = GlooContext();/' "$common/process_set.cc"
 
 if [[ $device == gpu && ! ${HOROVOD_NCCL_HOME:-} ]]; then
   # pip's package has only libnccl.so.2, but linkers look for libnccl.so. At run time the wheel finds it relative to itself:
