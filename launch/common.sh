@@ -16,6 +16,16 @@ count_gpus() {
   [[ $device =~ ^(cpu|gpu|)$ ]] || die "DIN_DIST_DEVICE must be cpu or gpu. Received: '$device'."
   if [[ $device != cpu ]]; then
     count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    # nvidia-smi lists those too that this variable hides: what comes after a name that is none, as -1.
+    if [[ ${CUDA_VISIBLE_DEVICES+set} && $count != 0 ]]; then
+      local name names visible=0
+      IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES"
+      for name in "${names[@]}"; do
+        [[ $name =~ ^[0-9GM] ]] || break
+        visible=$((visible + 1))
+      done
+      ((visible >= count)) || count=$visible
+    fi
     [[ $device != gpu || $count != 0 ]] ||
       die "DIN_DIST_DEVICE is gpu, but nvidia-smi -L lists none. Install the NVIDIA driver, or set DIN_DIST_DEVICE=cpu."
   fi

@@ -23,4 +23,4 @@ await "$child" || code=$?
 ((code == 0)) || exit "$code"
 
 export DIN_DIST_VENV=$venv
-exec "$venv/bin/python" -m din_dist.cli.launch --num_workers=$((num_gpus > 0 ? num_gpus : 2)) "$@"
+exec "$venv/bin/python" -m din_dist.cli.launch --num_gpus="$num_gpus" "$@"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import shlex
 import signal
@@ -16,18 +18,23 @@ from absl import flags
 from din_dist.cli import flags as settings
 from din_dist.config import require
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
-from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file
+from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.launcher.supervisor import Supervisor
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
 _DISCOVER = str(_LAUNCH / "discover_hosts.sh")
 _OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # which Kubernetes' MPI operator mounts
+_OPERATORS_SLOTS = "OMPI_MCA_orte_set_default_slots"  # which it gives the launcher, for its script names none
+_SLURM = "slurm"
+_TELL_HOSTS = "tell_hosts"
+_WORKERS_WITHOUT_GPU = 2
 _LONGEST_COOLDOWN = 30  # times --host_cooldown_seconds
 
 _USAGE = """\
 launch/train.sh [--num_workers N] [trainer flags]
-launch/train.sh --hosts HOST:SLOTS,... --num_workers N [trainer flags]
+launch/train.sh --hosts HOST:SLOTS,... [--num_workers N] [trainer flags]
 launch/train.sh --elastic --hosts_file FILE [--num_workers N] [--min_workers N] [trainer flags]
+launch/horovodrun.sh [--hosts HOST:SLOTS,... | --hosts_file FILE] [--num_workers N] [trainer flags]
 
 Without trainer flags it trains with launch/flags/quick.flags. The last line on stdout is the summary as JSON,
 everything else goes to stderr. SIGTERM and SIGINT let the workers finish their step and write a checkpoint. On several
@@ -48,14 +55,22 @@ def _define(name: str, default: str, help_text: str, short_name: str | None = No
     flags.DEFINE_string(name, default, help_text, short_name=short_name, flag_values=_FLAGS)
 
 
-_define("num_workers", "2", "Processes to train with. Default: one a GPU, else 2.")
-_define("hosts", "", "Hosts to train on, HOST:SLOTS comma-separated. Default: this one.", short_name="H")
+_define("num_workers", "", "Processes to train with. Default: the sum of the hosts' slots; here one a GPU, else 2.")
+_define("num_gpus", "0", "GPUs of this machine, as launch/train.sh has counted them. Hosts without SLOTS get as many.")
+_define(
+    "hosts",
+    "",
+    "Hosts to train on, HOST or HOST:SLOTS comma-separated, or slurm: those of the SLURM job. Default: this one.",
+    short_name="H",
+)
 _define(
     "hosts_file",
     "",
-    "File with a line HOST:SLOTS for each host; # begins a comment. With --elastic it may change at any time; without "
-    "it the script is asked that Kubernetes' MPI operator mounts.",
+    "File with a line HOST, HOST:SLOTS or HOST slots=SLOTS for each host; # begins a comment. With --elastic it may "
+    "change at any time; without it the script is asked that Kubernetes' MPI operator mounts.",
 )
+_define("wait_for_hosts_seconds", "0", "How long to wait until the ssh servers of all hosts answer.")
+_define("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.")
 _define("ssh_port", "22", "Port of the hosts' ssh servers.")
 _define("network_interface", "", "Network card by which the workers reach each other. Default: Horovod finds one.")
 _define(
@@ -78,6 +93,13 @@ _define(
     "With --elastic: how long a host is left out whose worker failed; doubled each time, up to 30 times.",
 )
 flags.DEFINE_boolean("preflight", True, "Check all hosts before a start on more than one.", flag_values=_FLAGS)
+flags.DEFINE_boolean(
+    "dry_run",
+    False,
+    "Print the command that would start the workers, and start nothing. It serves to be read: each worker is an agent, "
+    "which wants a launcher.",
+    flag_values=_FLAGS,
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,40 +112,88 @@ def main(arguments: Sequence[str]) -> int:
         trainer_flags = _FLAGS(["train.sh", *arguments], known_only=True)[1:]
     except flags.Error as error:
         raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
-    numbers = _numbers()
-    hosts = _hosts()
+    default_slots = _default_slots()
+    hosts = _hosts(default_slots)
+    numbers = _numbers(hosts)
     if not trainer_flags:
         trainer_flags = [f"--flagfile={_LAUNCH / 'flags' / 'quick.flags'}"]
     if sys.stderr.isatty():
         # For the progress bar: the workers' own stderr is a pipe.
         os.environ["DIN_DIST_PROGRESS_TTY"] = os.ttyname(sys.stderr.fileno())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
+    agent = [sys.executable, "-m", "din_dist.launcher.agent", *trainer_flags]
+    alone = numbers["num_workers"] == 1 and only_here and not _FLAGS.elastic and not _FLAGS.log_dir
+    if _FLAGS.dry_run:
+        words = agent if alone else [*_horovodrun(numbers, hosts, only_here, Path("HOSTS", "hosts")), *agent]
+        print(shlex.join(words))
+        return 0
     # Also checks every flag: a wrong one gives its one line here, not one from each worker.
     code = _run_first("prepare_data", trainer_flags)
-    only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
+    if code == 0 and hosts and not only_here:
+        code = _wait_for_hosts([host.name for host in hosts if not is_local(host.name)], numbers)
     if code == 0 and hosts and not only_here and _FLAGS.preflight:
         where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
         where += ["--elastic"] if _FLAGS.elastic else []
         code = _run_first("check_cluster", [*where, *trainer_flags])
     if code:
         return code
-    agent = [sys.executable, "-m", "din_dist.launcher.agent", *trainer_flags]
-    alone = numbers["num_workers"] == 1 and only_here and not _FLAGS.elastic
     with tempfile.TemporaryDirectory() as folder:
         current_hosts = Path(folder, "hosts")
         stall_timeout = numbers["stall_timeout_seconds"]
+        discovered = HostList([_DISCOVER], current_hosts, int(_FLAGS.ssh_port), stall_timeout, default_slots)
+        if _FLAGS.elastic:
+            _write_discovery(current_hosts)
         return Supervisor(
             agent if alone else [*_horovodrun(numbers, hosts, only_here, current_hosts), *agent],
             horovod=not alone,
             local=only_here,
             stall_timeout_seconds=stall_timeout,
-            hosts=HostList([_DISCOVER], current_hosts, int(_FLAGS.ssh_port), stall_timeout) if _FLAGS.elastic else None,
+            hosts=discovered if _FLAGS.elastic else None,
+            log_dir=_log_dir(),
         ).run()
 
 
-def _numbers() -> dict[str, float]:
+def _default_slots() -> int:
+    """Of a host that is named without: what its MPI operator says, else as many as this machine has GPUs."""
+    return int(os.environ.get(_OPERATORS_SLOTS) or 0) or int(_FLAGS.num_gpus) or 1
+
+
+def _wait_for_hosts(names: Sequence[str], numbers: Mapping[str, float]) -> int:
+    """0, or the code to end with when some do not answer in time."""
+    seconds = numbers["wait_for_hosts_seconds"]
+    if not seconds:
+        return 0
+    silent = asyncio.run(wait_for_ssh(names, int(_FLAGS.ssh_port), seconds))
+    if silent:
+        print(
+            f"train.sh: ssh must answer on port {_FLAGS.ssh_port} of every host. Received: nothing from "
+            f"{', '.join(silent)} within {seconds:g} s. Start them, or wait longer with --wait_for_hosts_seconds.",
+            file=sys.stderr,
+        )
+        return EXIT_RETRY
+    return 0
+
+
+def _log_dir() -> Path | None:
+    if not _FLAGS.log_dir:
+        return None
+    try:
+        Path(_FLAGS.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--log_dir: must be a folder that can be written. Received: {_FLAGS.log_dir!r}: {error.strerror}. Give "
+            "another."
+        ) from error
+    return Path(_FLAGS.log_dir)
+
+
+def _numbers(hosts: Sequence[HostSlots]) -> dict[str, float]:
     """By flag, those that were given or have a default."""
     numbers: dict[str, float] = {}
+    if not _FLAGS["num_workers"].present:
+        default = sum(host.slots for host in hosts) or int(_FLAGS.num_gpus) or _WORKERS_WITHOUT_GPU
+        _FLAGS["num_workers"].value = str(default)
     for name in ("num_workers", "min_workers", "max_workers", "ssh_port", "host_cooldown_seconds"):
         value = str(_FLAGS[name].value)
         if value == "" and name == "max_workers":
@@ -138,17 +208,18 @@ def _numbers() -> dict[str, float]:
             else f"For example {_FLAGS[name].default}.",
         )
         numbers[name] = int(value)
-    try:
-        stall_timeout = float(_FLAGS.stall_timeout_seconds)
-    except ValueError:
-        stall_timeout = 0.0
-    require(
-        stall_timeout >= _SHORTEST_STALL_TIMEOUT,
-        f"must be a number of seconds from {_SHORTEST_STALL_TIMEOUT:g}",
-        "stall_timeout_seconds",
-        _FLAGS.stall_timeout_seconds,
-        "For example 60.",
-    )
+    for name, least in (("stall_timeout_seconds", _SHORTEST_STALL_TIMEOUT), ("wait_for_hosts_seconds", 0.0)):
+        try:
+            numbers[name] = float(str(_FLAGS[name].value))
+        except ValueError:
+            numbers[name] = math.nan
+        require(
+            least <= numbers[name] < math.inf,
+            f"must be a number of seconds from {least:g}",
+            name,
+            _FLAGS[name].value,
+            "For example 60.",
+        )
     for name in _ELASTIC_ONLY:
         flag = _FLAGS[name]
         require(
@@ -157,16 +228,18 @@ def _numbers() -> dict[str, float]:
     start, low, high = numbers["num_workers"], numbers["min_workers"], numbers.get("max_workers")
     require(
         not _FLAGS.elastic or (low <= start and (high is None or start <= high)),
-        "(default: one a GPU, else 2) must be from --min_workers to --max_workers",
+        "(default: the sum of the slots) must be from --min_workers to --max_workers",
         "num_workers",
         f"{start}, with {low} and {high or 'no limit'}",
         "Correct one of them.",
     )
-    return numbers | {"stall_timeout_seconds": stall_timeout}
+    return numbers
 
 
-def _hosts() -> list[HostSlots]:
+def _hosts(default_slots: int) -> list[HostSlots]:
     """Those named at the start; none: this machine, or in Kubernetes what its operator says."""
+    if _FLAGS.hosts == _SLURM and _FLAGS.hosts_file:
+        _FLAGS["hosts"].value = ""  # it is what launch/horovodrun.sh says where nobody says more
     require(
         not (_FLAGS.hosts and _FLAGS.hosts_file),
         "is one way to name the hosts, --hosts_file another",
@@ -179,7 +252,7 @@ def _hosts() -> list[HostSlots]:
     )
     if _FLAGS.hosts_file:
         os.environ["DIN_DIST_HOSTS_FILE"] = str(Path(_FLAGS.hosts_file).absolute())
-        return read_hosts_file(_FLAGS.hosts_file)
+        return read_hosts_file(_FLAGS.hosts_file, default_slots)
     require(
         not _FLAGS.elastic or _OPERATORS_SCRIPT.exists(),
         "needs --hosts_file outside Kubernetes",
@@ -187,7 +260,7 @@ def _hosts() -> list[HostSlots]:
         "none",
         "Give a file with a line HOST:SLOTS for each host.",
     )
-    return parse_hosts(_FLAGS.hosts) if _FLAGS.hosts else []
+    return parse_hosts(_FLAGS.hosts, default_slots) if _FLAGS.hosts else []
 
 
 def _horovodrun(
@@ -197,22 +270,27 @@ def _horovodrun(
     timeout = str(round(numbers["stall_timeout_seconds"]))
     venv = Path(os.environ.get("DIN_DIST_VENV", sys.prefix))
     words = [str(venv / "bin" / "horovodrun"), "--gloo", "--gloo-timeout-seconds", timeout]
-    words += ["-np", _FLAGS.num_workers]
+    words += ["-np", str(int(numbers["num_workers"]))]
     if not only_here:
         words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # it would remember hosts that were reached once
     if interface := _FLAGS.network_interface or (_FLAGS.elastic and len(hosts) == 1 and _default_interface()):
         words += ["--network-interface", interface]  # without, an elastic job waits for a second host to compare with
     if _FLAGS.elastic:
         cooldown = int(numbers["host_cooldown_seconds"])
-        tell = current_hosts.with_name("tell_hosts")
-        tell.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n")
-        tell.chmod(0o755)
-        words += ["--min-np", _FLAGS.min_workers, "--host-discovery-script", str(tell), "--elastic-timeout", "86400"]
+        script = str(current_hosts.with_name(_TELL_HOSTS))
+        words += ["--min-np", _FLAGS.min_workers, "--host-discovery-script", script, "--elastic-timeout", "86400"]
         words += ["--blacklist-cooldown-range", str(cooldown), str(cooldown * _LONGEST_COOLDOWN)]
         words += ["--max-np", _FLAGS.max_workers] if _FLAGS.max_workers else []
     elif hosts:
         words += ["-H", ",".join(map(str, hosts))]
     return words
+
+
+def _write_discovery(current_hosts: Path) -> None:
+    """The script by which Horovod learns of the hosts."""
+    script = current_hosts.with_name(_TELL_HOSTS)
+    script.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n")
+    script.chmod(0o755)
 
 
 def _default_interface() -> str:

@@ -17,8 +17,11 @@ from typing import Self
 
 from din_dist.errors import InputError
 from din_dist.launcher.probe import is_own
+from din_dist.launcher.slurm import hosts_of_slurm
 
-_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::([1-9][0-9]*))?")
+_NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
+_SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
+_LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as MPI has it
 _PROBE_SECONDS = 3.0
 
 
@@ -33,26 +36,30 @@ class HostSlots:
         return f"{self.name}:{self.slots}"
 
     @classmethod
-    def parse(cls, text: str) -> Self | None:
-        """Of HOST or HOST:SLOTS; None: it is neither."""
-        match = _LINE.fullmatch(text)
-        return cls(match[1], int(match[2] or 1)) if match else None
+    def parse(cls, text: str, default_slots: int = 1) -> Self | None:
+        """Of HOST, HOST:SLOTS or HOST slots=SLOTS; None: it is something else."""
+        match = _SHORT.fullmatch(text) or _LONG.fullmatch(text)
+        return cls(match[1], int(match[2] or default_slots)) if match else None
 
 
-def parse_hosts(text: str) -> list[HostSlots]:
-    """Of `--hosts`: HOST:SLOTS,HOST:SLOTS,...
+def parse_hosts(text: str, default_slots: int = 1) -> list[HostSlots]:
+    """Of `--hosts`: HOST:SLOTS,HOST:SLOTS,... or slurm.
 
     Raises:
         InputError: it is something else.
     """
-    found = [HostSlots.parse(part.strip()) for part in text.split(",")]
+    if text == "slurm":
+        return [HostSlots(name, slots) for name, slots in hosts_of_slurm(os.environ, default_slots)]
+    found = [HostSlots.parse(part.strip(), default_slots) for part in text.split(",")]
     if None in found:
-        raise InputError(f"--hosts: must be HOST or HOST:SLOTS, comma-separated. Received: {text!r}. Correct it.")
+        raise InputError(
+            f"--hosts: must be HOST or HOST:SLOTS, comma-separated, or slurm. Received: {text!r}. Correct it."
+        )
     return [host for host in found if host]
 
 
-def read_hosts_file(path: str) -> list[HostSlots]:
-    """Of `--hosts_file`: a line HOST or HOST:SLOTS each; # begins a comment.
+def read_hosts_file(path: str, default_slots: int = 1) -> list[HostSlots]:
+    """Of `--hosts_file`: a line HOST, HOST:SLOTS or HOST slots=SLOTS each; # begins a comment.
 
     Raises:
         InputError: it cannot be read, has another line, or none.
@@ -67,7 +74,7 @@ def read_hosts_file(path: str) -> list[HostSlots]:
     found = []
     for number, line in enumerate(lines, start=1):
         if text := line.partition("#")[0].strip():
-            host = HostSlots.parse(text)
+            host = HostSlots.parse(text, default_slots)
             if host is None:
                 raise InputError(
                     f"--hosts_file: must have a line HOST or HOST:SLOTS for each host. Received: {path}, line "
@@ -92,15 +99,41 @@ def is_local(name: str) -> bool:
     return is_own(address)
 
 
+async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[str]:
+    """Those of the hosts on which no ssh server answers within so many seconds."""
+    until = time.monotonic() + seconds
+    silent = list(names)
+    while True:
+        answered = await asyncio.gather(*(_answers(name, port) for name in silent))
+        silent = [name for name, answer in zip(silent, answered, strict=True) if not answer]
+        if not silent or time.monotonic() >= until:
+            return silent
+        await asyncio.sleep(1)
+
+
+async def _answers(name: str, port: int) -> bool:
+    """An ssh server speaks first. A connection alone may be a proxy's, which takes it before there is a server."""
+    with contextlib.suppress(OSError, EOFError, TimeoutError):
+        async with asyncio.timeout(_PROBE_SECONDS):
+            reader, writer = await asyncio.open_connection(name, port)
+            try:
+                return await reader.readexactly(4) == b"SSH-"
+            finally:
+                writer.close()
+    return False
+
+
 class HostList:
     """The hosts that an elastic job may use now: of those in the file or the cluster, the ones that answer.
 
     Horovod takes a host that is listed for one that works, and the whole job waits while it tries to reach it.
     """
 
-    def __init__(self, discover: Sequence[str], path: Path, ssh_port: int, patience_seconds: float) -> None:
+    def __init__(
+        self, discover: Sequence[str], path: Path, ssh_port: int, patience_seconds: float, default_slots: int = 1
+    ) -> None:
         """`discover`: a command that prints them all. `path`: the file that Horovod is told."""
-        self._discover, self._path, self._ssh_port = discover, path, ssh_port
+        self._discover, self._path, self._ssh_port, self._default_slots = discover, path, ssh_port, default_slots
         self._patience_seconds = patience_seconds
         self._answered: dict[str, float] = {}  # when last
         self.silent: set[str] = set()
@@ -131,15 +164,10 @@ class HostList:
         if process.returncode:
             said = errors.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {process.returncode}"
             raise InputError(f"{self._discover[0]} must print the hosts. Received: {said}. Correct that.")
-        parsed = [HostSlots.parse(line.strip()) for line in output.decode(errors="replace").splitlines()]
+        lines = output.decode(errors="replace").splitlines()
+        parsed = [HostSlots.parse(line.strip(), self._default_slots) for line in lines]
         return [host for host in parsed if host]  # a line that is being written must not end the job
 
     async def _probe(self, name: str, now: float) -> None:
-        if is_local(name) or "OMPI_MCA_plm_rsh_agent" in os.environ:  # Kubernetes' own way into its pods
+        if is_local(name) or await _answers(name, self._ssh_port):
             self._answered[name] = now
-            return
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(_PROBE_SECONDS):
-                _, writer = await asyncio.open_connection(name, self._ssh_port)
-                writer.close()
-                self._answered[name] = now

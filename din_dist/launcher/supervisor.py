@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import psutil
@@ -60,14 +61,17 @@ class Supervisor:
         local: bool,
         stall_timeout_seconds: float,
         hosts: HostList | None = None,
+        log_dir: Path | None = None,
     ) -> None:
         """`command`: that starts the agents: `horovodrun ...`, or an agent itself without `horovod`.
 
         `local`: all workers are on this machine. `hosts`: of an elastic job, and only there; refreshed while it runs.
+        `log_dir`: for a file of each rank's output; only with `horovod`.
         """
         self._command, self._horovod, self._local = command, horovod, local
         self._stall_timeout_seconds, self._hosts = stall_timeout_seconds, hosts
         self._elastic = hosts is not None
+        self._log_dir = log_dir
         self._token = secrets.token_hex(16)
         self._workers: set[_Worker] = set()
         self._failures: list[tuple[int, int]] = []  # rank and exit code, in the order in which they came
@@ -246,6 +250,10 @@ class Supervisor:
                 self._horovodrun_said.append(line)
                 continue
             rank, stream, text = match.groups()
+            if self._log_dir:
+                # Opened for each line: an elastic job may run for weeks, and logs be moved under it.
+                with contextlib.suppress(OSError), Path(self._log_dir, f"rank-{int(rank)}.log").open("ab") as log:
+                    log.write(text)
             # Of --log_format=json the rank is in the line.
             named = stream == b"stderr" and rank != b"0" and not text.startswith(b"{")
             with contextlib.suppress(OSError, ValueError):

@@ -50,6 +50,7 @@ OPERATIONS = """
     horovod_global.initialization_done = false;
 """
 GLOO_CONTEXT = "      // Signals that this host is not part of the job\n"
+PROCESS_SET = "  gloo_context.Finalize();\n"
 
 
 @pytest.fixture
@@ -61,7 +62,12 @@ def checkout(tmp_path: Path) -> FakeCheckout:
 
 
 def serve_sdist(
-    checkout: FakeCheckout, folder: Path, cmake_lists: str, pair: str = PAIR, operations: str = OPERATIONS
+    checkout: FakeCheckout,
+    folder: Path,
+    cmake_lists: str,
+    pair: str = PAIR,
+    operations: str = OPERATIONS,
+    process_set: str = PROCESS_SET,
 ) -> None:
     """Has pip download a Horovod with these files, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
@@ -72,6 +78,7 @@ def serve_sdist(
             ("third_party/gloo/gloo/transport/tcp/pair.cc", pair),
             ("horovod/common/operations.cc", operations),
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
+            ("horovod/common/process_set.cc", process_set),
         ):
             entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
             entry.size = len(text)
@@ -265,6 +272,7 @@ def test_a_failed_build_names_the_compilers_error(checkout: FakeCheckout) -> Non
 def test_a_build_that_was_cut_off_leaves_no_wheel(checkout: FakeCheckout, tmp_path: Path) -> None:
     process = checkout.start("build_horovod.sh", FAKE_PIP_SECONDS="2")
     while not (tmp_path / "build_env").exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     time.sleep(0.3)  # half a wheel is written now
     os.killpg(process.pid, signal.SIGKILL)
@@ -286,5 +294,13 @@ def test_another_horovod_that_passes_messages_otherwise(checkout: FakeCheckout, 
     serve_sdist(checkout, tmp_path, XLA_LINE, operations=OPERATIONS.replace("  Status status;", "  Status said;"))
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: horovod/common/operations.cc must catch what a message throws in one place. Adapt "
+        "launch/build_horovod.sh to this Horovod."
+    )
+
+
+def test_another_horovod_that_ends_process_sets_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, process_set="  context.Finalize();\n")
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt "
         "launch/build_horovod.sh to this Horovod."
     )

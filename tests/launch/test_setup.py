@@ -135,6 +135,19 @@ def test_gpu_replaces_the_tensorflow_that_owns_the_same_files(checkout: FakeChec
     assert ours.endswith("[gpu]")
 
 
+def test_an_environment_for_gpus_serves_where_none_is_found(checkout: FakeCheckout) -> None:
+    """As in an image, whose launcher runs on a node without."""
+    checkout.put_wheel("gpu")
+    checkout.run("setup.sh", "--gpu", "--test")
+    calls = checkout.pip_calls()
+    for flags in ([], ["--test"]):
+        assert checkout.run("setup.sh", *flags).returncode == 0
+    assert checkout.pip_calls() == calls
+    checkout.put_wheel("cpu")
+    checkout.run("setup.sh", DIN_DIST_DEVICE="cpu")
+    assert "tensorflow-cpu" in checkout.pip_calls()[len(calls)], "who wants no GPU gets no CUDA"
+
+
 def test_venv_elsewhere(with_wheel: FakeCheckout, tmp_path: Path) -> None:
     elsewhere = tmp_path / "else where"
     assert with_wheel.run("setup.sh", DIN_DIST_VENV=str(elsewhere)).returncode == 0

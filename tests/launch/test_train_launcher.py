@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,7 @@ while codes:  # another rank fails: this one hangs, as in a collective, deaf to 
     time.sleep(0.1)
 print(json.dumps({"world_size": int(size), "long": "x" * 5000}), flush=True)
 """
+_NOT_OURS = ("DIN_DIST_", "HOROVOD_", "SLURM_", "CUDA_")
 
 
 class Launcher:
@@ -70,14 +72,15 @@ class Launcher:
         write_script(self.root / "launch" / "setup.sh", SETUP)
         write_script(executables / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         write_script(executables / "horovodrun", f'#!/bin/sh\nexec "{sys.executable}" -m horovod.runner.launch "$@"\n')
+        self.script = "train.sh"
         self.processes: list[subprocess.Popen[str]] = []
         self.work = folder / "work"
         self.work.mkdir()
 
     def start(self, *flags: str, stderr: int = subprocess.PIPE, **env: str) -> subprocess.Popen[str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_OURS)}
         process = subprocess.Popen(
-            [self.root / "launch" / "train.sh", *flags],
+            [self.root / "launch" / self.script, *flags],
             cwd=self.work,
             env={**clean, "PYTHONPATH": str(self.root / "fakes"), "DIN_DIST_DEVICE": "cpu", **env},
             stdout=subprocess.PIPE,
@@ -139,6 +142,26 @@ def test_num_workers_is_the_launchers_own(launcher: Launcher, spelling: list[str
 
 
 @pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--wait_for_hosts_seconds=-1"],
+            "--wait_for_hosts_seconds: must be a number of seconds from 0. Received: '-1'. ",
+        ),
+        (
+            ["--wait_for_hosts_seconds=inf"],
+            "--wait_for_hosts_seconds: must be a number of seconds from 0. Received: 'inf'. ",
+        ),
+        (["--stall_timeout_seconds=1"], "--stall_timeout_seconds: must be a number of seconds from 5. Received: '1'. "),
+    ],
+)
+def test_wrong_seconds(launcher: Launcher, flags: list[str], line: str) -> None:
+    done = launcher.run(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[1:] == [f"train.sh: {line}For example 60."]
+
+
+@pytest.mark.parametrize(
     "flags", [["--num_workers=0"], ["--num_workers=two"], ["--num_workers=-1"], ["--num_workers="]]
 )
 def test_wrong_num_workers(launcher: Launcher, flags: list[str]) -> None:
@@ -168,6 +191,18 @@ def test_one_worker_a_gpu(launcher: Launcher, tmp_path: Path) -> None:
     done = launcher.run("--epochs=1", PATH=nvidia_smi(tmp_path, 1), DIN_DIST_DEVICE="")
     assert "set up with: --gpu\n" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "world_size"),
+    [("1", 1), ("0,1,2", 3), ("GPU-5a,MIG-7b", 2), ("0,-1,2", 1), ("0,1,2,3,4,5", 4), ("", 2)],
+)
+def test_hidden_gpus_are_not_counted(launcher: Launcher, tmp_path: Path, visible: str, world_size: int) -> None:
+    path = nvidia_smi(tmp_path, 4)
+    done = launcher.run("--dry_run", PATH=path, DIN_DIST_DEVICE="", CUDA_VISIBLE_DEVICES=visible)
+    assert ("set up with: --gpu\n" in done.stderr) == (visible != "")
+    words = shlex.split(done.stdout)
+    assert (words[words.index("-np") + 1] if "-np" in words else "1") == str(world_size)
 
 
 def test_the_cpu_can_be_asked_for(launcher: Launcher, tmp_path: Path) -> None:
@@ -250,6 +285,112 @@ def test_workers_on_hosts_elsewhere(launcher: Launcher) -> None:
         *("--gloo", "--gloo-timeout-seconds", "60", "-np", "2", "-p", "2222", "--disable-cache"),
         *("--network-interface", "eth7", "-H", "203.0.113.7:2"),
     ]
+
+
+def test_workers_fill_the_slots_of_the_hosts(launcher: Launcher) -> None:
+    words = horovodruns_words(launcher, "--hosts=203.0.113.7:2,203.0.113.8:3", "--nopreflight")
+    assert words[words.index("-np") + 1] == "5"
+    assert words[-2:] == ["-H", "203.0.113.7:2,203.0.113.8:3"]
+
+
+def test_hosts_without_slots_are_taken_to_have_the_gpus_of_this_one(launcher: Launcher, tmp_path: Path) -> None:
+    flags = ("--hosts=203.0.113.7,203.0.113.8:1", "--dry_run")
+    done = launcher.run(*flags, PATH=nvidia_smi(tmp_path, 4), DIN_DIST_DEVICE="")
+    assert "-np 5 " in done.stdout
+    assert "-H 203.0.113.7:4,203.0.113.8:1 " in done.stdout
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(launcher: Launcher) -> None:
+    flags = ("--hosts=203.0.113.7:2", "--ssh_port=2222", "--data_path=with space")
+    done = launcher.run("--dry_run", *flags)
+    assert done.returncode == 0, done.stderr
+    horovodrun = ["--gloo", "--gloo-timeout-seconds", "60", "-np", "2", "-p", "2222", "--disable-cache"]
+    (line,) = done.stdout.splitlines()
+    words = shlex.split(line)
+    assert words[0] == f"{launcher.root}/.venv/bin/horovodrun"
+    assert words[1:-4] == [*horovodrun, "-H", "203.0.113.7:2"]
+    assert words[-3:] == ["-m", "din_dist.launcher.agent", "--data_path=with space"]
+    assert "prepare got" not in done.stderr
+    assert list(launcher.work.iterdir()) == []
+
+
+def test_hosts_that_never_answer_are_not_waited_for_any_longer(launcher: Launcher) -> None:
+    hosts = "--hosts=localhost:1,no.such.host.invalid:1"
+    done = launcher.run(hosts, "--wait_for_hosts_seconds=0.1", "--ssh_port=2222")
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1] == (
+        "train.sh: ssh must answer on port 2222 of every host. Received: nothing from no.such.host.invalid within "
+        "0.1 s. Start them, or wait longer with --wait_for_hosts_seconds."
+    )
+    assert "check got" not in done.stderr
+
+
+def test_a_log_file_for_each_rank(launcher: Launcher) -> None:
+    done = launcher.run("--log_dir=logs/first", "--epochs=1")
+    assert done.returncode == 0, done.stderr
+    logs = {path.name: path.read_text() for path in (launcher.work / "logs" / "first").iterdir()}
+    assert sorted(logs) == ["rank-0.log", "rank-1.log"]
+    for rank, log in enumerate(logs[name] for name in sorted(logs)):
+        assert f"log of rank {rank}\n" in log
+        assert "train got ['--epochs=1']\n" in log
+        assert not any(line.startswith("[") for line in log.splitlines()), "its rank is in the file's name"
+    one = launcher.run("--log_dir=logs/second", "--num_workers=1")
+    assert one.returncode == 0, one.stderr
+    assert "log of rank 0\n" in (launcher.work / "logs" / "second" / "rank-0.log").read_text()
+
+
+def test_a_log_dir_that_cannot_be(launcher: Launcher) -> None:
+    (launcher.work / "file").touch()
+    done = launcher.run("--log_dir=file/logs")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "train.sh: --log_dir: must be a folder that can be written. Received: 'file/logs': Not a directory. "
+        "Give another."
+    )
+    assert "train got" not in done.stdout
+
+
+def on_a_gpu_node(launcher: Launcher, *flags: str, **env: str) -> str:
+    """What launch/horovodrun.sh would start."""
+    launcher.script = "horovodrun.sh"
+    done = launcher.run("--dry_run", *flags, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SLURM = {"SLURM_JOB_NODELIST": "gpu[203-204].invalid", "SLURM_GPUS_ON_NODE": "8"}
+
+
+def test_gpu_nodes_of_slurm(launcher: Launcher) -> None:
+    started = on_a_gpu_node(launcher, "--epochs=1", **SLURM)
+    assert " -np 16 " in started
+    assert " -H gpu203.invalid:8,gpu204.invalid:8 " in started
+    assert started.endswith(" -m din_dist.launcher.agent --epochs=1\n")
+
+
+def test_a_gpu_node_alone(launcher: Launcher, tmp_path: Path) -> None:
+    started = on_a_gpu_node(launcher, PATH=nvidia_smi(tmp_path, 8), DIN_DIST_DEVICE="")
+    assert " -np 8 " in started
+    assert " -H " not in started
+
+
+@pytest.mark.parametrize("flags", [["--hosts=203.0.113.7:2"], ["-H", "203.0.113.7:2"], ["--hosts_file=hosts"]])
+def test_gpu_nodes_that_are_named_come_before_those_of_slurm(launcher: Launcher, flags: list[str]) -> None:
+    (launcher.work / "hosts").write_text("203.0.113.7 slots=2\n")
+    assert " -H 203.0.113.7:2 " in on_a_gpu_node(launcher, *flags, **SLURM)
+
+
+def test_gpu_nodes_log_by_rank(launcher: Launcher) -> None:
+    launcher.script = "horovodrun.sh"
+    assert launcher.run("--epochs=1").returncode == 0
+    (folder,) = (launcher.work / "runs" / "logs").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.log", "rank-1.log"]
+
+
+def test_slurm_outside_of_slurm(launcher: Launcher) -> None:
+    done = launcher.run("--hosts=slurm")
+    assert done.returncode == 2
+    assert "train.sh: --hosts: slurm is for jobs of SLURM. Received: no SLURM_JOB_NODELIST." in done.stderr
 
 
 def test_elastic_settings(launcher: Launcher) -> None:

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import socketserver
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from din_dist.errors import InputError
-from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file
+from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 
 
 def test_hosts_of_a_flag() -> None:
     assert parse_hosts("gpu1:8, gpu2") == [HostSlots("gpu1", 8), HostSlots("gpu2", 1)]
+    assert parse_hosts("gpu1:8,gpu2", default_slots=4) == [HostSlots("gpu1", 8), HostSlots("gpu2", 4)]
+
+
+def test_hosts_of_a_file_in_each_form(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# ours\na:2\nb slots=3  # as MPI has it\nc\tslots = 4 max_slots=8\n\nd\n")
+    expected = [HostSlots("a", 2), HostSlots("b", 3), HostSlots("c", 4), HostSlots("d", 7)]
+    assert read_hosts_file(str(path), default_slots=7) == expected
+
+
+@pytest.mark.parametrize("line", ["a slots=0", "a slots", "a b", "a:2 slots=2", "a slots=2 other=1"])
+def test_wrong_lines_of_a_file(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(f"b:1\n{line}\n")
+    with pytest.raises(InputError, match=f"line 2: {line}. Correct it."):
+        read_hosts_file(str(path))
 
 
 @pytest.mark.parametrize("text", ["gpu1:", "gpu1:0", "gpu1:8:8", "a b", "", "gpu1,,gpu2", "-x:1"])
 def test_wrong_hosts_of_a_flag(text: str) -> None:
-    with pytest.raises(InputError, match="--hosts: must be HOST or HOST:SLOTS, comma-separated. Received: "):
+    with pytest.raises(InputError, match="--hosts: must be HOST or HOST:SLOTS, comma-separated, or slurm. Received: "):
         parse_hosts(text)
 
 
@@ -38,6 +58,20 @@ def test_what_is_local() -> None:
     assert not is_local("no.such.host.invalid")
 
 
+@contextlib.contextmanager
+def greeter(greeting: bytes) -> Iterator[int]:
+    """The port of a server that says so much and hangs up."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(greeting)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
 def refreshed(hosts: HostList, path: Path, at_work: set[str]) -> list[str]:
     asyncio.run(hosts.refresh(at_work))
     return path.read_text().splitlines()
@@ -51,8 +85,7 @@ def host_list(folder: Path, lines: str, port: int, patience_seconds: float) -> H
 
 def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("din_dist.launcher.hosts.is_local", lambda name: False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    with greeter(b"SSH-2.0-test\r\n") as port:
         hosts = host_list(tmp_path, "127.0.0.1:4\n127.0.0.2:4\n127.0.0.3\nhalf a li", port, patience_seconds=0.0)
         path = tmp_path / "hosts"
         # The first answers; of the third a worker was heard of just now.
@@ -85,3 +118,34 @@ def test_without_a_list_the_last_one_stays(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cat must print the hosts\. Received: .*listed: No such file"):
         asyncio.run(hosts.refresh(set()))
     assert (tmp_path / "hosts").read_text() == "localhost:2\n"
+
+
+def test_waiting_for_ssh() -> None:
+    with greeter(b"SSH-2.0-test\r\n") as port:
+        names = ["127.0.0.1", "no.such.host.invalid"]
+        assert asyncio.run(wait_for_ssh(names, port, 0.0)) == ["no.such.host.invalid"]
+
+
+def test_who_takes_a_connection_need_not_be_an_ssh_server() -> None:
+    """As a proxy before a container that has not started."""
+    for greeting in (b"", b"HTTP/1.1 503\r\n"):
+        with greeter(greeting) as port:
+            assert asyncio.run(wait_for_ssh(["127.0.0.1"], port, 0.0)) == ["127.0.0.1"]
+
+
+def test_waiting_ends_when_ssh_answers() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def answer_late() -> list[str]:
+        async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"SSH-2.0-test\r\n")
+            writer.close()
+
+        waiting = asyncio.create_task(wait_for_ssh(["127.0.0.1"], port, 60.0))
+        await asyncio.sleep(0.5)
+        async with await asyncio.start_server(greet, "127.0.0.1", port):
+            return await waiting
+
+    assert asyncio.run(answer_late()) == []
