@@ -23,6 +23,7 @@ _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
 _SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
 _LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as MPI has it
 _PROBE_SECONDS = 3.0
+_NOTED_SECONDS = 3.0  # after which Horovod knows of the end of a worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,8 @@ class HostList:
         self._discover, self._path, self._ssh_port, self._default_slots = discover, path, ssh_port, default_slots
         self._patience_seconds = patience_seconds
         self._answered: dict[str, float] = {}  # when last
+        self._had_workers: dict[str, float] = {}  # when last
+        self._told: set[str] = set()
         self.silent: set[str] = set()
         self.refused: set[str] = set()  # left out for good; to be added to
 
@@ -152,10 +155,15 @@ class HostList:
             self._answered[name] = now
         # One that answered a moment ago may be busy; who takes it from the list ends its workers.
         recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
-        alive = recent - self.refused
         self.silent = {host.name for host in listed} - recent
+        # Horovod would take the end of workers that a host had before it was taken from the list for the end of those that
+        # it starts there now, and the job for done. So it comes back when they have ended, and Horovod has noted that.
+        self._had_workers |= dict.fromkeys(at_work, now)
+        lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
+        told = [host for host in listed if host.name in recent - self.refused - lingering]
+        self._told = {host.name for host in told}
         aside = self._path.with_suffix(".new")
-        aside.write_text("".join(f"{host}\n" for host in listed if host.name in alive))
+        aside.write_text("".join(f"{host}\n" for host in told))
         aside.replace(self._path)
 
     async def _listed(self) -> list[HostSlots]:

@@ -32,6 +32,7 @@ from din_dist.training.train_step import Batch, MessageSizes, Requests, StepResu
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
 _NAMED_EXAMPLES = 10  # of each rank, in an error
+_FURTHER_TRIES, _TRY_AGAIN_SECONDS = 5, 1.0  # to save the best weights
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
@@ -153,10 +154,11 @@ class Trainer:
         """Of the global batch, over training time only; the first update of a run (tracing) is left out."""
         return self._timed_examples / self._timed_seconds if self._timed_seconds else 0.0
 
-    def save(self, *, required: bool = False) -> None:
+    def save(self, *, required: bool = False, is_best: bool = False) -> None:
         """Publishes a checkpoint; all ranks are at the same step.
 
-        Where that fails, training goes on with the one before it.
+        Where that fails, training goes on with the one before it. The best weights so far are gone with the next
+        update, so for them it is tried for some seconds more.
 
         Raises:
             InputError, FailedElsewhere: it failed and is `required`; or what it learned from has changed, at any time.
@@ -165,13 +167,17 @@ class Trainer:
             self._store.check_unchanged()
         with self._phase("checkpoint"):
             started = time.perf_counter()
-            try:
-                num_bytes = self._checkpoints.save(self._variables, self.state)
-            except (InputError, FailedElsewhere) as error:
-                if required:
-                    raise
-                self._telemetry.checkpoint_failed(str(error))
-                return
+            for further_tries in reversed(range(1 + (_FURTHER_TRIES if is_best else 0))):
+                try:
+                    num_bytes = self._checkpoints.save(self._variables, self.state)
+                    break
+                except (InputError, FailedElsewhere) as error:
+                    if required:
+                        raise
+                    self._telemetry.checkpoint_failed(str(error))
+                    if not further_tries:
+                        return
+                    time.sleep(_TRY_AGAIN_SECONDS)
             self._saved_step = self.state.step
             self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
 
@@ -322,8 +328,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         record = self.state.end_epoch()
         self._telemetry.after_epoch(self.state, record)
-        self._validate()
-        self.save()
+        self.save(is_best=self._validate())
 
     def _after_update(self) -> None:
         if self.state.examples_seen == self._examples_per_epoch:
@@ -347,7 +352,7 @@ class Trainer:
         job, step = self._config.job, self.state.step
         improved = _is_due(step, job.evaluate_every_steps) and self._validate()
         if improved or _is_due(step, job.checkpoint_every_steps):
-            self.save()
+            self.save(is_best=improved)
 
     def _validate(self) -> bool:
         """Scores the validation split, if there is one; says whether it is the best so far."""

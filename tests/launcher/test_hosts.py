@@ -85,6 +85,7 @@ def host_list(folder: Path, lines: str, port: int, patience_seconds: float) -> H
 
 def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("din_dist.launcher.hosts.is_local", lambda name: False)
+    monkeypatch.setattr("din_dist.launcher.hosts._NOTED_SECONDS", 0.0)
     with greeter(b"SSH-2.0-test\r\n") as port:
         hosts = host_list(tmp_path, "127.0.0.1:4\n127.0.0.2:4\n127.0.0.3\nhalf a li", port, patience_seconds=0.0)
         path = tmp_path / "hosts"
@@ -102,6 +103,23 @@ def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path: Path, mon
 def test_a_host_of_this_machine_needs_no_ssh(tmp_path: Path) -> None:
     hosts = host_list(tmp_path, "localhost:2\n", port=1, patience_seconds=60)
     assert refreshed(hosts, tmp_path / "hosts", set()) == ["localhost:2"]
+
+
+def test_a_host_comes_back_when_the_workers_that_it_had_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hosts"
+    hosts = host_list(tmp_path, "localhost:1\n127.0.0.1:1\n", port=1, patience_seconds=60)
+    assert refreshed(hosts, path, set()) == ["localhost:1", "127.0.0.1:1"]
+    both = {"localhost", "127.0.0.1"}
+    assert refreshed(hosts, path, both) == ["localhost:1", "127.0.0.1:1"], "workers are no reason to leave it out"
+    (tmp_path / "listed").write_text("localhost:1\n")
+    assert refreshed(hosts, path, both) == ["localhost:1"]
+    (tmp_path / "listed").write_text("localhost:1\n127.0.0.1:1\n")
+    assert refreshed(hosts, path, both) == ["localhost:1"], "its worker has not ended yet"
+    assert refreshed(hosts, path, {"localhost"}) == ["localhost:1"], "Horovod may not have noted that it has"
+    monkeypatch.setattr("din_dist.launcher.hosts._NOTED_SECONDS", 0.0)
+    assert refreshed(hosts, path, {"localhost"}) == ["localhost:1", "127.0.0.1:1"]
 
 
 def test_a_host_that_is_refused_stays_out(tmp_path: Path) -> None:

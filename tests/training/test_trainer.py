@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 from pathlib import Path
@@ -249,21 +250,39 @@ def test_where_no_user_has_both_labels_auc_decides(tmp_path: Path, capsys: pytes
     assert "validation: GAUC is not defined" in capsys.readouterr().err
 
 
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    job = make(small_config(tmp_path, split="leave_two_out", epochs=3, learning_rate=0.3))
-    write, calls = CheckpointStore._write, iter(range(1, 100))
+def fill_disk(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """For so many checkpoints."""
+    write, calls = CheckpointStore._write, itertools.count(1)
 
     def fail_at_first(*arguments: object) -> int:
-        if next(calls) == 1:
+        if next(calls) <= writes:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*arguments)
 
     monkeypatch.setattr(CheckpointStore, "_write", fail_at_first)
+    monkeypatch.setattr("din_dist.training.trainer._TRY_AGAIN_SECONDS", 0.0)
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_cost_the_best_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make(small_config(tmp_path, split="leave_two_out", epochs=1))
+    fill_disk(monkeypatch, writes=5)
+    job.trainer.train()
+    assert job.trainer.state.best_step == job.trainer.state.step
+    assert job.telemetry.exporter.values()["din_dist_checkpoint_failures_total"] == 5
+    assert job.telemetry.exporter.values()["din_dist_checkpoint_seconds_count"] == 1
+    job.telemetry.close()
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make(small_config(tmp_path, split="leave_two_out", epochs=3, learning_rate=0.3))
+    fill_disk(monkeypatch, writes=6)
     job.trainer.train()
     state = job.trainer.state
-    assert job.telemetry.exporter.values()["din_dist_checkpoint_failures_total"] == 1
+    assert job.telemetry.exporter.values()["din_dist_checkpoint_failures_total"] == 6
     assert job.telemetry.exporter.values()["din_dist_checkpoint_seconds_count"] == 2
     assert "warning: --output_dir: a checkpoint must fit. Received: No space left" in (told := capfd.readouterr().err)
     assert "Training goes on without it." in told
