@@ -1,0 +1,26 @@
+#!/bin/bash
+# In a container: lets the launcher in another container start workers in this one.
+#
+#   docker/sshd.sh [--make_key]
+#
+# Serves ssh on port ${DIN_DIST_SSH_PORT:-2222}, as the user it runs as and to that user only, with a host key made now and
+# the keys of ~/.ssh/authorized_keys, which is to be mounted. --make_key makes a pair there if there is none, for a volume that
+# launcher and workers share. Needs no capability, and nothing that can be written but /tmp.
+set -euo pipefail
+
+port=${DIN_DIST_SSH_PORT:-2222}
+keys=$HOME/.ssh
+if [[ ${1:-} == --make_key && ! -f $keys/authorized_keys ]]; then
+  ssh-keygen -q -t ed25519 -N '' -C din_dist -f "$keys/id_ed25519"
+  cp "$keys/id_ed25519.pub" "$keys/authorized_keys"
+fi
+if [[ ! -r $keys/authorized_keys ]]; then
+  echo "sshd.sh: $keys/authorized_keys must hold the launcher's public key. Received: no such file. Mount a folder with it." >&2
+  exit 2
+fi
+host_key=$(mktemp -d)/host_key
+ssh-keygen -q -t ed25519 -N '' -f "$host_key"
+exec /usr/sbin/sshd -D -e -f /dev/null -o "Port $port" -o "HostKey $host_key" -o "AuthorizedKeysFile $keys/authorized_keys" \
+  -o 'AuthenticationMethods publickey' -o 'PermitRootLogin no' -o 'AllowTcpForwarding no' -o 'X11Forwarding no' \
+  -o 'PidFile none' -o 'UsePAM no' -o 'PrintMotd no' -o 'MaxStartups 100' -o 'ClientAliveInterval 30' \
+  -o 'StrictModes no' # a mounted Secret is not this user's, and its links can be written by all

@@ -1,0 +1,308 @@
+"""launch/k8s.sh with a kubectl that renders as the real one does and otherwise says what a test wants."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.k8s.overlays import OVERLAYS, ROOT, kubectl, render
+from tests.launch.fake_checkout import path_without, write_script
+from tests.programs import program
+
+# Of several answers to calls that begin alike, each call takes the next, and the last one stays.
+KUBECTL = """#!{python}
+import json, os, pathlib, sys
+words = [word for word in sys.argv[1:] if not word.startswith("--namespace=")]
+if words[0] == "kustomize":
+    os.execv({kubectl!r}, [{kubectl!r}, *words])
+with open("calls", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+for word in words:
+    if word.startswith("--from-file="):
+        name, path = word.removeprefix("--from-file=").split("=")
+        pathlib.Path(name).write_text(pathlib.Path(path).read_text())
+answers = json.loads(pathlib.Path("answers").read_text())
+for beginning, left in answers.items():
+    if " ".join(words).startswith(beginning):
+        print(left[0] if len(left) == 1 else left.pop(0))
+        pathlib.Path("answers").write_text(json.dumps(answers))
+        break
+"""
+NAMESPACE = "--namespace=ml"
+MPIJOB = "mpijobs.kubeflow.org/din-dist"
+LAUNCHER = "jobs.batch/din-dist-launcher"
+
+
+class Cluster:
+    """A folder with the fakes, in which launch/k8s.sh runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin, self.tmp = folder, folder / "bin", folder / "tmp"
+        self.bin.mkdir()
+        self.tmp.mkdir()
+        write_script(self.bin / "kubectl", KUBECTL.format(python=sys.executable, kubectl=kubectl()))
+        write_script(self.bin / "sleep", "#!/bin/sh\n")
+        self.answers: dict[str, list[str]] = {}
+
+    def run(self, *arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+        (self.folder / "answers").write_text(json.dumps(self.answers))
+        return subprocess.run(
+            [ROOT / "launch" / "k8s.sh", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PATH": path or f"{self.bin}:{os.environ['PATH']}", "TMPDIR": str(self.tmp)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def error(self, *arguments: str, path: str = "") -> str:
+        """The one line of an error with exit code 2."""
+        done = self.run(*arguments, path=path)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        (line,) = done.stderr.splitlines()
+        return line
+
+    def calls(self, *beginning: str) -> list[list[str]]:
+        """Those in the namespace, without it."""
+        file = self.folder / "calls"
+        calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert all(call[0] == NAMESPACE for call in calls)
+        return [call[1:] for call in calls if call[1 : len(beginning) + 1] == list(beginning)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def folder_of(overlay: str) -> str:
+    return f"--kustomize={ROOT}/k8s/overlays/{overlay}"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_render_prints_the_manifests(cluster: Cluster, overlay: str) -> None:
+    done = cluster.run("render", overlay)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\nkind: ") == len(render(overlay))
+
+
+def test_submit(cluster: Cluster) -> None:
+    done = cluster.run("submit", "smoke-cpu", NAMESPACE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cluster.calls() == [
+        ["get", MPIJOB, "--ignore-not-found", "--output=name"],
+        ["apply", folder_of("smoke-cpu")],
+    ]
+
+
+@pytest.mark.parametrize(("overlay", "job"), [("smoke-cpu", MPIJOB), ("no-operator", "jobs.batch/din-dist")])
+def test_a_job_that_is_there_is_not_submitted(cluster: Cluster, overlay: str, job: str) -> None:
+    cluster.answers = {f"get {job}": [job]}
+    assert cluster.error("submit", overlay, NAMESPACE) == (
+        f"k8s.sh: {job}: must be new. Received: one that is there already. Delete it: launch/k8s.sh delete {overlay}"
+    )
+    assert not cluster.calls("apply")
+
+
+def test_the_job_without_operator_gets_ssh_keys(cluster: Cluster) -> None:
+    program("ssh-keygen")
+    done = cluster.run("submit", "no-operator", NAMESPACE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "keys are not shown"
+    (create,) = cluster.calls("create")
+    assert create[:4] == ["create", "secret", "generic", "din-dist-ssh"]
+    assert cluster.calls()[-2:] == [create, ["apply", folder_of("no-operator")]]
+    private, public = ((cluster.folder / name).read_text() for name in ("id_ed25519", "authorized_keys"))
+    assert private.startswith("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    assert public.startswith("ssh-ed25519 ")
+    assert list(cluster.tmp.iterdir()) == [], "keys are not left behind"
+
+
+def test_keys_that_are_there_stay(cluster: Cluster) -> None:
+    cluster.answers = {"get secrets/din-dist-ssh": ["secret/din-dist-ssh"]}
+    assert cluster.run("submit", "no-operator", NAMESPACE).returncode == 0
+    assert not cluster.calls("create")
+    assert cluster.calls("apply")
+
+
+def test_keys_that_the_cluster_refuses_are_not_left_behind(cluster: Cluster) -> None:
+    program("ssh-keygen")
+    write_script(
+        cluster.bin / "kubectl", f'#!/bin/sh\n[ "$1" != create ] || exit 1\n[ "$1" = get ] || exec {kubectl()} "$@"\n'
+    )
+    done = cluster.run("submit", "no-operator")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert list(cluster.tmp.iterdir()) == []
+
+
+def logs_of(pod: str) -> list[str]:
+    return ["logs", pod, "--follow", "--all-containers", "--ignore-errors"]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "job", "launcher", "selector"),
+    [
+        ("gpu", MPIJOB, LAUNCHER, "batch.kubernetes.io/job-name=din-dist-launcher"),
+        (
+            "no-operator",
+            "jobs.batch/din-dist",
+            "jobs.batch/din-dist",
+            "batch.kubernetes.io/job-name=din-dist,batch.kubernetes.io/job-completion-index=0",
+        ),
+    ],
+)
+def test_follow_streams_the_launchers_log_to_the_end(
+    cluster: Cluster, overlay: str, job: str, launcher: str, selector: str
+) -> None:
+    cluster.answers = {
+        f"get {launcher} --ignore-not-found --output=jsonpath": ["", "", "SuccessCriteriaMet: \nComplete: "],
+        f"get {job}": [job],
+        f"get pods --selector={selector} --sort-by=.metadata.creationTimestamp --output=name": ["", "pod/a"],
+        "get pod/a": ["Pending", "Running", "Succeeded"],
+        "logs pod/a": ["the log"],
+    }
+    done = cluster.run("follow", overlay, NAMESPACE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the log\n"
+    assert done.stderr == (
+        f"k8s.sh: waiting for the launcher of {job}; if it does not come: kubectl --namespace=ml get events\n"
+    )
+    assert cluster.calls("logs") == [logs_of("pod/a")]
+
+
+def test_follow_shows_every_start_and_how_the_job_failed(cluster: Cluster) -> None:
+    cluster.answers = {
+        f"get {LAUNCHER}": ["", "FailureTarget: all failed\nFailed: all failed"],
+        f"get {MPIJOB}": [MPIJOB],
+        "get pods": ["pod/a", "pod/a\npod/b"],  # the newest comes last
+        "get pod/": ["Failed"],
+        "logs pod/a": ["first"],
+        "logs pod/b": ["second"],
+    }
+    done = cluster.run("follow", "smoke-cpu", NAMESPACE)
+    assert (done.returncode, done.stdout) == (1, "first\nsecond\n")
+    assert done.stderr.endswith(f"k8s.sh: {MPIJOB} failed: all failed\n")
+
+
+def test_follow_goes_on_with_a_log_that_broke_off(cluster: Cluster) -> None:
+    cluster.answers = {
+        f"get {LAUNCHER}": ["", "", "Complete: "],
+        f"get {MPIJOB}": [MPIJOB],
+        "get pods": ["pod/a"],
+        "get pod/a": ["Running", "Running", "Succeeded"],
+    }
+    assert cluster.run("follow", "smoke-cpu", NAMESPACE).returncode == 0
+    first, second = cluster.calls("logs")
+    assert first == logs_of("pod/a")
+    assert second[:-1] == logs_of("pod/a")
+    assert second[-1].startswith("--since-time=20")
+
+
+@pytest.mark.parametrize("answers", [{}, {f"get {MPIJOB}": [MPIJOB, ""]}])
+def test_there_is_no_job_to_follow(cluster: Cluster, answers: dict[str, list[str]]) -> None:
+    cluster.answers = answers
+    done = cluster.run("follow", "gpu", NAMESPACE)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        f"k8s.sh: {MPIJOB}: must have been submitted. Received: none there. Submit it: launch/k8s.sh submit gpu"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"), [([], ["--selector=app.kubernetes.io/component!=storage"]), (["--with_data"], [])]
+)
+def test_delete_keeps_the_data_unless_told(cluster: Cluster, flags: list[str], kept: list[str]) -> None:
+    assert cluster.run("delete", "no-operator", NAMESPACE, *flags).returncode == 0
+    assert cluster.calls() == [
+        ["delete", folder_of("no-operator"), "--ignore-not-found", "--cascade=foreground", *kept],
+        ["delete", "configmaps", "--selector=app.kubernetes.io/name=din-dist"],
+        ["delete", "secrets/din-dist-ssh", "--ignore-not-found"],
+    ]
+
+
+def test_the_secret_that_the_operator_made_is_the_operators(cluster: Cluster) -> None:
+    assert cluster.run("delete", "gpu", NAMESPACE).returncode == 0
+    assert [call[:2] for call in cluster.calls()] == [["delete", folder_of("gpu")], ["delete", "configmaps"]]
+
+
+def dry_run(cluster: Cluster, *arguments: str) -> list[str]:
+    done = cluster.run(*arguments, NAMESPACE, "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert cluster.calls() == []
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("action", ["submit", "delete"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_dry_run_prints_what_would_be_run(cluster: Cluster, action: str, overlay: str) -> None:
+    """Copied to a shell, the lines do what the launcher would."""
+    program("ssh-keygen")
+    script = "\n".join(dry_run(cluster, action, overlay))
+    env = {**os.environ, "PATH": f"{cluster.bin}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", script], cwd=cluster.folder, env=env, check=True)
+    copied = cluster.calls()
+    (cluster.folder / "calls").unlink()
+    assert cluster.run(action, overlay, NAMESPACE).returncode == 0
+    keys = "--from-file="
+    assert [[word.split(keys)[0] for word in call] for call in copied] == [
+        [word.split(keys)[0] for word in call] for call in cluster.calls() if call[0] != "get"
+    ]
+    assert list(cluster.tmp.iterdir()) == []
+
+
+def test_a_dry_run_of_render_and_follow(cluster: Cluster) -> None:
+    assert dry_run(cluster, "render", "gpu") == [f"kubectl {NAMESPACE} kustomize {ROOT}/k8s/overlays/gpu"]
+    logs, result = dry_run(cluster, "follow", "gpu")
+    cluster.answers = {"get pods": ["pod/a\npod/b"], "logs": ["the log"], f"get {LAUNCHER}": ["Complete: "]}
+    (cluster.folder / "answers").write_text(json.dumps(cluster.answers))
+    env = {**os.environ, "PATH": f"{cluster.bin}:{os.environ['PATH']}"}
+    said = [subprocess.check_output(["bash", "-c", line], cwd=cluster.folder, env=env) for line in (logs, result)]
+    assert said == [b"the log\n", b"Complete: \n"]
+    assert cluster.calls("logs") == [logs_of("pod/b")]
+    assert shlex.split(result)[-1].startswith("--output=jsonpath={range .status.conditions")
+
+
+OVERLAY_ERROR = f"overlay: must be a folder of {ROOT}/k8s/overlays. Received: %s. Choose one of: {' '.join(OVERLAYS)}."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "action: must be render, submit, follow or delete. Received: ''. Give one of them first."),
+        (["run", "gpu"], "action: must be render, submit, follow or delete. Received: 'run'. Give one of them first."),
+        (["render"], OVERLAY_ERROR % "''"),
+        (["render", "small"], OVERLAY_ERROR % "'small'"),
+        (
+            ["render", "gpu", "elastic"],
+            "arguments: must be an action and an overlay. Received: 'render gpu elastic'. Drop the rest.",
+        ),
+        (
+            ["render", "gpu", "--namespace="],
+            "flags: must be --namespace=NAME, --dry_run or --with_data. Received: '--namespace='. Correct it.",
+        ),
+        (["submit", "gpu", "--with_data"], "--with_data: belongs to delete. Received: it, with submit. Drop it."),
+    ],
+)
+def test_wrong_arguments_get_one_line(cluster: Cluster, arguments: Sequence[str], line: str) -> None:
+    assert cluster.error(*arguments) == f"k8s.sh: {line}"
+    assert cluster.calls() == []
+
+
+def test_without_kubectl(cluster: Cluster, tmp_path: Path) -> None:
+    assert cluster.error("render", "gpu", path=path_without(tmp_path / "path", "kubectl")) == (
+        "k8s.sh: kubectl: must be on PATH. Received: none there. Install it: https://kubernetes.io/docs/tasks/tools/"
+    )
+
+
+def test_without_ssh_keygen(cluster: Cluster, tmp_path: Path) -> None:
+    path = f"{cluster.bin}:{path_without(tmp_path / 'path', 'ssh-keygen')}"
+    assert cluster.error("submit", "no-operator", NAMESPACE, path=path) == (
+        "k8s.sh: ssh-keygen: must be on PATH. Received: none there. "
+        "Install it (Debian, Ubuntu: apt-get install openssh-client)."
+    )
