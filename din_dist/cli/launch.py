@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
     # Also checks every flag: a wrong one gives its one line here, not one from each worker.
     code = _run_first("prepare_data", trainer_flags)
     if code == 0 and hosts and not only_here:
-        code = _wait_for_hosts([host.name for host in hosts if not is_local(host.name)], numbers)
+        code = _wait_for_hosts([host.name for host in hosts], numbers)
     if code == 0 and hosts and not only_here and _FLAGS.preflight:
         where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
         where += ["--elastic"] if _FLAGS.elastic else []

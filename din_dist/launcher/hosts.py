@@ -90,23 +90,26 @@ def read_hosts_file(path: str, default_slots: int = 1) -> list[HostSlots]:
     return found
 
 
-@functools.cache
 def is_local(name: str) -> bool:
     """Whether a host is this machine, as Horovod has it: it starts workers there without ssh."""
     try:
-        address = socket.gethostbyname(name)
+        return _is_local(name)
     except OSError:
-        return False
-    return is_own(address)
+        return False  # not remembered: a container may learn its own name late
+
+
+@functools.cache
+def _is_local(name: str) -> bool:
+    return is_own(socket.gethostbyname(name))
 
 
 async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[str]:
-    """Those of the hosts on which no ssh server answers within so many seconds."""
+    """Those of the hosts elsewhere on which no ssh server answers within so many seconds."""
     until = time.monotonic() + seconds
     silent = list(names)
     while True:
         answered = await asyncio.gather(*(_answers(name, port) for name in silent))
-        silent = [name for name, answer in zip(silent, answered, strict=True) if not answer]
+        silent = [name for name, answer in zip(silent, answered, strict=True) if not answer and not is_local(name)]
         if not silent or time.monotonic() >= until:
             return silent
         await asyncio.sleep(1)
@@ -156,8 +159,8 @@ class HostList:
         # One that answered a moment ago may be busy; who takes it from the list ends its workers.
         recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
         self.silent = {host.name for host in listed} - recent
-        # Horovod would take the end of workers that a host had before it was taken from the list for the end of those that
-        # it starts there now, and the job for done. So it comes back when they have ended, and Horovod has noted that.
+        # Horovod would take the end of workers that a host had before it was taken off the list for the end of those
+        # that it starts there now, and the job for done. So it comes back when they have ended and Horovod has noted it.
         self._had_workers |= dict.fromkeys(at_work, now)
         lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
         told = [host for host in listed if host.name in recent - self.refused - lingering]

@@ -138,12 +138,34 @@ def test_without_a_list_the_last_one_stays(tmp_path: Path) -> None:
     assert (tmp_path / "hosts").read_text() == "localhost:2\n"
 
 
+@pytest.fixture
+def all_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("din_dist.launcher.hosts.is_local", lambda name: False)
+
+
+def test_nobody_waits_for_this_machine() -> None:
+    assert asyncio.run(wait_for_ssh(["localhost", "no.such.host.invalid"], 1, 0.0)) == ["no.such.host.invalid"]
+
+
+def test_a_name_that_is_not_known_yet_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise OSError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "gethostbyname", unknown)
+        assert not is_local("ip6-localhost.test")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
+    assert is_local("ip6-localhost.test")
+
+
+@pytest.mark.usefixtures("all_elsewhere")
 def test_waiting_for_ssh() -> None:
     with greeter(b"SSH-2.0-test\r\n") as port:
         names = ["127.0.0.1", "no.such.host.invalid"]
         assert asyncio.run(wait_for_ssh(names, port, 0.0)) == ["no.such.host.invalid"]
 
 
+@pytest.mark.usefixtures("all_elsewhere")
 def test_who_takes_a_connection_need_not_be_an_ssh_server() -> None:
     """As a proxy before a container that has not started."""
     for greeting in (b"", b"HTTP/1.1 503\r\n"):
@@ -151,6 +173,7 @@ def test_who_takes_a_connection_need_not_be_an_ssh_server() -> None:
             assert asyncio.run(wait_for_ssh(["127.0.0.1"], port, 0.0)) == ["127.0.0.1"]
 
 
+@pytest.mark.usefixtures("all_elsewhere")
 def test_waiting_ends_when_ssh_answers() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
