@@ -21,6 +21,7 @@ SCRIPTS = sorted(
         ["ruff", "check"],
         ["ruff", "format", "--check"],
         ["mypy"],
+        ["hadolint", "docker/Dockerfile"],
         ["shellcheck", "--external-sources", *SCRIPTS],
     ],
     ids=lambda command: " ".join(command[:2]),

@@ -145,8 +145,8 @@ class HostList:
         self.silent: set[str] = set()
         self.refused: set[str] = set()  # left out for good; to be added to
 
-    async def refresh(self, at_work: Collection[str]) -> None:
-        """Asks anew. `at_work`: hosts of workers that have just been heard of.
+    async def refresh(self, at_work: Collection[str], with_workers: Collection[str] = ()) -> None:
+        """Asks anew. `at_work`: hosts of workers that have just been heard of; `with_workers`: that Horovod waits for.
 
         Raises:
             InputError: nobody says which hosts there are. What was known of them stays.
@@ -159,9 +159,9 @@ class HostList:
         # One that answered a moment ago may be busy; who takes it from the list ends its workers.
         recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
         self.silent = {host.name for host in listed} - recent
-        # Horovod would take the end of workers that a host had before it was taken off the list for the end of those
-        # that it starts there now, and the job for done. So it comes back when they have ended and Horovod has noted it.
-        self._had_workers |= dict.fromkeys(at_work, now)
+        # Of a host that comes back Horovod would take the end of the workers that it had before for the end of those
+        # that it starts there now, and the job for done. So it is told when they have ended and Horovod has noted that.
+        self._had_workers |= dict.fromkeys({*at_work, *with_workers}, now)
         lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
         told = [host for host in listed if host.name in recent - self.refused - lingering]
         self._told = {host.name for host in told}

@@ -32,6 +32,7 @@ from din_dist.launcher.processes import die_with_parent, exit_code
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
 _HELLO_SECONDS = 10.0
+_HOST = re.compile(r"\bHOROVOD_HOSTNAME=(\S+)")
 _PREFIX = re.compile(rb"\[(\d+)\]<(stdout|stderr)>:(.*)", re.DOTALL)
 
 
@@ -92,7 +93,7 @@ class Supervisor:
         port = server.sockets[0].getsockname()[1]
         address = Address("127.0.0.1" if self._local else "", port, self._token, self._stall_timeout_seconds)
         if self._hosts:
-            await self._refresh_hosts(self._hosts)
+            await self._refresh_hosts(self._hosts, set())
         self._process = subprocess.Popen(
             self._command,
             env={**os.environ, **address.to_environment(), JOB_VARIABLE: secrets.token_hex(8)},
@@ -211,15 +212,15 @@ class Supervisor:
         while True:
             await asyncio.sleep(1)
             try:
-                await self._refresh_hosts(hosts)
+                await self._refresh_hosts(hosts, await asyncio.to_thread(_hosts_of_workers, self._process.pid))
                 problem = ""
             except (InputError, OSError) as error:  # a file that is being replaced, say: the job goes on
                 if str(error) != problem:
                     _say(f"{error} The hosts known so far stay.")
                 problem = str(error)
 
-    async def _refresh_hosts(self, hosts: HostList) -> None:
-        await hosts.refresh({worker.host for worker in self._workers})
+    async def _refresh_hosts(self, hosts: HostList, with_workers: set[str]) -> None:
+        await hosts.refresh({worker.host for worker in self._workers}, with_workers)
         for name in sorted(hosts.silent - self._silent):
             _say(f"{name} does not answer on its ssh port: left out until it does")
         for name in sorted(self._silent - hosts.silent):
@@ -292,6 +293,15 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
+
+
+def _hosts_of_workers(driver: int) -> set[str]:
+    """Those for whose workers Horovod's driver has a process: the worker, or the ssh to it."""
+    found = set()
+    for process in _descendants(driver):
+        with contextlib.suppress(psutil.Error):
+            found.update(_HOST.findall(" ".join(process.cmdline())))
+    return found
 
 
 def _say(text: str) -> None:

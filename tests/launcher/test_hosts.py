@@ -118,6 +118,8 @@ def test_a_host_comes_back_when_the_workers_that_it_had_have_ended(
     (tmp_path / "listed").write_text("localhost:1\n127.0.0.1:1\n")
     assert refreshed(hosts, path, both) == ["localhost:1"], "its worker has not ended yet"
     assert refreshed(hosts, path, {"localhost"}) == ["localhost:1"], "Horovod may not have noted that it has"
+    asyncio.run(hosts.refresh({"localhost"}, {"127.0.0.1"}))
+    assert path.read_text() == "localhost:1\n", "Horovod still waits for it"
     monkeypatch.setattr("din_dist.launcher.hosts._NOTED_SECONDS", 0.0)
     assert refreshed(hosts, path, {"localhost"}) == ["localhost:1", "127.0.0.1:1"]
 
