@@ -273,7 +273,8 @@ def _horovodrun(
     words += ["-np", str(int(numbers["num_workers"]))]
     if not only_here:
         words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # it would remember hosts that were reached once
-    if interface := _FLAGS.network_interface or (_FLAGS.elastic and len(hosts) == 1 and _default_interface()):
+    alone = "lo" if only_here else _default_interface()  # which is what Horovod takes then
+    if interface := _FLAGS.network_interface or (_FLAGS.elastic and len(hosts) == 1 and alone):
         words += ["--network-interface", interface]  # without, an elastic job waits for a second host to compare with
     if _FLAGS.elastic:
         cooldown = int(numbers["host_cooldown_seconds"])

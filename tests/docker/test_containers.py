@@ -114,8 +114,11 @@ def test_a_container_that_is_stopped_lets_its_workers_end_first(tmp_path: Path) 
     """With a stand-in for the agent, which takes a second to end."""
     agent = tmp_path / "din_dist" / "launcher" / "agent.py"
     agent.parent.mkdir(parents=True)
-    code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit()))"
-    agent.write_text(f"{code}\nprint('ready', flush=True)\nsignal.pause()\n")
+    agent.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit()))\n"
+        "print('ready', flush=True)\nsignal.pause()\n"
+    )
     command = [sys.executable, "-m", "din_dist.launcher.agent"]
     with (
         serving(tmp_path / "home") as (process, _),
@@ -135,8 +138,8 @@ def test_sshd_without_keys_says_what_to_do(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == (
-        f"sshd.sh: {tmp_path}/.ssh/authorized_keys must hold the launcher's public key. Received: no such file. Mount a "
-        "folder with it.\n"
+        f"sshd.sh: {tmp_path}/.ssh/authorized_keys must hold the launcher's public key. Received: no such file. Mount "
+        "a folder with it.\n"
     )
 
 

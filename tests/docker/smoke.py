@@ -1,0 +1,219 @@
+"""The image, the compose file and the pods of the Indexed Job, for real.
+
+    python -m tests.docker.smoke [build] [compose] [pods]         (default: all)
+
+By hand, as root on Debian, for it takes 15 minutes. Wants buildah, podman, runc and debootstrap from Debian, and
+podman-compose 1.6.0 on PATH. No registry and no Docker engine are needed: Debian's packages make images that carry the
+names of those that the Dockerfile and the compose file ask for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.k8s.overlays import render
+
+ROOT = Path(__file__).parents[2]
+COMPOSE_FILE = ROOT / "docker" / "docker-compose.yml"
+COMPOSE = yaml.safe_load(COMPOSE_FILE.read_text())
+# Of a machine that runs this as root but may not raise limits.
+RUN_FLAGS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
+PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=/usr/sbin/runc"]
+PROMETHEUS = """
+FROM {base}
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus wget \\
+ && install -d -o 65534 -g 65534 /prometheus
+USER 65534:65534
+ENTRYPOINT ["prometheus", "--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
+"""
+
+
+def run(*command: str | Path, **options: Any) -> str:
+    print("$", *command, flush=True)
+    return subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+
+
+def has_image(name: str) -> bool:
+    return subprocess.run(["podman", "image", "exists", name], check=False).returncode == 0
+
+
+def build() -> None:
+    """The CPU image and its bases."""
+    (base,) = re.findall(r"^ARG CPU_BASE=(.+)$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    if not has_image(base):
+        with tempfile.TemporaryDirectory() as folder:
+            run("debootstrap", "--variant=minbase", "bookworm", folder)
+            for part in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists"):
+                run("rm", "-rf", Path(folder, part))  # as the slim image is
+            authorities = Path("/usr/local/share/ca-certificates")  # of a network that sees into connections
+            if any(authorities.iterdir()):
+                run("cp", "-r", authorities, Path(folder, "usr/local/share/"))
+            run("sh", "-c", f"tar -C '{folder}' -c . | podman import --quiet - {base}")
+    prometheus = COMPOSE["services"]["prometheus"]["image"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "Dockerfile").write_text(PROMETHEUS.format(base=base))
+        run("buildah", "bud", "--isolation=chroot", "--tag", prometheus, folder)
+        settings = Path(folder, "pip.conf")
+        settings.write_text("[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n")
+        image = COMPOSE["services"]["launcher"]["image"]
+        secret = f"id=pip_conf,src={settings}"
+        started = time.monotonic()
+        flags = ["--isolation=chroot", "--file", ROOT / "docker" / "Dockerfile", "--target=cpu", "--secret", secret]
+        run("buildah", "bud", *flags, "--tag", image, ROOT)
+    print(f"built in {time.monotonic() - started:.0f} s")
+    print(run("podman", "images", "--format", "{{.Repository}}:{{.Tag}} {{.Size}}"))
+
+
+def wait(what: str, holds: Callable[[], Any], seconds: float = 300) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := holds()):
+        if time.monotonic() > until:
+            raise AssertionError(f"waited {seconds:g} s for {what}")
+        time.sleep(1)
+    return found
+
+
+def ask_prometheus(query: str) -> list[dict[str, Any]]:
+    url = "http://127.0.0.1:9090/api/v1/query?" + urllib.parse.urlencode({"query": query})
+    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url, timeout=5) as answer:
+        return json.load(answer)["data"]["result"]
+    return []
+
+
+def volume(name: str) -> Path:
+    return Path(run("podman", "volume", "inspect", "--format", "{{.Mountpoint}}", name).strip())
+
+
+@contextlib.contextmanager
+def composed(*flags: str) -> Iterator[subprocess.Popen[str]]:
+    """`up` without Grafana, which is not to be had without a registry."""
+    words = ["podman-compose", f"--podman-args={' '.join(PODMAN[1:])}", f"--podman-run-args={' '.join(RUN_FLAGS)}"]
+    words += ["--file", str(COMPOSE_FILE)]
+    up = [*words, "up", "--no-build", *flags, "worker", "launcher", "prometheus"]
+    print("$", *up, flush=True)
+    process = subprocess.Popen(up, text=True)
+    try:
+        wait("Prometheus to see both ranks", lambda: len(ask_prometheus('up{job="din_dist"} == 1')) == 2)
+        (found,) = wait(
+            "examples/s", lambda: ask_prometheus("sum(rate(din_dist_examples_total[15s])) > 0"), seconds=120
+        )
+        print(f"Prometheus reports {float(found['value'][1]):,.0f} examples/s of both ranks")
+        yield process
+    finally:
+        process.kill()
+        subprocess.run([*words, "down", "--timeout", "5"], check=False, stdout=subprocess.DEVNULL)
+
+
+def container(service: str) -> str:
+    """Its name."""
+    names = run("podman", "ps", "--all", "--format", "{{.Names}}").split()
+    (found,) = (name for name in names if re.search(rf"[-_]{service}[-_]1$", name))
+    return found
+
+
+def newest_summary() -> dict[str, Any]:
+    newest = max(volume("din-dist_runs").glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(newest.read_text())
+
+
+def compose() -> None:
+    """Two runs: one that loses its worker for a while, and one to the end of the command, which finds data prepared."""
+    started = time.monotonic()
+    with composed():  # not --exit-code-from, by which podman-compose ends all when one container ends
+        print(run("podman", "ps", "--format", "{{.Names}} {{.Status}}"))
+        run("podman", "kill", container("worker"))
+        wait("the job to go on without its worker", lambda: ask_prometheus("din_dist_world_size == 1"))
+        run("podman", "start", container("worker"))
+        wait("the worker to be taken in again", lambda: ask_prometheus("din_dist_world_size == 2"))
+        code = int(run("podman", "wait", container("launcher")))
+    summary = newest_summary()
+    print(f"killed once: test GAUC {summary['test_gauc']:.4f}, exit code {code}, {time.monotonic() - started:.0f} s")
+    assert code == 0 and summary["test_gauc"] > 0.85
+    started = time.monotonic()
+    with composed("--exit-code-from", "launcher") as process:
+        code = process.wait(timeout=600)
+    again = newest_summary()
+    print(f"to the end: test GAUC {again['test_gauc']:.4f}, exit code {code}, {time.monotonic() - started:.0f} s")
+    assert code == 0 and again["test_gauc"] > 0.85 and again != summary
+    prepared = list((volume("din-dist_data") / "prepared").rglob("dataset_info.json"))
+    assert len(prepared) == 1, "the second run has used what the first has prepared"
+
+
+def pods() -> None:
+    """The Indexed Job's pods, as two containers with what their manifest says: arguments, environment, mounts, rights."""
+    objects = render("no-operator")
+    (job,) = (found for found in objects if found["kind"] == "Job")
+    flags = {found["metadata"]["name"]: found["data"] for found in objects if found["kind"] == "ConfigMap"}
+    name, spec = job["metadata"]["name"], job["spec"]["template"]["spec"]
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder, "ssh")
+        keys.mkdir()
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / "id_ed25519")
+        (keys / "authorized_keys").write_text((keys / "id_ed25519.pub").read_text())
+        for path in keys.iterdir():
+            path.chmod(0o440)  # defaultMode, and fsGroup:
+            run("chgrp", "1000", path)
+        sources = {}
+        for described in spec["volumes"]:
+            source = Path(folder, "volumes", described["name"])
+            source.mkdir(parents=True)
+            source.chmod(0o777)
+            if "configMap" in described:
+                for file, text in flags[described["configMap"]["name"]].items():
+                    (source / file).write_text(text)
+            sources[described["name"]] = keys if "secret" in described else source
+
+        def start(described: dict[str, Any], index: int, network: str) -> list[str]:
+            """`podman run` for a container of the pod with this index."""
+            words = [*PODMAN, "run", *RUN_FLAGS, "--network", network, "--user=1000:1000", "--group-add=1000"]
+            words += ["--cap-drop=all", "--security-opt=no-new-privileges", "--read-only", "--read-only-tmpfs=false"]
+            words += ["--hostname", f"{name}-{index}", "--network-alias", f"{name}-{index}.{spec['subdomain']}"]
+            words += ["--env", f"JOB_COMPLETION_INDEX={index}"]
+            for variable in described.get("env", []):
+                words += ["--env", f"{variable['name']}={variable['value']}"]
+            for mount in described["volumeMounts"]:
+                if mount["name"] in ("shm", "tmp"):
+                    words += ["--tmpfs", f"{mount['mountPath']}:mode=1777"]
+                    continue
+                access = "ro" if mount.get("readOnly") else "rw"
+                words += ["--volume", f"{sources[mount['name']]}:{mount['mountPath']}:{access}"]
+            return [*words, "--name", f"{name}-{index}", described["image"], *described["args"]]
+
+        network = f"{name}-smoke"
+        run("podman", "network", "create", "--ignore", network)
+        (initial,), (main,) = spec["initContainers"], spec["containers"]
+        try:
+            for index in (0, 1):
+                run(*start(initial, index, network))
+                run("podman", "rm", f"{name}-{index}")
+            with subprocess.Popen(start(main, 1, network)) as worker:
+                launcher = subprocess.run(start(main, 0, network), check=False, stdout=subprocess.PIPE, text=True)
+                assert launcher.returncode == 0, f"exit code {launcher.returncode}"
+                summary = json.loads(launcher.stdout.splitlines()[-1])
+                print(f"pods: test GAUC {summary['test_gauc']:.4f} with {summary['world_size']} workers")
+                assert summary["world_size"] == 2 and summary["test_gauc"] > 0.85
+                run("podman", "stop", f"{name}-1")  # as Kubernetes does when the first is done
+                print(f"pods: the other, stopped, ended with {worker.wait(timeout=60)}")
+                assert worker.returncode == 75
+        finally:
+            subprocess.run(["podman", "rm", "--force", f"{name}-0", f"{name}-1"], check=False)
+            subprocess.run(["podman", "network", "rm", network], check=False)
+
+
+if __name__ == "__main__":
+    steps = {"build": build, "compose": compose, "pods": pods}
+    for step in sys.argv[1:] or steps:
+        steps[step]()
