@@ -153,7 +153,7 @@ def compose() -> None:
 
 
 def pods() -> None:
-    """The Indexed Job's pods, as two containers with what their manifest says: arguments, environment, mounts, rights."""
+    """The Indexed Job's pods, as two containers with their manifest's arguments, environment, mounts and rights."""
     objects = render("no-operator")
     (job,) = (found for found in objects if found["kind"] == "Job")
     flags = {found["metadata"]["name"]: found["data"] for found in objects if found["kind"] == "ConfigMap"}
@@ -193,7 +193,7 @@ def pods() -> None:
             return [*words, "--name", f"{name}-{index}", described["image"], *described["args"]]
 
         network = f"{name}-smoke"
-        run("podman", "network", "create", "--ignore", network)
+        run("podman", "network", "create", network)
         (initial,), (main,) = spec["initContainers"], spec["containers"]
         try:
             for index in (0, 1):

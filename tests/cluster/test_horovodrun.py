@@ -1,0 +1,57 @@
+"""launch/horovodrun.sh on two hosts, which are real but for the machine that they share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import cluster_lab
+from tests.programs import missing
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "--dataset=synthetic",
+    "--synthetic_num_users=300",
+    "--synthetic_events_per_user=20",
+    "--synthetic_num_items=100",
+    "--embedding_dim=8",
+    "--attention_hidden_units=8",
+    "--hidden_units=8",
+    "--global_batch_size=512",
+    "--epochs=1",
+    "--noxla",
+)
+
+
+@pytest.mark.timeout(300)
+def test_two_hosts(tmp_path: Path) -> None:
+    variables = {"DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
+    # Reaches the workers, as every other variable: the log of each says at this level that Horovod has started.
+    variables["HOROVOD_LOG_LEVEL"] = "info"
+    try:
+        with cluster_lab.hosts(2) as (first, second):
+            flags = [
+                f"--hosts={first.address},{second.address}",
+                "--network_interface=eth0",
+                "--wait_for_hosts_seconds=30",
+            ]
+            flags += [f"--log_dir={tmp_path}/logs", f"--data_dir={tmp_path}/data", f"--output_dir={tmp_path}/output"]
+            done = subprocess.run(
+                first.command([str(ROOT / "launch" / "horovodrun.sh"), *flags, *FLAGS]),
+                env={**os.environ, **variables},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=240,
+            )
+    except cluster_lab.LabError as error:
+        missing(str(error))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 2
+    for rank in (0, 1):
+        assert f"[{rank}]: Horovod initialized" in (tmp_path / "logs" / f"rank-{rank}.log").read_text()
