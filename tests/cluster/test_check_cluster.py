@@ -234,7 +234,7 @@ def test_two_names_of_one_machine(prepared: Config) -> None:
     [
         ((), "--hosts: name the hosts here or in --hosts_file. Received: ''."),
         (("-H", "a:1", "--hosts_file=hosts"), "--hosts: name the hosts here or in --hosts_file. Received: 'a:1'."),
-        (("-H", "gpu1:none"), "--hosts: must be HOST or HOST:SLOTS, comma-separated. Received: 'gpu1:none'."),
+        (("-H", "gpu1:none"), "--hosts: must be HOST or HOST:SLOTS, comma-separated, or slurm. Received: 'gpu1:none'."),
         (("-H", "a:1,b:1,a:1"), "--hosts: each host may be named once. Received: 'a' twice. Add up its slots."),
         (("-H", "a", "--ssh_port=0"), "--ssh_port: must be a port. Received: 0."),
         (("-H", "localhost", "--output_dir=/proc/runs"), "--output_dir: must be a folder that can be written."),
