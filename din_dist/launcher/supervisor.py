@@ -33,6 +33,7 @@ _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
 _HELLO_SECONDS = 10.0
 _HOST = re.compile(r"\bHOROVOD_HOSTNAME=(\S+)")
+_NOISE = b"Horovod background loop uncaught exception"
 _PREFIX = re.compile(rb"\[(\d+)\]<(stdout|stderr)>:(.*)", re.DOTALL)
 
 
@@ -251,6 +252,8 @@ class Supervisor:
                 self._horovodrun_said.append(line)
                 continue
             rank, stream, text = match.groups()
+            if _NOISE in text and "HOROVOD_LOG_LEVEL" not in os.environ:
+                continue  # the trainer says in its own words what came of it
             if self._log_dir:
                 # Opened for each line: an elastic job may run for weeks, and logs be moved under it.
                 with contextlib.suppress(OSError), Path(self._log_dir, f"rank-{int(rank)}.log").open("ab") as log:

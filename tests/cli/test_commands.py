@@ -39,7 +39,9 @@ def run(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
     assert done.returncode == code, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    (line,) = lines
     assert line.startswith("error: ")
     assert message in line
 

@@ -148,7 +148,9 @@ def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
     assert "--min_workers: belongs to --elastic. Received: '2'. Add --elastic, or drop it." in refusal(
         "--min_workers=2"
     )
-    assert "--max_workers: must be a whole number from 1. Received: 'few'" in refusal("--elastic", "--max_workers=few")
+    assert "--max_workers: must be a whole number from 1. Received: 'few'" in refusal(
+        "--elastic", f"--hosts_file={hosts}", "--max_workers=few"
+    )
     assert "must be from --min_workers to --max_workers. Received: '2, with 3 and no limit'" in refusal(
         "--elastic", f"--hosts_file={hosts}", "--min_workers=3"
     )
