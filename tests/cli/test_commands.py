@@ -39,7 +39,8 @@ def run(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
     assert done.returncode == code, done.stderr
-    lines = done.stderr.strip().splitlines()
+    # Horovod's library may remark on a rank that is gone before the others are.
+    lines = [line for line in done.stderr.strip().splitlines() if "/horovod/common/" not in line]
     assert len(lines) == 1, done.stderr
     (line,) = lines
     assert line.startswith("error: ")
