@@ -6,7 +6,6 @@ stdout is the report's path.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +13,13 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli import flags as settings
-from din_dist.config import Config, require
+from din_dist.cli.trained import config_of, trained_model
+from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.report.job import JobRecord, Status, read_job
 
 if TYPE_CHECKING:
-    from din_dist.data.event_store import EventStore
     from din_dist.data.splits import Examples
-    from din_dist.models.ranking_model import RankingModel
     from din_dist.report.page import Findings
 
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
@@ -68,11 +65,11 @@ def _find(record: JobRecord, most: int) -> Findings:
     tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
     found = Findings(record)
     try:
-        config = found.config = _config(record)
+        config = found.config = config_of(record.folder)
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
         found.data = Data(store.facts, {name: examples.num_examples for name, examples in splits.items()})
-        model, found.step = _trained_model(config, store)
+        model, found.step = trained_model(config, store)
         split = _split_to_score(record, splits)
         entry.say(f"scoring the {split} split with the weights of update {found.step}")
         examples = scoring.thin_out(splits[split], most)
@@ -87,59 +84,6 @@ def _find(record: JobRecord, most: int) -> Findings:
         found.problems.append(str(error))
         entry.say(f"left out: {error}")
     return found
-
-
-def _config(record: JobRecord) -> Config:
-    """The settings of the job, which now lies in `record.folder` wherever it was then.
-
-    Raises:
-        InputError: they are not there, or are not settings of this version.
-    """
-    path = record.folder / "flags.txt"
-    if record.flags is None:
-        raise InputError(f"{path}: holds the settings of the job. Received: no such file. Only the curves are shown.")
-    values = flags.FlagValues()
-    settings.define_flags(values)
-    try:
-        rest = values(["report", *record.flags.splitlines()], known_only=True)[1:]
-    except flags.Error as error:
-        raise InputError(
-            f"{path}: must be settings of this version. Received: {error}. Only the curves are shown."
-        ) from error
-    if rest:
-        entry.say(f"{path}: settings that this version does not know are left aside: {' '.join(rest)}")
-    config = settings.config_from_flags(values)
-    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(record.folder)))
-
-
-def _trained_model(config: Config, store: EventStore) -> tuple[RankingModel, int]:
-    """The model with the best weights by validation, or the newest where there is none, and their step.
-
-    Raises:
-        InputError: there is no checkpoint, or it does not fit.
-    """
-    from din_dist.assembly import make_model
-    from din_dist.distributed.runtime import Runtime
-    from din_dist.training.checkpoint import CheckpointStore
-
-    model = make_model(config.model, store.facts, store.item_features, seed=config.job.seed)
-    variables = {weight.path: weight.value for weight in model.weights}
-    checkpoints = CheckpointStore(config, store.facts.fingerprint, Runtime())
-    for attempts_left in (1, 0):
-        try:
-            state = checkpoints.restore(variables)
-            if state is None:
-                raise InputError(
-                    f"{config.job.output_dir}: what the model has learned is read from a checkpoint. "
-                    "Received: none yet. One is written at the end of each epoch, or by --checkpoint_every_steps."
-                )
-            if state.best_step not in (0, state.step):
-                checkpoints.restore(variables, state.best_step)
-            return model, state.best_step or state.step
-        except InputError:
-            if not attempts_left:  # a job at work may have replaced what was being read
-                raise
-    raise AssertionError
 
 
 def _split_to_score(record: JobRecord, splits: Mapping[str, Examples]) -> str:

@@ -1,0 +1,79 @@
+"""What a training job left behind, opened again: its settings, its data and the model with its best weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.cli import flags as settings
+from din_dist.config import Config
+from din_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from din_dist.data.event_store import EventStore
+    from din_dist.models.ranking_model import RankingModel
+
+
+def config_of(folder: Path) -> Config:
+    """The settings of the job whose `--output_dir` now lies in `folder`, wherever it was then.
+
+    Raises:
+        InputError: they are not there, or are not settings of this version.
+    """
+    path = folder / "flags.txt"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: holds the settings of a training job. Received: no such file. Give the --output_dir that the "
+            "job was given."
+        )
+    values = flags.FlagValues()
+    settings.define_flags(values)
+    try:
+        rest = values(["trained", *path.read_text(errors="replace").splitlines()], known_only=True)[1:]
+    except flags.Error as error:
+        raise InputError(
+            f"{path}: must be settings of this version. Received: {error}. Use the version that trained it, or train "
+            "again."
+        ) from error
+    if rest:
+        entry.say(f"{path}: settings that this version does not know are left aside: {' '.join(rest)}")
+    config = settings.config_from_flags(values)
+    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(folder)))
+
+
+def trained_model(config: Config, store: EventStore, step: int | None = None) -> tuple[RankingModel, int]:
+    """The model with its weights after update `step`, and that update.
+
+    Args:
+        step: which checkpoint; None: the best by validation, or the newest where there is no validation.
+
+    Raises:
+        InputError: there is no such checkpoint, or it does not fit.
+    """
+    from din_dist.assembly import make_model
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.training.checkpoint import CheckpointStore
+
+    model = make_model(config.model, store.facts, store.item_features, seed=config.job.seed)
+    variables = {weight.path: weight.value for weight in model.weights}
+    checkpoints = CheckpointStore(config, store.facts.fingerprint, Runtime())
+    for attempts_left in (1, 0):
+        try:
+            state = checkpoints.restore(variables, step)
+            if state is None:
+                raise InputError(
+                    f"{config.job.output_dir}: what the model has learned is read from a checkpoint. "
+                    "Received: none yet. One is written at the end of each epoch, or by --checkpoint_every_steps."
+                )
+            if step is None and state.best_step not in (0, state.step):
+                checkpoints.restore(variables, state.best_step)
+                return model, state.best_step
+            return model, state.step
+        except InputError:
+            if not attempts_left:  # a job at work may have replaced what was being read
+                raise
+    raise AssertionError
