@@ -21,13 +21,21 @@ class LocalLookup(keras.layers.Layer):
         tables: the item's own table first, then one for each of `item_features`, in its order.
         item_features: name -> int32 `[num_item_rows]`, the feature's id of each item.
         seed: of the initial values; every table gets its own.
+        row_of_item: int32 `[num_item_rows]`, the row of each item in its table: its own, or that of `UNKNOWN_ID`, which
+            many share. Then -id means item `id` with its own id hidden: that row, and its features. None: their own.
     """
 
     def __init__(
-        self, tables: Sequence[TableSpec], item_features: Mapping[str, np.ndarray], seed: int = 0, **kwargs: Any
+        self,
+        tables: Sequence[TableSpec],
+        item_features: Mapping[str, np.ndarray],
+        seed: int = 0,
+        row_of_item: np.ndarray | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.specs = tuple(tables)
+        self.row_of_item = None if row_of_item is None else tf.constant(row_of_item, tf.int32)
         self.item_features = {name: tf.constant(ids, tf.int32) for name, ids in item_features.items()}
         self.tables = [
             self.add_weight(
@@ -49,13 +57,37 @@ class LocalLookup(keras.layers.Layer):
 
         Nor is any row of a table gathered twice, so that the gradient of a table names each row once.
         """
-        rows = [tf.gather(self.tables[0].value, item_ids)]
-        for table, feature_of_item in zip(self.tables[1:], self.item_features.values(), strict=True):
-            distinct, places = tf.unique(tf.gather(feature_of_item, item_ids))
-            rows.append(tf.gather(tf.gather(table.value, distinct), places))
-        return tf.concat(rows, axis=1), tf.squeeze(tf.gather(self.item_bias.value, item_ids), axis=1)
+        return self.rows(self.item_rows(item_ids), self.feature_ids(item_ids))
+
+    def item_rows(self, item_ids: tf.Tensor) -> tf.Tensor:
+        """The row of each of `item_ids` `[U]` in the item's table."""
+        if self.row_of_item is None:
+            return item_ids
+        return tf.where(item_ids < 0, UNKNOWN_ID, tf.gather(self.row_of_item, tf.abs(item_ids)))
+
+    def feature_ids(self, item_ids: tf.Tensor) -> list[tf.Tensor]:
+        """The features' ids of each of `item_ids` `[U]`, in the order of the tables."""
+        items = item_ids if self.row_of_item is None else tf.abs(item_ids)
+        return [tf.gather(of_item, items) for of_item in self.item_features.values()]
+
+    def rows(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """As `call`, of items whose row of the item's table and ids of the features (in their order) are given, `[U]`.
+
+        For a gradient that names each row once, no row of the item's table may be named twice, unless items share rows.
+        """
+        place_of = None
+        if self.row_of_item is not None:
+            item_rows, place_of = tf.unique(item_rows)
+        vectors, biases = tf.gather(self.tables[0].value, item_rows), tf.gather(self.item_bias.value, item_rows)
+        if place_of is not None:
+            vectors, biases = tf.gather(vectors, place_of), tf.gather(biases, place_of)
+        parts = [vectors]
+        for table, ids in zip(self.tables[1:], feature_ids, strict=True):
+            distinct, places = tf.unique(ids)
+            parts.append(tf.gather(tf.gather(table.value, distinct), places))
+        return tf.concat(parts, axis=1), tf.squeeze(biases, axis=1)
 
     def unknown(self, item_ids: tf.Tensor) -> tf.Tensor:
-        """Bool `[tables, U]`: which of `item_ids` `[U]` have no known id in a table."""
-        features = [tf.gather(feature_of_item, item_ids) for feature_of_item in self.item_features.values()]
-        return tf.stack([item_ids, *features]) == UNKNOWN_ID
+        """Bool `[tables, U]`: which of `item_ids` `[U]` have no known id in a table; a hidden one is known."""
+        items = item_ids if self.row_of_item is None else tf.abs(item_ids)
+        return tf.stack([self.item_rows(items), *self.feature_ids(items)]) == UNKNOWN_ID

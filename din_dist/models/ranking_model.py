@@ -93,13 +93,25 @@ class RankingModel(keras.Model):
 
     def call(self, batch: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
+        compiled = self.compiled and training
         distinct, places = items_of(batch)
-        return self._logits(
-            distinct,
-            places,
-            segment_ids(batch[schema.HISTORY_LENGTHS]),
-            position_of=None,
-            num_candidates=tf.size(batch[schema.CANDIDATE_ITEM_IDS]),
+        vectors, biases = self.lookup(distinct)  # [U, H], [U]
+        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
+        num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
+        candidate_places, key_of = places[:num_candidates], places[num_candidates:]
+        num_pairs = None
+        if compiled:  # few pairs of lengths: see `num_computed_positions`; of U 12 % more
+            num_pairs = tf.size(key_of)
+            vectors = padded(vectors, round_up(tf.size(distinct), steps=4))
+            key_of = padded(key_of, self.num_computed_positions(num_pairs))
+            candidate_of = padded(candidate_of, tf.size(key_of), -1)
+        return self.logits(
+            rows_at(vectors, candidate_places, compiled=compiled),
+            tf.gather(biases, candidate_places),
+            vectors,
+            candidate_of,
+            key_of,
+            num_pairs=num_pairs,
             keys_of_dropout=batch.get(schema.EXAMPLE_KEYS),
             training=training,
         )
@@ -126,48 +138,41 @@ class RankingModel(keras.Model):
         lengths = tf.gather(history_lengths, history_of)  # [C]
         position_of = tf.ragged.range(starts, starts + lengths).values  # [P]
         distinct, places = distinct_items(candidate_item_ids, history_item_ids)
-        return self._logits(
-            distinct,
-            places,
+        vectors, biases = self.lookup(distinct)
+        num_candidates = tf.size(candidate_item_ids)
+        candidate_places, position_places = places[:num_candidates], places[num_candidates:]
+        return self.logits(
+            tf.gather(vectors, candidate_places),
+            tf.gather(biases, candidate_places),
+            vectors,
             segment_ids(lengths),
-            position_of,
-            num_candidates=tf.size(candidate_item_ids),
-            keys_of_dropout=None,
-            training=False,
+            tf.gather(position_places, position_of),
         )
 
-    def _logits(
+    def logits(
         self,
-        item_ids: tf.Tensor,
-        places: tf.Tensor,
+        candidate: tf.Tensor,
+        biases: tf.Tensor,
+        keys: tf.Tensor,
         candidate_of: tf.Tensor,
-        position_of: tf.Tensor | None,
-        num_candidates: tf.Tensor,
-        keys_of_dropout: tf.Tensor | None,
-        training: bool,
+        key_of: tf.Tensor,
+        *,
+        num_pairs: tf.Tensor | None = None,
+        keys_of_dropout: tf.Tensor | None = None,
+        training: bool = False,
     ) -> tf.Tensor:
-        """Logits `[C]`.
+        """Logits `[C]` of items that were looked up before.
 
         Args:
-            item_ids: `[U]`, each once; `places` `[C + N]`: where in it the candidates and then the histories stand.
-            candidate_of, position_of: `[P]`, pair candidates with history positions; None: each position once.
+            candidate: `[C, H]`; `biases` `[C]`.
+            keys: `[K, H]`, the items of the histories: what the attention computes of a key alone, it does once.
+            candidate_of, key_of: int32 `[P]`, pair candidates with the keys of their histories; `candidate_of` ascends.
+            num_pairs: how many of the P pairs are real; the rest is padding, of candidate -1. None: all.
         """
-        compiled = self.compiled and training
-        vectors, biases = self.lookup(item_ids)
-        candidate_places, key_of = places[:num_candidates], places[num_candidates:]
-        if position_of is not None:
-            key_of = tf.gather(key_of, position_of)
-        num_pairs = None
-        if compiled:  # few pairs of lengths: see `num_computed_positions`; of U 12 % more
-            num_pairs = tf.size(key_of)
-            vectors = padded(vectors, round_up(tf.size(item_ids), steps=4))
-            key_of = padded(key_of, self.num_computed_positions(num_pairs))
-            candidate_of = padded(candidate_of, tf.size(key_of), -1)
-        candidate = rows_at(vectors, candidate_places, compiled=compiled)  # [C, H]
-        interest = self.interest(candidate, vectors, candidate_of, key_of, training, num_pairs)
+        interest = self.interest(candidate, keys, candidate_of, key_of, training, num_pairs)
         interest = self.interest_projection(self.interest_norm(interest, training=training))
         features = self.head_norm(self.head_inputs(interest, candidate), training=training)
-        return self.head(features, keys_of_dropout, training=training) + tf.gather(biases, candidate_places)
+        return self.head(features, keys_of_dropout, training=training) + biases
 
 
 def items_of(batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:

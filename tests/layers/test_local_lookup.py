@@ -27,6 +27,13 @@ def test_vectors_with_the_embedding_of_the_feature_at_their_side(lookup):
     assert lookup.width == 3
 
 
+def test_rows_and_features_apart(lookup):
+    """Of an item with its id hidden, or with another category than its own; any of them twice."""
+    vectors, biases = lookup.rows(tf.constant([0, 3, 0]), [tf.constant([2, 1, 2])])
+    assert_array_equal(vectors, [[0, 1, -2], [30, 31, -1], [0, 1, -2]])
+    assert_array_equal(biases, np.float32([0, 0.3, 0]))
+
+
 def test_a_batch_of_one_and_of_none_and_no_features():
     lookup = LocalLookup([TableSpec("item", 4, 2)], {})
     for num_items in (0, 1):
