@@ -15,6 +15,7 @@ from din_dist.config import Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
+from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.local_activation_unit import LocalActivationUnit
@@ -64,13 +65,14 @@ def make_model(
     item_features: Mapping[str, np.ndarray],
     *,
     seed: int,
+    row_of_item: np.ndarray | None = None,
     sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     compiled: bool = False,
     attention: type[LocalActivationUnit] = LocalActivationUnit,
 ) -> RankingModel:
-    """A model with its variables made, the same for the same `seed`."""
+    """A model with its variables made, the same for the same `seed`; `row_of_item` as of `LocalLookup`."""
     keras.utils.set_random_seed(seed)
-    lookup = LocalLookup(table_specs(config, facts), item_features, seed=seed, name="lookup")
+    lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, name="lookup")
     match config.model:
         case ModelKind.DIN:
             model: RankingModel = DIN(lookup, config, sum_over_ranks, compiled, attention, name="model")
@@ -108,11 +110,13 @@ def make_job(
     """
     splits = split_examples(store, config.data)
     examples = splits["train"]
+    trained = trained_items(store, config.data, splits)
     model = make_model(
         config.model,
         dataclasses.replace(store.facts, num_items=spread * store.facts.num_items),
         {name: np.repeat(ids, spread)[spread - 1 :] for name, ids in store.item_features.items()},
         seed=config.job.seed,
+        row_of_item=spread * np.repeat(trained.row_of_item, spread)[spread - 1 :] if trained else None,
         sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
         compiled=config.job.xla,
         attention=attention,
@@ -120,7 +124,7 @@ def make_job(
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     names = list(variables)
     tables = [weight.path for weight in model.lookup.trainable_weights]
-    row_counts = _row_counts(config, store, splits, model.lookup)
+    row_counts = _row_counts(config, store, splits, trained, model.lookup)
     optimizer = make_optimizer(
         config.optimizer, list(variables.values()), names, tables=tables, compiled=config.job.xla
     )
@@ -154,6 +158,7 @@ def make_job(
                 shard_index=runtime.rank,
                 num_shards=runtime.world_size,
                 num_parallel_calls=num_threads,
+                trained=trained,
             )
         )
         if spread == 1:
@@ -182,14 +187,24 @@ def make_job(
 
 
 def _row_counts(
-    config: Config, store: EventStore, splits: Mapping[str, Examples], lookup: LocalLookup
+    config: Config,
+    store: EventStore,
+    splits: Mapping[str, Examples],
+    trained: TrainedItems | None,
+    lookup: LocalLookup,
 ) -> dict[str, np.ndarray]:
     """By the name of each table, how often its rows occur in training; ones where nobody will ask."""
     of_items = np.zeros(store.facts.num_items + 1)
     if config.optimizer.mini_batch_aware_l2:
         of_items = item_counts(store, splits).astype(np.float64)
     row_ids = [np.arange(len(of_items)), *store.item_features.values()]
-    return {
+    counts = {
         table.path: np.bincount(ids, of_items, spec.num_rows)
         for table, spec, ids in zip(lookup.tables, lookup.specs, row_ids, strict=True)
     }
+    if trained:  # the reserved row has the events whose item is hidden
+        rate = config.data.unknown_item_rate
+        of_rows = (1 - rate) * counts[lookup.tables[0].path]
+        of_rows[schema.UNKNOWN_ID] = rate * of_items.sum()
+        counts |= {lookup.tables[0].path: of_rows}
+    return counts

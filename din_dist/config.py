@@ -21,6 +21,11 @@ class Split(enum.StrEnum):
     TEMPORAL = "temporal"
 
 
+class UnknownItem(enum.StrEnum):
+    UNTRAINED = "untrained"
+    FEATURES = "features"
+
+
 class ModelKind(enum.StrEnum):
     DIN = "din"
     MEAN_POOLING = "mean_pooling"
@@ -65,6 +70,9 @@ class WireDtype(enum.StrEnum):
 class LogFormat(enum.StrEnum):
     TEXT = "text"
     JSON = "json"
+
+
+UNKNOWN_ITEM_RATE = 0.1
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -137,6 +145,14 @@ class DataConfig:
     evaluation_negatives_per_positive: int = setting(
         1, "Without labels: negatives per positive for validation and test (the authors use 1); never redrawn."
     )
+    unknown_item: UnknownItem = setting(
+        UnknownItem.UNTRAINED,
+        "How items score that training never saw. untrained: by vectors that have learned nothing. features: by what "
+        "their item features say, which is learned by hiding item ids at random (--unknown_item_rate).",
+    )
+    unknown_item_rate: float = setting(
+        UNKNOWN_ITEM_RATE, "For --unknown_item=features: share of the item ids hidden in training, between 0 and 1."
+    )
 
     def __post_init__(self) -> None:
         kind, _, category = self.dataset.partition("/")
@@ -176,6 +192,20 @@ class DataConfig:
         _require_at_least(self, 1, "max_history_length", "negatives_per_positive", "evaluation_negatives_per_positive")
         _require_at_least(self, 2, "synthetic_num_items", "synthetic_events_per_user")
         _require_at_least(self, 1, "synthetic_num_users", "synthetic_num_categories")
+        require(
+            0 < self.unknown_item_rate < 1,
+            "must be between 0 and 1",
+            "unknown_item_rate",
+            self.unknown_item_rate,
+            f"For example {UNKNOWN_ITEM_RATE}.",
+        )
+        require(
+            self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
+            "belongs to --unknown_item=features",
+            "unknown_item_rate",
+            self.unknown_item_rate,
+            "Add --unknown_item=features, or drop it.",
+        )
         if self.split is not Split.TEMPORAL:
             for name in ("validation_from", "test_from"):
                 value = getattr(self, name)
@@ -422,8 +452,11 @@ FREE_TO_CHANGE = {
 
 
 def differences(saved: dict, current: dict) -> list[str]:
-    """Settings by which two `Config.to_json()` would train different models, as `--name: saved, now current`."""
-    before, now = _learned_by(saved), _learned_by(current)
+    """Settings by which two `Config.to_json()` would train different models, as `--name: saved, now current`.
+
+    What `saved` does not name yet had its default: settings are added so that their default is what was done before.
+    """
+    before, now = _learned_by(Config().to_json()) | _learned_by(saved), _learned_by(current)
     return [f"--{name}: {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
 
-# --- A packed batch: flat arrays, nothing padded. ---
+# --- A packed batch: flat arrays, nothing padded. Of an item whose own id is hidden, -id stands for the id. ---
 CANDIDATE_ITEM_IDS = "candidate_item_ids"  # int32 [B]
 HISTORY_ITEM_IDS = "history_item_ids"  # int32 [N], the histories end to end, each oldest first
 HISTORY_LENGTHS = "history_lengths"  # int32 [B], sum N

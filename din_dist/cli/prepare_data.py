@@ -25,6 +25,7 @@ def main() -> None:
     from din_dist.data.prepared import prepare
     from din_dist.data.splits import split_examples
     from din_dist.data.statistics import describe
+    from din_dist.data.trained_items import trained_items
     from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
 
     store = prepare(config.data, overwrite=flags.FLAGS.overwrite_prepared)
@@ -33,6 +34,9 @@ def main() -> None:
     splits = split_examples(store, config.data)
     counts = ", ".join(f"{name} {examples.num_examples:,}" for name, examples in splits.items())
     print(f"examples ({config.data.split}): {counts}")
+    if trained := trained_items(store, config.data, splits):
+        num_new = store.facts.num_items - len(trained.ids) + 1
+        print(f"items that training never sees: {num_new:,} of {store.facts.num_items:,}")
     table_specs(config.model, store.facts)
     # Only where the user names the folder: others prepare data while the default one holds an unrelated job.
     if flags.FLAGS["output_dir"].present and (checkpoint := latest_checkpoint(config)):

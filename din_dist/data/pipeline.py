@@ -14,11 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import schema
-from din_dist.config import DataConfig
+from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
+from din_dist.data.trained_items import TrainedItems
 
 BATCH_SIGNATURE = {
     schema.CANDIDATE_ITEM_IDS: tf.TensorSpec([None], tf.int32),
@@ -32,7 +33,7 @@ BATCH_SIGNATURE = {
 }
 
 # Streams of random numbers that must not resemble each other.
-_NEGATIVES, _DROPOUT, _EVALUATION = 1, 2, 3
+_NEGATIVES, _DROPOUT, _EVALUATION, _HIDING = 1, 2, 3, 4
 
 
 def share(total: Any, index: int, num_shards: int) -> tuple[Any, Any]:
@@ -50,6 +51,7 @@ class BatchMaker:
     """Turns example numbers of one split into packed batches.
 
     `resample` draws other negatives in each epoch; `stream` keeps the draws of evaluation apart from those of training.
+    `trained`: the items that negatives are drawn from; None: all. `hidden_rate`: share of the item ids that are hidden.
     """
 
     store: EventStore
@@ -58,6 +60,8 @@ class BatchMaker:
     seed: int
     stream: int
     resample: bool = False
+    trained: TrainedItems | None = None
+    hidden_rate: float = 0.0
 
     def __post_init__(self) -> None:
         arrays = {
@@ -69,11 +73,16 @@ class BatchMaker:
             "history_offsets": self.store.history_offsets,
             "history_ends": self.store.history_ends,
             "labels": self.store.labels,
-            "touched_gaps": self.store.touched_gaps,
-            "touched_offsets": self.store.touched_offsets,
+            "touched_gaps": self._drawn_from.touched_gaps,
+            "touched_offsets": self._drawn_from.touched_offsets,
+            "trained_ids": self.trained.ids if self.trained else None,
         }
         tensors = {name: _without_copying(array) for name, array in arrays.items() if array is not None}
         object.__setattr__(self, "_tensors", tensors)
+
+    @property
+    def _drawn_from(self) -> EventStore | TrainedItems:
+        return self.trained or self.store
 
     def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
         """The packed batch (see `schema`) of `example_ids`, int64 `[B]`."""
@@ -95,27 +104,50 @@ class BatchMaker:
                 tf.gather(arrays["touched_offsets"], user),
                 tf.gather(arrays["touched_offsets"], user + 1),
                 arrays["touched_gaps"],
-                self.store.facts.num_items,
-                num_halvings=self.store.max_touched.bit_length(),
+                self.store.facts.num_items if self.trained is None else len(self.trained.ids) - 1,
+                num_halvings=self._drawn_from.max_touched.bit_length(),
             )
+            if self.trained is not None:
+                negative = tf.gather(arrays["trained_ids"], negative)
             candidate = tf.where(draw == 0, candidate, negative)
         history_start = tf.maximum(
             tf.gather(arrays["history_offsets"], user), history_end - tf.constant(self.max_history_length, tf.int64)
         )
         window = tf.ragged.range(history_start, history_end).values
         history = tf.gather(arrays["history_item_ids"], window)
+        history_lengths = tf.cast(history_end - history_start, tf.int32)
+        if self.hidden_rate:
+            candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # Which rows the step will want is found here, while the step before is at work.
         distinct, places = tf.unique(tf.concat([candidate, history], axis=0))
         return {
             schema.CANDIDATE_ITEM_IDS: candidate,
             schema.HISTORY_ITEM_IDS: history,
-            schema.HISTORY_LENGTHS: tf.cast(history_end - history_start, tf.int32),
+            schema.HISTORY_LENGTHS: history_lengths,
             schema.EXAMPLE_KEYS: tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids), tf.int64),
             schema.LABELS: labels,
             schema.DISTINCT_ITEM_IDS: distinct,
             schema.ITEM_PLACES: places,
             schema.EXAMPLE_IDS: example_ids,
         }
+
+    def _hide(
+        self,
+        candidate: tf.Tensor,
+        history: tf.Tensor,
+        history_lengths: tf.Tensor,
+        example_ids: tf.Tensor,
+        epoch: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Candidates and histories, of which a share of the items has its id hidden.
+
+        An example hides an item wherever it has it, as candidate and in its history: so it is with a new item.
+        """
+        keys = hash64(self.seed, _HIDING, epoch, example_ids)
+        items = tf.concat([candidate, history], axis=0)
+        random = hash64(tf.concat([keys, tf.repeat(keys, history_lengths)], axis=0), items)
+        items = tf.where(random < tf.constant(int(self.hidden_rate * 2**64), tf.uint64), -items, items)
+        return items[: tf.size(candidate)], items[tf.size(candidate) :]
 
 
 def training_batches(
@@ -130,13 +162,28 @@ def training_batches(
     shard_index: int,
     num_shards: int,
     num_parallel_calls: int = 2,
+    trained: TrainedItems | None = None,
 ) -> tf.data.Dataset:
     """This shard's batches of updates `first_step` to `end_step` - 1 (counted from 0, through the epochs).
 
     Together the shards see every example exactly once an epoch, whatever their number: update s takes places
     [s * G, (s + 1) * G) of its epoch's order, and the shards divide those among themselves.
+
+    Args:
+        trained: of `data/trained_items.py`, for the same `config`: items that are to be hidden at random.
     """
-    maker = BatchMaker(store, examples, config.max_history_length, seed, _NEGATIVES, config.resample_negatives)
+    if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
+        raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
+    maker = BatchMaker(
+        store,
+        examples,
+        config.max_history_length,
+        seed,
+        _NEGATIVES,
+        config.resample_negatives,
+        trained,
+        hidden_rate=config.unknown_item_rate if trained else 0.0,
+    )
     num_examples = examples.num_examples
     per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
 

@@ -71,11 +71,11 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
     if not store.facts.has_labels:
         _require_untouched_items(store)
     cut_times = _cut_times(store, config) if config.split is Split.TEMPORAL else ()
-    folder = store.folder / PACKED_DIR / "-".join(["split", config.split, *map(str, cut_times)])
+    folder = _kept_in("split", store, config, cut_times)
     if not folder.is_dir():
         runs = {name: _runs(*bounds) for name, bounds in _bounds(store, config.split, cut_times).items()}
         try:
-            _publish(folder, runs)
+            publish(folder, runs)
         except OSError:  # prepared data on a read-only disk: then each process holds its own
             return _checked({name: _examples(store, config, name, arrays) for name, arrays in runs.items()}, config)
     mapped = {
@@ -83,6 +83,15 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
     }
     _check_kept_cut(store, folder, mapped)
     return _checked({name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}, config)
+
+
+def kept_in(name: str, store: EventStore, config: DataConfig) -> Path:
+    """The folder beside the packed events for what follows from them and the cut alone."""
+    return _kept_in(name, store, config, _cut_times(store, config) if config.split is Split.TEMPORAL else ())
+
+
+def _kept_in(name: str, store: EventStore, config: DataConfig, cut_times: Sequence[int]) -> Path:
+    return store.folder / PACKED_DIR / "-".join([name, config.split, *map(str, cut_times)])
 
 
 def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +148,8 @@ def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examp
     return splits
 
 
-def _publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes `folder`, a file NAME-ARRAY.npy each, at once."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, arrays in runs.items():

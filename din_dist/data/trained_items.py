@@ -1,0 +1,152 @@
+"""Which items training sees: the others are told by their features alone, and are no training negatives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from din_dist.config import DataConfig, UnknownItem, require
+from din_dist.data.event_store import USERS, EventStore, map_array
+from din_dist.data.splits import Examples, kept_in, publish
+from din_dist.errors import InputError
+from din_dist.schema import UNKNOWN_ID
+
+_CHUNK = 10_000_000  # events in memory at once
+_NAME = "trained"
+_OCCUR, _OFFSETS, _GAPS = "occur", "touched_offsets", "touched_gaps"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedItems:
+    """The K items that occur in training, numbered 1 to K in the order of their ids.
+
+    `occur`: bool `[num_items + 1]`, whether an item does. `touched_offsets`, `touched_gaps`: as of `EventStore`, but of
+    these items alone and by their numbers; None with labels, where no negatives are drawn.
+    """
+
+    occur: np.ndarray
+    touched_offsets: np.ndarray | None
+    touched_gaps: np.ndarray | None
+
+    @property
+    def row_of_item(self) -> np.ndarray:
+        """int32 `[num_items + 1]`: the row of each item in the item's table; the reserved one for items not seen."""
+        return np.where(self.occur, np.arange(len(self.occur)), UNKNOWN_ID).astype(np.int32)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 `[K + 1]`: the item of each number; `UNKNOWN_ID` of 0."""
+        return np.concatenate([[UNKNOWN_ID], np.flatnonzero(self.occur)]).astype(np.int32)
+
+    @property
+    def max_touched(self) -> int:
+        """The number of different of these items that any one user touched; 0 with labels."""
+        return 0 if self.touched_offsets is None else int(np.diff(self.touched_offsets).max(initial=0))
+
+
+def trained_items(store: EventStore, config: DataConfig, splits: Mapping[str, Examples]) -> TrainedItems | None:
+    """None where all items have rows of their own (`--unknown_item=untrained`).
+
+    It is kept beside the packed events as the cut is, memory-mapped: a job's workers on one machine hold it once.
+
+    Raises:
+        InputError: items have no features, a user has touched all trained items, or what was kept is damaged.
+    """
+    if config.unknown_item is UnknownItem.UNTRAINED:
+        return None
+    require(
+        bool(store.item_features),
+        "needs features that tell of an item",
+        "unknown_item",
+        str(config.unknown_item),
+        "Name their columns in --item_features, or drop it.",
+    )
+    folder = kept_in(_NAME, store, config)
+    if not folder.is_dir():
+        arrays = {_OCCUR: _occurring(store, splits["train"])}
+        if not store.facts.has_labels:
+            arrays[_OFFSETS], arrays[_GAPS] = _touched_among(store, arrays[_OCCUR])
+        try:
+            publish(folder, {_NAME: arrays})
+        except OSError:  # prepared data on a read-only disk: then each process holds its own
+            return _checked(store, splits, arrays)
+    names = (_OCCUR,) if store.facts.has_labels else (_OCCUR, _OFFSETS, _GAPS)
+    mapped = {name: map_array(folder / f"{_NAME}-{name}.npy", store.files) for name in names}
+    _check_kept(store, folder, mapped)
+    return _checked(store, splits, mapped)
+
+
+def _checked(store: EventStore, splits: Mapping[str, Examples], arrays: Mapping[str, np.ndarray]) -> TrainedItems:
+    found = TrainedItems(arrays[_OCCUR], arrays.get(_OFFSETS), arrays.get(_GAPS))
+    if found.touched_offsets is not None:
+        users = splits["train"].users
+        num_touched, num_trained = np.diff(found.touched_offsets)[users], len(found.ids) - 1
+        if num_touched.max() >= num_trained:
+            user = store.vocabulary(USERS)[int(users[num_touched.argmax()])]
+            raise InputError(
+                "Negatives of training are items that it sees and that the user never touched. Received: user "
+                f"{user.as_py()!r}, who touched all {num_trained} items of the training events. Remove that user, or "
+                "drop --unknown_item=features."
+            )
+    return found
+
+
+def _check_kept(store: EventStore, folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    lengths = {_OCCUR: store.facts.num_items + 1, _OFFSETS: store.facts.num_users + 1}
+    whole = all(len(arrays[name]) == length for name, length in lengths.items() if name in arrays)
+    if not whole or (_GAPS in arrays and len(arrays[_GAPS]) != arrays[_OFFSETS][-1]):
+        raise InputError(
+            f"{folder}: the arrays must be those of {store.facts.num_items} items and {store.facts.num_users} users. "
+            f"Received: lengths {', '.join(str(len(array)) for array in arrays.values())}. Delete this folder."
+        )
+
+
+def _occurring(store: EventStore, train: Examples) -> np.ndarray:
+    """Bool `[num_items + 1]`: the items of training examples and of their histories."""
+    found = np.zeros(store.facts.num_items + 1, bool)
+    begins = store.user_offsets[train.users]  # all that a user did before is history
+    ends = train.row_ends.astype(np.int64) + train.event_bases
+    for first, end in _chunks(np.cumsum(ends - begins)):
+        lengths = (ends - begins)[first:end]
+        before = np.cumsum(lengths) - lengths
+        events = np.arange(lengths.sum()) + np.repeat(begins[first:end] - before, lengths)
+        found[store.item_ids[events]] = True
+    return found
+
+
+def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`touched_offsets` and `touched_gaps` of the `kept` items alone, by their numbers among these."""
+    offsets, gaps = store.touched_offsets, store.touched_gaps
+    assert offsets is not None
+    assert gaps is not None
+    if kept[1:].all():
+        return offsets, gaps
+    number_of = np.cumsum(kept)
+    new_counts, new_gaps = [np.zeros(1, np.int64)], []
+    for first, end in _chunks(offsets[1:]):
+        counts = np.diff(offsets[first : end + 1])
+        user_of, rank = np.repeat(np.arange(end - first), counts), _ranks(counts)
+        items = gaps[offsets[first] : offsets[end]] + 1 + rank
+        here = kept[items]
+        counts = np.bincount(user_of[here], minlength=end - first)
+        new_counts.append(counts)
+        new_gaps.append((number_of[items[here]] - 1 - _ranks(counts)).astype(np.int32))
+    return np.cumsum(np.concatenate(new_counts)), np.concatenate(new_gaps)
+
+
+def _ranks(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each of successive runs of `counts`."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _chunks(ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and end of runs of users with about `_CHUNK` events each; `ends` `[U]`: how many there are up to each."""
+    first = 0
+    while first < len(ends):
+        before = ends[first - 1] if first else 0
+        end = max(first + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
+        yield first, end
+        first = end
