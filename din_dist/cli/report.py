@@ -57,6 +57,7 @@ def _find(record: JobRecord, most: int) -> Findings:
 
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import item_counts, split_examples
+    from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
     from din_dist.report import attention, scoring
     from din_dist.report.page import Data, Findings
@@ -72,7 +73,7 @@ def _find(record: JobRecord, most: int) -> Findings:
         model, found.step = trained_model(config, store)
         split = _split_to_score(record, splits)
         entry.say(f"scoring the {split} split with the weights of update {found.step}")
-        examples = scoring.thin_out(splits[split], most)
+        examples = thin_out(splits[split], most)
         evaluator = Evaluator(config, store, {**splits, "scored": examples}, Runtime())
         scored = scoring.score(evaluator, "scored", examples, model)
         popularity, num_in_split = item_counts(store, splits), splits[split].num_examples

@@ -90,31 +90,6 @@ class Evaluation:
         return -sum(part * math.log(part) for part in (rate, 1 - rate) if part > 0)
 
 
-def thin_out(examples: Examples, most: int) -> Examples:
-    """At most `most` examples: whole users, evenly spaced, the same ones every time; at least one user."""
-    stride = max(1, -(-examples.num_examples // most))
-    while True:
-        thinned = of_segments(examples, np.arange(0, len(examples.users), stride))
-        if thinned.num_examples <= most or len(thinned.users) <= 1:
-            return thinned
-        stride += max(1, stride // 10)  # the users that were met had more than their share
-
-
-def of_segments(examples: Examples, segments: np.ndarray) -> Examples:
-    """The examples of some users only; `segments`, ascending, are places in `examples.users`."""
-    ends = examples.row_ends.astype(np.int64)
-    rows = examples.rows_per_user()[segments]
-    first_events = examples.event_bases[segments] + (ends[segments] - rows)
-    new_ends = np.cumsum(rows)
-    dtype = examples.row_ends.dtype
-    return Examples(
-        users=examples.users[segments],
-        row_ends=new_ends.astype(dtype),
-        event_bases=(first_events - (new_ends - rows)).astype(dtype),
-        draws_per_row=examples.draws_per_row,
-    )
-
-
 def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingModel) -> Scored:
     """Scores `split` of `evaluator`, whose examples are `examples`."""
     logits_of = tf.function(
