@@ -45,10 +45,16 @@ class Requests:
     SIGINT and SIGTERM ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT ends it
     at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
     They are heard by a thread, whatever the main one waits for; it also gives the worker's agent signs of life.
+
+    Args:
+        answer: what the chief says to the first of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, answer: str = "stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one"
+    ) -> None:
         self.stop = self.leave = False
+        self._answer = answer
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         hear, tell = socket.socketpair()
         tell.setblocking(False)
@@ -73,7 +79,7 @@ class Requests:
             self.leave = True
             return
         if not self.stop and _is_chief():
-            say("stopping after this step and a checkpoint; Ctrl-C once more stops at once, without one")
+            say(self._answer)
         self.stop = True
 
 

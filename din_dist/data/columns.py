@@ -56,7 +56,7 @@ class Columns:
         Raises:
             InputError: a file lacks a column that is required, or that another file has.
         """
-        names = {file: _column_names(file, form) for file in files}
+        names = {file: column_names(file, form) for file in files}
         anywhere = set().union(*names.values())
         columns = dataclasses.replace(
             self,
@@ -184,7 +184,7 @@ class _IdColumn(_Column):
             column = column.dictionary_decode()
         if pa.types.is_integer(column.type):
             value_type = pa.int64()
-        elif _is_text(column.type) or pa.types.is_null(column.type):
+        elif is_text(column.type) or pa.types.is_null(column.type):
             value_type = pa.large_string()
         else:
             rule = f"ids must be strings or integers, not {column.type}"
@@ -227,7 +227,7 @@ class _TimeColumn(_Column):
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         dates = pa.types.is_temporal(column.type) and not pa.types.is_time(column.type)
-        text = _is_text(column.type)
+        text = is_text(column.type)
         if text:
             numbers = pc.match_substring_regex(column, r"^[+-]?[0-9]+(\.0*)?$")
             dates = not pc.any(numbers).as_py()
@@ -251,7 +251,7 @@ class _TimeColumn(_Column):
 
     def _microseconds(self, column: pa.Array) -> pa.Array:
         zone = column.type.tz if pa.types.is_timestamp(column.type) else None
-        if _is_text(column.type) and _ENDS_WITH_ZONE.search(column[0].as_py()):
+        if is_text(column.type) and _ENDS_WITH_ZONE.search(column[0].as_py()):
             zone = "UTC"
         kind = pa.timestamp("us", zone)
         try:
@@ -284,7 +284,7 @@ class _LabelColumn(_Column):
             column = column.dictionary_decode()
         if pa.types.is_boolean(column.type):
             ones, zeros = column, pc.invert(column)
-        elif _is_text(column.type):
+        elif is_text(column.type):
             words = pc.utf8_lower(column)
             zeros, ones = (pc.is_in(words, pa.array(_LABEL_WORDS[label], words.type)) for label in (0, 1))
         elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
@@ -346,7 +346,7 @@ def _joined(chunks: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
@@ -362,7 +362,7 @@ def _is_cast(value: pa.Scalar, kind: pa.DataType) -> bool:
 
 
 @contextlib.contextmanager
-def _reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
+def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
     """Turns whatever a reader raises about a damaged file into one line; `locate` finds the row, once it is needed."""
     try:
         if not file.stat().st_size:
@@ -378,13 +378,13 @@ def _reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Itera
         ) from error
 
 
-def _column_names(file: Path, form: Format) -> list[str]:
-    with _reading(file, form):
+def column_names(file: Path, form: Format) -> list[str]:
+    with reading(file, form):
         match form:
             case Format.PARQUET:
                 return pq.read_schema(file).names
             case Format.CSV:
-                with _open_text(file) as stream:
+                with open_text(file) as stream:
                     return next(csv.reader([stream.readline().decode("utf-8-sig")]), [])
             case _:
                 return list(_json_types(file))
@@ -393,24 +393,24 @@ def _column_names(file: Path, form: Format) -> list[str]:
 def _batches(file: Path, form: Format, columns: Columns) -> Iterator[pa.RecordBatch]:
     match form:
         case Format.PARQUET:
-            with _reading(file, form), pq.ParquetFile(file) as parquet:
+            with reading(file, form), pq.ParquetFile(file) as parquet:
                 yield from parquet.iter_batches(ROWS_PER_BATCH, columns=columns.names)
         case Format.CSV:
-            with _reading(file, form, lambda: _csv_row_of_wrong_width(file, columns.names)):
-                yield from _csv_reader(file, columns.names)
+            with reading(file, form, lambda: csv_row_of_wrong_width(file, columns.names)):
+                yield from csv_reader(file, columns.names)
         case _:
-            with _reading(file, form):
+            with reading(file, form):
                 found = _json_types(file, columns.names)
             types = {name: found[name] for name in columns.names}
-            with _reading(file, form, lambda: _json_row_of_wrong_type(file, types)):
+            with reading(file, form, lambda: _json_row_of_wrong_type(file, types)):
                 yield from _json_reader(file, types)
 
 
-def _open_text(file: Path) -> BinaryIO:
+def open_text(file: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb"))
 
 
-def _csv_reader(file: Path, names: list[str], threads: bool = True, **options: Any) -> Iterator[pa.RecordBatch]:
+def csv_reader(file: Path, names: list[str], threads: bool = True, **options: Any) -> Iterator[pa.RecordBatch]:
     """Every column as text: what a file's first rows look like is no promise about the rest."""
     return pyarrow.csv.open_csv(
         file,
@@ -425,7 +425,7 @@ def _csv_reader(file: Path, names: list[str], threads: bool = True, **options: A
     )
 
 
-def _csv_row_of_wrong_width(file: Path, names: list[str]) -> str:
+def csv_row_of_wrong_width(file: Path, names: list[str]) -> str:
     found: list[int] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -433,7 +433,7 @@ def _csv_row_of_wrong_width(file: Path, names: list[str]) -> str:
         return "error"
 
     with contextlib.suppress(pa.ArrowException, OSError):
-        for _ in _csv_reader(file, names, threads=False, invalid_row_handler=note):
+        for _ in csv_reader(file, names, threads=False, invalid_row_handler=note):
             pass
     return f", row {found[0] - 1}" if found and found[0] else ""  # Arrow counts the header
 
@@ -464,7 +464,7 @@ def _json_reader(file: Path, types: dict[str, pa.DataType]) -> Iterator[pa.Recor
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Slowly: row from 1, and what is in it; blank lines are no rows."""
-    with _open_text(file) as stream:
+    with open_text(file) as stream:
         for row, line in enumerate((line for line in stream if line.strip()), start=1):
             try:
                 fields = json.loads(line)

@@ -43,10 +43,11 @@ def absolute(source: str) -> str:
     return os.path.abspath(Path(source).expanduser())  # noqa: PTH100 (`resolve` would follow links)
 
 
-def find_files(source: str) -> list[Path]:
-    """The log's files, sorted by path: `source` itself, all in that folder, or all that the glob matches.
+def find_files(source: str, flag: str = "--data_path", table: str = "log") -> list[Path]:
+    """A table's files, sorted by path: `source` itself, all in that folder, or all that the glob matches.
 
     In folders and globs, files of other types and names that begin with `.` or `_` are passed over.
+    `flag` is what `source` was given by, and `table` what it is called.
 
     Raises:
         InputError: nothing is there, a file of an unsupported type was asked for, or formats are mixed.
@@ -56,7 +57,7 @@ def find_files(source: str) -> list[Path]:
     if path.is_file():
         if format_of(path) is None:
             raise InputError(
-                f"{source}: a log's file must be one of {_KNOWN}. Received: another type. Convert or rename it."
+                f"{source}: a {table}'s file must be one of {_KNOWN}. Received: another type. Convert or rename it."
             )
         return [path]
     if path.is_dir():
@@ -64,16 +65,16 @@ def find_files(source: str) -> list[Path]:
     else:
         matches = [Path(match) for match in glob.glob(source, recursive=True)]  # noqa: PTH207 (absolute, `**`)
         if not matches:
-            raise InputError(f"{source}: no such file, folder, or match of a glob. Correct --data_path.")
+            raise InputError(f"{source}: no such file, folder, or match of a glob. Correct {flag}.")
         found = {file for match in matches for file in (_files_below(match) if match.is_dir() else [match])}
     files = sorted(file for file in found if file.name[0] not in "._" and format_of(file))
     if not files:
-        raise InputError(f"{source}: no file of a supported type there ({_KNOWN}). Correct --data_path.")
+        raise InputError(f"{source}: no file of a supported type there ({_KNOWN}). Correct {flag}.")
     first, form = files[0], format_of(files[0])
     for file in files:
         if format_of(file) is not form:
             raise InputError(
-                f"{source}: all files of a log must have one format. Received: {first} ({form}) and "
+                f"{source}: all files of a {table} must have one format. Received: {first} ({form}) and "
                 f"{file} ({format_of(file)}). Give a glob that matches one of them."
             )
     return files
@@ -92,8 +93,13 @@ def fingerprint_files(files: Iterable[Path]) -> dict[str, dict[str, int | str]]:
     return {str(file): {**_size_and_time(file), "digest": _digest(file)} for file in files}
 
 
-def check_unchanged(recorded: Mapping[str, Mapping[str, int | str]], files: Iterable[Path]) -> None:
-    """Compares the files of today with those that were prepared; a mere `touch` or a copy back is no change.
+def check_unchanged(
+    recorded: Mapping[str, Mapping[str, int | str]],
+    files: Iterable[Path],
+    since: str = "the data was prepared",
+    remedy: str = "Give launch/train.sh or prepare_data --overwrite_prepared once, or give another --data_dir.",
+) -> None:
+    """Compares the files of today with those that were recorded; a mere `touch` or a copy back is no change.
 
     Raises:
         InputError: naming the first file that was changed, added or removed.
@@ -108,10 +114,7 @@ def check_unchanged(recorded: Mapping[str, Mapping[str, int | str]], files: Iter
             what = "has changed"
         else:
             continue
-        raise InputError(
-            f"{path}: this file {what} since the data was prepared. Give launch/train.sh or "
-            "prepare_data --overwrite_prepared once, or give another --data_dir."
-        )
+        raise InputError(f"{path}: this file {what} since {since}. {remedy}")
 
 
 def _is_changed(file: Path, recorded: Mapping[str, int | str]) -> bool:

@@ -37,12 +37,13 @@ class OutputDirLock:
         self._lock = None
 
 
-def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock") -> TextIO:
+def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock", flag: str = "--output_dir") -> TextIO:
     """Makes the folder and keeps other jobs out of it for as long as the result is open: this process' life at most.
 
     Args:
         job_id: of a job with several processes: from another of them the folder is taken over. That one was chief
             before and is lost, but may live on, as on a host that hangs.
+        flag: what `folder` was given by.
 
     Raises:
         InputError: another job is at work in it, or it cannot be written.
@@ -66,13 +67,12 @@ def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock") -> Tex
             lock.close()  # another one took it over meanwhile: what this one has locked is no longer there
     except BlockingIOError as error:
         raise InputError(
-            f"--output_dir: one job at a time. Received: {folder}, where another one is at work. "
+            f"{flag}: one job at a time. Received: {folder}, where another one is at work. "
             "Wait for its end, stop it, or name another folder."
         ) from error
     except OSError as error:
         raise InputError(
-            f"--output_dir: must be a folder that can be written. Received: {folder}, {error.strerror}. "
-            "Name another one."
+            f"{flag}: must be a folder that can be written. Received: {folder}, {error.strerror}. Name another one."
         ) from error
 
 

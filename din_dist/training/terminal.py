@@ -24,7 +24,7 @@ def format_line(text: str, log_format: LogFormat, *, rank: int, level: str = "in
 class Terminal:
     """What the chief shows. Other ranks are given one that is `silent`."""
 
-    def __init__(self, log_format: LogFormat, num_steps: int, *, silent: bool) -> None:
+    def __init__(self, log_format: LogFormat, num_steps: int, *, silent: bool, unit: str = "step") -> None:
         self._format, self._silent = log_format, silent
         self._num_steps = num_steps
         self._bar: tqdm | None = None
@@ -32,11 +32,11 @@ class Terminal:
         if self._file:
             self._bar = tqdm(
                 total=num_steps,
-                unit="step",
+                unit=unit,
                 file=self._file,
                 dynamic_ncols=True,
                 smoothing=0.05,
-                bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+                bar_format="{percentage:3.0f}% |{bar}| {unit} {n_fmt}/{total_fmt}, {remaining} left{postfix}",
             )
 
     def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
@@ -54,18 +54,21 @@ class Terminal:
             self._bar.n = self._bar.initial = step
             self._bar.refresh()
 
-    def advance(self) -> None:
+    def advance(self, count: int = 1) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(count)
 
     def show_progress(self, step: int, loss: float, rate: float, seconds_left: float, fields: dict[str, Any]) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} examples/s")
-            return
         left = f", {duration(seconds_left)} left" if rate else ""
-        self.say(
-            f"step {step:,} of {self._num_steps:,}: loss {loss:.4f}, {rate:,.0f} examples/s{left}", step=step, **fields
-        )
+        found = f"loss {loss:.4f}, {rate:,.0f} examples/s"
+        self.show(found, f"step {step:,} of {self._num_steps:,}: {found}{left}", step=step, **fields)
+
+    def show(self, found: str, line: str, **fields: Any) -> None:
+        """`found` beside the bar; where there is none, the whole `line`."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(found)
+        else:
+            self.say(line, **fields)
 
     def close(self) -> None:
         if self._bar is not None:
