@@ -1,0 +1,361 @@
+"""Bodies of requests to what is to be scored, and back: TensorFlow Serving's predict API, with our signatures.
+
+A body has rows, `{"instances": [...]}`, or columns, `{"inputs": {...}}`, as clients of TensorFlow Serving send them.
+Rows may have histories of different lengths, which there they may not. Nothing that comes from here can fail in the
+model: one request never harms those that it is scored with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from din_dist.serving.http.settings import ServeConfig
+
+Id = str | int
+SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
+SIGNATURES = (SCORE, SCORE_PADDED, RANK)
+DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
+_INT64 = np.iinfo(np.int64)
+_MOST_SHOWN = 60
+
+
+class BadRequest(ValueError):
+    """The client is at fault; the text says how, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What ids and feature values are: "string" or "integer"."""
+
+    item_id_type: str
+    item_features: Mapping[str, str]
+    max_history_length: int
+
+
+@dataclasses.dataclass(slots=True)
+class Instance:
+    """One history, cut to what the model reads, and the candidates to score against it.
+
+    Features are given for each of them or not at all; None among the values: look it up by the item id.
+    """
+
+    history: list[Id]
+    candidates: list[Id]
+    history_features: dict[str, list[Id | None]] = dataclasses.field(default_factory=dict)
+    candidate_features: dict[str, list[Id | None]] = dataclasses.field(default_factory=dict)
+    most: int | None = None  # of `rank`: how many to return
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.candidates) * max(len(self.history), 1)
+
+    @property
+    def has_features(self) -> bool:
+        return bool(self.history_features or self.candidate_features)
+
+
+@dataclasses.dataclass(slots=True)
+class Predict:
+    """A request as understood."""
+
+    signature: str
+    in_rows: bool
+    instances: list[Instance]
+
+    @property
+    def num_candidates(self) -> int:
+        return sum(len(instance.candidates) for instance in self.instances)
+
+    @property
+    def num_positions(self) -> int:
+        return sum(instance.num_positions for instance in self.instances)
+
+
+def signature_of(body: object) -> str:
+    """Which signature a body asks for, as far as one can tell: for counting those that are refused."""
+    name = body.get("signature_name", SCORE) if isinstance(body, dict) else None
+    return name if name in SIGNATURES else SCORE if name == DEFAULT_SIGNATURE else "none"
+
+
+def load(body: bytes) -> object:
+    """The JSON in a body.
+
+    Raises:
+        BadRequest: it is not strict JSON in UTF-8.
+    """
+    try:
+        return json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"The body must be UTF-8. Received: byte {body[error.start]:#x} at {error.start}.") from None
+    except RecursionError:
+        raise BadRequest("The body must be a JSON object. Received: lists or objects nested too deeply.") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"The body must be JSON. Received: {error.msg} at character {error.pos}.") from None
+    except BadRequest:
+        raise
+    except ValueError:  # of int(), for more digits than Python converts
+        raise BadRequest("The body must have integers of 64 bits. Received: one with thousands of digits.") from None
+
+
+def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
+    """What a body asks for.
+
+    Raises:
+        BadRequest: it is not as the README has it, or is too large.
+    """
+    if not isinstance(body, dict):
+        _refuse("The body", "must be a JSON object", body)
+    _check_keys(body, "The body", (), ("instances", "inputs", "signature_name"))
+    signature = body.get("signature_name", DEFAULT_SIGNATURE)
+    if signature not in (*SIGNATURES, DEFAULT_SIGNATURE):
+        _refuse("signature_name", f"must be one of {', '.join(SIGNATURES)}", signature)
+    signature = SCORE if signature == DEFAULT_SIGNATURE else signature
+    if ("instances" in body) == ("inputs" in body):
+        _refuse("The body", "must have either instances or inputs", sorted(body))
+    reader = _Reader(vocabulary, limits)
+    if "instances" in body:
+        rows = body["instances"]
+        if not isinstance(rows, list) or not rows:
+            _refuse("instances", "must be a list of at least one object", rows)
+        _check_length("instances", rows, limits.max_instances)
+        read = {SCORE: reader.score_row, SCORE_PADDED: reader.padded_row, RANK: reader.rank}[signature]
+        instances = [read(row, f"instances[{place}]") for place, row in enumerate(rows)]
+    elif signature == RANK:
+        instances = [reader.rank(body["inputs"], "inputs")]
+    else:
+        instances = reader.columns(body["inputs"])
+    request = Predict(signature, "instances" in body, instances)
+    if request.num_candidates > limits.max_candidates:
+        _refuse("A request", f"must have at most {limits.max_candidates} candidates", request.num_candidates)
+    if request.num_positions > limits.max_batch_positions:
+        rule = f"must have at most {limits.max_batch_positions} pairs of a candidate and an item of its history"
+        _refuse("A request", rule, request.num_positions)
+    return request
+
+
+def answer(request: Predict, logits: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What the client gets for the logits `[C]` of each instance."""
+    if request.signature == RANK:
+        rows = [_ranked(instance, found) for instance, found in zip(request.instances, logits, strict=True)]
+        return {"predictions": rows} if request.in_rows else {"outputs": rows[0]}
+    flat = np.concatenate(logits)
+    columns = {"logits": flat.tolist(), "click_probability": _probability(flat)}
+    if not request.in_rows:
+        return {"outputs": columns}
+    pairs = zip(columns["logits"], columns["click_probability"], strict=True)
+    return {"predictions": [{"logits": logit, "click_probability": share} for logit, share in pairs]}
+
+
+def _ranked(instance: Instance, logits: np.ndarray) -> dict[str, list]:
+    places = np.argsort(-logits, kind="stable")[: instance.most]  # ties by place
+    return {
+        "item_ids": [instance.candidates[place] for place in places],
+        "logits": logits[places].tolist(),
+        "click_probability": _probability(logits[places]),
+        "places": places.tolist(),
+    }
+
+
+def _probability(logits: np.ndarray) -> list[float]:
+    """The sigmoid, in a form that cannot overflow."""
+    small = np.exp(-np.abs(logits.astype(np.float64)))
+    return (np.where(logits >= 0, 1.0, small) / (1.0 + small)).astype(np.float32).tolist()
+
+
+class _Reader:
+    """Reads instances; every method is told where in the body it stands."""
+
+    def __init__(self, vocabulary: Vocabulary, limits: ServeConfig) -> None:
+        self._vocabulary, self._limits = vocabulary, limits
+        self._read_id = _one_of(vocabulary.item_id_type)
+
+    def score_row(self, row: object, where: str) -> Instance:
+        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_id"), _FEATURE_KEYS)
+        candidate = self._read_id(keys["candidate_item_id"], f"{where}.candidate_item_id")
+        return self._instance(keys, [candidate], where, one_candidate=True)
+
+    def padded_row(self, row: object, where: str) -> Instance:
+        """A row of TensorFlow Serving's: the history's real part is told by its length."""
+        keys = _check_keys(row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"))
+        candidate = self._read_id(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
+        ids = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
+        length = _integer(keys["history_lengths"], f"{where}.history_lengths", 0, len(ids))
+        return Instance(self._newest(ids[:length]), [candidate])
+
+    def rank(self, row: object, where: str) -> Instance:
+        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_ids"), ("k", *_FEATURE_KEYS))
+        candidates = self._candidates(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
+        instance = self._instance(keys, candidates, where)
+        if "k" in keys:
+            instance.most = _integer(keys["k"], f"{where}.k", 1, _INT64.max)
+        return instance
+
+    def columns(self, inputs: object) -> list[Instance]:
+        """Histories end to end with their lengths, or a list each; with lengths, the latter are rectangles."""
+        keys = _check_keys(inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths",))
+        candidates = self._candidates(keys["candidate_item_ids"], "inputs.candidate_item_ids")
+        _check_length("inputs.candidate_item_ids", candidates, self._limits.max_instances)
+        given, where = keys["history_item_ids"], "inputs.history_item_ids"
+        lengths = self._lengths(keys["history_lengths"]) if "history_lengths" in keys else None
+        if not isinstance(given, list):
+            _refuse(where, "must be a list", given)
+        if lengths is None or (given and isinstance(given[0], list)):
+            _check_same_length(where, given, "inputs.candidate_item_ids", candidates)
+            histories = [self._history(ids, f"{where}[{place}]") for place, ids in enumerate(given)]
+            if lengths is not None:
+                _check_same_length("inputs.history_lengths", lengths, where, histories)
+                for place, (ids, length) in enumerate(zip(histories, lengths, strict=True)):
+                    _integer(length, f"inputs.history_lengths[{place}]", 0, len(ids))
+                histories = [ids[:length] for ids, length in zip(histories, lengths, strict=True)]
+        else:
+            _check_same_length("inputs.history_lengths", lengths, "inputs.candidate_item_ids", candidates)
+            ids = _list_of(self._vocabulary.item_id_type, given, where)
+            if sum(lengths) != len(ids):
+                _refuse("inputs.history_lengths", f"must add up to the {len(ids)} ids of {where}", sum(lengths))
+            ends = itertools.accumulate(lengths)
+            histories = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return [Instance(self._newest(ids), [one]) for ids, one in zip(histories, candidates, strict=True)]
+
+    def _instance(
+        self, keys: Mapping[str, Any], candidates: list[Id], where: str, one_candidate: bool = False
+    ) -> Instance:
+        history = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
+        features = self._features(keys, "history_features", len(history), where, single=False)
+        return Instance(
+            self._newest(history),
+            candidates,
+            {name: self._newest(values) for name, values in features.items()},
+            self._features(keys, "candidate_features", len(candidates), where, single=one_candidate),
+        )
+
+    def _features(
+        self, keys: Mapping[str, Any], key: str, length: int, where: str, single: bool
+    ) -> dict[str, list[Id | None]]:
+        """Values by feature, one for each item; `single`: the one value is not in a list."""
+        where = f"{where}.{key}"
+        types = self._vocabulary.item_features
+        given = _check_keys(keys.get(key, {}), where, (), tuple(types))
+        found = {}
+        for name, values in given.items():
+            if not single and not isinstance(values, list):
+                _refuse(f"{where}.{name}", "must be a list", values)
+            values = [values] if single else values
+            if len(values) != length:
+                _refuse(f"{where}.{name}", f"must have {length} values, one for each item", len(values))
+            known = [value for value in values if value is not None]
+            _list_of(types[name], known, f"{where}.{name}")
+            found[name] = values
+        return found
+
+    def _candidates(self, value: object, where: str) -> list[Id]:
+        ids = _list_of(self._vocabulary.item_id_type, value, where)
+        if not ids:
+            _refuse(where, "must have at least one id", ids)
+        _check_length(where, ids, self._limits.max_candidates)
+        return ids
+
+    def _history(self, value: object, where: str) -> list[Id]:
+        ids = _list_of(self._vocabulary.item_id_type, value, where)
+        _check_length(where, ids, self._limits.max_history_items)
+        return ids
+
+    def _lengths(self, value: object) -> list[int]:
+        lengths = _list_of("integer", value, "inputs.history_lengths")
+        for place, length in enumerate(lengths):
+            _integer(length, f"inputs.history_lengths[{place}]", 0, self._limits.max_history_items)
+        return lengths
+
+    def _newest(self, values: list) -> list:
+        """Histories are oldest first; the model would leave out the same ones."""
+        return values[-self._vocabulary.max_history_length :]
+
+
+_FEATURE_KEYS = ("history_features", "candidate_features")
+
+
+def _one_of(kind: str) -> Callable[[object, str], Id]:
+    def read(value: object, where: str) -> Id:
+        if isinstance(value, list):
+            _refuse(where, f"must be one {kind}", value)
+        return _list_of(kind, [value], where, in_list=False)[0]
+
+    return read
+
+
+def _list_of(kind: str, values: object, where: str, in_list: bool = True) -> list:
+    """`values`, as a list of strings or of 64-bit integers. Types are compared whole lists at a time, for speed."""
+    if not isinstance(values, list):
+        _refuse(where, f"must be a list of {kind}s", values)
+    wanted: type = str if kind == "string" else int
+    if not set(map(type, values)) <= {wanted}:
+        place = next(place for place, value in enumerate(values) if type(value) is not wanted)
+        noun = "a string" if kind == "string" else "an integer"
+        _refuse(f"{where}[{place}]" if in_list else where, f"must be {noun}", values[place])
+    if kind == "string":
+        try:
+            "".join(values).encode()
+        except UnicodeEncodeError:
+            _refuse(where, "must be Unicode text", "half of a surrogate pair")
+    elif values and not (_INT64.min <= min(values) and max(values) <= _INT64.max):
+        _refuse(where, "must be integers of 64 bits", max(values, key=abs))
+    return values
+
+
+def _integer(value: object, where: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        bound = f"{low} or more" if high == _INT64.max else f"from {low} to {high}"
+        _refuse(where, f"must be an integer, {bound}", value)
+    return value
+
+
+def _check_keys(value: object, where: str, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _refuse(where, "must be an object", value)
+    for key in needed:
+        if key not in value:
+            _refuse(where, f"must have {key}", sorted(value))
+    for key in value:
+        if key not in needed and key not in others:
+            known = f"must have only {', '.join(needed + others)}" if needed or others else "must be empty"
+            _refuse(where, known, key)
+    return value
+
+
+def _check_length(where: str, values: Sequence, most: int) -> None:
+    if len(values) > most:
+        _refuse(where, f"must have at most {most} entries", len(values))
+
+
+def _check_same_length(where: str, values: Sequence, other: str, others: Sequence) -> None:
+    if len(values) != len(others):
+        _refuse(where, f"must have as many entries as {other}, {len(others)}", len(values))
+
+
+def _refuse(where: str, rule: str, received: object) -> NoReturn:
+    """The rule and what came: of long things the beginning, and never what could break a line or a terminal."""
+    if isinstance(received, (list, dict)):  # its text could be as long as the body
+        text = f"{'a list' if isinstance(received, list) else 'an object'} of {len(received)}"
+        if len(received) <= 3 and all(isinstance(value, (str, int, float)) for value in received):
+            text = json.dumps(list(received))
+    else:
+        text = json.dumps(received)
+    shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    raise BadRequest(f"{where} {rule}. Received: {shown}.")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise BadRequest(f"The body must be JSON, which has no {name}.")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        _refuse("An object", "must have each key once", next(name for name in names if names.count(name) > 1))
+    return found

@@ -1,0 +1,101 @@
+"""Many requests' instances in as few calls of the model as can be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from din_dist.serving.http.parse import Id, Instance, Vocabulary
+
+_MISSING: dict[str, Id] = {"string": "", "integer": -(2**63)}  # of a feature: look it up by the item id
+
+
+class Scorer(Protocol):
+    """What is asked of a `Bundle`."""
+
+    def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray: ...
+
+    def rank_histories(
+        self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any, candidate_counts: Any
+    ) -> np.ndarray: ...
+
+    def score_with_features(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        history_features: Mapping[str, Any],
+        candidate_features: Mapping[str, Any],
+    ) -> np.ndarray: ...
+
+
+def score_together(scorer: Scorer, vocabulary: Vocabulary, instances: Sequence[Instance]) -> list[np.ndarray]:
+    """Logits `[C]` of each instance's candidates, by one call for those with features and one for the others."""
+    found: dict[int, np.ndarray] = {}
+    for has_features, score in ((False, _score_plain), (True, _score_with_features)):
+        places = [place for place, instance in enumerate(instances) if instance.has_features is has_features]
+        if places:
+            group = [instances[place] for place in places]
+            logits = score(scorer, vocabulary, group)
+            ends = np.cumsum([len(instance.candidates) for instance in group])
+            found.update(zip(places, np.split(logits, ends[:-1]), strict=True))
+    return [found[place] for place in range(len(instances))]
+
+
+def warm_up(scorer: Scorer, vocabulary: Vocabulary) -> None:
+    """Runs every path once with few and with many rows, so that no request waits for TensorFlow to get ready."""
+    item: Id = "" if vocabulary.item_id_type == "string" else 0
+    for length, count, num_rows in ((0, 1, 1), (1, 1, 1), (vocabulary.max_history_length, 1, 64), (9, 5, 16)):
+        plain = Instance([item] * length, [item] * count)
+        score_together(scorer, vocabulary, [plain] * num_rows)
+        if vocabulary.item_features:
+            unknown: dict[str, list[Id | None]] = {name: [None] * count for name in vocabulary.item_features}
+            featured = Instance(plain.history, plain.candidates, candidate_features=unknown)
+            score_together(scorer, vocabulary, [featured] * num_rows)
+
+
+def _score_plain(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance]) -> np.ndarray:
+    kind = vocabulary.item_id_type
+    histories = _column(kind, (instance.history for instance in group))
+    lengths = _lengths(instance.history for instance in group)
+    candidates = _column(kind, (instance.candidates for instance in group))
+    if len(candidates) == len(group):
+        return scorer.score(histories, lengths, candidates)
+    return scorer.rank_histories(histories, lengths, candidates, _lengths(instance.candidates for instance in group))
+
+
+def _score_with_features(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance]) -> np.ndarray:
+    """Each candidate gets a copy of its history, for there is no signature of many histories with features."""
+    kind = vocabulary.item_id_type
+    repeated = [instance for instance in group for _ in instance.candidates]
+    history_features = {
+        name: _column(type_, (_values(one.history_features, name, type_, len(one.history)) for one in repeated))
+        for name, type_ in vocabulary.item_features.items()
+    }
+    candidate_features = {
+        name: _column(type_, (_values(one.candidate_features, name, type_, len(one.candidates)) for one in group))
+        for name, type_ in vocabulary.item_features.items()
+    }
+    return scorer.score_with_features(
+        _column(kind, (instance.history for instance in repeated)),
+        _lengths(instance.history for instance in repeated),
+        _column(kind, (instance.candidates for instance in group)),
+        history_features,
+        candidate_features,
+    )
+
+
+def _values(given: Mapping[str, list[Id | None]], name: str, type_: str, length: int) -> list[Id]:
+    missing = _MISSING[type_]
+    return [missing if value is None else value for value in given.get(name, [None] * length)]
+
+
+def _column(kind: str, parts: Iterable[Sequence[Id]]) -> np.ndarray:
+    return np.array(list(itertools.chain.from_iterable(parts)), dtype=object if kind == "string" else np.int64)
+
+
+def _lengths(parts: Iterable[Sequence[Id]]) -> np.ndarray:
+    return np.fromiter(map(len, parts), dtype=np.int64)
