@@ -320,7 +320,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
                 history_ends.append(num_kept + positives[:-1])
                 new_offsets, new = positives[block.offsets], block.item_ids[block.labels == 1]
             else:
-                new_offsets, new = touched_gaps(block, facts.num_items)
+                new_offsets, new = touched_gaps(block.offsets, block.item_ids, facts.num_items)
             kept_offsets.append(num_kept + new_offsets[1:])
             kept.append(new)
             num_users += len(block.offsets) - 1
@@ -333,11 +333,12 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
             )
 
 
-def touched_gaps(block: Block, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets `[U + 1]` and gaps `[T]` of a block's users, as `EventStore` describes them."""
-    users = np.repeat(np.arange(len(block.offsets) - 1), np.diff(block.offsets))
-    touched_users, touched_items = np.divmod(np.unique(users * (num_items + 1) + block.item_ids), num_items + 1)
-    offsets = np.searchsorted(touched_users, np.arange(len(block.offsets)))
+def touched_gaps(offsets: np.ndarray, item_ids: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets `[U + 1]` and gaps `[T]`, as `EventStore` describes them, of users with events `item_ids` `[E]`."""
+    num_users = len(offsets) - 1
+    users = np.repeat(np.arange(num_users), np.diff(offsets))
+    touched_users, touched_items = np.divmod(np.unique(users * (num_items + 1) + item_ids), num_items + 1)
+    offsets = np.searchsorted(touched_users, np.arange(num_users + 1))
     ranks = np.arange(len(touched_items)) - offsets[touched_users]
     return offsets, touched_items - 1 - ranks
 

@@ -1,4 +1,4 @@
-"""A stateless random number for any tuple of integers, in the graph: the same on every rank and after every restart."""
+"""Stateless random numbers and orders for any tuple of integers: the same on every rank and after every restart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,38 @@ def hash64(*parts: tf.Tensor | int) -> tf.Tensor:
     for part in parts:
         state = _mix(state + _as_uint64(part) + tf.constant(0x9E3779B97F4A7C15, tf.uint64))
     return state
+
+
+def place_in_random_order(places: tf.Tensor, ends: tf.Tensor, largest_end: int, *parts: tf.Tensor | int) -> tf.Tensor:
+    """Where each of `places` goes when 0 to end - 1 are shuffled: a bijection of these for each tuple of `parts`.
+
+    A Feistel network shuffles a power of 4 that is at least `largest_end`; what lands at or beyond the end is shuffled
+    on until it does not (cycle walking; Black, Rogaway 2002, "Ciphers with arbitrary finite domains").
+
+    Args:
+        places, ends: int64 `[M]`, places below ends; `parts` broadcast against them.
+        largest_end: the same in all calls that are to agree; the closer the ends are to it, the sooner it is done.
+    """
+    num_bits = max(1, ((largest_end - 1).bit_length() + 1) // 2)
+    num_rounds = 4 + 32 // num_bits  # the shorter the halves, the more rounds it takes to look random
+    half = tf.constant(num_bits, tf.uint64)
+    key, golden = hash64(*parts), tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+    mask = tf.bitwise.left_shift(tf.constant(1, tf.uint64), half) - tf.constant(1, tf.uint64)
+    ends = tf.cast(ends, tf.uint64)
+
+    def shuffled(numbers: tf.Tensor) -> tf.Tensor:
+        left, right = tf.bitwise.right_shift(numbers, half), tf.bitwise.bitwise_and(numbers, mask)
+        for number in range(num_rounds):
+            noise = tf.bitwise.bitwise_and(_mix(key + golden * (right + tf.constant(number << 32, tf.uint64))), mask)
+            left, right = right, tf.bitwise.bitwise_xor(left, noise)
+        return tf.bitwise.bitwise_or(tf.bitwise.left_shift(left, half), right)
+
+    (found,) = tf.while_loop(
+        lambda numbers: tf.reduce_any(numbers >= ends),
+        lambda numbers: (tf.where(numbers >= ends, shuffled(numbers), numbers),),
+        (shuffled(tf.cast(places, tf.uint64)),),
+    )
+    return tf.cast(found, tf.int64)
 
 
 def _as_uint64(part: tf.Tensor | int) -> tf.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from din_dist.data.hashing import place_in_random_order
+
 
 def untouched_items(
     random: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor, touched_gaps: tf.Tensor, num_items: int, num_halvings: int
@@ -30,3 +32,22 @@ def untouched_items(
         right = (gap <= rank) & (low < high)
         low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
     return tf.cast(rank + (low - begins) + 1, tf.int32)
+
+
+def distinct_untouched_items(
+    keys: tf.Tensor, counts: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor, touched_gaps: tf.Tensor, num_items: int
+) -> tf.Tensor:
+    """`counts` different items for each of `keys`, integers `[M]`: int32 `[sum of counts]`, uniform and end to end.
+
+    Args:
+        counts: `[M]`, at most as many as the user left untouched.
+        begins, ends, touched_gaps: as of `untouched_items`.
+    """
+    counts, begins, ends = (tf.cast(values, tf.int64) for values in (counts, begins, ends))
+    place = tf.ragged.range(counts).values
+    keys, of_begins, of_ends = (tf.repeat(values, counts) for values in (keys, begins, ends))
+    random = place_in_random_order(place, num_items - (of_ends - of_begins), num_items, keys)
+    longest = int(tf.reduce_max(ends - begins)) if len(begins) else 0
+    return untouched_items(
+        tf.cast(random, tf.uint64), of_begins, of_ends, touched_gaps, num_items, num_halvings=longest.bit_length()
+    )

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
-from din_dist.data.hashing import hash64
+from din_dist.data.hashing import hash64, place_in_random_order
 
 
 def split_mix(*parts):
@@ -59,3 +59,32 @@ def test_every_bit_is_even_and_follows_every_bit_of_the_part():
     for bit in (0, 15, 16, 31, 32, 62):
         flipped = bits(hash64(7, tf.bitwise.bitwise_xor(numbers, tf.constant(1 << bit, tf.int64))))
         assert_allclose((original != flipped).mean(axis=0), 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("end", [1, 2, 3, 4, 5, 16, 17, 100])
+def test_a_random_order_has_every_place_once_for_each_key(end):
+    """Also of fewer places than the largest; another key, another order."""
+    for largest in (end, 3 * end):
+        places, keys = np.tile(np.arange(end), 3), np.repeat([5, 6, 2**62], end)
+        found = place_in_random_order(
+            tf.constant(places, tf.int64), tf.constant(end, tf.int64), largest, tf.constant(keys, tf.int64), 1
+        )
+        orders = found.numpy().reshape(3, end)
+        assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(end), (3, 1)))
+        if end >= 16:
+            assert len({tuple(order) for order in orders.tolist()}) == 3
+
+
+@pytest.mark.parametrize("end", [3, 7, 16])
+def test_over_many_keys_each_pair_of_first_places_is_as_frequent(end):
+    """To five standard deviations."""
+    num_keys = 1000 * end * end
+    keys = tf.range(num_keys, dtype=tf.int64)
+    first, second = (
+        place_in_random_order(tf.fill([num_keys], tf.constant(place, tf.int64)), tf.constant(end, tf.int64), end, keys)
+        for place in (0, 1)
+    )
+    counts = np.bincount((first * end + second).numpy(), minlength=end * end).reshape(end, end)
+    expected = num_keys / (end * (end - 1))
+    assert_array_equal(np.diag(counts), 0)
+    assert np.abs(counts[~np.eye(end, dtype=bool)] - expected).max() < 5 * np.sqrt(expected)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from din_dist.data.hashing import hash64
-from din_dist.data.negatives import untouched_items
+from din_dist.data.negatives import distinct_untouched_items, untouched_items
 
 NUM_ITEMS = 9
 
@@ -67,3 +67,38 @@ def test_hashed_numbers_draw_evenly():
     counts = np.bincount(draw([{3, 8}], np.zeros(70_000, int), random), minlength=NUM_ITEMS + 1)
     assert_array_equal(counts[[0, 3, 8]], 0)
     assert np.abs(counts[[1, 2, 4, 5, 6, 7, 9]] - 10_000).max() < 5 * 93
+
+
+def draw_distinct(touched, keys, users, counts, num_items=NUM_ITEMS):
+    """For each of `keys`, the negatives of its user."""
+    gaps = [item - 1 - place for items in touched for place, item in enumerate(sorted(items))]
+    offsets, users = np.cumsum([0, *(len(items) for items in touched)]), np.array(users)
+    found = distinct_untouched_items(
+        tf.constant(keys, tf.int64),
+        tf.constant(counts, tf.int64),
+        tf.constant(offsets[users], tf.int64),
+        tf.constant(offsets[users + 1], tf.int64),
+        tf.constant(gaps, tf.int32),
+        num_items,
+    ).numpy()
+    return [part.tolist() for part in np.split(found, np.cumsum(counts)[:-1])]
+
+
+def test_distinct_negatives_are_distinct_untouched_and_the_same_in_any_company():
+    touched = [{1, 3}, set(), set(range(1, NUM_ITEMS))]
+    found = draw_distinct(touched, [11, 12, 13, 14], [0, 1, 2, 0], [7, 4, 1, 3])
+    assert [len(set(items)) for items in found] == [7, 4, 1, 3]
+    assert sorted(found[0]) == [2, 4, 5, 6, 7, 8, 9]  # as many as there are
+    assert found[2] == [9]
+    assert not {1, 3} & set(found[3])
+    assert draw_distinct(touched, [14], [0], [3]) == found[3:]
+    assert draw_distinct(touched, [15], [0], [3]) != found[3:]
+    assert draw_distinct([set()], [1], [0], [2]) == [draw_distinct([set()], [1], [0], [5])[0][:2]]
+
+
+def test_distinct_negatives_are_even():
+    """Three of the seven that are left: 30,000 draws give each 30,000 * 3 / 7 times, to five standard deviations."""
+    found = draw_distinct([{3, 8}], np.arange(30_000), np.zeros(30_000, int), np.full(30_000, 3))
+    counts = np.bincount(np.concatenate(found), minlength=NUM_ITEMS + 1)
+    assert_array_equal(counts[[0, 3, 8]], 0)
+    assert np.abs(counts[[1, 2, 4, 5, 6, 7, 9]] - 30_000 * 3 / 7).max() < 5 * np.sqrt(30_000 * 3 / 7 * 4 / 7)
