@@ -1,0 +1,101 @@
+"""Turns what a job has learned into a SavedModel: `python -m din_dist.cli.export --output_dir DIR --export_dir DIR2`.
+
+It takes the log's own ids and needs nothing of this package to load; the README names its signatures. The job's
+prepared data must be there. The last line on stdout says what was exported, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from din_dist.cli import entry
+from din_dist.cli.trained import config_of, trained_model
+from din_dist.config import Config, require
+from din_dist.errors import InputError
+
+OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
+EXPORT_DIR = flags.DEFINE_string("export_dir", "", "Where the SavedModel goes: a new folder.")
+CHECKPOINT_STEP = flags.DEFINE_integer(
+    "checkpoint_step", 0, "The update whose weights are exported. Default: the best by validation, or the newest."
+)
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the export that is in --export_dir.")
+
+_MAX_COMPARED = 10_000  # examples
+
+
+def main() -> None:
+    require(bool(EXPORT_DIR.value), "must name a folder", "export_dir", EXPORT_DIR.value, "For example exports/first.")
+    require(
+        CHECKPOINT_STEP.value >= 0,
+        "must be an update, or 0",
+        "checkpoint_step",
+        CHECKPOINT_STEP.value,
+        "For example 1000.",
+    )
+    config = config_of(Path(OUTPUT_DIR.value))
+    entry.import_tensorflow()  # takes seconds: a wrong folder is answered before
+    print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
+
+
+def _export(config: Config, folder: Path) -> dict[str, Any]:
+    import tensorflow as tf
+
+    from din_dist.data.prepared import open_prepared
+    from din_dist.data.splits import split_examples
+    from din_dist.data.thinning import thin_out
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.serving.export import Trained, check_target, export
+    from din_dist.training.checkpoint import checkpoints_dir
+    from din_dist.training.evaluator import Evaluator
+
+    check_target(folder, OVERWRITE.value)  # before what takes long
+    tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
+    store = open_prepared(config.data)
+    splits = split_examples(store, config.data)
+    step = CHECKPOINT_STEP.value or None
+    if step:
+        _require_checkpoint(step, checkpoints_dir(config))
+    model, step = trained_model(config, store, step)
+    split = next(name for name in ("test", "validation", "train") if splits[name].num_examples)
+    examples = thin_out(splits[split], _MAX_COMPARED)
+    job_dir = Path(config.job.output_dir)
+    trained = Trained(
+        model, store, config, step, (job_dir / "flags.txt").read_text(), _summary_of(job_dir / "summary.json")
+    )
+    entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
+    evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
+    manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
+    return {
+        "export_dir": str(folder),
+        "step": manifest.step,
+        "max_difference": manifest.max_difference,
+        "compared_split": manifest.compared_split,
+        "num_compared": manifest.num_compared,
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "digest": manifest.digest,
+    }
+
+
+def _require_checkpoint(step: int, folder: Path) -> None:
+    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    if step not in steps:
+        raise InputError(
+            f"--checkpoint_step: must be one whose checkpoint was kept. Received: {step}. "
+            f"Choose among {', '.join(map(str, steps)) or f'none: {folder} has no checkpoint'}."
+        )
+
+
+def _summary_of(path: Path) -> dict[str, Any] | None:
+    """None where the job is not finished, or its last words cannot be read: the weights do not depend on them."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+if __name__ == "__main__":
+    entry.run(main)

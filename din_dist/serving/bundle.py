@@ -1,0 +1,206 @@
+"""An export, opened: what batch and online scoring ask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+from din_dist.errors import InputError
+from din_dist.serving.manifest import Manifest, check_files, read_manifest
+
+_DTYPES = {"string": tf.string, "integer": tf.int64}
+
+
+class Bundle:
+    """A SavedModel with its manifest. Takes arrays, Arrow arrays, lists and tensors; gives arrays.
+
+    All calls raise `InputError` for what does not fit: ids of another type, lengths that do not add up.
+    """
+
+    def __init__(self, manifest: Manifest, loaded: Any) -> None:
+        self.manifest = manifest
+        self._loaded = loaded  # keeps the tables alive
+        self._signatures = loaded.signatures
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Loads the export in `folder`.
+
+        Raises:
+            InputError: there is none, it is of another version, or a file is not as it was published.
+        """
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        return cls(manifest, tf.saved_model.load(str(folder)))
+
+    def signature(self, name: str) -> Any:
+        """One of the SavedModel's functions: tensors by keyword in, tensors by name out."""
+        return self._signatures[name]
+
+    @property
+    def signatures(self) -> list[str]:
+        """The names that `signature` knows."""
+        return sorted(self._signatures)
+
+    def call(self, name: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Calls a signature with inputs of whatever kind by their names."""
+        function = self.signature(name)
+        specs = function.structured_input_signature[1]
+        if inputs.keys() != specs.keys():
+            raise InputError(
+                f"{name}: takes {', '.join(sorted(specs))}. Received: {', '.join(sorted(inputs)) or 'nothing'}. "
+                "Give those."
+            )
+        tensors = {key: as_tensor(value, specs[key].dtype, key) for key, value in inputs.items()}
+        for key, tensor in tensors.items():
+            if not specs[key].shape.is_compatible_with(tensor.shape):
+                raise InputError(
+                    f"{key}: must have {specs[key].shape.rank} dimension(s). Received: shape {tuple(tensor.shape)}. "
+                    "Give ids of all histories end to end."
+                )
+        try:
+            return {key: value.numpy() for key, value in function(**tensors).items()}
+        except tf.errors.InvalidArgumentError as error:
+            if told := re.search(r"assertion failed: (.*)", str(error)):
+                raise InputError(_plain(told.group(1))) from error
+            raise
+
+    def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray:
+        """Logits `[B]` of a candidate for each of B histories, which stand end to end, `[N]`."""
+        inputs = {
+            "history_item_ids": history_item_ids,
+            "history_lengths": history_lengths,
+            "candidate_item_ids": candidate_item_ids,
+        }
+        return self.call("score", inputs)["logits"]
+
+    def rank_histories(
+        self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any, candidate_counts: Any
+    ) -> np.ndarray:
+        """Logits `[C]` of any number of candidates for each of B histories; `candidate_counts` `[B]` says how many."""
+        inputs = {
+            "history_item_ids": history_item_ids,
+            "history_lengths": history_lengths,
+            "candidate_item_ids": candidate_item_ids,
+            "candidate_counts": candidate_counts,
+        }
+        return self.call("rank_histories", inputs)["logits"]
+
+    def rank(self, history_item_ids: Any, candidate_item_ids: Any, k: int) -> dict[str, np.ndarray]:
+        """The best `k` of `candidate_item_ids` `[C]`: `item_ids`, `logits`, `click_probability` and `places`."""
+        return self.call(
+            "rank", {"history_item_ids": history_item_ids, "candidate_item_ids": candidate_item_ids, "k": k}
+        )
+
+    def score_with_features(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        history_features: Mapping[str, Any],
+        candidate_features: Mapping[str, Any],
+    ) -> np.ndarray:
+        """As `score`, with item features by name; those left out are looked up by the item id."""
+        return self.call(
+            "score_with_features",
+            {
+                "history_item_ids": history_item_ids,
+                "history_lengths": history_lengths,
+                "candidate_item_ids": candidate_item_ids,
+                **self._features("history", history_features, len(history_item_ids)),
+                **self._features("candidate", candidate_features, len(candidate_item_ids)),
+            },
+        )["logits"]
+
+    def rank_with_features(
+        self,
+        history_item_ids: Any,
+        candidate_item_ids: Any,
+        k: int,
+        history_features: Mapping[str, Any],
+        candidate_features: Mapping[str, Any],
+    ) -> dict[str, np.ndarray]:
+        """As `rank`, with item features by name; those left out are looked up by the item id."""
+        return self.call(
+            "rank_with_features",
+            {
+                "history_item_ids": history_item_ids,
+                "candidate_item_ids": candidate_item_ids,
+                "k": k,
+                **self._features("history", history_features, len(history_item_ids)),
+                **self._features("candidate", candidate_features, len(candidate_item_ids)),
+            },
+        )
+
+    def embed_items(self, item_ids: Any) -> dict[str, np.ndarray]:
+        """`embeddings` `[M, H]`, and whether each item is `known` `[M]`."""
+        return self.call("embed_items", {"item_ids": item_ids})
+
+    def _features(self, side: str, given: Mapping[str, Any], length: int) -> dict[str, Any]:
+        manifest = self.manifest
+        for name in given:
+            if name not in manifest.item_features:
+                raise InputError(
+                    f"{side} features: must be features of the model. Received: {name!r}. "
+                    f"Choose among {', '.join(manifest.item_features) or 'none: it has no features'}."
+                )
+        by_item_id = {"string": np.full(length, b"", object), "integer": np.full(length, np.iinfo(np.int64).min)}
+        return {
+            f"{side}_{manifest.feature_inputs[name]}": given.get(name, by_item_id[kind])
+            for name, kind in manifest.item_features.items()
+        }
+
+
+def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
+    """Ids, lengths or features as a tensor of `dtype`, string or int64.
+
+    Raises:
+        InputError: they are of another kind.
+    """
+    if tf.is_tensor(values):
+        if dtype == tf.int64 and values.dtype.is_integer:
+            return tf.cast(values, tf.int64)
+        if dtype == values.dtype:
+            return values
+        raise _wrong_kind(name, dtype, f"a tensor of {values.dtype.name}")
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        if values.null_count:
+            raise _wrong_kind(name, dtype, "null")
+        values = values.to_numpy() if isinstance(values, pa.ChunkedArray) else values.to_numpy(zero_copy_only=False)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise _wrong_kind(name, dtype, "lists of different lengths") from error
+    if not array.size:
+        return tf.zeros(array.shape, dtype)
+    if dtype == tf.int64:
+        if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+            raise _wrong_kind(name, dtype, f"{array.max()}")
+        if array.dtype.kind not in "iu":
+            raise _wrong_kind(name, dtype, repr(array.flat[0]) if array.dtype.kind == "O" else f"{array.dtype} values")
+        return tf.constant(array.astype(np.int64))
+    if array.dtype.kind not in "OSU":
+        raise _wrong_kind(name, dtype, f"{array.dtype} values")
+    for value in array.flat if array.dtype.kind == "O" else ():
+        if not isinstance(value, (str, bytes)):
+            raise _wrong_kind(name, dtype, repr(value))
+    try:
+        return tf.constant(array, tf.string)
+    except UnicodeEncodeError as error:
+        raise _wrong_kind(name, dtype, "half a surrogate pair, which UTF-8 cannot express") from error
+
+
+def _wrong_kind(name: str, dtype: tf.DType, received: str) -> InputError:
+    kind = "strings" if dtype == tf.string else "integers of 64 bits"
+    return InputError(f"{name}: must be {kind}. Received: {received}. Give them as the log has them.")
+
+
+def _plain(told: str) -> str:
+    """`[text] [value] ...` as TensorFlow tells a broken rule, without its brackets around words."""
+    return re.sub(r"\[([^\[\]]*[A-Za-z][^\[\]]*)\]", r"\1", told).strip() + "."

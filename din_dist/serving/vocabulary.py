@@ -1,0 +1,86 @@
+"""A log's own ids to dense ids, as a lookup table that travels inside a SavedModel.
+
+The ids lie in a text file of their own, one a line, so that the graph stays small however many there are. TensorFlow
+reads such a file by line, drops carriage returns and refuses empty lines; where a vocabulary has ids with those, all of
+them are escaped, and so is whatever is looked up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import tensorflow as tf
+
+from din_dist import schema
+
+_CHUNK = 1_000_000  # ids in memory as Python objects at once
+_EMPTY = rb"\e"  # what no other id becomes: in them a backslash is followed by a backslash, n or r
+_ESCAPES = ((b"\\", rb"\\"), (b"\n", rb"\n"), (b"\r", rb"\r"))
+
+
+class Vocabulary(tf.Module):
+    """Looks ids up.
+
+    Args:
+        ids: `[V]`, strings or integers, each once: entry i belongs to dense id i + 1.
+        path: where to write them; the file is needed until the SavedModel is written.
+    """
+
+    def __init__(self, ids: pa.ChunkedArray, path: Path) -> None:
+        super().__init__()
+        self.dtype = tf.int64 if pa.types.is_integer(ids.type) else tf.string
+        self.escaped = self.dtype == tf.string and _needs_escapes(ids)
+        self.table = None  # of nothing there can be none
+        if len(ids):
+            with path.open("wb") as file:
+                for first in range(0, len(ids), _CHUNK):
+                    file.write(b"".join(self._lines(ids[first : first + _CHUNK])))
+            words = self.dtype == tf.string
+            source = tf.lookup.TextFileInitializer(
+                str(path),
+                self.dtype,
+                tf.lookup.TextFileIndex.WHOLE_LINE if words else 0,
+                tf.int64,
+                tf.lookup.TextFileIndex.LINE_NUMBER,
+                vocab_size=len(ids),
+            )
+            self.table = tf.lookup.StaticHashTable(source, default_value=schema.UNKNOWN_ID - 1)
+
+    def dense_ids(self, ids: tf.Tensor) -> tf.Tensor:
+        """int32, of the shape of `ids`; those that are not there are `schema.UNKNOWN_ID`."""
+        if self.table is None:
+            return tf.zeros_like(ids, tf.int32)
+        if self.escaped:
+            ids = _escaped(ids)
+        return tf.cast(self.table.lookup(ids), tf.int32) + 1
+
+    def _lines(self, ids: pa.ChunkedArray) -> list[bytes]:
+        if self.dtype == tf.int64:
+            return [b"%d\n" % number for number in ids.to_pylist()]
+        words = ids.cast(pa.large_binary()).to_pylist()
+        if self.escaped:
+            for plain, escape in _ESCAPES:
+                words = [word.replace(plain, escape) for word in words]
+            words = [word or _EMPTY for word in words]
+        return [word + b"\n" for word in words]
+
+
+def _needs_escapes(ids: pa.ChunkedArray) -> bool:
+    words = ids.cast(pa.large_binary())
+    return any(
+        pc.any(found, min_count=0).as_py()
+        for found in (
+            pc.equal(pc.binary_length(words), 0),
+            pc.match_substring(words, "\n"),
+            pc.match_substring(words, "\r"),
+        )
+    )
+
+
+def _escaped(words: tf.Tensor) -> tf.Tensor:
+    for plain, escape in _ESCAPES:
+        pattern, rewrite = (text.replace(b"\\", rb"\\") for text in (plain, escape))
+        words = tf.strings.regex_replace(words, pattern, rewrite)
+    return tf.where(tf.equal(words, b""), tf.constant(_EMPTY), words)
