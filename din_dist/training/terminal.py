@@ -48,6 +48,10 @@ class Terminal:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    @property
+    def has_bar(self) -> bool:
+        return self._bar is not None
+
     def go_to(self, step: int) -> None:
         """Where a job that is resumed stands."""
         if self._bar is not None:
