@@ -339,10 +339,11 @@ def _check_same_length(where: str, values: Sequence, other: str, others: Sequenc
 
 def _refuse(where: str, rule: str, received: object) -> NoReturn:
     """The rule and what came: of long things the beginning, and never what could break a line or a terminal."""
-    if isinstance(received, (list, dict)):  # its text could be as long as the body
-        text = f"{'a list' if isinstance(received, list) else 'an object'} of {len(received)}"
-        if len(received) <= 3 and all(isinstance(value, (str, int, float)) for value in received):
-            text = json.dumps(list(received))
+    if isinstance(received, dict):
+        text = f"an object of {len(received)}"
+    elif isinstance(received, list) and (len(received) > 3 or not {*map(type, received)} <= {str, int, float}):
+        # Its text could be as long as the body, and nested too deeply to write.
+        text = f"a list of {len(received)}"
     else:
         text = json.dumps(received)
     shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

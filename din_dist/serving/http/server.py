@@ -36,7 +36,7 @@ from din_dist.serving.http.settings import ServeConfig
 
 _RETRY_SECONDS = "1"
 _GONE = 499  # as nginx has it: the client did not wait for its answer
-_LINGER_SECONDS = 2.0  # for the rest of a body that was refused, so that the client reads why; for answers at the end
+_LINGER_SECONDS = 1.0  # for the rest of a body that was refused, so that the client reads why; and at the end
 _TOO_MANY = json.dumps({"error": "Too many connections are open. Try again later."}).encode()
 _DTYPES = {"string": "DT_STRING", "integer": "DT_INT64"}
 

@@ -53,8 +53,8 @@ class ServeConfig:
         )
         require(0 <= self.port <= 65535, "must be a port, or 0", "port", self.port, "For example 8501.")
         require(
-            0 <= self.batch_timeout_ms <= 1000,
-            "must be from 0 to 1000",
+            0 <= self.batch_timeout_ms <= 10_000,
+            "must be from 0 to 10000",
             "batch_timeout_ms",
             self.batch_timeout_ms,
             "For example 2.",

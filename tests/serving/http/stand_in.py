@@ -1,0 +1,149 @@
+"""A server in a thread around a model of three lines, for tests of everything but the model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from din_dist.serving.http.metrics import ServingMetrics
+from din_dist.serving.http.parse import Vocabulary
+from din_dist.serving.http.server import Served, Server, listen
+from din_dist.serving.http.settings import ServeConfig
+
+POISON = "poison"  # an id that breaks the call it is in
+STRINGS = Vocabulary("string", {"category_id": "string", "shelf": "integer"}, max_history_length=5)
+INTEGERS = Vocabulary("integer", {}, max_history_length=5)
+
+
+def logit(history: Sequence, candidate: object, features: Sequence = ()) -> float:
+    """Of one history: depends on the order of its items, and on nothing else."""
+    words = "|".join(map(str, [*history, "/", candidate, "/", *features]))
+    return float(np.float32(zlib.crc32(words.encode()) / 2**30 - 2))
+
+
+class StandIn:
+    """Answers as a `Bundle` would. `gate` lets calls pass; `sizes` are the candidates of each call."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.sizes: list[int] = []
+
+    def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray:
+        return self.rank_histories(
+            history_item_ids, history_lengths, candidate_item_ids, np.ones(len(candidate_item_ids), np.int64)
+        )
+
+    def rank_histories(
+        self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any, candidate_counts: Any
+    ) -> np.ndarray:
+        self._enter(history_item_ids, candidate_item_ids)
+        histories = np.split(history_item_ids, np.cumsum(history_lengths)[:-1])
+        groups = np.split(candidate_item_ids, np.cumsum(candidate_counts)[:-1])
+        assert sum(map(len, histories)) == sum(history_lengths) == len(history_item_ids)
+        return np.array([logit(h, c) for h, group in zip(histories, groups, strict=True) for c in group], np.float32)
+
+    def score_with_features(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        history_features: Mapping[str, Any],
+        candidate_features: Mapping[str, Any],
+    ) -> np.ndarray:
+        self._enter(history_item_ids, candidate_item_ids)
+        ends = np.cumsum(history_lengths)
+        return np.array(
+            [
+                logit(
+                    history_item_ids[end - length : end],
+                    candidate_item_ids[place],
+                    [values[end - length : end].tolist() for _, values in sorted(history_features.items())]
+                    + [values[place] for _, values in sorted(candidate_features.items())],
+                )
+                for place, (end, length) in enumerate(zip(ends, history_lengths, strict=True))
+            ],
+            np.float32,
+        )
+
+    def _enter(self, history_item_ids: Any, candidate_item_ids: Any) -> None:
+        self.entered.release()
+        assert self.gate.wait(30)
+        self.sizes.append(len(candidate_item_ids))
+        if POISON in list(candidate_item_ids) + list(history_item_ids):
+            raise RuntimeError("the model broke")
+
+
+class Running:
+    """A server that answers at `port`."""
+
+    def __init__(self, model: StandIn, vocabulary: Vocabulary, **settings: Any) -> None:
+        self.model, self.said = model, []  # type: ignore[var-annotated]
+        self.config = ServeConfig(export_dir="none", port=0, **settings)
+        listener = listen(self.config.host, 0)
+        self.port = listener.getsockname()[1]
+        ready = threading.Event()
+        self.answered: bool | None = None
+
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            served = Served(model, vocabulary, 7, {"digest": "abc"})
+            self.server = Server(self.config, served, ServingMetrics({"digest": "abc"}, {}), self.said.append)
+            self.answered = await self.server.run(listener, ready.set)
+
+        self.thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        self.thread.start()
+        assert ready.wait(10)
+
+    def stop(self) -> None:
+        """Asks, as a signal does."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self.server.stop)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        """Status and JSON of one answer; `body` is JSON if it is not bytes."""
+        with contextlib.closing(self.connect()) as connection:
+            return ask(connection, method, path, body, **headers)
+
+    def predict(self, body: Any, **headers: str) -> tuple[int, Any]:
+        return self.ask("POST", "/v1/models/din_dist:predict", body, **headers)
+
+    def metrics(self) -> dict[str, float]:
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("din_dist_serving_"))
+        return {name.removeprefix("din_dist_serving_"): float(value) for name, value in pairs}
+
+
+def ask(
+    connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, Any]:
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection.request(method, path, data, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+@contextlib.contextmanager
+def running(vocabulary: Vocabulary = STRINGS, **settings: Any) -> Iterator[Running]:
+    server = Running(StandIn(), vocabulary, **settings)
+    try:
+        yield server
+    finally:
+        server.model.gate.set()
+        server.stop()
+        server.thread.join(30)
+        assert not server.thread.is_alive()

@@ -1,0 +1,227 @@
+"""What a body asks for, what is refused and how it is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from din_dist.serving.http.parse import BadRequest, Instance, Predict, answer, load, parse
+from din_dist.serving.http.settings import ServeConfig
+from tests.serving.http.stand_in import INTEGERS, STRINGS
+
+LIMITS = ServeConfig(
+    export_dir="none",
+    max_instances=3,
+    max_candidates=4,
+    max_history_items=8,
+    max_batch_positions=12,
+    max_queue_positions=12,
+)
+
+
+def read(body: Any, vocabulary: Any = STRINGS) -> Predict:
+    return parse(load(json.dumps(body).encode()), vocabulary, LIMITS)
+
+
+def row(history: Any = ("a",), candidate: Any = "b", **more: Any) -> dict[str, Any]:
+    return {"history_item_ids": history, "candidate_item_id": candidate, **more}
+
+
+def test_rows_of_any_length() -> None:
+    """A history is cut to what the model reads, its newest five, and its features with it."""
+    features = {"history_features": {"shelf": [1, 2, 3, None, 5, 6]}, "candidate_features": {"category_id": "c"}}
+    request = read({"instances": [row([], "x"), row(list("abcdef"), "x", **features)]})
+    assert request == Predict(
+        "score",
+        True,
+        [Instance([], ["x"]), Instance(list("bcdef"), ["x"], {"shelf": [2, 3, None, 5, 6]}, {"category_id": ["c"]})],
+    )
+    assert [one.has_features for one in request.instances] == [False, True]
+    assert (request.num_candidates, request.num_positions) == (2, 6)
+
+
+def test_columns_end_to_end_padded_or_nested() -> None:
+    expected = [Instance(["a", "b"], ["x"]), Instance([], ["y"]), Instance(["c"], ["z"])]
+    candidates = {"candidate_item_ids": ["x", "y", "z"]}
+    padded = [["a", "b"], ["", ""], ["c", ""]]
+    for name, inputs in (
+        ("score", {"history_item_ids": ["a", "b", "c"], "history_lengths": [2, 0, 1]}),
+        ("serving_default", {"history_item_ids": [["a", "b"], [], ["c"]]}),
+        ("score_padded", {"history_item_ids": padded, "history_lengths": [2, 0, 1]}),
+    ):
+        request = read({"signature_name": name, "inputs": inputs | candidates})
+        assert request.instances == expected
+        assert not request.in_rows
+
+
+def test_padded_rows_as_tensorflow_serving_has_them() -> None:
+    padded = {"history_item_ids": ["a", "b", ""], "history_lengths": 2, "candidate_item_ids": "x"}
+    assert read({"signature_name": "score_padded", "instances": [padded]}).instances == [Instance(["a", "b"], ["x"])]
+
+
+def test_rank_in_rows_and_columns() -> None:
+    one = {"history_item_ids": [3], "candidate_item_ids": [1, -(2**63), 2**63 - 1], "k": 2}
+    expected = [Instance([3], [1, -(2**63), 2**63 - 1], most=2)]
+    assert read({"signature_name": "rank", "inputs": one}, INTEGERS) == Predict("rank", False, expected)
+    assert read({"signature_name": "rank", "instances": [one]}, INTEGERS) == Predict("rank", True, expected)
+
+
+def test_answers() -> None:
+    """Best first, ties by place; probabilities by hand: sigmoid(0) and sigmoid(ln 3)."""
+    logits = np.array([0, np.log(3), 0, -1000], np.float32)
+    ranked = answer(Predict("rank", False, [Instance([], list("abcd"), most=3)]), [logits])["outputs"]
+    assert ranked["item_ids"] == ["b", "a", "c"]
+    assert ranked["places"] == [1, 0, 2]
+    np.testing.assert_allclose(ranked["click_probability"], [0.75, 0.5, 0.5], rtol=1e-6)
+    scored = answer(Predict("score", True, [Instance([], ["a"])] * 4), list(logits[:, None]))["predictions"]
+    assert [one["logits"] for one in scored] == logits.tolist()
+    assert scored[3]["click_probability"] == 0
+    assert answer(Predict("score", False, [Instance([], ["a"])]), [logits[:1]]) == {
+        "outputs": {"logits": [0.0], "click_probability": [0.5]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ([], "The body must be a JSON object. Received: []."),
+        ("text", 'The body must be a JSON object. Received: "text".'),
+        ({}, "The body must have either instances or inputs. Received: []."),
+        ({"instances": [row()], "inputs": {}}, 'instances or inputs. Received: ["inputs", "instances"].'),
+        ({"instances": [row()], "instance": 1}, 'instances, inputs, signature_name. Received: "instance".'),
+        ({"instances": []}, "instances must be a list of at least one object. Received: []."),
+        ({"instances": {"0": row()}}, "must be a list of at least one object. Received: an object of 1."),
+        ({"instances": [row()] * 4}, "instances must have at most 3 entries. Received: 4."),
+        ({"instances": [row(), 5]}, "instances[1] must be an object. Received: 5."),
+        ({"instances": [{"history_item_ids": []}]}, 'instances[0] must have candidate_item_id. Received: ["history_'),
+        ({"instances": [row(extra=1)]}, 'candidate_features. Received: "extra".'),
+        ({"instances": [row("abc")]}, 'instances[0].history_item_ids must be a list of strings. Received: "abc".'),
+        ({"instances": [row(["a", None])]}, "instances[0].history_item_ids[1] must be a string. Received: null."),
+        ({"instances": [row(["a", ["b"]])]}, 'history_item_ids[1] must be a string. Received: ["b"].'),
+        ({"instances": [row(candidate=7)]}, "instances[0].candidate_item_id must be a string. Received: 7."),
+        ({"instances": [row(candidate=["b"])]}, 'instances[0].candidate_item_id must be one string. Received: ["b"].'),
+        ({"instances": [row(candidate="\ud800")]}, "must be Unicode text. Received: \"half of a surrogate pair\"."),
+        ({"instances": [row(["a"] * 9)]}, "instances[0].history_item_ids must have at most 8 entries. Received: 9."),
+        ({"instances": [row(["a"] * 8)] * 3}, "most 12 pairs of a candidate and an item of its history. Received: 15"),
+        ({"instances": [row(history_features=[])]}, "history_features must be an object. Received: []."),
+        ({"instances": [row(history_features={"x": []})]}, 'must have only category_id, shelf. Received: "x".'),
+        ({"instances": [row(history_features={"shelf": []})]}, "history_features.shelf must have 1 values, one for"),
+        ({"instances": [row(history_features={"shelf": 1})]}, "history_features.shelf must be a list. Received: 1."),
+        ({"instances": [row(history_features={"shelf": ["1"]})]}, 'shelf[0] must be an integer. Received: "1".'),
+        ({"instances": [row(candidate_features={"shelf": 0.5})]}, "shelf[0] must be an integer. Received: 0.5."),
+        ({"signature_name": "classify", "instances": [row()]}, "must be one of score, score_padded, rank. Received"),
+        ({"signature_name": ["rank"], "instances": [row()]}, 'score, score_padded, rank. Received: ["rank"].'),
+        ({"signature_name": None, "instances": [row()]}, "score, score_padded, rank. Received: null."),
+        ({"inputs": []}, "inputs must be an object. Received: []."),
+        ({"inputs": {"history_item_ids": ["a"], "candidate_item_ids": []}}, "must have at least one id. Received: []."),
+        ({"inputs": {"history_item_ids": [], "candidate_item_ids": list("abcd")}}, "at most 3 entries. Received: 4."),
+        ({"inputs": {"history_item_ids": ["a"], "candidate_item_ids": ["b"]}}, 'history_item_ids[0] must be a list of'),
+        ({"inputs": {"history_item_ids": [[]], "candidate_item_ids": ["a", "b"]}}, "inputs.candidate_item_ids, 2. Rec"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(body: Any, told: str) -> None:
+    with pytest.raises(BadRequest) as error:
+        read(body)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ([2, -1], "inputs.history_lengths[1] must be an integer, from 0 to 8. Received: -1."),
+        ([2, 1], "inputs.history_lengths must add up to the 2 ids of inputs.history_item_ids. Received: 3."),
+        ([2], "inputs.history_lengths must have as many entries as inputs.candidate_item_ids, 2. Received: 1."),
+        ([1.0, 1], "inputs.history_lengths[0] must be an integer. Received: 1.0."),
+        ([True, 1], "inputs.history_lengths[0] must be an integer. Received: true."),
+        (2, "inputs.history_lengths must be a list of integers. Received: 2."),
+    ],
+)
+def test_lengths_that_do_not_fit(lengths: Any, told: str) -> None:
+    inputs = {"history_item_ids": ["a", "b"], "history_lengths": lengths, "candidate_item_ids": ["c", "d"]}
+    with pytest.raises(BadRequest) as error:
+        read({"inputs": inputs})
+    assert str(error.value) == told
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        ({"k": 0}, "k must be an integer, 1 or more. Received: 0."),
+        ({"k": -3}, "k must be an integer, 1 or more. Received: -3."),
+        ({"k": True}, "k must be an integer, 1 or more. Received: true."),
+        ({"k": 2**63}, "k must be an integer, 1 or more. Received: 9223372036854775808."),
+        ({"candidate_item_ids": []}, "candidate_item_ids must have at least one id. Received: []."),
+        ({"candidate_item_ids": 1}, "candidate_item_ids must be a list of integers. Received: 1."),
+        ({"candidate_item_ids": [1] * 5}, "candidate_item_ids must have at most 4 entries. Received: 5."),
+        ({"history_item_ids": [2**63]}, "must be integers of 64 bits. Received: 9223372036854775808."),
+        ({"history_item_ids": [1e300]}, "history_item_ids[0] must be an integer. Received: 1e+300."),
+        ({"history_item_ids": ["1"]}, 'history_item_ids[0] must be an integer. Received: "1".'),
+        ({"history_item_ids": [True]}, "history_item_ids[0] must be an integer. Received: true."),
+        ({"history_features": {"category_id": ["c"]}}, 'history_features must be empty. Received: "category_id".'),
+    ],
+)
+def test_what_is_refused_of_rank(rank: dict[str, Any], told: str) -> None:
+    one = {"history_item_ids": [1], "candidate_item_ids": [1, 2], "k": 1} | rank
+    for body in ({"instances": [one]}, {"inputs": one}):
+        with pytest.raises(BadRequest) as error:
+            read({"signature_name": "rank", **body}, INTEGERS)
+        assert str(error.value).endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        (3, "instances[0].history_lengths must be an integer, from 0 to 2. Received: 3."),
+        (-1, "instances[0].history_lengths must be an integer, from 0 to 2. Received: -1."),
+    ],
+)
+def test_padded_lengths_that_do_not_fit(lengths: int, told: str) -> None:
+    padded = {"history_item_ids": ["a", ""], "history_lengths": lengths, "candidate_item_ids": "x"}
+    with pytest.raises(BadRequest) as error:
+        read({"signature_name": "score_padded", "instances": [padded]})
+    assert str(error.value) == told
+    columns = {"history_item_ids": [["a", ""]], "history_lengths": [lengths], "candidate_item_ids": ["x"]}
+    with pytest.raises(BadRequest, match="inputs.history_lengths"):
+        read({"signature_name": "score_padded", "inputs": columns})
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "The body must be JSON. Received: Expecting value at character 0."),
+        (b'{"a": 1', "Received: Expecting ',' delimiter at character 7."),
+        (b'{"a": NaN}', "The body must be JSON, which has no NaN."),
+        (b'{"a": -Infinity}', "The body must be JSON, which has no -Infinity."),
+        (b'{"a": "\xff"}', "The body must be UTF-8. Received: byte 0xff at 7."),
+        ('{"a": 1}'.encode("utf-16"), "The body must be UTF-8. Received: byte 0xff at 0."),
+        (b'\xef\xbb\xbf{"a": 1}', "The body must be JSON. Received: Unexpected UTF-8 BOM"),
+        (b"[" * 100_000, "nested too deeply."),
+        (b'{"a":' * 100_000, "nested too deeply."),
+        (b"9" * 5000, "Received: one with thousands of digits."),
+        (b'{"a": 1, "b": 2, "a": 3}', 'An object must have each key once. Received: "a".'),
+        (b'{"a": "\x01"}', "Received: Invalid control character at"),
+    ],
+)
+def test_what_is_no_json(data: bytes, told: str) -> None:
+    with pytest.raises(BadRequest) as error:
+        load(data)
+    assert told in str(error.value)
+
+
+DEEP = "[" * 900 + "]" * 900  # can be read, but would be too deep to write from further down the stack
+
+
+@pytest.mark.parametrize(
+    "hostile", ["[" + "0," * 999_999 + "0]", '["' + "x" * 1_000_000 + '"]', '{"k": [[[0]]]}', DEEP]
+)
+@pytest.mark.parametrize("place", ["history_item_ids", "candidate_item_id", "history_features", "other"])
+def test_long_things_are_told_shortly(hostile: str, place: str) -> None:
+    body = json.dumps({"instances": [row() | {place: "HERE"}]}).replace('"HERE"', hostile)
+    with pytest.raises(BadRequest) as error:
+        parse(load(body.encode()), INTEGERS, LIMITS)
+    assert len(str(error.value)) < 250
