@@ -23,6 +23,10 @@ while (($#)); do
     --namespace=?*) kubectl+=("$1") ;;
     --dry_run) dry_run=1 ;;
     --with_data) with_data=1 ;;
+    -h | --help)
+      sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" # the comment above
+      exit
+      ;;
     -*) die "flags: must be --namespace=NAME, --dry_run or --with_data. Received: '$1'. Correct it." ;;
     *) positional+=("$1") ;;
   esac

@@ -294,6 +294,16 @@ def test_wrong_arguments_get_one_line(cluster: Cluster, arguments: Sequence[str]
     assert cluster.calls() == []
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_the_comment_at_the_top(cluster: Cluster, flag: str) -> None:
+    done = cluster.run("submit", flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("A job in Kubernetes: ")
+    assert "\n  launch/k8s.sh render|submit|follow|delete OVERLAY " in done.stdout
+    assert done.stdout.endswith("--dry_run prints the commands.\n")
+    assert cluster.calls() == []
+
+
 def test_without_kubectl(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.error("render", "gpu", path=path_without(tmp_path / "path", "kubectl")) == (
         "k8s.sh: kubectl: must be on PATH. Received: none there. Install it: https://kubernetes.io/docs/tasks/tools/"
