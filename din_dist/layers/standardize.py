@@ -134,6 +134,11 @@ class BatchNormalization(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         return self.standardize.then(_scaled, inputs, (self.gamma.value, self.beta.value), training=training)
 
+    def affine(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Scale and offset `[W]`: out of training this layer is `scale * x + offset`."""
+        scale = self.gamma.value * tf.math.rsqrt(self.standardize.moving_variance.value + self.standardize.epsilon)
+        return scale, self.beta.value - self.standardize.moving_mean.value * scale
+
     def get_config(self) -> dict:
         return {**super().get_config(), "frozen": self.standardize.frozen}
 
