@@ -30,10 +30,20 @@ def config_of(folder: Path) -> Config:
             f"{path}: holds the settings of a training job. Received: no such file. Give the --output_dir that the "
             "job was given."
         )
+    config = config_from_text(path.read_text(errors="replace"), path)
+    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(folder)))
+
+
+def config_from_text(text: str, path: Path) -> Config:
+    """The settings that a flagfile's text gives, which was found in `path`.
+
+    Raises:
+        InputError: they are not settings of this version.
+    """
     values = flags.FlagValues()
     settings.define_flags(values)
     try:
-        rest = values(["trained", *path.read_text(errors="replace").splitlines()], known_only=True)[1:]
+        rest = values(["trained", *text.splitlines()], known_only=True)[1:]
     except flags.Error as error:
         raise InputError(
             f"{path}: must be settings of this version. Received: {error}. Use the version that trained it, or train "
@@ -41,8 +51,7 @@ def config_of(folder: Path) -> Config:
         ) from error
     if rest:
         entry.say(f"{path}: settings that this version does not know are left aside: {' '.join(rest)}")
-    config = settings.config_from_flags(values)
-    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(folder)))
+    return settings.config_from_flags(values)
 
 
 def trained_model(config: Config, store: EventStore, step: int | None = None) -> tuple[RankingModel, int]:
@@ -58,8 +67,10 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
     from din_dist.data.splits import split_examples
     from din_dist.data.trained_items import trained_items
     from din_dist.distributed.runtime import Runtime
-    from din_dist.training.checkpoint import CheckpointStore
+    from din_dist.training.checkpoint import CheckpointStore, checkpoints_dir
 
+    if step is not None:
+        require_checkpoint(step, checkpoints_dir(config))
     trained = trained_items(store, config.data, split_examples(store, config.data))
     row_of_item = trained.row_of_item if trained else None
     model = make_model(config.model, store.facts, store.item_features, seed=config.job.seed, row_of_item=row_of_item)
@@ -81,3 +92,13 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
             if not attempts_left:  # a job at work may have replaced what was being read
                 raise
     raise AssertionError
+
+
+def require_checkpoint(step: int, folder: Path) -> None:
+    """Raises `InputError` where `folder`, of a job's checkpoints, has none of update `step`."""
+    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    if step not in steps:
+        raise InputError(
+            f"--checkpoint_step: must be one whose checkpoint was kept. Received: {step}. "
+            f"Choose among {', '.join(map(str, steps)) or f'none: {folder} has no checkpoint'}."
+        )

@@ -26,8 +26,16 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def gauc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> Gauc:
     """GAUC of `scores` `[M]`, `labels` `[M]` in {0, 1} and `users` `[M]`, integers in any order."""
+    aucs, impressions = aucs_by_user(scores, labels, users)
+    counted = ~np.isnan(aucs)
+    value = float(np.average(aucs[counted], weights=impressions[counted])) if counted.any() else float("nan")
+    return Gauc(value, int(counted.sum()), int((~counted).sum()))
+
+
+def aucs_by_user(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUC of each of the K users, ascending, NaN without both labels, and the impressions of each: `[K]` both."""
     if not len(scores):
-        return Gauc(float("nan"), 0, 0)
+        return np.zeros(0), np.zeros(0, np.int64)
     order = np.lexsort((scores, users))
     scores, users = np.asarray(scores)[order], np.asarray(users)[order]
     labels = np.asarray(labels, np.float64)[order]
@@ -45,10 +53,9 @@ def gauc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> Gauc:
     rank_sums = np.add.reduceat(labels * (ranks - np.repeat(user_starts, impressions)), user_starts)
     counted = (positives > 0) & (negatives > 0)
     wins = rank_sums - positives * (positives + 1) / 2
-    aucs = wins[counted] / (positives * negatives)[counted]
-    weights = impressions[counted]
-    value = float(np.average(aucs, weights=weights)) if len(aucs) else float("nan")
-    return Gauc(value, int(counted.sum()), int((~counted).sum()))
+    aucs = np.full(len(user_starts), np.nan)
+    aucs[counted] = wins[counted] / (positives * negatives)[counted]
+    return aucs, impressions
 
 
 def pairwise_gauc(scores: np.ndarray) -> float:
@@ -61,7 +68,10 @@ def pairwise_gauc(scores: np.ndarray) -> float:
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean sigmoid cross entropy, in nats."""
-    if not len(logits):
-        return float("nan")
+    return float(np.mean(log_losses(logits, labels))) if len(logits) else float("nan")
+
+
+def log_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sigmoid cross entropy of each example, `[M]`, in nats."""
     logits = np.asarray(logits, np.float64)
-    return float(np.mean(np.logaddexp(0.0, logits) - logits * labels))
+    return np.logaddexp(0.0, logits) - logits * labels

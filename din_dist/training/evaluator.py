@@ -31,7 +31,10 @@ class Evaluator:
 
     def evaluate(self, split: str, logits_of: Scorer) -> dict[str, float]:
         """`gauc`, `auc`, `log_loss` and counts; without labels also the authors' `pairwise_gauc`."""
-        logits = self.scores(split, logits_of)
+        return self.metrics_of(split, self.scores(split, logits_of))
+
+    def metrics_of(self, split: str, logits: np.ndarray) -> dict[str, float]:
+        """As `evaluate`, from the logits `[num_examples]` of a split."""
         metrics = self._ranking_metrics(split, logits)
         metrics["log_loss"] = log_loss(logits, self.labels(split))
         metrics["num_examples"] = len(logits)

@@ -1,0 +1,58 @@
+"""An export as what scores a split: by the log's own ids, as any of its clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.data.event_store import ITEMS, EventStore
+from din_dist.serving.bundle import Bundle
+
+_PAIRS = 100_000  # (candidate, behaviour) pairs at once
+
+
+class ExportScorer:
+    """Scores of packed batches, and as of `training/retrieval.py: CandidateScorer`."""
+
+    def __init__(self, bundle: Bundle, store: EventStore) -> None:
+        self._bundle, self._num_items = bundle, store.facts.num_items
+        own_ids = store.vocabulary(ITEMS).to_numpy()
+        kind = tf.string if bundle.manifest.item_id_type == "string" else tf.int64
+        self._own_ids = tf.constant(own_ids, kind)
+
+    def of_batch(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Logits `[B]` of a packed batch (see `schema`)."""
+        histories, candidates = batch[schema.HISTORY_ITEM_IDS], batch[schema.CANDIDATE_ITEM_IDS]
+        logits = self._bundle.score(self._own(histories), batch[schema.HISTORY_LENGTHS], self._own(candidates))
+        return tf.constant(logits)
+
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
+        logits = np.empty((len(history_lengths), self._num_items), np.float32)
+        ends = np.cumsum(history_lengths)
+        for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
+            history = self._own(history_item_ids[end - length : end])
+            each = max(1, _PAIRS // max(1, int(length)))
+            for first in range(0, self._num_items, each):
+                candidates = self._own_ids[first : first + each]
+                count = len(candidates)
+                found = self._bundle.rank_histories(history, np.array([length]), candidates, np.array([count]))
+                logits[row, first : first + count] = found
+        return logits
+
+    def of_some(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        candidate_item_ids: np.ndarray,
+        candidate_counts: np.ndarray,
+    ) -> np.ndarray:
+        return self._bundle.rank_histories(
+            self._own(history_item_ids), history_lengths, self._own(candidate_item_ids), candidate_counts
+        )
+
+    def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
+        """Of dense ids from 1."""
+        return tf.gather(self._own_ids, tf.cast(item_ids, tf.int64) - 1)
