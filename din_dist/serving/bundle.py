@@ -173,27 +173,30 @@ def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
         if values.null_count:
             raise _wrong_kind(name, dtype, "null")
         values = values.to_numpy() if isinstance(values, pa.ChunkedArray) else values.to_numpy(zero_copy_only=False)
-    try:
-        array = np.asarray(values)
-    except ValueError as error:  # rows of different lengths
-        raise _wrong_kind(name, dtype, "lists of different lengths") from error
+    # As objects lists stay what they are: NumPy alone makes a text of a number beside a text, and 1 of True.
+    array = values if isinstance(values, np.ndarray) else np.asarray(values, object)
     if not array.size:
         return tf.zeros(array.shape, dtype)
-    if dtype == tf.int64:
-        if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
-            raise _wrong_kind(name, dtype, f"{array.max()}")
-        if array.dtype.kind not in "iu":
-            raise _wrong_kind(name, dtype, repr(array.flat[0]) if array.dtype.kind == "O" else f"{array.dtype} values")
-        return tf.constant(array.astype(np.int64))
-    if array.dtype.kind not in "OSU":
+    wanted, kinds = ((str, bytes), "OSU") if dtype == tf.string else ((int, np.integer), "Oiu")
+    if array.dtype.kind not in kinds:
         raise _wrong_kind(name, dtype, f"{array.dtype} values")
-    for value in array.flat if array.dtype.kind == "O" else ():
-        if not isinstance(value, (str, bytes)):
-            raise _wrong_kind(name, dtype, repr(value))
     try:
-        return tf.constant(array, tf.string)
-    except UnicodeEncodeError as error:
+        if array.dtype.kind == "O" and dtype == tf.int64:
+            _require_all(array, wanted, name, dtype)
+        elif array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+            raise OverflowError
+        return tf.constant(array, tf.string) if dtype == tf.string else tf.constant(array.astype(np.int64))
+    except OverflowError as error:
+        raise _wrong_kind(name, dtype, str(max(array.flat, key=abs))) from error
+    except (TypeError, ValueError) as error:
+        _require_all(array, wanted, name, dtype)
         raise _wrong_kind(name, dtype, "half a surrogate pair, which UTF-8 cannot express") from error
+
+
+def _require_all(array: np.ndarray, wanted: tuple[type, ...], name: str, dtype: tf.DType) -> None:
+    for value in array.flat:
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise _wrong_kind(name, dtype, repr(value))
 
 
 def _wrong_kind(name: str, dtype: tf.DType, received: str) -> InputError:

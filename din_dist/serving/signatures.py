@@ -61,6 +61,7 @@ class Signatures:
             for place, (name, ids) in enumerate(feature_ids.items())
         }
         lookup = model.lookup
+        self._tables = [_named_to_save(table.value) for table in lookup.tables]
         # Variables: constants would be part of the graph, which has a limit of 2 GB.
         self._feature_of_item = [_variable(lookup.item_features[name]) for name in feature_ids]
         self._row_of_item = None if lookup.row_of_item is None else _variable(lookup.row_of_item)
@@ -68,7 +69,9 @@ class Signatures:
     def save(self, folder: Path) -> None:
         """Writes the SavedModel."""
         root = tf.Module()  # holds what the functions use, and nothing of the model but its weights
-        root.weights = [weight.value for weight in self._model.weights]
+        tables = {id(table) for table in self._model.lookup.tables}
+        root.weights = [weight.value for weight in self._model.weights if id(weight) not in tables]
+        root.tables = self._tables
         root.feature_of_item, root.row_of_item = self._feature_of_item, self._row_of_item
         root.vocabularies = [self._items, *self._features.values()]
         tf.saved_model.save(root, str(folder), signatures=self._functions())
@@ -229,7 +232,7 @@ class Signatures:
         if not given:
             distinct, places = tf.unique(dense_ids)
             features = [tf.gather(of_item, distinct) for of_item in self._feature_of_item]
-            return Items(*self._model.lookup.rows(self._rows(distinct), features), places)
+            return self._look_up(self._rows(distinct), features, places)
         rows = self._rows(dense_ids)
         features = [
             tf.where(
@@ -240,13 +243,18 @@ class Signatures:
             for values, vocabulary, of_item in zip(given, self._features.values(), self._feature_of_item, strict=True)
         ]
         _, places = tf.unique(rows)
-        for spec, feature in zip(self._model.lookup.specs[1:], features, strict=True):
-            combined = tf.cast(places, tf.int64) * spec.num_rows + tf.cast(feature, tf.int64)
+        for table, feature in zip(self._tables[1:], features, strict=True):
+            combined = tf.cast(places, tf.int64) * table.shape[0] + tf.cast(feature, tf.int64)
             _, places = tf.unique(combined)
         num_distinct = tf.reduce_max(tf.concat([places, [-1]], axis=0)) + 1
         firsts = tf.math.unsorted_segment_min(tf.range(tf.size(places)), places, num_distinct)
-        of_firsts = [tf.gather(feature, firsts) for feature in features]
-        return Items(*self._model.lookup.rows(tf.gather(rows, firsts), of_firsts), places)
+        return self._look_up(tf.gather(rows, firsts), [tf.gather(feature, firsts) for feature in features], places)
+
+    def _look_up(self, rows: tf.Tensor, features: Sequence[tf.Tensor], places: tf.Tensor) -> Items:
+        """Of different items, `[U]` each: what `LocalLookup` gives, whose care for gradients is not needed here."""
+        parts = [tf.gather(table, ids) for table, ids in zip(self._tables, [rows, *features], strict=True)]
+        biases = tf.squeeze(tf.gather(self._model.lookup.item_bias.value, rows), axis=1)
+        return Items(tf.concat(parts, axis=1), biases, places)
 
     def _rows(self, dense_ids: tf.Tensor) -> tf.Tensor:
         """In the item's table."""
@@ -320,6 +328,11 @@ def _of_same_size(values: tf.Tensor, ids: tf.Tensor, name: str, ids_name: str) -
 
 def _with_probability(logits: tf.Tensor) -> Outputs:
     return {"logits": logits, "click_probability": tf.sigmoid(logits)}
+
+
+def _named_to_save(table: tf.Variable) -> tf.Variable:
+    """A table is named by its item feature, in whatever language; TensorFlow saves plain names only."""
+    return table if re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_./-]*(:0)?", table.name) else _variable(table)
 
 
 def _variable(values: tf.Tensor) -> tf.Variable:
