@@ -81,6 +81,14 @@ def test_there_are_the_three_flagfiles() -> None:
         (["--output_dir="], "--output_dir: must name a folder. Received: ''"),
         (["--early_stopping_patience=1"], "--early_stopping_patience: needs a validation split, which leave_one_out"),
         (["--validation_from=5"], "--validation_from: belongs to --split=temporal. Received: 5"),
+        (
+            ["--unknown_item_rate=0.2"],
+            "--unknown_item_rate: belongs to --unknown_item=features. Received: 0.2. Add --un",
+        ),
+        (
+            ["--unknown_item=features", "--unknown_item_rate=1"],
+            "--unknown_item_rate: must be between 0 and 1. Received",
+        ),
         (["--item_features=a,a"], "--item_features: each feature may be named once. Received: 'a,a'"),
         (["--item_features=item_id"], "--item_features: a column can have one role. Received: 'item_id'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from din_dist import schema
-from din_dist.config import DataConfig
+from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BATCH_SIGNATURE, evaluation_batches, num_steps_per_epoch, share, training_batches
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
-from tests.small_log import small_config
+from din_dist.data.trained_items import trained_items
+from tests.small_log import small_config, write_log
 
 
 @pytest.fixture(params=[False, True], ids=["no_labels", "labels"])
@@ -37,6 +39,7 @@ def train(prepared, *, world_size: int = 1, rank: int = 0, steps: tuple[int, int
         end_step=steps[1],
         shard_index=rank,
         num_shards=world_size,
+        trained=trained_items(store, config, splits),
     ).as_numpy_iterator()
 
 
@@ -66,6 +69,97 @@ def test_batches_hold_what_the_rules_say(prepared) -> None:
                 assert candidate not in touched
             else:
                 assert candidate == store.item_ids[event]
+
+
+def test_ids_are_hidden_only_when_asked(prepared) -> None:
+    """To the bit what it was before they could be: the numbers were taken from the code before."""
+    names = (schema.CANDIDATE_ITEM_IDS, schema.HISTORY_ITEM_IDS, schema.DISTINCT_ITEM_IDS, schema.ITEM_PLACES)
+    checksum = 0
+    for batch in train(prepared, steps=(0, 12)):
+        for name in names:
+            checksum = zlib.crc32(batch[name].astype("<i4").tobytes(), checksum)
+    assert checksum == (3133498422 if prepared[1].labels is None else 1969495897)
+
+
+RATE = 0.3
+
+
+@pytest.fixture(params=[False, True], ids=["no_labels", "labels"])
+def hiding(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[DataConfig, EventStore, dict[str, Examples]]:
+    """As `prepared`, with some of the items never in training."""
+    write_log(tmp_path / "log.parquet", num_items=1000, labels=request.param)
+    settings = {"unknown_item": UnknownItem.FEATURES, "unknown_item_rate": RATE, "negatives_per_positive": 2}
+    config = small_config(tmp_path, **settings).data
+    store = prepare(config)
+    return config, store, split_examples(store, config)
+
+
+def test_a_share_of_the_ids_is_hidden_by_example_and_item(hiding) -> None:
+    """Of candidates and positions alike; within an example the same item is hidden everywhere or nowhere."""
+    config, store, splits = hiding
+    trained = trained_items(store, config, splits)
+    examples = splits["train"]
+    assert trained
+    assert (~trained.occur[1:]).sum() > 20
+    per_epoch = num_steps_per_epoch(examples.num_examples, 50)
+    hidden: list[dict[tuple[int, int], bool]] = [{}, {}]
+    shares = {"candidates": [], "positions": []}
+    for epoch in range(2):
+        for batch in train(hiding, steps=(epoch * per_epoch, (epoch + 1) * per_epoch)):
+            candidates = batch[schema.CANDIDATE_ITEM_IDS]
+            shares["candidates"] += (candidates < 0).tolist()
+            shares["positions"] += (batch[schema.HISTORY_ITEM_IDS] < 0).tolist()
+            for example, candidate, label, _, history in examples_of(batch):
+                for item in {candidate, *history}:
+                    assert hidden[epoch].setdefault((example, abs(item)), item < 0) == (item < 0)
+                row = example // examples.draws_per_row
+                event = examples.events(row, row + 1)[0]
+                user = np.searchsorted(store.user_offsets, event, side="right") - 1
+                touched = store.item_ids[store.user_offsets[user] : store.user_offsets[user + 1]]
+                assert trained.occur[abs(candidate)]
+                if store.labels is None and not label:
+                    assert abs(candidate) not in touched
+                else:
+                    assert abs(candidate) == store.item_ids[event]
+    for name, found in shares.items():
+        assert np.mean(found) == pytest.approx(RATE, abs=5 * (RATE / len(found)) ** 0.5), name
+    both = hidden[0].keys() & hidden[1].keys()
+    same = np.mean([hidden[0][place] == hidden[1][place] for place in both])
+    assert same == pytest.approx(RATE**2 + (1 - RATE) ** 2, abs=0.05)  # each epoch hides others
+
+
+def test_ranks_hide_the_same_ids(hiding) -> None:
+    whole = list(train(hiding, steps=(3, 6)))
+    parts = [next(train(hiding, world_size=3, rank=rank, steps=(5, 6))) for rank in range(3)]
+    assert [example for part in parts for example in examples_of(part)] == examples_of(whole[2])
+
+
+def test_evaluation_hides_nothing_and_takes_negatives_of_all_items(hiding) -> None:
+    config, store, splits = hiding
+    trained = trained_items(store, config, splits)
+    assert trained
+    (batch,) = evaluation_batches(
+        store, splits["test"], config, seed=7, batch_size=9999, shard_index=0, num_shards=1
+    ).as_numpy_iterator()
+    assert batch[schema.DISTINCT_ITEM_IDS].min() > 0
+    candidates = batch[schema.CANDIDATE_ITEM_IDS].reshape(-1, splits["test"].draws_per_row)
+    assert not trained.occur[candidates[:, -1]].all()
+
+
+def test_training_batches_must_be_given_the_trained_items(hiding) -> None:
+    config, store, splits = hiding
+    with pytest.raises(ValueError, match="trained: must be as unknown_item=features says. Received: None"):
+        training_batches(
+            store,
+            splits["train"],
+            config,
+            seed=1,
+            global_batch_size=8,
+            first_step=0,
+            end_step=1,
+            shard_index=0,
+            num_shards=1,
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

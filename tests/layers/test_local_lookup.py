@@ -57,6 +57,63 @@ def test_gradients_name_no_row_twice(lookup):
     assert_array_equal(biases.values, [[10], [10]])
 
 
+@pytest.fixture
+def sharing(lookup):
+    """The same with item 2 in row 0."""
+    layer = LocalLookup(lookup.specs, {"category": CATEGORY_OF}, row_of_item=np.array([0, 1, 0, 3], np.int32))
+    for weight, value in zip(layer.weights, lookup.weights, strict=True):
+        weight.assign(value + 1.0)  # no row of zeros
+    return layer
+
+
+def test_items_without_a_row_and_hidden_ids_are_row_0_with_their_features(sharing):
+    vectors, biases = sharing(tf.constant([3, 2, -3, -1, 0]))
+    assert_array_equal(vectors, [[31, 32, -1], [1, 2, -1], [1, 2, -1], [1, 2, 0], [1, 2, 1]])
+    assert_array_equal(biases, np.float32([1.3, 1, 1, 1, 1]))
+
+
+def test_gradients_of_shared_rows_name_no_row_twice(sharing):
+    """Items 2 and -1 are both of row 0; 1 and -1 of category 1."""
+    with tf.GradientTape() as tape:
+        vectors, biases = sharing(tf.constant([2, 1, -1]))
+        weights = tf.constant([[5.0], [2.0], [1.0]])
+        total = tf.reduce_sum(vectors * weights) + 10 * tf.reduce_sum(biases * weights[:, 0])
+    tables = [table.value for table in (*sharing.tables, sharing.item_bias)]
+    items, categories, biases = tape.gradient(total, tables)
+    assert_array_equal(items.indices, [0, 1])
+    assert_array_equal(items.values, [[6, 6], [2, 2]])
+    assert_array_equal(categories.indices, [2, 1])
+    assert_array_equal(categories.values, [[5], [3]])
+    assert_array_equal(biases.indices, [0, 1])
+    assert_array_equal(biases.values, [[60], [20]])
+
+
+def test_what_has_no_known_id(lookup, sharing):
+    """A hidden id is known; that of item 2 has no row where it shares that of unknown ones."""
+    assert_array_equal(lookup.unknown(tf.constant([3, 2, 0])), [[False, False, True], [False, False, True]])
+    unknown = sharing.unknown(tf.constant([3, 2, 0, -3]))
+    assert_array_equal(unknown, [[False, True, True, False], [False, False, True, False]])
+
+
+def test_rows_that_are_all_their_own_change_nothing(lookup):
+    """Vectors, biases and gradients to the bit, in the same order."""
+    other = LocalLookup(lookup.specs, {"category": CATEGORY_OF}, row_of_item=np.arange(4, dtype=np.int32))
+    values = np.random.default_rng(0).normal(size=(4, 2))
+    found = []
+    for layer in (lookup, other):
+        layer.tables[0].assign(values)
+        layer.tables[1].assign(values[:3, :1])
+        layer.item_bias.assign(values[:, :1])
+        with tf.GradientTape() as tape:
+            vectors, biases = layer(tf.constant([2, 3, 1]))
+            total = tf.reduce_sum(vectors**2) + tf.reduce_sum(biases**3)
+        tables = [table.value for table in (*layer.tables, layer.item_bias)]
+        gradients = tape.gradient(total, tables)
+        found.append([vectors, biases, *(part for g in gradients for part in (g.indices, g.values))])
+    for one, same in zip(*found, strict=True):
+        assert_array_equal(same, one)
+
+
 def test_tables_start_by_the_seed_and_apart():
     """Tables of one shape as well; biases start at zero."""
 

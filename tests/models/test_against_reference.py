@@ -1,5 +1,6 @@
 """The packed models against the padded float64 reference: logits, loss, and the gradient of every parameter."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -69,6 +70,29 @@ def test_batches_at_the_edges_equal_the_reference(compiled, model, batch_norm, l
 def test_random_ragged_batches_equal_the_reference(seed):
     lengths = np.random.default_rng(seed).integers(0, 13, 16)
     compare(lengths, True, ModelKind.DIN, Activation.DICE, AttentionNormalization.SOFTMAX, BatchNorm.SYNCED, seed)
+
+
+@pytest.mark.parametrize("model", ModelKind)
+def test_items_told_by_their_features_alone_equal_the_reference(model):
+    """Items 2, 5 and 9 have no row of their own, and a third of the others are hidden: row 0 and their features."""
+    row_of_item = np.array([0, 1, 0, 3, 4, 0, 6, 7, 8, 0, 10, 11, 12], np.int32)
+    batch = padded_batch(RAGGED)
+    random = np.random.default_rng(3)
+    hidden = {
+        name: np.where(random.random(ids.shape) < 1 / 3, -ids, ids)
+        for name in ("candidate_item_ids", "history_item_ids")
+        for ids in [getattr(batch, name)]
+    }
+    batch = dataclasses.replace(batch, **hidden)
+    batch.candidate_item_ids[:2] = [5, -3]
+    ours = small_model(model=model, row_of_item=row_of_item, activation=Activation.DICE)
+    reference = PaddedModel(ITEM_FEATURES, model, "dice", batch_statistics=True, row_of_item=row_of_item)
+    weights = weights_of(ours)
+    logits, _, gradients = loss_and_gradients(ours, packed(batch), training=True)
+    np.testing.assert_allclose(logits, reference.logits(weights, batch), rtol=1e-4, atol=1e-5)
+    trainable = [weight.path for weight in ours.trainable_weights]
+    expected = central_differences(lambda changed: reference.loss(changed, batch), weights, trainable)
+    assert_same_gradients(gradients, expected)
 
 
 @pytest.mark.parametrize("normalization", AttentionNormalization)

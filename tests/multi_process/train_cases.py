@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from din_dist import assembly
-from din_dist.config import Activation, AttentionNormalization, BatchNorm, OptimizerKind, WireDtype
+from din_dist.config import Activation, AttentionNormalization, BatchNorm, OptimizerKind, UnknownItem, WireDtype
 from din_dist.data.prepared import open_prepared
 from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.runtime import claim_devices, open_runtime
@@ -32,6 +32,8 @@ CASES: dict[str, dict] = {
         "embedding_l2": 0.01,
         "mini_batch_aware_l2": 0.1,
         "resample_negatives": True,
+        "unknown_item": UnknownItem.FEATURES,
+        "unknown_item_rate": 0.3,
         "xla": True,
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},

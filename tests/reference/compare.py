@@ -23,7 +23,9 @@ FeatureIds = Mapping[str, np.ndarray]
 ITEM_FEATURES: FeatureIds = {"category_id": CATEGORY_OF}
 
 
-def small_model(seed: int = 0, sum_over_ranks=tf.identity, compiled: bool = False, **config) -> RankingModel:
+def small_model(
+    seed: int = 0, sum_over_ranks=tf.identity, compiled: bool = False, row_of_item=None, **config
+) -> RankingModel:
     """Embeddings 3 + 2, hidden layers 5 and 4; every weight random, so that no zero hides a mistake."""
     sizes = {"embedding_dim": (3, 2), "attention_hidden_units": (5, 4), "hidden_units": (5, 4)}
     model = make_model(
@@ -31,6 +33,7 @@ def small_model(seed: int = 0, sum_over_ranks=tf.identity, compiled: bool = Fals
         FACTS,
         ITEM_FEATURES,
         seed=seed,
+        row_of_item=row_of_item,
         sum_over_ranks=sum_over_ranks,
         compiled=compiled,
     )

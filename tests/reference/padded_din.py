@@ -28,13 +28,17 @@ class PaddedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedModel:
-    """`item_features`: name -> the feature's id of each item. `batch_statistics`: in training, unless frozen."""
+    """`item_features`: name -> the feature's id of each item. `batch_statistics`: in training, unless frozen.
+
+    `row_of_item`: of each item in the item's table, where -id is item `id` in row 0; None: its own.
+    """
 
     item_features: Mapping[str, np.ndarray]
     model: str = "din"
     activation: str = "sigmoid"
     normalization: str = "softmax"
     batch_statistics: bool = False
+    row_of_item: np.ndarray | None = None
 
     def loss(self, weights: Weights, batch: PaddedBatch) -> float:
         probability = sigmoid(self.logits(weights, batch))
@@ -58,13 +62,17 @@ class PaddedModel:
         features = np.concatenate(features, axis=1)
         features = batch_norm(scope(weights, "model/head_norm/"), features, self.batch_statistics)
         head = perceptron(scope(weights, "model/head/"), features, self.activation, self.batch_statistics)
-        return head + weights["lookup/item_bias"][batch.candidate_item_ids, 0]
+        return head + weights["lookup/item_bias"][self.rows(batch.candidate_item_ids), 0]
 
     def embed(self, weights: Weights, item_ids: np.ndarray) -> np.ndarray:
         """The item's own embedding and those of its features, side by side: `[..., H]`."""
-        rows = [weights["lookup/item"][item_ids]]
-        rows += [weights[f"lookup/{name}"][feature[item_ids]] for name, feature in self.item_features.items()]
-        return np.concatenate(rows, axis=-1)
+        items = np.abs(item_ids)
+        parts = [weights["lookup/item"][self.rows(item_ids)]]
+        parts += [weights[f"lookup/{name}"][feature[items]] for name, feature in self.item_features.items()]
+        return np.concatenate(parts, axis=-1)
+
+    def rows(self, item_ids: np.ndarray) -> np.ndarray:
+        return item_ids if self.row_of_item is None else np.where(item_ids < 0, 0, self.row_of_item[np.abs(item_ids)])
 
 
 def attend(

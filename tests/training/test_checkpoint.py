@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from din_dist.config import Config, JobConfig, OptimizerConfig
+from din_dist.config import Config, DataConfig, JobConfig, OptimizerConfig, UnknownItem
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
@@ -85,6 +86,24 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         InputError, match=r"resumed with the settings it was made with. Received: --learning_rate: 0.1,"
     ):
         other.restore(variables(0.0))
+
+
+def test_settings_that_came_later_had_their_defaults(tmp_path: Path) -> None:
+    """A checkpoint of a version that did not know them is resumed as it was trained, and as nothing else."""
+    config, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    path = tmp_path / "checkpoints" / "step-000000000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("unknown_item", "unknown_item_rate"):
+        del manifest["config"]["data"][name]
+    path.write_text(json.dumps(manifest))
+    assert store.restore(variables(0.0)) == TrainingState(step=1)
+    other = dataclasses.replace(config, data=DataConfig(unknown_item=UnknownItem.FEATURES, unknown_item_rate=0.2))
+    with pytest.raises(
+        InputError,
+        match=r"Received: --unknown_item: untrained, now features; --unknown_item_rate: 0.1, now 0.2. Give the same",
+    ):
+        CheckpointStore(other, "d1", Runtime()).restore(variables(0.0))
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:

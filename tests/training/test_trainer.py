@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import pytest
 import tensorflow as tf
 
 from din_dist import assembly
-from din_dist.config import Activation, Config, ModelKind, OptimizerKind, Split
+from din_dist.cli.trained import trained_model
+from din_dist.config import Activation, Config, ModelKind, OptimizerKind, Split, UnknownItem
 from din_dist.data.prepared import prepare
+from din_dist.data.splits import item_counts, split_examples
+from din_dist.data.trained_items import trained_items
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError, Interrupted
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
@@ -69,9 +74,11 @@ def test_xla_trains_the_same_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(weights[1][path], weight, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
-def test_items_spread_over_a_larger_table_train_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unknown_item", UnknownItem)
+def test_items_spread_over_a_larger_table_train_the_same(tmp_path: Path, unknown_item: UnknownItem) -> None:
     """With two idle rows before each: the losses are those of the small table with the same weights."""
-    small, large = (make(small_config(tmp_path, output_dir=f"{tmp_path}/{n}"), spread=n) for n in (1, 3))
+    configs = [small_config(tmp_path, output_dir=f"{tmp_path}/{n}", unknown_item=unknown_item) for n in (1, 3)]
+    small, large = (make(config, spread=n) for config, n in zip(configs, (1, 3), strict=True))
     for one, other in zip(small.model.weights, large.model.weights, strict=True):
         if one.shape != other.shape:
             values = other.numpy()
@@ -88,6 +95,67 @@ def test_items_spread_over_a_larger_table_train_the_same(tmp_path: Path) -> None
     moved = np.flatnonzero((after != idle).any(axis=1))
     assert len(moved) > 20
     assert (moved % 3 == 0).all()
+
+
+@pytest.fixture
+def with_new_items(tmp_path: Path) -> Callable[..., Config]:
+    """A log of which many items come once: some of those are tested and nothing else."""
+    write_log(tmp_path / "log.parquet", num_users=60, num_items=1000)
+    settings = {"learning_rate": 0.01, "epochs": 1, "embedding_dim": (6, 4)}
+    return lambda **others: small_config(tmp_path, output_dir=f"{tmp_path}/{len(others)}", **settings, **others)
+
+
+def train_and_see_what_moved(config: Config) -> tuple[assembly.Job, np.ndarray]:
+    """The job, and bool `[num_items + 1]`: the items whose vector or bias is not as it was."""
+    job = make(config)
+    tables = [job.model.lookup.tables[0], job.model.lookup.item_bias]
+    before = [table.numpy() for table in tables]
+    job.trainer.train()
+    moved = [(table.numpy() != old).any(axis=1) for table, old in zip(tables, before, strict=True)]
+    return job, moved[0] | moved[1]
+
+
+def test_new_items_are_told_by_their_features_when_asked(with_new_items: Callable[..., Config]) -> None:
+    """The reserved row learns from what is hidden, a new item's nothing; opened again, the model says the same."""
+    config = with_new_items(unknown_item=UnknownItem.FEATURES, unknown_item_rate=0.3)
+    job, moved = train_and_see_what_moved(config)
+    rows = job.model.lookup.row_of_item.numpy()
+    is_new = rows == 0
+    assert is_new[1:].sum() > 20
+    assert moved[0]
+    assert not (moved & is_new)[1:].any()
+    store = prepare(config.data)
+    expected = job.evaluator.scores("test", job.model)
+    model, step = trained_model(config, store)
+    assert step == job.trainer.state.step
+    np.testing.assert_allclose(job.evaluator.scores("test", model), expected, rtol=1e-5, atol=1e-6)
+    model.lookup.row_of_item = tf.range(len(rows))  # another model
+    assert np.abs(job.evaluator.scores("test", model) - expected).max() > 1e-3
+
+
+def test_by_default_new_items_have_rows_that_learn_as_negatives(with_new_items: Callable[..., Config]) -> None:
+    config = with_new_items(negatives_per_positive=4)
+    job, moved = train_and_see_what_moved(config)
+    features = dataclasses.replace(config.data, unknown_item=UnknownItem.FEATURES)
+    trained = trained_items(store := prepare(config.data), features, split_examples(store, config.data))
+    assert trained
+    assert job.model.lookup.row_of_item is None
+    assert not moved[0]
+    assert (moved & ~trained.occur).sum() > 20
+
+
+def test_events_of_a_row_where_ids_are_hidden(with_new_items: Callable[..., Config]) -> None:
+    """For the mini-batch aware penalty: 0.3 of all are those of the reserved row, and 0.7 of an item's are its own."""
+    config = with_new_items(unknown_item=UnknownItem.FEATURES, unknown_item_rate=0.3)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, mini_batch_aware_l2=0.1))
+    job, store = make(config), prepare(config.data)
+    splits = split_examples(store, config.data)
+    trained = trained_items(store, config.data, splits)
+    counts = assembly._row_counts(config, store, splits, trained, job.model.lookup)
+    events = item_counts(store, splits)
+    assert counts["lookup/item"][0] == pytest.approx(0.3 * events.sum())
+    np.testing.assert_allclose(counts["lookup/item"][1:], 0.7 * events[1:])
+    assert counts["lookup/category_id"].sum() == events.sum()
 
 
 def test_a_bad_loss_stops_before_the_update(tmp_path: Path) -> None:
