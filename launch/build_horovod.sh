@@ -52,8 +52,9 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 # Named by the pinned TensorFlow, so that --check knows the wheel before TensorFlow is installed.
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
-# Raise the number after "+" with every change to what is built.
-key=horovod$horovod_version+4-tensorflow$tensorflow_version-$machine-$device
+# To be raised with every change to what is built.
+declare -A revision=([cpu]=4 [gpu]=5)
+key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
 
 exit_if_built() {
@@ -187,6 +188,16 @@ sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HORO
 [[ $(grep -c '^  gloo_context\.Finalize();$' "$common/process_set.cc") == 1 ]] ||
   die "horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt launch/build_horovod.sh to this Horovod."
 sed -i 's/^  gloo_context\.Finalize();$/  gloo_context = GlooContext();/' "$common/process_set.cc"
+
+# TensorFlow no longer exports the function by which Horovod asks for a GPU's stream, so a wheel that calls it does not load.
+# Its class for streams tells as much, by a virtual function that takes no exported name.
+mpi_ops=$source_tree/horovod/tensorflow/mpi_ops.cc
+[[ $(grep -cE '^GpuStreamHandle AsGpuStreamValue\(Stream\* stream\);$|^#include "tensorflow/compiler/xla/stream_executor/stream\.h"$' "$mpi_ops") == 2 ]] ||
+  die "horovod/tensorflow/mpi_ops.cc must declare AsGpuStreamValue once. Adapt launch/build_horovod.sh to this Horovod."
+sed -i 's,^#include "tensorflow/compiler/xla/stream_executor/stream\.h"$,&\
+GpuStreamHandle stream_executor::gpu::AsGpuStreamValue(Stream* stream) {\
+  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);\
+},' "$mpi_ops"
 
 if [[ $device == gpu && ! ${HOROVOD_NCCL_HOME:-} ]]; then
   # pip's package has only libnccl.so.2, but linkers look for libnccl.so. At run time the wheel finds it relative to itself:

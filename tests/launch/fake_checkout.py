@@ -53,6 +53,7 @@ operations=$3/horovod/common/operations.cc
 [[ $(grep -c 'initialization_failed = false' "$operations") == 2 ]] || exit 1
 grep -q 'SetEnv(HOROVOD_RANK, "-1");' "$3/horovod/common/gloo/gloo_context.cc" || exit 1
 grep -qx '  gloo_context = GlooContext();' "$3/horovod/common/process_set.cc" || exit 1
+grep -q 'return .*platform_specific_handle' "$3/horovod/tensorflow/mpi_ops.cc" || exit 1
 echo half >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
 sleep ${FAKE_PIP_SECONDS:-0}
 if [[ ${FAKE_BUILD_ERROR:-} ]]; then echo "$FAKE_BUILD_ERROR"; exit 1; fi
@@ -99,7 +100,8 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        return f"horovod{HOROVOD}+4-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
+        revision = {"cpu": 4, "gpu": 5}[device]
+        return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:
         wheel = self.cache / "wheels" / self.key(device) / f"horovod-{HOROVOD}-cp311-cp311-linux_x86_64.whl"

@@ -51,6 +51,10 @@ OPERATIONS = """
 """
 GLOO_CONTEXT = "      // Signals that this host is not part of the job\n"
 PROCESS_SET = "  gloo_context.Finalize();\n"
+MPI_OPS = """
+GpuStreamHandle AsGpuStreamValue(Stream* stream);
+#include "tensorflow/compiler/xla/stream_executor/stream.h"
+"""
 
 
 @pytest.fixture
@@ -68,6 +72,7 @@ def serve_sdist(
     pair: str = PAIR,
     operations: str = OPERATIONS,
     process_set: str = PROCESS_SET,
+    mpi_ops: str = MPI_OPS,
 ) -> None:
     """Has pip download a Horovod with these files, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
@@ -79,6 +84,7 @@ def serve_sdist(
             ("horovod/common/operations.cc", operations),
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
             ("horovod/common/process_set.cc", process_set),
+            ("horovod/tensorflow/mpi_ops.cc", mpi_ops),
         ):
             entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
             entry.size = len(text)
@@ -302,5 +308,14 @@ def test_another_horovod_that_ends_process_sets_otherwise(checkout: FakeCheckout
     serve_sdist(checkout, tmp_path, XLA_LINE, process_set="  context.Finalize();\n")
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt "
+        "launch/build_horovod.sh to this Horovod."
+    )
+
+
+@pytest.mark.parametrize("mpi_ops", [MPI_OPS.replace("Stream*", "Stream&"), MPI_OPS + MPI_OPS])
+def test_another_horovod_that_asks_for_streams_otherwise(checkout: FakeCheckout, tmp_path: Path, mpi_ops: str) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, mpi_ops=mpi_ops)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/tensorflow/mpi_ops.cc must declare AsGpuStreamValue once. Adapt "
         "launch/build_horovod.sh to this Horovod."
     )
