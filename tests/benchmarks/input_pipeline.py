@@ -21,9 +21,11 @@ def main() -> None:
     from din_dist.data.pipeline import num_steps_per_epoch, training_batches
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import split_examples
+    from din_dist.data.trained_items import trained_items
 
     store = open_prepared(config.data)
-    examples = split_examples(store, config.data)["train"]
+    splits = split_examples(store, config.data)
+    examples = splits["train"]
     steps = num_steps_per_epoch(examples.num_examples, config.job.global_batch_size) * config.job.epochs
     batches = iter(
         training_batches(
@@ -36,6 +38,7 @@ def main() -> None:
             end_step=steps,
             shard_index=0,
             num_shards=1,
+            trained=trained_items(store, config.data, splits),
         )
     )
     next(batches)  # tracing
