@@ -19,7 +19,8 @@ from absl import flags
 from din_dist.cli import entry
 from din_dist.errors import EXIT_SIGINT, InputError
 from din_dist.serving.http.settings import ServeConfig
-from din_dist.serving.manifest import MANIFEST, Manifest, read_manifest
+from din_dist.serving.http.versions import find_export
+from din_dist.serving.manifest import Manifest, read_manifest
 
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 for _field in dataclasses.fields(ServeConfig):
@@ -76,16 +77,6 @@ def main() -> None:
 
     if not asyncio.run(serve()):
         entry.leave_at_once(1, f"not all was answered within {config.shutdown_timeout_seconds:g} seconds")
-
-
-def find_export(folder: Path) -> tuple[Path, int | None]:
-    """The export in `folder`, or the newest of the numbered ones in it; and its number, if it has one."""
-    if not (folder / MANIFEST).is_file():
-        numbered = [path for path in folder.glob("*") if path.name.isdecimal() and (path / MANIFEST).is_file()]
-        if numbered:
-            folder = max(numbered, key=lambda path: int(path.name))
-    name = folder.resolve().name
-    return folder, int(name) if name.isdecimal() else None
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:

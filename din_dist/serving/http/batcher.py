@@ -47,6 +47,8 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._num_candidates = self._num_positions = 0  # in the queue
         self._arrived, self._enough = asyncio.Event(), asyncio.Event()
+        metrics.queue_requests.set_function(lambda: len(self._queue))
+        metrics.queue_positions.set_function(lambda: self._num_positions)
 
     @property
     def is_full(self) -> bool:
@@ -141,5 +143,3 @@ class Batcher:
     def _count(self, waiting: _Waiting, sign: int) -> None:
         self._num_candidates += sign * waiting.num_candidates
         self._num_positions += sign * waiting.num_positions
-        self._metrics.queue_requests.set(len(self._queue))
-        self._metrics.queue_positions.set(self._num_positions)

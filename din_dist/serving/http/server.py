@@ -37,6 +37,7 @@ from din_dist.serving.http.settings import ServeConfig
 _RETRY_SECONDS = "1"
 _GONE = 499  # as nginx has it: the client did not wait for its answer
 _LINGER_SECONDS = 1.0  # for the rest of a body that was refused, so that the client reads why; and at the end
+_QUIET_SECONDS = 0.2  # in which a client that was just answered sends its next request, if it has one
 _TOO_MANY = json.dumps({"error": "Too many connections are open. Try again later."}).encode()
 _DTYPES = {"string": "DT_STRING", "integer": "DT_INT64"}
 
@@ -88,7 +89,8 @@ class Server:
         self._stop = asyncio.Event()
         self._idle = asyncio.Event()  # no request is in progress
         self._idle.set()
-        self._num_in_progress = 0
+        self._num_in_progress = self._num_accepted = 0
+        metrics.in_progress.set_function(lambda: self._num_in_progress)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._batcher = Batcher(self._score, self._executor, config, metrics)
 
@@ -129,7 +131,7 @@ class Server:
         answered = True
         try:
             async with asyncio.timeout(self._config.shutdown_timeout_seconds):
-                await self._idle.wait()
+                await self._drained()
         except TimeoutError:
             answered = False
         await runner.cleanup()
@@ -138,6 +140,15 @@ class Server:
         batching.cancel()
         self._executor.shutdown(wait=answered, cancel_futures=True)
         return answered
+
+    async def _drained(self) -> None:
+        """Nothing is in progress, and kept connections have brought nothing more for a moment."""
+        while True:
+            await self._idle.wait()
+            seen = self._num_accepted
+            await asyncio.sleep(_QUIET_SECONDS)
+            if self._idle.is_set() and seen == self._num_accepted:
+                return
 
     def _score(self, instances: Any) -> list:
         return score_together(self._served.scorer, self._served.vocabulary, instances)
@@ -286,13 +297,12 @@ class Server:
     @contextlib.contextmanager
     def _in_progress(self) -> Iterator[None]:
         self._num_in_progress += 1
+        self._num_accepted += 1
         self._idle.clear()
-        self._metrics.in_progress.inc()
         try:
             yield
         finally:
             self._num_in_progress -= 1
-            self._metrics.in_progress.dec()
             if not self._num_in_progress:
                 self._idle.set()
 

@@ -1,0 +1,17 @@
+"""Which of several exports is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from din_dist.serving.manifest import MANIFEST
+
+
+def find_export(folder: Path) -> tuple[Path, int | None]:
+    """The export in `folder`, or the newest of the numbered ones in it; and its number, if it has one."""
+    if not (folder / MANIFEST).is_file():
+        numbered = [path for path in folder.glob("*") if path.name.isdecimal() and (path / MANIFEST).is_file()]
+        if numbered:
+            folder = max(numbered, key=lambda path: int(path.name))
+    name = folder.resolve().name
+    return folder, int(name) if name.isdecimal() else None
