@@ -15,7 +15,6 @@ from absl import flags
 from din_dist.cli import entry
 from din_dist.cli.trained import config_of, trained_model
 from din_dist.config import Config, require
-from din_dist.errors import InputError
 
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
 EXPORT_DIR = flags.DEFINE_string("export_dir", "", "Where the SavedModel goes: a new folder.")
@@ -49,23 +48,18 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
     from din_dist.serving.export import Trained, check_target, export
-    from din_dist.training.checkpoint import checkpoints_dir
     from din_dist.training.evaluator import Evaluator
 
     check_target(folder, OVERWRITE.value)  # before what takes long
     tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
     store = open_prepared(config.data)
     splits = split_examples(store, config.data)
-    step = CHECKPOINT_STEP.value or None
-    if step:
-        _require_checkpoint(step, checkpoints_dir(config))
-    model, step = trained_model(config, store, step)
+    model, step = trained_model(config, store, CHECKPOINT_STEP.value or None)
     split = next(name for name in ("test", "validation", "train") if splits[name].num_examples)
     examples = thin_out(splits[split], _MAX_COMPARED)
     job_dir = Path(config.job.output_dir)
-    trained = Trained(
-        model, store, config, step, (job_dir / "flags.txt").read_text(), _summary_of(job_dir / "summary.json")
-    )
+    flags_of_job, summary = (job_dir / "flags.txt").read_text(errors="replace"), _summary_of(job_dir / "summary.json")
+    trained = Trained(model, store, config, step, flags_of_job, summary)
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
@@ -78,15 +72,6 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "digest": manifest.digest,
     }
-
-
-def _require_checkpoint(step: int, folder: Path) -> None:
-    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-    if step not in steps:
-        raise InputError(
-            f"--checkpoint_step: must be one whose checkpoint was kept. Received: {step}. "
-            f"Choose among {', '.join(map(str, steps)) or f'none: {folder} has no checkpoint'}."
-        )
 
 
 def _summary_of(path: Path) -> dict[str, Any] | None:

@@ -79,6 +79,8 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
     for attempts_left in (1, 0):
         try:
             state = checkpoints.restore(variables, step)
+            for problem in checkpoints.damaged:
+                entry.say(f"passed over: {problem}")
             if state is None:
                 raise InputError(
                     f"{config.job.output_dir}: what the model has learned is read from a checkpoint. "
