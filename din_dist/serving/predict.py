@@ -24,7 +24,7 @@ from din_dist.serving.tables import Added, Field, Ids, Table, open_table, publis
 from din_dist.training.terminal import Terminal, duration
 
 LOGIT, PROBABILITY, TOP_ITEMS = "logit", "click_probability", "top_items"
-PAIRS_PER_CALL = 1 << 16  # (candidate, history position) pairs: few enough to stay near the cores, enough for them all
+PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough to stay near the cores, enough for them all
 _CALL_COST = 8  # pairs that a candidate takes as long as, beside those with its history
 _SHOW_SECONDS = 10.0
 
@@ -207,7 +207,9 @@ def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[
     ends = np.cumsum(counts)
     first, done = 0, 0
     while first < len(row_of):
-        end = max(first + 1, int(np.searchsorted(costs, done + most_pairs, side="right")))
+        left = int(costs[-1]) - done
+        share = -(-left // -(-left // most_pairs))  # of as few calls as can be, about the same for each
+        end = max(first + 1, int(np.searchsorted(costs, done + share, side="right")))
         low, high = int(row_of[first]), int(row_of[end - 1]) + 1
         taken = counts[low:high].copy()
         taken[0] = min(ends[low], end) - first
