@@ -25,7 +25,8 @@ from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
 
-_ROWS = 4096  # pairs of a candidate with a key or a history that are computed at once: what fits the caches
+_ROWS = 16_384  # pairs of a candidate with a key or a history that are computed at once
+_MAX_HISTORIES = 1024  # likewise, where there are few candidates
 _SCORES_BYTES = 256 * 2**20  # of the attention scores [K, C]
 
 
@@ -33,39 +34,33 @@ class CatalogueScorer:
     """Logits of the items 1 to `num_items` for any histories, by the weights that the model has when this is made."""
 
     def __init__(self, model: RankingModel, num_items: int) -> None:
-        self._num_items = num_items
-        self._vectors, self._biases = model.lookup(tf.range(1, num_items + 1))  # [I, H], [I]
-        width = self._vectors.shape[1]
-
+        self._lookup, self._num_items = model.lookup, num_items
+        width = model.lookup.width
         scale, offset = model.interest_norm.affine()
         projection = model.interest_projection
-        projected = tf.matmul(self._vectors, scale[:, None] * projection.kernel.value)  # [I, H], of a key
-        interest_of_nothing = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value  # [1, H]
+        self._of_key = scale[:, None] * projection.kernel.value  # [H, H]
+        # The interest of a history without behaviours, `[1, H]`.
+        self._interest_of_nothing = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value
 
         scale, offset = model.head_norm.affine()
         self._head, first = model.head, model.head.dense_layers[0]
-        bias = tf.matmul(offset[None], first.kernel.value) + first.bias.value
+        self._head_bias = tf.matmul(offset[None], first.kernel.value) + first.bias.value  # [1, D]
         parts = tf.split(scale[:, None] * first.kernel.value, first.kernel.shape[0] // width, axis=0)
-        of_interest, of_candidate, *of_product = parts
-        # What the head's first layer gets of a candidate, whatever the history; and of a key, whatever the candidate.
-        self._by_candidate = tf.matmul(self._vectors, of_candidate) + bias + tf.matmul(interest_of_nothing, of_interest)
-        self._by_key = tf.matmul(projected, of_interest)  # [I, D]
+        self._of_interest, self._of_candidate, *of_product = parts  # [H, D] each
         self._attention: LocalActivationUnit | None = None
         self._of_product: tf.Tensor | None = None
         match model:
             case DIN():
                 self._attention, (self._of_product,) = model.attention, of_product
-                self._by_candidate += tf.matmul(interest_of_nothing * self._vectors, self._of_product)
-                self._by_key = tf.concat([self._by_key, projected], axis=1)  # [I, D + H]
             case MeanPooling():
                 pass
             case _:
                 raise TypeError(f"{type(model).__name__}: not known how it scores all items at once")
-        matrix = tf.TensorSpec([None, None], tf.float32)
+        matrix, vector = tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.float32)
         self._relevance = tf.function(self._relevance_of, input_signature=[matrix, matrix], autograph=False)
         self._score = tf.function(
             self._logits_of,
-            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), *[tf.TensorSpec([], tf.int32)] * 2],
+            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, vector],
             autograph=False,
         )
 
@@ -73,20 +68,40 @@ class CatalogueScorer:
         """`[B, I]` float32; column i belongs to item i + 1.
 
         Args:
-            history_item_ids: `[N]`, B histories end to end, none of them of the reserved id; `history_lengths` `[B]`.
+            history_item_ids: `[N]`, B histories end to end; `history_lengths` `[B]`.
         """
-        keys, places = np.unique(history_item_ids, return_inverse=True)
-        keys = tf.constant(keys - 1, tf.int32)
-        by_key = tf.gather(self._by_key, keys)
+        key_ids, places = np.unique(history_item_ids, return_inverse=True)
+        keys, _ = self._lookup(tf.constant(key_ids, tf.int32))  # [K, H]
+        by_key = self._by_key(keys)
         logits = np.empty((len(history_lengths), self._num_items), np.float32)
-        num_candidates = max(1, min(_ROWS, _SCORES_BYTES // (4 * max(len(keys), 1))))
-        groups = list(_of_like_length(places.reshape(-1), history_lengths, _ROWS // num_candidates))
+        num_candidates = max(1, min(_ROWS, _SCORES_BYTES // (4 * max(len(key_ids), 1))))
+        at_once = min(_MAX_HISTORIES, max(1, _ROWS // min(num_candidates, self._num_items)))
+        groups = list(_of_like_length(places.reshape(-1), history_lengths, at_once))
         for first in range(0, self._num_items, num_candidates):
             end = min(first + num_candidates, self._num_items)
-            scores = self._scores(tf.gather(self._vectors, keys), self._vectors[first:end])
+            candidates, biases = self._lookup(tf.range(first + 1, end + 1))  # [C, H], [C]
+            scores, by_candidate = self._scores(keys, candidates), self._by_candidate(candidates)
             for histories, rectangle in groups:
-                logits[histories, first:end] = self._score(scores, by_key, rectangle, first, end).numpy()
+                found = self._score(scores, by_key, rectangle, candidates, by_candidate, biases)
+                logits[histories, first:end] = found.numpy()
         return logits
+
+    def _by_key(self, keys: tf.Tensor) -> tf.Tensor:
+        """What is pooled of each key, `[K, D]` or `[K, D + H]`: its part of the head's first layer, whatever the
+        candidate, and its part of the interest, where that meets the candidate."""
+        interests = tf.matmul(keys, self._of_key)
+        by_key = tf.matmul(interests, self._of_interest)
+        return by_key if self._of_product is None else tf.concat([by_key, interests], axis=1)
+
+    def _by_candidate(self, candidates: tf.Tensor) -> tf.Tensor:
+        """What the head's first layer gets of each candidate, whatever the history: `[C, D]`."""
+        nothing = self._interest_of_nothing
+        by_candidate = (
+            tf.matmul(candidates, self._of_candidate) + self._head_bias + tf.matmul(nothing, self._of_interest)
+        )
+        if self._of_product is not None:
+            by_candidate += tf.matmul(nothing * candidates, self._of_product)
+        return by_candidate
 
     def _scores(self, keys: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
         """Attention scores `[K, C]` of keys `[K, H]` and candidates `[C, H]`; nothing where there is no attention."""
@@ -108,10 +123,15 @@ class CatalogueScorer:
         return tf.reshape(scores, [tf.shape(keys)[0], tf.shape(candidates)[0]])
 
     def _logits_of(
-        self, scores: tf.Tensor, by_key: tf.Tensor, rectangle: tf.Tensor, first: tf.Tensor, end: tf.Tensor
+        self,
+        scores: tf.Tensor,
+        by_key: tf.Tensor,
+        rectangle: tf.Tensor,
+        candidates: tf.Tensor,
+        by_candidate: tf.Tensor,
+        biases: tf.Tensor,
     ) -> tf.Tensor:
-        """`[G, C]`: of G histories, `rectangle` `[G, T]` of places among the keys or -1, and the candidates that the
-        columns of `scores` belong to."""
+        """`[G, C]`, of G histories: `rectangle` `[G, T]` holds places among the keys, or -1."""
         real = rectangle[:, :, None] >= 0  # [G, T, 1]
         places = tf.maximum(rectangle, 0)
         if self._attention is None:
@@ -120,17 +140,16 @@ class CatalogueScorer:
         else:
             weights = tf.gather(scores, places)  # [G, T, C]
             if self._attention.normalization is AttentionNormalization.SOFTMAX:
-                scaled = weights / math.sqrt(self._vectors.shape[1])
+                scaled = weights / math.sqrt(self._lookup.width)
                 weights = tf.nn.softmax(tf.where(real, scaled, scaled.dtype.min), axis=1)
             weights = tf.where(real, weights, 0.0)
         pooled = tf.matmul(weights, tf.gather(by_key, places), transpose_a=True)  # [G, C or 1, D or D + H]
-        by_candidate = self._by_candidate[first:end]
-        units = by_candidate.shape[1]
+        units = self._head_bias.shape[1]
         projected = pooled[:, :, :units] + by_candidate
         if self._of_product is not None:
-            projected += tf.matmul(pooled[:, :, units:] * self._vectors[first:end], self._of_product)
+            projected += tf.matmul(pooled[:, :, units:] * candidates, self._of_product)
         logits = self._head.after_first(tf.reshape(projected, [-1, units]))
-        return tf.reshape(logits, [tf.shape(rectangle)[0], -1]) + self._biases[first:end]
+        return tf.reshape(logits, [tf.shape(rectangle)[0], -1]) + biases
 
 
 def _of_like_length(places: np.ndarray, lengths: np.ndarray, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -27,8 +27,9 @@ from din_dist.models.catalogue import CatalogueScorer
 from din_dist.models.ranking_model import RankingModel
 
 _RANKING = 5  # stream of random numbers, apart from those of `data/pipeline.py`
-_SCORES_BYTES = 128 * 2**20  # of a block of queries: logits of all their candidates
+_SCORES_BYTES = 256 * 2**20  # of a block of queries: logits of all their candidates
 _PAIRS = 200_000  # (candidate, behaviour) pairs of a block of queries with candidates of their own
+_ROWS = 256  # queries whose places are looked up at once
 _REPORT_SECONDS = 10.0
 
 
@@ -36,7 +37,7 @@ class CandidateScorer(Protocol):
     """Whatever gives logits: a model, an export, or a floor."""
 
     def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
-        """`[B, I]` for B histories, end to end; column i belongs to item i + 1."""
+        """`[B, I]` for B histories, end to end; column i belongs to item i + 1. The caller may change it."""
 
     def of_some(
         self,
@@ -78,7 +79,7 @@ class PopularityScorer:
         self._counts = counts
 
     def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(self._counts[1:], (len(history_lengths), len(self._counts) - 1))
+        return np.tile(self._counts[1:].astype(np.float32), (len(history_lengths), 1))
 
     def of_some(
         self,
@@ -188,7 +189,10 @@ def rank(
         block = queries[first : min(first + size, end)]
         candidates, scores = _score(store, block, task, scorer)
         all_numbers &= not np.isnan(scores).any()
-        found.append(_places(block, task, candidates, scores, num_top))
+        for row in range(0, len(block), _ROWS):
+            part = slice(row, row + _ROWS)
+            of_part = candidates if len(candidates) == 1 else candidates[part]
+            found.append(_places(block[part], task, of_part, scores[part], num_top))
         first += len(block)
         if first >= end or time.perf_counter() - reported > _REPORT_SECONDS:
             reported = time.perf_counter()
@@ -215,7 +219,7 @@ def _score(store: EventStore, queries: Queries, task: Task, scorer: CandidateSco
     lengths = queries.history_ends - queries.history_starts
     histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
     if not task.num_negatives:
-        scores = np.array(scorer.of_all(histories, lengths), np.float32)
+        scores = scorer.of_all(histories, lengths)
         if task.exclude_history:
             num_seen = queries.history_ends - queries.seen_starts
             seen = store.history_item_ids[_windows(queries.seen_starts, num_seen)]

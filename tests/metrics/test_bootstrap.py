@@ -86,3 +86,9 @@ def test_what_no_sample_defines_has_no_bounds():
     assert math.isnan(high)
     ((low, high),) = intervals(WeightedAuc(np.zeros(0), np.zeros(0), np.zeros(0, int)), 3, 10, seed=0)
     assert math.isnan(low)
+
+
+def test_samples_that_do_not_define_it_are_left_out():
+    """Of two users, one has the positive and one the negative: half of the samples lack one of them."""
+    ((low, high),) = intervals(WeightedAuc(np.array([1.0, 0.0]), np.array([1, 0]), np.arange(2)), 2, 50, seed=0)
+    assert (low, high) == (1, 1)
