@@ -203,12 +203,13 @@ def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[
         lengths: int64 `[R]`, of the histories; `counts` int64 `[R]`, of the candidates.
     """
     row_of = np.repeat(np.arange(len(counts)), counts)
-    costs = np.cumsum(lengths[row_of] + _CALL_COST)
+    each = lengths[row_of] + _CALL_COST
+    costs, largest = np.cumsum(each), int(each.max(initial=0))
     ends = np.cumsum(counts)
     first, done = 0, 0
     while first < len(row_of):
         left = int(costs[-1]) - done
-        share = -(-left // -(-left // most_pairs))  # of as few calls as can be, about the same for each
+        share = min(most_pairs, left // -(-left // most_pairs) + largest)  # few calls of about the same size
         end = max(first + 1, int(np.searchsorted(costs, done + share, side="right")))
         low, high = int(row_of[first]), int(row_of[end - 1]) + 1
         taken = counts[low:high].copy()
