@@ -75,6 +75,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _accept_all(listener: socket.socket) -> list[socket.socket]:
+    """Those that have connected so far: closing the listener would reset what is left."""
+    accepted = []
+    with contextlib.suppress(OSError):  # there are no more
+        while True:
+            accepted.append(listener.accept()[0])
+    for one in accepted:
+        one.setblocking(False)
+    return accepted
+
+
 class Server:
     """Serves one model until `stop` is called, then answers what it has taken on.
 
@@ -127,7 +138,11 @@ class Server:
         await asyncio.wait((batching, stopping), return_when=asyncio.FIRST_COMPLETED)
         self._stop.set()
         self._metrics.ready.set(0)
+        pending = _accept_all(listener)
         accepting.close()
+        for accepted in pending:
+            with contextlib.suppress(OSError):  # it has gone again
+                await loop.connect_accepted_socket(connection, accepted)
         answered = True
         try:
             async with asyncio.timeout(self._config.shutdown_timeout_seconds):
