@@ -12,8 +12,9 @@ from din_dist.config import AttentionNormalization, Config
 from din_dist.data.event_store import ITEMS, USERS, EventStore
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
+from din_dist.data.thinning import of_segments, thin_out
 from din_dist.models.ranking_model import RankingModel
-from din_dist.report.scoring import MODEL, Scored, of_segments, probabilities, thin_out
+from din_dist.report.scoring import MODEL, Scored, probabilities
 
 _PER_KIND = 2
 _MOST_SHOWN = 15  # behaviours of one example
