@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from din_dist.cli.trained import trained_model
 from din_dist.config import DataConfig
 from din_dist.data.hashing import hash64
-from din_dist.data.prepared import prepare
+from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
+from din_dist.distributed.runtime import Runtime
+from din_dist.serving.bundle import Bundle
+from din_dist.serving.export import Trained, export
+from din_dist.training.evaluator import Evaluator
 from tests.multi_process.train_cases import CASES, config_of
+from tests.serving.trained_job import histories_of_tests
 
 STEPS = 60
 ROOT = Path(__file__).parents[2]
@@ -109,6 +115,24 @@ def test_evaluation_is_that_of_one_worker(folder: Path, run: str, case: str) -> 
     assert many["num_examples"] == one["num_examples"]
     for name in ("gauc", "auc", "log_loss", "pairwise_gauc"):
         assert many[name] == pytest.approx(one[name], abs=tolerance)
+
+
+def test_an_export_of_two_workers_scores_as_one_of_one(folder: Path) -> None:
+    """By ids read from the log; the export itself compares with its own trainer only."""
+    scores = {run: exported_scores(folder, run, "adagrad") for run in ("one", "two")}
+    np.testing.assert_allclose(scores["two"], scores["one"], rtol=0, atol=1e-4)
+    assert scores["one"].std() > 0.01
+
+
+def exported_scores(folder: Path, run: str, case: str) -> np.ndarray:
+    config = config_of(folder, run, case, STEPS)
+    store = open_prepared(config.data)
+    model, step = trained_model(config, store)
+    evaluator = Evaluator(config, store, split_examples(store, config.data), Runtime())
+    export(Trained(model, store, config, step, "", None), evaluator, "test", folder / f"export-{run}")
+    histories, candidates = histories_of_tests(Path(config.data.data_path), config.data.max_history_length)
+    flat = [item for history in histories for item in history]
+    return Bundle.open(folder / f"export-{run}").score(flat, [len(history) for history in histories], candidates)
 
 
 def test_workers_hold_the_same_weights_and_learn(folder: Path) -> None:
