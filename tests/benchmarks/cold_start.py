@@ -84,7 +84,7 @@ def main() -> None:
             _run("train", [*given, *own, f"--output_dir={output_dir}"])
             found |= evaluate(output_dir, name, with_floors=number == len(variants) - 1)
             entry.say(_table(found))
-    print(json.dumps({"settings": FLAGS.new_items_seed, "found": found}))
+    print(json.dumps(found))
 
 
 def write_log(config: DataConfig, path: Path, share: float, seed: int, before_last: bool) -> None:

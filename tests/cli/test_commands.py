@@ -48,7 +48,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: 
 
 
 def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:
-    done = run("prepare_data", tmp_path, "--split=leave_two_out")
+    done = run("prepare_data", tmp_path, "--split=leave_two_out", "--unknown_item=features")
     assert done.returncode == 0, done.stderr
     for words in (
         "users: 200",
@@ -58,6 +58,7 @@ def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:
         "history lengths",
         "labels: none",
         "validation ",
+        "items that training never sees: 0 of 30",
     ):
         assert words in done.stdout, words
     assert not done.stderr
@@ -96,6 +97,7 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, number: signal.Signals) -> None:
     """SIGKILL between two checkpoints; SIGTERM and SIGINT after their own checkpoint, with the code for a retry."""
     flags = ("--epochs=2", "--checkpoint_every_steps=7", "--dropout=0.2", "--resample_negatives", "--activation=dice")
+    flags += ("--unknown_item=features",)
     assert run("prepare_data", tmp_path).returncode == 0
     straight = run("train", tmp_path, *flags, f"--output_dir={tmp_path / 'straight'}")
     assert straight.returncode == 0, straight.stderr
