@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import resource
 import signal
 import typing
 from pathlib import Path
@@ -21,6 +22,8 @@ from din_dist.errors import EXIT_SIGINT, InputError
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
 from din_dist.serving.manifest import Manifest, read_manifest
+
+_OTHER_FILES = 256  # besides connections
 
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 for _field in dataclasses.fields(ServeConfig):
@@ -40,6 +43,7 @@ def main() -> None:
             raise
         raise InputError("Serving needs aiohttp. Received: none installed. Run: pip install aiohttp.") from None
 
+    _allow_open_files(config.max_connections + _OTHER_FILES)
     listener = listen(config.host, config.port)
     entry.import_tensorflow()  # takes seconds: a wrong folder or a taken port is answered before
     from din_dist.serving.bundle import Bundle
@@ -77,6 +81,14 @@ def main() -> None:
 
     if not asyncio.run(serve()):
         entry.leave_at_once(1, f"not all was answered within {config.shutdown_timeout_seconds:g} seconds")
+
+
+def _allow_open_files(count: int) -> None:
+    """As far as this user may: the usual limit of 1024 is soft."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:

@@ -125,10 +125,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
-            if len(http.connections) < self._config.max_connections:
-                return http()
-            self._metrics.connections_refused.inc()
-            return _Refusal()
+            return _Door(http, self._config.max_connections, self._metrics.connections_refused.inc)
 
         batching = asyncio.create_task(self._batcher.run())
         stopping = asyncio.create_task(self._stop.wait())
@@ -330,11 +327,23 @@ class _Seen:
     num_instances: int = 0
 
 
-class _Refusal(asyncio.Protocol):
-    """Says why, and hangs up."""
+class _Door(asyncio.Protocol):
+    """Hands a connection to `http`, or says that there are too many and hangs up.
+
+    Decided once it is made: of a crowd, all protocols are asked for before the first of them is connected.
+    """
+
+    def __init__(self, http: web.Server, most: int, refused: Callable[[], None]) -> None:
+        self._http, self._most, self._refused = http, most, refused
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        if len(self._http.connections) < self._most:
+            handler = self._http()
+            transport.set_protocol(handler)
+            handler.connection_made(transport)
+            return
+        self._refused()
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: {_RETRY_SECONDS}"
         transport.write(f"{head}\r\nConnection: close\r\nContent-Length: {len(_TOO_MANY)}\r\n\r\n".encode() + _TOO_MANY)
         transport.close()

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -108,6 +109,12 @@ class Running:
         """Asks, as a signal does."""
         with contextlib.suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self.server.stop)
+
+    def block(self, seconds: float) -> None:
+        """Keeps the event loop from everything else, from now on."""
+        begun = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (begun.set(), time.sleep(seconds)))
+        assert begun.wait(10)
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
