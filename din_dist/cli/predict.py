@@ -51,6 +51,12 @@ USER_HISTORIES = flags.DEFINE_string(
     "flags.txt names it. It is all that the user ever acted on. A user that is not there has an empty one.",
 )
 USER_COLUMN = flags.DEFINE_string("user_column", "user_id", "Column of the user's id, for --user_histories.")
+BEFORE_COLUMN = flags.DEFINE_string(
+    "before_column",
+    "",
+    "With --user_histories: column of a time, of the log's kind and unit; the history is what the user did before. "
+    "Default: all of it.",
+)
 LIST_SEPARATOR = flags.DEFINE_string(
     "list_separator",
     "",
@@ -166,11 +172,12 @@ def _checked_flags() -> tuple[list[Path], Path]:
     for one, other in ((HISTORY_COLUMN, USER_HISTORIES), (ITEM_COLUMN, CANDIDATES_COLUMN)):
         if values[one.name].present and values[other.name].present:
             raise InputError(f"--{one.name}: not with --{other.name}. Received: both. Give one of them.")
-    if values[USER_COLUMN.name].present and not USER_HISTORIES.value:
-        raise InputError(
-            f"--{USER_COLUMN.name}: is for users whose histories are elsewhere. Received: no --{USER_HISTORIES.name}. "
-            "Give the --output_dir of a job there."
-        )
+    for flag in (USER_COLUMN, BEFORE_COLUMN):
+        if values[flag.name].present and not USER_HISTORIES.value:
+            raise InputError(
+                f"--{flag.name}: is for users whose histories are elsewhere. Received: no --{USER_HISTORIES.name}. "
+                "Give the --output_dir of a job there."
+            )
     files = find_files(INPUT.value, "--input", "table")
     folder = Path(PREDICTIONS_DIR.value).expanduser().absolute()
     inside = [file for file in files if folder in file.parents]
@@ -200,7 +207,7 @@ def _question(manifest: Manifest, users_are_integers: bool | None, files: Sequen
         lists or not TOP_K.value, "needs a list of candidates", TOP_K.name, TOP_K.value, "Give --candidates_column."
     )
     candidates = Field(CANDIDATES_COLUMN.value if lists else ITEM_COLUMN.value, integers, is_list=lists)
-    return Question(history, candidates, TOP_K.value, LIST_SEPARATOR.value)
+    return Question(history, candidates, TOP_K.value, LIST_SEPARATOR.value, BEFORE_COLUMN.value)
 
 
 def _settings(manifest: Manifest, question: Question, data_fingerprint: str | None) -> dict[str, Any]:
@@ -211,6 +218,7 @@ def _settings(manifest: Manifest, question: Question, data_fingerprint: str | No
         history: question.history.name,
         "--candidates_column" if question.candidates.is_list else "--item_column": question.candidates.name,
         "--user_histories": data_fingerprint,
+        "--before_column": question.before,
         "--list_separator": question.list_separator,
         "--top_k": question.top_k,
     }

@@ -90,9 +90,9 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
     """
     form = form or format_of(files[0]) or Format.PARQUET
     columns = columns.chosen(files, form)
-    rows = _Rows()
+    rows = Rows()
     users, items = _IdColumn(columns.user, rows), _IdColumn(columns.item, rows)
-    times, labels = _TimeColumn(columns.timestamp, rows), _LabelColumn(columns.label, rows)
+    times, labels = TimeColumn(columns.timestamp, rows), _LabelColumn(columns.label, rows)
     features = [_IdColumn(name, rows, nullable=True) for name in columns.item_features]
     for file in files:
         rows.begin(file)
@@ -120,7 +120,7 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
     return EventLog(user_ids, item_ids, item_features, bool(columns.label), blocks)
 
 
-class _Rows:
+class Rows:
     """Where a row, counted over all files, stands; rows are added as batches are read."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class _Rows:
 class _Column(abc.ABC):
     """One column of the log, added batch by batch."""
 
-    def __init__(self, name: str, rows: _Rows) -> None:
+    def __init__(self, name: str, rows: Rows) -> None:
         self.name = name
         self._rows = rows
 
@@ -172,7 +172,7 @@ class _Column(abc.ABC):
 class _IdColumn(_Column):
     """Ids, strings or integers, to dense codes from 0 by first appearance; -1 where a null is allowed."""
 
-    def __init__(self, name: str, rows: _Rows, nullable: bool = False) -> None:
+    def __init__(self, name: str, rows: Rows, nullable: bool = False) -> None:
         super().__init__(name, rows)
         self._nullable = nullable
         self._chunks: list[pa.DictionaryArray] = []
@@ -214,10 +214,10 @@ class _IdColumn(_Column):
         return codes, ids
 
 
-class _TimeColumn(_Column):
+class TimeColumn(_Column):
     """Integers as they are; dates and times become microseconds since 1970, UTC."""
 
-    def __init__(self, name: str, rows: _Rows) -> None:
+    def __init__(self, name: str, rows: Rows) -> None:
         super().__init__(name, rows)
         self._chunks: list[np.ndarray] = []
         self._dates = False
@@ -275,7 +275,7 @@ class _TimeColumn(_Column):
 class _LabelColumn(_Column):
     """0 or 1, as integers, floats, booleans or text."""
 
-    def __init__(self, name: str, rows: _Rows) -> None:
+    def __init__(self, name: str, rows: Rows) -> None:
         super().__init__(name, rows)
         self._chunks: list[np.ndarray] = []
 
@@ -302,7 +302,7 @@ class _LabelColumn(_Column):
 
 
 def _one_value_per_item(
-    codes: np.ndarray, ids: pa.Array, item_of: np.ndarray, item_ids: pa.Array, name: str, rows: _Rows
+    codes: np.ndarray, ids: pa.Array, item_of: np.ndarray, item_ids: pa.Array, name: str, rows: Rows
 ) -> np.ndarray:
     """int32 `[I + 1]`: each item's dense id of the feature; rows that say nothing (-1) agree with all others."""
     told = np.flatnonzero(codes >= 0)
@@ -324,7 +324,7 @@ def _one_value_per_item(
     return np.concatenate([[0], of_item + 1]).astype(np.int32)
 
 
-def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: _Rows) -> None:
+def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:
     sorted_times = timestamps[order]
     earlier = (np.diff(sorted_times) < 0) & (np.diff(users[order]) == 0)
     if earlier.any():

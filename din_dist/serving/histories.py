@@ -58,10 +58,10 @@ class GivenHistories:
     def __init__(self, max_history_length: int) -> None:
         self._most = max_history_length
 
-    def of(self, histories: Ids) -> tuple[Encoded, np.ndarray]:
+    def of(self, histories: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
         """Item ids of all histories end to end, and lengths `[R]`."""
-        if histories.offsets is None:
-            raise TypeError("histories are lists")
+        if histories.offsets is None or before is not None:
+            raise TypeError("histories are lists, without times")
         places, lengths = newest(histories.offsets[:-1], histories.offsets[1:], self._most)
         values = histories.values
         return encode(values if len(places) == len(values) else values.take(pa.array(places))), lengths
@@ -86,8 +86,12 @@ class UserHistories:
         self._item_ids = ids_tensor(items)
         self.num_unknown = 0
 
-    def of(self, users: Ids) -> tuple[Encoded, np.ndarray]:
-        """Item ids of all histories end to end, and lengths `[R]`."""
+    def of(self, users: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
+        """Item ids of all histories end to end, and lengths `[R]`.
+
+        Args:
+            before: int64 `[R]`: only events of an earlier time.
+        """
         encoded = encode(users.values)
         found = self._user_of.lookup(encoded.distinct).numpy()[encoded.codes]
         known = found >= 0
@@ -95,8 +99,24 @@ class UserHistories:
         offsets = self._store.history_offsets
         starts, ends = np.zeros((2, len(found)), np.int64)
         starts[known], ends[known] = offsets[found[known]], offsets[found[known] + 1]
+        if before is not None:
+            ends[known] = self._ends_before(found[known], before[known])
         places, lengths = newest(starts, ends, self._most)
         return Encoded(self._item_ids, self._store.history_item_ids[places] - 1), lengths
+
+    def _ends_before(self, users: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """Where in the positive events each user's end that are earlier, by halving all users' events at once."""
+        store = self._store
+        low, high = store.user_offsets[users], store.user_offsets[users + 1]
+        last = high
+        while (open_ := low < high).any():
+            middle = (low + high) // 2
+            earlier = store.timestamps[np.minimum(middle, last - 1)] < before
+            low, high = np.where(open_ & earlier, middle + 1, low), np.where(open_ & ~earlier, middle, high)
+        if store.history_ends is None:
+            return low
+        ends = store.history_ends[np.minimum(low, last - 1)]
+        return np.where(low < last, ends, store.history_offsets[users + 1])
 
 
 def check_item_types(histories: UserHistories, export_has_integers: bool, folder: str) -> None:

@@ -40,7 +40,7 @@ class Histories(Protocol):
 
     num_unknown: int
 
-    def of(self, column: Ids) -> tuple[Encoded, np.ndarray]: ...
+    def of(self, column: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,12 @@ class Question:
     candidates: Field
     top_k: int = 0  # 0: all, as they stand
     list_separator: str = ""
+    before: str = ""  # column of the time that a user's history ends at; empty: with the last event
+
+    @property
+    def columns(self) -> list[str]:
+        """Those to read."""
+        return [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
 
     @property
     def added(self) -> list[Added]:
@@ -99,7 +105,7 @@ class Predictor:
             Stopped: on request, of this process or of another.
             InputError: the input breaks a rule, or the folder cannot be written.
         """
-        progress = _Progress(plan, self._folder, self._log_format, silent=rank > 0)
+        progress = _Progress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
         started = time.perf_counter()
         tables: dict[str, Table] = {}
         try:
@@ -141,7 +147,8 @@ class Predictor:
         fields = [self._question.history, self._question.candidates]
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
             history, candidates = table.ids(rows, first_row, fields)
-            items, lengths = self._histories.of(history)
+            before = table.times(rows, first_row, self._question.before) if self._question.before else None
+            items, lengths = self._histories.of(history, before)
             yield rows, _Batch(items, lengths, candidates, encode(candidates.values))
             first_row += len(rows)
 
@@ -265,8 +272,11 @@ def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
 class _Progress:
     """What the chief shows: the rows of all processes' parts, and of its own as it goes."""
 
-    def __init__(self, plan: Plan, folder: PartsFolder, log_format: LogFormat, *, silent: bool) -> None:
+    def __init__(
+        self, plan: Plan, folder: PartsFolder, log_format: LogFormat, world_size: int, *, silent: bool
+    ) -> None:
         self._plan, self._folder, self._silent = plan, folder, silent
+        self._whose = " by this worker" if world_size > 1 else ""
         self._terminal = Terminal(log_format, plan.num_rows, silent=silent, unit="row")
         self._started = self._shown = time.perf_counter()
         self._before = self._published()
@@ -290,7 +300,7 @@ class _Progress:
             seconds = now - self._started
             rate = tally.candidates / seconds
             left = (self._plan.num_rows - at) * seconds / max(1, at - self._before)
-            found = f"{rate:,.0f} candidates/s"
+            found = f"{rate:,.0f} candidates/s{self._whose}"
             line = f"row {at:,} of {self._plan.num_rows:,}: {found}, {duration(left)} left"
             self._terminal.show(found, line, row=at, candidates_per_second=rate)
         self._terminal.advance(at - self._at)
@@ -304,12 +314,13 @@ def check_columns(plan: Plan, question: Question) -> None:
     """Raises `InputError`: a file lacks a column that is asked for, or has one that is to be written."""
     for path, survey in plan.files.items():
         columns = survey.columns
-        for name in (question.history.name, question.candidates.name):
+        for name in question.columns:
             if columns.count(name) != 1 and columns:
                 what = "occurs more than once" if name in columns else "is missing"
                 raise InputError(
                     f"{path}: column {name!r} {what}. Received: columns {', '.join(columns)}. Correct the file, or "
-                    "name your column (--history_column, --user_column, --item_column, --candidates_column)."
+                    "name your column (--history_column, --user_column, --item_column, --candidates_column, "
+                    "--before_column)."
                 )
         for column in question.added:
             if column.name in columns:

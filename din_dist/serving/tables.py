@@ -24,7 +24,16 @@ import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from din_dist.data.columns import column_names, csv_reader, csv_row_of_wrong_width, is_text, open_text, reading
+from din_dist.data.columns import (
+    Rows,
+    TimeColumn,
+    column_names,
+    csv_reader,
+    csv_row_of_wrong_width,
+    is_text,
+    open_text,
+    reading,
+)
 from din_dist.data.sources import Format, format_of
 from din_dist.errors import InputError
 
@@ -126,6 +135,22 @@ class Table(abc.ABC):
         Raises:
             InputError: an id is missing or of another type; the text names file and row.
         """
+
+    @abc.abstractmethod
+    def times(self, rows: pa.Table, first_row: int, name: str) -> np.ndarray:
+        """A column of times as int64 `[R]`, in the unit in which prepared data has them.
+
+        Raises:
+            InputError: one is missing, or is no time.
+        """
+
+    def _times(self, column: pa.Array, first_row: int, name: str) -> np.ndarray:
+        rows = Rows()
+        rows.begin(self.path)
+        rows.advance(first_row)
+        times = TimeColumn(name, rows)
+        times.add(column)
+        return times.finish()
 
     @abc.abstractmethod
     def write(self, stream: BinaryIO, results: Iterator[tuple[pa.Table, list[Added]]], added: Sequence[Added]) -> None:
@@ -309,6 +334,10 @@ class _Parquet(Table):
         with reading(self.path, Format.PARQUET):
             return [self._typed(_whole(rows.column(field.name)), field, first_row) for field in fields]
 
+    def times(self, rows: pa.Table, first_row: int, name: str) -> np.ndarray:
+        with reading(self.path, Format.PARQUET):
+            return self._times(_whole(rows.column(name)), first_row, name)
+
     def write(self, stream: BinaryIO, results: Iterator[tuple[pa.Table, list[Added]]], added: Sequence[Added]) -> None:
         with pq.ParquetFile(self.path) as file:
             schema = file.schema_arrow
@@ -407,6 +436,9 @@ class _Csv(_TextTable):
                 column = column.fill_null("")
             found.append(self._typed(column, field, first_row))
         return found
+
+    def times(self, rows: pa.Table, first_row: int, name: str) -> np.ndarray:
+        return self._times(_whole(rows.column(name)), first_row, name)
 
     def _lists_in_text(self, column: pa.Array, field: Field, first_row: int) -> Ids:
         """Cells that hold JSON arrays."""
@@ -525,6 +557,15 @@ class _JsonLines(_TextTable):
         except pa.ArrowException as error:
             raise self._rejected_lines(lines, first_row, fields, error) from None
         return [self._typed(_whole(found.column(field.name)), field, first_row) for field in fields]
+
+    def times(self, rows: pa.Table, first_row: int, name: str) -> np.ndarray:
+        lines = _whole(rows.column(self._LINE))
+        try:
+            found = _parse_json(lines, pa.schema({name: pa.int64()}))
+        except pa.ArrowException:  # dates
+            with reading(self.path, Format.JSON_LINES):
+                found = _parse_json(lines, pa.schema({name: pa.string()}))
+        return self._times(_whole(found.column(name)), first_row, name)
 
     def _rejected_lines(
         self, lines: pa.Array, first_row: int, fields: Sequence[Field], error: pa.ArrowException

@@ -121,6 +121,8 @@ def test_logits_are_those_of_the_trainer(job: Job, tmp_path: Path) -> None:
     exported = Bundle.open(job.folder / "export").score(flat, lengths, items)
     np.testing.assert_allclose(exported, expected, atol=1e-5)
 
+    times = np.random.default_rng(1).integers(LONGEST + 5, size=500)  # a user's events have the times 0, 1, ...
+    rows = rows.append_column("time", pa.array(times))
     pq.write_table(rows, tmp_path / "rows.parquet")
     lists = tmp_path / "lists.jsonl"  # two candidates each
     lists.write_text(
@@ -132,7 +134,8 @@ def test_logits_are_those_of_the_trainer(job: Job, tmp_path: Path) -> None:
     text = pa.table({"history": [";".join(history) for history in histories], "item_id": items})
     pyarrow.csv.write_csv(text, tmp_path / "text.csv")
     running = [
-        job.predict(*job.by_user(tmp_path / "rows.parquet", tmp_path / "parquet"), "--rows_per_part=200"),
+        job.predict(*job.by_user(tmp_path / "rows.parquet", tmp_path / "parquet"), "--rows_per_part=200",
+                    "--before_column=time"),
         job.predict(f"--input={lists}", f"--predictions_dir={tmp_path / 'jsonl'}", "--history_column=h",
                     "--candidates_column=c", "--top_k=1"),
         job.predict(f"--input={tmp_path / 'text.csv'}", f"--predictions_dir={tmp_path / 'csv'}", "--list_separator=;"),
@@ -144,9 +147,10 @@ def test_logits_are_those_of_the_trainer(job: Job, tmp_path: Path) -> None:
     assert told["rows_of_unknown_users"] == users.count("a stranger") > 0
 
     found = pa.concat_tables(pq.read_table(path) for path in results(tmp_path / "parquet"))
-    assert found.select(["user_id", "item_id"]).equals(rows)
-    np.testing.assert_allclose(found["logit"], expected, atol=1e-5)
-    np.testing.assert_allclose(found["click_probability"], 1 / (1 + np.exp(-expected)), atol=1e-5)
+    assert found.select(["user_id", "item_id", "time"]).equals(rows)
+    earlier = trainer_logits(job, [history[:time] for history, time in zip(histories, times, strict=True)], items)
+    np.testing.assert_allclose(found["logit"], earlier, atol=1e-5)
+    np.testing.assert_allclose(found["click_probability"], 1 / (1 + np.exp(-earlier)), atol=1e-5)
     (path,) = results(tmp_path / "csv")
     as_text = pyarrow.csv.read_csv(path)
     assert as_text["item_id"].to_pylist() == items
@@ -245,12 +249,15 @@ def test_two_processes_do_what_one_does(job: Job, tmp_path: Path) -> None:
     assert one.select([0, 1]).equals(two.select([0, 1]))
     np.testing.assert_allclose(one["logit"], two["logit"], atol=1e-6)
 
-    # One of them meets a row that it cannot take, in what the other would not read.
+    # One of them meets a row that it cannot take.
     bad = rows.set_column(1, "item_id", pc.if_else(pa.array(np.arange(30_000) == 16_500), None, rows["item_id"]))
     pq.write_table(bad, source)
-    chief, other = together(job, *words, f"--predictions_dir={tmp_path / 'bad'}")
-    assert_one_line(other, "rows.parquet, row 16501: every row needs a item_id. Received: none")
-    assert (chief.returncode, chief.stderr, chief.stdout) == (1, "", "")
+    other, refusing = sorted(
+        together(job, *words, f"--predictions_dir={tmp_path / 'bad'}"), key=lambda done: done.returncode
+    )
+    assert_one_line(refusing, "rows.parquet, row 16501: every row needs a item_id. Received: none")
+    lines = [line for line in other.stderr.splitlines() if not line.startswith("row ")]
+    assert (other.returncode, lines, other.stdout) == (1, [], "")
     assert not (tmp_path / "bad" / "predictions.json").exists()
 
 
@@ -278,6 +285,7 @@ def test_no_rows_give_no_rows(job: Job, tmp_path: Path) -> None:
         (("--history_column=h",), "--history_column: not with --user_histories. Received: both"),
         (("--item_column=a", "--candidates_column=b"), "--item_column: not with --candidates_column"),
         (("--user_histories=", "--user_column=u"), "--user_column: is for users whose histories are elsewhere"),
+        (("--user_histories=", "--before_column=t"), "--before_column: is for users whose histories are elsewhere"),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_fit(job: Job, tmp_path: Path, words: tuple[str, ...], message: str) -> None:

@@ -164,7 +164,7 @@ def test_progress_counts_the_parts_of_others(
     work = predictor(tmp_path / "out", Sums())
     plan = work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
     last = tmp_path / "out" / plan.parts()[-1].name  # as if another process had just published it
-    shown = predict._Progress(plan, work._folder, predict.LogFormat.TEXT, silent=False)
+    shown = predict._Progress(plan, work._folder, predict.LogFormat.TEXT, 2, silent=False)
     last.write_text("")
     work.tally.rows, work.tally.candidates = 5, 9
     shown.show(work.tally)
