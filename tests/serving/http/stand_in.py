@@ -20,12 +20,15 @@ from din_dist.serving.http.server import Served, Server, listen
 from din_dist.serving.http.settings import ServeConfig
 
 POISON = "poison"  # an id that breaks the call it is in
+NO_NUMBER = "no number"  # a candidate without a logit
 STRINGS = Vocabulary("string", {"category_id": "string", "shelf": "integer"}, max_history_length=5)
 INTEGERS = Vocabulary("integer", {}, max_history_length=5)
 
 
 def logit(history: Sequence, candidate: object, features: Sequence = ()) -> float:
     """Of one history: depends on the order of its items, and on nothing else."""
+    if candidate == NO_NUMBER:
+        return float("nan")
     words = "|".join(map(str, [*history, "/", candidate, "/", *features]))
     return float(np.float32(zlib.crc32(words.encode()) / 2**30 - 2))
 

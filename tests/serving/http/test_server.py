@@ -20,10 +20,9 @@ import pytest
 from hypothesis import strategies as st
 
 from din_dist.serving.http.parse import RANK
-from tests.serving.http.stand_in import INTEGERS, POISON, Running, ask, logit, running
+from tests.serving.http.stand_in import INTEGERS, NO_NUMBER, POISON, Running, ask, logit, running
 
 PATH = "/v1/models/din_dist"
-NO_FEATURES = [-(2**63)]
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +76,9 @@ def test_scores_are_the_models(server: Running) -> None:
     assert status == 200
     assert logits(answer) == [logit("ab", "x"), logit("", "y"), logit("cdefg", "z")]
     featured = row(history_features={"category_id": [None, "c"]}, candidate_features={"shelf": 4})
-    status, answer = server.predict(score(row(), featured))
+    status, answer = server.predict(score(featured, row()))
     missing = -(2**63)
-    assert logits(answer) == [logit("ab", "x"), logit("ab", "x", [["", "c"], [missing, missing], "", 4])]
+    assert logits(answer) == [logit("ab", "x", [["", "c"], [missing, missing], "", 4]), logit("ab", "x")]
 
 
 def test_rank_is_the_models_best(server: Running) -> None:
@@ -146,21 +145,22 @@ def test_wrong_bodies_get_400_and_the_reason(server: Running) -> None:
     assert status == 400
 
 
-def test_large_bodies_get_413(server: Running) -> None:
+def test_large_bodies_get_413() -> None:
     """Told by their headers, in chunks without end, and unpacked."""
-    at_most = server.config.max_body_bytes
-    large = b" " * (at_most + 1)
-    told = {"error": f"The body must have at most {at_most} bytes."}
-    assert server.predict(large) == (413, told)
-    assert server.predict(b" " * at_most)[0] == 400
-    assert server.predict(gzip.compress(b" " * 50_000_000), Content_Encoding="gzip") == (413, told)
-    with contextlib.closing(server.connect()) as connection:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", f"{PATH}:predict", (b" " * 65536 for _ in range(2 * at_most // 65536)))
-        response = connection.getresponse()
-        assert (response.status, json.loads(response.read())) == (413, told)
-    head = f"POST {PATH}:predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9999999999\r\n\r\n"
-    assert raw(server, head.encode()).startswith(b"HTTP/1.1 413 ")  # before a byte of it came
+    with running(max_body_bytes=200_000) as server:
+        at_most = server.config.max_body_bytes
+        large = b" " * (at_most + 1)
+        told = {"error": f"The body must have at most {at_most} bytes."}
+        assert server.predict(large) == (413, told)
+        assert server.predict(b" " * at_most)[0] == 400
+        assert server.predict(gzip.compress(b" " * 5_000_000), Content_Encoding="gzip") == (413, told)
+        with contextlib.closing(server.connect()) as connection:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("POST", f"{PATH}:predict", (b" " * 65536 for _ in range(2 * at_most // 65536)))
+            response = connection.getresponse()
+            assert (response.status, json.loads(response.read())) == (413, told)
+        head = f"POST {PATH}:predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9999999999\r\n\r\n"
+        assert raw(server, head.encode()).startswith(b"HTTP/1.1 413 ")  # before a byte of it came
 
 
 def test_what_arrives_together_is_scored_together() -> None:
@@ -223,6 +223,12 @@ def test_a_request_that_breaks_the_model_breaks_no_other() -> None:
             assert {one.result()[0] for one in others} == {200}
         assert "the model broke" in "".join(server.said)
         assert server.predict(score())[0] == 200
+
+
+def test_a_model_that_gives_no_number(server: Running) -> None:
+    """Its answer would be no JSON."""
+    status, answer = server.predict(score(row(), row(candidate=NO_NUMBER)))
+    assert (status, answer) == (500, {"error": "The server failed at this request; its log says how."})
 
 
 def test_a_full_queue_answers_at_once() -> None:
