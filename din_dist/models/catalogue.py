@@ -14,7 +14,7 @@ of a perceptron's first layer. Three things follow from the candidates being the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -64,11 +64,17 @@ class CatalogueScorer:
             autograph=False,
         )
 
-    def logits(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
+    def logits(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Callable[[float], None] = lambda share: None,
+    ) -> np.ndarray:
         """`[B, I]` float32; column i belongs to item i + 1.
 
         Args:
             history_item_ids: `[N]`, B histories end to end; `history_lengths` `[B]`.
+            tick: told often which share of the work is done.
         """
         key_ids, places = np.unique(history_item_ids, return_inverse=True)
         keys, _ = self._lookup(tf.constant(key_ids, tf.int32))  # [K, H]
@@ -77,13 +83,20 @@ class CatalogueScorer:
         num_candidates = max(1, min(_ROWS, _SCORES_BYTES // (4 * max(len(key_ids), 1))))
         at_once = min(_MAX_HISTORIES, max(1, _ROWS // min(num_candidates, self._num_items)))
         groups = list(_of_like_length(places.reshape(-1), history_lengths, at_once))
-        for first in range(0, self._num_items, num_candidates):
+        firsts = range(0, self._num_items, num_candidates)
+        for number, first in enumerate(firsts):
             end = min(first + num_candidates, self._num_items)
             candidates, biases = self._lookup(tf.range(first + 1, end + 1))  # [C, H], [C]
-            scores, by_candidate = self._scores(keys, candidates), self._by_candidate(candidates)
-            for histories, rectangle in groups:
+
+            def scored(share: float, blocks_done: int = number) -> None:
+                tick((blocks_done + share / 2) / len(firsts))
+
+            scores = self._scores(keys, candidates, scored)
+            by_candidate = self._by_candidate(candidates)
+            for place, (histories, rectangle) in enumerate(groups):
                 found = self._score(scores, by_key, rectangle, candidates, by_candidate, biases)
                 logits[histories, first:end] = found.numpy()
+                tick((number + 1 / 2 + (place + 1) / (2 * len(groups))) / len(firsts))
         return logits
 
     def _by_key(self, keys: tf.Tensor) -> tf.Tensor:
@@ -103,13 +116,16 @@ class CatalogueScorer:
             by_candidate += tf.matmul(nothing * candidates, self._of_product)
         return by_candidate
 
-    def _scores(self, keys: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
+    def _scores(self, keys: tf.Tensor, candidates: tf.Tensor, tick: Callable[[float], None]) -> tf.Tensor:
         """Attention scores `[K, C]` of keys `[K, H]` and candidates `[C, H]`; nothing where there is no attention."""
         if self._attention is None:
             return tf.zeros([0, 0])
+        chunks = [tf.zeros([0, candidates.shape[0]])]
         each = max(1, _ROWS // candidates.shape[0])
-        chunks = [self._relevance(keys[first : first + each], candidates) for first in range(0, keys.shape[0], each)]
-        return tf.concat([*chunks, tf.zeros([0, candidates.shape[0]])], axis=0)
+        for first in range(0, keys.shape[0], each):
+            chunks.append(self._relevance(keys[first : first + each], candidates))
+            tick(min(1.0, (first + each) / keys.shape[0]))
+        return tf.concat(chunks, axis=0)
 
     def _relevance_of(self, keys: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
         assert self._attention is not None

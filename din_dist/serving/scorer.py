@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -29,7 +29,9 @@ class ExportScorer:
         logits = self._bundle.score(self._own(histories), batch[schema.HISTORY_LENGTHS], self._own(candidates))
         return tf.constant(logits)
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
+    def of_all(
+        self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Callable[[float], None]
+    ) -> np.ndarray:
         logits = np.empty((len(history_lengths), self._num_items), np.float32)
         ends = np.cumsum(history_lengths)
         for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
@@ -40,6 +42,7 @@ class ExportScorer:
                 count = len(candidates)
                 found = self._bundle.rank_histories(history, np.array([length]), candidates, np.array([count]))
                 logits[row, first : first + count] = found
+            tick((row + 1) / len(ends))
         return logits
 
     def of_some(

@@ -32,11 +32,13 @@ _PAIRS = 200_000  # (candidate, behaviour) pairs of a block of queries with cand
 _ROWS = 256  # queries whose places are looked up at once
 _REPORT_SECONDS = 10.0
 
+Tick = Callable[[float], None]  # told now and then which share of the work is done
+
 
 class CandidateScorer(Protocol):
     """Whatever gives logits: a model, an export, or a floor."""
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
         """`[B, I]` for B histories, end to end; column i belongs to item i + 1. The caller may change it."""
 
     def of_some(
@@ -58,8 +60,8 @@ class ModelScorer:
             model.score_candidates, input_signature=[tf.TensorSpec([None], tf.int32)] * 4, autograph=False
         )
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
-        return self._catalogue.logits(history_item_ids, history_lengths)
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
+        return self._catalogue.logits(history_item_ids, history_lengths, tick)
 
     def of_some(
         self,
@@ -78,7 +80,7 @@ class PopularityScorer:
     def __init__(self, counts: np.ndarray) -> None:
         self._counts = counts
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray) -> np.ndarray:
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
         return np.tile(self._counts[1:].astype(np.float32), (len(history_lengths), 1))
 
     def of_some(
@@ -169,12 +171,12 @@ def rank(
     scorer: CandidateScorer,
     num_top: int,
     runtime: Runtime,
-    progress: Callable[[int, float], None] = lambda done, seconds: None,
+    progress: Callable[[float, float], None] = lambda share, seconds: None,
 ) -> Places:
     """The places of all targets, equal on all ranks; each rank takes its run of the queries.
 
     Args:
-        progress: told now and then, and at the end, how many of this rank's queries are done in how many seconds.
+        progress: told now and then which share of this rank's queries is done, and in how many seconds.
 
     Raises:
         FloatingPointError: on the chief, when logits are not numbers; FailedElsewhere on the others.
@@ -184,19 +186,24 @@ def rank(
     found = [np.zeros((0, 3 + num_top), np.int64)]
     started = reported = time.perf_counter()
     all_numbers = True
-    while first < end:
-        size = _block_size(queries[first:end], task, store.facts.num_items)
-        block = queries[first : min(first + size, end)]
-        candidates, scores = _score(store, block, task, scorer)
+    place = first
+    while place < end:
+        block = queries[place : min(place + _block_size(queries[place:end], task, store.facts.num_items), end)]
+
+        def tick(share: float, done: int = place - first, size: int = len(block)) -> None:
+            nonlocal reported
+            if (now := time.perf_counter()) - reported > _REPORT_SECONDS:
+                reported = now
+                progress((done + share * size) / (end - first), now - started)
+
+        candidates, scores = _score(store, block, task, scorer, tick)
         all_numbers &= not np.isnan(scores).any()
         for row in range(0, len(block), _ROWS):
             part = slice(row, row + _ROWS)
             of_part = candidates if len(candidates) == 1 else candidates[part]
             found.append(_places(block[part], task, of_part, scores[part], num_top))
-        first += len(block)
-        if first >= end or time.perf_counter() - reported > _REPORT_SECONDS:
-            reported = time.perf_counter()
-            progress(sum(map(len, found)), reported - started)
+        tick(1.0)
+        place += len(block)
     if runtime.sum(np.array([all_numbers], np.int64))[0] < runtime.world_size:
         if not runtime.is_chief:
             raise FailedElsewhere
@@ -214,12 +221,14 @@ def _block_size(queries: Queries, task: Task, num_items: int) -> int:
     return max(1, int(np.searchsorted(pairs, _PAIRS, side="right")))
 
 
-def _score(store: EventStore, queries: Queries, task: Task, scorer: CandidateScorer) -> tuple[np.ndarray, np.ndarray]:
+def _score(
+    store: EventStore, queries: Queries, task: Task, scorer: CandidateScorer, tick: Tick
+) -> tuple[np.ndarray, np.ndarray]:
     """Candidates `[B, C]`, or `[1, C]` where they are the same for all, and scores `[B, C]`; -inf: is no candidate."""
     lengths = queries.history_ends - queries.history_starts
     histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
     if not task.num_negatives:
-        scores = scorer.of_all(histories, lengths)
+        scores = scorer.of_all(histories, lengths, tick)
         if task.exclude_history:
             num_seen = queries.history_ends - queries.seen_starts
             seen = store.history_item_ids[_windows(queries.seen_starts, num_seen)]

@@ -67,7 +67,8 @@ class FewScores:
     def one(self, history: list[int], item: int) -> float:
         return float((7 * item + sum(history)) % 5)
 
-    def of_all(self, histories, lengths):
+    def of_all(self, histories, lengths, tick):
+        tick(0.5)
         candidates = np.tile(np.arange(1, self.num_items + 1), len(lengths))
         found = self.of_some(histories, lengths, candidates, np.full(len(lengths), self.num_items))
         return found.reshape(len(lengths), self.num_items)
@@ -142,7 +143,7 @@ def test_places_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -
         best = sorted(scores, key=lambda item: (-scores[item], item))
         assert places.top_items[place].tolist() == [*best, *[0] * (25 - len(best))]
     assert (counts < 20).any()  # some have touched too many
-    monkeypatch.setattr(din_dist.training.retrieval, "_PAIRS", 100)
+    monkeypatch.setattr(din_dist.training.retrieval, "_PAIRS", 1000)
     again = rank(store, queries, task, scorer, 25, Runtime())
     for name in ("greater", "tied", "num_candidates", "top_items"):
         assert_array_equal(getattr(again, name), getattr(places, name))
@@ -158,7 +159,10 @@ def test_a_model_ranks_as_one_by_one(case: Case, tmp_path: Path) -> None:
     scorer = ModelScorer(model, case.store.facts.num_items)
     lengths = np.array([len(history) for history in case.histories])
     flat = np.array([item for history in case.histories for item in history], np.int64)
-    of_all = scorer.of_all(flat, lengths)
+    told: list[float] = []
+    of_all = scorer.of_all(flat, lengths, told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1
     counts = np.full(len(lengths), 3)
     some = np.tile([2, 9, 30], len(lengths))
     of_some = scorer.of_some(flat, lengths, some, counts).reshape(-1, 3)
@@ -195,11 +199,15 @@ def test_logits_that_are_no_numbers_are_refused(case: Case) -> None:
             rank(case.store, case.queries, task, scorer, 5, Runtime())
 
 
-def test_progress_ends_with_all(case: Case) -> None:
-    told: list[int] = []
-    scorer = FewScores(case.store.facts.num_items)
-    rank(case.store, case.queries, Task(0, True, 1), scorer, 5, Runtime(), lambda done, seconds: told.append(done))
-    assert told[-1] == len(case.queries)
+def test_progress_is_told_in_between(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks, each told half-way and at its end."""
+    num_items, half = case.store.facts.num_items, -(-len(case.queries) // 2)
+    monkeypatch.setattr(din_dist.training.retrieval, "_SCORES_BYTES", 4 * num_items * half)
+    monkeypatch.setattr(din_dist.training.retrieval, "_REPORT_SECONDS", 0.0)
+    told: list[float] = []
+    rank(case.store, case.queries, Task(0, True, 1), FewScores(num_items), 5, Runtime(), lambda s, _: told.append(s))
+    first = half / len(case.queries)
+    assert told == pytest.approx([first / 2, first, (1 + first) / 2, 1])
 
 
 def test_metrics_by_hand() -> None:
