@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,19 @@ class Running:
         """Asks, as a signal does."""
         with contextlib.suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self.server.stop)
+
+    def stop_amid(self, act: Callable[[], bool]) -> None:
+        """Asks to stop, and calls `act` at every turn of the event loop from then on, until it gives False."""
+        over = threading.Event()
+
+        def turn() -> None:
+            if act():
+                self._loop.call_soon(turn)
+            else:
+                over.set()
+
+        self._loop.call_soon_threadsafe(lambda: (self.server.stop(), turn()))
+        assert over.wait(10)
 
     def block(self, seconds: float) -> None:
         """Keeps the event loop from everything else, from now on."""

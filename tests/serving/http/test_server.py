@@ -396,6 +396,28 @@ def test_the_end_answers_what_was_accepted() -> None:
         assert server.answered is True
 
 
+def test_the_end_takes_in_those_that_have_connected() -> None:
+    """Up to the very last moment: who gets a connection gets an answer."""
+    body = json.dumps(score()).encode()
+    data = f"POST {PATH}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with running() as server, contextlib.ExitStack() as stack:
+        clients = []
+
+        def connect() -> bool:
+            try:
+                client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            except ConnectionRefusedError:
+                return False
+            clients.append(stack.enter_context(client))
+            client.sendall(data)
+            return True
+
+        server.stop_amid(connect)
+        assert 1 <= len(clients) < 50
+        for client in clients:
+            assert client.recv(20).startswith(b"HTTP/1.1 200 ")
+
+
 def test_the_end_has_a_bound() -> None:
     """A model that hangs costs its requests, not the exit; a body that never comes is not waited for."""
     with running(shutdown_timeout_seconds=0.3) as server, contextlib.closing(server.connect()) as slow:
