@@ -1,10 +1,11 @@
-"""The image, the compose file and the pods of the Indexed Job, for real.
+"""The images, the compose file and the pods of the Indexed Job, for real.
 
-    python -m tests.docker.smoke [build] [compose] [pods]         (default: all)
+    python -m tests.docker.smoke [build] [compose] [pods] [gpu]         (default: all)
 
-By hand, as root on Debian, for it takes 15 minutes. Wants buildah, podman, runc and debootstrap from Debian, and
-podman-compose 1.6.0 on PATH. No registry and no Docker engine are needed: Debian's packages make images that carry the
-names of those that the Dockerfile and the compose file ask for.
+By hand, as root on Debian 12, for it takes half an hour. Wants binutils, buildah, podman, runc and debootstrap from
+Debian, and podman-compose 1.6.0 on PATH. No registry and no Docker engine are needed: Debian's packages make images
+with the names of those that the Dockerfile and the compose file ask for. In place of Ubuntu 24.04 with CUDA 12.9 comes
+Debian 13 with CUDA 12.4, and the same g++ 13.
 """
 
 from __future__ import annotations
@@ -29,9 +30,26 @@ from tests.k8s.overlays import render
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILE = ROOT / "docker" / "docker-compose.yml"
 COMPOSE = yaml.safe_load(COMPOSE_FILE.read_text())
+IMAGE = COMPOSE["services"]["launcher"]["image"]
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+BASES = dict(re.findall(r"^ARG (\w+_BASE)=(.+)$", DOCKERFILE.read_text(), re.MULTILINE))
 # Of a machine that runs this as root but may not raise limits.
 RUN_FLAGS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
 PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=/usr/sbin/runc"]
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+CUDA_SOURCE = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian trixie main non-free"
+CUDA_PACKAGES = ["nvidia-cuda-toolkit", "nvidia-cuda-dev", "libcudart12", "libcu++-dev"]
+CUDA_VARIABLES = {
+    "PATH": "/usr/local/nvidia/bin:/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LD_LIBRARY_PATH": "/usr/local/nvidia/lib:/usr/local/nvidia/lib64",
+}
+NVCC_PROFILE = """
+TOP = $(_HERE_)/..
+NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice
+PATH += $(TOP)/nvvm/bin:$(_HERE_):
+INCLUDES += "-I$(TOP)/include" $(_SPACE_)
+LIBRARIES =+ $(_SPACE_) "-L$(TOP)/lib64/stubs" "-L$(TOP)/lib64"
+"""
 PROMETHEUS = """
 FROM {base}
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus wget \\
@@ -50,31 +68,133 @@ def has_image(name: str) -> bool:
     return subprocess.run(["podman", "image", "exists", name], check=False).returncode == 0
 
 
+def bootstrap(folder: Path, release: str, *source: str, flags: tuple[str, ...] = ()) -> None:
+    """The smallest system of a distribution, as slim as in an image."""
+    run("debootstrap", "--variant=minbase", *flags, release, folder, *source)
+    for part in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists"):
+        run("rm", "-rf", folder / part)
+    authorities = Path("/usr/local/share/ca-certificates")  # of a network that sees into connections
+    if any(authorities.iterdir()):
+        run("cp", "-r", authorities, folder / "usr/local/share/")
+
+
+def keep_as(image: str, folder: Path, variables: dict[str, str] | None = None) -> None:
+    changes = " ".join(f"--change 'ENV {name}={value}'" for name, value in (variables or {}).items())
+    run("sh", "-c", f"tar -C '{folder}' -c . | podman import --quiet {changes} - {image}")
+
+
+def build_target(target: str, image: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder, "pip.conf")
+        settings.write_text("[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n")
+        started = time.monotonic()
+        # In the other format an image has no health check.
+        flags = ["--isolation=chroot", "--format=docker", "--file", DOCKERFILE, "--target", target]
+        flags += ["--build-arg", "REVISION=" + run("git", "-C", ROOT, "rev-parse", "HEAD").strip()]
+        run("buildah", "bud", *flags, "--secret", f"id=pip_conf,src={settings}", "--tag", image, ROOT)
+    print(f"built in {time.monotonic() - started:.0f} s")
+    print(run("podman", "images", "--format", "{{.Repository}}:{{.Tag}} {{.Size}}"))
+
+
 def build() -> None:
     """The CPU image and its bases."""
-    (base,) = re.findall(r"^ARG CPU_BASE=(.+)$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
-    if not has_image(base):
-        with tempfile.TemporaryDirectory() as folder:
-            run("debootstrap", "--variant=minbase", "bookworm", folder)
-            for part in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists"):
-                run("rm", "-rf", Path(folder, part))  # as the slim image is
-            authorities = Path("/usr/local/share/ca-certificates")  # of a network that sees into connections
-            if any(authorities.iterdir()):
-                run("cp", "-r", authorities, Path(folder, "usr/local/share/"))
-            run("sh", "-c", f"tar -C '{folder}' -c . | podman import --quiet - {base}")
+    base = BASES["CPU_BASE"]
+    with tempfile.TemporaryDirectory() as folder:
+        if not has_image(base):
+            bootstrap(Path(folder), "bookworm")
+            keep_as(base, Path(folder))
     prometheus = COMPOSE["services"]["prometheus"]["image"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "Dockerfile").write_text(PROMETHEUS.format(base=base))
         run("buildah", "bud", "--isolation=chroot", "--tag", prometheus, folder)
-        settings = Path(folder, "pip.conf")
-        settings.write_text("[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n")
-        image = COMPOSE["services"]["launcher"]["image"]
-        secret = f"id=pip_conf,src={settings}"
-        started = time.monotonic()
-        flags = ["--isolation=chroot", "--file", ROOT / "docker" / "Dockerfile", "--target=cpu", "--secret", secret]
-        run("buildah", "bud", *flags, "--tag", image, ROOT)
-    print(f"built in {time.monotonic() - started:.0f} s")
-    print(run("podman", "images", "--format", "{{.Repository}}:{{.Tag}} {{.Size}}"))
+    build_target("cpu", IMAGE)
+
+
+def unpack_cuda(folder: Path, place: Path) -> None:
+    """Debian's CUDA in a folder as NVIDIA's own packages fill it. 1 GB is fetched."""
+    apt, packages, system = place / "apt", place / "packages", place / "system"
+    for path in (apt / "lists" / "partial", apt / "cache" / "archives" / "partial", apt / "etc", packages):
+        path.mkdir(parents=True)
+    (apt / "status").touch()
+    (apt / "etc" / "sources.list").write_text(CUDA_SOURCE)
+    flags = ["-o", f"Dir::State={apt}", "-o", f"Dir::State::status={apt}/status", "-o", f"Dir::Cache={apt}/cache"]
+    flags += ["-o", f"Dir::Etc={apt}/etc", "-o", "APT::Sandbox::User=root"]
+    run("apt-get", *flags, "update")
+    run("apt-get", *flags, "download", *CUDA_PACKAGES, cwd=packages)
+    for package in packages.iterdir():
+        run("dpkg-deb", "--extract", package, system)
+    tools = system / "usr/lib/nvidia-cuda-toolkit"
+    (folder / "nvvm" / "bin").mkdir(parents=True)
+    run("mv", tools / "bin", system / "usr/include", folder)
+    run("mv", folder / "bin/cicc", folder / "nvvm/bin")
+    run("mv", tools / "libdevice", folder / "nvvm")
+    run("mv", system / "usr/lib/x86_64-linux-gnu", folder / "lib64")
+    for path in (system / "usr/bin").iterdir():
+        if path.name != "nvcc":  # a script around the real one
+            path.rename(folder / "bin" / path.name)
+    for path in (*(folder / "lib64").glob("*_static*.a"), folder / "bin/gcc", folder / "bin/g++"):
+        if path.name != "libcudart_static.a":  # 2 GB of mathematics, and compilers chosen as Debian does
+            path.unlink()
+    (folder / "bin/nvcc.profile").unlink()
+    (folder / "bin/nvcc.profile").write_text(NVCC_PROFILE)
+    # Debian 13's C library has functions of these names too, since 2.41, which throw nothing; Ubuntu 24.04's has not.
+    functions = folder / "include/crt/math_functions.h"
+    pattern = r"^(extern .* (?:sin|cos)pif?\((?:double|float) x\));$"
+    functions.write_text(re.sub(pattern, r"\1 noexcept(true);", functions.read_text(), flags=re.MULTILINE))
+
+
+def make_gpu_bases() -> None:
+    """Debian 13, without and with what compiles for GPUs."""
+    if has_image(BASES["GPU_BASE"]) and has_image(BASES["GPU_BUILD_BASE"]):
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "base")
+        bootstrap(folder, "trixie")
+        run("useradd", "--root", folder, "--uid", "1000", "--create-home", "ubuntu")  # as Ubuntu's images have
+        keep_as(BASES["GPU_BASE"], folder, CUDA_VARIABLES)
+        folder = Path(place, "build_base")
+        bootstrap(folder, "trixie", flags=("--include=g++-13",))
+        for name, of in {"cc": "gcc", "gcc": "gcc", "c++": "g++", "g++": "g++"}.items():
+            (folder / "usr/local/bin" / name).symlink_to(f"/usr/bin/{of}-13")  # found before Debian 13's version 14
+        unpack_cuda(folder / "usr/local/cuda", Path(place))
+        keep_as(BASES["GPU_BUILD_BASE"], folder, CUDA_VARIABLES)
+
+
+def gpu() -> None:
+    """The GPU image, as far as it goes without a GPU."""
+    make_gpu_bases()
+    image = f"{IMAGE}-gpu"
+    build_target("gpu", image)
+
+    def inside(*words: str, flags: tuple[str, ...] = ()) -> str:
+        return run(*PODMAN, "run", "--rm", "--network=none", *RUN_FLAGS, *flags, image, *words)
+
+    assert inside("id", "-u").strip() == "1000"
+    found = inside("sh", "-c", "command -v cc gcc g++ c++ cpp clang nvcc make || true")
+    assert not found, f"compilers in the last stage: {found}"
+    built = inside(".venv/bin/horovodrun", "--check-build")
+    print(built)
+    for part in ("TensorFlow", "NCCL", "Gloo"):
+        assert f"[X] {part}\n" in built
+    libraries = "/opt/din_dist/.venv/lib/python3.*/site-packages"
+    linked = inside("sh", "-c", f"ldd {libraries}/horovod/tensorflow/mpi_lib.*.so")
+    print(linked)
+    assert re.search(r"libnccl\.so\.2 => .*/site-packages/.*nvidia/nccl/lib/libnccl\.so\.2 ", linked)
+    place = Path(run("podman", "image", "mount", image).strip())
+    (library,) = place.glob(f"{libraries[1:]}/horovod/tensorflow/mpi_lib.*.so")
+    paths = re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", run("readelf", "--dynamic", "--wide", library))
+    print(f"search path {paths}")
+    run("podman", "image", "unmount", image)
+    assert paths == ["$ORIGIN/../../nvidia/nccl/lib"]
+    program = (
+        "import horovod.tensorflow as hvd; hvd.init(); print(hvd.nccl_built(), hvd.gloo_built(), hvd.cuda_built())"
+    )
+    assert inside(".venv/bin/python", "-c", program).split() == ["True", "True"]
+    started = time.monotonic()
+    words = ["launch/train.sh", "--flagfile=launch/flags/quick.flags", "--max_steps=20", "--output_dir=/runs/smoke"]
+    summary = json.loads(inside(*words, "--data_dir=/data/prepared").splitlines()[-1])
+    print(f"gpu image on CPUs: {summary}, {time.monotonic() - started:.0f} s")
+    assert summary["world_size"] == 2
 
 
 def wait(what: str, holds: Callable[[], Any], seconds: float = 300) -> Any:
@@ -214,6 +334,6 @@ def pods() -> None:
 
 
 if __name__ == "__main__":
-    steps = {"build": build, "compose": compose, "pods": pods}
+    steps = {"build": build, "compose": compose, "pods": pods, "gpu": gpu}
     for step in sys.argv[1:] or steps:
         steps[step]()
