@@ -25,7 +25,7 @@ HISTORY, LENGTHS, CANDIDATES = schema.HISTORY_ITEM_IDS, schema.HISTORY_LENGTHS, 
 COUNTS = "candidate_counts"
 BY_ITEM_ID = {tf.string: "", tf.int64: tf.int64.min}  # what stands for a feature that is looked up by the item id
 
-_PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: some 400 MB at 128 wide
+_PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about half a GB at 128 wide
 _CANDIDATE_COST = 8  # pairs that a candidate takes as much memory as, beside those with its history
 
 

@@ -56,11 +56,10 @@ def test_the_command_and_what_it_refuses(tmp_path: Path) -> None:
     def command(output_dir: Path, name: str, *more: str) -> list[str]:
         return [f"--output_dir={output_dir}", f"--export_dir={exports / name}", *more]
 
-    newest, older, passed_over, *refused = run_commands(
-        command(run, "newest"),
-        command(run, "older", "--checkpoint_step=3"),
+    whole, passed_over, *refused = run_commands(
+        command(run, "whole", "--checkpoint_step=7"),
         command(half, "half"),
-        command(run, "newest"),
+        command(run, "whole"),
         command(run, "other", "--checkpoint_step=5"),
         command(without_data, "other"),
         command(damaged, "other"),
@@ -68,7 +67,7 @@ def test_the_command_and_what_it_refuses(tmp_path: Path) -> None:
         [f"--output_dir={run}"],
         command(run, "other", "--checkpoint_step=-1"),
     )
-    for (code, out, err), name, step in ((newest, "newest", 7), (older, "older", 3), (passed_over, "half", 3)):
+    for (code, out, err), name, step in ((whole, "whole", 7), (passed_over, "half", 3)):
         assert code == 0, err
         told = json.loads(out.splitlines()[-1])
         manifest = Bundle.open(exports / name).manifest
@@ -94,4 +93,4 @@ def test_the_command_and_what_it_refuses(tmp_path: Path) -> None:
         (line,) = err.splitlines()
         assert line.startswith("error: ")
         assert message in line
-    assert {path.name for path in exports.iterdir()} == {"newest", "older", "half"}
+    assert {path.name for path in exports.iterdir()} == {"whole", "half"}

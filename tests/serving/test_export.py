@@ -187,7 +187,6 @@ def test_other_logits_than_the_trainers_are_not_published(
     finally:
         bias.assign(before)
     assert not list(tmp_path.iterdir())
-    export(trained, evaluator, "test", tmp_path / "export")
 
 
 def content(folder: Path) -> str:
