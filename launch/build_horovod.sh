@@ -189,6 +189,11 @@ sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HORO
   die "horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt launch/build_horovod.sh to this Horovod."
 sed -i 's/^  gloo_context\.Finalize();$/  gloo_context = GlooContext();/' "$common/process_set.cc"
 
+# Its errors' header came with others until g++ 13.
+[[ $(grep -c '^#include <string>$' "$common/common.h") == 1 ]] ||
+  die "horovod/common/common.h must include <string> once. Adapt launch/build_horovod.sh to this Horovod."
+sed -i '/^#include <string>$/i #include <stdexcept>' "$common/common.h"
+
 # TensorFlow no longer exports the function by which Horovod asks for a GPU's stream, so a wheel that calls it does not load.
 # Its class for streams tells as much, by a virtual function that takes no exported name.
 mpi_ops=$source_tree/horovod/tensorflow/mpi_ops.cc

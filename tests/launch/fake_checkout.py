@@ -53,6 +53,7 @@ operations=$3/horovod/common/operations.cc
 [[ $(grep -c 'initialization_failed = false' "$operations") == 2 ]] || exit 1
 grep -q 'SetEnv(HOROVOD_RANK, "-1");' "$3/horovod/common/gloo/gloo_context.cc" || exit 1
 grep -qx '  gloo_context = GlooContext();' "$3/horovod/common/process_set.cc" || exit 1
+grep -qx '#include <stdexcept>' "$3/horovod/common/common.h" || exit 1
 grep -q 'return .*platform_specific_handle' "$3/horovod/tensorflow/mpi_ops.cc" || exit 1
 echo half >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
 sleep ${FAKE_PIP_SECONDS:-0}

@@ -84,6 +84,7 @@ def serve_sdist(
             ("horovod/common/operations.cc", operations),
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
             ("horovod/common/process_set.cc", process_set),
+            ("horovod/common/common.h", "#include <string>\n"),
             ("horovod/tensorflow/mpi_ops.cc", mpi_ops),
         ):
             entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
