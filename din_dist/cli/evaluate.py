@@ -70,7 +70,8 @@ for _kind, _names in _OVERRIDES.items():
     for _field in dataclasses.fields(_kind):
         if _field.name in _names:
             _define = flags.DEFINE_string if isinstance(_field.default, str) else flags.DEFINE_integer
-            _define(_field.name, None, f"{_field.metadata['help']} Default: as in training.")
+            _help = _field.metadata["help"].partition(" Default:")[0]
+            _define(_field.name, None, f"{_help} Default: as in training.")
 
 
 def main() -> None:
