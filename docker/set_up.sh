@@ -7,7 +7,6 @@ touch din_dist/__init__.py # what setuptools needs to know of the package; the r
 DIN_DIST_CACHE=$(mktemp -d)
 export DIN_DIST_CACHE
 launch/setup.sh "$@"
-.venv/bin/python -m pip install --quiet --no-build-isolation -c launch/constraints.txt --editable '.[serve]'
 rm -rf "$DIN_DIST_CACHE" .venv/din_dist_setup.log
 cd .venv/lib/python3.*/site-packages
 rm -rf tensorflow/include clang # headers for those who compile operations, and a parser of C: 350 MB

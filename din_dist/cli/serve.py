@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.errors import EXIT_SIGINT, InputError
+from din_dist.errors import EXIT_SIGINT
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
 from din_dist.serving.manifest import Manifest, read_manifest
@@ -36,12 +36,7 @@ def main() -> None:
     config = ServeConfig(**given)
     folder, version = find_export(Path(config.export_dir))
     manifest = read_manifest(folder)
-    try:
-        from din_dist.serving.http.server import Served, Server, listen
-    except ModuleNotFoundError as error:
-        if error.name != "aiohttp":
-            raise
-        raise InputError("Serving needs aiohttp. Received: none installed. Run: pip install aiohttp.") from None
+    from din_dist.serving.http.server import Served, Server, listen
 
     _allow_open_files(config.max_connections + _OTHER_FILES)
     listener = listen(config.host, config.port)

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -22,7 +20,7 @@ import numpy as np
 import pytest
 
 from din_dist.serving.bundle import Bundle
-from tests.cli.test_commands import ROOT, assert_one_line
+from tests.cli.test_commands import assert_one_line
 from tests.preloaded import Preloaded, Running, preloaded
 from tests.programs import free_port
 from tests.small_log import write_log
@@ -169,13 +167,6 @@ def test_what_it_refuses(commands: Preloaded, versions: Path, served: Served, tm
         file.write(b"!")
     done = commands.run("serve", f"--export_dir={changed}", "--port=0")
     assert_one_line(done, "saved_model.pb: must be as it was published. Received: other content.")
-
-
-def test_without_aiohttp(versions: Path) -> None:
-    program = "import sys, runpy; sys.modules['aiohttp'] = None; runpy.run_module('din_dist.cli.serve', {}, '__main__')"
-    words = [sys.executable, "-c", program, f"--export_dir={versions}"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert_one_line(done, "Serving needs aiohttp. Received: none installed. Run: pip install aiohttp.")
 
 
 def test_sigterm_under_load_loses_nothing(served: Served) -> None:

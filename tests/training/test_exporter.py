@@ -20,6 +20,7 @@ from din_dist.config import Config
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
+from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.training.exporter import Exporter
 from tests.programs import free_port, program, running
 from tests.small_log import small_config
@@ -133,8 +134,10 @@ def test_names_follow_the_conventions_and_stand_in_the_readme(tmp_path: Path) ->
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     told = set(re.findall(r"din_dist_[a-z_]+", readme))
     exporter = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)
-    families = [family for family in exporter.registry.collect() if family.name.startswith("din_dist_")]
-    assert len(families) > 30
+    registries = (exporter.registry, ServingMetrics({}, {}).registry)
+    collected = [family for registry in registries for family in registry.collect()]
+    families = [family for family in collected if family.name.startswith("din_dist_")]
+    assert len(families) > 45
     for family in families:
         assert re.fullmatch(r"[a-z_]+", family.name), family.name
         assert family.documentation.endswith("."), family.name
@@ -143,7 +146,12 @@ def test_names_follow_the_conventions_and_stand_in_the_readme(tmp_path: Path) ->
         )
         assert not family.name.endswith(("_ms", "_milliseconds", "_mb", "_percent")), family.name
     names = {family.name for family in families} | {f"{family.name}_total" for family in families}
-    names |= {"din_dist_build_info", "din_dist_output_free_bytes", "din_dist_output_size_bytes"}
+    names |= {
+        "din_dist_build_info",
+        "din_dist_serving_model_info",
+        "din_dist_output_free_bytes",
+        "din_dist_output_size_bytes",
+    }
     assert told - names <= {"din_dist_gpu_memory_bytes"}, "the README names a metric that is not there"
 
 
