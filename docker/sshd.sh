@@ -18,15 +18,18 @@ if [[ ! -r $keys/authorized_keys ]]; then
   echo "sshd.sh: $keys/authorized_keys must hold the launcher's public key. Received: no such file. Mount a folder with it." >&2
   exit 2
 fi
-host_key=$(mktemp -d)/host_key
+own=$(mktemp -d)
+host_key=$own/host_key
 ssh-keygen -q -t ed25519 -N '' -f "$host_key"
 
 # A container that is stopped lets its workers finish a step, and save or leave. It ends with the code for another try, as
 # the launcher does: with 0 Kubernetes would take a pod that was evicted for one that is done.
 stop() {
-  local agents
-  # The dots keep grep from finding itself.
-  mapfile -t agents < <(grep -lszx 'din_dist\.launcher\.agent' /proc/[0-9]*/cmdline | cut -d / -f 3)
+  local pid agents=()
+  # Those that were started by this server: in a cluster's debugging modes a container sees the processes of others too.
+  for pid in $(grep -lszx 'din_dist\.launcher\.agent' /proc/[0-9]*/cmdline | cut -d / -f 3); do
+    if grep -qszxF "DIN_DIST_SSHD=$own" "/proc/$pid/environ"; then agents+=("$pid"); fi
+  done
   if ((${#agents[@]})); then
     kill -TERM "${agents[@]}" 2>/dev/null || true
     while kill -0 "${agents[@]}" 2>/dev/null; do sleep 0.2; done
@@ -37,7 +40,7 @@ stop() {
 /usr/sbin/sshd -D -e -f /dev/null -o "Port $port" -o "HostKey $host_key" -o "AuthorizedKeysFile $keys/authorized_keys" \
   -o 'AuthenticationMethods publickey' -o 'PermitRootLogin no' -o 'AllowTcpForwarding no' -o 'X11Forwarding no' \
   -o 'PidFile none' -o 'UsePAM no' -o 'PrintMotd no' -o 'MaxStartups 100' -o 'ClientAliveInterval 30' \
-  -o 'StrictModes no' & # a mounted Secret is not this user's, and its links can be written by all
+  -o "SetEnv DIN_DIST_SSHD=$own" -o 'StrictModes no' & # a mounted Secret is not this user's, and its links can be written by all
 server=$!
 trap stop TERM INT
 wait "$server"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ def sshd() -> None:
         Path("/run/sshd").mkdir(exist_ok=True)  # which sshd wants of root
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(home: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """docker/sshd.sh, from when it answers."""
     sshd()
@@ -120,16 +120,26 @@ def test_a_container_that_is_stopped_lets_its_workers_end_first(tmp_path: Path) 
         "print('ready', flush=True)\nsignal.pause()\n"
     )
     command = [sys.executable, "-m", "din_dist.launcher.agent"]
-    with (
-        serving(tmp_path / "home") as (process, _),
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as worker,
-    ):
-        assert worker.stdout
-        assert worker.stdout.readline() == "ready\n"
+    with contextlib.ExitStack() as stack:
+        process, variables = stack.enter_context(serving(tmp_path / "home"))
+        (own,) = Path(variables["HOME"]).glob("tmp.*")
+
+        def start(server: str) -> subprocess.Popen[str]:
+            """As the server does for who logs in, which root may not."""
+            told = {**os.environ, "DIN_DIST_SSHD": server}
+            worker = subprocess.Popen(command, cwd=tmp_path, env=told, stdout=subprocess.PIPE, text=True)
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+            assert worker.stdout
+            assert worker.stdout.readline() == "ready\n"
+            return worker
+
+        worker, of_another = start(str(own)), start("another")
         process.terminate()
-        # Reaped, or it would look alive.
+        assert worker.stdout
         assert (worker.wait(timeout=30), worker.stdout.read()) == (0, "saved\n")
         assert process.wait(timeout=30) == 75
+        assert of_another.poll() is None
 
 
 def test_sshd_without_keys_says_what_to_do(tmp_path: Path) -> None:
