@@ -165,7 +165,7 @@ def test_without_data_or_settings_the_curves_remain(copy: Path) -> None:
     (copy / "flags.txt").unlink()
     (copy / "report.html").unlink()
     text = text_of(page_of(copy))
-    assert "flags.txt: holds the settings of the job. Received: no such file." in text
+    assert "flags.txt: holds the settings of a training job. Received: no such file." in text
     assert "Examples per second over time" in text
 
 
