@@ -13,4 +13,6 @@ num_gpus=$(count_gpus)
 "$root/launch/setup.sh" "${setup_flags[@]}"
 
 cd "$root"
+# All of them go to two processes, a file at a time: much of what they do is to wait for processes that start.
+(($#)) || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 exec "$venv/bin/python" -m pytest "$@"
