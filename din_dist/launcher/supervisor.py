@@ -135,8 +135,8 @@ class Supervisor:
                 worker.heard = time.monotonic()
                 if "ended" in (message := json.loads(line)):
                     self._note_end(worker, message["ended"])
-        except (OSError, ValueError, KeyError, TypeError, TimeoutError):
-            pass  # broken off, or a stranger
+        except (OSError, ValueError, KeyError, TypeError, TimeoutError, asyncio.CancelledError):
+            pass  # broken off, a stranger, or the job is at its end
         finally:
             if worker:
                 self._workers.discard(worker)

@@ -34,7 +34,6 @@ from tests.cluster_lab import Host
 
 ROOT = Path(__file__).parents[2]
 NUM_WORKERS = 3
-STALL_TIMEOUT_SECONDS = 20
 DISK_BYTES = 192 << 20
 EPOCHS = 4
 TRAINER_FLAGS = (
@@ -60,8 +59,18 @@ class FaultError(AssertionError):
 class Laboratory:
     """Hosts, a small disk, and how an undisturbed job ends."""
 
-    def __init__(self, folder: Path, beauty: Path, seed: int, epochs: int = EPOCHS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        beauty: Path,
+        seed: int,
+        epochs: int = EPOCHS,
+        stall_timeout_seconds: float = 20,
+        disturbance_seconds: float = 10,
+    ) -> None:
+        """`disturbance_seconds`: how long a bad cable stays bad."""
         self.folder = folder
+        self.stall_timeout_seconds, self.disturbance_seconds = stall_timeout_seconds, disturbance_seconds
         self.random = random.Random(seed)
         self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={beauty}", f"--data_dir={folder / 'data'}"]
         self.trainer_flags.append(f"--epochs={epochs}")
@@ -129,7 +138,7 @@ class Job:
             f"--num_workers={NUM_WORKERS}",
             "--network_interface=eth0",
             "--host_cooldown_seconds=1",
-            f"--stall_timeout_seconds={STALL_TIMEOUT_SECONDS}",
+            f"--stall_timeout_seconds={self.laboratory.stall_timeout_seconds:g}",
             *self.laboratory.trainer_flags,
             f"--output_dir={self.output}",
         ]
@@ -348,14 +357,14 @@ def cut_cable_briefly(job: Job) -> None:
 def lose_packets(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     host.disturb(loss=0.05)
-    time.sleep(10)
+    time.sleep(job.laboratory.disturbance_seconds)
     host.disturb()
 
 
 def delay_packets(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     host.disturb(delay_ms=50)
-    time.sleep(10)
+    time.sleep(job.laboratory.disturbance_seconds)
     host.disturb()
 
 
@@ -386,7 +395,7 @@ def fill_disk(job: Job) -> None:
 
 
 def _restart(job: Job) -> None:
-    deadline = time.monotonic() + STALL_TIMEOUT_SECONDS + 45
+    deadline = time.monotonic() + job.laboratory.stall_timeout_seconds + 45
     while job.running or job.trainers():
         if time.monotonic() > deadline:
             raise FaultError(f"still there: launcher {job.running}, trainers {job.trainers()}")
@@ -455,7 +464,7 @@ FAULTS_OF_JOBS: dict[str, Callable[[Job], None]] = {  # after which the job has 
     "SIGKILL of the launcher": kill_launcher,
     "SIGKILL of all workers": kill_all_workers,
 }
-FAULTS = FAULTS_OF_WORKERS | FAULTS_OF_JOBS
+FAULTS = FAULTS_OF_JOBS | FAULTS_OF_WORKERS
 
 
 def seconds_to_go_on(job: Job, since: float) -> float:
