@@ -7,9 +7,9 @@ the last line on stdout, the same numbers as JSON.
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.evaluation_table import table
-from din_dist.cli.trained import config_from_text, config_of, trained_model
+from din_dist.cli.trained import config_from_text, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, DataConfig, JobConfig, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from din_dist.serving.bundle import Bundle
     from din_dist.training.retrieval import CandidateScorer
 
-_OVERRIDES = {
+_OVERRIDES: Mapping[type, Sequence[str]] = {
     DataConfig: ("data_path", "data_dir", "evaluation_negatives_per_positive"),
     JobConfig: ("evaluation_batch_size",),
 }
@@ -66,19 +66,15 @@ flags.DEFINE_integer(
     "bootstrap_samples", 1000, "Samples of users that the 95 % intervals are drawn from; 0: no intervals."
 )
 flags.DEFINE_string("evaluation_path", "", "Write the JSON to this file as well.")
-for _kind, _names in _OVERRIDES.items():
-    for _field in dataclasses.fields(_kind):
-        if _field.name in _names:
-            _define = flags.DEFINE_string if isinstance(_field.default, str) else flags.DEFINE_integer
-            _help = _field.metadata["help"].partition(" Default:")[0]
-            _define(_field.name, None, f"{_help} Default: as in training.")
+define_anew(_OVERRIDES)
 
 
 def main() -> None:
     started = time.perf_counter()
     asked, values = _asked(), flags.FLAGS
     output_dir = values.output_dir or ("" if values.export_dir else "runs/latest")
-    given = _overridden(config_of(Path(output_dir))) if output_dir else None
+    _check_path(values.evaluation_path)
+    given = said_anew(config_of(Path(output_dir)), _OVERRIDES) if output_dir else None
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     from din_dist.data.prepared import open_prepared
@@ -125,8 +121,8 @@ def main() -> None:
         if runtime.is_chief:
             say(table(found))
             text = to_json(found)
-            _write(values.evaluation_path, text)
             print(text, flush=True)
+            _write(values.evaluation_path, text)
     runtime.shutdown()
 
 
@@ -160,17 +156,6 @@ def _whole_number(text: str, name: str, remedy: str) -> int:
     return number
 
 
-def _overridden(config: Config) -> Config:
-    """With what may be said anew: where the data lies, and how evaluation goes about it."""
-    given = {kind: {name: flags.FLAGS[name].value for name in names} for kind, names in _OVERRIDES.items()}
-    rooms = {kind: {name: value for name, value in named.items() if value is not None} for kind, named in given.items()}
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **rooms[DataConfig]),
-        job=dataclasses.replace(config.job, **rooms[JobConfig]),
-    )
-
-
 def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bundle | None]:
     """Those of --output_dir, `given`, or else those of the export; and the export, if there is one.
 
@@ -184,7 +169,7 @@ def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bu
 
     bundle = Bundle.open(export_dir)
     if given is None:
-        return _overridden(config_from_text(bundle.manifest.flags, export_dir)), bundle
+        return said_anew(config_from_text(bundle.manifest.flags, export_dir), _OVERRIDES), bundle
     if found := differences(dict(bundle.manifest.settings), given.to_json()):
         raise InputError(
             f"--export_dir: an export is evaluated as its own job was. Received: {export_dir}, and in --output_dir "
@@ -226,6 +211,16 @@ def _what_scores(
         lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
     )
     return logits_of, lambda: ModelScorer(model, store.facts.num_items), step
+
+
+def _check_path(path: str) -> None:
+    """That --evaluation_path can be written, as far as can be told before the work is done."""
+    folder = Path(path).parent
+    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
+        what = "a folder" if Path(path).is_dir() else "whose folder is not there, or cannot be written"
+        raise InputError(
+            f"--evaluation_path: must be a file that can be written. Received: {path}, {what}. Name another one."
+        )
 
 
 def _write(path: str, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.trained import config_of, trained_model
+from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, require
 
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
@@ -22,6 +22,7 @@ CHECKPOINT_STEP = flags.DEFINE_integer(
     "checkpoint_step", 0, "The update whose weights are exported. Default: the best by validation, or the newest."
 )
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the export that is in --export_dir.")
+define_anew(WHERE_DATA_LIES)
 
 _MAX_COMPARED = 10_000  # examples
 
@@ -35,7 +36,7 @@ def main() -> None:
         CHECKPOINT_STEP.value,
         "For example 1000.",
     )
-    config = config_of(Path(OUTPUT_DIR.value))
+    config = said_anew(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
     entry.import_tensorflow()  # takes seconds: a wrong folder is answered before
     print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
 

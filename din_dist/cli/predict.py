@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.trained import config_of
+from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew
 from din_dist.config import LogFormat, require
 from din_dist.data.sources import find_files
 from din_dist.distributed.cores import claim_cores
@@ -68,6 +68,7 @@ TOP_K = flags.DEFINE_integer(
     "Of a list of candidates keep the best so many, best first, with their ids as top_items. 0: all, as given.",
 )
 ROWS_PER_PART = flags.DEFINE_integer("rows_per_part", 200_000, "Rows of a file of results; what a kill can cost.")
+define_anew(WHERE_DATA_LIES)
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Begin anew, whatever was begun in --predictions_dir.")
 LOG_FORMAT = flags.DEFINE_enum(
     "log_format", LogFormat.TEXT.value, [form.value for form in LogFormat], "Lines for people, or an object a line."
@@ -81,7 +82,7 @@ def main() -> None:
 
     export = Path(EXPORT_DIR.value)
     read_manifest(export)
-    job = config_of(Path(USER_HISTORIES.value)) if USER_HISTORIES.value else None
+    job = said_anew(config_of(Path(USER_HISTORIES.value)), WHERE_DATA_LIES) if USER_HISTORIES.value else None
     requests = entry.Requests("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before

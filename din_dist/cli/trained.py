@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,37 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
-from din_dist.config import Config
+from din_dist.config import Config, DataConfig, JobConfig
 from din_dist.errors import InputError
 
 if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
     from din_dist.models.ranking_model import RankingModel
+
+WHERE_DATA_LIES: Mapping[type, Sequence[str]] = {DataConfig: ("data_path", "data_dir")}
+
+
+def define_anew(names: Mapping[type, Sequence[str]]) -> None:
+    """Flags for settings of the job that may be said anew, by the class that has them."""
+    for kind, fields in names.items():
+        for field in dataclasses.fields(kind):
+            if field.name in fields:
+                define = flags.DEFINE_string if isinstance(field.default, str) else flags.DEFINE_integer
+                help_text = field.metadata["help"].partition(" Default:")[0]
+                define(field.name, None, f"{help_text} Default: as in training.")
+
+
+def said_anew(config: Config, names: Mapping[type, Sequence[str]]) -> Config:
+    """`config` with what the flags of `define_anew` say."""
+    rooms = {
+        kind: {name: value for name in fields if (value := flags.FLAGS[name].value) is not None}
+        for kind, fields in names.items()
+    }
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **rooms.get(DataConfig, {})),
+        job=dataclasses.replace(config.job, **rooms.get(JobConfig, {})),
+    )
 
 
 def config_of(folder: Path) -> Config:

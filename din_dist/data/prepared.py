@@ -10,6 +10,7 @@ DATA_DIR/locks/                      one empty file a data set, locked while it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import re
@@ -210,8 +211,22 @@ def _chosen_features(config: DataConfig, facts: schema.DatasetFacts) -> list[str
 
 
 def _flags(config: DataConfig) -> str:
-    given = {"dataset": config.dataset, "data_path": config.data_path, "data_dir": config.data_dir}
-    return " ".join(f"--{name}={shlex.quote(value)}" for name, value in given.items() if value)
+    """Those that prepare the same data."""
+    given = {"dataset": config.dataset}
+    for field in dataclasses.fields(DataConfig):
+        value = getattr(config, field.name)
+        if _decides_what_is_prepared(field.name) and value != field.default:
+            given[field.name] = ",".join(value) if isinstance(value, tuple) else str(value)
+    if config.label_column_required:
+        given["label_column"] = config.label_column
+    if config.item_features_required:
+        given["item_features"] = ",".join(config.item_features)
+    return " ".join(f"--{name}={shlex.quote(value)}" for name, value in given.items())
+
+
+def _decides_what_is_prepared(name: str) -> bool:
+    names = ("data_path", "data_dir", "item_features", "presorted")
+    return name in names or name.endswith("_column") or name.startswith("synthetic_")
 
 
 @contextlib.contextmanager

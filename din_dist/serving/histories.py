@@ -15,6 +15,8 @@ from din_dist.data.event_store import ITEMS, USERS, EventStore
 from din_dist.errors import InputError
 from din_dist.serving.tables import Ids
 
+_OTHER_UNIT = 500  # times as large, or as small, as any time of the log: milliseconds for seconds, or dates for numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
@@ -91,7 +93,12 @@ class UserHistories:
 
         Args:
             before: int64 `[R]`: only events of an earlier time.
+
+        Raises:
+            InputError: a time cannot be of the log's kind and unit.
         """
+        if before is not None:
+            self._check_kind(before)
         encoded = encode(users.values)
         found = self._user_of.lookup(encoded.distinct).numpy()[encoded.codes]
         known = found >= 0
@@ -103,6 +110,19 @@ class UserHistories:
             ends[known] = self._ends_before(found[known], before[known])
         places, lengths = newest(starts, ends, self._most)
         return Encoded(self._item_ids, self._store.history_item_ids[places] - 1), lengths
+
+    def _check_kind(self, before: np.ndarray) -> None:
+        """Milliseconds where the log has seconds, or dates where it has numbers, would end all histories, or none."""
+        facts = self._store.facts
+        small, large = sorted(abs(float(time)) for time in (facts.first_timestamp, facts.last_timestamp))
+        sizes = np.abs(before.astype(np.float64))
+        wrong = np.flatnonzero((sizes > _OTHER_UNIT * max(large, 1.0)) | ((sizes > 0) & (sizes * _OTHER_UNIT < small)))
+        if len(wrong):
+            raise InputError(
+                "--before_column: must hold times of the log's kind and unit, which as prepared go from "
+                f"{facts.first_timestamp} to {facts.last_timestamp}. Received: {before[wrong[0]]}. Give times of the "
+                "same kind (integers or dates) and unit as the log has."
+            )
 
     def _ends_before(self, users: np.ndarray, before: np.ndarray) -> np.ndarray:
         """Where in the positive events each user's end that are earlier, by halving all users' events at once."""

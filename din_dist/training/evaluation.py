@@ -87,8 +87,9 @@ def rank_split(
     floor = rank(store, queries, task, PopularityScorer(popularity), asked.ks[-1], runtime)
     of_floor = _ratios(by_user(queries, floor, popularity, asked.ks)) | coverages(floor, num_items, asked.ks)
     num_users = len(np.unique(queries.users))
+    fewer = "up to " if against and (places.num_candidates <= against).any() else ""
     found: dict[str, Any] = {
-        "ranked_against": f"{against} items that the user never touched" if against else "all items",
+        "ranked_against": f"{fewer}{against} items that the user never touched" if against else "all items",
         "rank_against": against or ALL,
         "exclude_history": task.exclude_history,
         "comparable_only_with": "figures that rank against as many candidates, chosen in the same way",

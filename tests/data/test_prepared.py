@@ -132,6 +132,14 @@ def test_opening_what_was_not_prepared(config: DataConfig) -> None:
     )
     with pytest.raises(InputError, match=expected):
         open_prepared(config)
+    other = dataclasses.replace(
+        config, user_column="who is it", item_features=("category_id",), item_features_required=True, presorted=True
+    )
+    more = " --user_column='who is it' --item_features=category_id --presorted=True"
+    with pytest.raises(InputError, match=re.escape(more.split(" --item")[0])) as error:
+        open_prepared(other)
+    for words in more.split(" --")[1:]:
+        assert f" --{words}" in str(error.value)
     assert not Path(config.data_dir).exists()
 
 

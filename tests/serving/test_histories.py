@@ -60,6 +60,17 @@ def test_histories_are_those_of_the_log(tmp_path: Path, labels: bool, integers: 
     assert any(found)
 
 
+@pytest.mark.parametrize("time", [1_700_000_000, -1_700_000_000, 500 * 25 + 1])
+def test_times_of_another_unit(tmp_path: Path, time: int) -> None:
+    """The log's own go up to 25 at most."""
+    histories, events = prepared(tmp_path, labels=False, integers=False)
+    last = max(event["timestamp"] for event in events)
+    users = Ids(pa.array([events[0]["user_id"]] * 2))
+    with pytest.raises(InputError, match=rf"which as prepared go from \d+ to {last}\. Received: {time}\."):
+        histories.of(users, np.array([1, time]))
+    histories.of(users, np.array([0, 500 * last]))
+
+
 def test_the_items_of_another_type(tmp_path: Path) -> None:
     histories, _ = prepared(tmp_path, labels=False, integers=True)
     assert histories.users_are_integers
