@@ -27,9 +27,9 @@ ssh-keygen -q -t ed25519 -N '' -f "$host_key"
 stop() {
   local pid agents=()
   # Those that were started by this server: in a cluster's debugging modes a container sees the processes of others too.
-  for pid in $(grep -lszx 'din_dist\.launcher\.agent' /proc/[0-9]*/cmdline | cut -d / -f 3); do
+  while read -r pid; do
     if grep -qszxF "DIN_DIST_SSHD=$own" "/proc/$pid/environ"; then agents+=("$pid"); fi
-  done
+  done < <(grep -lszx 'din_dist\.launcher\.agent' /proc/[0-9]*/cmdline | cut -d / -f 3)
   if ((${#agents[@]})); then
     kill -TERM "${agents[@]}" 2>/dev/null || true
     while kill -0 "${agents[@]}" 2>/dev/null; do sleep 0.2; done
