@@ -37,7 +37,6 @@ BASES = dict(re.findall(r"^ARG (\w+_BASE)=(.+)$", DOCKERFILE.read_text(), re.MUL
 RUN_FLAGS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
 PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=/usr/sbin/runc"]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-CUDA_SOURCE = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian trixie main non-free"
 CUDA_PACKAGES = ["nvidia-cuda-toolkit", "nvidia-cuda-dev", "libcudart12", "libcu++-dev"]
 CUDA_VARIABLES = {
     "PATH": "/usr/local/nvidia/bin:/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -116,7 +115,12 @@ def unpack_cuda(folder: Path, place: Path) -> None:
     for path in (apt / "lists" / "partial", apt / "cache" / "archives" / "partial", apt / "etc", packages):
         path.mkdir(parents=True)
     (apt / "status").touch()
-    (apt / "etc" / "sources.list").write_text(CUDA_SOURCE)
+    # From where this machine has its own packages.
+    mirror, *_ = run(
+        "apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian", "Codename: bookworm"
+    ).split()
+    source = f"deb [signed-by={KEYRING}] {mirror} trixie main non-free"
+    (apt / "etc" / "sources.list").write_text(source)
     flags = ["-o", f"Dir::State={apt}", "-o", f"Dir::State::status={apt}/status", "-o", f"Dir::Cache={apt}/cache"]
     flags += ["-o", f"Dir::Etc={apt}/etc", "-o", "APT::Sandbox::User=root"]
     run("apt-get", *flags, "update")
