@@ -215,12 +215,10 @@ def _what_scores(
 
 def _check_path(path: str) -> None:
     """That --evaluation_path can be written, as far as can be told before the work is done."""
-    folder = Path(path).parent
-    if path and (Path(path).is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
-        what = "a folder" if Path(path).is_dir() else "whose folder is not there, or cannot be written"
-        raise InputError(
-            f"--evaluation_path: must be a file that can be written. Received: {path}, {what}. Name another one."
-        )
+    if Path(path).is_dir() and path:
+        raise _cannot_write(path, "a folder")
+    if path and not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise _cannot_write(path, "whose folder is not there, or cannot be written")
 
 
 def _write(path: str, text: str) -> None:
@@ -231,10 +229,13 @@ def _write(path: str, text: str) -> None:
     try:
         write_text_atomically(Path(path), text + "\n")
     except OSError as error:
-        raise InputError(
-            f"--evaluation_path: must be a file that can be written. Received: {path}, {error.strerror}. Name another "
-            "one."
-        ) from error
+        raise _cannot_write(path, error.strerror) from error
+
+
+def _cannot_write(path: str, why: str | None) -> InputError:
+    return InputError(
+        f"--evaluation_path: must be a file that can be written. Received: {path}, {why}. Name another one."
+    )
 
 
 if __name__ == "__main__":
