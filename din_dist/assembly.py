@@ -18,8 +18,10 @@ from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime
+from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
+from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
@@ -91,7 +93,7 @@ def make_job(
     stop_requested: Callable[[], bool] = lambda: False,
     leave_requested: Callable[[], bool] = lambda: False,
     num_threads: int = 2,
-    attention: type[LocalActivationUnit] = LocalActivationUnit,
+    attention: type[LocalActivationUnit] | None = None,
     exchange: type[GradientExchange] = GradientExchange,
     train_step: type[TrainStep] = TrainStep,
     spread: int = 1,
@@ -102,7 +104,8 @@ def make_job(
         store: the prepared data; nothing is downloaded or built here.
         num_threads: for the input pipeline, this process' share of the cores.
         exporter: this process' metrics; None: new ones, served by `config.job.metrics_port`.
-        attention, exchange, train_step: other forms of the same, for comparison.
+        attention, exchange, train_step: other forms of the same, for comparison. Attention by default as the settings
+            and the machine have it.
         spread: rows of the item's tables for each item, of which it takes the last: as if there were so many more.
 
     Raises:
@@ -111,6 +114,8 @@ def make_job(
     splits = split_examples(store, config.data)
     examples = splits["train"]
     trained = trained_items(store, config.data, splits)
+    if attention is None:
+        attention = _attention(config)
     model = make_model(
         config.model,
         dataclasses.replace(store.facts, num_items=spread * store.facts.num_items),
@@ -184,6 +189,20 @@ def make_job(
         store,
     )
     return Job(trainer, step, make_batches, evaluator, telemetry, model)
+
+
+def _attention(config: Config) -> type[LocalActivationUnit]:
+    wanted = config.job.native_attention and config.model.model is ModelKind.DIN
+    if not wanted or tf.config.get_visible_devices("GPU"):
+        return LocalActivationUnit
+    require(
+        kernels.PATH.exists(),
+        f"takes {kernels.PATH}",
+        "native_attention",
+        "no such file",
+        "Run launch/setup.sh, which compiles it, or add --nonative_attention for TensorFlow's own operations.",
+    )
+    return NativeActivationUnit
 
 
 def _row_counts(

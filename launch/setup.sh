@@ -5,7 +5,7 @@
 #
 # --gpu installs tensorflow[and-cuda] and Horovod with NCCL; --test adds what the tests need. Run again, it does nothing unless
 # something changed. PYTHON is the interpreter to start from (python3), DIN_DIST_VENV the environment's place (.venv in the
-# checkout), DIN_DIST_CACHE where built wheels are kept (~/.cache/din_dist).
+# checkout), DIN_DIST_CACHE where what was built is kept (~/.cache/din_dist).
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -29,7 +29,11 @@ version=$("$base_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # The stamp says what a finished set-up was made from; while one is under way it says "unfinished".
 stamp=$venv/din_dist_setup
-digest=$(cd "$root" && sha256sum setup.cfg pyproject.toml launch/constraints.txt launch/build_horovod.sh launch/setup.sh | sha256sum | cut -c -16)
+digest=$(
+  cd "$root"
+  sha256sum setup.cfg pyproject.toml launch/{constraints.txt,build_horovod.sh,build_kernels.sh,setup.sh} din_dist/kernels/*.{cc,h} |
+    sha256sum | cut -c -16
+)
 made_from="$venv from $root python$version $digest $device"
 exit_if_done() {
   local found=
@@ -54,6 +58,7 @@ done
 build_flags=()
 [[ $device == cpu ]] || build_flags+=(--gpu)
 PYTHON=$base_python "$root/launch/build_horovod.sh" "${build_flags[@]}" --check
+PYTHON=$base_python "$root/launch/build_kernels.sh" --check
 
 mkdir -p "$venv"
 exec {lock}>"$venv/din_dist_setup.lock"
@@ -88,5 +93,6 @@ wheel=$(PYTHON=$python "$root/launch/build_horovod.sh" "${build_flags[@]}")
 run_pip "$python" "$log" install --force-reinstall --no-deps "$wheel"
 # Named again: told to ignore what is installed, pip would build Horovod from its index.
 run_pip "$python" "$log" install "${pip_flags[@]}" --no-build-isolation "$wheel" --editable "${root}[$device${tests/+/,}]"
+PYTHON=$python "$root/launch/build_kernels.sh"
 
 echo "$made_from$tests" >"$stamp"

@@ -266,16 +266,21 @@ class Supervisor:
 
     def _verdict(self, code: int) -> int:
         if self._gave_up or (self._stop_level and self._killed and not self._failures):
+            if not self._killed:
+                self._repeat_horovodrun()  # why it left its workers
             return EXIT_RETRY
         if self._elastic and (code == 0 or self._done):
             return 0  # whoever failed was not needed; also in the last moment, when Horovod takes it for the job's end
         if self._failures:
             return self._verdict_of_workers()
         if code:
-            for line in self._horovodrun_said:
-                sys.stderr.buffer.write(line)
-            sys.stderr.flush()
+            self._repeat_horovodrun()
         return code
+
+    def _repeat_horovodrun(self) -> None:
+        for line in self._horovodrun_said:
+            sys.stderr.buffer.write(line)
+        sys.stderr.flush()
 
     def _verdict_of_workers(self) -> int:
         # The first to fail takes the others down; in an elastic job they went on, until the last. One that knows the

@@ -66,7 +66,7 @@ class Standardize(keras.layers.Layer):
         compiled = self.compiled and training
         parameters = [tf.convert_to_tensor(parameter) for parameter in parameters]
         if not training or self.frozen:
-            mean, scale = self.moving_mean.value, tf.math.rsqrt(self.moving_variance.value + self.epsilon)
+            mean, scale = self.moving_statistics
             return _apply(function, inputs, mean, scale, *parameters, compiled=compiled)
         mean, scale, count = self._statistics(tf.stop_gradient(inputs), num_rows, compiled)
 
@@ -85,16 +85,27 @@ class Standardize(keras.layers.Layer):
 
         return differentiable(inputs, *parameters)
 
+    @property
+    def moving_statistics(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Mean and scale `[W]` out of training, or when frozen."""
+        return self.moving_mean.value, tf.math.rsqrt(self.moving_variance.value + self.epsilon)
+
     def _statistics(
         self, inputs: tf.Tensor, num_rows: tf.Tensor | None, compiled: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Mean `[W]`, scale `[W]` and number of rows (at least 1) of the global batch; keeps the moving averages."""
-        # One message a layer: count, sum and sum of squares. They are taken about the moving mean (equal on all
-        # ranks and near the true mean), since E[x^2] - E[x]^2 would lose float32 digits far from it.
-        width = inputs.shape[-1]
-        centre = self.moving_mean.value
-        count = tf.cast(tf.shape(inputs)[0] if num_rows is None else num_rows, tf.float32)
-        sums = tf.concat([_sums_about(inputs, centre, num_rows, compiled=compiled), [count]], axis=0)
+        # About the moving mean, which is equal on all ranks and near the true mean: E[x^2] - E[x]^2 would lose float32
+        # digits far from it.
+        count = tf.shape(inputs)[0] if num_rows is None else num_rows
+        return self.statistics_of(_sums_about(inputs, self.moving_mean.value, num_rows, compiled=compiled), count)
+
+    def statistics_of(self, sums: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Mean `[W]`, scale `[W]` and number of rows (at least 1) of the global batch; keeps the moving averages.
+
+        Args:
+            sums: `[2W]`, of x - `moving_mean` and its square, over this rank's `count` rows.
+        """
+        width, centre = self.moving_mean.shape[0], self.moving_mean.value
+        sums = tf.concat([sums, [tf.cast(count, tf.float32)]], axis=0)  # one message a layer
         total, total_of_squares, count = tf.split(self.sum_over_ranks(sums), [width, width, 1])
         anything = count > 0  # a batch of empty histories has no positions at all
         count = tf.maximum(count, 1.0)

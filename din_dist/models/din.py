@@ -43,6 +43,10 @@ class DIN(RankingModel):
             name="attention",
         )
 
+    @property
+    def needs_few_lengths(self) -> bool:
+        return self.attention.needs_few_lengths
+
     def interest(
         self,
         candidate: tf.Tensor,

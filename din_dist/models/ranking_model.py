@@ -73,7 +73,12 @@ class RankingModel(keras.Model):
 
         XLA compiles for each pair of lengths: few pairs, on average 6 % more positions.
         """
-        return round_up(num_positions, steps=8) if self.compiled else num_positions
+        return round_up(num_positions, steps=8) if self.compiled and self.needs_few_lengths else num_positions
+
+    @property
+    def needs_few_lengths(self) -> bool:
+        """Whether `interest` is compiled anew for each number of pairs, where `compiled`."""
+        return True
 
     @abc.abstractmethod
     def interest(
@@ -100,9 +105,10 @@ class RankingModel(keras.Model):
         num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
         candidate_places, key_of = places[:num_candidates], places[num_candidates:]
         num_pairs = None
-        if compiled:  # few pairs of lengths: see `num_computed_positions`; of U 12 % more
-            num_pairs = tf.size(key_of)
+        if compiled:  # few lengths of U, 12 % more
             vectors = padded(vectors, round_up(tf.size(distinct), steps=4))
+        if compiled and self.needs_few_lengths:  # see `num_computed_positions`
+            num_pairs = tf.size(key_of)
             key_of = padded(key_of, self.num_computed_positions(num_pairs))
             candidate_of = padded(candidate_of, tf.size(key_of), -1)
         return self.logits(

@@ -197,7 +197,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
     assert run("prepare_data", tmp_path).returncode == 0
-    forms = ("padded", "unfactored", "dense_allreduce", "without_xla", "undoable")
+    forms = ("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", "undoable")
     short = ("--benchmark_steps=10", "--benchmark_warmup_steps=2")
     done = run("benchmark", tmp_path, *short, "--xla", f"--compare={','.join(forms)}")
     assert done.returncode == 0, done.stderr

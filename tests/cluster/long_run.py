@@ -1,4 +1,4 @@
-"""Hundreds of faults at random, and a table of them: `python -m tests.cluster.long_run DATA [--minutes 60] [--seed 1]`.
+"""Hundreds of faults at random, and a table of them: `python -m tests.cluster.long_run DATA [--minutes 60] ...`.
 
 One elastic job after another trains on DATA (Amazon Beauty as Parquet) on hosts that are network namespaces; at random
 moments a random fault is injected. Each job must end, with every example seen once in each epoch and the GAUC of an
@@ -75,13 +75,21 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--stall_timeout_seconds", type=float, default=8)
+    parser.add_argument("--disturbance_seconds", type=float, default=3, help="how long a bad cable stays bad")
     arguments = parser.parse_args()
     tallies = {name: Tally() for name in FAULTS}
     jobs, differences, failures, doubled = 0, [], 0, 0
     print(f"seed {arguments.seed}", flush=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Laboratory(Path(folder, "laboratory"), arguments.data.absolute(), arguments.seed) as laboratory,
+        Laboratory(
+            Path(folder, "laboratory"),
+            arguments.data.absolute(),
+            arguments.seed,
+            stall_timeout_seconds=arguments.stall_timeout_seconds,
+            disturbance_seconds=arguments.disturbance_seconds,
+        ) as laboratory,
     ):
         undisturbed: dict[str, Any] = laboratory.undisturbed()
         until = time.time() + 60 * arguments.minutes

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
+from din_dist.layers.native_attention import NativeActivationUnit
 from tests.reference.compare import (
     ITEM_FEATURES,
     RAGGED,
@@ -25,12 +26,17 @@ VARIANTS = [
 ]
 
 
-def compare(lengths, training, model, activation, normalization, batch_norm, seed=0, compiled=False):
+FORMS = {  # of training
+    "plain": {},
+    "compiled": {"compiled": True},
+    "native": {"compiled": True, "attention": NativeActivationUnit},
+}
+
+
+def compare(lengths, training, model, activation, normalization, batch_norm, seed=0, form="plain"):
     batch = padded_batch(lengths, seed)
     settings = {"model": model, "activation": activation}
-    ours = small_model(
-        seed, compiled=compiled, attention_normalization=normalization, batch_norm=batch_norm, **settings
-    )
+    ours = small_model(seed, attention_normalization=normalization, batch_norm=batch_norm, **FORMS[form], **settings)
     reference = PaddedModel(
         ITEM_FEATURES,
         normalization=normalization,
@@ -46,13 +52,11 @@ def compare(lengths, training, model, activation, normalization, batch_norm, see
     assert_same_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize(
-    ("training", "compiled"), [(True, False), (True, True), (False, False)], ids=["training", "compiled", "inference"]
-)
+@pytest.mark.parametrize(("training", "form"), [*((True, form) for form in FORMS), (False, "plain")])
 @pytest.mark.parametrize("batch_norm", BatchNorm)
 @pytest.mark.parametrize(("model", "activation", "normalization"), VARIANTS)
-def test_every_variant_equals_the_reference(model, activation, normalization, batch_norm, training, compiled):
-    compare(RAGGED, training, model, activation, normalization, batch_norm, compiled=compiled)
+def test_every_variant_equals_the_reference(model, activation, normalization, batch_norm, training, form):
+    compare(RAGGED, training, model, activation, normalization, batch_norm, form=form)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +64,10 @@ def test_every_variant_equals_the_reference(model, activation, normalization, ba
 )
 @pytest.mark.parametrize("model", ModelKind)
 @pytest.mark.parametrize("batch_norm", BatchNorm)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_batches_at_the_edges_equal_the_reference(compiled, model, batch_norm, lengths):
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_at_the_edges_equal_the_reference(form, model, batch_norm, lengths):
     """One example, no history anywhere, length one only, the longest only; Dice, for it takes statistics."""
-    compare(lengths, True, model, Activation.DICE, AttentionNormalization.SOFTMAX, batch_norm, compiled=compiled)
+    compare(lengths, True, model, Activation.DICE, AttentionNormalization.SOFTMAX, batch_norm, form=form)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

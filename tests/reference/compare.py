@@ -11,6 +11,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import ModelConfig
+from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.ranking_model import RankingModel
 from tests.reference.padded_din import PaddedBatch
 
@@ -24,7 +25,12 @@ ITEM_FEATURES: FeatureIds = {"category_id": CATEGORY_OF}
 
 
 def small_model(
-    seed: int = 0, sum_over_ranks=tf.identity, compiled: bool = False, row_of_item=None, **config
+    seed: int = 0,
+    sum_over_ranks=tf.identity,
+    compiled: bool = False,
+    row_of_item=None,
+    attention: type[LocalActivationUnit] = LocalActivationUnit,
+    **config,
 ) -> RankingModel:
     """Embeddings 3 + 2, hidden layers 5 and 4; every weight random, so that no zero hides a mistake."""
     sizes = {"embedding_dim": (3, 2), "attention_hidden_units": (5, 4), "hidden_units": (5, 4)}
@@ -36,6 +42,7 @@ def small_model(
         row_of_item=row_of_item,
         sum_over_ranks=sum_over_ranks,
         compiled=compiled,
+        attention=attention,
     )
     randomise(model, seed)
     return model

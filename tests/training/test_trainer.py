@@ -23,6 +23,9 @@ from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError, Interrupted
+from din_dist.layers import kernels
+from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from tests.small_log import small_config, write_log
 
@@ -60,18 +63,36 @@ def test_an_epoch_costs_one_trace(tmp_path: Path, xla: bool) -> None:
     assert job.trainer._logits_of.experimental_get_tracing_count() == 1
 
 
-def test_xla_trains_the_same_model(tmp_path: Path) -> None:
-    """A whole epoch, its last, smaller batch included."""
+def test_every_form_trains_the_same_model(tmp_path: Path) -> None:
+    """A whole epoch, its last, smaller batch included: by TensorFlow's operations, XLA, and kernels of our own."""
     weights = []
-    for xla in (False, True):
-        config = small_config(tmp_path, epochs=1, xla=xla, activation=Activation.DICE, output_dir=f"{tmp_path}/{xla}")
-        job = make(config)
+    for xla, native in ((False, False), (True, False), (True, True), (False, True)):
+        form = {"xla": xla, "native_attention": native, "output_dir": f"{tmp_path}/{xla}-{native}"}
+        job = make(small_config(tmp_path, epochs=1, activation=Activation.DICE, **form))
+        assert isinstance(job.model.attention, NativeActivationUnit) == native
         job.trainer.train()
         weights.append({weight.path: weight.numpy() for weight in job.model.weights})
     for path, weight in weights[0].items():
         if path.endswith("scorer/output/bias"):
             continue  # softmax cancels it: its gradient is rounding error, which Adam scales up to whole steps
-        np.testing.assert_allclose(weights[1][path], weight, rtol=1e-3, atol=1e-4, err_msg=path)
+        for other in weights[1:]:
+            np.testing.assert_allclose(other[path], weight, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_kernels_that_are_not_compiled_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PATH", tmp_path / "kernels.so")
+    with pytest.raises(InputError) as caught:
+        make(small_config(tmp_path))
+    assert str(caught.value) == (
+        f"--native_attention: takes {tmp_path}/kernels.so. Received: 'no such file'. Run launch/setup.sh, which "
+        "compiles it, or add --nonative_attention for TensorFlow's own operations."
+    )
+    make(small_config(tmp_path, native_attention=False))
+
+
+def test_kernels_are_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly.tf.config, "get_visible_devices", lambda kind: [kind])
+    assert type(make(small_config(tmp_path)).model.attention) is LocalActivationUnit
 
 
 @pytest.mark.parametrize("unknown_item", UnknownItem)

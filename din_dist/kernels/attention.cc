@@ -1,0 +1,484 @@
+// Compiled once for each instruction set, DIN_ISA; DIN_LANES is how many floats its registers hold.
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#if DIN_LANES == 16
+#include <immintrin.h>
+#endif
+
+namespace din {
+namespace DIN_ISA {
+namespace {
+
+constexpr int64_t L = DIN_LANES;
+static_assert(kLane % L == 0, "rows are padded to whole registers");
+
+typedef float V __attribute__((vector_size(4 * DIN_LANES)));
+typedef int32_t I __attribute__((vector_size(4 * DIN_LANES)));
+
+inline V Load(const float* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void Store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
+
+inline V All(float value) { return value - V{}; }
+
+inline V Bits(I bits) { return (V)bits; }
+inline I Bits(V value) { return (I)value; }
+
+inline V Select(I mask, V yes, V no) { return Bits((Bits(yes) & mask) | (Bits(no) & ~mask)); }
+
+// e^x to 2 units in the last place; what is outside of [-87, 88] is taken for its end. NaN stays.
+inline V Exp(V x) {
+  const V most = All(88.0f), least = All(-87.0f);
+  x = most < x ? most : x;
+  x = least > x ? least : x;
+  const V magic = All(12582912.0f);  // 1.5 * 2^23: added, it rounds to an integer, held in the lowest bits
+  V shifted = x * 1.44269504088896341f + magic;
+  V n = shifted - magic;
+  V r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  // Cephes' polynomial for expf.
+  V p = All(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return Bits(Bits(p) + (Bits(shifted) << 23));
+}
+
+inline V Sigmoid(V x) {
+  const V divisor = 1.0f + Exp(-x);
+#if DIN_LANES == 16  // a division takes as long as ten multiplications
+  const V guess = (V)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)divisor);
+  return guess * (2.0f - divisor * guess);
+#else
+  return 1.0f / divisor;
+#endif
+}
+
+// --- Matrix products ---
+
+// R rows of C [R, N registers] += A [R, inner] B [inner, N registers].
+template <int R, int N>
+inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, float* c,
+                  int64_t ldc) {
+  V sums[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[r][n] = Load(c + r * ldc + n * L);
+  for (int64_t k = 0; k < inner; ++k) {
+    V right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) right[n] = Load(b + k * ldb + n * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V left = All(a[r * row + k * step]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[r][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) Store(c + r * ldc + n * L, sums[r][n]);
+}
+
+template <int R, int N>
+void Rows(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
+          float* c, int64_t ldc) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) Block<R, N>(a + r * row, row, step, inner, b, ldb, c + r * ldc, ldc);
+  for (; r < rows; ++r) Block<1, N>(a + r * row, row, step, inner, b, ldb, c + r * ldc, ldc);
+}
+
+#if DIN_LANES == 16  // and 32 registers
+constexpr int kMostRegisters = 5;
+#else
+constexpr int kMostRegisters = 2;
+#endif
+
+// C [rows, columns] += A B, where A's element (r, k) is a[r * row + k * step]. `columns` are whole registers.
+void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
+              int64_t columns, float* c, int64_t ldc) {
+  int64_t left = columns / L;
+  int64_t blocks = (left + kMostRegisters - 1) / kMostRegisters;
+  while (left > 0) {
+    const int64_t width = (left + blocks - 1) / blocks;  // equally wide, as nearly as can be
+    switch (width) {
+#if DIN_LANES == 16
+      case 5:
+        Rows<5, 5>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+      case 4:
+        Rows<6, 4>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+      case 3:
+        Rows<8, 3>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+      case 2:
+        Rows<12, 2>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+      default:
+        Rows<12, 1>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+#else
+      case 2:
+        Rows<6, 2>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+      default:
+        Rows<8, 1>(a, row, step, rows, inner, b, ldb, c, ldc);
+        break;
+#endif
+    }
+    b += width * L;
+    c += width * L;
+    left -= width;
+    --blocks;
+  }
+}
+
+// --- Activations ---
+
+struct Slopes {
+  V of_input;         // with the standardised input held
+  V of_standardised;  // with the input held
+  V of_alpha;
+};
+
+template <Activation A>
+inline V Value(V x, V n, V alpha) {
+  if constexpr (A == kDice) return x * (alpha + Sigmoid(n) * (1.0f - alpha));
+  if constexpr (A == kPRelu) return Select(x > V{}, x, alpha * x);
+  if constexpr (A == kSigmoid) return Sigmoid(x);
+  return Select(x < V{}, V{}, x);
+}
+
+template <Activation A>
+inline Slopes SlopesOf(V x, V n, V alpha) {
+  if constexpr (A == kDice) {
+    const V s = Sigmoid(n);
+    return {alpha + s * (1.0f - alpha), x * (1.0f - alpha) * s * (1.0f - s), x * (1.0f - s)};
+  }
+  if constexpr (A == kPRelu) {
+    const I up = x > V{}, down = x < V{};
+    return {Select(up, All(1.0f), Select(down, alpha, V{})), V{}, Select(down, x, V{})};
+  }
+  if constexpr (A == kSigmoid) {
+    const V s = Sigmoid(x);
+    return {s * (1.0f - s), V{}, V{}};
+  }
+  return {Select(x > V{}, All(1.0f), V{}), V{}, V{}};
+}
+
+// Row by row, for the rows come from memory, in order; what belongs to a column stays in the cache.
+template <Activation A>
+void ActivateAs(const Gate& gate, const float* x, int64_t rows, float* y) {
+  const int64_t width = Padded(gate.width);
+  for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
+    for (int64_t v = 0; v < width; v += L) {
+      const V value = Load(x + v);
+      Store(y + v, Value<A>(value, (value - Load(gate.mean + v)) * Load(gate.scale + v), Load(gate.alpha + v)));
+    }
+  }
+}
+
+inline void AddTo(float* sum, V value) { Store(sum, Load(sum) + value); }
+
+// The outputs `y`; adds to `sums` [3, width] the gradients of the standardised input, of that times it, and of alpha.
+template <Activation A>
+void ActivateAndSumAs(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* y, float* sums) {
+  const int64_t width = Padded(gate.width);
+  for (int64_t r = 0; r < rows; ++r, x += width, upstream += width, y += width) {
+    for (int64_t v = 0; v < width; v += L) {
+      const V value = Load(x + v), up = Load(upstream + v), alpha = Load(gate.alpha + v);
+      const V n = (value - Load(gate.mean + v)) * Load(gate.scale + v);
+      Store(y + v, Value<A>(value, n, alpha));
+      const Slopes slopes = SlopesOf<A>(value, n, alpha);
+      const V gradient = up * slopes.of_standardised;
+      AddTo(sums + v, gradient);
+      AddTo(sums + width + v, gradient * n);
+      AddTo(sums + 2 * width + v, up * slopes.of_alpha);
+    }
+  }
+}
+
+template <Activation A>
+void DifferentiateAs(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* of_x) {
+  const int64_t width = Padded(gate.width);
+  for (int64_t r = 0; r < rows; ++r, x += width, upstream += width, of_x += width) {
+    for (int64_t v = 0; v < width; v += L) {
+      const V value = Load(x + v), up = Load(upstream + v), scale = Load(gate.scale + v);
+      const V n = (value - Load(gate.mean + v)) * scale;
+      const Slopes slopes = SlopesOf<A>(value, n, Load(gate.alpha + v));
+      const V through =
+          up * slopes.of_standardised - Load(gate.mean_of_gradient + v) - n * Load(gate.mean_of_product + v);
+      Store(of_x + v, up * slopes.of_input + scale * through);
+    }
+  }
+}
+
+#define DIN_BY_ACTIVATION(function, gate, ...)                        \
+  switch ((gate).activation) {                                        \
+    case kDice:                                                       \
+      return function<kDice>(gate, __VA_ARGS__);                      \
+    case kPRelu:                                                      \
+      return function<kPRelu>(gate, __VA_ARGS__);                     \
+    case kSigmoid:                                                    \
+      return function<kSigmoid>(gate, __VA_ARGS__);                   \
+    case kRelu:                                                       \
+      return function<kRelu>(gate, __VA_ARGS__);                      \
+  }
+
+void Activate(const Gate& gate, const float* x, int64_t rows, float* y) {
+  DIN_BY_ACTIVATION(ActivateAs, gate, x, rows, y)
+}
+
+void ActivateAndSum(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* y, float* sums) {
+  DIN_BY_ACTIVATION(ActivateAndSumAs, gate, x, upstream, rows, y, sums)
+}
+
+void Differentiate(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* of_x) {
+  DIN_BY_ACTIVATION(DifferentiateAs, gate, x, upstream, rows, of_x)
+}
+
+// --- Rows ---
+
+// Sums over a tile are float32; those over tiles are float64.
+void Gather(float* tile, int64_t size, double* sums) {
+  for (int64_t i = 0; i < size; ++i) sums[i] += tile[i];
+  std::fill_n(tile, size, 0.0f);
+}
+
+// Adds to `sums` [2, width] x - centre and its square.
+void SumAbout(const float* x, const float* centre, int64_t rows, int64_t width, double* sums) {
+  for (int64_t v = 0; v < width; v += L) {
+    const V c = Load(centre + v);
+    V total{}, squares{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const V shifted = Load(x + r * width + v) - c;
+      total += shifted;
+      squares += shifted * shifted;
+    }
+    for (int64_t i = 0; i < L; ++i) {
+      sums[v + i] += total[i];
+      sums[width + v + i] += squares[i];
+    }
+  }
+}
+
+inline void Times(const float* __restrict a, const float* __restrict b, int64_t width, float* __restrict to) {
+  for (int64_t i = 0; i < width; ++i) to[i] = a[i] * b[i];
+}
+
+inline void AddTimes(const float* __restrict a, const float* __restrict b, int64_t width, float* __restrict to) {
+  for (int64_t i = 0; i < width; ++i) to[i] += a[i] * b[i];
+}
+
+inline void AddScaled(float scale, const float* __restrict a, int64_t width, float* __restrict to) {
+  for (int64_t i = 0; i < width; ++i) to[i] += scale * a[i];
+}
+
+inline void Add(const float* __restrict a, int64_t width, float* __restrict to) {
+  for (int64_t i = 0; i < width; ++i) to[i] += a[i];
+}
+
+inline float Dot(const float* a, const float* b, int64_t width) {
+  V sums{};
+  int64_t i = 0;
+  for (; i + L <= width; i += L) sums += Load(a + i) * Load(b + i);
+  float total = 0;
+  for (int64_t lane = 0; lane < L; ++lane) total += sums[lane];
+  for (; i < width; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// q * k of the pairs [begin, begin + rows), [rows, Padded(H)].
+void Products(const Pairs& pairs, const float* candidate, const float* keys, int64_t width, int64_t begin,
+              int64_t rows, float* to) {
+  const int64_t padded = Padded(width);
+  for (int64_t r = 0; r < rows; ++r, to += padded) {
+    const int64_t q = pairs.candidate_of[begin + r], k = pairs.key_of[begin + r];
+    Times(candidate + q * width, keys + k * width, width, to);
+    std::memset(to + width, 0, (padded - width) * sizeof(float));
+  }
+}
+
+// The rows [begin, begin + rows) of an upstream gradient; `scratch` [rows, width] where they must be made.
+const float* UpstreamRows(const Upstream& upstream, int64_t begin, int64_t rows, int64_t width, float* scratch) {
+  if (upstream.rows) return upstream.rows + begin * width;
+  for (int64_t r = 0; r < rows; ++r) {
+    const V column = All(upstream.column[begin + r]);
+    for (int64_t v = 0; v < width; v += L) Store(scratch + r * width + v, column * Load(upstream.row + v));
+  }
+  return scratch;
+}
+
+// --- Passes ---
+
+void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float* products) {
+  const int64_t units = Padded(pass.units), width = Padded(pass.width);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
+    float* x = pass.x + tile * units;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* a = pass.by_candidate + pass.pairs.candidate_of[tile + r] * pass.units;
+      const float* b = pass.by_key + pass.pairs.key_of[tile + r] * pass.units;
+      float* to = x + r * units;
+      for (int64_t i = 0; i < pass.units; ++i) to[i] = a[i] + b[i];
+      for (int64_t i = pass.units; i < units; ++i) to[i] = 0;
+    }
+    Multiply(products, width, 1, rows, pass.width, pass.kernel, units, units, x, units);
+    SumAbout(x, pass.centre, rows, units, sums);
+  }
+}
+
+void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
+                      float* of_by_key, float* scratch) {
+  const int64_t units = Padded(pass.gate.width), width = Padded(pass.width);
+  float* products = scratch;
+  float* of_x = products + kTile * width;
+  float* upstream = of_x + kTile * units;
+  float* of_products = upstream;  // which is needed no more
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
+    Differentiate(pass.gate, pass.x + tile * units, up, rows, of_x);
+    Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
+    Multiply(products, 1, width, pass.width, rows, of_x, units, units, of_kernel, units);
+    std::memset(of_products, 0, rows * width * sizeof(float));
+    Multiply(of_x, units, 1, rows, pass.gate.width, pass.transposed_kernel, width, width, of_products, width);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
+      AddTimes(of_products + r * width, pass.keys + k * pass.width, pass.width, pass.of_candidate + q * pass.width);
+      AddTimes(of_products + r * width, pass.candidate + q * pass.width, pass.width, of_keys + k * pass.width);
+      Add(of_x + r * units, pass.gate.width, pass.of_by_candidate + q * pass.gate.width);
+      Add(of_x + r * units, pass.gate.width, of_by_key + k * pass.gate.width);
+    }
+  }
+}
+
+void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float* activated) {
+  const int64_t units = Padded(pass.units), width = Padded(pass.gate.width);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    Activate(pass.gate, pass.x + tile * width, rows, activated);
+    float* next = pass.next + tile * units;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(next + r * units, pass.bias, units * sizeof(float));
+    Multiply(activated, width, 1, rows, pass.gate.width, pass.kernel, units, units, next, units);
+    SumAbout(next, pass.centre, rows, units, sums);
+  }
+}
+
+void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
+                      double* sums, float* scratch) {
+  const int64_t units = Padded(pass.next_gate.width), width = Padded(pass.gate.width);
+  float* activated = scratch;
+  float* of_next = activated + kTile * width;
+  float* upstream = of_next + kTile * units;
+  float* tile_sums = upstream + kTile * units;
+  std::fill_n(tile_sums, 3 * width, 0.0f);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
+    Differentiate(pass.next_gate, pass.next + tile * units, up, rows, of_next);
+    for (int64_t v = 0; v < units; v += L) {
+      V total{};
+      for (int64_t r = 0; r < rows; ++r) total += Load(of_next + r * units + v);
+      for (int64_t i = 0; i < L; ++i) of_bias[v + i] += total[i];
+    }
+    float* of_outputs = pass.of_outputs + tile * width;
+    std::memset(of_outputs, 0, rows * width * sizeof(float));
+    Multiply(of_next, units, 1, rows, pass.next_gate.width, pass.transposed_kernel, width, width, of_outputs, width);
+    ActivateAndSum(pass.gate, pass.x + tile * width, of_outputs, rows, activated, tile_sums);
+    Gather(tile_sums, 3 * width, sums);
+    Multiply(activated, 1, width, pass.gate.width, rows, of_next, units, units, of_kernel, units);
+  }
+}
+
+// The pairs [begin, end) of the candidate of pair `begin`.
+int64_t EndOfCandidate(const Pairs& pairs, int64_t begin, int64_t end) {
+  int64_t pair = begin + 1;
+  while (pair < end && pairs.candidate_of[pair] == pairs.candidate_of[begin]) ++pair;
+  return pair;
+}
+
+void RunPool(const Pool& pass, int64_t begin, int64_t end, float* activated) {
+  const int64_t inner = Padded(pass.gate.width);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    Activate(pass.gate, pass.x + tile * inner, rows, activated);
+    for (int64_t r = 0; r < rows; ++r) {
+      pass.weights[tile + r] = (Dot(activated + r * inner, pass.output, inner) + pass.bias) / pass.divisor;
+    }
+  }
+  for (int64_t first = begin; first < end;) {
+    const int64_t last = EndOfCandidate(pass.pairs, first, end);
+    if (pass.softmax) {
+      const float largest = *std::max_element(pass.weights + first, pass.weights + last);
+      float total = 0;
+      for (int64_t p = first; p < last; ++p) total += pass.weights[p] = std::exp(pass.weights[p] - largest);
+      for (int64_t p = first; p < last; ++p) pass.weights[p] /= total;
+    }
+    float* interest = pass.interest + pass.pairs.candidate_of[first] * pass.width;
+    for (int64_t p = first; p < last; ++p) {
+      AddScaled(pass.weights[p], pass.keys + pass.pairs.key_of[p] * pass.width, pass.width, interest);
+    }
+    first = last;
+  }
+}
+
+void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, float* of_keys, double* of_output,
+                     double* sums, float* scratch) {
+  for (int64_t first = begin; first < end;) {
+    const int64_t last = EndOfCandidate(pass.pairs, first, end);
+    const float* of_interest = pass.of_interest + pass.pairs.candidate_of[first] * pass.width;
+    float mean = 0;
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t k = pass.pairs.key_of[p];
+      pass.of_scores[p] = Dot(of_interest, pass.keys + k * pass.width, pass.width);
+      mean += pass.weights[p] * pass.of_scores[p];
+      AddScaled(pass.weights[p], of_interest, pass.width, of_keys + k * pass.width);
+    }
+    for (int64_t p = first; p < last; ++p) {
+      if (pass.softmax) pass.of_scores[p] = pass.weights[p] * (pass.of_scores[p] - mean);
+      pass.of_scores[p] /= pass.divisor;
+    }
+    first = last;
+  }
+  const int64_t inner = Padded(pass.gate.width);
+  float* activated = scratch;
+  float* made = activated + kTile * inner;
+  float* tile_sums = made + kTile * inner;
+  std::fill_n(tile_sums, 3 * inner, 0.0f);
+  const Upstream upstream{nullptr, pass.of_scores, pass.output};
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* up = UpstreamRows(upstream, tile, rows, inner, made);
+    ActivateAndSum(pass.gate, pass.x + tile * inner, up, rows, activated, tile_sums);
+    Gather(tile_sums, 3 * inner, sums);
+    for (int64_t v = 0; v < inner; v += L) {
+      V total{};
+      for (int64_t r = 0; r < rows; ++r) total += pass.of_scores[tile + r] * Load(activated + r * inner + v);
+      for (int64_t i = 0; i < L; ++i) of_output[v + i] += total[i];
+    }
+    for (int64_t r = 0; r < rows; ++r) of_output[inner] += pass.of_scores[tile + r];
+  }
+}
+
+}  // namespace
+
+extern const Passes kPasses{RunFirst, RunFirstGradient, RunDense, RunDenseGradient, RunPool, RunPoolGradient};
+
+}  // namespace DIN_ISA
+}  // namespace din

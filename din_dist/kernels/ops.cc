@@ -1,0 +1,558 @@
+// The passes of attention.h as TensorFlow operations, through TensorFlow's C interface: it is the same for every
+// compiler and version, and takes seconds to compile. Called by layers/native_attention.py alone.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "tensorflow/c/kernels.h"
+#include "tensorflow/c/ops.h"
+#include "tensorflow/c/tf_tensor.h"
+#include "threads.h"
+
+namespace din {
+namespace {
+
+bool Runs(const std::string& instructions) {
+#if defined(__x86_64__)
+  if (instructions == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && Runs("avx2");
+  }
+  if (instructions == "avx2") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  }
+#endif
+  return instructions == "plain";
+}
+
+// The fastest that this processor runs, or those that DIN_DIST_INSTRUCTIONS names.
+const Passes& BestPasses() {
+  static const Passes* const best = [] {
+    const char* wanted = std::getenv("DIN_DIST_INSTRUCTIONS");
+    const auto chosen = [&](const char* name) { return (!wanted || name == std::string(wanted)) && Runs(name); };
+#if defined(__x86_64__)
+    if (chosen("avx512")) return &avx512::kPasses;
+    if (chosen("avx2")) return &avx2::kPasses;
+#endif
+    if (chosen("plain")) return &plain::kPasses;
+    throw std::invalid_argument(
+        "DIN_DIST_INSTRUCTIONS must be avx512, avx2 or plain, and this processor must have them");
+  }();
+  return *best;
+}
+
+// --- TensorFlow's side ---
+
+struct Status {
+  TF_Status* const status = TF_NewStatus();
+  ~Status() { TF_DeleteStatus(status); }
+  operator TF_Status*() const { return status; }
+  void Check() const {
+    if (TF_GetCode(status) != TF_OK) throw std::invalid_argument(TF_Message(status));
+  }
+};
+
+void Require(bool holds, const char* rule) {
+  if (!holds) throw std::invalid_argument(rule);
+}
+
+// What an operation was built with.
+struct Settings {
+  int32_t activation = 0, next_activation = 0, num_threads = 1;
+  bool softmax = false;
+};
+
+// One call of an operation: inputs and outputs in order, freed at its end.
+class Call {
+ public:
+  explicit Call(TF_OpKernelContext* context) : context_(context) {}
+  ~Call() {
+    for (TF_Tensor* tensor : tensors_) TF_DeleteTensor(tensor);
+  }
+
+  TF_Tensor* Next() {
+    TF_Tensor* tensor = nullptr;
+    TF_GetInput(context_, next_input_++, &tensor, status_);
+    status_.Check();
+    tensors_.push_back(tensor);
+    return tensor;
+  }
+
+  // An array of so many elements.
+  template <typename T>
+  const T* Array(int64_t size) {
+    TF_Tensor* tensor = Next();
+    Require(TF_TensorElementCount(tensor) == size, "the kernels' arrays must fit each other");
+    return static_cast<const T*>(TF_TensorData(tensor));
+  }
+
+  // A matrix and its number of columns.
+  const float* Matrix(int64_t* rows, int64_t* columns) {
+    TF_Tensor* tensor = Next();
+    Require(TF_NumDims(tensor) == 2, "the kernels take matrices");
+    *rows = TF_Dim(tensor, 0);
+    *columns = TF_Dim(tensor, 1);
+    return static_cast<const float*>(TF_TensorData(tensor));
+  }
+
+  template <typename T>
+  const T* Vector(int64_t* size) {
+    TF_Tensor* tensor = Next();
+    *size = TF_TensorElementCount(tensor);
+    return static_cast<const T*>(TF_TensorData(tensor));
+  }
+
+  float* Output(std::vector<int64_t> shape, bool zero = true) {
+    int64_t size = 1;
+    for (int64_t length : shape) size *= length;
+    TF_Tensor* tensor = TF_AllocateOutput(context_, next_output_++, TF_FLOAT, shape.data(), shape.size(),
+                                          size * sizeof(float), status_);
+    status_.Check();
+    tensors_.push_back(tensor);
+    auto* data = static_cast<float*>(TF_TensorData(tensor));
+    if (zero) std::fill_n(data, size, 0.0f);
+    return data;
+  }
+
+  // A matrix, its rows padded to whole lanes.
+  const float* PaddedMatrix(int64_t* rows, int64_t* columns) {
+    const float* from = Matrix(rows, columns);
+    return Pad(from, *rows, *columns, *columns, 1);
+  }
+
+  // The transpose of a matrix of such sizes, [columns, Padded(rows)].
+  const float* TransposedMatrix(int64_t* rows, int64_t* columns) {
+    const float* from = Matrix(rows, columns);
+    return Pad(from, *columns, *rows, 1, *columns);
+  }
+
+  const float* PaddedRow(int64_t* size) {
+    const float* from = Vector<float>(size);
+    return Pad(from, 1, *size, *size, 1);
+  }
+
+  const float* PaddedVector(int64_t size) { return Pad(Array<float>(size), 1, size, size, 1); }
+
+  float* Floats(int64_t size) {
+    made_.emplace_back(size, 0.0f);
+    return made_.back().data();
+  }
+
+  Gate NextGate(int32_t activation, int64_t width, bool with_means) {
+    Gate gate{};
+    gate.activation = static_cast<Activation>(activation);
+    gate.width = width;
+    gate.mean = PaddedVector(width);
+    gate.scale = PaddedVector(width);
+    gate.alpha = PaddedVector(width);
+    if (with_means) {
+      gate.mean_of_gradient = PaddedVector(width);
+      gate.mean_of_product = PaddedVector(width);
+    }
+    return gate;
+  }
+
+  Pairs NextPairs(int64_t num_candidates, int64_t num_keys) {
+    Pairs pairs{};
+    pairs.num_candidates = num_candidates;
+    pairs.num_keys = num_keys;
+    pairs.candidate_of = Vector<int32_t>(&pairs.count);
+    pairs.key_of = Array<int32_t>(pairs.count);
+    int32_t before = 0;
+    bool good = true;
+    for (int64_t p = 0; p < pairs.count; ++p) {
+      good &= pairs.candidate_of[p] >= before && pairs.key_of[p] >= 0 && pairs.key_of[p] < num_keys;
+      before = pairs.candidate_of[p];
+    }
+    Require(good && before < std::max<int64_t>(num_candidates, 1), "pairs must name candidates that ascend, and keys");
+    return pairs;
+  }
+
+ private:
+  const float* Pad(const float* from, int64_t rows, int64_t columns, int64_t row, int64_t step) {
+    const int64_t padded = Padded(columns);
+    float* to = Floats(rows * padded);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) to[r * padded + c] = from[r * row + c * step];
+    }
+    return to;
+  }
+
+  TF_OpKernelContext* const context_;
+  Status status_;
+  int next_input_ = 0, next_output_ = 0;
+  std::vector<TF_Tensor*> tensors_;
+  std::vector<std::vector<float>> made_;
+};
+
+// The first pair of each shard, and the end of the last. With `pairs` no candidate is split.
+std::vector<int64_t> Shards(int64_t count, int shards, const Pairs* pairs) {
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(shards, count / kTile));
+  std::vector<int64_t> bounds{0};
+  for (int64_t shard = 1; shard < most; ++shard) {
+    int64_t pair = std::max(bounds.back(), count * shard / most);
+    while (pairs && pair > 0 && pair < count && pairs->candidate_of[pair] == pairs->candidate_of[pair - 1]) ++pair;
+    bounds.push_back(pair);
+  }
+  bounds.push_back(count);
+  return bounds;
+}
+
+// Shards for each thread, where a shard has no copy of something large: a thread that is late leaves some to others.
+// The sums do not depend on who does what.
+constexpr int kMore = 4;
+
+// Each shard's own copy of something that all add to. The first has the output itself.
+class Shared {
+ public:
+  Shared(float* output, int64_t size, int shards) : output_(output), size_(size), rest_((shards - 1) * size, 0.0f) {}
+  float* Of(int shard) { return shard ? rest_.data() + (shard - 1) * size_ : output_; }
+  void Merge(int num_threads) {
+    const int64_t shards = 1 + (size_ ? static_cast<int64_t>(rest_.size()) / size_ : 0);
+    if (shards == 1) return;
+    Threads::Get().Run(num_threads, num_threads, [&](int part) {
+      const int64_t begin = size_ * part / num_threads, end = size_ * (part + 1) / num_threads;
+      for (int64_t shard = 1; shard < shards; ++shard) {
+        const float* from = Of(shard);
+        for (int64_t i = begin; i < end; ++i) output_[i] += from[i];
+      }
+    });
+  }
+
+ private:
+  float* output_;
+  int64_t size_;
+  std::vector<float> rest_;
+};
+
+// Likewise, of sums in float64.
+class Sums {
+ public:
+  Sums(int64_t size, int shards) : size_(size), values_(size * shards, 0.0) {}
+  double* Of(int shard) { return values_.data() + shard * size_; }
+  // `width` sums from place `begin` on.
+  void Write(int64_t begin, int64_t width, float* to) const {
+    for (int64_t i = 0; i < width; ++i) {
+      double total = 0;
+      for (size_t at = begin + i; at < values_.size(); at += size_) total += values_[at];
+      to[i] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  int64_t size_;
+  std::vector<double> values_;
+};
+
+// [rows, Padded(columns)] to [rows, columns].
+void Unpad(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * Padded(columns), columns, to + r * columns);
+}
+
+// The pairs [begin, end).
+struct Shard {
+  int index;
+  int64_t begin, end;
+  float* scratch;
+};
+
+// Runs `pass(passes, shard)` over the shards.
+template <typename Pass>
+void RunShards(int num_threads, const std::vector<int64_t>& bounds, int64_t widest, const Pass& pass) {
+  const int shards = static_cast<int>(bounds.size()) - 1;
+  Threads::Get().Run(num_threads, shards, [&](int shard) {
+    std::vector<float> scratch(ScratchFloats(widest));
+    pass(BestPasses(), Shard{shard, bounds[shard], bounds[shard + 1], scratch.data()});
+  });
+}
+
+void First_(Call& call, const Settings& settings) {
+  First pass{};
+  int64_t num_candidates, num_keys, width;
+  pass.candidate = call.Matrix(&num_candidates, &pass.width);
+  pass.keys = call.Matrix(&num_keys, &width);
+  Require(width == pass.width, "candidates and keys must be equally wide");
+  pass.by_candidate = call.Matrix(&width, &pass.units);
+  Require(width == num_candidates, "by_candidate must have a row for each candidate");
+  pass.by_key = call.Array<float>(num_keys * pass.units);
+  int64_t columns;
+  pass.kernel = call.PaddedMatrix(&width, &columns);
+  Require(width == pass.width && columns == pass.units, "the kernel must fit");
+  pass.centre = call.PaddedVector(pass.units);
+  pass.pairs = call.NextPairs(num_candidates, num_keys);
+  const int64_t units = Padded(pass.units);
+  pass.x = call.Output({pass.pairs.count, units}, false);
+  const auto bounds = Shards(pass.pairs.count, kMore * settings.num_threads, nullptr);
+  Sums sums(2 * units, bounds.size() - 1);
+  RunShards(settings.num_threads, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
+    run.first(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
+  });
+  float* totals = call.Output({2 * pass.units});
+  sums.Write(0, pass.units, totals);
+  sums.Write(units, pass.units, totals + pass.units);
+}
+
+// Either `rows` [P, Padded(width)], or a column [P] and a row [width].
+Upstream NextUpstream(Call& call, int64_t num_pairs, int64_t width) {
+  Upstream upstream{};
+  int64_t size, row_size;
+  const float* values = call.Vector<float>(&size);
+  const float* row = call.PaddedRow(&row_size);
+  Require(row_size ? row_size == width && size == num_pairs : size == num_pairs * Padded(width),
+          "an upstream gradient must fit");
+  if (row_size) {
+    upstream.column = values;
+    upstream.row = row;
+  } else {
+    upstream.rows = values;
+  }
+  return upstream;
+}
+
+void FirstGradient_(Call& call, const Settings& settings) {
+  FirstGradient pass{};
+  int64_t num_candidates, num_keys, width, units, num_pairs;
+  pass.candidate = call.Matrix(&num_candidates, &pass.width);
+  pass.keys = call.Matrix(&num_keys, &width);
+  pass.transposed_kernel = call.TransposedMatrix(&width, &units);
+  Require(width == pass.width, "the kernel must fit");
+  int64_t padded;
+  pass.x = call.Matrix(&num_pairs, &padded);
+  Require(padded == Padded(units), "x must have padded rows");
+  pass.gate = call.NextGate(settings.activation, units, true);
+  pass.upstream = NextUpstream(call, num_pairs, units);
+  pass.pairs = call.NextPairs(num_candidates, num_keys);
+  Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
+  pass.of_candidate = call.Output({num_candidates, pass.width});
+  float* of_keys = call.Output({num_keys, pass.width});
+  float* of_kernel = call.Output({pass.width, units});
+  pass.of_by_candidate = call.Output({num_candidates, units});
+  float* of_by_key = call.Output({num_keys, units});
+  const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
+  const int shards = static_cast<int>(bounds.size()) - 1;
+  Shared keys(of_keys, num_keys * pass.width, shards), by_key(of_by_key, num_keys * units, shards);
+  float* padded_kernel = call.Floats(pass.width * padded);
+  Shared kernel(padded_kernel, pass.width * padded, shards);
+  RunShards(settings.num_threads, bounds, std::max(pass.width, units), [&](const Passes& run, const Shard& shard) {
+    run.first_gradient(pass, shard.begin, shard.end, kernel.Of(shard.index),
+                       keys.Of(shard.index), by_key.Of(shard.index), shard.scratch);
+  });
+  keys.Merge(settings.num_threads);
+  by_key.Merge(settings.num_threads);
+  kernel.Merge(1);
+  Unpad(padded_kernel, pass.width, units, of_kernel);
+}
+
+void Dense_(Call& call, const Settings& settings) {
+  Dense pass{};
+  int64_t padded, width;
+  pass.x = call.Matrix(&pass.num_pairs, &padded);
+  pass.kernel = call.PaddedMatrix(&width, &pass.units);
+  Require(padded == Padded(width), "x must have padded rows");
+  const int64_t units = Padded(pass.units);
+  pass.bias = call.PaddedVector(pass.units);
+  pass.centre = call.PaddedVector(pass.units);
+  pass.gate = call.NextGate(settings.activation, width, false);
+  pass.next = call.Output({pass.num_pairs, units}, false);
+  const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
+  Sums sums(2 * units, bounds.size() - 1);
+  RunShards(settings.num_threads, bounds, std::max(width, pass.units), [&](const Passes& run, const Shard& shard) {
+    run.dense(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
+  });
+  float* totals = call.Output({2 * pass.units});
+  sums.Write(0, pass.units, totals);
+  sums.Write(units, pass.units, totals + pass.units);
+}
+
+void DenseGradient_(Call& call, const Settings& settings) {
+  DenseGradient pass{};
+  int64_t padded, next_padded, next_rows;
+  pass.x = call.Matrix(&pass.num_pairs, &padded);
+  pass.next = call.Matrix(&next_rows, &next_padded);
+  int64_t width, units;
+  pass.transposed_kernel = call.TransposedMatrix(&width, &units);
+  Require(padded == Padded(width) && next_padded == Padded(units) && next_rows == pass.num_pairs,
+          "x and next must have padded rows");
+  pass.gate = call.NextGate(settings.activation, width, false);
+  pass.next_gate = call.NextGate(settings.next_activation, units, true);
+  pass.upstream = NextUpstream(call, pass.num_pairs, units);
+  pass.of_outputs = call.Output({pass.num_pairs, padded}, false);
+  float* of_kernel = call.Output({width, units});
+  float* of_bias = call.Output({units});
+  const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
+  const int shards = static_cast<int>(bounds.size()) - 1;
+  float* padded_kernel = call.Floats(width * next_padded);
+  Shared kernels(padded_kernel, width * next_padded, shards);
+  Sums biases(next_padded, shards), sums(3 * padded, shards);
+  RunShards(settings.num_threads, bounds, std::max(width, units), [&](const Passes& run, const Shard& shard) {
+    run.dense_gradient(pass, shard.begin, shard.end, kernels.Of(shard.index),
+                       biases.Of(shard.index), sums.Of(shard.index), shard.scratch);
+  });
+  kernels.Merge(1);
+  Unpad(padded_kernel, width, units, of_kernel);
+  biases.Write(0, units, of_bias);
+  float* totals = call.Output({3 * width});
+  for (int i = 0; i < 3; ++i) sums.Write(i * padded, width, totals + i * width);
+}
+
+void Pool_(Call& call, const Settings& settings) {
+  Pool pass{};
+  int64_t num_candidates, num_keys, num_pairs, padded, one;
+  pass.x = call.Matrix(&num_pairs, &padded);
+  int64_t inner;
+  pass.output = call.PaddedRow(&inner);
+  Require(padded == Padded(inner), "x must have padded rows");
+  pass.bias = *call.Vector<float>(&one);
+  pass.gate = call.NextGate(settings.activation, inner, false);
+  pass.keys = call.Matrix(&num_keys, &pass.width);
+  num_candidates = *call.Vector<int32_t>(&one);
+  pass.divisor = *call.Vector<float>(&one);
+  pass.softmax = settings.softmax;
+  pass.pairs = call.NextPairs(num_candidates, num_keys);
+  Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
+  pass.interest = call.Output({num_candidates, pass.width});
+  pass.weights = call.Output({num_pairs}, false);
+  const auto bounds = Shards(num_pairs, kMore * settings.num_threads, &pass.pairs);
+  RunShards(settings.num_threads, bounds, inner, [&](const Passes& run, const Shard& shard) {
+    run.pool(pass, shard.begin, shard.end, shard.scratch);
+  });
+}
+
+void PoolGradient_(Call& call, const Settings& settings) {
+  PoolGradient pass{};
+  int64_t num_candidates, num_keys, num_pairs, padded, one, width;
+  pass.x = call.Matrix(&num_pairs, &padded);
+  int64_t inner;
+  pass.output = call.PaddedRow(&inner);
+  Require(padded == Padded(inner), "x must have padded rows");
+  pass.gate = call.NextGate(settings.activation, inner, false);
+  pass.keys = call.Matrix(&num_keys, &pass.width);
+  pass.weights = call.Array<float>(num_pairs);
+  pass.of_interest = call.Matrix(&num_candidates, &width);
+  Require(width == pass.width, "interests and keys must be equally wide");
+  pass.divisor = *call.Vector<float>(&one);
+  pass.softmax = settings.softmax;
+  pass.pairs = call.NextPairs(num_candidates, num_keys);
+  Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
+  pass.of_scores = call.Output({num_pairs}, false);
+  float* of_keys = call.Output({num_keys, pass.width});
+  float* of_output = call.Output({inner});
+  float* of_bias = call.Output({1});
+  const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
+  const int shards = static_cast<int>(bounds.size()) - 1;
+  Shared keys(of_keys, num_keys * pass.width, shards);
+  Sums outputs(padded + 1, shards), sums(3 * padded, shards);
+  RunShards(settings.num_threads, bounds, inner, [&](const Passes& run, const Shard& shard) {
+    run.pool_gradient(pass, shard.begin, shard.end, keys.Of(shard.index),
+                      outputs.Of(shard.index), sums.Of(shard.index), shard.scratch);
+  });
+  keys.Merge(settings.num_threads);
+  outputs.Write(0, inner, of_output);
+  outputs.Write(padded, 1, of_bias);
+  float* totals = call.Output({3 * inner});
+  for (int i = 0; i < 3; ++i) sums.Write(i * padded, inner, totals + i * inner);
+}
+
+// --- Registration ---
+
+void* Create(TF_OpKernelConstruction* construction) {
+  auto settings = std::make_unique<Settings>();
+  Status status;
+  const auto read = [&](const char* name, int32_t* to) {
+    if (TF_OpKernelConstruction_HasAttr(construction, name, status)) {
+      TF_OpKernelConstruction_GetAttrInt32(construction, name, to, status);
+    }
+  };
+  read("activation", &settings->activation);
+  read("next_activation", &settings->next_activation);
+  read("num_threads", &settings->num_threads);
+  if (TF_OpKernelConstruction_HasAttr(construction, "softmax", status)) {
+    TF_Bool softmax = 0;
+    TF_OpKernelConstruction_GetAttrBool(construction, "softmax", &softmax, status);
+    settings->softmax = softmax;
+  }
+  settings->num_threads = std::max(settings->num_threads, 1);
+  return settings.release();
+}
+
+void Delete(void* settings) { delete static_cast<Settings*>(settings); }
+
+template <void (*kRun)(Call&, const Settings&)>
+void Compute(void* settings, TF_OpKernelContext* context) {
+  std::string problem;
+  try {
+    Call call(context);
+    kRun(call, *static_cast<Settings*>(settings));
+    return;
+  } catch (const std::exception& error) {
+    problem = error.what();
+  }
+  Status status;
+  TF_SetStatus(status, TF_INVALID_ARGUMENT, problem.c_str());
+  TF_OpKernelContext_Failure(context, status);
+}
+
+template <void (*kRun)(Call&, const Settings&)>
+void Register(const char* name, const std::vector<const char*>& inputs, const std::vector<const char*>& outputs,
+              const std::vector<const char*>& attributes) {
+  TF_OpDefinitionBuilder* definition = TF_NewOpDefinitionBuilder(name);
+  for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(definition, input);
+  for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(definition, output);
+  for (const char* attribute : attributes) TF_OpDefinitionBuilderAddAttr(definition, attribute);
+  TF_OpDefinitionBuilderAddAttr(definition, "num_threads: int");
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, [](TF_ShapeInferenceContext* context, TF_Status* status) {
+    TF_ShapeInferenceContextSetUnknownShape(context, status);
+  });
+  Status status;
+  TF_RegisterOpDefinition(definition, status);
+  if (TF_GetCode(status) == TF_OK) {
+    TF_KernelBuilder* kernel = TF_NewKernelBuilder(name, "CPU", Create, Compute<kRun>, Delete);
+    TF_RegisterKernelBuilder(name, kernel, status);
+  }
+  if (TF_GetCode(status) != TF_OK) fprintf(stderr, "din_dist: %s: %s\n", name, TF_Message(status));
+}
+
+const bool kRegistered = [] {
+  const std::vector<const char*> activation{"activation: int"};
+  Register<First_>("DinDistFirst",
+                   {"candidate: float", "keys: float", "by_candidate: float", "by_key: float", "kernel: float",
+                    "centre: float", "candidate_of: int32", "key_of: int32"},
+                   {"x: float", "sums: float"}, {});
+  Register<FirstGradient_>(
+      "DinDistFirstGradient",
+      {"candidate: float", "keys: float", "kernel: float", "x: float", "mean: float", "scale: float", "alpha: float",
+       "mean_of_gradient: float", "mean_of_product: float", "upstream: float", "upstream_row: float",
+       "candidate_of: int32", "key_of: int32"},
+      {"of_candidate: float", "of_keys: float", "of_kernel: float", "of_by_candidate: float", "of_by_key: float"},
+      activation);
+  Register<Dense_>("DinDistDense",
+                   {"x: float", "kernel: float", "bias: float", "centre: float", "mean: float", "scale: float",
+                    "alpha: float"},
+                   {"next: float", "sums: float"}, activation);
+  Register<DenseGradient_>(
+      "DinDistDenseGradient",
+      {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "next_mean: float",
+       "next_scale: float", "next_alpha: float", "mean_of_gradient: float", "mean_of_product: float",
+       "upstream: float", "upstream_row: float"},
+      {"of_outputs: float", "of_kernel: float", "of_bias: float", "sums: float"},
+      {"activation: int", "next_activation: int"});
+  Register<Pool_>("DinDistPool",
+                  {"x: float", "output: float", "bias: float", "mean: float", "scale: float", "alpha: float",
+                   "keys: float", "num_candidates: int32", "divisor: float", "candidate_of: int32", "key_of: int32"},
+                  {"interest: float", "weights: float"}, {"activation: int", "softmax: bool"});
+  Register<PoolGradient_>(
+      "DinDistPoolGradient",
+      {"x: float", "output: float", "mean: float", "scale: float", "alpha: float", "keys: float", "weights: float",
+       "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
+      {"of_scores: float", "of_keys: float", "of_output: float", "of_bias: float", "sums: float"},
+      {"activation: int", "softmax: bool"});
+  return true;
+}();
+
+}  // namespace
+}  // namespace din

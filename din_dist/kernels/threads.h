@@ -1,0 +1,92 @@
+// A few threads that share the shards of one pass.
+#pragma once
+
+#include <condition_variable>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace din {
+
+class Threads {
+ public:
+  // The process' own, which end with it.
+  static Threads& Get() {
+    static Threads* const threads = new Threads;
+    return *threads;
+  }
+
+  // Runs shard(0) to shard(count - 1) on `num_threads` threads, this one among them. Of two callers at once the second
+  // does its shards itself. What a shard throws is thrown on.
+  void Run(int num_threads, int count, const std::function<void(int)>& shard) {
+    std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
+    if (num_threads == 1 || count == 1 || !mine) {
+      for (int i = 0; i < count; ++i) shard(i);
+      return;
+    }
+    while (static_cast<int>(threads_.size()) < num_threads - 1) {
+      threads_.emplace_back([this] { Work(); });
+      threads_.back().detach();
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      shard_ = &shard;
+      count_ = count;
+      next_ = 0;
+      left_ = count;
+    }
+    wake_.notify_all();
+    Take();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return left_ == 0; });
+    count_ = 0;
+    if (problem_) std::rethrow_exception(std::exchange(problem_, nullptr));
+  }
+
+ private:
+  // Shards until there are none.
+  void Take() {
+    for (;;) {
+      const std::function<void(int)>* shard;
+      int mine;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (next_ >= count_) return;
+        mine = next_++;
+        shard = shard_;
+      }
+      std::exception_ptr problem;
+      try {
+        (*shard)(mine);
+      } catch (...) {
+        problem = std::current_exception();
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (problem) problem_ = problem;
+      if (--left_ == 0) done_.notify_all();
+    }
+  }
+
+  void Work() {
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [this] { return next_ < count_; });
+      }
+      Take();
+    }
+  }
+
+  std::mutex busy_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> threads_;
+  const std::function<void(int)>* shard_ = nullptr;
+  std::exception_ptr problem_;  // what a shard threw
+  int count_ = 0, next_ = 0, left_ = 0;
+};
+
+}  // namespace din

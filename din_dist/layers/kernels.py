@@ -1,0 +1,24 @@
+"""The library of `din_dist/kernels`, where `launch/setup.sh` has compiled it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
+
+
+@functools.cache
+def library() -> Any:
+    """The operations, as functions."""
+    return tf.load_op_library(str(PATH))
+
+
+def num_threads() -> int:
+    """As many as TensorFlow's own kernels use."""
+    return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Compiles din_dist/kernels, the attention's own operations for CPUs, and puts them into the environment of $PYTHON (default:
+# the checkout's .venv).
+#
+#   launch/build_kernels.sh [--check]
+#
+# What was compiled is kept in ${DIN_DIST_CACHE:-~/.cache/din_dist}/kernels/KEY, and compiled only when it is not there: some
+# seconds. --check only tells whether the compiler is there (if it is needed).
+set -euo pipefail
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+python=${PYTHON:-$venv/bin/python}
+check=
+case $# in
+  0) ;;
+  1) [[ $1 == --check ]] || die "unknown flag $1. Usage: launch/build_kernels.sh [--check]" && check=1 ;;
+  *) die "one flag at most. Usage: launch/build_kernels.sh [--check]" ;;
+esac
+command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
+
+# TensorFlow's C interface, which they keep to, is the same in all its versions.
+sources=$root/din_dist/kernels
+key=$(cd "$root" && sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh | sha256sum | cut -c -16)-$(uname -m)
+cache=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/kernels
+if [[ ! -f $cache/$key/kernels.so ]]; then
+  command -v g++ >/dev/null ||
+    die "compiling the kernels takes g++, which is not on PATH. Install it (Debian, Ubuntu: apt-get install g++)."
+fi
+[[ ! $check ]] || exit 0
+
+if [[ ! -f $cache/$key/kernels.so ]]; then
+  mkdir -p "$cache"
+  work=$(mktemp -d "$cache/.new.XXXXXX")
+  trap 'rm -rf "$work"' EXIT
+  # Not imported, which takes as long as to compile.
+  tensorflow=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("tensorflow").submodule_search_locations)')
+  flags=(-std=c++17 -O3 -fPIC -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-psabi)
+  # One of the passes for each instruction set; which to use is found out when they are loaded.
+  compile_passes() { # name, floats in a register, flags
+    g++ "${flags[@]}" "${@:3}" "-DDIN_ISA=$1" "-DDIN_LANES=$2" -c "$sources/attention.cc" -o "$work/$1.o"
+  }
+  {
+    compile_passes plain 4
+    if [[ $(uname -m) == x86_64 ]]; then
+      compile_passes avx2 8 -mavx2 -mfma -mbmi2
+      compile_passes avx512 16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
+    fi
+    g++ "${flags[@]}" -isystem "$tensorflow/include" -c "$sources/ops.cc" -o "$work/ops.o"
+    # By no other name or place than TensorFlow itself gives it, which has loaded that library before.
+    g++ -shared "$work"/*.o "-L$tensorflow" -l:libtensorflow_framework.so.2 -pthread -o "$work/kernels.so"
+  } 2>"$work/log" || die "g++ failed: $(grep -m 1 -E 'error|cannot|undefined' "$work/log" || tail -n 1 "$work/log")"
+  rm "$work"/*.o "$work/log"
+  chmod 755 "$work"
+  mv -T "$work" "$cache/$key" 2>/dev/null || [[ -f $cache/$key/kernels.so ]] # another set-up may have been first
+fi
+prefix=$("$python" -c 'import sys; print(sys.prefix)')
+mkdir -p "$prefix/lib/din_dist"
+cp "$cache/$key/kernels.so" "$prefix/lib/din_dist/kernels.so.new"
+mv "$prefix/lib/din_dist/kernels.so.new" "$prefix/lib/din_dist/kernels.so"
