@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles din_dist/kernels, the attention's own operations for CPUs, and puts them into the environment of $PYTHON (default:
-# the checkout's .venv).
+# Compiles din_dist/kernels, the attention's own operations for CPUs, and puts them into the environment whose bin/python is
+# $PYTHON (default: the checkout's .venv).
 #
 #   launch/build_kernels.sh [--check]
 #
@@ -40,21 +40,22 @@ if [[ ! -f $cache/$key/kernels.so ]]; then
   compile_passes() { # name, floats in a register, flags
     g++ "${flags[@]}" "${@:3}" "-DDIN_ISA=$1" "-DDIN_LANES=$2" -c "$sources/attention.cc" -o "$work/$1.o"
   }
-  {
-    compile_passes plain 4
-    if [[ $(uname -m) == x86_64 ]]; then
-      compile_passes avx2 8 -mavx2 -mfma -mbmi2
-      compile_passes avx512 16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
-    fi
-    g++ "${flags[@]}" -isystem "$tensorflow/include" -c "$sources/ops.cc" -o "$work/ops.o"
-    # By no other name or place than TensorFlow itself gives it, which has loaded that library before.
-    g++ -shared "$work"/*.o "-L$tensorflow" -l:libtensorflow_framework.so.2 -pthread -o "$work/kernels.so"
-  } 2>"$work/log" || die "g++ failed: $(grep -m 1 -E 'error|cannot|undefined' "$work/log" || tail -n 1 "$work/log")"
+  compile_all() { # steps joined by &&, for bash does not stop at a failure in what is followed by ||
+    compile_passes plain 4 &&
+      if [[ $(uname -m) == x86_64 ]]; then
+        compile_passes avx2 8 -mavx2 -mfma -mbmi2 &&
+          compile_passes avx512 16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
+      fi &&
+      g++ "${flags[@]}" -isystem "$tensorflow/include" -c "$sources/ops.cc" -o "$work/ops.o" &&
+      # Under the name by which TensorFlow itself has loaded it.
+      g++ -shared "$work"/*.o "-L$tensorflow" -l:libtensorflow_framework.so.2 -pthread -o "$work/kernels.so"
+  }
+  compile_all 2>"$work/log" || die "g++ failed: $(grep -m 1 -E 'error|cannot|undefined' "$work/log" || tail -n 1 "$work/log")"
   rm "$work"/*.o "$work/log"
   chmod 755 "$work"
   mv -T "$work" "$cache/$key" 2>/dev/null || [[ -f $cache/$key/kernels.so ]] # another set-up may have been first
 fi
-prefix=$("$python" -c 'import sys; print(sys.prefix)')
-mkdir -p "$prefix/lib/din_dist"
-cp "$cache/$key/kernels.so" "$prefix/lib/din_dist/kernels.so.new"
-mv "$prefix/lib/din_dist/kernels.so.new" "$prefix/lib/din_dist/kernels.so"
+folder=$(dirname "$(dirname "$python")")/lib/din_dist
+mkdir -p "$folder"
+cp "$cache/$key/kernels.so" "$folder/kernels.so.new"
+mv "$folder/kernels.so.new" "$folder/kernels.so" # at once: a job that has loaded the old one keeps it

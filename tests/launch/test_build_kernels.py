@@ -1,0 +1,63 @@
+"""launch/build_kernels.sh: what it makes, when it makes nothing, and its error lines."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from tests.launch.fake_checkout import FakeCheckout, path_without
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> FakeCheckout:
+    found = FakeCheckout(tmp_path)
+    (found.venv / "bin").mkdir(parents=True)
+    python = found.venv / "bin" / "python"
+    python.symlink_to(found.env["PYTHON"])
+    found.env["PYTHON"] = str(python)
+    return found
+
+
+def test_compiles_once_into_the_environment(checkout: FakeCheckout, tmp_path: Path) -> None:
+    import tensorflow as tf  # noqa: F401  its symbols must be there
+
+    done = checkout.run("build_kernels.sh")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    made = checkout.venv / "lib" / "din_dist" / "kernels.so"
+    ctypes.CDLL(str(made))
+    [cached] = checkout.cache.glob("kernels/*")
+    assert [path.name for path in cached.iterdir()] == ["kernels.so"]
+    assert cached.stat().st_mode & 0o777 == 0o755, "for others too"
+    made.unlink()
+    assert checkout.run("build_kernels.sh", PATH=path_without(tmp_path / "bin", "g++")).returncode == 0
+    assert made.read_bytes() == (cached / "kernels.so").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["attention.cc", "threads.h"])
+def test_changed_sources_are_compiled_anew(checkout: FakeCheckout, tmp_path: Path, name: str) -> None:
+    checkout.put_kernels()
+    path = path_without(tmp_path / "bin", "g++")
+    assert checkout.run("build_kernels.sh", PATH=path).returncode == 0
+    source = checkout.root / "din_dist" / "kernels" / name
+    source.write_text(source.read_text() + "// more\n")
+    assert checkout.error("build_kernels.sh", "--check", PATH=path) == (
+        "build_kernels.sh: compiling the kernels takes g++, which is not on PATH. "
+        "Install it (Debian, Ubuntu: apt-get install g++)."
+    )
+
+
+def test_what_the_compiler_refuses(checkout: FakeCheckout) -> None:
+    source = checkout.root / "din_dist" / "kernels" / "attention.cc"
+    source.write_text(f"#error not so\n{source.read_text()}")
+    error = checkout.error("build_kernels.sh")
+    assert error.startswith("build_kernels.sh: g++ failed: ")
+    assert error.endswith("error: #error not so")
+    assert not list(checkout.cache.glob("kernels/*")), "nothing half made is left"
+
+
+def test_flags(checkout: FakeCheckout) -> None:
+    assert checkout.error("build_kernels.sh", "--force") == (
+        "build_kernels.sh: unknown flag --force. Usage: launch/build_kernels.sh [--check]"
+    )
