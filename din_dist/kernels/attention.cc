@@ -67,7 +67,7 @@ inline V Sigmoid(V x) {
 
 // --- Matrix products ---
 
-// R rows of C [R, N registers] += A [R, inner] B [inner, N registers].
+// R rows of C [R, N registers] += A [R, inner] B [inner, N registers]; `inner` is at least 1.
 template <int R, int N>
 inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, float* c,
                   int64_t ldc) {
@@ -76,7 +76,8 @@ inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, cons
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[r][n] = Load(c + r * ldc + n * L);
-  for (int64_t k = 0; k < inner; ++k) {
+  int64_t k = 0;
+  do {  // so that the sums have one life in registers
     V right[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) right[n] = Load(b + k * ldb + n * L);
@@ -86,7 +87,7 @@ inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, cons
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sums[r][n] += left * right[n];
     }
-  }
+  } while (++k < inner);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -110,6 +111,7 @@ constexpr int kMostRegisters = 2;
 // C [rows, columns] += A B, where A's element (r, k) is a[r * row + k * step]. `columns` are whole registers.
 void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
               int64_t columns, float* c, int64_t ldc) {
+  if (inner == 0) return;
   int64_t left = columns / L;
   int64_t blocks = (left + kMostRegisters - 1) / kMostRegisters;
   while (left > 0) {
