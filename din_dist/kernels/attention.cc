@@ -286,6 +286,11 @@ inline void AddTimes(const float* __restrict a, const float* __restrict b, int64
   for (int64_t i = 0; i < width; ++i) to[i] += a[i] * b[i];
 }
 
+inline void AddTimesAndScaled(const float* __restrict a, const float* __restrict b, float scale,
+                              const float* __restrict c, int64_t width, float* __restrict to) {
+  for (int64_t i = 0; i < width; ++i) to[i] += a[i] * b[i] + scale * c[i];
+}
+
 inline void AddScaled(float scale, const float* __restrict a, int64_t width, float* __restrict to) {
   for (int64_t i = 0; i < width; ++i) to[i] += scale * a[i];
 }
@@ -363,7 +368,8 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, flo
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
       AddTimes(of_products + r * width, pass.keys + k * pass.width, pass.width, pass.of_candidate + q * pass.width);
-      AddTimes(of_products + r * width, pass.candidate + q * pass.width, pass.width, of_keys + k * pass.width);
+      AddTimesAndScaled(of_products + r * width, pass.candidate + q * pass.width, pass.weights[tile + r],
+                        pass.of_interest + q * pass.width, pass.width, of_keys + k * pass.width);
       Add(of_x + r * units, pass.gate.width, pass.of_by_candidate + q * pass.gate.width);
       Add(of_x + r * units, pass.gate.width, of_by_key + k * pass.gate.width);
     }
@@ -440,17 +446,15 @@ void RunPool(const Pool& pass, int64_t begin, int64_t end, float* activated) {
   }
 }
 
-void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, float* of_keys, double* of_output,
-                     double* sums, float* scratch) {
+void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, double* of_output, double* sums,
+                     float* scratch) {
   for (int64_t first = begin; first < end;) {
     const int64_t last = EndOfCandidate(pass.pairs, first, end);
     const float* of_interest = pass.of_interest + pass.pairs.candidate_of[first] * pass.width;
     float mean = 0;
     for (int64_t p = first; p < last; ++p) {
-      const int64_t k = pass.pairs.key_of[p];
-      pass.of_scores[p] = Dot(of_interest, pass.keys + k * pass.width, pass.width);
+      pass.of_scores[p] = Dot(of_interest, pass.keys + pass.pairs.key_of[p] * pass.width, pass.width);
       mean += pass.weights[p] * pass.of_scores[p];
-      AddScaled(pass.weights[p], of_interest, pass.width, of_keys + k * pass.width);
     }
     for (int64_t p = first; p < last; ++p) {
       if (pass.softmax) pass.of_scores[p] = pass.weights[p] * (pass.of_scores[p] - mean);

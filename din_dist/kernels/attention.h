@@ -63,10 +63,13 @@ struct FirstGradient {
   Upstream upstream;
   const float* candidate;
   const float* keys;
-  const float* x;                 // [P, Padded(units)]
+  const float* x;                  // [P, Padded(units)]
   const float* transposed_kernel;  // [units, Padded(H)]
-  float* of_candidate;             // [C, H], 0 at first
-  float* of_by_candidate;          // [C, units], 0 at first
+  // What the keys get as what is pooled, here, where they are at hand.
+  const float* weights;      // [P]
+  const float* of_interest;  // [C, H]
+  float* of_candidate;       // [C, H], 0 at first
+  float* of_by_candidate;    // [C, units], 0 at first
 };
 
 // next = gate(x) kernel + bias
@@ -134,8 +137,8 @@ struct Passes {
                          double* sums, float* scratch);
   void (*pool)(const Pool&, int64_t begin, int64_t end, float* scratch);
   // of_output: [Padded(width) + 1], the bias' last
-  void (*pool_gradient)(const PoolGradient&, int64_t begin, int64_t end, float* of_keys, double* of_output,
-                        double* sums, float* scratch);
+  void (*pool_gradient)(const PoolGradient&, int64_t begin, int64_t end, double* of_output, double* sums,
+                        float* scratch);
 };
 
 constexpr int64_t kTile = 64;  // pairs that are worked on together

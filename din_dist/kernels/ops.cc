@@ -326,6 +326,8 @@ void FirstGradient_(Call& call, const Settings& settings) {
   Require(padded == Padded(units), "x must have padded rows");
   pass.gate = call.NextGate(settings.activation, units, true);
   pass.upstream = NextUpstream(call, num_pairs, units);
+  pass.weights = call.Array<float>(num_pairs);
+  pass.of_interest = call.Array<float>(num_candidates * pass.width);
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
   pass.of_candidate = call.Output({num_candidates, pass.width});
@@ -440,18 +442,14 @@ void PoolGradient_(Call& call, const Settings& settings) {
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
   pass.of_scores = call.Output({num_pairs}, false);
-  float* of_keys = call.Output({num_keys, pass.width});
   float* of_output = call.Output({inner});
   float* of_bias = call.Output({1});
   const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
-  Shared keys(of_keys, num_keys * pass.width, shards);
   Sums outputs(padded + 1, shards), sums(3 * padded, shards);
   RunShards(settings.num_threads, bounds, inner, [&](const Passes& run, const Shard& shard) {
-    run.pool_gradient(pass, shard.begin, shard.end, keys.Of(shard.index),
-                      outputs.Of(shard.index), sums.Of(shard.index), shard.scratch);
+    run.pool_gradient(pass, shard.begin, shard.end, outputs.Of(shard.index), sums.Of(shard.index), shard.scratch);
   });
-  keys.Merge(settings.num_threads);
   outputs.Write(0, inner, of_output);
   outputs.Write(padded, 1, of_bias);
   float* totals = call.Output({3 * inner});
@@ -527,7 +525,7 @@ const bool kRegistered = [] {
       "DinDistFirstGradient",
       {"candidate: float", "keys: float", "kernel: float", "x: float", "mean: float", "scale: float", "alpha: float",
        "mean_of_gradient: float", "mean_of_product: float", "upstream: float", "upstream_row: float",
-       "candidate_of: int32", "key_of: int32"},
+       "weights: float", "of_interest: float", "candidate_of: int32", "key_of: int32"},
       {"of_candidate: float", "of_keys: float", "of_kernel: float", "of_by_candidate: float", "of_by_key: float"},
       activation);
   Register<Dense_>("DinDistDense",
@@ -549,7 +547,7 @@ const bool kRegistered = [] {
       "DinDistPoolGradient",
       {"x: float", "output: float", "mean: float", "scale: float", "alpha: float", "keys: float", "weights: float",
        "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
-      {"of_scores: float", "of_keys: float", "of_output: float", "of_bias: float", "sums: float"},
+      {"of_scores: float", "of_output: float", "of_bias: float", "sums: float"},
       {"activation: int", "softmax: bool"});
   return true;
 }();

@@ -120,7 +120,7 @@ class _Update:
     def gradients(self, upstream: tf.Tensor) -> list[tf.Tensor]:
         """Of the sources, in their order, given that of the interest."""
         top = self._layers[-1]
-        of_scores, of_keys, of_output, of_bias, sums = self._ops.din_dist_pool_gradient(
+        of_scores, of_output, of_bias, sums = self._ops.din_dist_pool_gradient(
             top.inputs, self._output, *top.gate, self._keys, self._weights, upstream, self._divisor, **self._last
         )
         of_alphas: list[tf.Tensor] = []
@@ -148,7 +148,7 @@ class _Update:
             of_biases = [of_its_bias, *of_biases]
         *means, of_alpha = self._means(0, sums)
         first = self._layers[0]
-        of_candidate, of_more_keys, of_product, of_by_candidate, of_by_key = self._ops.din_dist_first_gradient(
+        of_candidate, of_keys, of_product, of_by_candidate, of_by_key = self._ops.din_dist_first_gradient(
             self._candidate,
             self._keys,
             self._product,
@@ -156,10 +156,12 @@ class _Update:
             *first.gate,
             *means,
             *above,
+            self._weights,
+            upstream,
             activation=self._kinds[0],
             **self._pairs,
         )
-        found = [of_candidate, of_keys + of_more_keys, of_by_candidate, of_by_key, of_product]
+        found = [of_candidate, of_keys, of_by_candidate, of_by_key, of_product]
         found += [of_output[:, None], of_bias, of_alpha, *of_alphas, *of_kernels, *of_biases]
         for gradient, source in zip(found, self._sources, strict=True):
             gradient.set_shape(source.shape)

@@ -192,6 +192,20 @@ def test_gates_far_from_zero():
     assert_units_agree((1e3 * candidate, 1e2 * keys, *rest), [5, 4], Activation.SIGMOID, NONE)
 
 
+def test_scores_far_apart():
+    """Score = relu(key): e^1000 has no float32, but the weights are 1 and 0, and 1/2 each of two that are equal."""
+    unit = built(NativeActivationUnit, 1, [1], Activation.RELU)
+    unit.scorer.dense_layers[0].kernel.assign([[0.0], [1.0], [0.0], [0.0]])
+    unit.scorer.output_layer.kernel.assign([[1.0]])
+    for weight in (unit.scorer.dense_layers[0].bias, unit.scorer.output_layer.bias):
+        weight.assign([0.0])
+    keys = tf.constant([[3.0], [1000.0], [2000.0]])
+    pairs = tf.constant([0, 0, 1, 1, 1, 2]), tf.constant([0, 1, 2, 0, 2, 0])
+    interest, gradients = run(unit, tf.zeros([3, 1]), keys, *pairs, tf.ones([3, 1]))
+    assert_array_equal(interest, [[1000.0], [2000.0], [3.0]])
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
 @pytest.mark.parametrize(
     ("candidate_of", "key_of"), [([0, 2], [0, 0]), ([1, 0], [0, 0]), ([-1, 0], [0, 0]), ([0, 1], [0, 3]), ([0], [-1])]
 )
