@@ -17,12 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import IO
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE, Address, Lines, encode
 from din_dist.launcher.processes import die_with_parent, exit_code
 
 _CONNECT_SECONDS = 10.0
+_LONGEST_LINE = 1 << 20  # bytes that are waited for
 _GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
 
 
@@ -92,11 +94,11 @@ class Agent:
             return []
         pumps = [
             # Stdout is for the summary: of the chief, which in an elastic job any rank may become.
-            threading.Thread(target=_pump, args=(self._trainer.stdout, 2 if is_static_follower else 1), daemon=True),
-            threading.Thread(target=_pump, args=(self._trainer.stderr, 2), daemon=True),
+            threading.Thread(target=pump, args=(self._trainer.stdout, 2 if is_static_follower else 1), daemon=True),
+            threading.Thread(target=pump, args=(self._trainer.stderr, 2), daemon=True),
         ]
-        for pump in pumps:
-            pump.start()
+        for thread in pumps:
+            thread.start()
         return pumps
 
     def _hear_launcher(self) -> None:
@@ -188,15 +190,22 @@ class Agent:
                 self._launcher.send(encode(message))
 
 
-def _pump(source: object, target: int) -> None:
-    """Passes on what comes, and goes on reading where nobody takes it."""
-    broken = False
-    while piece := os.read(source.fileno(), 65536):  # type: ignore[attr-defined]
-        while piece and not broken:
+def pump(source: IO[bytes], target: int) -> None:
+    """Passes on what comes, in whole lines, so that the other stream cuts none; reads on where nobody takes it."""
+    broken, rest = False, b""
+    while True:
+        piece = os.read(source.fileno(), 65536)
+        lines, end, rest = (rest + piece).rpartition(b"\n")
+        if not piece or len(rest) > _LONGEST_LINE:
+            end, rest = end + rest, b""
+        lines += end
+        while lines and not broken:
             try:
-                piece = piece[os.write(target, piece) :]
+                lines = lines[os.write(target, lines) :]
             except OSError:
                 broken = True
+        if not piece:
+            return
 
 
 def _say(text: str) -> None:

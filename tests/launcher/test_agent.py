@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
+from din_dist.launcher.agent import pump
 from din_dist.launcher.link import Address, Lines, encode
 from tests.launch.fake_checkout import write_commands
 
@@ -247,3 +249,28 @@ def test_no_trainer_outlives_its_agent(start: Start) -> None:
     while Path(f"/proc/{trainer}").exists() and "Z" not in Path(f"/proc/{trainer}/stat").read_text().split(")")[1][:3]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_what_is_passed_on_is_whole_lines() -> None:
+    """Whatever the pieces that come: the other stream goes the same way, and would cut a line that came in two."""
+    read_end, trainers_end = os.pipe()
+    taken, passed_on = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(read_end, "rb") as source:
+            pump(source, passed_on)
+        os.close(passed_on)
+
+    def speak() -> None:
+        # What has no end must not be kept for ever; nor must the last words of a process that died be lost.
+        with os.fdopen(trainers_end, "wb", buffering=0) as trainer:
+            trainer.write(b"x" * 2_000_000 + b" the end")
+
+    threading.Thread(target=pass_on).start()
+    os.write(trainers_end, b"step 1: lo")
+    time.sleep(0.3)
+    os.write(trainers_end, b"ss .5\nstep 2")
+    with os.fdopen(taken, "rb", buffering=0) as target:
+        assert target.read(100) == b"step 1: loss .5\n"
+        threading.Thread(target=speak).start()
+        assert target.readall() == b"step 2" + b"x" * 2_000_000 + b" the end"
