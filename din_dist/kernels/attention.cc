@@ -309,12 +309,20 @@ inline float Dot(const float* a, const float* b, int64_t width) {
   return total;
 }
 
+// Keys come in no order that a processor could foresee.
+constexpr int64_t kAhead = 4;  // pairs
+
+inline void Fetch(const float* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
+}
+
 // q * k of the pairs [begin, begin + rows), [rows, Padded(H)].
 void Products(const Pairs& pairs, const float* candidate, const float* keys, int64_t width, int64_t begin,
               int64_t rows, float* to) {
   const int64_t padded = Padded(width);
   for (int64_t r = 0; r < rows; ++r, to += padded) {
     const int64_t q = pairs.candidate_of[begin + r], k = pairs.key_of[begin + r];
+    if (r + kAhead < rows) Fetch(keys + pairs.key_of[begin + r + kAhead] * width, width);
     Times(candidate + q * width, keys + k * width, width, to);
     std::memset(to + width, 0, (padded - width) * sizeof(float));
   }
@@ -367,6 +375,11 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, flo
     Multiply(of_x, units, 1, rows, pass.gate.width, pass.transposed_kernel, width, width, of_products, width);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
+      if (r + kAhead < rows) {
+        const int64_t next = pass.pairs.key_of[tile + r + kAhead];
+        Fetch(of_keys + next * pass.width, pass.width);
+        Fetch(of_by_key + next * pass.gate.width, pass.gate.width);
+      }
       AddTimes(of_products + r * width, pass.keys + k * pass.width, pass.width, pass.of_candidate + q * pass.width);
       AddTimesAndScaled(of_products + r * width, pass.candidate + q * pass.width, pass.weights[tile + r],
                         pass.of_interest + q * pass.width, pass.width, of_keys + k * pass.width);

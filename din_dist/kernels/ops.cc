@@ -210,24 +210,34 @@ constexpr int kMore = 4;
 // Each shard's own copy of something that all add to. The first has the output itself.
 class Shared {
  public:
-  Shared(float* output, int64_t size, int shards) : output_(output), size_(size), rest_((shards - 1) * size, 0.0f) {}
-  float* Of(int shard) { return shard ? rest_.data() + (shard - 1) * size_ : output_; }
+  Shared(float* output, int64_t size, int shards)
+      : output_(output), size_(size), shards_(shards), rest_(new float[(shards - 1) * size]) {}
+
+  // A shard's own, zeros at first. To be asked for once, by the shard: large arrays take long to fill.
+  float* Of(int shard) {
+    float* own = At(shard);
+    std::fill_n(own, size_, 0.0f);
+    return own;
+  }
+
   void Merge(int num_threads) {
-    const int64_t shards = 1 + (size_ ? static_cast<int64_t>(rest_.size()) / size_ : 0);
-    if (shards == 1) return;
+    if (shards_ == 1) return;
     Threads::Get().Run(num_threads, num_threads, [&](int part) {
       const int64_t begin = size_ * part / num_threads, end = size_ * (part + 1) / num_threads;
-      for (int64_t shard = 1; shard < shards; ++shard) {
-        const float* from = Of(shard);
+      for (int shard = 1; shard < shards_; ++shard) {
+        const float* from = At(shard);
         for (int64_t i = begin; i < end; ++i) output_[i] += from[i];
       }
     });
   }
 
  private:
+  float* At(int shard) { return shard ? rest_.get() + (shard - 1) * size_ : output_; }
+
   float* output_;
   int64_t size_;
-  std::vector<float> rest_;
+  int shards_;
+  std::unique_ptr<float[]> rest_;
 };
 
 // Likewise, of sums in float64.
@@ -331,10 +341,10 @@ void FirstGradient_(Call& call, const Settings& settings) {
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
   pass.of_candidate = call.Output({num_candidates, pass.width});
-  float* of_keys = call.Output({num_keys, pass.width});
-  float* of_kernel = call.Output({pass.width, units});
+  float* of_keys = call.Output({num_keys, pass.width}, false);
+  float* of_kernel = call.Output({pass.width, units}, false);
   pass.of_by_candidate = call.Output({num_candidates, units});
-  float* of_by_key = call.Output({num_keys, units});
+  float* of_by_key = call.Output({num_keys, units}, false);
   const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
   Shared keys(of_keys, num_keys * pass.width, shards), by_key(of_by_key, num_keys * units, shards);

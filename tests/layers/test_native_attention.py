@@ -184,6 +184,8 @@ def test_nan_and_infinity_show(activation):
         interest, gradients = run(unit, candidate, bad, *rest)
         assert not np.isfinite(interest).all()
         assert not np.isfinite(gradients["candidate"]).all()
+    unit.scorer.dense_layers[0].kernel.assign(tf.fill([24, 5], np.nan))  # with every key as it should be
+    assert np.isnan(run(unit, candidate, keys, *rest)[0]).any()
 
 
 def test_gates_far_from_zero():
