@@ -21,7 +21,6 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
@@ -70,16 +69,17 @@ def make_model(
     row_of_item: np.ndarray | None = None,
     sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     compiled: bool = False,
-    attention: type[LocalActivationUnit] = LocalActivationUnit,
+    native: bool = False,
+    attention: type[LocalActivationUnit] | None = None,
 ) -> RankingModel:
     """A model with its variables made, the same for the same `seed`; `row_of_item` as of `LocalLookup`."""
     keras.utils.set_random_seed(seed)
     lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, name="lookup")
     match config.model:
         case ModelKind.DIN:
-            model: RankingModel = DIN(lookup, config, sum_over_ranks, compiled, attention, name="model")
+            model: RankingModel = DIN(lookup, config, sum_over_ranks, compiled, native, attention, name="model")
         case ModelKind.MEAN_POOLING:
-            model = MeanPooling(lookup, config, sum_over_ranks, compiled, name="model")
+            model = MeanPooling(lookup, config, sum_over_ranks, compiled, native, name="model")
     model.build_variables()
     return model
 
@@ -104,8 +104,7 @@ def make_job(
         store: the prepared data; nothing is downloaded or built here.
         num_threads: for the input pipeline, this process' share of the cores.
         exporter: this process' metrics; None: new ones, served by `config.job.metrics_port`.
-        attention, exchange, train_step: other forms of the same, for comparison. Attention by default as the settings
-            and the machine have it.
+        attention, exchange, train_step: other forms of the same, for comparison.
         spread: rows of the item's tables for each item, of which it takes the last: as if there were so many more.
 
     Raises:
@@ -114,8 +113,6 @@ def make_job(
     splits = split_examples(store, config.data)
     examples = splits["train"]
     trained = trained_items(store, config.data, splits)
-    if attention is None:
-        attention = _attention(config)
     model = make_model(
         config.model,
         dataclasses.replace(store.facts, num_items=spread * store.facts.num_items),
@@ -124,6 +121,7 @@ def make_job(
         row_of_item=spread * np.repeat(trained.row_of_item, spread)[spread - 1 :] if trained else None,
         sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
         compiled=config.job.xla,
+        native=_is_native(config),
         attention=attention,
     )
     variables = {weight.path: weight.value for weight in model.trainable_weights}
@@ -191,18 +189,18 @@ def make_job(
     return Job(trainer, step, make_batches, evaluator, telemetry, model)
 
 
-def _attention(config: Config) -> type[LocalActivationUnit]:
-    wanted = config.job.native_attention and config.model.model is ModelKind.DIN
-    if not wanted or tf.config.get_visible_devices("GPU"):
-        return LocalActivationUnit
+def _is_native(config: Config) -> bool:
+    """Whether this process is to train in our kernels."""
+    if not config.job.native or tf.config.get_visible_devices("GPU"):
+        return False
     require(
         kernels.PATH.exists(),
         f"takes {kernels.PATH}",
-        "native_attention",
+        "native",
         "no such file",
-        "Run launch/setup.sh, which compiles it, or add --nonative_attention for TensorFlow's own operations.",
+        "Run launch/setup.sh, which compiles it, or add --nonative for TensorFlow's own operations.",
     )
-    return NativeActivationUnit
+    return True
 
 
 def _row_counts(

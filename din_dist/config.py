@@ -317,10 +317,10 @@ class JobConfig:
     xla: bool = setting(
         True, "Compile the element-wise parts of training with XLA: faster steps, some seconds at the start."
     )
-    native_attention: bool = setting(
+    native: bool = setting(
         True,
-        "On CPUs, train the attention in kernels of its own, which launch/setup.sh has compiled; else, and on GPUs, by "
-        "TensorFlow and XLA.",
+        "On CPUs, train attention, Dice and batch normalisation in kernels of our own, which launch/setup.sh has "
+        "compiled; else, and on GPUs, by TensorFlow and XLA.",
     )
     checkpoint_every_steps: int = setting(0, "Updates between checkpoints; 0: at the end of each epoch only.")
     rejoin_timeout_seconds: float = setting(

@@ -38,7 +38,7 @@ flags.DEFINE_list(
     [],
     "Other forms to run in turn with ours, for ratios: padded (histories as a rectangle, attention inputs side by "
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
-    "updated), without_native (attention by XLA), without_xla (nor that), without_metrics (nothing is measured or "
+    "updated), without_native (our kernels), without_xla (nor that), without_metrics (nothing is measured or "
     "reported), undoable (the last updates are kept in memory, as in elastic jobs). The first two do without XLA and "
     "our kernels as well.",
 )
@@ -139,9 +139,9 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         "dense_allreduce": {"exchange": DenseExchange},
     }
     if form in ("padded", "unfactored", "without_xla"):
-        config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False, native_attention=False))
+        config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False, native=False))
     if form == "without_native":
-        config = dataclasses.replace(config, job=dataclasses.replace(config.job, native_attention=False))
+        config = dataclasses.replace(config, job=dataclasses.replace(config.job, native=False))
     if form == "undoable":  # as whoever may skip an update must be able to
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, skip_nonfinite_steps=1))
     spread = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)

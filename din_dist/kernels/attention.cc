@@ -158,10 +158,11 @@ struct Slopes {
 };
 
 template <Activation A>
-inline V Value(V x, V n, V alpha) {
+inline V Value(V x, V n, V alpha, V beta) {
   if constexpr (A == kDice) return x * (alpha + Sigmoid(n) * (1.0f - alpha));
   if constexpr (A == kPRelu) return Select(x > V{}, x, alpha * x);
   if constexpr (A == kSigmoid) return Sigmoid(x);
+  if constexpr (A == kScaled) return n * alpha + beta;
   return Select(x < V{}, V{}, x);
 }
 
@@ -179,7 +180,14 @@ inline Slopes SlopesOf(V x, V n, V alpha) {
     const V s = Sigmoid(x);
     return {s * (1.0f - s), V{}, V{}};
   }
+  if constexpr (A == kScaled) return {V{}, alpha, n};
   return {Select(x > V{}, All(1.0f), V{}), V{}, V{}};
+}
+
+template <Activation A>
+inline V Beta(const Gate& gate, int64_t v) {
+  if constexpr (A == kScaled) return Load(gate.beta + v);
+  return V{};
 }
 
 // Row by row, for the rows come from memory, in order; what belongs to a column stays in the cache.
@@ -189,14 +197,16 @@ void ActivateAs(const Gate& gate, const float* x, int64_t rows, float* y) {
   for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
     for (int64_t v = 0; v < width; v += L) {
       const V value = Load(x + v);
-      Store(y + v, Value<A>(value, (value - Load(gate.mean + v)) * Load(gate.scale + v), Load(gate.alpha + v)));
+      const V n = (value - Load(gate.mean + v)) * Load(gate.scale + v);
+      Store(y + v, Value<A>(value, n, Load(gate.alpha + v), Beta<A>(gate, v)));
     }
   }
 }
 
 inline void AddTo(float* sum, V value) { Store(sum, Load(sum) + value); }
 
-// The outputs `y`; adds to `sums` [3, width] the gradients of the standardised input, of that times it, and of alpha.
+// The outputs `y`; adds to `sums` [3, width] the gradients of the standardised input, of that times it, and of alpha;
+// of kScaled [4, width], beta's too.
 template <Activation A>
 void ActivateAndSumAs(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* y, float* sums) {
   const int64_t width = Padded(gate.width);
@@ -204,12 +214,13 @@ void ActivateAndSumAs(const Gate& gate, const float* x, const float* upstream, i
     for (int64_t v = 0; v < width; v += L) {
       const V value = Load(x + v), up = Load(upstream + v), alpha = Load(gate.alpha + v);
       const V n = (value - Load(gate.mean + v)) * Load(gate.scale + v);
-      Store(y + v, Value<A>(value, n, alpha));
+      Store(y + v, Value<A>(value, n, alpha, Beta<A>(gate, v)));
       const Slopes slopes = SlopesOf<A>(value, n, alpha);
       const V gradient = up * slopes.of_standardised;
       AddTo(sums + v, gradient);
       AddTo(sums + width + v, gradient * n);
       AddTo(sums + 2 * width + v, up * slopes.of_alpha);
+      if constexpr (A == kScaled) AddTo(sums + 3 * width + v, up);
     }
   }
 }
@@ -239,6 +250,8 @@ void DifferentiateAs(const Gate& gate, const float* x, const float* upstream, in
       return function<kSigmoid>(gate, __VA_ARGS__);                   \
     case kRelu:                                                       \
       return function<kRelu>(gate, __VA_ARGS__);                      \
+    case kScaled:                                                     \
+      return function<kScaled>(gate, __VA_ARGS__);                    \
   }
 
 void Activate(const Gate& gate, const float* x, int64_t rows, float* y) {
@@ -495,9 +508,73 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
   }
 }
 
+// Copies [rows, from_width] to [rows, to_width], 0 beyond `from_width`.
+void CopyRows(const float* from, int64_t from_width, int64_t rows, float* to, int64_t to_width) {
+  const int64_t width = std::min(from_width, to_width);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * to_width, from + r * from_width, width * sizeof(float));
+    std::fill(to + r * to_width + width, to + (r + 1) * to_width, 0.0f);
+  }
+}
+
+// Rows [begin, begin + rows) of a dense array with their padding, in `scratch` if there is any.
+const float* PaddedRows(const float* from, int64_t begin, int64_t rows, int64_t width, float* scratch) {
+  from += begin * width;
+  if (width == Padded(width)) return from;
+  CopyRows(from, width, rows, scratch, Padded(width));
+  return scratch;
+}
+
+void RunSumsAbout(const Normalised& pass, int64_t begin, int64_t end, double* sums, float* scratch) {
+  const int64_t width = pass.gate.width;
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    SumAbout(PaddedRows(pass.x, tile, rows, width, scratch), pass.centre, rows, Padded(width), sums);
+  }
+}
+
+void RunGate(const Normalised& pass, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = pass.gate.width, padded = Padded(width);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    float* to = pass.output + tile * width;
+    float* y = width == padded ? to : scratch + kTile * padded;
+    Activate(pass.gate, PaddedRows(pass.x, tile, rows, width, scratch), rows, y);
+    if (y != to) CopyRows(y, padded, rows, to, width);
+  }
+}
+
+void RunGateSums(const Normalised& pass, int64_t begin, int64_t end, double* sums, float* scratch) {
+  const int64_t width = pass.gate.width, padded = Padded(width);
+  float* unused = scratch + 2 * kTile * padded;
+  float* tile_sums = unused + kTile * padded;
+  std::fill_n(tile_sums, 4 * padded, 0.0f);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* x = PaddedRows(pass.x, tile, rows, width, scratch);
+    const float* upstream = PaddedRows(pass.upstream, tile, rows, width, scratch + kTile * padded);
+    ActivateAndSum(pass.gate, x, upstream, rows, unused, tile_sums);
+    Gather(tile_sums, 4 * padded, sums);
+  }
+}
+
+void RunGateGradient(const Normalised& pass, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = pass.gate.width, padded = Padded(width);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* x = PaddedRows(pass.x, tile, rows, width, scratch);
+    const float* upstream = PaddedRows(pass.upstream, tile, rows, width, scratch + kTile * padded);
+    float* to = pass.output + tile * width;
+    float* of_x = width == padded ? to : scratch + 2 * kTile * padded;
+    Differentiate(pass.gate, x, upstream, rows, of_x);
+    if (of_x != to) CopyRows(of_x, padded, rows, to, width);
+  }
+}
+
 }  // namespace
 
-extern const Passes kPasses{RunFirst, RunFirstGradient, RunDense, RunDenseGradient, RunPool, RunPoolGradient};
+extern const Passes kPasses{RunFirst, RunFirstGradient, RunDense,    RunDenseGradient, RunPool,
+                            RunPoolGradient, RunSumsAbout, RunGate, RunGateSums,   RunGateGradient};
 
 }  // namespace DIN_ISA
 }  // namespace din

@@ -1,4 +1,5 @@
-// The local activation unit's passes over the pairs of a batch, each pair a candidate and a behaviour of its history.
+// The local activation unit's passes over the pairs of a batch, each pair a candidate and a behaviour of its history;
+// and those of layers that normalise, over rows of any kind.
 //
 // Every array of values per pair, [P, W], has its rows padded to `Padded(W)` floats; the padding is 0 in all of them.
 // All others are dense. Passes run in shards; a shard has whole candidates where the pass sums by candidate.
@@ -12,8 +13,8 @@ constexpr int64_t kLane = 16;
 
 inline int64_t Padded(int64_t width) { return (width + kLane - 1) / kLane * kLane; }
 
-// As `_ACTIVATIONS` in layers/native_attention.py counts them.
-enum Activation : int32_t { kDice = 0, kPRelu = 1, kSigmoid = 2, kRelu = 3 };
+// As `ACTIVATIONS` in layers/kernels.py counts them. kScaled is what batch normalisation ends with: alpha n + beta.
+enum Activation : int32_t { kDice = 0, kPRelu = 1, kSigmoid = 2, kRelu = 3, kScaled = 4 };
 
 // An activation of `width` columns, and what its gradient takes. Arrays of `Padded(width)`, 0 in the padding.
 struct Gate {
@@ -22,6 +23,7 @@ struct Gate {
   const float* mean;
   const float* scale;  // one over the standard deviation
   const float* alpha;
+  const float* beta;  // of kScaled only
   // Means over the global batch of the gradient of n, the standardised input, and of that times n.
   const float* mean_of_gradient;
   const float* mean_of_product;
@@ -124,6 +126,16 @@ struct PoolGradient {
   float* of_scores;          // [P]
 };
 
+// A layer of its own, whose rows [M, width] are dense.
+struct Normalised {
+  int64_t num_rows;
+  Gate gate;
+  const float* x;
+  const float* upstream;  // of the outputs
+  const float* centre;    // [Padded(width)]
+  float* output;          // the outputs, or the gradient of x
+};
+
 // The passes for one instruction set, over the pairs [begin, end). Sums are added to; `scratch` as long as needed.
 struct Passes {
   // sums: [2, Padded(units)] of x - centre and its square
@@ -139,6 +151,11 @@ struct Passes {
   // of_output: [Padded(width) + 1], the bias' last
   void (*pool_gradient)(const PoolGradient&, int64_t begin, int64_t end, double* of_output, double* sums,
                         float* scratch);
+  void (*sums_about)(const Normalised&, int64_t begin, int64_t end, double* sums, float* scratch);
+  void (*gate)(const Normalised&, int64_t begin, int64_t end, float* scratch);
+  // sums: [4, Padded(width)], as of dense_gradient and of beta
+  void (*gate_sums)(const Normalised&, int64_t begin, int64_t end, double* sums, float* scratch);
+  void (*gate_gradient)(const Normalised&, int64_t begin, int64_t end, float* scratch);
 };
 
 constexpr int64_t kTile = 64;  // pairs that are worked on together

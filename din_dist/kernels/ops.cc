@@ -1,5 +1,6 @@
 // The passes of attention.h as TensorFlow operations, through TensorFlow's C interface: it is the same for every
-// compiler and version, and takes seconds to compile. Called by layers/native_attention.py alone.
+// compiler and version, and takes seconds to compile. Called by layers/native_attention.py and
+// layers/standardize.py alone.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -466,6 +467,65 @@ void PoolGradient_(Call& call, const Settings& settings) {
   for (int i = 0; i < 3; ++i) sums.Write(i * padded, inner, totals + i * inner);
 }
 
+// A layer's inputs, gate and, where it has some, the rest of its arrays.
+Normalised NextNormalised(Call& call, const Settings& settings, bool with_upstream, bool with_means) {
+  Normalised pass{};
+  int64_t width;
+  pass.x = call.Matrix(&pass.num_rows, &width);
+  if (with_upstream) pass.upstream = call.Array<float>(pass.num_rows * width);
+  pass.gate = call.NextGate(settings.activation, width, false);
+  pass.gate.beta = call.PaddedVector(width);
+  if (with_means) {
+    pass.gate.mean_of_gradient = call.PaddedVector(width);
+    pass.gate.mean_of_product = call.PaddedVector(width);
+  }
+  return pass;
+}
+
+void SumsAbout_(Call& call, const Settings& settings) {
+  Normalised pass{};
+  pass.x = call.Matrix(&pass.num_rows, &pass.gate.width);
+  pass.centre = call.PaddedVector(pass.gate.width);
+  const int64_t width = pass.gate.width, padded = Padded(width);
+  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  Sums sums(2 * padded, bounds.size() - 1);
+  RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
+    run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
+  });
+  float* totals = call.Output({2 * width});
+  for (int i = 0; i < 2; ++i) sums.Write(i * padded, width, totals + i * width);
+}
+
+void Gate_(Call& call, const Settings& settings) {
+  Normalised pass = NextNormalised(call, settings, false, false);
+  pass.output = call.Output({pass.num_rows, pass.gate.width}, false);
+  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
+    run.gate(pass, shard.begin, shard.end, shard.scratch);
+  });
+}
+
+void GateSums_(Call& call, const Settings& settings) {
+  const Normalised pass = NextNormalised(call, settings, true, false);
+  const int64_t width = pass.gate.width, padded = Padded(width);
+  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  Sums sums(4 * padded, bounds.size() - 1);
+  RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
+    run.gate_sums(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
+  });
+  float* totals = call.Output({4 * width});
+  for (int i = 0; i < 4; ++i) sums.Write(i * padded, width, totals + i * width);
+}
+
+void GateGradient_(Call& call, const Settings& settings) {
+  Normalised pass = NextNormalised(call, settings, true, true);
+  pass.output = call.Output({pass.num_rows, pass.gate.width}, false);
+  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
+    run.gate_gradient(pass, shard.begin, shard.end, shard.scratch);
+  });
+}
+
 // --- Registration ---
 
 void* Create(TF_OpKernelConstruction* construction) {
@@ -559,6 +619,17 @@ const bool kRegistered = [] {
        "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
       {"of_scores: float", "of_output: float", "of_bias: float", "sums: float"},
       {"activation: int", "softmax: bool"});
+  Register<SumsAbout_>("DinDistSumsAbout", {"x: float", "centre: float"}, {"sums: float"}, {});
+  Register<Gate_>("DinDistGate", {"x: float", "mean: float", "scale: float", "alpha: float", "beta: float"},
+                  {"y: float"}, activation);
+  Register<GateSums_>(
+      "DinDistGateSums",
+      {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float", "beta: float"},
+      {"sums: float"}, activation);
+  Register<GateGradient_>("DinDistGateGradient",
+                          {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float", "beta: float",
+                           "mean_of_gradient: float", "mean_of_product: float"},
+                          {"of_x: float"}, activation);
   return true;
 }();
 

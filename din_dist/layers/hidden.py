@@ -15,12 +15,12 @@ from din_dist.layers.standardize import SumOverRanks
 
 
 def make_activation(
-    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, compiled: bool, name: str
+    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, compiled: bool, native: bool, name: str
 ) -> keras.layers.Layer:
     """A layer `[M, W] -> [M, W]`."""
     match activation:
         case Activation.DICE:
-            return Dice(frozen, sum_over_ranks, compiled, name=name)
+            return Dice(frozen, sum_over_ranks, compiled, native, name=name)
         case Activation.PRELU:
             return keras.layers.PReLU(name=name)
         case Activation.SIGMOID | Activation.RELU:
@@ -40,13 +40,19 @@ class HiddenLayers(keras.layers.Layer):
         sum_over_ranks: SumOverRanks = tf.identity,
         dropout: float = 0.0,
         compiled: bool = False,
+        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.dense_layers = [keras.layers.Dense(width, name=f"dense_{i}") for i, width in enumerate(units)]
         self.activations = [
             make_activation(
-                activation, frozen=frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name=f"activation_{i}"
+                activation,
+                frozen=frozen,
+                sum_over_ranks=sum_over_ranks,
+                compiled=compiled,
+                native=native,
+                name=f"activation_{i}",
             )
             for i in range(len(units))
         ]

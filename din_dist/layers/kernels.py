@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+ACTIVATIONS = ("dice", "prelu", "sigmoid", "relu", "scaled")  # in the order of `Activation` in kernels/attention.h
 PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
 
 

@@ -15,8 +15,6 @@ from din_dist.layers.dice import Dice
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.standardize import Standardize
 
-_ACTIVATIONS = ("dice", "prelu", "sigmoid", "relu")  # in the order of `Activation` in kernels/attention.h
-
 
 class NativeActivationUnit(LocalActivationUnit):
     """In training some tens of pairs at a time go through all of a pass while they are in the cache.
@@ -83,7 +81,7 @@ class _Update:
         self._output = tf.squeeze(output, axis=1)
         self._alphas, dense = sources[7 : 7 + depth], sources[7 + depth :]
         self._kernels, self._biases = dense[: depth - 1], dense[depth - 1 :]
-        self._kinds = [_ACTIVATIONS.index(_name_of(activation)) for activation in self._activations]
+        self._kinds = [kernels.ACTIVATIONS.index(_name_of(activation)) for activation in self._activations]
         softmax = unit.normalization is AttentionNormalization.SOFTMAX
         self._divisor = tf.constant(math.sqrt(self._keys.shape[-1]) if softmax else 1.0)
         self._ops, self._threads = kernels.library(), {"num_threads": kernels.num_threads()}

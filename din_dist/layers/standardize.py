@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import tensorflow as tf
 
+from din_dist.layers import kernels
 from din_dist.layers.fused import fused
 
 SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers
-ElementWise = Callable[..., tf.Tensor]  # (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W]
+
+
+class ElementWise(NamedTuple):
+    """What is done to each element of `[M, W]`, and the name that our kernels know it by, if they do."""
+
+    run: Callable[..., tf.Tensor]  # (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W]
+    kernel: str = ""
 
 
 @keras.saving.register_keras_serializable("din_dist")
@@ -33,11 +40,12 @@ class Standardize(keras.layers.Layer):
         epsilon: float = 1e-3,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
+        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.frozen, self.momentum, self.epsilon, self.sum_over_ranks = frozen, momentum, epsilon, sum_over_ranks
-        self.compiled = compiled
+        self.compiled, self.native = compiled, native
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -47,7 +55,7 @@ class Standardize(keras.layers.Layer):
         )
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.then(_itself, inputs, training=training)
+        return self.then(_ITSELF, inputs, training=training)
 
     def then(
         self,
@@ -60,28 +68,35 @@ class Standardize(keras.layers.Layer):
         """`function(inputs, standardised inputs, *parameters)`, all in one pass over `inputs` `[M, W]`.
 
         Args:
-            function: element by element, and the same object at every call.
+            function: its `run` must be the same object at every call.
             num_rows: how many of the M rows count, the first ones; the rest is padding. None: all.
         """
-        compiled = self.compiled and training
         parameters = [tf.convert_to_tensor(parameter) for parameter in parameters]
-        if not training or self.frozen:
-            mean, scale = self.moving_statistics
-            return _apply(function, inputs, mean, scale, *parameters, compiled=compiled)
-        mean, scale, count = self._statistics(tf.stop_gradient(inputs), num_rows, compiled)
+        if not training or (self.frozen and not self.native):
+            compiled = self.compiled and training
+            return _apply(function.run, inputs, *self.moving_statistics, *parameters, compiled=compiled)
+        passes: _Passes = _TensorflowPasses(function, num_rows, self.compiled)
+        if self.native and function.kernel and num_rows is None:
+            passes = _NativePasses(function)
+        if self.frozen:
+            mean, scale, count = *self.moving_statistics, None
+        else:
+            sums = passes.sums_about(tf.stop_gradient(inputs), self.moving_mean.value)
+            mean, scale, count = self.statistics_of(sums, tf.shape(inputs)[0] if num_rows is None else num_rows)
 
         @tf.custom_gradient
         def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                known = (function, upstream, inputs, mean, scale)
+                known = (upstream, inputs, mean, scale)
                 width = inputs.shape[-1]
-                sums = _gradient_sums(*known, *parameters, compiled=compiled)
-                of_standardised, of_parameters = tf.split(sums, [2 * width, len(parameters) * width])
-                means = self.sum_over_ranks(of_standardised) / count
-                of_inputs = _gradient_of_inputs(*known, means, num_rows, *parameters, compiled=compiled)
+                sums = passes.gradient_sums(*known, *parameters)
+                of_standardised, of_parameters = sums[: 2 * width], sums[2 * width : (2 + len(parameters)) * width]
+                # Frozen statistics do not depend on the inputs.
+                means = tf.zeros([2 * width]) if count is None else self.sum_over_ranks(of_standardised) / count
+                of_inputs = passes.gradient_of_inputs(*known, means, *parameters)
                 return [of_inputs, *tf.split(of_parameters, len(parameters))] if parameters else [of_inputs]
 
-            return _apply(function, inputs, mean, scale, *parameters, compiled=compiled), gradient
+            return passes.apply(inputs, mean, scale, *parameters), gradient
 
         return differentiable(inputs, *parameters)
 
@@ -90,19 +105,12 @@ class Standardize(keras.layers.Layer):
         """Mean and scale `[W]` out of training, or when frozen."""
         return self.moving_mean.value, tf.math.rsqrt(self.moving_variance.value + self.epsilon)
 
-    def _statistics(
-        self, inputs: tf.Tensor, num_rows: tf.Tensor | None, compiled: bool
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        # About the moving mean, which is equal on all ranks and near the true mean: E[x^2] - E[x]^2 would lose float32
-        # digits far from it.
-        count = tf.shape(inputs)[0] if num_rows is None else num_rows
-        return self.statistics_of(_sums_about(inputs, self.moving_mean.value, num_rows, compiled=compiled), count)
-
     def statistics_of(self, sums: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Mean `[W]`, scale `[W]` and number of rows (at least 1) of the global batch; keeps the moving averages.
 
         Args:
-            sums: `[2W]`, of x - `moving_mean` and its square, over this rank's `count` rows.
+            sums: `[2W]`, of x - `moving_mean` and its square, over this rank's `count` rows. The moving mean is equal
+                on all ranks and near the true mean: far from it E[x^2] - E[x]^2 would lose float32 digits.
         """
         width, centre = self.moving_mean.shape[0], self.moving_mean.value
         sums = tf.concat([sums, [tf.cast(count, tf.float32)]], axis=0)  # one message a layer
@@ -131,10 +139,13 @@ class BatchNormalization(keras.layers.Layer):
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
+        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize")
+        self.standardize = Standardize(
+            frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, native=native, name="standardize"
+        )
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -143,7 +154,7 @@ class BatchNormalization(keras.layers.Layer):
         self.beta = self.add_weight(shape=(width,), initializer="zeros", name="beta")
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.standardize.then(_scaled, inputs, (self.gamma.value, self.beta.value), training=training)
+        return self.standardize.then(_SCALED, inputs, (self.gamma.value, self.beta.value), training=training)
 
     def affine(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Scale and offset `[W]`: out of training this layer is `scale * x + offset`."""
@@ -162,9 +173,104 @@ def _scaled(inputs: tf.Tensor, standardised: tf.Tensor, gamma: tf.Tensor, beta: 
     return standardised * gamma + beta
 
 
+_ITSELF = ElementWise(_itself)
+_SCALED = ElementWise(_scaled, "scaled")
+
+
+class _Passes(Protocol):
+    """Over the rows of a layer's inputs."""
+
+    def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor: ...
+
+    def apply(self, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor) -> tf.Tensor: ...
+
+    def gradient_sums(
+        self, upstream: tf.Tensor, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
+    ) -> tf.Tensor: ...
+
+    def gradient_of_inputs(
+        self,
+        upstream: tf.Tensor,
+        inputs: tf.Tensor,
+        mean: tf.Tensor,
+        scale: tf.Tensor,
+        means: tf.Tensor,
+        *parameters: tf.Tensor,
+    ) -> tf.Tensor: ...
+
+
+class _TensorflowPasses:
+    """By TensorFlow's operations, or XLA."""
+
+    def __init__(self, function: ElementWise, num_rows: tf.Tensor | None, compiled: bool) -> None:
+        self._function, self._num_rows, self._compiled = function.run, num_rows, compiled
+
+    def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
+        return _sums_about(inputs, centre, self._num_rows, compiled=self._compiled)
+
+    def apply(self, *known: tf.Tensor) -> tf.Tensor:
+        return _apply(self._function, *known, compiled=self._compiled)
+
+    def gradient_sums(self, *known: tf.Tensor) -> tf.Tensor:
+        return _gradient_sums(self._function, *known, compiled=self._compiled)
+
+    def gradient_of_inputs(
+        self,
+        upstream: tf.Tensor,
+        inputs: tf.Tensor,
+        mean: tf.Tensor,
+        scale: tf.Tensor,
+        means: tf.Tensor,
+        *parameters: tf.Tensor,
+    ) -> tf.Tensor:
+        known = (self._function, upstream, inputs, mean, scale, means, self._num_rows)
+        return _gradient_of_inputs(*known, *parameters, compiled=self._compiled)
+
+
+class _NativePasses:
+    """By kernels of our own."""
+
+    def __init__(self, function: ElementWise) -> None:
+        self._ops = kernels.library()
+        self._threads = {"num_threads": kernels.num_threads()}
+        self._gate = {"activation": kernels.ACTIVATIONS.index(function.kernel), **self._threads}
+
+    def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
+        return self._ops.din_dist_sums_about(inputs, centre, **self._threads)
+
+    def apply(self, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor) -> tf.Tensor:
+        outputs = self._ops.din_dist_gate(inputs, mean, scale, *_both(parameters), **self._gate)
+        outputs.set_shape(inputs.shape)
+        return outputs
+
+    def gradient_sums(
+        self, upstream: tf.Tensor, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
+    ) -> tf.Tensor:
+        return self._ops.din_dist_gate_sums(inputs, upstream, mean, scale, *_both(parameters), **self._gate)
+
+    def gradient_of_inputs(
+        self,
+        upstream: tf.Tensor,
+        inputs: tf.Tensor,
+        mean: tf.Tensor,
+        scale: tf.Tensor,
+        means: tf.Tensor,
+        *parameters: tf.Tensor,
+    ) -> tf.Tensor:
+        known = (inputs, upstream, mean, scale, *_both(parameters), *tf.split(means, 2))
+        found = self._ops.din_dist_gate_gradient(*known, **self._gate)
+        found.set_shape(inputs.shape)
+        return found
+
+
+def _both(parameters: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Alpha and beta, which the kernels take of every function; zeros for want of the second."""
+    return [*parameters, *[tf.zeros_like(parameters[0])] * (2 - len(parameters))]
+
+
 @fused
 def _apply(
-    function: ElementWise, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
+    function: Callable[..., tf.Tensor], inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
 ) -> tf.Tensor:
     return function(inputs, (inputs - mean) * scale, *parameters)
 
@@ -178,7 +284,7 @@ def _sums_about(inputs: tf.Tensor, centre: tf.Tensor, num_rows: tf.Tensor | None
 
 @fused
 def _gradient_sums(
-    function: ElementWise,
+    function: Callable[..., tf.Tensor],
     upstream: tf.Tensor,
     inputs: tf.Tensor,
     mean: tf.Tensor,
@@ -201,7 +307,7 @@ def _gradient_sums(
 
 @fused
 def _gradient_of_inputs(
-    function: ElementWise,
+    function: Callable[..., tf.Tensor],
     upstream: tf.Tensor,
     inputs: tf.Tensor,
     mean: tf.Tensor,

@@ -11,6 +11,7 @@ from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
+from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.standardize import SumOverRanks
 from din_dist.models.ranking_model import RankingModel, items_of
@@ -29,10 +30,13 @@ class DIN(RankingModel):
         config: ModelConfig,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
-        attention: type[LocalActivationUnit] = LocalActivationUnit,
+        native: bool = False,
+        attention: type[LocalActivationUnit] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, sum_over_ranks, compiled, **kwargs)
+        """`attention`: another form of it, for comparison."""
+        super().__init__(lookup, config, sum_over_ranks, compiled, native, **kwargs)
+        attention = attention or (NativeActivationUnit if native else LocalActivationUnit)
         self.attention = attention(
             config.attention_hidden_units,
             config.activation,

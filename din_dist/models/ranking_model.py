@@ -29,6 +29,7 @@ class RankingModel(keras.Model):
         config: sizes, activations and normalisation.
         sum_over_ranks: for batch statistics of the global batch; the identity when alone.
         compiled: runs training through XLA, but for lookups and matrix products (see `layers/fused.py`).
+        native: runs what it can of training in kernels of our own (`kernels/`), on CPUs.
     """
 
     def __init__(
@@ -37,15 +38,16 @@ class RankingModel(keras.Model):
         config: ModelConfig,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
+        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.lookup, self.compiled = lookup, compiled
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
-        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="interest_norm")
+        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, native, name="interest_norm")
         self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
-        self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="head_norm")
+        self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, native, name="head_norm")
         self.head = HiddenLayers(
             config.hidden_units,
             config.activation,
@@ -53,6 +55,7 @@ class RankingModel(keras.Model):
             sum_over_ranks=sum_over_ranks,
             dropout=config.dropout,
             compiled=compiled,
+            native=native,
             name="head",
         )
 

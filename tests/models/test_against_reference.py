@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
-from din_dist.layers.native_attention import NativeActivationUnit
 from tests.reference.compare import (
     ITEM_FEATURES,
     RAGGED,
@@ -29,7 +28,8 @@ VARIANTS = [
 FORMS = {  # of training
     "plain": {},
     "compiled": {"compiled": True},
-    "native": {"compiled": True, "attention": NativeActivationUnit},
+    "native": {"native": True},
+    "native and compiled": {"compiled": True, "native": True},
 }
 
 

@@ -11,7 +11,6 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import ModelConfig
-from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.ranking_model import RankingModel
 from tests.reference.padded_din import PaddedBatch
 
@@ -29,7 +28,7 @@ def small_model(
     sum_over_ranks=tf.identity,
     compiled: bool = False,
     row_of_item=None,
-    attention: type[LocalActivationUnit] = LocalActivationUnit,
+    native: bool = False,
     **config,
 ) -> RankingModel:
     """Embeddings 3 + 2, hidden layers 5 and 4; every weight random, so that no zero hides a mistake."""
@@ -42,7 +41,7 @@ def small_model(
         row_of_item=row_of_item,
         sum_over_ranks=sum_over_ranks,
         compiled=compiled,
-        attention=attention,
+        native=native,
     )
     randomise(model, seed)
     return model

@@ -67,7 +67,7 @@ def test_every_form_trains_the_same_model(tmp_path: Path) -> None:
     """A whole epoch, its last, smaller batch included: by TensorFlow's operations, XLA, and kernels of our own."""
     weights = []
     for xla, native in ((False, False), (True, False), (True, True), (False, True)):
-        form = {"xla": xla, "native_attention": native, "output_dir": f"{tmp_path}/{xla}-{native}"}
+        form = {"xla": xla, "native": native, "output_dir": f"{tmp_path}/{xla}-{native}"}
         job = make(small_config(tmp_path, epochs=1, activation=Activation.DICE, **form))
         assert isinstance(job.model.attention, NativeActivationUnit) == native
         job.trainer.train()
@@ -84,10 +84,10 @@ def test_kernels_that_are_not_compiled_are_told(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError) as caught:
         make(small_config(tmp_path))
     assert str(caught.value) == (
-        f"--native_attention: takes {tmp_path}/kernels.so. Received: 'no such file'. Run launch/setup.sh, which "
-        "compiles it, or add --nonative_attention for TensorFlow's own operations."
+        f"--native: takes {tmp_path}/kernels.so. Received: 'no such file'. Run launch/setup.sh, which "
+        "compiles it, or add --nonative for TensorFlow's own operations."
     )
-    make(small_config(tmp_path, native_attention=False))
+    make(small_config(tmp_path, native=False))
 
 
 def test_kernels_are_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
