@@ -101,21 +101,21 @@ class RankingModel(keras.Model):
 
     def call(self, batch: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
-        compiled = self.compiled and training
+        # Where XLA compiles for each length, there are to be few.
+        few_lengths = training and self.compiled and self.needs_few_lengths
         distinct, places = items_of(batch)
         vectors, biases = self.lookup(distinct)  # [U, H], [U]
         candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
         num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
         candidate_places, key_of = places[:num_candidates], places[num_candidates:]
         num_pairs = None
-        if compiled:  # few lengths of U, 12 % more
+        if few_lengths:  # of U 12 % more; of positions see `num_computed_positions`
             vectors = padded(vectors, round_up(tf.size(distinct), steps=4))
-        if compiled and self.needs_few_lengths:  # see `num_computed_positions`
             num_pairs = tf.size(key_of)
             key_of = padded(key_of, self.num_computed_positions(num_pairs))
             candidate_of = padded(candidate_of, tf.size(key_of), -1)
         return self.logits(
-            rows_at(vectors, candidate_places, compiled=compiled),
+            rows_at(vectors, candidate_places, compiled=few_lengths),
             tf.gather(biases, candidate_places),
             vectors,
             candidate_of,
