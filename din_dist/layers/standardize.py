@@ -86,17 +86,18 @@ class Standardize(keras.layers.Layer):
 
         @tf.custom_gradient
         def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
+            known = _Known(inputs, mean, scale, parameters)
+
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                known = (upstream, inputs, mean, scale)
                 width = inputs.shape[-1]
-                sums = passes.gradient_sums(*known, *parameters)
+                sums = passes.gradient_sums(upstream, known)
                 of_standardised, of_parameters = sums[: 2 * width], sums[2 * width : (2 + len(parameters)) * width]
                 # Frozen statistics do not depend on the inputs.
                 means = tf.zeros([2 * width]) if count is None else self.sum_over_ranks(of_standardised) / count
-                of_inputs = passes.gradient_of_inputs(*known, means, *parameters)
+                of_inputs = passes.gradient_of_inputs(upstream, means, known)
                 return [of_inputs, *tf.split(of_parameters, len(parameters))] if parameters else [of_inputs]
 
-            return passes.apply(inputs, mean, scale, *parameters), gradient
+            return passes.apply(known), gradient
 
         return differentiable(inputs, *parameters)
 
@@ -177,26 +178,25 @@ _ITSELF = ElementWise(_itself)
 _SCALED = ElementWise(_scaled, "scaled")
 
 
+class _Known(NamedTuple):
+    """What a layer computes its outputs from."""
+
+    inputs: tf.Tensor  # [M, W]
+    mean: tf.Tensor
+    scale: tf.Tensor
+    parameters: Sequence[tf.Tensor]
+
+
 class _Passes(Protocol):
-    """Over the rows of a layer's inputs."""
+    """Over the rows of a layer's inputs; see `_sums_about`, `_apply`, `_gradient_sums` and `_gradient_of_inputs`."""
 
     def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor: ...
 
-    def apply(self, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor) -> tf.Tensor: ...
+    def apply(self, known: _Known) -> tf.Tensor: ...
 
-    def gradient_sums(
-        self, upstream: tf.Tensor, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
-    ) -> tf.Tensor: ...
+    def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor: ...
 
-    def gradient_of_inputs(
-        self,
-        upstream: tf.Tensor,
-        inputs: tf.Tensor,
-        mean: tf.Tensor,
-        scale: tf.Tensor,
-        means: tf.Tensor,
-        *parameters: tf.Tensor,
-    ) -> tf.Tensor: ...
+    def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor: ...
 
 
 class _TensorflowPasses:
@@ -208,23 +208,15 @@ class _TensorflowPasses:
     def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
         return _sums_about(inputs, centre, self._num_rows, compiled=self._compiled)
 
-    def apply(self, *known: tf.Tensor) -> tf.Tensor:
-        return _apply(self._function, *known, compiled=self._compiled)
+    def apply(self, known: _Known) -> tf.Tensor:
+        return _apply(self._function, *known[:3], *known.parameters, compiled=self._compiled)
 
-    def gradient_sums(self, *known: tf.Tensor) -> tf.Tensor:
-        return _gradient_sums(self._function, *known, compiled=self._compiled)
+    def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor:
+        return _gradient_sums(self._function, upstream, *known[:3], *known.parameters, compiled=self._compiled)
 
-    def gradient_of_inputs(
-        self,
-        upstream: tf.Tensor,
-        inputs: tf.Tensor,
-        mean: tf.Tensor,
-        scale: tf.Tensor,
-        means: tf.Tensor,
-        *parameters: tf.Tensor,
-    ) -> tf.Tensor:
-        known = (self._function, upstream, inputs, mean, scale, means, self._num_rows)
-        return _gradient_of_inputs(*known, *parameters, compiled=self._compiled)
+    def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor:
+        arguments = (self._function, upstream, *known[:3], means, self._num_rows, *known.parameters)
+        return _gradient_of_inputs(*arguments, compiled=self._compiled)
 
 
 class _NativePasses:
@@ -238,29 +230,23 @@ class _NativePasses:
     def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
         return self._ops.din_dist_sums_about(inputs, centre, **self._threads)
 
-    def apply(self, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor) -> tf.Tensor:
-        outputs = self._ops.din_dist_gate(inputs, mean, scale, *_both(parameters), **self._gate)
-        outputs.set_shape(inputs.shape)
-        return outputs
+    def apply(self, known: _Known) -> tf.Tensor:
+        return _like(known.inputs, self._ops.din_dist_gate(*known[:3], *_both(known.parameters), **self._gate))
 
-    def gradient_sums(
-        self, upstream: tf.Tensor, inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
-    ) -> tf.Tensor:
-        return self._ops.din_dist_gate_sums(inputs, upstream, mean, scale, *_both(parameters), **self._gate)
+    def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor:
+        """And those of a second parameter that there may not be."""
+        inputs, *statistics = known[:3]
+        return self._ops.din_dist_gate_sums(inputs, upstream, *statistics, *_both(known.parameters), **self._gate)
 
-    def gradient_of_inputs(
-        self,
-        upstream: tf.Tensor,
-        inputs: tf.Tensor,
-        mean: tf.Tensor,
-        scale: tf.Tensor,
-        means: tf.Tensor,
-        *parameters: tf.Tensor,
-    ) -> tf.Tensor:
-        known = (inputs, upstream, mean, scale, *_both(parameters), *tf.split(means, 2))
-        found = self._ops.din_dist_gate_gradient(*known, **self._gate)
-        found.set_shape(inputs.shape)
-        return found
+    def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor:
+        inputs, *statistics = known[:3]
+        arguments = (inputs, upstream, *statistics, *_both(known.parameters), *tf.split(means, 2))
+        return _like(inputs, self._ops.din_dist_gate_gradient(*arguments, **self._gate))
+
+
+def _like(inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    outputs.set_shape(inputs.shape)
+    return outputs
 
 
 def _both(parameters: Sequence[tf.Tensor]) -> list[tf.Tensor]:
