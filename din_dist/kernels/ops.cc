@@ -346,7 +346,9 @@ void FirstGradient_(Call& call, const Settings& settings) {
   float* of_kernel = call.Output({pass.width, units}, false);
   pass.of_by_candidate = call.Output({num_candidates, units});
   float* of_by_key = call.Output({num_keys, units}, false);
-  const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
+  // To fill and to merge a copy of all keys' gradients costs about as much as so many pairs.
+  const int64_t copies = std::max<int64_t>(2, 2 * num_pairs / std::max<int64_t>(num_keys, 1));
+  const auto bounds = Shards(num_pairs, std::min<int64_t>(settings.num_threads, copies), &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
   Shared keys(of_keys, num_keys * pass.width, shards), by_key(of_by_key, num_keys * units, shards);
   float* padded_kernel = call.Floats(pass.width * padded);
