@@ -236,7 +236,9 @@ class _NativePasses:
     def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor:
         """And those of a second parameter that there may not be."""
         inputs, *statistics = known[:3]
-        return self._ops.din_dist_gate_sums(inputs, upstream, *statistics, *_both(known.parameters), **self._gate)
+        sums = self._ops.din_dist_gate_sums(inputs, upstream, *statistics, *_both(known.parameters), **self._gate)
+        sums.set_shape([4 * inputs.shape[-1]])
+        return sums
 
     def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor:
         inputs, *statistics = known[:3]
