@@ -257,7 +257,8 @@ def test_two_processes_do_what_one_does(job: Job, tmp_path: Path) -> None:
         together(job, *words, f"--predictions_dir={tmp_path / 'bad'}"), key=lambda done: done.returncode
     )
     assert_one_line(refusing, "rows.parquet, row 16501: every row needs a item_id. Received: none")
-    lines = [line for line in other.stderr.splitlines() if not line.startswith("row ")]
+    # Where the refusing one is gone first, Horovod may remark on the lost connection.
+    lines = [line for line in other.stderr.splitlines() if not line.startswith("row ") and "Horovod" not in line]
     assert (other.returncode, lines, other.stdout) == (1, [], "")
     assert not (tmp_path / "bad" / "predictions.json").exists()
 
