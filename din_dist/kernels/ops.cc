@@ -170,7 +170,8 @@ class Call {
       good &= pairs.candidate_of[p] >= before && pairs.key_of[p] >= 0 && pairs.key_of[p] < num_keys;
       before = pairs.candidate_of[p];
     }
-    Require(good && before < std::max<int64_t>(num_candidates, 1), "pairs must name candidates that ascend, and keys");
+    good &= pairs.count == 0 || before < num_candidates;
+    Require(good, "pairs must name candidates that ascend, and keys");
     return pairs;
   }
 
@@ -246,6 +247,11 @@ class Sums {
  public:
   Sums(int64_t size, int shards) : size_(size), values_(size * shards, 0.0) {}
   double* Of(int shard) { return values_.data() + shard * size_; }
+  // An output of the first `width` of each of `count` rows of sums.
+  void WriteRows(Call& call, int64_t count, int64_t width) const {
+    float* to = call.Output({count * width}, false);
+    for (int64_t row = 0; row < count; ++row) Write(row * Padded(width), width, to + row * width);
+  }
   // `width` sums from place `begin` on.
   void Write(int64_t begin, int64_t width, float* to) const {
     for (int64_t i = 0; i < width; ++i) {
@@ -303,9 +309,7 @@ void First_(Call& call, const Settings& settings) {
   RunShards(settings.num_threads, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
     run.first(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  float* totals = call.Output({2 * pass.units});
-  sums.Write(0, pass.units, totals);
-  sums.Write(units, pass.units, totals + pass.units);
+  sums.WriteRows(call, 2, pass.units);
 }
 
 // Either `rows` [P, Padded(width)], or a column [P] and a row [width].
@@ -379,9 +383,7 @@ void Dense_(Call& call, const Settings& settings) {
   RunShards(settings.num_threads, bounds, std::max(width, pass.units), [&](const Passes& run, const Shard& shard) {
     run.dense(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  float* totals = call.Output({2 * pass.units});
-  sums.Write(0, pass.units, totals);
-  sums.Write(units, pass.units, totals + pass.units);
+  sums.WriteRows(call, 2, pass.units);
 }
 
 void DenseGradient_(Call& call, const Settings& settings) {
@@ -397,8 +399,8 @@ void DenseGradient_(Call& call, const Settings& settings) {
   pass.next_gate = call.NextGate(settings.next_activation, units, true);
   pass.upstream = NextUpstream(call, pass.num_pairs, units);
   pass.of_outputs = call.Output({pass.num_pairs, padded}, false);
-  float* of_kernel = call.Output({width, units});
-  float* of_bias = call.Output({units});
+  float* of_kernel = call.Output({width, units}, false);
+  float* of_bias = call.Output({units}, false);
   const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
   const int shards = static_cast<int>(bounds.size()) - 1;
   float* padded_kernel = call.Floats(width * next_padded);
@@ -411,8 +413,7 @@ void DenseGradient_(Call& call, const Settings& settings) {
   kernels.Merge(1);
   Unpad(padded_kernel, width, units, of_kernel);
   biases.Write(0, units, of_bias);
-  float* totals = call.Output({3 * width});
-  for (int i = 0; i < 3; ++i) sums.Write(i * padded, width, totals + i * width);
+  sums.WriteRows(call, 3, width);
 }
 
 void Pool_(Call& call, const Settings& settings) {
@@ -455,8 +456,8 @@ void PoolGradient_(Call& call, const Settings& settings) {
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
   pass.of_scores = call.Output({num_pairs}, false);
-  float* of_output = call.Output({inner});
-  float* of_bias = call.Output({1});
+  float* of_output = call.Output({inner}, false);
+  float* of_bias = call.Output({1}, false);
   const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
   Sums outputs(padded + 1, shards), sums(3 * padded, shards);
@@ -465,8 +466,7 @@ void PoolGradient_(Call& call, const Settings& settings) {
   });
   outputs.Write(0, inner, of_output);
   outputs.Write(padded, 1, of_bias);
-  float* totals = call.Output({3 * inner});
-  for (int i = 0; i < 3; ++i) sums.Write(i * padded, inner, totals + i * inner);
+  sums.WriteRows(call, 3, inner);
 }
 
 // A layer's inputs, gate and, where it has some, the rest of its arrays.
@@ -494,17 +494,25 @@ void SumsAbout_(Call& call, const Settings& settings) {
   RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
     run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  float* totals = call.Output({2 * width});
-  for (int i = 0; i < 2; ++i) sums.Write(i * padded, width, totals + i * width);
+  sums.WriteRows(call, 2, width);
 }
 
-void Gate_(Call& call, const Settings& settings) {
-  Normalised pass = NextNormalised(call, settings, false, false);
+// What a pass makes of each of a layer's inputs.
+void RunOverInputs(Call& call, const Settings& settings, Normalised pass,
+                   void (*Passes::*over)(const Normalised&, int64_t, int64_t, float*)) {
   pass.output = call.Output({pass.num_rows, pass.gate.width}, false);
   const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
   RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
-    run.gate(pass, shard.begin, shard.end, shard.scratch);
+    (run.*over)(pass, shard.begin, shard.end, shard.scratch);
   });
+}
+
+void Gate_(Call& call, const Settings& settings) {
+  RunOverInputs(call, settings, NextNormalised(call, settings, false, false), &Passes::gate);
+}
+
+void GateGradient_(Call& call, const Settings& settings) {
+  RunOverInputs(call, settings, NextNormalised(call, settings, true, true), &Passes::gate_gradient);
 }
 
 void GateSums_(Call& call, const Settings& settings) {
@@ -515,17 +523,7 @@ void GateSums_(Call& call, const Settings& settings) {
   RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
     run.gate_sums(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  float* totals = call.Output({4 * width});
-  for (int i = 0; i < 4; ++i) sums.Write(i * padded, width, totals + i * width);
-}
-
-void GateGradient_(Call& call, const Settings& settings) {
-  Normalised pass = NextNormalised(call, settings, true, true);
-  pass.output = call.Output({pass.num_rows, pass.gate.width}, false);
-  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
-  RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
-    run.gate_gradient(pass, shard.begin, shard.end, shard.scratch);
-  });
+  sums.WriteRows(call, 4, width);
 }
 
 // --- Registration ---

@@ -16,6 +16,7 @@ from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.layers.packed import segment_ids
+from tests.programs import missing
 from tests.reference import padded_din
 from tests.reference.compare import assert_same_gradients, randomise, weights_of
 
@@ -117,7 +118,7 @@ def test_it_equals_the_unit_of_tensorflows_operations(activation, normalization,
 @pytest.mark.parametrize("instructions", OLDER)
 def test_older_instructions(instructions):
     if OLDER[instructions] not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {instructions}")
+        missing(f"this processor has no {instructions}: run the tests on one that has")
     done = subprocess.run(
         [
             sys.executable,
