@@ -27,11 +27,6 @@ for flag; do
 done
 command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
 
-require_command() { # command, its Debian package
-  command -v "$1" >/dev/null ||
-    die "building Horovod takes $1, which is not on PATH. Install it (Debian, Ubuntu: apt-get install $2)."
-}
-
 find_cuda() {
   local home=${HOROVOD_CUDA_HOME:-${CUDA_HOME:-/usr/local/cuda}} nvcc
   if [[ ! -x $home/bin/nvcc ]]; then
@@ -55,7 +50,7 @@ machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sy
 # To be raised with every change to what is built.
 declare -A revision=([cpu]=4 [gpu]=5)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
-folder=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/wheels/$key
+folder=$cache/wheels/$key
 
 exit_if_built() {
   local wheel
@@ -67,8 +62,8 @@ exit_if_built() {
 }
 if [[ $action != print_env ]]; then
   exit_if_built
-  require_command g++ g++
-  require_command make make
+  require_command 'building Horovod' g++ g++
+  require_command 'building Horovod' make make
 fi
 # Of the headers named here Horovod includes none where it should. Until g++ 13 others brought them along.
 settings=(

@@ -22,16 +22,13 @@ command -v "$python" >/dev/null || die "there is no Python at $python. Run launc
 # TensorFlow's C interface, which they keep to, is the same in all its versions.
 sources=$root/din_dist/kernels
 key=$(cd "$root" && sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh | sha256sum | cut -c -16)-$(uname -m)
-cache=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist}/kernels
-if [[ ! -f $cache/$key/kernels.so ]]; then
-  command -v g++ >/dev/null ||
-    die "compiling the kernels takes g++, which is not on PATH. Install it (Debian, Ubuntu: apt-get install g++)."
-fi
+compiled=$cache/kernels/$key
+[[ -f $compiled/kernels.so ]] || require_command 'compiling the kernels' g++ g++
 [[ ! $check ]] || exit 0
 
-if [[ ! -f $cache/$key/kernels.so ]]; then
-  mkdir -p "$cache"
-  work=$(mktemp -d "$cache/.new.XXXXXX")
+if [[ ! -f $compiled/kernels.so ]]; then
+  mkdir -p "$cache/kernels"
+  work=$(mktemp -d "$cache/kernels/.new.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   # Not imported, which takes as long as to compile.
   tensorflow=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("tensorflow").submodule_search_locations)')
@@ -53,9 +50,9 @@ if [[ ! -f $cache/$key/kernels.so ]]; then
   compile_all 2>"$work/log" || die "g++ failed: $(grep -m 1 -E 'error|cannot|undefined' "$work/log" || tail -n 1 "$work/log")"
   rm "$work"/*.o "$work/log"
   chmod 755 "$work"
-  mv -T "$work" "$cache/$key" 2>/dev/null || [[ -f $cache/$key/kernels.so ]] # another set-up may have been first
+  mv -T "$work" "$compiled" 2>/dev/null || [[ -f $compiled/kernels.so ]] # another set-up may have been first
 fi
 folder=$(dirname "$(dirname "$python")")/lib/din_dist
 mkdir -p "$folder"
-cp "$cache/$key/kernels.so" "$folder/kernels.so.new"
+cp "$compiled/kernels.so" "$folder/kernels.so.new"
 mv "$folder/kernels.so.new" "$folder/kernels.so" # at once: a job that has loaded the old one keeps it

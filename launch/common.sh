@@ -3,11 +3,16 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$(realpath -m "${DIN_DIST_VENV:-$root/.venv}")
+cache=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist} # of what was built
 
 # A mistake of the user: one line, exit code 2.
 die() {
   echo "$(basename "$0"): $*" >&2
   exit 2
+}
+
+require_command() { # what takes it, the command, its Debian package
+  command -v "$2" >/dev/null || die "$1 takes $2, which is not on PATH. Install it (Debian, Ubuntu: apt-get install $3)."
 }
 
 # The GPUs to train on. DIN_DIST_DEVICE=cpu leaves them alone; DIN_DIST_DEVICE=gpu insists on one.

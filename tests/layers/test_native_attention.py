@@ -219,6 +219,12 @@ def test_pairs_that_cannot_be(candidate_of, key_of):
         unit(tf.ones([2, 3]), tf.ones([3, 3]), tf.constant(candidate_of), tf.constant(key_of), training=True)
 
 
+def test_pairs_of_no_candidate():
+    unit, first = built(NativeActivationUnit, 3, [5, 4]), tf.constant([0])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="pairs must name candidates that ascend, and keys"):
+        unit(tf.ones([0, 3]), tf.ones([3, 3]), first, first, training=True)
+
+
 def test_out_of_training_it_is_the_other():
     *inputs, _ = large_inputs(4, 6)
     theirs, ours = (built(kind, 6, [5, 4]) for kind in (LocalActivationUnit, NativeActivationUnit))
