@@ -17,6 +17,7 @@ from din_dist.data.pipeline import training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
+from din_dist.distributed.neighbours import neighbours
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
@@ -97,6 +98,7 @@ def make_job(
     exchange: type[GradientExchange] = GradientExchange,
     train_step: type[TrainStep] = TrainStep,
     spread: int = 1,
+    shared_memory: bool = True,
 ) -> Job:
     """Wires a training job.
 
@@ -106,6 +108,7 @@ def make_job(
         exporter: this process' metrics; None: new ones, served by `config.job.metrics_port`.
         attention, exchange, train_step: other forms of the same, for comparison.
         spread: rows of the item's tables for each item, of which it takes the last: as if there were so many more.
+        shared_memory: whether workers of one machine may speak through it.
 
     Raises:
         InputError: a setting does not fit the data.
@@ -113,15 +116,17 @@ def make_job(
     splits = split_examples(store, config.data)
     examples = splits["train"]
     trained = trained_items(store, config.data, splits)
+    native = _is_native(config)
+    in_graph = neighbours(runtime) if native and shared_memory else runtime
     model = make_model(
         config.model,
         dataclasses.replace(store.facts, num_items=spread * store.facts.num_items),
         {name: np.repeat(ids, spread)[spread - 1 :] for name, ids in store.item_features.items()},
         seed=config.job.seed,
         row_of_item=spread * np.repeat(trained.row_of_item, spread)[spread - 1 :] if trained else None,
-        sum_over_ranks=lambda sums: runtime.sum_in_graph([sums])[0],
+        sum_over_ranks=lambda sums: in_graph.sum_in_graph([sums])[0],
         compiled=config.job.xla,
-        native=_is_native(config),
+        native=native,
         attention=attention,
     )
     variables = {weight.path: weight.value for weight in model.trainable_weights}
@@ -129,7 +134,7 @@ def make_job(
     tables = [weight.path for weight in model.lookup.trainable_weights]
     row_counts = _row_counts(config, store, splits, trained, model.lookup)
     optimizer = make_optimizer(
-        config.optimizer, list(variables.values()), names, tables=tables, compiled=config.job.xla
+        config.optimizer, list(variables.values()), names, tables=tables, compiled=config.job.xla, native=native
     )
     averages = {weight.path: weight.value for weight in model.non_trainable_weights}
     saved = {**variables, **averages, **optimizer.state}
@@ -139,7 +144,7 @@ def make_job(
     step = train_step(
         model,
         optimizer,
-        exchange(runtime, config.optimizer.wire_dtype),
+        exchange(in_graph, config.optimizer.wire_dtype, native),
         Regularization(config.optimizer, row_counts),
         config.optimizer,
         history if can_go_back else None,

@@ -32,10 +32,10 @@ if [[ ! -f $compiled/kernels.so ]]; then
   trap 'rm -rf "$work"' EXIT
   # Not imported, which takes as long as to compile.
   tensorflow=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("tensorflow").submodule_search_locations)')
-  flags=(-std=c++17 -O3 -fPIC -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-psabi)
+  flags=(-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi)
   # One of the passes for each instruction set; which to use is found out when they are loaded.
   compile_passes() { # name, floats in a register, flags
-    g++ "${flags[@]}" "${@:3}" "-DDIN_ISA=$1" "-DDIN_LANES=$2" -c "$sources/attention.cc" -o "$work/$1.o"
+    g++ "${flags[@]}" -ffp-contract=fast "${@:3}" "-DDIN_ISA=$1" "-DDIN_LANES=$2" -c "$sources/attention.cc" -o "$work/$1.o"
   }
   compile_all() { # steps joined by &&, for bash does not stop at a failure in what is followed by ||
     compile_passes plain 4 &&
@@ -43,7 +43,9 @@ if [[ ! -f $compiled/kernels.so ]]; then
         compile_passes avx2 8 -mavx2 -mfma -mbmi2 &&
           compile_passes avx512 16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
       fi &&
-      g++ "${flags[@]}" -isystem "$tensorflow/include" -c "$sources/ops.cc" -o "$work/ops.o" &&
+      for name in ops neighbours rows; do
+        g++ "${flags[@]}" -isystem "$tensorflow/include" -c "$sources/$name.cc" -o "$work/$name.o" || return
+      done &&
       # Under the name by which TensorFlow itself has loaded it.
       g++ -shared "$work"/*.o "-L$tensorflow" -l:libtensorflow_framework.so.2 -pthread -o "$work/kernels.so"
   }

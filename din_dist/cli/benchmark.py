@@ -21,7 +21,11 @@ from din_dist.cli import flags as settings
 from din_dist.config import Config, require
 from din_dist.distributed.cores import claim_cores
 
-FORMS = ("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", "without_metrics", "undoable")
+WITHOUT_SHARED_MEMORY = "without_shared_memory"
+FORMS = (
+    *("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", WITHOUT_SHARED_MEMORY),
+    *("without_metrics", "undoable"),
+)
 ROUNDS = 5
 
 settings.define_flags()
@@ -38,15 +42,15 @@ flags.DEFINE_list(
     [],
     "Other forms to run in turn with ours, for ratios: padded (histories as a rectangle, attention inputs side by "
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
-    "updated), without_native (our kernels), without_xla (nor that), without_metrics (nothing is measured or "
-    "reported), undoable (the last updates are kept in memory, as in elastic jobs). The first two do without XLA and "
-    "our kernels as well.",
+    "updated), without_native (our kernels), without_xla (nor that), without_shared_memory (between workers of one "
+    "machine), without_metrics (nothing is measured or reported), undoable (the last updates are kept in memory, as in "
+    "elastic jobs). The first two do without XLA and our kernels as well.",
 )
 flags.DEFINE_string(
     "trace_dir",
     "",
     "Write there a TensorFlow profiler trace of 10 updates, for TensorBoard, and under horovodrun the chief's "
-    "horovod_timeline.json, for about:tracing. Default: none.",
+    "horovod_timeline.json of what goes through Horovod, for about:tracing. Default: none.",
 )
 flags.DEFINE_string(
     "sweep",
@@ -96,7 +100,7 @@ def main() -> None:
     from din_dist.training.output_dir import to_json
     from din_dist.training.trainer import peak_memory_bytes
 
-    runtime = open_runtime()
+    runtime = open_runtime(config.job.native and WITHOUT_SHARED_MEMORY not in values.compare)
     claim_devices(runtime, len(cores))
     store = open_prepared(config.data)
     # It reports as a job does, at the same cost, but to nobody.
@@ -137,6 +141,7 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         "padded": {"attention": PaddedActivationUnit},
         "unfactored": {"attention": UnfactoredActivationUnit},
         "dense_allreduce": {"exchange": DenseExchange},
+        WITHOUT_SHARED_MEMORY: {"shared_memory": False},
     }
     if form in ("padded", "unfactored", "without_xla"):
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False, native=False))

@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeAlias
 import tensorflow as tf
 
 from din_dist.config import WireDtype
-from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.runtime import InGraph
+from din_dist.layers import kernels
 from din_dist.layers.fused import round_up
 from din_dist.layers.packed import padded, segment_sum
 
@@ -33,9 +34,10 @@ class GradientExchange:
     step depend on the rows touched, never on the size of the table.
     """
 
-    def __init__(self, runtime: Runtime, wire_dtype: WireDtype = WireDtype.FLOAT32) -> None:
-        self._runtime = runtime
-        self._wire_dtype = wire_dtype
+    def __init__(self, ranks: InGraph, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
+        """`native`: merges rows in a kernel of our own, on CPUs."""
+        self._ranks, self._native = ranks, native
+        self._wire_dtype = wire_dtype if ranks.travels else WireDtype.FLOAT32
 
     def __call__(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], scale: tf.Tensor
@@ -49,32 +51,33 @@ class GradientExchange:
         is_dense = [not isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         dense = [gradient for gradient, here in zip(gradients, is_dense, strict=True) if here]
         sparse = [_as_rows(gradient) for gradient, here in zip(gradients, is_dense, strict=True) if not here]
-        summed = self._runtime.sum_in_graph([*dense, tf.stack([tf.cast(x, tf.float32) for x in extra])], "dense")
+        summed = self._ranks.sum_in_graph([*dense, tf.stack([tf.cast(x, tf.float32) for x in extra])], "dense")
         merged = self._gather(sparse, scale)
         dense_results, sparse_results = iter(summed[:-1]), iter(merged)
         return [next(dense_results if here else sparse_results) for here in is_dense], tf.unstack(summed[-1])
 
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
-        if not self._runtime.has_peers or not gradients:
+        if not self._ranks.has_peers or not gradients:
             return list(gradients)
-        lengths = [message_rows(tf.size(gradient.row_ids)) for gradient in gradients]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
-        row_ids = self._runtime.gather_in_graph(
-            [padded(gradient.row_ids, length, NO_ROW) for gradient, length in zip(gradients, lengths, strict=True)],
-            "row_ids",
-        )
-        rows = self._runtime.gather_in_graph(
-            [
-                self._pack(padded(gradient.rows, length), scale)
-                for gradient, length in zip(gradients, lengths, strict=True)
-            ],
-            "rows",
-        )
+        row_ids = self._ranks.gather_in_graph([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
+        rows = self._ranks.gather_in_graph([self._pack(self._padded(each.rows), scale) for each in gradients], "rows")
         return [
-            merge_rows(some_ids, self._unpack(some_rows, scale))
+            merge_rows(some_ids, self._unpack(some_rows, scale), native=self._native)
             for some_ids, some_rows in zip(row_ids, rows, strict=True)
         ]
+
+    def rows_sent(self, num_rows: tf.Tensor) -> tf.Tensor:
+        """How many rows travel for so many touched ones.
+
+        A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few lengths
+        are remembered.
+        """
+        return round_up(num_rows, steps=16, smallest=64) if self._ranks.travels else num_rows
+
+    def _padded(self, rows: tf.Tensor, value: float = 0) -> tf.Tensor:
+        return padded(rows, self.rows_sent(tf.shape(rows)[0]), value) if self._ranks.travels else rows
 
     def _pack(self, rows: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
         if self._wire_dtype is WireDtype.FLOAT32:
@@ -88,21 +91,16 @@ class GradientExchange:
         return tf.cast(tf.bitcast(rows, self._wire_dtype.value), tf.float32) / scale
 
 
-def message_rows(num_rows: tf.Tensor) -> tf.Tensor:
-    """How many rows travel for so many touched ones.
-
-    A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few lengths are
-    remembered.
-    """
-    return round_up(num_rows, steps=16, smallest=64)
-
-
 def _as_rows(gradient: tf.IndexedSlices) -> RowGradients:
     return RowGradients(tf.cast(gradient.indices, tf.int32), gradient.values)
 
 
-def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor) -> RowGradients:
+def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor, native: bool = False) -> RowGradients:
     """Sums the rows `[R, D]` that share an id `[R]`, and leaves out those of `NO_ROW`."""
+    if native:
+        ops, num_threads = kernels.library(), kernels.num_threads()
+        distinct, merged = ops.din_dist_merge_rows(row_ids, rows, num_threads=num_threads)
+        return RowGradients(tf.ensure_shape(distinct, [None]), tf.ensure_shape(merged, [None, rows.shape[1]]))
     real = tf.where(row_ids != NO_ROW)  # [M, 1]
     distinct, places = tf.unique(tf.gather_nd(row_ids, real))
     segments = tf.tensor_scatter_nd_update(tf.fill(tf.shape(row_ids), -1), real, places)

@@ -23,12 +23,27 @@ from din_dist.errors import FailedElsewhere, InputError, Left, is_lost_peer
 _JOIN_AGAIN_SECONDS = 0.2
 
 
-class Runtime:
-    """A process on its own: every sum is its own value. Also the interface of `HorovodRuntime`.
+class InGraph:
+    """What the ranks tell each other within a graph; all must call in the same order. Here: a rank without peers."""
 
-    Methods named `*_in_graph` take and give tensors and may stand inside a `tf.function`; all ranks must call them in
-    the same order.
-    """
+    travels = True  # whether what is told goes through Horovod: few bytes are worth work, and few lengths padding
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there are other ranks, or may be some later."""
+        return False
+
+    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+        """Sums each tensor over the ranks, in one message. Without a name, that of the tensor in its graph serves."""
+        return list(tensors)
+
+    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
+        return list(tensors)
+
+
+class Runtime(InGraph):
+    """A process on its own: every sum is its own value. Also the interface of `HorovodRuntime`."""
 
     rank = 0
     world_size = 1
@@ -42,16 +57,7 @@ class Runtime:
 
     @property
     def has_peers(self) -> bool:
-        """Whether there are other ranks, or may be some later."""
         return self.elastic or self.world_size > 1
-
-    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
-        """Sums each tensor over the ranks, in one message. Without a name, that of the tensor in its graph serves."""
-        return list(tensors)
-
-    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
-        return list(tensors)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sums an array over the ranks."""
@@ -113,10 +119,12 @@ class Runtime:
 class HorovodRuntime(Runtime):
     """The processes that `horovodrun` started."""
 
-    def __init__(self) -> None:
-        # Horovod looks for messages every so many milliseconds. A step waits for one at each synchronised layer: the
-        # default of 1 is a good part of a CPU step.
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
+    def __init__(self, waits_for_messages: bool = True) -> None:
+        """`waits_for_messages`: whether updates do."""
+        # Horovod looks for messages every so many milliseconds, which takes a part of a core. Where a step waits for
+        # one at each synchronised layer, the default of 1 is a good part of a CPU step.
+        if waits_for_messages:
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
         self._hvd = importlib.import_module("horovod.tensorflow")
         self._join()
@@ -219,11 +227,19 @@ def _libc_environment(name: str) -> str:
     return (getenv(name.encode()) or b"").decode()
 
 
-def open_runtime() -> Runtime:
-    """Joins the job that `horovodrun` started this process for, or stands alone."""
+def open_runtime(native: bool = False) -> Runtime:
+    """Joins the job that `horovodrun` started this process for, or stands alone.
+
+    `native`: on CPUs, updates are to run in our kernels; then workers of one machine need no messages for them (see
+    `neighbours.py`).
+    """
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         return ElasticRuntime()
-    return HorovodRuntime() if int(os.environ.get("HOROVOD_SIZE", "1")) > 1 else Runtime()
+    num_ranks, num_here = (int(os.environ.get(f"HOROVOD_{name}", "1")) for name in ("SIZE", "LOCAL_SIZE"))
+    if num_ranks == 1:
+        return Runtime()
+    native = native and not tf.config.list_physical_devices("GPU")
+    return HorovodRuntime(waits_for_messages=not (native and num_here == num_ranks))
 
 
 def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:

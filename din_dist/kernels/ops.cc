@@ -1,8 +1,6 @@
-// The passes of attention.h as TensorFlow operations, through TensorFlow's C interface: it is the same for every
-// compiler and version, and takes seconds to compile. Called by layers/native_attention.py and
-// layers/standardize.py alone.
+// The passes of attention.h as TensorFlow operations. Called by layers/native_attention.py and layers/standardize.py
+// alone.
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -10,9 +8,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "tensorflow/c/kernels.h"
-#include "tensorflow/c/ops.h"
-#include "tensorflow/c/tf_tensor.h"
+#include "tensorflow.h"
 #include "threads.h"
 
 namespace din {
@@ -49,19 +45,6 @@ const Passes& BestPasses() {
 
 // --- TensorFlow's side ---
 
-struct Status {
-  TF_Status* const status = TF_NewStatus();
-  ~Status() { TF_DeleteStatus(status); }
-  operator TF_Status*() const { return status; }
-  void Check() const {
-    if (TF_GetCode(status) != TF_OK) throw std::invalid_argument(TF_Message(status));
-  }
-};
-
-void Require(bool holds, const char* rule) {
-  if (!holds) throw std::invalid_argument(rule);
-}
-
 // What an operation was built with.
 struct Settings {
   int32_t activation = 0, next_activation = 0, num_threads = 1;
@@ -72,51 +55,38 @@ struct Settings {
 class Call {
  public:
   explicit Call(TF_OpKernelContext* context) : context_(context) {}
-  ~Call() {
-    for (TF_Tensor* tensor : tensors_) TF_DeleteTensor(tensor);
-  }
 
-  TF_Tensor* Next() {
-    TF_Tensor* tensor = nullptr;
-    TF_GetInput(context_, next_input_++, &tensor, status_);
-    status_.Check();
-    tensors_.push_back(tensor);
-    return tensor;
-  }
+  const Tensor& Next() { return tensors_.emplace_back(Tensor::Input(context_, next_input_++)); }
 
   // An array of so many elements.
   template <typename T>
   const T* Array(int64_t size) {
-    TF_Tensor* tensor = Next();
-    Require(TF_TensorElementCount(tensor) == size, "the kernels' arrays must fit each other");
-    return static_cast<const T*>(TF_TensorData(tensor));
+    const Tensor& tensor = Next();
+    Require(tensor.Size() == size, "the kernels' arrays must fit each other");
+    return tensor.Data<const T>();
   }
 
   // A matrix and its number of columns.
   const float* Matrix(int64_t* rows, int64_t* columns) {
-    TF_Tensor* tensor = Next();
-    Require(TF_NumDims(tensor) == 2, "the kernels take matrices");
-    *rows = TF_Dim(tensor, 0);
-    *columns = TF_Dim(tensor, 1);
-    return static_cast<const float*>(TF_TensorData(tensor));
+    const Tensor& tensor = Next();
+    const std::vector<int64_t> shape = tensor.Shape();
+    Require(shape.size() == 2, "the kernels take matrices");
+    *rows = shape[0];
+    *columns = shape[1];
+    return tensor.Data<const float>();
   }
 
   template <typename T>
   const T* Vector(int64_t* size) {
-    TF_Tensor* tensor = Next();
-    *size = TF_TensorElementCount(tensor);
-    return static_cast<const T*>(TF_TensorData(tensor));
+    const Tensor& tensor = Next();
+    *size = tensor.Size();
+    return tensor.Data<const T>();
   }
 
-  float* Output(std::vector<int64_t> shape, bool zero = true) {
-    int64_t size = 1;
-    for (int64_t length : shape) size *= length;
-    TF_Tensor* tensor = TF_AllocateOutput(context_, next_output_++, TF_FLOAT, shape.data(), shape.size(),
-                                          size * sizeof(float), status_);
-    status_.Check();
-    tensors_.push_back(tensor);
-    auto* data = static_cast<float*>(TF_TensorData(tensor));
-    if (zero) std::fill_n(data, size, 0.0f);
+  float* Output(const std::vector<int64_t>& shape, bool zero = true) {
+    const Tensor& tensor = tensors_.emplace_back(Tensor::Output(context_, next_output_++, TF_FLOAT, shape));
+    auto* data = tensor.Data<float>();
+    if (zero) std::fill_n(data, tensor.Size(), 0.0f);
     return data;
   }
 
@@ -186,9 +156,8 @@ class Call {
   }
 
   TF_OpKernelContext* const context_;
-  Status status_;
   int next_input_ = 0, next_output_ = 0;
-  std::vector<TF_Tensor*> tensors_;
+  std::vector<Tensor> tensors_;
   std::vector<std::vector<float>> made_;
 };
 
@@ -528,61 +497,41 @@ void GateSums_(Call& call, const Settings& settings) {
 
 // --- Registration ---
 
-void* Create(TF_OpKernelConstruction* construction) {
-  auto settings = std::make_unique<Settings>();
-  Status status;
-  const auto read = [&](const char* name, int32_t* to) {
-    if (TF_OpKernelConstruction_HasAttr(construction, name, status)) {
-      TF_OpKernelConstruction_GetAttrInt32(construction, name, to, status);
-    }
-  };
-  read("activation", &settings->activation);
-  read("next_activation", &settings->next_activation);
-  read("num_threads", &settings->num_threads);
-  if (TF_OpKernelConstruction_HasAttr(construction, "softmax", status)) {
-    TF_Bool softmax = 0;
-    TF_OpKernelConstruction_GetAttrBool(construction, "softmax", &softmax, status);
-    settings->softmax = softmax;
-  }
-  settings->num_threads = std::max(settings->num_threads, 1);
-  return settings.release();
-}
-
-void Delete(void* settings) { delete static_cast<Settings*>(settings); }
-
 template <void (*kRun)(Call&, const Settings&)>
-void Compute(void* settings, TF_OpKernelContext* context) {
-  std::string problem;
-  try {
-    Call call(context);
-    kRun(call, *static_cast<Settings*>(settings));
-    return;
-  } catch (const std::exception& error) {
-    problem = error.what();
+class Operation {
+ public:
+  explicit Operation(TF_OpKernelConstruction* construction) {
+    Status status;
+    const auto read = [&](const char* name, int32_t* to) {
+      if (TF_OpKernelConstruction_HasAttr(construction, name, status)) {
+        *to = static_cast<int32_t>(Attribute(construction, name));
+      }
+    };
+    read("activation", &settings_.activation);
+    read("next_activation", &settings_.next_activation);
+    read("num_threads", &settings_.num_threads);
+    if (TF_OpKernelConstruction_HasAttr(construction, "softmax", status)) {
+      TF_Bool softmax = 0;
+      TF_OpKernelConstruction_GetAttrBool(construction, "softmax", &softmax, status);
+      settings_.softmax = softmax;
+    }
+    settings_.num_threads = std::max(settings_.num_threads, 1);
   }
-  Status status;
-  TF_SetStatus(status, TF_INVALID_ARGUMENT, problem.c_str());
-  TF_OpKernelContext_Failure(context, status);
-}
+
+  void Compute(TF_OpKernelContext* context) {
+    Call call(context);
+    kRun(call, settings_);
+  }
+
+ private:
+  Settings settings_;
+};
 
 template <void (*kRun)(Call&, const Settings&)>
 void Register(const char* name, const std::vector<const char*>& inputs, const std::vector<const char*>& outputs,
-              const std::vector<const char*>& attributes) {
-  TF_OpDefinitionBuilder* definition = TF_NewOpDefinitionBuilder(name);
-  for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(definition, input);
-  for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(definition, output);
-  for (const char* attribute : attributes) TF_OpDefinitionBuilderAddAttr(definition, attribute);
-  TF_OpDefinitionBuilderAddAttr(definition, "num_threads: int");
-  TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, [](TF_ShapeInferenceContext* context, TF_Status* status) {
-    TF_ShapeInferenceContextSetUnknownShape(context, status);
-  });
-  Status status;
-  TF_RegisterOpDefinition(definition, status);
-  if (TF_GetCode(status) == TF_OK) {
-    TF_KernelBuilder* kernel = TF_NewKernelBuilder(name, "CPU", Create, Compute<kRun>, Delete);
-    TF_RegisterKernelBuilder(name, kernel, status);
-  }
-  if (TF_GetCode(status) != TF_OK) fprintf(stderr, "din_dist: %s: %s\n", name, TF_Message(status));
+              std::vector<const char*> attributes) {
+  attributes.push_back("num_threads: int");
+  Kernel<Operation<kRun>>::Register(name, inputs, outputs, attributes);
 }
 
 const bool kRegistered = [] {

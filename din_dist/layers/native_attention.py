@@ -189,7 +189,9 @@ class _Update:
         standardize, num_pairs = self._standardize(place), self._layers[place].num_pairs
         if standardize is None or num_pairs is None:
             return [tf.zeros_like(of_gradient), tf.zeros_like(of_product), of_alpha]
-        means = standardize.sum_over_ranks(tf.concat([of_gradient, of_product], axis=0)) / num_pairs
+        message = tf.concat([of_gradient, of_product], axis=0)
+        message.set_shape([2 * standardize.moving_mean.shape[0]])
+        means = standardize.sum_over_ranks(message) / num_pairs
         return [*tf.split(means, 2), of_alpha]
 
 

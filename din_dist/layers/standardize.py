@@ -115,6 +115,7 @@ class Standardize(keras.layers.Layer):
         """
         width, centre = self.moving_mean.shape[0], self.moving_mean.value
         sums = tf.concat([sums, [tf.cast(count, tf.float32)]], axis=0)  # one message a layer
+        sums.set_shape([2 * width + 1])
         total, total_of_squares, count = tf.split(self.sum_over_ranks(sums), [width, width, 1])
         anything = count > 0  # a batch of empty histories has no positions at all
         count = tf.maximum(count, 1.0)

@@ -9,13 +9,30 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import tensorflow as tf
 
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import Gradient, RowGradients
+from din_dist.layers import kernels
 from din_dist.layers.fused import fused
+
+RULES = ("Sgd", "Adagrad", "LazyAdam")  # in the order of `kRules` in kernels/rows.cc
+
+
+class _Change(NamedTuple):
+    """Of a variable, or of some rows of a table, and of what is held for them."""
+
+    gradient: tf.Tensor
+    row_ids: tf.Tensor | None
+    variables: list[tf.Variable]
+    before: list[tf.Tensor]
+
+    @property
+    def is_element_wise(self) -> bool:
+        """Whether there is as much of each that is held as of the gradient."""
+        return all(values.shape.rank == self.gradient.shape.rank for values in self.before)
 
 
 class Optimizer(abc.ABC):
@@ -26,9 +43,11 @@ class Optimizer(abc.ABC):
     Args:
         tables: the names of the variables that are tables: those are given row gradients.
         compiled: runs the update of the dense variables as one kernel, through XLA.
+        native: runs all that it can as one kernel of our own, on CPUs.
     """
 
     initial_state: ClassVar[Mapping[str, float]] = {}  # kind of what is held for each variable -> its first values
+    constants: ClassVar[Sequence[float]] = ()  # of our kernel's loop
 
     def __init__(
         self,
@@ -36,11 +55,12 @@ class Optimizer(abc.ABC):
         names: Sequence[str],
         tables: Sequence[str] = (),
         compiled: bool = False,
+        native: bool = False,
     ) -> None:
         self.variables = list(variables)
         self.names = list(names)
         self.tables = set(tables)
-        self.compiled = compiled
+        self.compiled, self.native = compiled, native
         self.state: dict[str, tf.Variable] = {
             f"{name}/{kind}": tf.Variable(tf.fill(self._state_shape(name, variable), initial), trainable=False)
             for kind, initial in self.initial_state.items()
@@ -63,26 +83,52 @@ class Optimizer(abc.ABC):
     def apply(self, gradients: Sequence[Gradient], learning_rate: tf.Tensor, step: tf.Tensor) -> list[RowGradients]:
         """One update; `step` counts from 1. Returns, for each of `changing_by_rows`, the rows as they were before."""
         rate = self._rate(learning_rate, step)
-        dense = []
-        replaced = []
+        changes = []
         for name, variable, gradient in zip(self.names, self.variables, gradients, strict=True):
-            held = [self.state[f"{name}/{kind}"] for kind in self.initial_state]
+            changing = [variable, *(self.state[f"{name}/{kind}"] for kind in self.initial_state)]
             if isinstance(gradient, RowGradients):
-                before = [tf.gather(table, gradient.row_ids) for table in (variable, *held)]
-                after = self.update(gradient.rows, rate, *before)
-                for table, rows in zip((variable, *held), after, strict=True):
-                    # Not `scatter_sub`, which takes four times as long as writing what was just read.
-                    table.scatter_update(tf.IndexedSlices(rows, gradient.row_ids))
-                replaced += [RowGradients(gradient.row_ids, rows) for rows in before]
+                before = [tf.gather(table, gradient.row_ids) for table in changing]
+                changes.append(_Change(gradient.rows, gradient.row_ids, changing, before))
             else:
-                dense.append((gradient, variable, *held))
-        if dense:
-            dense_gradients, *changing = map(list, zip(*dense, strict=True))
-            updated = _update_all(self.update, rate, dense_gradients, *changing, compiled=self.compiled)
-            for variables, values in zip(changing, updated, strict=True):
-                for variable, value in zip(variables, values, strict=True):
-                    variable.assign(value)
-        return replaced
+                changes.append(_Change(gradient, None, changing, [held.value() for held in changing]))
+        for change, after in zip(changes, self._after(changes, rate), strict=True):
+            for variable, values in zip(change.variables, after, strict=True):
+                if change.row_ids is None:
+                    variable.assign(values)
+                else:  # not `scatter_sub`, which takes four times as long as writing what was just read
+                    variable.scatter_update(tf.IndexedSlices(values, change.row_ids))
+        by_rows = [change for change in changes if change.row_ids is not None]
+        return [RowGradients(change.row_ids, rows) for change in by_rows for rows in change.before]
+
+    def _after(self, changes: Sequence[_Change], rate: tf.Tensor) -> list[list[tf.Tensor]]:
+        """What each change makes of its `before`."""
+        if self.native and all(change.is_element_wise for change in changes):
+            return self._after_by_kernel(changes, rate)
+        dense = [change for change in changes if change.row_ids is None]
+        held = [list(values) for values in zip(*(change.before for change in dense), strict=True)]
+        gradients = [change.gradient for change in dense]
+        updated = _update_all(self.update, rate, gradients, *held, compiled=self.compiled) if dense else []
+        of_dense = iter(zip(*updated, strict=True))
+        return [
+            list(next(of_dense)) if change.row_ids is None else self.update(change.gradient, rate, *change.before)
+            for change in changes
+        ]
+
+    def _after_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor) -> list[list[tf.Tensor]]:
+        count, num_held = len(changes), len(self.initial_state)
+        updated = kernels.library().din_dist_update(
+            rate,
+            tf.constant(self.constants, tf.float32, [len(self.constants)]),
+            [change.gradient for change in changes],
+            [change.before[held] for held in range(1 + num_held) for change in changes],
+            rule=RULES.index(type(self).__name__),
+            num_threads=kernels.num_threads(),
+        )
+        after = [[updated[held * count + place] for held in range(1 + num_held)] for place in range(count)]
+        for change, values in zip(changes, after, strict=True):
+            for old, new in zip(change.before, values, strict=True):
+                new.set_shape(old.shape)
+        return after
 
     @staticmethod
     @abc.abstractmethod
@@ -110,6 +156,7 @@ class Adagrad(Optimizer):
 
     initial_state: ClassVar[Mapping[str, float]] = {"accumulator": 0.1}  # these two as Keras
     EPSILON = 1e-7
+    constants = (EPSILON,)
 
     def __init__(
         self,
@@ -118,9 +165,10 @@ class Adagrad(Optimizer):
         tables: Sequence[str] = (),
         row_wise: bool = False,
         compiled: bool = False,
+        native: bool = False,
     ) -> None:
         self._rows_only = set(tables) if row_wise else set()
-        super().__init__(variables, names, tables, compiled)
+        super().__init__(variables, names, tables, compiled, native)
 
     def _state_shape(self, name: str, variable: tf.Variable) -> tf.TensorShape:
         return variable.shape[:1] if name in self._rows_only else variable.shape
@@ -141,6 +189,7 @@ class LazyAdam(Optimizer):
 
     initial_state: ClassVar[Mapping[str, float]] = {"first_moment": 0.0, "second_moment": 0.0}
     BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # as Keras
+    constants = (BETA_1, 1.0 - BETA_1, BETA_2, 1.0 - BETA_2, EPSILON)
 
     @staticmethod
     def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
@@ -160,14 +209,15 @@ def make_optimizer(
     names: Sequence[str],
     tables: Sequence[str],
     compiled: bool = False,
+    native: bool = False,
 ) -> Optimizer:
     match config.optimizer:
         case OptimizerKind.SGD:
-            return Sgd(variables, names, tables, compiled)
+            return Sgd(variables, names, tables, compiled, native)
         case OptimizerKind.ADAGRAD:
-            return Adagrad(variables, names, tables, config.adagrad_row_wise, compiled)
+            return Adagrad(variables, names, tables, config.adagrad_row_wise, compiled, native)
         case OptimizerKind.LAZY_ADAM:
-            return LazyAdam(variables, names, tables, compiled)
+            return LazyAdam(variables, names, tables, compiled, native)
     raise ValueError(f"Unknown optimizer {config.optimizer!r}")
 
 

@@ -11,7 +11,7 @@ from din_dist import schema
 from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE
-from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients, message_rows
+from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.history import History
 from din_dist.training.optimizers import Optimizer
@@ -124,7 +124,7 @@ class TrainStep:
         return Observed(
             _time_after(own),
             _time_after(merged),
-            tf.stack([message_rows(tf.size(gradient.indices)) for gradient in tables]),
+            tf.stack([self._exchange.rows_sent(tf.size(gradient.indices)) for gradient in tables]),
             tf.convert_to_tensor([tf.size(row_ids) for row_ids in rows] or [0]),
             num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
             self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),

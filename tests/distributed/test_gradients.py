@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tensorflow as tf
 from din_dist.config import WireDtype
 from din_dist.distributed.gradients import NO_ROW, GradientExchange, merge_rows
 from din_dist.distributed.runtime import Runtime
+from din_dist.layers import kernels
 
 
 class TwoRanks(Runtime):
@@ -34,11 +36,27 @@ def slices(row_ids: list[int], rows: list[list[float]], num_rows: int = 1000) ->
     return tf.IndexedSlices(tf.constant(rows), tf.constant(row_ids), dense_shape=[num_rows, len(rows[0])])
 
 
-def test_rows_that_share_an_id_are_added_and_padding_is_left_out() -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_rows_that_share_an_id_are_added_and_padding_is_left_out(native: bool) -> None:
     rows = tf.constant([[1.0, 2.0], [5.0, 5.0], [9.0, 9.0], [10.0, 20.0]])
-    merged = merge_rows(tf.constant([7, 3, NO_ROW, 7]), rows)
+    merged = merge_rows(tf.constant([7, 3, NO_ROW, 7]), rows, native)
     assert merged.row_ids.numpy().tolist() == [7, 3]
     assert merged.rows.numpy().tolist() == [[11.0, 22.0], [5.0, 5.0]]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_rows", [0, 1, 300, 5000])
+def test_the_kernel_merges_as_the_operations_do(num_rows: int, num_threads: int, monkeypatch: Any) -> None:
+    """Few and many that share an id, ids that collide in a small table, and padding."""
+    monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
+    random = np.random.default_rng(num_rows)
+    for ids in (random.integers(0, 40, num_rows) * 4096, random.integers(0, 2**31 - 1, num_rows)):
+        ids[random.random(num_rows) < 0.1] = NO_ROW
+        rows = tf.constant(random.normal(0, 1, (num_rows, 5)), tf.float32)
+        expected = merge_rows(tf.constant(ids, tf.int32), rows)
+        found = merge_rows(tf.constant(ids, tf.int32), rows, native=True)
+        assert found.row_ids.numpy().tolist() == expected.row_ids.numpy().tolist()
+        np.testing.assert_allclose(found.rows, expected.rows, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_that_travel_are_few() -> None:

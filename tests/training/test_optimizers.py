@@ -5,10 +5,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import RowGradients
+from din_dist.layers import kernels
 from din_dist.training.optimizers import Adagrad, LazyAdam, Sgd, make_optimizer
 
 NUM_ROWS, WIDTH = 6, 3
 ROWS_OF_STEP = [[4, 1], [1], [], [0, 4, 1], [2]]  # row 3 and 5 never, row 2 late
+
+
+LARGE = 3 * 4096 + 5  # weights: more than one part of the kernel
 
 
 def apply(optimizer, gradient, rate=0.1, step=1):
@@ -49,14 +53,16 @@ class Reference:
     ],
     ids=["sgd", "adagrad", "adagrad_row_wise", "lazy_adam"],
 )
-@pytest.mark.parametrize("compiled", [False, True])
-def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise, compiled):
+@pytest.mark.parametrize("by", ["operations", "compiled", "native"])
+def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise, by):
     """A dense variable and a table through five steps; after each, rows not named and their state are as they were."""
     random = np.random.default_rng(0)
     exact = {name: random.normal(0, 1, (NUM_ROWS, WIDTH)) for name in ("dense", "table")}
     variables = {name: tf.Variable(values, dtype=tf.float32) for name, values in exact.items()}
     config = OptimizerConfig(optimizer=kind, adagrad_row_wise=row_wise)
-    optimizer = make_optimizer(config, list(variables.values()), list(variables), ["table"], compiled)
+    optimizer = make_optimizer(
+        config, list(variables.values()), list(variables), ["table"], by == "compiled", by == "native"
+    )
     reference = Reference(kind, row_wise)
     of_table = [variables["table"], *(state for name, state in optimizer.state.items() if name.startswith("table/"))]
     for step, rows in enumerate(ROWS_OF_STEP, start=1):
@@ -138,3 +144,37 @@ def test_the_state_is_named_for_checkpoints():
         "a/table/second_moment": (2, 3),
         "b/second_moment": (4,),
     }
+
+
+@pytest.mark.parametrize("kind", OptimizerKind)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_kernel_equals_the_operations_on_many_variables_of_any_size(kind, num_threads, monkeypatch):
+    monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
+    random = np.random.default_rng(1)
+    shapes = [(), (1,), (17,), (5, 3), (LARGE,), (0,)]
+    first = [random.normal(0, 1, shape).astype(np.float32) for shape in shapes]
+    ended = []
+    for native in (False, True):
+        random = np.random.default_rng(2)
+        variables = [tf.Variable(values) for values in first]
+        names = [f"v{place}" for place in range(len(shapes))]
+        optimizer = make_optimizer(OptimizerConfig(optimizer=kind), variables, names, [], native=native)
+        for step in range(1, 4):
+            gradients = [tf.constant(random.normal(0, 1, shape), tf.float32) for shape in shapes]
+            optimizer.apply(gradients, tf.constant(0.1), tf.constant(step, tf.int64))
+        ended.append([*variables, *optimizer.state.values()])
+    for ours, theirs in zip(*ended, strict=True):
+        assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert not any(np.array_equal(ours, old) for ours, old in zip(ended[1], first, strict=False) if old.size)
+
+
+def test_wrong_calls_of_the_kernel_are_refused():
+    ops, some = kernels.library(), tf.zeros([3])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="equally large"):
+        ops.din_dist_update(1.0, tf.zeros([0]), [some], [tf.zeros([2])], rule=0, num_threads=1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="constants"):
+        ops.din_dist_update(1.0, tf.zeros([2]), [some], [some], rule=0, num_threads=1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="each gradient must have its weights"):
+        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=1, num_threads=1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a rule"):
+        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=3, num_threads=1)

@@ -1,0 +1,234 @@
+// What follows the exchange of gradients, as TensorFlow operations: rows that several ranks have are summed, and weights
+// are updated. Called by distributed/gradients.py and training/optimizers.py alone.
+//
+// No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
+// that the weights of all ranks stay equal where their processors differ.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "tensorflow.h"
+#include "threads.h"
+
+#if defined(__x86_64__)
+#define DIN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define DIN_CLONES
+#endif
+
+namespace din {
+namespace {
+
+constexpr int32_t kNoRow = -1;  // padding
+
+// Which of the distinct ids, numbered as they first come, each of `ids` is; kNoRow of padding.
+class Distinct {
+ public:
+  Distinct(const int32_t* ids, int64_t count) : places(count, kNoRow), is_first(count, false) {
+    int bits = 4;
+    while ((int64_t{1} << bits) < 2 * count) ++bits;
+    const size_t mask = (size_t{1} << bits) - 1;
+    std::vector<int32_t> slots(mask + 1, kNoRow);  // places of `ids`' ids
+    for (int64_t i = 0; i < count; ++i) {
+      if (ids[i] == kNoRow) continue;
+      size_t slot = (static_cast<uint32_t>(ids[i]) * 2654435769u) >> (32 - std::min(bits, 32)) & mask;
+      while (slots[slot] != kNoRow && this->ids[slots[slot]] != ids[i]) slot = (slot + 1) & mask;
+      if (slots[slot] == kNoRow) {
+        slots[slot] = static_cast<int32_t>(this->ids.size());
+        this->ids.push_back(ids[i]);
+        is_first[i] = true;
+      }
+      places[i] = slots[slot];
+    }
+  }
+
+  std::vector<int32_t> ids, places;
+  std::vector<char> is_first;
+};
+
+// Runs `part(begin, end)` over parts of [0, count), of at least so many.
+void InParts(int num_threads, int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& part) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least));
+  Threads::Get().Run(num_threads, static_cast<int>(parts),
+                     [&](int at) { part(count * at / parts, count * (at + 1) / parts); });
+}
+
+class MergeRows {
+ public:
+  explicit MergeRows(TF_OpKernelConstruction* construction)
+      : num_threads_(static_cast<int>(Attribute(construction, "num_threads"))) {}
+
+  void Compute(TF_OpKernelContext* context) {
+    const Tensor ids = Tensor::Input(context, 0), rows = Tensor::Input(context, 1);
+    const std::vector<int64_t> shape = rows.Shape();
+    const int64_t count = ids.Size();
+    Require(shape.size() == 2 && shape[0] == count, "there must be an id for each row");
+    const Distinct distinct(ids.Data<const int32_t>(), count);
+    const auto num_distinct = static_cast<int64_t>(distinct.ids.size());
+    const Tensor merged_ids = Tensor::Output(context, 0, TF_INT32, {num_distinct});
+    const Tensor merged = Tensor::Output(context, 1, TF_FLOAT, {num_distinct, shape[1]});
+    std::copy_n(distinct.ids.data(), num_distinct, merged_ids.Data<int32_t>());
+    // Each part has some of the outputs, and adds to them in the order of the inputs.
+    InParts(num_threads_, num_distinct, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t place = distinct.places[i];
+        if (place < begin || place >= end) continue;
+        const float* from = rows.Data<const float>() + i * shape[1];
+        float* to = merged.Data<float>() + place * shape[1];
+        if (distinct.is_first[i]) {
+          std::copy_n(from, shape[1], to);
+        } else {
+          for (int64_t column = 0; column < shape[1]; ++column) to[column] += from[column];
+        }
+      }
+    });
+  }
+
+ private:
+  const int num_threads_;
+};
+
+// --- Updates, as training/optimizers.py defines them ---
+
+// Of so many weights; `held` and `new_held` in the order of `initial_state` there.
+struct Weights {
+  int64_t count;
+  const float* gradient;
+  const float* value;
+  const float* held[2];
+  float* new_value;
+  float* new_held[2];
+};
+
+DIN_CLONES void Sgd(const Weights& w, float rate, const float*) {
+  for (int64_t i = 0; i < w.count; ++i) w.new_value[i] = w.value[i] - rate * w.gradient[i];
+}
+
+DIN_CLONES void Adagrad(const Weights& w, float rate, const float* constants) {
+  const float epsilon = constants[0];
+  const float *__restrict gradient = w.gradient, *__restrict value = w.value, *__restrict sum = w.held[0];
+  float *__restrict new_value = w.new_value, *__restrict new_sum = w.new_held[0];
+  for (int64_t i = 0; i < w.count; ++i) {
+    const float squares = sum[i] + gradient[i] * gradient[i];
+    new_sum[i] = squares;
+    new_value[i] = value[i] - rate * gradient[i] / (std::sqrt(squares) + epsilon);
+  }
+}
+
+DIN_CLONES void LazyAdam(const Weights& w, float rate, const float* constants) {
+  const float beta_1 = constants[0], rest_1 = constants[1], beta_2 = constants[2], rest_2 = constants[3];
+  const float epsilon = constants[4];
+  const float *__restrict gradient = w.gradient, *__restrict value = w.value;
+  const float *__restrict first = w.held[0], *__restrict second = w.held[1];
+  float *__restrict new_value = w.new_value, *__restrict new_first = w.new_held[0];
+  float *__restrict new_second = w.new_held[1];
+  for (int64_t i = 0; i < w.count; ++i) {
+    const float m = beta_1 * first[i] + rest_1 * gradient[i];
+    const float v = beta_2 * second[i] + rest_2 * (gradient[i] * gradient[i]);
+    new_first[i] = m;
+    new_second[i] = v;
+    new_value[i] = value[i] - rate * m / (std::sqrt(v) + epsilon);
+  }
+}
+
+struct Rule {
+  void (*update)(const Weights&, float rate, const float* constants);
+  int64_t num_held, num_constants;
+};
+
+// As `RULES` in training/optimizers.py counts them.
+constexpr Rule kRules[] = {{Sgd, 0, 0}, {Adagrad, 1, 1}, {LazyAdam, 2, 5}};
+
+const Rule& RuleOf(int64_t rule) {
+  Require(rule >= 0 && rule < 3, "a rule must be one of those that there are");
+  return kRules[rule];
+}
+
+// Of N arrays of weights: variables, or rows of them.
+class Update {
+ public:
+  explicit Update(TF_OpKernelConstruction* construction)
+      : count_(Attribute(construction, "N")),
+        num_threads_(static_cast<int>(Attribute(construction, "num_threads"))),
+        rule_(RuleOf(Attribute(construction, "rule"))) {
+    Require(Attribute(construction, "M") == count_ * (1 + rule_.num_held), "each gradient must have its weights");
+  }
+
+  // Inputs: the rate, the constants; all gradients, all values, and all of each that is held. Outputs: all but gradients.
+  void Compute(TF_OpKernelContext* context) {
+    const Tensor rate = Tensor::Input(context, 0), constants = Tensor::Input(context, 1);
+    Require(rate.Size() == 1 && constants.Size() == rule_.num_constants, "a rule must have its constants");
+    std::vector<Tensor> tensors;
+    auto next_input = [&, place = 2]() mutable {
+      return tensors.emplace_back(Tensor::Input(context, place++)).Data<const float>();
+    };
+    std::vector<Weights> all(count_);
+    std::vector<std::vector<int64_t>> shapes;
+    for (Weights& weights : all) {
+      weights.gradient = next_input();
+      weights.count = tensors.back().Size();
+      shapes.push_back(tensors.back().Shape());
+    }
+    const auto same_size = [&](const Weights& weights) {
+      Require(tensors.back().Size() == weights.count, "gradients and weights must be equally large");
+    };
+    for (Weights& weights : all) {
+      weights.value = next_input();
+      same_size(weights);
+    }
+    for (int64_t held = 0; held < rule_.num_held; ++held) {
+      for (Weights& weights : all) {
+        weights.held[held] = next_input();
+        same_size(weights);
+      }
+    }
+    int output = 0;
+    const auto next_output = [&](int64_t at) {
+      return tensors.emplace_back(Tensor::Output(context, output++, TF_FLOAT, shapes[at])).Data<float>();
+    };
+    for (int64_t i = 0; i < count_; ++i) all[i].new_value = next_output(i);
+    for (int64_t held = 0; held < rule_.num_held; ++held) {
+      for (int64_t i = 0; i < count_; ++i) all[i].new_held[held] = next_output(i);
+    }
+    std::vector<Weights> parts;
+    for (const Weights& weights : all) {
+      for (int64_t begin = 0; begin < weights.count; begin += kPart) parts.push_back(Part(weights, begin));
+    }
+    const auto num_parts = static_cast<int64_t>(parts.size());
+    InParts(num_threads_, num_parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) rule_.update(parts[i], *rate.Data<const float>(), constants.Data<float>());
+    });
+  }
+
+ private:
+  static constexpr int64_t kPart = 4096;  // what all of its arrays hold fits the cache
+
+  Weights Part(const Weights& weights, int64_t begin) const {
+    Weights part = weights;
+    part.count = std::min(kPart, weights.count - begin);
+    part.gradient += begin;
+    part.value += begin;
+    part.new_value += begin;
+    for (int64_t held = 0; held < rule_.num_held; ++held) {
+      part.held[held] += begin;
+      part.new_held[held] += begin;
+    }
+    return part;
+  }
+
+  const int64_t count_;
+  const int num_threads_;
+  const Rule& rule_;
+};
+
+const bool kRegistered =
+    Kernel<MergeRows>::Register("DinDistMergeRows", {"row_ids: int32", "rows: float"},
+                                {"merged_ids: int32", "merged: float"}, {"num_threads: int"}) &&
+    Kernel<Update>::Register("DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float",
+                                               "weights: M * float"},
+                             {"updated: M * float"}, {"N: int", "M: int", "rule: int", "num_threads: int"});
+
+}  // namespace
+}  // namespace din

@@ -1,0 +1,136 @@
+// What the operations need of TensorFlow's C interface: it is the same for every compiler and version, and takes seconds
+// to compile.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <stdexcept>
+#include <vector>
+
+#include "tensorflow/c/kernels.h"
+#include "tensorflow/c/ops.h"
+#include "tensorflow/c/tf_tensor.h"
+
+namespace din {
+
+struct Status {
+  TF_Status* const status = TF_NewStatus();
+  ~Status() { TF_DeleteStatus(status); }
+  operator TF_Status*() const { return status; }
+  void Check() const {
+    if (TF_GetCode(status) != TF_OK) throw std::invalid_argument(TF_Message(status));
+  }
+};
+
+inline void Require(bool holds, const char* rule) {
+  if (!holds) throw std::invalid_argument(rule);
+}
+
+// An input or an output.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(Tensor&& other) : tensor_(other.tensor_) { other.tensor_ = nullptr; }
+  ~Tensor() {
+    if (tensor_) TF_DeleteTensor(tensor_);
+  }
+
+  static Tensor Input(TF_OpKernelContext* context, int place) {
+    Status status;
+    Tensor input;
+    TF_GetInput(context, place, &input.tensor_, status);
+    status.Check();
+    return input;
+  }
+
+  static Tensor Output(TF_OpKernelContext* context, int place, TF_DataType type, const std::vector<int64_t>& shape) {
+    size_t bytes = TF_DataTypeSize(type);
+    for (int64_t length : shape) bytes *= length;
+    Status status;
+    Tensor output;
+    output.tensor_ = TF_AllocateOutput(context, place, type, shape.data(), shape.size(), bytes, status);
+    status.Check();
+    return output;
+  }
+
+  template <typename T>
+  T* Data() const {
+    return static_cast<T*>(TF_TensorData(tensor_));
+  }
+
+  int64_t Size() const { return TF_TensorElementCount(tensor_); }
+  int64_t Bytes() const { return TF_TensorByteSize(tensor_); }
+  TF_DataType Type() const { return TF_TensorType(tensor_); }
+
+  std::vector<int64_t> Shape() const {
+    std::vector<int64_t> shape(TF_NumDims(tensor_));
+    for (size_t axis = 0; axis < shape.size(); ++axis) shape[axis] = TF_Dim(tensor_, axis);
+    return shape;
+  }
+
+ private:
+  TF_Tensor* tensor_ = nullptr;
+};
+
+inline int64_t Attribute(TF_OpKernelConstruction* construction, const char* name) {
+  Status status;
+  int64_t value = 0;
+  TF_OpKernelConstruction_GetAttrInt64(construction, name, &value, status);
+  status.Check();
+  return value;
+}
+
+// An operation for CPUs: `Operation` is made of a `TF_OpKernelConstruction*`, and has `Compute(TF_OpKernelContext*)`.
+// Where they throw, the operation fails: a `runtime_error` tells of the outside, the others of a wrong call.
+template <typename Operation>
+struct Kernel {
+  static void* Create(TF_OpKernelConstruction* construction) {
+    try {
+      return new Operation(construction);
+    } catch (const std::exception& error) {
+      Status status;
+      TF_SetStatus(status, TF_INVALID_ARGUMENT, error.what());
+      TF_OpKernelConstruction_Failure(construction, status);
+      return nullptr;
+    }
+  }
+
+  static void Compute(void* operation, TF_OpKernelContext* context) {
+    Status status;
+    try {
+      static_cast<Operation*>(operation)->Compute(context);
+      return;
+    } catch (const std::runtime_error& error) {
+      TF_SetStatus(status, TF_UNAVAILABLE, error.what());
+    } catch (const std::exception& error) {
+      TF_SetStatus(status, TF_INVALID_ARGUMENT, error.what());
+    }
+    TF_OpKernelContext_Failure(context, status);
+  }
+
+  static void Delete(void* operation) { delete static_cast<Operation*>(operation); }
+
+  // `stateful`: it is run even if nobody needs its outputs, and never twice in place of once.
+  static bool Register(const char* name, const std::vector<const char*>& inputs,
+                       const std::vector<const char*>& outputs, const std::vector<const char*>& attributes,
+                       bool stateful = false) {
+    TF_OpDefinitionBuilder* definition = TF_NewOpDefinitionBuilder(name);
+    for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(definition, input);
+    for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(definition, output);
+    for (const char* attribute : attributes) TF_OpDefinitionBuilderAddAttr(definition, attribute);
+    TF_OpDefinitionBuilderSetIsStateful(definition, stateful);
+    TF_OpDefinitionBuilderSetShapeInferenceFunction(
+        definition, [](TF_ShapeInferenceContext* context, TF_Status* status) {
+          TF_ShapeInferenceContextSetUnknownShape(context, status);
+        });
+    Status status;
+    TF_RegisterOpDefinition(definition, status);
+    if (TF_GetCode(status) == TF_OK) {
+      TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", Create, Compute, Delete), status);
+    }
+    if (TF_GetCode(status) != TF_OK) fprintf(stderr, "din_dist: %s: %s\n", name, TF_Message(status));
+    return TF_GetCode(status) == TF_OK;
+  }
+};
+
+}  // namespace din
