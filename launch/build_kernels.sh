@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles din_dist/kernels, the attention's own operations for CPUs, and puts them into the environment whose bin/python is
-# $PYTHON (default: the checkout's .venv).
+# Compiles din_dist/kernels, our own operations for CPUs, and puts them into the environment whose bin/python is $PYTHON
+# (default: the checkout's .venv).
 #
 #   launch/build_kernels.sh [--check]
 #
@@ -32,6 +32,8 @@ if [[ ! -f $compiled/kernels.so ]]; then
   trap 'rm -rf "$work"' EXIT
   # Not imported, which takes as long as to compile.
   tensorflow=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("tensorflow").submodule_search_locations)')
+  # Weights must come out of an update with the same bits on every processor, so products and sums are contracted only where
+  # gradients are summed over all ranks afterwards.
   flags=(-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi)
   # One of the passes for each instruction set; which to use is found out when they are loaded.
   compile_passes() { # name, floats in a register, flags
@@ -43,7 +45,7 @@ if [[ ! -f $compiled/kernels.so ]]; then
         compile_passes avx2 8 -mavx2 -mfma -mbmi2 &&
           compile_passes avx512 16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
       fi &&
-      for name in ops neighbours rows; do
+      for name in attention_ops neighbours rows; do
         g++ "${flags[@]}" -isystem "$tensorflow/include" -c "$sources/$name.cc" -o "$work/$name.o" || return
       done &&
       # Under the name by which TensorFlow itself has loaded it.

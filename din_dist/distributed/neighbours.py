@@ -100,7 +100,10 @@ def _shared_file(runtime: Runtime) -> int | None:
             os.pwrite(file, os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
     except OSError:
         opened = False
-    everywhere = bool(runtime.gather(np.array([opened], np.int32)).all())
+    # Process ids mean the same to all only where all are in one container, or in none.
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    told = runtime.gather(np.array([namespace if opened else 0], np.int64))
+    everywhere = bool(told.all()) and len(set(told)) == 1
     if runtime.is_chief and path:
         Path(path).unlink()
     if file is not None and not everywhere:

@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,6 +154,18 @@ def test_when_one_rank_cannot_open_it_none_uses_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "open", refuse)
     assert play(3, lambda runtime: neighbours(runtime) is runtime) == [True] * 3
     assert fails.is_set() and not list(tmp_path.iterdir())
+
+
+def test_containers_that_share_memory_but_no_process_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each of them would take the other's process for one of its own."""
+    seen, namespaces = Path.stat, iter((1, 2))
+
+    def stat(path: Path, **rest: Any) -> Any:
+        inside = str(path) == "/proc/self/ns/pid"
+        return types.SimpleNamespace(st_ino=next(namespaces)) if inside else seen(path, **rest)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
 
 
 @pytest.mark.parametrize(("world_size", "local_size", "elastic"), [(1, 1, False), (4, 2, False), (2, 2, True)])

@@ -427,7 +427,7 @@ void PoolGradient_(Call& call, const Settings& settings) {
   pass.of_scores = call.Output({num_pairs}, false);
   float* of_output = call.Output({inner}, false);
   float* of_bias = call.Output({1}, false);
-  const auto bounds = Shards(num_pairs, settings.num_threads, &pass.pairs);
+  const auto bounds = Shards(num_pairs, kMore * settings.num_threads, &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
   Sums outputs(padded + 1, shards), sums(3 * padded, shards);
   RunShards(settings.num_threads, bounds, inner, [&](const Passes& run, const Shard& shard) {
