@@ -50,7 +50,8 @@ def test_the_kernel_merges_as_the_operations_do(num_rows: int, num_threads: int,
     """Few and many that share an id, ids that collide in a small table, and padding."""
     monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
     random = np.random.default_rng(num_rows)
-    for ids in (random.integers(0, 40, num_rows) * 4096, random.integers(0, 2**31 - 1, num_rows)):
+    for most, factor in ((40, 4096), (num_rows // 2 + 1, 1), (2**31 - 1, 1)):
+        ids = random.integers(0, most, num_rows) * factor
         ids[random.random(num_rows) < 0.1] = NO_ROW
         rows = tf.constant(random.normal(0, 1, (num_rows, 5)), tf.float32)
         expected = merge_rows(tf.constant(ids, tf.int32), rows)
@@ -101,6 +102,18 @@ def test_16_bits_halve_the_bytes_and_keep_small_gradients(wire_dtype: WireDtype,
     ((found,), _) = GradientExchange(runtime, wire_dtype)(gradients, [tf.constant(0.0)], examples)
     assert runtime.sent["rows"][0].dtype.size == 2
     np.testing.assert_allclose(found.rows, 2 * rows, rtol=error, atol=1e-11)
+
+
+def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
+    runtime = TwoRanks()
+    runtime.travels = False
+    third = slices([4, 9], [[1 / 3], [2.0]])
+    exchange = GradientExchange(runtime, WireDtype.BFLOAT16)
+    ((found,), _) = exchange([third], [tf.constant(0.0)], tf.constant(8.0))
+    assert runtime.sent["row_ids"][0].numpy().tolist() == [4, 9]
+    assert runtime.sent["rows"][0].dtype == tf.float32
+    assert found.rows.numpy().tolist() == [[2 * np.float32(1 / 3)], [4.0]]
+    assert int(exchange.rows_sent(tf.constant(2))) == 2
 
 
 def test_a_rank_without_rows_takes_part() -> None:

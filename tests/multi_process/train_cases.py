@@ -12,6 +12,7 @@ from din_dist import assembly
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, OptimizerKind, UnknownItem, WireDtype
 from din_dist.data.prepared import open_prepared
 from din_dist.distributed.cores import claim_cores
+from din_dist.distributed.neighbours import Neighbours, neighbours
 from din_dist.distributed.runtime import claim_devices, open_runtime
 from tests.small_log import small_config
 
@@ -38,6 +39,8 @@ CASES: dict[str, dict] = {
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
 }
+CASES["by_messages"] = CASES["lazy_adam"]
+BY_MESSAGES = {"bfloat16", "by_messages"}  # of Horovod's, as workers of several machines speak; others share memory
 
 
 def config_of(folder: Path, run: str, case: str, max_steps: int):
@@ -50,9 +53,11 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
     cores = claim_cores()
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
+    assert isinstance(neighbours(runtime), Neighbours) or runtime.world_size == 1
     for case in cases:
         config = config_of(folder, run, case, max_steps)
-        job = assembly.make_job(config, runtime, open_prepared(config.data))
+        shared_memory = case not in BY_MESSAGES
+        job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
         job.trainer.train()
         job.trainer.test()
         job.telemetry.close()
