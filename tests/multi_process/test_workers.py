@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder, "one", 1)
     train(folder, "two", 2)
     train(folder, "three", 3)
+    train(folder, "by_messages", 2, cases=("lazy_adam",))
     train(folder, "two_then_three", 2, max_steps=23, cases=("lazy_adam",))
     train(folder, "two_then_three", 3, cases=("lazy_adam",))
     return folder
@@ -79,8 +81,7 @@ def data_config(folder: Path) -> DataConfig:
     return config_of(folder, "any", "lazy_adam", STEPS).data
 
 
-@pytest.mark.parametrize("run", ["two", "three"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("run", "case"), [*itertools.product(["two", "three"], CASES), ("by_messages", "lazy_adam")])
 def test_many_workers_equal_one(folder: Path, run: str, case: str) -> None:
     loose = 50 if case == "bfloat16" else 1  # 8 bits of mantissa on the wire
     np.testing.assert_allclose(losses(folder, run, case), losses(folder, "one", case), rtol=2e-4 * loose)

@@ -39,8 +39,7 @@ CASES: dict[str, dict] = {
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
 }
-CASES["by_messages"] = CASES["lazy_adam"]
-BY_MESSAGES = {"bfloat16", "by_messages"}  # of Horovod's, as workers of several machines speak; others share memory
+BY_MESSAGES = {"bfloat16", "by_messages"}  # cases and runs whose workers speak as those of several machines do
 
 
 def config_of(folder: Path, run: str, case: str, max_steps: int):
@@ -56,7 +55,7 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
     assert isinstance(neighbours(runtime), Neighbours) or runtime.world_size == 1
     for case in cases:
         config = config_of(folder, run, case, max_steps)
-        shared_memory = case not in BY_MESSAGES
+        shared_memory = BY_MESSAGES.isdisjoint({case, run})
         job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
         job.trainer.train()
         job.trainer.test()
