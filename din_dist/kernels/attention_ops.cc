@@ -453,17 +453,22 @@ Normalised NextNormalised(Call& call, const Settings& settings, bool with_upstre
   return pass;
 }
 
+// An output of the `count` sums that a pass takes of each column of a layer's inputs.
+void SumOverInputs(Call& call, const Settings& settings, const Normalised& pass, int64_t count,
+                   void (*Passes::*over)(const Normalised&, int64_t, int64_t, double*, float*)) {
+  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  Sums sums(count * Padded(pass.gate.width), bounds.size() - 1);
+  RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
+    (run.*over)(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
+  });
+  sums.WriteRows(call, count, pass.gate.width);
+}
+
 void SumsAbout_(Call& call, const Settings& settings) {
   Normalised pass{};
   pass.x = call.Matrix(&pass.num_rows, &pass.gate.width);
   pass.centre = call.PaddedVector(pass.gate.width);
-  const int64_t width = pass.gate.width, padded = Padded(width);
-  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
-  Sums sums(2 * padded, bounds.size() - 1);
-  RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
-    run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
-  });
-  sums.WriteRows(call, 2, width);
+  SumOverInputs(call, settings, pass, 2, &Passes::sums_about);
 }
 
 // What a pass makes of each of a layer's inputs.
@@ -485,14 +490,7 @@ void GateGradient_(Call& call, const Settings& settings) {
 }
 
 void GateSums_(Call& call, const Settings& settings) {
-  const Normalised pass = NextNormalised(call, settings, true, false);
-  const int64_t width = pass.gate.width, padded = Padded(width);
-  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
-  Sums sums(4 * padded, bounds.size() - 1);
-  RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
-    run.gate_sums(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
-  });
-  sums.WriteRows(call, 4, width);
+  SumOverInputs(call, settings, NextNormalised(call, settings, true, false), 4, &Passes::gate_sums);
 }
 
 // --- Registration ---

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <vector>
 
 #include "tensorflow.h"
@@ -23,21 +24,21 @@ namespace {
 
 constexpr int32_t kNoRow = -1;  // padding
 
-// Which of the distinct ids, numbered as they first come, each of `ids` is; kNoRow of padding.
+// Which of the distinct ids, numbered as they first come, each of `all` is; kNoRow of padding.
 class Distinct {
  public:
-  Distinct(const int32_t* ids, int64_t count) : places(count, kNoRow), is_first(count, false) {
+  Distinct(const int32_t* all, int64_t count) : places(count, kNoRow), is_first(count, false) {
     int bits = 4;
     while ((int64_t{1} << bits) < 2 * count) ++bits;
     const size_t mask = (size_t{1} << bits) - 1;
-    std::vector<int32_t> slots(mask + 1, kNoRow);  // places of `ids`' ids
+    std::vector<int32_t> slots(mask + 1, kNoRow);  // places in `ids`
     for (int64_t i = 0; i < count; ++i) {
-      if (ids[i] == kNoRow) continue;
-      size_t slot = (static_cast<uint32_t>(ids[i]) * 2654435769u) >> (32 - std::min(bits, 32)) & mask;
-      while (slots[slot] != kNoRow && this->ids[slots[slot]] != ids[i]) slot = (slot + 1) & mask;
+      if (all[i] == kNoRow) continue;
+      size_t slot = (static_cast<uint32_t>(all[i]) * 2654435769u) >> (32 - std::min(bits, 32)) & mask;
+      while (slots[slot] != kNoRow && ids[slots[slot]] != all[i]) slot = (slot + 1) & mask;
       if (slots[slot] == kNoRow) {
-        slots[slot] = static_cast<int32_t>(this->ids.size());
-        this->ids.push_back(ids[i]);
+        slots[slot] = static_cast<int32_t>(ids.size());
+        ids.push_back(all[i]);
         is_first[i] = true;
       }
       places[i] = slots[slot];
@@ -142,7 +143,7 @@ struct Rule {
 constexpr Rule kRules[] = {{Sgd, 0, 0}, {Adagrad, 1, 1}, {LazyAdam, 2, 5}};
 
 const Rule& RuleOf(int64_t rule) {
-  Require(rule >= 0 && rule < 3, "a rule must be one of those that there are");
+  Require(rule >= 0 && rule < static_cast<int64_t>(std::size(kRules)), "a rule must be one of those that there are");
   return kRules[rule];
 }
 
