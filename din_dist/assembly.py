@@ -13,7 +13,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.config import Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import training_batches
+from din_dist.data.pipeline import read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
@@ -169,10 +169,8 @@ def make_job(
                 trained=trained,
             )
         )
-        if spread == 1:
-            return batches
         items = schema.DISTINCT_ITEM_IDS
-        return ({**batch, items: batch[items] * spread} for batch in batches)
+        return read_ahead(batches if spread == 1 else ({**batch, items: batch[items] * spread} for batch in batches))
 
     trainer = Trainer(
         config,

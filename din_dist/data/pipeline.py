@@ -7,7 +7,8 @@ a window into its user's own events, and the arrays stay in the memory-mapped fi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from din_dist.data.hashing import hash64
 from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
+
+Batch = Mapping[str, tf.Tensor]
 
 BATCH_SIGNATURE = {
     schema.CANDIDATE_ITEM_IDS: tf.TensorSpec([None], tf.int32),
@@ -225,6 +228,18 @@ def evaluation_batches(
 
     starts = tf.data.Dataset.range(first, end, batch_size)
     return _mapped(starts, make, num_parallel_calls)
+
+
+def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """`batches`, each fetched by a thread while the one before it is at work.
+
+    A data set has its next batch ready, but to hand it over to Python takes as long as the smaller kernels of an update.
+    """
+    with ThreadPoolExecutor(1, "read_ahead") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def _mapped(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -10,14 +11,12 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
-from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.data.pipeline import BATCH_SIGNATURE, Batch
 from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.history import History
 from din_dist.training.optimizers import Optimizer
 from din_dist.training.regularization import Regularization, clip, global_norm
-
-Batch = Mapping[str, tf.Tensor]
 
 
 class Observed(NamedTuple):
@@ -75,6 +74,7 @@ class TrainStep:
         scalars = [tf.TensorSpec([], dtype) for dtype in (tf.float32, tf.int64, tf.float32)]
         signature = [BATCH_SIGNATURE, *scalars, tf.TensorSpec([len(Requests._fields)], tf.float32)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
+        self._traced = functools.cache(self._run.get_concrete_function)  # looked for once, not at every update
 
     @property
     def can_be_undone(self) -> bool:
@@ -84,7 +84,7 @@ class TrainStep:
         self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
     ) -> StepResult:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
-        return self._run(
+        return self._traced()(
             batch,
             tf.constant(rate, tf.float32),
             tf.constant(step, tf.int64),
