@@ -142,6 +142,11 @@ class DataConfig:
         1, "Without labels: random items that the user never touched, per positive, for training."
     )
     resample_negatives: bool = setting(False, "Draw other training negatives in each epoch.")
+    group_negatives: bool = setting(
+        False,
+        "Without labels: an event and its negatives come one after the other in the order of an epoch, not each by "
+        "itself. They share a history, so an update has fewer distinct items, and fewer table rows to send and change.",
+    )
     evaluation_negatives_per_positive: int = setting(
         1, "Without labels: negatives per positive for validation and test (the authors use 1); never redrawn."
     )

@@ -188,6 +188,7 @@ def training_batches(
         hidden_rate=config.unknown_item_rate if trained else 0.0,
     )
     num_examples = examples.num_examples
+    together = examples.draws_per_row if config.group_negatives else 1  # these stay neighbours in the order
     per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
 
     def make(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -198,7 +199,10 @@ def training_batches(
         order = tf.stack([tf.constant(seed, tf.int64), epoch])
         # One place more than asked for: index_shuffle refuses a vector of none, which a rank of many may get.
         places = tf.concat([places, [first]], axis=0)
-        ids = tf.random.experimental.index_shuffle(places, seed=order, max_index=num_examples - 1)[:-1]
+        shuffled = tf.random.experimental.index_shuffle(
+            places // together, seed=order, max_index=num_examples // together - 1
+        )
+        ids = (shuffled * together + places % together)[:-1]
         return maker.batch(ids, epoch)
 
     steps = tf.data.Dataset.range(first_step, end_step)
@@ -233,7 +237,7 @@ def evaluation_batches(
 def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """`batches`, each fetched by a thread while the one before it is at work.
 
-    A data set has its next batch ready, but to hand it over to Python takes as long as the smaller kernels of an update.
+    A data set has its next batch ready, but to hand it over to Python takes as long as some kernels of an update do.
     """
     with ThreadPoolExecutor(1, "read_ahead") as thread:
         coming = thread.submit(next, batches, None)

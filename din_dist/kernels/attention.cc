@@ -295,6 +295,10 @@ inline void Times(const float* __restrict a, const float* __restrict b, int64_t 
   for (int64_t i = 0; i < width; ++i) to[i] = a[i] * b[i];
 }
 
+inline void MultiplyBy(const float* __restrict a, int64_t width, float* __restrict to) {
+  for (int64_t i = 0; i < width; ++i) to[i] *= a[i];
+}
+
 inline void AddTimes(const float* __restrict a, const float* __restrict b, int64_t width, float* __restrict to) {
   for (int64_t i = 0; i < width; ++i) to[i] += a[i] * b[i];
 }
@@ -407,6 +411,7 @@ void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     Activate(pass.gate, pass.x + tile * width, rows, activated);
+    if (pass.factors) MultiplyBy(pass.factors + tile * width, rows * width, activated);
     float* next = pass.next + tile * units;
     for (int64_t r = 0; r < rows; ++r) std::memcpy(next + r * units, pass.bias, units * sizeof(float));
     Multiply(activated, width, 1, rows, pass.gate.width, pass.kernel, units, units, next, units);
@@ -421,7 +426,7 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
   float* of_next = activated + kTile * width;
   float* upstream = of_next + kTile * units;
   float* tile_sums = upstream + kTile * units;
-  std::fill_n(tile_sums, 3 * width, 0.0f);
+  std::fill_n(tile_sums, 4 * width, 0.0f);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
@@ -434,8 +439,11 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
     float* of_outputs = pass.of_outputs + tile * width;
     std::memset(of_outputs, 0, rows * width * sizeof(float));
     Multiply(of_next, units, 1, rows, pass.next_gate.width, pass.transposed_kernel, width, width, of_outputs, width);
+    const float* factors = pass.factors ? pass.factors + tile * width : nullptr;
+    if (factors) MultiplyBy(factors, rows * width, of_outputs);
     ActivateAndSum(pass.gate, pass.x + tile * width, of_outputs, rows, activated, tile_sums);
-    Gather(tile_sums, 3 * width, sums);
+    if (factors) MultiplyBy(factors, rows * width, activated);
+    Gather(tile_sums, 4 * width, sums);
     Multiply(activated, 1, width, pass.gate.width, rows, of_next, units, units, of_kernel, units);
   }
 }
@@ -533,38 +541,13 @@ void RunSumsAbout(const Normalised& pass, int64_t begin, int64_t end, double* su
   }
 }
 
-void RunGate(const Normalised& pass, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = pass.gate.width, padded = Padded(width);
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t rows = std::min(kTile, end - tile);
-    float* to = pass.output + tile * width;
-    float* y = width == padded ? to : scratch + kTile * padded;
-    Activate(pass.gate, PaddedRows(pass.x, tile, rows, width, scratch), rows, y);
-    if (y != to) CopyRows(y, padded, rows, to, width);
-  }
-}
-
-void RunGateSums(const Normalised& pass, int64_t begin, int64_t end, double* sums, float* scratch) {
-  const int64_t width = pass.gate.width, padded = Padded(width);
-  float* unused = scratch + 2 * kTile * padded;
-  float* tile_sums = unused + kTile * padded;
-  std::fill_n(tile_sums, 4 * padded, 0.0f);
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t rows = std::min(kTile, end - tile);
-    const float* x = PaddedRows(pass.x, tile, rows, width, scratch);
-    const float* upstream = PaddedRows(pass.upstream, tile, rows, width, scratch + kTile * padded);
-    ActivateAndSum(pass.gate, x, upstream, rows, unused, tile_sums);
-    Gather(tile_sums, 4 * padded, sums);
-  }
-}
-
 void RunGateGradient(const Normalised& pass, int64_t begin, int64_t end, float* scratch) {
   const int64_t width = pass.gate.width, padded = Padded(width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* x = PaddedRows(pass.x, tile, rows, width, scratch);
     const float* upstream = PaddedRows(pass.upstream, tile, rows, width, scratch + kTile * padded);
-    float* to = pass.output + tile * width;
+    float* to = pass.of_x + tile * width;
     float* of_x = width == padded ? to : scratch + 2 * kTile * padded;
     Differentiate(pass.gate, x, upstream, rows, of_x);
     if (of_x != to) CopyRows(of_x, padded, rows, to, width);
@@ -573,8 +556,8 @@ void RunGateGradient(const Normalised& pass, int64_t begin, int64_t end, float* 
 
 }  // namespace
 
-extern const Passes kPasses{RunFirst, RunFirstGradient, RunDense,    RunDenseGradient, RunPool,
-                            RunPoolGradient, RunSumsAbout, RunGate, RunGateSums,   RunGateGradient};
+extern const Passes kPasses{RunFirst, RunFirstGradient, RunDense,     RunDenseGradient,
+                            RunPool,  RunPoolGradient,  RunSumsAbout, RunGateGradient};
 
 }  // namespace DIN_ISA
 }  // namespace din

@@ -74,12 +74,13 @@ struct FirstGradient {
   float* of_by_candidate;    // [C, units], 0 at first
 };
 
-// next = gate(x) kernel + bias
+// next = (gate(x) * factors) kernel + bias
 struct Dense {
   int64_t num_pairs;
   Gate gate;
   int64_t units;
   const float* x;
+  const float* factors;  // of dropout, [P, Padded(width)]; null: all are 1
   const float* kernel;  // [width, Padded(units)]
   const float* bias;    // [Padded(units)]
   const float* centre;  // [Padded(units)]
@@ -92,6 +93,7 @@ struct DenseGradient {
   Gate next_gate;
   Upstream upstream;  // of next_gate's outputs
   const float* x;
+  const float* factors;
   const float* next;
   const float* transposed_kernel;  // [units, Padded(width)]
   float* of_outputs;               // of gate's outputs, [P, Padded(width)]
@@ -133,7 +135,7 @@ struct Normalised {
   const float* x;
   const float* upstream;  // of the outputs
   const float* centre;    // [Padded(width)]
-  float* output;          // the outputs, or the gradient of x
+  float* of_x;
 };
 
 // The passes for one instruction set, over the pairs [begin, end). Sums are added to; `scratch` as long as needed.
@@ -144,17 +146,14 @@ struct Passes {
   void (*first_gradient)(const FirstGradient&, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
                          float* of_by_key, float* scratch);
   void (*dense)(const Dense&, int64_t begin, int64_t end, double* sums, float* scratch);
-  // sums: [3, Padded(width)]: of the gradient of n, of that times n, of alpha
+  // sums: [4, Padded(width)]: of the gradient of n, of that times n, of alpha, of beta
   void (*dense_gradient)(const DenseGradient&, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
                          double* sums, float* scratch);
   void (*pool)(const Pool&, int64_t begin, int64_t end, float* scratch);
-  // of_output: [Padded(width) + 1], the bias' last
+  // of_output: [Padded(width) + 1], the bias' last; sums: the first three of dense_gradient's
   void (*pool_gradient)(const PoolGradient&, int64_t begin, int64_t end, double* of_output, double* sums,
                         float* scratch);
   void (*sums_about)(const Normalised&, int64_t begin, int64_t end, double* sums, float* scratch);
-  void (*gate)(const Normalised&, int64_t begin, int64_t end, float* scratch);
-  // sums: [4, Padded(width)], as of dense_gradient and of beta
-  void (*gate_sums)(const Normalised&, int64_t begin, int64_t end, double* sums, float* scratch);
   void (*gate_gradient)(const Normalised&, int64_t begin, int64_t end, float* scratch);
 };
 

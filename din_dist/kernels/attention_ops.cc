@@ -109,6 +109,22 @@ class Call {
 
   const float* PaddedVector(int64_t size) { return Pad(Array<float>(size), 1, size, size, 1); }
 
+  // Likewise; zeros where the input has no elements.
+  const float* PaddedVectorOrZeros(int64_t size) {
+    int64_t given;
+    const float* from = Vector<float>(&given);
+    Require(given == 0 || given == size, "the kernels' arrays must fit each other");
+    return given ? Pad(from, 1, size, size, 1) : Floats(Padded(size));
+  }
+
+  // An array of so many elements; null where the input has none.
+  const float* ArrayOrNull(int64_t size) {
+    int64_t given;
+    const float* from = Vector<float>(&given);
+    Require(given == 0 || given == size, "the kernels' arrays must fit each other");
+    return given ? from : nullptr;
+  }
+
   float* Floats(int64_t size) {
     made_.emplace_back(size, 0.0f);
     return made_.back().data();
@@ -346,6 +362,8 @@ void Dense_(Call& call, const Settings& settings) {
   pass.bias = call.PaddedVector(pass.units);
   pass.centre = call.PaddedVector(pass.units);
   pass.gate = call.NextGate(settings.activation, width, false);
+  pass.gate.beta = call.PaddedVectorOrZeros(width);
+  pass.factors = call.ArrayOrNull(pass.num_pairs * padded);
   pass.next = call.Output({pass.num_pairs, units}, false);
   const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
   Sums sums(2 * units, bounds.size() - 1);
@@ -365,6 +383,8 @@ void DenseGradient_(Call& call, const Settings& settings) {
   Require(padded == Padded(width) && next_padded == Padded(units) && next_rows == pass.num_pairs,
           "x and next must have padded rows");
   pass.gate = call.NextGate(settings.activation, width, false);
+  pass.gate.beta = call.PaddedVectorOrZeros(width);
+  pass.factors = call.ArrayOrNull(pass.num_pairs * padded);
   pass.next_gate = call.NextGate(settings.next_activation, units, true);
   pass.upstream = NextUpstream(call, pass.num_pairs, units);
   pass.of_outputs = call.Output({pass.num_pairs, padded}, false);
@@ -374,15 +394,15 @@ void DenseGradient_(Call& call, const Settings& settings) {
   const int shards = static_cast<int>(bounds.size()) - 1;
   float* padded_kernel = call.Floats(width * next_padded);
   Shared kernels(padded_kernel, width * next_padded, shards);
-  Sums biases(next_padded, shards), sums(3 * padded, shards);
+  Sums biases(next_padded, shards), sums(4 * padded, shards);
   RunShards(settings.num_threads, bounds, std::max(width, units), [&](const Passes& run, const Shard& shard) {
     run.dense_gradient(pass, shard.begin, shard.end, kernels.Of(shard.index),
                        biases.Of(shard.index), sums.Of(shard.index), shard.scratch);
   });
-  kernels.Merge(1);
+  kernels.Merge(settings.num_threads);
   Unpad(padded_kernel, width, units, of_kernel);
   biases.Write(0, units, of_bias);
-  sums.WriteRows(call, 3, width);
+  sums.WriteRows(call, 4, width);
 }
 
 void Pool_(Call& call, const Settings& settings) {
@@ -438,59 +458,29 @@ void PoolGradient_(Call& call, const Settings& settings) {
   sums.WriteRows(call, 3, inner);
 }
 
-// A layer's inputs, gate and, where it has some, the rest of its arrays.
-Normalised NextNormalised(Call& call, const Settings& settings, bool with_upstream, bool with_means) {
-  Normalised pass{};
-  int64_t width;
-  pass.x = call.Matrix(&pass.num_rows, &width);
-  if (with_upstream) pass.upstream = call.Array<float>(pass.num_rows * width);
-  pass.gate = call.NextGate(settings.activation, width, false);
-  pass.gate.beta = call.PaddedVector(width);
-  if (with_means) {
-    pass.gate.mean_of_gradient = call.PaddedVector(width);
-    pass.gate.mean_of_product = call.PaddedVector(width);
-  }
-  return pass;
-}
-
-// An output of the `count` sums that a pass takes of each column of a layer's inputs.
-void SumOverInputs(Call& call, const Settings& settings, const Normalised& pass, int64_t count,
-                   void (*Passes::*over)(const Normalised&, int64_t, int64_t, double*, float*)) {
-  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
-  Sums sums(count * Padded(pass.gate.width), bounds.size() - 1);
-  RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
-    (run.*over)(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
-  });
-  sums.WriteRows(call, count, pass.gate.width);
-}
-
 void SumsAbout_(Call& call, const Settings& settings) {
   Normalised pass{};
   pass.x = call.Matrix(&pass.num_rows, &pass.gate.width);
   pass.centre = call.PaddedVector(pass.gate.width);
-  SumOverInputs(call, settings, pass, 2, &Passes::sums_about);
-}
-
-// What a pass makes of each of a layer's inputs.
-void RunOverInputs(Call& call, const Settings& settings, Normalised pass,
-                   void (*Passes::*over)(const Normalised&, int64_t, int64_t, float*)) {
-  pass.output = call.Output({pass.num_rows, pass.gate.width}, false);
   const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  Sums sums(2 * Padded(pass.gate.width), bounds.size() - 1);
   RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
-    (run.*over)(pass, shard.begin, shard.end, shard.scratch);
+    run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-}
-
-void Gate_(Call& call, const Settings& settings) {
-  RunOverInputs(call, settings, NextNormalised(call, settings, false, false), &Passes::gate);
+  sums.WriteRows(call, 2, pass.gate.width);
 }
 
 void GateGradient_(Call& call, const Settings& settings) {
-  RunOverInputs(call, settings, NextNormalised(call, settings, true, true), &Passes::gate_gradient);
-}
-
-void GateSums_(Call& call, const Settings& settings) {
-  SumOverInputs(call, settings, NextNormalised(call, settings, true, false), 4, &Passes::gate_sums);
+  Normalised pass{};
+  int64_t width;
+  pass.x = call.Matrix(&pass.num_rows, &width);
+  pass.upstream = call.Array<float>(pass.num_rows * width);
+  pass.gate = call.NextGate(settings.activation, width, true);
+  pass.of_x = call.Output({pass.num_rows, width}, false);
+  const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
+  RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
+    run.gate_gradient(pass, shard.begin, shard.end, shard.scratch);
+  });
 }
 
 // --- Registration ---
@@ -547,12 +537,12 @@ const bool kRegistered = [] {
       activation);
   Register<Dense_>("DinDistDense",
                    {"x: float", "kernel: float", "bias: float", "centre: float", "mean: float", "scale: float",
-                    "alpha: float"},
+                    "alpha: float", "beta: float", "factors: float"},
                    {"next: float", "sums: float"}, activation);
   Register<DenseGradient_>(
       "DinDistDenseGradient",
-      {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "next_mean: float",
-       "next_scale: float", "next_alpha: float", "mean_of_gradient: float", "mean_of_product: float",
+      {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "beta: float",
+       "factors: float", "next_mean: float", "next_scale: float", "next_alpha: float", "mean_of_gradient: float", "mean_of_product: float",
        "upstream: float", "upstream_row: float"},
       {"of_outputs: float", "of_kernel: float", "of_bias: float", "sums: float"},
       {"activation: int", "next_activation: int"});
@@ -567,14 +557,8 @@ const bool kRegistered = [] {
       {"of_scores: float", "of_output: float", "of_bias: float", "sums: float"},
       {"activation: int", "softmax: bool"});
   Register<SumsAbout_>("DinDistSumsAbout", {"x: float", "centre: float"}, {"sums: float"}, {});
-  Register<Gate_>("DinDistGate", {"x: float", "mean: float", "scale: float", "alpha: float", "beta: float"},
-                  {"y: float"}, activation);
-  Register<GateSums_>(
-      "DinDistGateSums",
-      {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float", "beta: float"},
-      {"sums: float"}, activation);
   Register<GateGradient_>("DinDistGateGradient",
-                          {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float", "beta: float",
+                          {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float",
                            "mean_of_gradient: float", "mean_of_product: float"},
                           {"of_x: float"}, activation);
   return true;

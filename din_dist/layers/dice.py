@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from din_dist.layers.standardize import ElementWise, Standardize, SumOverRanks
+from din_dist.layers.standardize import Standardize, SumOverRanks
 
 
 @keras.saving.register_keras_serializable("din_dist")
@@ -23,14 +23,11 @@ class Dice(keras.layers.Layer):
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
-        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         # epsilon: batches of sparse positions can have columns that hardly vary.
-        self.standardize = Standardize(
-            frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, native=native, name="standardize"
-        )
+        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize")
 
     def build(self, input_shape: tuple) -> None:
         self.standardize.build(input_shape)
@@ -38,7 +35,7 @@ class Dice(keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor, num_rows: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
         """`num_rows`: how many of the M rows count, the first ones; None: all."""
-        return self.standardize.then(_GATE, inputs, (self.alpha.value,), num_rows, training)
+        return self.standardize.then(_gate, inputs, (self.alpha.value,), num_rows, training)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "frozen": self.standardize.frozen}
@@ -46,6 +43,3 @@ class Dice(keras.layers.Layer):
 
 def _gate(inputs: tf.Tensor, standardised: tf.Tensor, alpha: tf.Tensor) -> tf.Tensor:
     return inputs * (alpha + tf.sigmoid(standardised) * (1.0 - alpha))
-
-
-_GATE = ElementWise(_gate, "dice")

@@ -11,16 +11,17 @@ import tensorflow as tf
 from din_dist.config import Activation
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
+from din_dist.layers.native_dense import Stage
 from din_dist.layers.standardize import SumOverRanks
 
 
 def make_activation(
-    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, compiled: bool, native: bool, name: str
+    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, compiled: bool, name: str
 ) -> keras.layers.Layer:
     """A layer `[M, W] -> [M, W]`."""
     match activation:
         case Activation.DICE:
-            return Dice(frozen, sum_over_ranks, compiled, native, name=name)
+            return Dice(frozen, sum_over_ranks, compiled, name=name)
         case Activation.PRELU:
             return keras.layers.PReLU(name=name)
         case Activation.SIGMOID | Activation.RELU:
@@ -40,10 +41,10 @@ class HiddenLayers(keras.layers.Layer):
         sum_over_ranks: SumOverRanks = tf.identity,
         dropout: float = 0.0,
         compiled: bool = False,
-        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.hidden_units = tuple(units)
         self.dense_layers = [keras.layers.Dense(width, name=f"dense_{i}") for i, width in enumerate(units)]
         self.activations = [
             make_activation(
@@ -51,7 +52,6 @@ class HiddenLayers(keras.layers.Layer):
                 frozen=frozen,
                 sum_over_ranks=sum_over_ranks,
                 compiled=compiled,
-                native=native,
                 name=f"activation_{i}",
             )
             for i in range(len(units))
@@ -71,6 +71,12 @@ class HiddenLayers(keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor, keys: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
         return self.after_first(self.dense_layers[0](inputs), keys, training)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What follows the first Dense, for `run_stages`."""
+        following = [*self.dense_layers[1:], self.output_layer]
+        return [Stage(*each) for each in zip(self.activations, following, self.dropouts, strict=True)]
 
     def after_first(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 ACTIVATIONS = ("dice", "prelu", "sigmoid", "relu", "scaled")  # in the order of `Activation` in kernels/attention.h
+LANES = 16  # what rows of a layer's inputs are padded to a multiple of, as `kLane` there
 PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
 
 

@@ -25,21 +25,37 @@ class KeyedDropout(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, keys: tf.Tensor | None, training: bool = False) -> tf.Tensor:
         if not training or not self.rate:
             return inputs
-        if keys is None:
-            raise ValueError("Dropout draws from each example's key. Received: none. Pass example_keys in training.")
-        return _drop(inputs, keys, self.rate, self.stream, compiled=self.compiled)
+        return _drop(inputs, _required(keys), self.rate, self.stream, compiled=self.compiled)
+
+    def factors(self, keys: tf.Tensor | None, width: int) -> tf.Tensor:
+        """What the `width` units of each example of `keys` are multiplied by in training, `[B, width]`."""
+        return _factors(_required(keys), self.rate, self.stream, width, compiled=self.compiled)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "rate": self.rate, "stream": self.stream}
 
 
+def _required(keys: tf.Tensor | None) -> tf.Tensor:
+    if keys is None:
+        raise ValueError("Dropout draws from each example's key. Received: none. Pass example_keys in training.")
+    return keys
+
+
 @fused
 def _drop(inputs: tf.Tensor, keys: tf.Tensor, rate: float, stream: int) -> tf.Tensor:
-    units = tf.range(stream << 20, (stream << 20) + inputs.shape[-1], dtype=tf.int32)
+    return tf.where(_kept(keys, rate, stream, inputs.shape[-1]), inputs / (1.0 - rate), 0.0)
+
+
+@fused
+def _factors(keys: tf.Tensor, rate: float, stream: int, width: int) -> tf.Tensor:
+    return tf.where(_kept(keys, rate, stream, width), 1.0 / (1.0 - rate), 0.0)
+
+
+def _kept(keys: tf.Tensor, rate: float, stream: int, width: int) -> tf.Tensor:
+    units = tf.range(stream << 20, (stream << 20) + width, dtype=tf.int32)
     low, high = tf.unstack(tf.bitcast(keys, tf.int32), axis=-1)
     bits = _mix32((low[:, None] ^ _mix32(units)) + high[:, None])
-    kept = tf.cast(bits, tf.float32) >= rate * 2.0**32 - 2.0**31  # bits are uniform in [-2**31, 2**31)
-    return tf.where(kept, inputs / (1.0 - rate), 0.0)
+    return tf.cast(bits, tf.float32) >= rate * 2.0**32 - 2.0**31  # bits are uniform in [-2**31, 2**31)
 
 
 def _mix32(state: tf.Tensor) -> tf.Tensor:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from din_dist.layers import kernels
 from din_dist.layers.fused import fused
 
 SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers
 
 
-class ElementWise(NamedTuple):
-    """What is done to each element of `[M, W]`, and the name that our kernels know it by, if they do."""
-
-    run: Callable[..., tf.Tensor]  # (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W]
-    kernel: str = ""
+# (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W], what is done to each element
+ElementWise = Callable[..., tf.Tensor]
 
 
 @keras.saving.register_keras_serializable("din_dist")
@@ -40,12 +36,11 @@ class Standardize(keras.layers.Layer):
         epsilon: float = 1e-3,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
-        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.frozen, self.momentum, self.epsilon, self.sum_over_ranks = frozen, momentum, epsilon, sum_over_ranks
-        self.compiled, self.native = compiled, native
+        self.compiled = compiled
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -55,7 +50,7 @@ class Standardize(keras.layers.Layer):
         )
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.then(_ITSELF, inputs, training=training)
+        return self.then(_itself, inputs, training=training)
 
     def then(
         self,
@@ -68,36 +63,30 @@ class Standardize(keras.layers.Layer):
         """`function(inputs, standardised inputs, *parameters)`, all in one pass over `inputs` `[M, W]`.
 
         Args:
-            function: its `run` must be the same object at every call.
+            function: must be the same object at every call.
             num_rows: how many of the M rows count, the first ones; the rest is padding. None: all.
         """
         parameters = [tf.convert_to_tensor(parameter) for parameter in parameters]
-        if not training or (self.frozen and not self.native):
+        if not training or self.frozen:
             compiled = self.compiled and training
-            return _apply(function.run, inputs, *self.moving_statistics, *parameters, compiled=compiled)
-        passes: _Passes = _TensorflowPasses(function, num_rows, self.compiled)
-        if self.native and function.kernel and num_rows is None:
-            passes = _NativePasses(function)
-        if self.frozen:
-            mean, scale, count = *self.moving_statistics, None
-        else:
-            sums = passes.sums_about(tf.stop_gradient(inputs), self.moving_mean.value)
-            mean, scale, count = self.statistics_of(sums, tf.shape(inputs)[0] if num_rows is None else num_rows)
+            return _apply(function, inputs, *self.moving_statistics, *parameters, compiled=compiled)
+        modes = {"compiled": self.compiled}
+        sums = _sums_about(tf.stop_gradient(inputs), self.moving_mean.value, num_rows, **modes)
+        mean, scale, count = self.statistics_of(sums, tf.shape(inputs)[0] if num_rows is None else num_rows)
 
         @tf.custom_gradient
         def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
-            known = _Known(inputs, mean, scale, parameters)
+            known = (inputs, mean, scale)
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
                 width = inputs.shape[-1]
-                sums = passes.gradient_sums(upstream, known)
-                of_standardised, of_parameters = sums[: 2 * width], sums[2 * width : (2 + len(parameters)) * width]
-                # Frozen statistics do not depend on the inputs.
-                means = tf.zeros([2 * width]) if count is None else self.sum_over_ranks(of_standardised) / count
-                of_inputs = passes.gradient_of_inputs(upstream, means, known)
+                sums = _gradient_sums(function, upstream, *known, *parameters, **modes)
+                of_standardised, of_parameters = sums[: 2 * width], sums[2 * width :]
+                means = self.sum_over_ranks(of_standardised) / count
+                of_inputs = _gradient_of_inputs(function, upstream, *known, means, num_rows, *parameters, **modes)
                 return [of_inputs, *tf.split(of_parameters, len(parameters))] if parameters else [of_inputs]
 
-            return passes.apply(known), gradient
+            return _apply(function, *known, *parameters, **modes), gradient
 
         return differentiable(inputs, *parameters)
 
@@ -141,13 +130,10 @@ class BatchNormalization(keras.layers.Layer):
         frozen: bool = False,
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
-        native: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.standardize = Standardize(
-            frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, native=native, name="standardize"
-        )
+        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize")
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -156,7 +142,7 @@ class BatchNormalization(keras.layers.Layer):
         self.beta = self.add_weight(shape=(width,), initializer="zeros", name="beta")
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.standardize.then(_SCALED, inputs, (self.gamma.value, self.beta.value), training=training)
+        return self.standardize.then(_scaled, inputs, (self.gamma.value, self.beta.value), training=training)
 
     def affine(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Scale and offset `[W]`: out of training this layer is `scale * x + offset`."""
@@ -173,88 +159,6 @@ def _itself(inputs: tf.Tensor, standardised: tf.Tensor) -> tf.Tensor:
 
 def _scaled(inputs: tf.Tensor, standardised: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
     return standardised * gamma + beta
-
-
-_ITSELF = ElementWise(_itself)
-_SCALED = ElementWise(_scaled, "scaled")
-
-
-class _Known(NamedTuple):
-    """What a layer computes its outputs from."""
-
-    inputs: tf.Tensor  # [M, W]
-    mean: tf.Tensor
-    scale: tf.Tensor
-    parameters: Sequence[tf.Tensor]
-
-
-class _Passes(Protocol):
-    """Over the rows of a layer's inputs; see `_sums_about`, `_apply`, `_gradient_sums` and `_gradient_of_inputs`."""
-
-    def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor: ...
-
-    def apply(self, known: _Known) -> tf.Tensor: ...
-
-    def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor: ...
-
-    def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor: ...
-
-
-class _TensorflowPasses:
-    """By TensorFlow's operations, or XLA."""
-
-    def __init__(self, function: ElementWise, num_rows: tf.Tensor | None, compiled: bool) -> None:
-        self._function, self._num_rows, self._compiled = function.run, num_rows, compiled
-
-    def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
-        return _sums_about(inputs, centre, self._num_rows, compiled=self._compiled)
-
-    def apply(self, known: _Known) -> tf.Tensor:
-        return _apply(self._function, *known[:3], *known.parameters, compiled=self._compiled)
-
-    def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor:
-        return _gradient_sums(self._function, upstream, *known[:3], *known.parameters, compiled=self._compiled)
-
-    def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor:
-        arguments = (self._function, upstream, *known[:3], means, self._num_rows, *known.parameters)
-        return _gradient_of_inputs(*arguments, compiled=self._compiled)
-
-
-class _NativePasses:
-    """By kernels of our own."""
-
-    def __init__(self, function: ElementWise) -> None:
-        self._ops = kernels.library()
-        self._threads = {"num_threads": kernels.num_threads()}
-        self._gate = {"activation": kernels.ACTIVATIONS.index(function.kernel), **self._threads}
-
-    def sums_about(self, inputs: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
-        return self._ops.din_dist_sums_about(inputs, centre, **self._threads)
-
-    def apply(self, known: _Known) -> tf.Tensor:
-        return _like(known.inputs, self._ops.din_dist_gate(*known[:3], *_both(known.parameters), **self._gate))
-
-    def gradient_sums(self, upstream: tf.Tensor, known: _Known) -> tf.Tensor:
-        """And those of a second parameter that there may not be."""
-        inputs, *statistics = known[:3]
-        sums = self._ops.din_dist_gate_sums(inputs, upstream, *statistics, *_both(known.parameters), **self._gate)
-        sums.set_shape([4 * inputs.shape[-1]])
-        return sums
-
-    def gradient_of_inputs(self, upstream: tf.Tensor, means: tf.Tensor, known: _Known) -> tf.Tensor:
-        inputs, *statistics = known[:3]
-        arguments = (inputs, upstream, *statistics, *_both(known.parameters), *tf.split(means, 2))
-        return _like(inputs, self._ops.din_dist_gate_gradient(*arguments, **self._gate))
-
-
-def _like(inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    outputs.set_shape(inputs.shape)
-    return outputs
-
-
-def _both(parameters: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Alpha and beta, which the kernels take of every function; zeros for want of the second."""
-    return [*parameters, *[tf.zeros_like(parameters[0])] * (2 - len(parameters))]
 
 
 @fused

@@ -14,6 +14,7 @@ from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.fused import round_up
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
+from din_dist.layers.native_dense import Stage, run_stages
 from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.standardize import BatchNormalization, SumOverRanks
 
@@ -42,12 +43,12 @@ class RankingModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.lookup, self.compiled = lookup, compiled
+        self.lookup, self.compiled, self.native = lookup, compiled, native
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
-        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, native, name="interest_norm")
+        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="interest_norm")
         self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
-        self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, native, name="head_norm")
+        self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="head_norm")
         self.head = HiddenLayers(
             config.hidden_units,
             config.activation,
@@ -55,7 +56,6 @@ class RankingModel(keras.Model):
             sum_over_ranks=sum_over_ranks,
             dropout=config.dropout,
             compiled=compiled,
-            native=native,
             name="head",
         )
 
@@ -179,9 +179,15 @@ class RankingModel(keras.Model):
             num_pairs: how many of the P pairs are real; the rest is padding, of candidate -1. None: all.
         """
         interest = self.interest(candidate, keys, candidate_of, key_of, training, num_pairs)
-        interest = self.interest_projection(self.interest_norm(interest, training=training))
-        features = self.head_norm(self.head_inputs(interest, candidate), training=training)
-        return self.head(features, keys_of_dropout, training=training) + biases
+        if self.native and training:
+            interest = run_stages([Stage(self.interest_norm, self.interest_projection)], interest)
+            stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
+            scores = tf.squeeze(run_stages(stages, self.head_inputs(interest, candidate), keys_of_dropout), axis=1)
+        else:
+            interest = self.interest_projection(self.interest_norm(interest, training=training))
+            features = self.head_norm(self.head_inputs(interest, candidate), training=training)
+            scores = self.head(features, keys_of_dropout, training=training)
+        return scores + biases
 
 
 def items_of(batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:

@@ -239,6 +239,30 @@ def test_negatives_are_redrawn_each_epoch_only_when_asked(tmp_path: Path, resamp
     assert same == 1 if not resample else same < 0.3
 
 
+@pytest.mark.parametrize("group", [False, True])
+def test_an_event_and_its_negatives_are_neighbours_only_when_asked(tmp_path: Path, group: bool) -> None:
+    """Through the ranks and batches, whose sizes split groups of four; events come in another order each epoch."""
+    config = small_config(tmp_path, negatives_per_positive=3, group_negatives=group).data
+    store = prepare(config)
+    prepared = config, store, split_examples(store, config)
+    num_examples = prepared[2]["train"].num_examples
+    per_epoch = num_steps_per_epoch(num_examples, 50)
+
+    def order(epoch: int) -> list[int]:
+        steps = (epoch * per_epoch, (epoch + 1) * per_epoch)
+        ranks = [train(prepared, world_size=3, rank=rank, steps=steps) for rank in range(3)]
+        return [int(e) for step in zip(*ranks, strict=True) for share in step for e in share[schema.EXAMPLE_IDS]]
+
+    first, second = order(0), order(1)
+    assert sorted(first) == sorted(second) == list(range(num_examples))
+    events = np.array(first).reshape(-1, 4) // 4
+    assert (events == events[:, :1]).all() == group
+    assert first != second
+    if group:
+        assert np.array(first).reshape(-1, 4).tolist() == [[4 * e + draw for draw in range(4)] for e in events[:, 0]]
+        assert (np.diff(events[:, 0]) == 1).mean() < 0.1
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_takes_each_example_once_in_order(prepared, world_size: int) -> None:
     config, store, splits = prepared

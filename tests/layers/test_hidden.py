@@ -89,7 +89,7 @@ def test_dropout_follows_each_activation_in_training():
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="swish"):
-        make_activation("swish", frozen=False, sum_over_ranks=tf.identity, compiled=False, native=False, name="a")
+        make_activation("swish", frozen=False, sum_over_ranks=tf.identity, compiled=False, name="a")
 
 
 def test_the_layers_of_a_stack_start_apart():

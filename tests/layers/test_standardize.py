@@ -3,8 +3,6 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
-from din_dist.layers import kernels
-from din_dist.layers.dice import Dice
 from din_dist.layers.standardize import BatchNormalization, Standardize
 from tests.reference import padded_din
 from tests.reference.compare import randomise, weights_of
@@ -127,43 +125,3 @@ def test_config_round_trip():
     assert (again.frozen, again.momentum, again.epsilon, again.name) == (True, 0.5, 0.1, "s")
     again = BatchNormalization.from_config(BatchNormalization(frozen=True, name="b").get_config())
     assert (again.standardize.frozen, again.name) == (True, "b")
-
-
-def run(layer, inputs, direction):
-    """Outputs, and the gradients of their product with `direction` by the inputs and each weight."""
-    weights = [weight.value for weight in layer.trainable_weights]
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        outputs = layer(inputs, training=True)
-        total = tf.reduce_sum(outputs * direction)
-    return [outputs, *tape.gradient(total, [inputs, *weights])]
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("num_rows", [0, 1, 500])
-@pytest.mark.parametrize("width", [1, 16, 37, 80])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", [Dice, BatchNormalization])
-def test_kernels_of_our_own_do_the_same(kind, frozen, width, num_rows, num_threads, monkeypatch):
-    """For one tile of rows and many, columns that fill registers and that do not, far from their moving means."""
-    monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
-    random = np.random.default_rng(width)
-    inputs = tf.constant(random.normal(3.0, 2.0, (num_rows, width)), tf.float32)
-    direction = tf.constant(random.normal(size=inputs.shape), tf.float32)
-    theirs, ours = (built(kind(frozen, native=native), width) for native in (False, True))
-    for layer in (theirs, ours):
-        randomise(layer)
-    for _ in range(2):  # the second time with moving averages that both have changed
-        for own, other in zip(run(ours, inputs, direction), run(theirs, inputs, direction), strict=True):
-            assert_allclose(own, other, rtol=1e-4, atol=1e-4)
-        for own, other in zip(ours.non_trainable_weights, theirs.non_trainable_weights, strict=True):
-            assert_allclose(own, other, rtol=1e-5, atol=1e-6)
-
-
-def test_the_kernels_are_used(monkeypatch):
-    """Not TensorFlow's operations, which would make the comparison above one of equals."""
-    monkeypatch.setattr(kernels, "library", lambda: pytest.fail("asked for"))
-    layer = built(BatchNormalization(native=True))
-    layer(tf.ones([2, 1]))
-    with pytest.raises(pytest.fail.Exception, match="asked for"):
-        layer(tf.ones([2, 1]), training=True)

@@ -1,0 +1,217 @@
+"""Dense layers and the activations before them in kernels of our own: an activation's outputs never reach memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from din_dist.layers import kernels
+from din_dist.layers.dice import Dice
+from din_dist.layers.keyed_dropout import KeyedDropout
+from din_dist.layers.standardize import BatchNormalization, Standardize
+
+
+class Gate(NamedTuple):
+    """What is done to each element of `[M, W]`: an activation, batch normalisation, or nothing."""
+
+    kind: int  # of `kernels.ACTIVATIONS`
+    standardize: Standardize | None
+    alpha: tf.Tensor  # [W]; zeros where the kind has none
+    beta: tf.Tensor  # [W], likewise
+
+    @classmethod
+    def of(cls, layer: keras.layers.Layer | None, width: int) -> Gate:
+        """`layer`: None is the identity."""
+        nothing = tf.zeros([width])
+        match layer:
+            case BatchNormalization():
+                return cls(_kind("scaled"), layer.standardize, layer.gamma.value, layer.beta.value)
+            case Dice():
+                return cls(_kind("dice"), layer.standardize, layer.alpha.value, nothing)
+            case keras.layers.PReLU():
+                return cls(_kind("prelu"), None, layer.alpha.value, nothing)
+            case keras.layers.Activation():
+                return cls(_kind(layer.activation.__name__), None, nothing, nothing)
+        return cls(_kind("scaled"), None, tf.ones([width]), nothing)
+
+    @property
+    def centre(self) -> tf.Tensor:
+        """About which a kernel sums the inputs, `[W]`."""
+        return self.standardize.moving_mean.value if self.standardize else tf.zeros_like(self.alpha)
+
+    @property
+    def needs_sums(self) -> bool:
+        return self.standardize is not None and not self.standardize.frozen
+
+    def before(self, inputs: tf.Tensor, sums: tf.Tensor) -> Gated:
+        """Before `inputs` `[M, padded W]`, whose `sums` about `centre` are `[2W]`; keeps the moving averages."""
+        if self.standardize is None:
+            return Gated(self, inputs, tf.zeros_like(self.alpha), tf.ones_like(self.alpha), None)
+        if self.standardize.frozen:
+            return Gated(self, inputs, *self.standardize.moving_statistics, None)
+        return Gated(self, inputs, *self.standardize.statistics_of(sums, tf.shape(inputs)[0]))
+
+
+class Gated(NamedTuple):
+    """A gate as it is in one update, and what it is applied to."""
+
+    gate: Gate
+    inputs: tf.Tensor  # [M, padded W]
+    mean: tf.Tensor
+    scale: tf.Tensor
+    num_rows: tf.Tensor | None  # of all ranks, if the statistics are theirs
+
+    @property
+    def known(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return self.mean, self.scale, self.gate.alpha
+
+    def means(self, sums: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Of a kernel's `sums` `[3W]` or, with beta's, `[4W]`.
+
+        Returns the means over all ranks of the standardised inputs' gradient and of that times them, and the gradients
+        of alpha and beta by this rank.
+        """
+        width = self.gate.alpha.shape[0]
+        of_standardised, of_alpha, of_beta = sums[: 2 * width], sums[2 * width : 3 * width], sums[3 * width :]
+        of_standardised.set_shape([2 * width])
+        if self.num_rows is None:  # statistics that do not depend on the inputs, or none
+            return [tf.zeros_like(self.mean)] * 2, of_alpha, of_beta
+        return tf.split(self.gate.standardize.sum_over_ranks(of_standardised) / self.num_rows, 2), of_alpha, of_beta
+
+
+def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors: tf.Tensor | None = None) -> Gated:
+    """`(below * factors) kernel + bias`, as the inputs of `above`; `factors` `[M, padded W]`, None: all are 1."""
+    values, sums = kernels.library().din_dist_dense(
+        below.inputs,
+        kernel,
+        bias,
+        above.centre,
+        *below.known,
+        below.gate.beta,
+        _or_none(factors),
+        activation=below.gate.kind,
+        num_threads=kernels.num_threads(),
+    )
+    return above.before(values, sums)
+
+
+class DenseGradient(NamedTuple):
+    """What `dense_gradient` finds."""
+
+    of_outputs: tf.Tensor  # of the gate below, [M, padded W]
+    of_kernel: tf.Tensor
+    of_bias: tf.Tensor
+    sums: tf.Tensor  # for `Gated.means` of the gate below
+
+
+def dense_gradient(
+    below: Gated,
+    kernel: tf.Tensor,
+    above: Gated,
+    means: Sequence[tf.Tensor],
+    upstream: Sequence[tf.Tensor],
+    factors: tf.Tensor | None = None,
+) -> DenseGradient:
+    """The gradient of `dense` and of the gate above it.
+
+    Args:
+        means: of the gate above, by `Gated.means`.
+        upstream: of its outputs: rows `[M, padded W]` and nothing `[0]`, or a column `[M]` and a row `[W]`.
+    """
+    return DenseGradient(
+        *kernels.library().din_dist_dense_gradient(
+            below.inputs,
+            above.inputs,
+            kernel,
+            *below.known,
+            below.gate.beta,
+            _or_none(factors),
+            *above.known,
+            *means,
+            *upstream,
+            activation=below.gate.kind,
+            next_activation=above.gate.kind,
+            num_threads=kernels.num_threads(),
+        )
+    )
+
+
+class Stage(NamedTuple):
+    """A layer, what is done to its inputs, and what of that is left out."""
+
+    gate: keras.layers.Layer | None
+    dense: keras.layers.Dense
+    dropout: KeyedDropout | None = None
+
+
+def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | None = None) -> tf.Tensor:
+    """`[M, W] -> [M, units]`, in training, one stage after the other; `keys` `[M]` are those of the dropouts."""
+    widths = [inputs.shape[-1], *(stage.dense.units for stage in stages)]
+    gates = [Gate.of(layer, width) for layer, width in zip([*(s.gate for s in stages), None], widths, strict=True)]
+    factors = [_factors(stage.dropout, keys, width) for stage, width in zip(stages, widths[:-1], strict=True)]
+    weights = [weight.value for stage in stages for weight in (stage.dense.kernel, stage.dense.bias)]
+    sources = [inputs, *weights, *(parameter for gate in gates[:-1] for parameter in (gate.alpha, gate.beta))]
+    held_inputs, *held = map(tf.stop_gradient, sources)
+    pairs = [*zip(held[::2], held[1::2], strict=True)]
+    layers, parameters = pairs[: len(stages)], pairs[len(stages) :]
+    gates = [gate._replace(alpha=a, beta=b) for gate, (a, b) in zip(gates, [*parameters, gates[-1][2:]], strict=True)]
+
+    ops, threads = kernels.library(), {"num_threads": kernels.num_threads()}
+    sums = ops.din_dist_sums_about(held_inputs, gates[0].centre, **threads) if gates[0].needs_sums else None
+    gated = [gates[0].before(_with_padding(held_inputs), sums)]
+    for (kernel, bias), above, factor in zip(layers, gates[1:], factors, strict=True):
+        gated.append(dense(gated[-1], kernel, bias, above, factor))
+
+    def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+        above = [_with_padding(upstream), tf.zeros([0])]
+        means = [tf.zeros([widths[-1]])] * 2
+        of_weights: list[tf.Tensor] = []
+        of_parameters: list[tf.Tensor] = []
+        for place in reversed(range(len(stages))):
+            below = gated[place]
+            found = dense_gradient(below, layers[place][0], gated[place + 1], means, above, factors[place])
+            above = [found.of_outputs, tf.zeros([0])]
+            means, *of_gate = below.means(found.sums)
+            of_weights = [found.of_kernel, found.of_bias, *of_weights]
+            of_parameters = [*of_gate, *of_parameters]
+        of_inputs = ops.din_dist_gate_gradient(
+            held_inputs,
+            above[0][:, : widths[0]],
+            *gated[0].known,
+            *means,
+            activation=gated[0].gate.kind,
+            **threads,
+        )
+        found = [of_inputs, *of_weights, *of_parameters]
+        for own, source in zip(found, sources, strict=True):
+            own.set_shape(source.shape)
+        return found
+
+    @tf.custom_gradient
+    def differentiable(*_: tf.Tensor) -> Any:
+        outputs = gated[-1].inputs[:, : widths[-1]]
+        outputs.set_shape([None, widths[-1]])
+        return outputs, gradient
+
+    return differentiable(*sources)
+
+
+def _kind(name: str) -> int:
+    return kernels.ACTIVATIONS.index(name)
+
+
+def _or_none(factors: tf.Tensor | None) -> tf.Tensor:
+    return tf.zeros([0]) if factors is None else factors
+
+
+def _factors(dropout: KeyedDropout | None, keys: tf.Tensor | None, width: int) -> tf.Tensor | None:
+    return _with_padding(dropout.factors(keys, width)) if dropout is not None and dropout.rate else None
+
+
+def _with_padding(rows: tf.Tensor) -> tf.Tensor:
+    """`[M, W] -> [M, padded W]`, as the kernels want it."""
+    missing = -rows.shape[-1] % kernels.LANES
+    return tf.pad(rows, [[0, 0], [0, missing]]) if missing else rows
