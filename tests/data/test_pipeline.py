@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,14 @@ import pytest
 from din_dist import schema
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import BATCH_SIGNATURE, evaluation_batches, num_steps_per_epoch, share, training_batches
+from din_dist.data.pipeline import (
+    BATCH_SIGNATURE,
+    evaluation_batches,
+    num_steps_per_epoch,
+    read_ahead,
+    share,
+    training_batches,
+)
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.data.trained_items import trained_items
@@ -322,3 +331,39 @@ def test_mapped_arrays_are_not_copied(tmp_path: Path) -> None:
     next(batches)
     grown = private_bytes() - before
     assert grown < store.item_ids.nbytes / 2
+
+
+def test_reading_ahead_gives_the_same_and_is_one_ahead() -> None:
+    asked = [threading.Event() for _ in range(4)]
+
+    def batches() -> Iterator[dict[str, int]]:
+        for place, event in enumerate(asked[:3]):
+            event.set()
+            yield {"place": place}
+        asked[3].set()
+
+    seen = []
+    for batch in read_ahead(batches()):
+        assert asked[batch["place"] + 1].wait(10)  # the next one is being fetched while this one is at work
+        seen.append(batch["place"])
+    assert seen == [0, 1, 2]
+
+
+def test_reading_ahead_hands_on_what_fails() -> None:
+    def batches() -> Iterator[dict[str, int]]:
+        yield {}
+        raise OSError("truncated")
+
+    ahead = read_ahead(batches())
+    next(ahead)
+    with pytest.raises(OSError, match="truncated"):
+        next(ahead)
+
+
+def test_reading_ahead_ends_with_its_reader() -> None:
+    before = threading.active_count()
+    ahead = read_ahead(iter([{}, {}, {}]))
+    next(ahead)
+    assert threading.active_count() == before + 1
+    ahead.close()
+    assert threading.active_count() == before
