@@ -145,7 +145,8 @@ class DataConfig:
     group_negatives: bool = setting(
         False,
         "Without labels: an event and its negatives come one after the other in the order of an epoch, not each by "
-        "itself. They share a history, so an update has fewer distinct items, and fewer table rows to send and change.",
+        "itself. They share a history, so an update has fewer distinct items, and fewer table rows to send and change. "
+        "Each row is then in fewer updates: a penalty on the rows in use (--embedding_l2) may be larger.",
     )
     evaluation_negatives_per_positive: int = setting(
         1, "Without labels: negatives per positive for validation and test (the authors use 1); never redrawn."

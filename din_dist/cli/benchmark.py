@@ -24,7 +24,7 @@ from din_dist.distributed.cores import claim_cores
 WITHOUT_SHARED_MEMORY = "without_shared_memory"
 FORMS = (
     *("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", WITHOUT_SHARED_MEMORY),
-    *("without_metrics", "undoable"),
+    *("without_metrics", "undoable", "without_group_negatives"),
 )
 ROUNDS = 5
 
@@ -44,7 +44,8 @@ flags.DEFINE_list(
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
     "updated), without_native (our kernels), without_xla (nor that), without_shared_memory (between workers of one "
     "machine), without_metrics (nothing is measured or reported), undoable (the last updates are kept in memory, as in "
-    "elastic jobs). The first two do without XLA and our kernels as well.",
+    "elastic jobs), without_group_negatives (where that flag is given). The first two do without XLA and our kernels as "
+    "well.",
 )
 flags.DEFINE_string(
     "trace_dir",
@@ -149,6 +150,8 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, native=False))
     if form == "undoable":  # as whoever may skip an update must be able to
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, skip_nonfinite_steps=1))
+    if form == "without_group_negatives":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_negatives=False))
     spread = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
     job = assembly.make_job(config, runtime, store, num_threads=num_threads, spread=spread, **parts.get(form, {}))
 

@@ -205,6 +205,7 @@ def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
         "without_xla",
         "without_shared_memory",
         "undoable",
+        "without_group_negatives",
     )
     short = ("--benchmark_steps=10", "--benchmark_warmup_steps=2")
     done = run("benchmark", tmp_path, *short, "--xla", f"--compare={','.join(forms)}")

@@ -18,8 +18,10 @@ Each system is used as its documentation shows, so these differences remain:
 - Model. Ours follows the authors' code: scores divided by sqrt(H), a projection of the interest, the product of
   interest and candidate as a third input of the head, a bias an item, and scale and offset where they have batch
   normalisation (`--batch_norm=frozen`). The peers have none of these: their head sees candidate and interest.
-- Start. The peers' embeddings start at N(0, 1e-4), ours at Glorot's; each shuffles with its own generator. Our
-  benchmark of speed trains at a rate of 1e-6, which is the same work.
+- Start. The peers' embeddings start at N(0, 1e-4), ours at Glorot's. Our benchmark of speed trains at a rate of 1e-6,
+  which is the same work.
+- Order. Each shuffles with its own generator: the peers all examples, ours the events, each with its negative beside it
+  (`--group_negatives`, as in `launch/flags/recommended.flags`).
 - FuxiCTR clips gradients to norm 10 by default, and reads its batches in --loader_workers processes of their own, whose
   memory is not counted. Its documented model is the one that its wheel installs, `model_zoo.LongCTR.DIN`.
 - Scores are logits from ours and probabilities from the peers: GAUC sees only their order.
@@ -65,6 +67,7 @@ OTHER_SETTINGS = {
     "split": "leave_one_out",
     "item_features": "category_id",
     "negatives_per_positive": 1,
+    "group_negatives": True,
     "activation": "sigmoid",
     "attention_normalization": "softmax",
     "batch_norm": "frozen",
