@@ -44,8 +44,7 @@ flags.DEFINE_list(
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
     "updated), without_native (our kernels), without_xla (nor that), without_shared_memory (between workers of one "
     "machine), without_metrics (nothing is measured or reported), undoable (the last updates are kept in memory, as in "
-    "elastic jobs), without_group_negatives (where that flag is given). The first two do without XLA and our kernels as "
-    "well.",
+    "elastic jobs), without_group_negatives (where that flag is given). The first two do without XLA and our kernels.",
 )
 flags.DEFINE_string(
     "trace_dir",
