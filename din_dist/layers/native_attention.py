@@ -108,10 +108,10 @@ class _Update:
         for place in reversed(range(1, len(self._layers))):
             layer, below = self._layers[place], self._layers[place - 1]
             means, of_alpha, _ = layer.means(sums)
-            found = dense_gradient(below, self._kernels[place - 1], layer, means, above)
-            above, sums = [found.of_outputs, tf.zeros([0])], found.sums
-            of_alphas, of_kernels = [of_alpha, *of_alphas], [found.of_kernel, *of_kernels]
-            of_biases = [found.of_bias, *of_biases]
+            of_dense = dense_gradient(below, self._kernels[place - 1], layer, means, above)
+            above, sums = [of_dense.of_outputs, tf.zeros([0])], of_dense.sums
+            of_alphas, of_kernels = [of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
+            of_biases = [of_dense.of_bias, *of_biases]
         first = self._layers[0]
         means, of_alpha, _ = first.means(sums)
         of_candidate, of_keys, of_product, of_by_candidate, of_by_key = self._ops.din_dist_first_gradient(

@@ -77,7 +77,7 @@ class Gated(NamedTuple):
         width = self.gate.alpha.shape[0]
         of_standardised, of_alpha, of_beta = sums[: 2 * width], sums[2 * width : 3 * width], sums[3 * width :]
         of_standardised.set_shape([2 * width])
-        if self.num_rows is None:  # statistics that do not depend on the inputs, or none
+        if self.gate.standardize is None or self.num_rows is None:  # none, or frozen ones
             return [tf.zeros_like(self.mean)] * 2, of_alpha, of_beta
         return tf.split(self.gate.standardize.sum_over_ranks(of_standardised) / self.num_rows, 2), of_alpha, of_beta
 
@@ -172,10 +172,10 @@ def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | Non
         of_parameters: list[tf.Tensor] = []
         for place in reversed(range(len(stages))):
             below = gated[place]
-            found = dense_gradient(below, layers[place][0], gated[place + 1], means, above, factors[place])
-            above = [found.of_outputs, tf.zeros([0])]
-            means, *of_gate = below.means(found.sums)
-            of_weights = [found.of_kernel, found.of_bias, *of_weights]
+            of_dense = dense_gradient(below, layers[place][0], gated[place + 1], means, above, factors[place])
+            above = [of_dense.of_outputs, tf.zeros([0])]
+            means, *of_gate = below.means(of_dense.sums)
+            of_weights = [of_dense.of_kernel, of_dense.of_bias, *of_weights]
             of_parameters = [*of_gate, *of_parameters]
         of_inputs = ops.din_dist_gate_gradient(
             held_inputs,
