@@ -13,7 +13,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.config import Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import read_ahead, training_batches
+from din_dist.data.pipeline import Batch, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
@@ -32,7 +32,7 @@ from din_dist.training.history import History
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.telemetry import Telemetry
-from din_dist.training.train_step import Batch, MessageSizes, TrainStep
+from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import MakeBatches, Trainer, num_updates
 
 

@@ -81,10 +81,10 @@ struct Dense {
   int64_t units;
   const float* x;
   const float* factors;  // of dropout, [P, Padded(width)]; null: all are 1
-  const float* kernel;  // [width, Padded(units)]
-  const float* bias;    // [Padded(units)]
-  const float* centre;  // [Padded(units)]
-  float* next;          // [P, Padded(units)]
+  const float* kernel;   // [width, Padded(units)]
+  const float* bias;     // [Padded(units)]
+  const float* centre;   // [Padded(units)]
+  float* next;           // [P, Padded(units)]
 };
 
 struct DenseGradient {

@@ -109,14 +109,6 @@ class Call {
 
   const float* PaddedVector(int64_t size) { return Pad(Array<float>(size), 1, size, size, 1); }
 
-  // Likewise; zeros where the input has no elements.
-  const float* PaddedVectorOrZeros(int64_t size) {
-    int64_t given;
-    const float* from = Vector<float>(&given);
-    Require(given == 0 || given == size, "the kernels' arrays must fit each other");
-    return given ? Pad(from, 1, size, size, 1) : Floats(Padded(size));
-  }
-
   // An array of so many elements; null where the input has none.
   const float* ArrayOrNull(int64_t size) {
     int64_t given;
@@ -362,7 +354,7 @@ void Dense_(Call& call, const Settings& settings) {
   pass.bias = call.PaddedVector(pass.units);
   pass.centre = call.PaddedVector(pass.units);
   pass.gate = call.NextGate(settings.activation, width, false);
-  pass.gate.beta = call.PaddedVectorOrZeros(width);
+  pass.gate.beta = call.PaddedVector(width);
   pass.factors = call.ArrayOrNull(pass.num_pairs * padded);
   pass.next = call.Output({pass.num_pairs, units}, false);
   const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
@@ -383,7 +375,7 @@ void DenseGradient_(Call& call, const Settings& settings) {
   Require(padded == Padded(width) && next_padded == Padded(units) && next_rows == pass.num_pairs,
           "x and next must have padded rows");
   pass.gate = call.NextGate(settings.activation, width, false);
-  pass.gate.beta = call.PaddedVectorOrZeros(width);
+  pass.gate.beta = call.PaddedVector(width);
   pass.factors = call.ArrayOrNull(pass.num_pairs * padded);
   pass.next_gate = call.NextGate(settings.next_activation, units, true);
   pass.upstream = NextUpstream(call, pass.num_pairs, units);

@@ -44,7 +44,6 @@ class HiddenLayers(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.hidden_units = tuple(units)
         self.dense_layers = [keras.layers.Dense(width, name=f"dense_{i}") for i, width in enumerate(units)]
         self.activations = [
             make_activation(

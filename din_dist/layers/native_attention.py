@@ -38,7 +38,8 @@ class NativeActivationUnit(LocalActivationUnit):
         scorer = self.scorer
         sources = [candidate, keys, *self.first_terms(candidate, keys)]
         sources += [scorer.output_layer.kernel.value, scorer.output_layer.bias.value]
-        gates = [Gate.of(*pair) for pair in zip(scorer.activations, scorer.hidden_units, strict=True)]
+        widths = [dense.units for dense in scorer.dense_layers]
+        gates = [Gate.of(*pair) for pair in zip(scorer.activations, widths, strict=True)]
         sources += [gate.alpha for gate in gates]
         sources += [dense.kernel.value for dense in scorer.dense_layers[1:]]
         sources += [dense.bias.value for dense in scorer.dense_layers[1:]]

@@ -91,7 +91,7 @@ def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors
         above.centre,
         *below.known,
         below.gate.beta,
-        _or_none(factors),
+        _or_nothing(factors),
         activation=below.gate.kind,
         num_threads=kernels.num_threads(),
     )
@@ -128,7 +128,7 @@ def dense_gradient(
             kernel,
             *below.known,
             below.gate.beta,
-            _or_none(factors),
+            _or_nothing(factors),
             *above.known,
             *means,
             *upstream,
@@ -142,7 +142,7 @@ def dense_gradient(
 class Stage(NamedTuple):
     """A layer, what is done to its inputs, and what of that is left out."""
 
-    gate: keras.layers.Layer | None
+    gate: keras.layers.Layer
     dense: keras.layers.Dense
     dropout: KeyedDropout | None = None
 
@@ -203,7 +203,7 @@ def _kind(name: str) -> int:
     return kernels.ACTIVATIONS.index(name)
 
 
-def _or_none(factors: tf.Tensor | None) -> tf.Tensor:
+def _or_nothing(factors: tf.Tensor | None) -> tf.Tensor:
     return tf.zeros([0]) if factors is None else factors
 
 

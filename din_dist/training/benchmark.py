@@ -15,11 +15,12 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import Config
+from din_dist.data.pipeline import Batch
 from din_dist.distributed.gradients import merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
-from din_dist.training.train_step import Batch, StepResult, TrainStep, statistics_bytes
+from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
 
 LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
 

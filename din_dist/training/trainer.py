@@ -16,7 +16,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.config import Config, digest_of
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
+from din_dist.data.pipeline import BATCH_SIGNATURE, Batch, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
@@ -28,7 +28,7 @@ from din_dist.training.schedules import learning_rate
 from din_dist.training.state import TrainingState
 from din_dist.training.step_report import PARTS, StepReport
 from din_dist.training.telemetry import Telemetry
-from din_dist.training.train_step import Batch, MessageSizes, Requests, StepResult, TrainStep, checksum_of
+from din_dist.training.train_step import MessageSizes, Requests, StepResult, TrainStep, checksum_of
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
 _NAMED_EXAMPLES = 10  # of each rank, in an error
