@@ -35,7 +35,7 @@ from tests.cluster_lab import Host
 ROOT = Path(__file__).parents[2]
 NUM_WORKERS = 3
 DISK_BYTES = 192 << 20
-EPOCHS = 4
+EPOCHS = 8  # the faults take half of them at most: the job must not end before the last one has passed
 TRAINER_FLAGS = (
     "--dataset=event_log",
     "--split=leave_two_out",
