@@ -1,6 +1,8 @@
 // A few threads that share the shards of one pass.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -36,10 +38,11 @@ class Threads {
       shard_ = &shard;
       count_ = count;
       next_ = 0;
-      left_ = count;
+      left_ = waiting_ = count;
     }
     wake_.notify_all();
     Take();
+    Spin([this] { return left_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return left_ == 0; });
     count_ = 0;
@@ -47,6 +50,14 @@ class Threads {
   }
 
  private:
+  // Passes follow each other within tens of microseconds; to be woken takes longer, with all cores busy much longer.
+  template <typename Condition>
+  static void Spin(const Condition& holds) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
+    while (!holds() && std::chrono::steady_clock::now() < until) {
+    }
+  }
+
   // Shards until there are none.
   void Take() {
     for (;;) {
@@ -56,6 +67,7 @@ class Threads {
         std::lock_guard<std::mutex> lock(mutex_);
         if (next_ >= count_) return;
         mine = next_++;
+        --waiting_;
         shard = shard_;
       }
       std::exception_ptr problem;
@@ -72,6 +84,7 @@ class Threads {
 
   void Work() {
     for (;;) {
+      Spin([this] { return waiting_ > 0; });
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [this] { return next_ < count_; });
@@ -86,7 +99,8 @@ class Threads {
   std::vector<std::thread> threads_;
   const std::function<void(int)>* shard_ = nullptr;
   std::exception_ptr problem_;  // what a shard threw
-  int count_ = 0, next_ = 0, left_ = 0;
+  int count_ = 0, next_ = 0;
+  std::atomic<int> waiting_{0}, left_{0};  // shards that nobody has taken, and those that are not done
 };
 
 }  // namespace din
