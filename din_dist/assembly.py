@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import schema
-from din_dist.config import Config, ModelConfig, ModelKind, require
+from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import Batch, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
@@ -71,6 +71,7 @@ def make_model(
     sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     compiled: bool = False,
     native: bool = False,
+    in_bfloat16: bool = False,
     attention: type[LocalActivationUnit] | None = None,
 ) -> RankingModel:
     """A model with its variables made, the same for the same `seed`; `row_of_item` as of `LocalLookup`."""
@@ -78,9 +79,11 @@ def make_model(
     lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, name="lookup")
     match config.model:
         case ModelKind.DIN:
-            model: RankingModel = DIN(lookup, config, sum_over_ranks, compiled, native, attention, name="model")
+            model: RankingModel = DIN(
+                lookup, config, sum_over_ranks, compiled, native, in_bfloat16, attention, name="model"
+            )
         case ModelKind.MEAN_POOLING:
-            model = MeanPooling(lookup, config, sum_over_ranks, compiled, native, name="model")
+            model = MeanPooling(lookup, config, sum_over_ranks, compiled, native, in_bfloat16, name="model")
     model.build_variables()
     return model
 
@@ -127,6 +130,7 @@ def make_job(
         sum_over_ranks=lambda sums: in_graph.sum_in_graph([sums])[0],
         compiled=config.job.xla,
         native=native,
+        in_bfloat16=config.job.compute_dtype is ComputeDtype.BFLOAT16,
         attention=attention,
     )
     variables = {weight.path: weight.value for weight in model.trainable_weights}
@@ -194,7 +198,16 @@ def make_job(
 
 def _is_native(config: Config) -> bool:
     """Whether this process is to train in our kernels."""
+    in_bfloat16 = config.job.compute_dtype is ComputeDtype.BFLOAT16
     if not config.job.native or tf.config.get_visible_devices("GPU"):
+        received = "a GPU" if config.job.native else "--nonative"
+        require(
+            not in_bfloat16,
+            "bfloat16 is for our kernels, which run on CPUs",
+            "compute_dtype",
+            received,
+            "Use --compute_dtype=float32.",
+        )
         return False
     require(
         kernels.PATH.exists(),
@@ -202,6 +215,13 @@ def _is_native(config: Config) -> bool:
         "native",
         "no such file",
         "Run launch/setup.sh, which compiles it, or add --nonative for TensorFlow's own operations.",
+    )
+    require(
+        not in_bfloat16 or kernels.multiplies_bfloat16(),
+        "bfloat16 takes AVX512_BF16 (AMD Zen 4, Intel Sapphire Rapids or newer) and kernels built by g++ 10 or newer",
+        "compute_dtype",
+        "a processor or kernels without",
+        "Use --compute_dtype=float32.",
     )
     return True
 

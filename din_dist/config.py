@@ -67,6 +67,11 @@ class WireDtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class ComputeDtype(enum.StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class LogFormat(enum.StrEnum):
     TEXT = "text"
     JSON = "json"
@@ -327,6 +332,11 @@ class JobConfig:
         True,
         "On CPUs, train attention, Dice and batch normalisation in kernels of our own, which launch/setup.sh has "
         "compiled; else, and on GPUs, by TensorFlow and XLA.",
+    )
+    compute_dtype: ComputeDtype = setting(
+        ComputeDtype.FLOAT32,
+        "What training in our kernels rounds the factors of matrix products to: float32, as they are, or bfloat16, on "
+        "processors that multiply it (AVX512_BF16). Sums, weights and all else stay float32.",
     )
     checkpoint_every_steps: int = setting(0, "Updates between checkpoints; 0: at the end of each epoch only.")
     rejoin_timeout_seconds: float = setting(

@@ -18,13 +18,13 @@ from absl import flags
 
 from din_dist.cli import entry, sweep
 from din_dist.cli import flags as settings
-from din_dist.config import Config, require
+from din_dist.config import ComputeDtype, Config, require
 from din_dist.distributed.cores import claim_cores
 
 WITHOUT_SHARED_MEMORY = "without_shared_memory"
 FORMS = (
     *("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", WITHOUT_SHARED_MEMORY),
-    *("without_metrics", "undoable", "without_group_negatives"),
+    *("in_float32", "without_metrics", "undoable", "without_group_negatives"),
 )
 ROUNDS = 5
 
@@ -43,8 +43,9 @@ flags.DEFINE_list(
     "Other forms to run in turn with ours, for ratios: padded (histories as a rectangle, attention inputs side by "
     "side), unfactored (packed, but attention inputs side by side), dense_allreduce (whole tables exchanged and "
     "updated), without_native (our kernels), without_xla (nor that), without_shared_memory (between workers of one "
-    "machine), without_metrics (nothing is measured or reported), undoable (the last updates are kept in memory, as in "
-    "elastic jobs), without_group_negatives (where that flag is given). The first two do without XLA and our kernels.",
+    "machine), in_float32 (where --compute_dtype is another), without_metrics (nothing is measured or reported), "
+    "undoable (the last updates are kept in memory, as in elastic jobs), without_group_negatives (where that flag is "
+    "given). The first two do without XLA and our kernels.",
 )
 flags.DEFINE_string(
     "trace_dir",
@@ -143,6 +144,8 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         "dense_allreduce": {"exchange": DenseExchange},
         WITHOUT_SHARED_MEMORY: {"shared_memory": False},
     }
+    if form in ("padded", "unfactored", "without_xla", "without_native", "in_float32"):
+        config = dataclasses.replace(config, job=dataclasses.replace(config.job, compute_dtype=ComputeDtype.FLOAT32))
     if form in ("padded", "unfactored", "without_xla"):
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False, native=False))
     if form == "without_native":

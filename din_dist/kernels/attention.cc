@@ -1,9 +1,11 @@
-// Compiled once for each instruction set, DIN_ISA; DIN_LANES is how many floats its registers hold.
+// Compiled once for each instruction set, DIN_ISA; DIN_LANES is how many floats its registers hold. Where DIN_BFLOAT16 is
+// defined, the factors of matrix products are rounded to bfloat16; their sums and all else stay float32.
 #include "attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #if DIN_LANES == 16
 #include <immintrin.h>
@@ -67,6 +69,63 @@ inline V Sigmoid(V x) {
 
 // --- Matrix products ---
 
+// What the two factors of a product have in common, `inner`, is counted in elements. An element takes up a float's place:
+// it is one float, or two numbers in bfloat16, whose products are added up at once.
+#ifdef DIN_BFLOAT16
+constexpr int64_t kNumbers = 2;
+
+inline V MultiplyAdd(V left, V right, V sum) {
+  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+
+// The left factor's elements: of `size` numbers each two that follow each other. `to` may be `from`.
+const float* Along(const float* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += 2 * L) {
+    const V low = Load(from + i), high = i + L < size ? Load(from + i + L) : V{};
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    std::memcpy(to + i / 2, &both, sizeof both);
+  }
+  return to;
+}
+
+// The right factor's, [(rows + 1) / 2, width]: of each two rows that follow each other. `to` may be `from`.
+const float* Down(const float* from, int64_t rows, int64_t width, float* to) {
+  alignas(64) static const int16_t kInTurn[2 * L] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i in_turn = _mm512_load_si512(kInTurn);
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * width) {
+    for (int64_t i = 0; i < width; i += L) {
+      const V low = Load(from + i), high = r + 1 < rows ? Load(from + width + i) : V{};
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      const __m512i pairs = _mm512_permutexvar_epi16(in_turn, (__m512i)both);
+      std::memcpy(to + r / 2 * width + i, &pairs, sizeof pairs);
+    }
+  }
+  return to;
+}
+#else
+constexpr int64_t kNumbers = 1;
+
+inline V MultiplyAdd(V left, V right, V sum) { return sum + left * right; }
+
+inline const float* Along(const float* from, int64_t, float*) { return from; }
+inline const float* Down(const float* from, int64_t, int64_t, float*) { return from; }
+#endif
+
+inline int64_t Elements(int64_t numbers) { return (numbers + kNumbers - 1) / kNumbers; }
+
+// The right factor of all tiles.
+class Weights {
+ public:
+  Weights(const float* from, int64_t rows, int64_t width)
+      : room_(kNumbers > 1 ? Elements(rows) * width : 0), elements_(Down(from, rows, width, room_.data())) {}
+  operator const float*() const { return elements_; }
+
+ private:
+  std::vector<float> room_;
+  const float* elements_;
+};
+
 // R rows of C [R, N registers] += A [R, inner] B [inner, N registers]; `inner` is at least 1.
 template <int R, int N>
 inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, float* c,
@@ -85,7 +144,7 @@ inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, cons
     for (int r = 0; r < R; ++r) {
       const V left = All(a[r * row + k * step]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[r][n] += left * right[n];
+      for (int n = 0; n < N; ++n) sums[r][n] = MultiplyAdd(left, right[n], sums[r][n]);
     }
   } while (++k < inner);
 #pragma GCC unroll 16
@@ -291,6 +350,14 @@ void SumAbout(const float* x, const float* centre, int64_t rows, int64_t width, 
   }
 }
 
+void SumDown(const float* x, int64_t rows, int64_t width, double* sums) {
+  for (int64_t v = 0; v < width; v += L) {
+    V total{};
+    for (int64_t r = 0; r < rows; ++r) total += Load(x + r * width + v);
+    for (int64_t i = 0; i < L; ++i) sums[v + i] += total[i];
+  }
+}
+
 inline void Times(const float* __restrict a, const float* __restrict b, int64_t width, float* __restrict to) {
   for (int64_t i = 0; i < width; ++i) to[i] = a[i] * b[i];
 }
@@ -355,22 +422,74 @@ const float* UpstreamRows(const Upstream& upstream, int64_t begin, int64_t rows,
   return scratch;
 }
 
+// Copies [rows, from_width] to [rows, to_width], 0 beyond `from_width`.
+void CopyRows(const float* from, int64_t from_width, int64_t rows, float* to, int64_t to_width) {
+  const int64_t width = std::min(from_width, to_width);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * to_width, from + r * from_width, width * sizeof(float));
+    std::fill(to + r * to_width + width, to + (r + 1) * to_width, 0.0f);
+  }
+}
+
+// Rows [begin, begin + rows) of a dense array with their padding, in `scratch` if there is any.
+const float* PaddedRows(const float* from, int64_t begin, int64_t rows, int64_t width, float* scratch) {
+  from += begin * width;
+  if (width == Padded(width)) return from;
+  CopyRows(from, width, rows, scratch, Padded(width));
+  return scratch;
+}
+
 // --- Passes ---
+
+void RunProject(const Projection& pass, int64_t begin, int64_t end, float* scratch) {
+  const int64_t units = Padded(pass.units), width = Padded(pass.width);
+  const Weights kernel(pass.kernel, pass.width, units);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* from = PaddedRows(pass.from, tile, rows, pass.width, scratch);
+    float* to = pass.to + tile * units;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * units, pass.bias, units * sizeof(float));
+    Multiply(Along(from, rows * width, scratch), width / kNumbers, 1, rows, Elements(pass.width), kernel, units, units,
+             to, units);
+  }
+}
+
+void RunProjectGradient(const ProjectionGradient& pass, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
+                        float* scratch) {
+  const int64_t units = Padded(pass.units), width = Padded(pass.width);
+  float* of_from = scratch + kTile * width;
+  float* down = of_from + kTile * width;
+  float* along = down + kTile * units / kNumbers;
+  const Weights transposed_kernel(pass.transposed_kernel, pass.units, width);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t rows = std::min(kTile, end - tile);
+    const float* of_to = pass.of_to + tile * units;
+    SumDown(of_to, rows, units, of_bias);
+    const float* from = PaddedRows(pass.from, tile, rows, pass.width, scratch);
+    Multiply(Down(from, rows, width, scratch), 1, width, pass.width, Elements(rows), Down(of_to, rows, units, down),
+             units, units, of_kernel, units);
+    std::memset(of_from, 0, rows * width * sizeof(float));
+    Multiply(Along(of_to, rows * units, along), units / kNumbers, 1, rows, Elements(pass.units), transposed_kernel,
+             width, width, of_from, width);
+    for (int64_t r = 0; r < rows; ++r) Add(of_from + r * width, pass.width, pass.of_from + (tile + r) * pass.width);
+  }
+}
 
 void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float* products) {
   const int64_t units = Padded(pass.units), width = Padded(pass.width);
+  const Weights kernel(pass.kernel, pass.width, units);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
     float* x = pass.x + tile * units;
     for (int64_t r = 0; r < rows; ++r) {
-      const float* a = pass.by_candidate + pass.pairs.candidate_of[tile + r] * pass.units;
-      const float* b = pass.by_key + pass.pairs.key_of[tile + r] * pass.units;
+      const float* a = pass.by_candidate + pass.pairs.candidate_of[tile + r] * units;
+      const float* b = pass.by_key + pass.pairs.key_of[tile + r] * units;
       float* to = x + r * units;
-      for (int64_t i = 0; i < pass.units; ++i) to[i] = a[i] + b[i];
-      for (int64_t i = pass.units; i < units; ++i) to[i] = 0;
+      for (int64_t i = 0; i < units; i += L) Store(to + i, Load(a + i) + Load(b + i));
     }
-    Multiply(products, width, 1, rows, pass.width, pass.kernel, units, units, x, units);
+    Multiply(Along(products, rows * width, products), width / kNumbers, 1, rows, Elements(pass.width), kernel, units,
+             units, x, units);
     SumAbout(x, pass.centre, rows, units, sums);
   }
 }
@@ -382,39 +501,46 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, flo
   float* of_x = products + kTile * width;
   float* upstream = of_x + kTile * units;
   float* of_products = upstream;  // which is needed no more
+  float* down = upstream + kTile * std::max(units, width);
+  float* along = down + kTile * units / kNumbers;
+  const Weights transposed_kernel(pass.transposed_kernel, pass.gate.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
     Differentiate(pass.gate, pass.x + tile * units, up, rows, of_x);
     Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
-    Multiply(products, 1, width, pass.width, rows, of_x, units, units, of_kernel, units);
+    Multiply(Down(products, rows, width, products), 1, width, pass.width, Elements(rows),
+             Down(of_x, rows, units, down), units, units, of_kernel, units);
     std::memset(of_products, 0, rows * width * sizeof(float));
-    Multiply(of_x, units, 1, rows, pass.gate.width, pass.transposed_kernel, width, width, of_products, width);
+    Multiply(Along(of_x, rows * units, along), units / kNumbers, 1, rows, Elements(pass.gate.width), transposed_kernel,
+             width, width, of_products, width);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
       if (r + kAhead < rows) {
         const int64_t next = pass.pairs.key_of[tile + r + kAhead];
         Fetch(of_keys + next * pass.width, pass.width);
-        Fetch(of_by_key + next * pass.gate.width, pass.gate.width);
+        Fetch(of_by_key + next * units, units);
       }
       AddTimes(of_products + r * width, pass.keys + k * pass.width, pass.width, pass.of_candidate + q * pass.width);
       AddTimesAndScaled(of_products + r * width, pass.candidate + q * pass.width, pass.weights[tile + r],
                         pass.of_interest + q * pass.width, pass.width, of_keys + k * pass.width);
-      Add(of_x + r * units, pass.gate.width, pass.of_by_candidate + q * pass.gate.width);
-      Add(of_x + r * units, pass.gate.width, of_by_key + k * pass.gate.width);
+      Add(of_x + r * units, units, pass.of_by_candidate + q * units);
+      Add(of_x + r * units, units, of_by_key + k * units);
     }
   }
 }
 
 void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float* activated) {
   const int64_t units = Padded(pass.units), width = Padded(pass.gate.width);
+  const Weights kernel(pass.kernel, pass.gate.width, units);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     Activate(pass.gate, pass.x + tile * width, rows, activated);
     if (pass.factors) MultiplyBy(pass.factors + tile * width, rows * width, activated);
     float* next = pass.next + tile * units;
     for (int64_t r = 0; r < rows; ++r) std::memcpy(next + r * units, pass.bias, units * sizeof(float));
-    Multiply(activated, width, 1, rows, pass.gate.width, pass.kernel, units, units, next, units);
+    Multiply(Along(activated, rows * width, activated), width / kNumbers, 1, rows, Elements(pass.gate.width), kernel,
+             units, units, next, units);
     SumAbout(next, pass.centre, rows, units, sums);
   }
 }
@@ -425,26 +551,27 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
   float* activated = scratch;
   float* of_next = activated + kTile * width;
   float* upstream = of_next + kTile * units;
-  float* tile_sums = upstream + kTile * units;
+  float* down = upstream + kTile * units;
+  float* along = down + kTile * units / kNumbers;
+  float* tile_sums = down + kTile * units;
   std::fill_n(tile_sums, 4 * width, 0.0f);
+  const Weights transposed_kernel(pass.transposed_kernel, pass.next_gate.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
     Differentiate(pass.next_gate, pass.next + tile * units, up, rows, of_next);
-    for (int64_t v = 0; v < units; v += L) {
-      V total{};
-      for (int64_t r = 0; r < rows; ++r) total += Load(of_next + r * units + v);
-      for (int64_t i = 0; i < L; ++i) of_bias[v + i] += total[i];
-    }
+    SumDown(of_next, rows, units, of_bias);
     float* of_outputs = pass.of_outputs + tile * width;
     std::memset(of_outputs, 0, rows * width * sizeof(float));
-    Multiply(of_next, units, 1, rows, pass.next_gate.width, pass.transposed_kernel, width, width, of_outputs, width);
+    Multiply(Along(of_next, rows * units, along), units / kNumbers, 1, rows, Elements(pass.next_gate.width),
+             transposed_kernel, width, width, of_outputs, width);
     const float* factors = pass.factors ? pass.factors + tile * width : nullptr;
     if (factors) MultiplyBy(factors, rows * width, of_outputs);
     ActivateAndSum(pass.gate, pass.x + tile * width, of_outputs, rows, activated, tile_sums);
     if (factors) MultiplyBy(factors, rows * width, activated);
     Gather(tile_sums, 4 * width, sums);
-    Multiply(activated, 1, width, pass.gate.width, rows, of_next, units, units, of_kernel, units);
+    Multiply(Down(activated, rows, width, activated), 1, width, pass.gate.width, Elements(rows),
+             Down(of_next, rows, units, down), units, units, of_kernel, units);
   }
 }
 
@@ -516,23 +643,6 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
   }
 }
 
-// Copies [rows, from_width] to [rows, to_width], 0 beyond `from_width`.
-void CopyRows(const float* from, int64_t from_width, int64_t rows, float* to, int64_t to_width) {
-  const int64_t width = std::min(from_width, to_width);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(to + r * to_width, from + r * from_width, width * sizeof(float));
-    std::fill(to + r * to_width + width, to + (r + 1) * to_width, 0.0f);
-  }
-}
-
-// Rows [begin, begin + rows) of a dense array with their padding, in `scratch` if there is any.
-const float* PaddedRows(const float* from, int64_t begin, int64_t rows, int64_t width, float* scratch) {
-  from += begin * width;
-  if (width == Padded(width)) return from;
-  CopyRows(from, width, rows, scratch, Padded(width));
-  return scratch;
-}
-
 void RunSumsAbout(const Normalised& pass, int64_t begin, int64_t end, double* sums, float* scratch) {
   const int64_t width = pass.gate.width;
   for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -556,7 +666,7 @@ void RunGateGradient(const Normalised& pass, int64_t begin, int64_t end, float* 
 
 }  // namespace
 
-extern const Passes kPasses{RunFirst, RunFirstGradient, RunDense,     RunDenseGradient,
+extern const Passes kPasses{RunProject, RunProjectGradient, RunFirst, RunFirstGradient, RunDense,     RunDenseGradient,
                             RunPool,  RunPoolGradient,  RunSumsAbout, RunGateGradient};
 
 }  // namespace DIN_ISA

@@ -44,6 +44,25 @@ struct Upstream {
   const float* row;
 };
 
+// to = from kernel + bias
+struct Projection {
+  int64_t width;  // H
+  int64_t units;
+  const float* from;    // [N, H]
+  const float* kernel;  // [H, Padded(units)]
+  const float* bias;    // [Padded(units)]
+  float* to;            // [N, Padded(units)]
+};
+
+struct ProjectionGradient {
+  int64_t width;
+  int64_t units;
+  const float* from;
+  const float* of_to;
+  const float* transposed_kernel;  // [units, Padded(H)]
+  float* of_from;                  // [N, H], added to
+};
+
 // x = (q * k) kernel + by_candidate[q] + by_key[k]
 struct First {
   Pairs pairs;
@@ -52,8 +71,8 @@ struct First {
   const float* candidate;     // [C, H]
   const float* keys;          // [K, H]
   const float* kernel;        // [H, Padded(units)]
-  const float* by_candidate;  // [C, units]
-  const float* by_key;        // [K, units]
+  const float* by_candidate;  // [C, Padded(units)]
+  const float* by_key;        // [K, Padded(units)]
   const float* centre;        // [Padded(units)], about which the sums are taken
   float* x;                   // [P, Padded(units)]
 };
@@ -71,7 +90,7 @@ struct FirstGradient {
   const float* weights;      // [P]
   const float* of_interest;  // [C, H]
   float* of_candidate;       // [C, H], 0 at first
-  float* of_by_candidate;    // [C, units], 0 at first
+  float* of_by_candidate;    // [C, Padded(units)], 0 at first
 };
 
 // next = (gate(x) * factors) kernel + bias
@@ -140,9 +159,13 @@ struct Normalised {
 
 // The passes for one instruction set, over the pairs [begin, end). Sums are added to; `scratch` as long as needed.
 struct Passes {
+  void (*project)(const Projection&, int64_t begin, int64_t end, float* scratch);
+  // of_kernel: [H, Padded(units)]
+  void (*project_gradient)(const ProjectionGradient&, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
+                           float* scratch);
   // sums: [2, Padded(units)] of x - centre and its square
   void (*first)(const First&, int64_t begin, int64_t end, double* sums, float* scratch);
-  // of_kernel: [H, Padded(units)]; of_keys: [K, H]; of_by_key: [K, units]
+  // of_kernel: [H, Padded(units)]; of_keys: [K, H]; of_by_key: [K, Padded(units)]
   void (*first_gradient)(const FirstGradient&, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
                          float* of_by_key, float* scratch);
   void (*dense)(const Dense&, int64_t begin, int64_t end, double* sums, float* scratch);
@@ -162,6 +185,9 @@ constexpr int64_t kTile = 64;  // pairs that are worked on together
 // Floats of scratch for layers up to so wide.
 inline int64_t ScratchFloats(int64_t widest) { return 4 * kTile * Padded(widest) + 8 * Padded(widest); }
 
+namespace avx512_bf16 {  // multiplies matrices in bfloat16
+extern const Passes kPasses;
+}
 namespace avx512 {
 extern const Passes kPasses;
 }

@@ -1,13 +1,17 @@
 // The passes of attention.h as TensorFlow operations. Called by layers/native_attention.py and layers/standardize.py
 // alone.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention.h"
+#include "memory.h"
 #include "tensorflow.h"
 #include "threads.h"
 
@@ -43,12 +47,28 @@ const Passes& BestPasses() {
   return *best;
 }
 
+// Those that multiply in bfloat16; null where the compiler or the processor does not know how to.
+const Passes* PassesInBfloat16() {
+#if defined(DIN_BFLOAT16)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (Runs("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) return &avx512_bf16::kPasses;
+#endif
+  return nullptr;
+}
+
+const Passes& PassesOf(bool in_bfloat16) {
+  if (!in_bfloat16) return BestPasses();
+  const Passes* const found = PassesInBfloat16();
+  Require(found, "bfloat16 takes a processor and kernels that multiply it");
+  return *found;
+}
+
 // --- TensorFlow's side ---
 
 // What an operation was built with.
 struct Settings {
   int32_t activation = 0, next_activation = 0, num_threads = 1;
-  bool softmax = false;
+  bool softmax = false, in_bfloat16 = false;
 };
 
 // One call of an operation: inputs and outputs in order, freed at its end.
@@ -117,7 +137,7 @@ class Call {
     return given ? from : nullptr;
   }
 
-  float* Floats(int64_t size) {
+  float* Zeros(int64_t size) {
     made_.emplace_back(size, 0.0f);
     return made_.back().data();
   }
@@ -156,7 +176,7 @@ class Call {
  private:
   const float* Pad(const float* from, int64_t rows, int64_t columns, int64_t row, int64_t step) {
     const int64_t padded = Padded(columns);
-    float* to = Floats(rows * padded);
+    float* to = Zeros(rows * padded);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) to[r * padded + c] = from[r * row + c * step];
     }
@@ -190,7 +210,7 @@ constexpr int kMore = 4;
 class Shared {
  public:
   Shared(float* output, int64_t size, int shards)
-      : output_(output), size_(size), shards_(shards), rest_(new float[(shards - 1) * size]) {}
+      : output_(output), size_(size), shards_(shards), rest_((shards - 1) * size) {}
 
   // A shard's own, zeros at first. To be asked for once, by the shard: large arrays take long to fill.
   float* Of(int shard) {
@@ -211,12 +231,12 @@ class Shared {
   }
 
  private:
-  float* At(int shard) { return shard ? rest_.get() + (shard - 1) * size_ : output_; }
+  float* At(int shard) { return shard ? rest_.data() + (shard - 1) * size_ : output_; }
 
   float* output_;
   int64_t size_;
   int shards_;
-  std::unique_ptr<float[]> rest_;
+  Floats rest_;
 };
 
 // Likewise, of sums in float64.
@@ -257,12 +277,41 @@ struct Shard {
 
 // Runs `pass(passes, shard)` over the shards.
 template <typename Pass>
-void RunShards(int num_threads, const std::vector<int64_t>& bounds, int64_t widest, const Pass& pass) {
+void RunShards(const Settings& settings, const std::vector<int64_t>& bounds, int64_t widest, const Pass& pass) {
   const int shards = static_cast<int>(bounds.size()) - 1;
-  Threads::Get().Run(num_threads, shards, [&](int shard) {
-    std::vector<float> scratch(ScratchFloats(widest));
-    pass(BestPasses(), Shard{shard, bounds[shard], bounds[shard + 1], scratch.data()});
+  const Passes& passes = PassesOf(settings.in_bfloat16);
+  Threads::Get().Run(settings.num_threads, shards, [&](int shard) {
+    const Floats scratch(ScratchFloats(widest));
+    pass(passes, Shard{shard, bounds[shard], bounds[shard + 1], scratch.data()});
   });
+}
+
+// from kernel + bias, [rows, Padded(units)].
+Floats Project(Projection pass, int64_t rows, const Settings& settings) {
+  Floats to(rows * Padded(pass.units));
+  pass.to = to.data();
+  const auto bounds = Shards(rows, kMore * settings.num_threads, nullptr);
+  RunShards(settings, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
+    run.project(pass, shard.begin, shard.end, shard.scratch);
+  });
+  return to;
+}
+
+// Adds to `pass.of_from`; writes of_kernel [H, units] and, unless it is null, of_bias [units].
+void GradientOfProjection(Call& call, const ProjectionGradient& pass, int64_t rows, const Settings& settings,
+                          float* of_kernel, float* of_bias) {
+  const int64_t units = Padded(pass.units);
+  const auto bounds = Shards(rows, kMore * settings.num_threads, nullptr);
+  const int shards = static_cast<int>(bounds.size()) - 1;
+  float* padded_kernel = call.Zeros(pass.width * units);
+  Shared kernels(padded_kernel, pass.width * units, shards);
+  Sums biases(units, shards);
+  RunShards(settings, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
+    run.project_gradient(pass, shard.begin, shard.end, kernels.Of(shard.index), biases.Of(shard.index), shard.scratch);
+  });
+  kernels.Merge(settings.num_threads);
+  Unpad(padded_kernel, pass.width, pass.units, of_kernel);
+  if (of_bias) biases.Write(0, pass.units, of_bias);
 }
 
 void First_(Call& call, const Settings& settings) {
@@ -271,19 +320,28 @@ void First_(Call& call, const Settings& settings) {
   pass.candidate = call.Matrix(&num_candidates, &pass.width);
   pass.keys = call.Matrix(&num_keys, &width);
   Require(width == pass.width, "candidates and keys must be equally wide");
-  pass.by_candidate = call.Matrix(&width, &pass.units);
-  Require(width == num_candidates, "by_candidate must have a row for each candidate");
-  pass.by_key = call.Array<float>(num_keys * pass.units);
-  int64_t columns;
-  pass.kernel = call.PaddedMatrix(&width, &columns);
-  Require(width == pass.width && columns == pass.units, "the kernel must fit");
+  const auto next_kernel = [&] {
+    const float* kernel = call.PaddedMatrix(&width, &pass.units);
+    Require(width == pass.width, "the kernels must fit");
+    return kernel;
+  };
+  const float* of_candidate = next_kernel();
+  const float* of_key = next_kernel();
+  pass.kernel = next_kernel();
+  const float* bias = call.PaddedVector(pass.units);
   pass.centre = call.PaddedVector(pass.units);
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   const int64_t units = Padded(pass.units);
   pass.x = call.Output({pass.pairs.count, units}, false);
+  const float* no_bias = call.Zeros(units);
+  const auto by_candidate =
+      Project({pass.width, pass.units, pass.candidate, of_candidate, bias, nullptr}, num_candidates, settings);
+  const auto by_key = Project({pass.width, pass.units, pass.keys, of_key, no_bias, nullptr}, num_keys, settings);
+  pass.by_candidate = by_candidate.data();
+  pass.by_key = by_key.data();
   const auto bounds = Shards(pass.pairs.count, kMore * settings.num_threads, nullptr);
   Sums sums(2 * units, bounds.size() - 1);
-  RunShards(settings.num_threads, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
     run.first(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
   sums.WriteRows(call, 2, pass.units);
@@ -311,8 +369,14 @@ void FirstGradient_(Call& call, const Settings& settings) {
   int64_t num_candidates, num_keys, width, units, num_pairs;
   pass.candidate = call.Matrix(&num_candidates, &pass.width);
   pass.keys = call.Matrix(&num_keys, &width);
-  pass.transposed_kernel = call.TransposedMatrix(&width, &units);
-  Require(width == pass.width, "the kernel must fit");
+  const auto next_kernel = [&] {
+    const float* kernel = call.TransposedMatrix(&width, &units);
+    Require(width == pass.width, "the kernels must fit");
+    return kernel;
+  };
+  const float* transposed_of_candidate = next_kernel();
+  const float* transposed_of_key = next_kernel();
+  pass.transposed_kernel = next_kernel();
   int64_t padded;
   pass.x = call.Matrix(&num_pairs, &padded);
   Require(padded == Padded(units), "x must have padded rows");
@@ -324,17 +388,21 @@ void FirstGradient_(Call& call, const Settings& settings) {
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
   pass.of_candidate = call.Output({num_candidates, pass.width});
   float* of_keys = call.Output({num_keys, pass.width}, false);
+  float* of_candidates_kernel = call.Output({pass.width, units}, false);
+  float* of_keys_kernel = call.Output({pass.width, units}, false);
   float* of_kernel = call.Output({pass.width, units}, false);
-  pass.of_by_candidate = call.Output({num_candidates, units});
-  float* of_by_key = call.Output({num_keys, units}, false);
+  float* of_bias = call.Output({units}, false);
+  const Floats of_by_candidate(num_candidates * padded), of_by_key(num_keys * padded);
+  pass.of_by_candidate = of_by_candidate.data();
+  std::fill_n(pass.of_by_candidate, num_candidates * padded, 0.0f);
   // To fill and to merge a copy of all keys' gradients costs about as much as so many pairs.
   const int64_t copies = std::max<int64_t>(2, 2 * num_pairs / std::max<int64_t>(num_keys, 1));
   const auto bounds = Shards(num_pairs, std::min<int64_t>(settings.num_threads, copies), &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
-  Shared keys(of_keys, num_keys * pass.width, shards), by_key(of_by_key, num_keys * units, shards);
-  float* padded_kernel = call.Floats(pass.width * padded);
+  Shared keys(of_keys, num_keys * pass.width, shards), by_key(of_by_key.data(), num_keys * padded, shards);
+  float* padded_kernel = call.Zeros(pass.width * padded);
   Shared kernel(padded_kernel, pass.width * padded, shards);
-  RunShards(settings.num_threads, bounds, std::max(pass.width, units), [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, std::max(pass.width, units), [&](const Passes& run, const Shard& shard) {
     run.first_gradient(pass, shard.begin, shard.end, kernel.Of(shard.index),
                        keys.Of(shard.index), by_key.Of(shard.index), shard.scratch);
   });
@@ -342,6 +410,11 @@ void FirstGradient_(Call& call, const Settings& settings) {
   by_key.Merge(settings.num_threads);
   kernel.Merge(1);
   Unpad(padded_kernel, pass.width, units, of_kernel);
+  GradientOfProjection(
+      call, {pass.width, units, pass.candidate, pass.of_by_candidate, transposed_of_candidate, pass.of_candidate},
+      num_candidates, settings, of_candidates_kernel, of_bias);
+  GradientOfProjection(call, {pass.width, units, pass.keys, of_by_key.data(), transposed_of_key, of_keys}, num_keys,
+                       settings, of_keys_kernel, nullptr);
 }
 
 void Dense_(Call& call, const Settings& settings) {
@@ -359,7 +432,7 @@ void Dense_(Call& call, const Settings& settings) {
   pass.next = call.Output({pass.num_pairs, units}, false);
   const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
   Sums sums(2 * units, bounds.size() - 1);
-  RunShards(settings.num_threads, bounds, std::max(width, pass.units), [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, std::max(width, pass.units), [&](const Passes& run, const Shard& shard) {
     run.dense(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
   sums.WriteRows(call, 2, pass.units);
@@ -384,10 +457,10 @@ void DenseGradient_(Call& call, const Settings& settings) {
   float* of_bias = call.Output({units}, false);
   const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
   const int shards = static_cast<int>(bounds.size()) - 1;
-  float* padded_kernel = call.Floats(width * next_padded);
+  float* padded_kernel = call.Zeros(width * next_padded);
   Shared kernels(padded_kernel, width * next_padded, shards);
   Sums biases(next_padded, shards), sums(4 * padded, shards);
-  RunShards(settings.num_threads, bounds, std::max(width, units), [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, std::max(width, units), [&](const Passes& run, const Shard& shard) {
     run.dense_gradient(pass, shard.begin, shard.end, kernels.Of(shard.index),
                        biases.Of(shard.index), sums.Of(shard.index), shard.scratch);
   });
@@ -415,7 +488,7 @@ void Pool_(Call& call, const Settings& settings) {
   pass.interest = call.Output({num_candidates, pass.width});
   pass.weights = call.Output({num_pairs}, false);
   const auto bounds = Shards(num_pairs, kMore * settings.num_threads, &pass.pairs);
-  RunShards(settings.num_threads, bounds, inner, [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, inner, [&](const Passes& run, const Shard& shard) {
     run.pool(pass, shard.begin, shard.end, shard.scratch);
   });
 }
@@ -442,7 +515,7 @@ void PoolGradient_(Call& call, const Settings& settings) {
   const auto bounds = Shards(num_pairs, kMore * settings.num_threads, &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
   Sums outputs(padded + 1, shards), sums(3 * padded, shards);
-  RunShards(settings.num_threads, bounds, inner, [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, inner, [&](const Passes& run, const Shard& shard) {
     run.pool_gradient(pass, shard.begin, shard.end, outputs.Of(shard.index), sums.Of(shard.index), shard.scratch);
   });
   outputs.Write(0, inner, of_output);
@@ -456,7 +529,7 @@ void SumsAbout_(Call& call, const Settings& settings) {
   pass.centre = call.PaddedVector(pass.gate.width);
   const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
   Sums sums(2 * Padded(pass.gate.width), bounds.size() - 1);
-  RunShards(settings.num_threads, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
     run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
   sums.WriteRows(call, 2, pass.gate.width);
@@ -470,7 +543,7 @@ void GateGradient_(Call& call, const Settings& settings) {
   pass.gate = call.NextGate(settings.activation, width, true);
   pass.of_x = call.Output({pass.num_rows, width}, false);
   const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
-  RunShards(settings.num_threads, bounds, width, [&](const Passes& run, const Shard& shard) {
+  RunShards(settings, bounds, width, [&](const Passes& run, const Shard& shard) {
     run.gate_gradient(pass, shard.begin, shard.end, shard.scratch);
   });
 }
@@ -490,11 +563,15 @@ class Operation {
     read("activation", &settings_.activation);
     read("next_activation", &settings_.next_activation);
     read("num_threads", &settings_.num_threads);
-    if (TF_OpKernelConstruction_HasAttr(construction, "softmax", status)) {
-      TF_Bool softmax = 0;
-      TF_OpKernelConstruction_GetAttrBool(construction, "softmax", &softmax, status);
-      settings_.softmax = softmax;
-    }
+    const auto read_bool = [&](const char* name, bool* to) {
+      TF_Bool value = 0;
+      if (TF_OpKernelConstruction_HasAttr(construction, name, status)) {
+        TF_OpKernelConstruction_GetAttrBool(construction, name, &value, status);
+        *to = value;
+      }
+    };
+    read_bool("softmax", &settings_.softmax);
+    read_bool("in_bfloat16", &settings_.in_bfloat16);
     settings_.num_threads = std::max(settings_.num_threads, 1);
   }
 
@@ -517,27 +594,29 @@ void Register(const char* name, const std::vector<const char*>& inputs, const st
 const bool kRegistered = [] {
   const std::vector<const char*> activation{"activation: int"};
   Register<First_>("DinDistFirst",
-                   {"candidate: float", "keys: float", "by_candidate: float", "by_key: float", "kernel: float",
-                    "centre: float", "candidate_of: int32", "key_of: int32"},
-                   {"x: float", "sums: float"}, {});
+                   {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float",
+                    "kernel: float", "bias: float", "centre: float", "candidate_of: int32", "key_of: int32"},
+                   {"x: float", "sums: float"}, {"in_bfloat16: bool"});
   Register<FirstGradient_>(
       "DinDistFirstGradient",
-      {"candidate: float", "keys: float", "kernel: float", "x: float", "mean: float", "scale: float", "alpha: float",
+      {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float", "kernel: float",
+       "x: float", "mean: float", "scale: float", "alpha: float",
        "mean_of_gradient: float", "mean_of_product: float", "upstream: float", "upstream_row: float",
        "weights: float", "of_interest: float", "candidate_of: int32", "key_of: int32"},
-      {"of_candidate: float", "of_keys: float", "of_kernel: float", "of_by_candidate: float", "of_by_key: float"},
-      activation);
+      {"of_candidate: float", "of_keys: float", "of_kernel_of_candidate: float", "of_kernel_of_key: float",
+       "of_kernel: float", "of_bias: float"},
+      {"activation: int", "in_bfloat16: bool"});
   Register<Dense_>("DinDistDense",
                    {"x: float", "kernel: float", "bias: float", "centre: float", "mean: float", "scale: float",
                     "alpha: float", "beta: float", "factors: float"},
-                   {"next: float", "sums: float"}, activation);
+                   {"next: float", "sums: float"}, {"activation: int", "in_bfloat16: bool"});
   Register<DenseGradient_>(
       "DinDistDenseGradient",
       {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "beta: float",
        "factors: float", "next_mean: float", "next_scale: float", "next_alpha: float", "mean_of_gradient: float", "mean_of_product: float",
        "upstream: float", "upstream_row: float"},
       {"of_outputs: float", "of_kernel: float", "of_bias: float", "sums: float"},
-      {"activation: int", "next_activation: int"});
+      {"activation: int", "next_activation: int", "in_bfloat16: bool"});
   Register<Pool_>("DinDistPool",
                   {"x: float", "output: float", "bias: float", "mean: float", "scale: float", "alpha: float",
                    "keys: float", "num_candidates: int32", "divisor: float", "candidate_of: int32", "key_of: int32"},
@@ -558,3 +637,8 @@ const bool kRegistered = [] {
 
 }  // namespace
 }  // namespace din
+
+// For layers/kernels.py, by ctypes.
+extern "C" __attribute__((visibility("default"))) int din_dist_multiplies_bfloat16() {
+  return din::PassesInBfloat16() != nullptr;
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import sys
@@ -19,6 +20,12 @@ PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
 def library() -> Any:
     """The operations, as functions."""
     return tf.load_op_library(str(PATH))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels have, on this processor, instructions for `--compute_dtype=bfloat16`."""
+    library()
+    return bool(ctypes.CDLL(str(PATH)).din_dist_multiplies_bfloat16())
 
 
 def num_threads() -> int:

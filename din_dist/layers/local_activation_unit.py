@@ -97,18 +97,18 @@ class LocalActivationUnit(keras.layers.Layer):
     ) -> tf.Tensor:
         """The unnormalised attention scores `[P]`."""
         compiled = self.compiled and training
-        by_candidate, by_key, of_product = self.first_terms(candidate, keys)
+        of_candidate, of_key, of_product, bias = self.first_terms()
+        by_candidate, by_key = tf.matmul(candidate, of_candidate) + bias, tf.matmul(keys, of_key)
         products = _products(candidate, keys, candidate_of, key_of, compiled=compiled)  # [P, H]
         by_pair = tf.matmul(products, of_product)  # [P, units]
         projected = _plus_rows(by_pair, by_candidate, by_key, candidate_of, key_of, compiled=compiled)
         return self.scorer.after_first(projected, training=training, num_rows=num_pairs)
 
-    def first_terms(self, candidate: tf.Tensor, keys: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Of the first layer: what a candidate adds `[C, units]`, what a key adds `[K, units]`, and Wp `[H, units]`."""
+    def first_terms(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Of the first layer: the kernels of q, of k and of q * k, `[H, units]` each, and the bias `[units]`."""
         first = self.scorer.dense_layers[0]
         of_candidate, of_key, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
-        by_candidate = tf.matmul(candidate, of_candidate + of_difference) + first.bias.value
-        return by_candidate, tf.matmul(keys, of_key - of_difference), of_product
+        return of_candidate + of_difference, of_key - of_difference, of_product, first.bias.value
 
 
 @fused

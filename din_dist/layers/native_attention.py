@@ -24,6 +24,11 @@ class NativeActivationUnit(LocalActivationUnit):
 
     needs_few_lengths = False
 
+    def __init__(self, *args: Any, in_bfloat16: bool = False, **kwargs: Any) -> None:
+        """`in_bfloat16`: rounds the factors of matrix products in training; the rest as of `LocalActivationUnit`."""
+        super().__init__(*args, **kwargs)
+        self.in_bfloat16 = in_bfloat16
+
     def call(
         self,
         candidate: tf.Tensor,
@@ -36,7 +41,7 @@ class NativeActivationUnit(LocalActivationUnit):
         if not training:
             return super().call(candidate, keys, candidate_of, key_of, training, num_pairs)
         scorer = self.scorer
-        sources = [candidate, keys, *self.first_terms(candidate, keys)]
+        sources = [candidate, keys, *self.first_terms()]
         sources += [scorer.output_layer.kernel.value, scorer.output_layer.bias.value]
         widths = [dense.units for dense in scorer.dense_layers]
         gates = [Gate.of(*pair) for pair in zip(scorer.activations, widths, strict=True)]
@@ -67,13 +72,14 @@ class _Update:
     ) -> None:
         self._sources = sources
         depth = len(gates)
-        self._candidate, self._keys, self._by_candidate, self._by_key, self._product, output, self._bias = sources[:7]
-        self._output = tf.squeeze(output, axis=1)
-        alphas, weights = sources[7 : 7 + depth], sources[7 + depth :]
+        self._candidate, self._keys, *self._first, first_bias, output, self._bias = sources[:8]
+        self._first_bias, self._output = first_bias, tf.squeeze(output, axis=1)
+        alphas, weights = sources[8 : 8 + depth], sources[8 + depth :]
         self._gates = [gate._replace(alpha=alpha) for gate, alpha in zip(gates, alphas, strict=True)]
         self._kernels, self._biases = weights[: depth - 1], weights[depth - 1 :]
         softmax = unit.normalization is AttentionNormalization.SOFTMAX
         self._divisor = tf.constant(math.sqrt(self._keys.shape[-1]) if softmax else 1.0)
+        self._in_bfloat16 = unit.in_bfloat16
         self._ops = kernels.library()
         self._pairs = {"candidate_of": candidate_of, "key_of": key_of, "num_threads": kernels.num_threads()}
         self._last = {"activation": gates[-1].kind, "softmax": softmax, **self._pairs}
@@ -83,11 +89,17 @@ class _Update:
         """`[C, H]`."""
         candidate, keys = self._candidate, self._keys
         inputs, sums = self._ops.din_dist_first(
-            candidate, keys, self._by_candidate, self._by_key, self._product, self._gates[0].centre, **self._pairs
+            candidate,
+            keys,
+            *self._first,
+            self._first_bias,
+            self._gates[0].centre,
+            in_bfloat16=self._in_bfloat16,
+            **self._pairs,
         )
         self._layers = [self._gates[0].before(inputs, sums)]
         for kernel, bias, above in zip(self._kernels, self._biases, self._gates[1:], strict=True):
-            self._layers.append(dense(self._layers[-1], kernel, bias, above))
+            self._layers.append(dense(self._layers[-1], kernel, bias, above, in_bfloat16=self._in_bfloat16))
         top = self._layers[-1]
         interest, self._weights = self._ops.din_dist_pool(
             top.inputs, self._output, self._bias, *top.known, keys, tf.shape(candidate)[0], self._divisor, **self._last
@@ -109,16 +121,18 @@ class _Update:
         for place in reversed(range(1, len(self._layers))):
             layer, below = self._layers[place], self._layers[place - 1]
             means, of_alpha, _ = layer.means(sums)
-            of_dense = dense_gradient(below, self._kernels[place - 1], layer, means, above)
+            of_dense = dense_gradient(
+                below, self._kernels[place - 1], layer, means, above, in_bfloat16=self._in_bfloat16
+            )
             above, sums = [of_dense.of_outputs, tf.zeros([0])], of_dense.sums
             of_alphas, of_kernels = [of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
             of_biases = [of_dense.of_bias, *of_biases]
         first = self._layers[0]
         means, of_alpha, _ = first.means(sums)
-        of_candidate, of_keys, of_product, of_by_candidate, of_by_key = self._ops.din_dist_first_gradient(
+        of_first = self._ops.din_dist_first_gradient(
             self._candidate,
             self._keys,
-            self._product,
+            *self._first,
             first.inputs,
             *first.known,
             *means,
@@ -126,10 +140,10 @@ class _Update:
             self._weights,
             upstream,
             activation=first.gate.kind,
+            in_bfloat16=self._in_bfloat16,
             **self._pairs,
         )
-        found = [of_candidate, of_keys, of_by_candidate, of_by_key, of_product]
-        found += [of_output[:, None], of_bias, of_alpha, *of_alphas, *of_kernels, *of_biases]
+        found = [*of_first, of_output[:, None], of_bias, of_alpha, *of_alphas, *of_kernels, *of_biases]
         for gradient, source in zip(found, self._sources, strict=True):
             gradient.set_shape(source.shape)
         return found

@@ -82,8 +82,21 @@ class Gated(NamedTuple):
         return tf.split(self.gate.standardize.sum_over_ranks(of_standardised) / self.num_rows, 2), of_alpha, of_beta
 
 
-def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors: tf.Tensor | None = None) -> Gated:
-    """`(below * factors) kernel + bias`, as the inputs of `above`; `factors` `[M, padded W]`, None: all are 1."""
+def dense(
+    below: Gated,
+    kernel: tf.Tensor,
+    bias: tf.Tensor,
+    above: Gate,
+    factors: tf.Tensor | None = None,
+    *,
+    in_bfloat16: bool,
+) -> Gated:
+    """`(below * factors) kernel + bias`, as the inputs of `above`.
+
+    Args:
+        factors: `[M, padded W]`; None: all are 1.
+        in_bfloat16: whether the product's two factors are rounded to bfloat16.
+    """
     values, sums = kernels.library().din_dist_dense(
         below.inputs,
         kernel,
@@ -93,6 +106,7 @@ def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors
         below.gate.beta,
         _or_nothing(factors),
         activation=below.gate.kind,
+        in_bfloat16=in_bfloat16,
         num_threads=kernels.num_threads(),
     )
     return above.before(values, sums)
@@ -114,6 +128,8 @@ def dense_gradient(
     means: Sequence[tf.Tensor],
     upstream: Sequence[tf.Tensor],
     factors: tf.Tensor | None = None,
+    *,
+    in_bfloat16: bool,
 ) -> DenseGradient:
     """The gradient of `dense` and of the gate above it.
 
@@ -134,6 +150,7 @@ def dense_gradient(
             *upstream,
             activation=below.gate.kind,
             next_activation=above.gate.kind,
+            in_bfloat16=in_bfloat16,
             num_threads=kernels.num_threads(),
         )
     )
@@ -147,7 +164,9 @@ class Stage(NamedTuple):
     dropout: KeyedDropout | None = None
 
 
-def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | None = None) -> tf.Tensor:
+def run_stages(
+    stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | None = None, *, in_bfloat16: bool = False
+) -> tf.Tensor:
     """`[M, W] -> [M, units]`, in training, one stage after the other; `keys` `[M]` are those of the dropouts."""
     widths = [inputs.shape[-1], *(stage.dense.units for stage in stages)]
     gates = [Gate.of(layer, width) for layer, width in zip([*(s.gate for s in stages), None], widths, strict=True)]
@@ -163,7 +182,7 @@ def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | Non
     sums = ops.din_dist_sums_about(held_inputs, gates[0].centre, **threads) if gates[0].needs_sums else None
     gated = [gates[0].before(_with_padding(held_inputs), sums)]
     for (kernel, bias), above, factor in zip(layers, gates[1:], factors, strict=True):
-        gated.append(dense(gated[-1], kernel, bias, above, factor))
+        gated.append(dense(gated[-1], kernel, bias, above, factor, in_bfloat16=in_bfloat16))
 
     def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
         above = [_with_padding(upstream), tf.zeros([0])]
@@ -172,7 +191,9 @@ def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | Non
         of_parameters: list[tf.Tensor] = []
         for place in reversed(range(len(stages))):
             below = gated[place]
-            of_dense = dense_gradient(below, layers[place][0], gated[place + 1], means, above, factors[place])
+            of_dense = dense_gradient(
+                below, layers[place][0], gated[place + 1], means, above, factors[place], in_bfloat16=in_bfloat16
+            )
             above = [of_dense.of_outputs, tf.zeros([0])]
             means, *of_gate = below.means(of_dense.sums)
             of_weights = [of_dense.of_kernel, of_dense.of_bias, *of_weights]

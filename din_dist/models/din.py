@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,13 +32,15 @@ class DIN(RankingModel):
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
         native: bool = False,
+        in_bfloat16: bool = False,
         attention: type[LocalActivationUnit] | None = None,
         **kwargs: Any,
     ) -> None:
         """`attention`: another form of it, for comparison."""
-        super().__init__(lookup, config, sum_over_ranks, compiled, native, **kwargs)
-        attention = attention or (NativeActivationUnit if native else LocalActivationUnit)
-        self.attention = attention(
+        super().__init__(lookup, config, sum_over_ranks, compiled, native, in_bfloat16, **kwargs)
+        of_kernels = functools.partial(NativeActivationUnit, in_bfloat16=in_bfloat16)
+        make = attention or (of_kernels if native else LocalActivationUnit)
+        self.attention = make(
             config.attention_hidden_units,
             config.activation,
             config.attention_normalization,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class RankingModel(keras.Model):
         sum_over_ranks: for batch statistics of the global batch; the identity when alone.
         compiled: runs training through XLA, but for lookups and matrix products (see `layers/fused.py`).
         native: runs what it can of training in kernels of our own (`kernels/`), on CPUs.
+        in_bfloat16: those round the factors of matrix products.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class RankingModel(keras.Model):
         sum_over_ranks: SumOverRanks = tf.identity,
         compiled: bool = False,
         native: bool = False,
+        in_bfloat16: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.lookup, self.compiled, self.native = lookup, compiled, native
+        self.lookup, self.compiled, self.native, self.in_bfloat16 = lookup, compiled, native, in_bfloat16
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
         self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="interest_norm")
@@ -180,9 +183,10 @@ class RankingModel(keras.Model):
         """
         interest = self.interest(candidate, keys, candidate_of, key_of, training, num_pairs)
         if self.native and training:
-            interest = run_stages([Stage(self.interest_norm, self.interest_projection)], interest)
+            run = functools.partial(run_stages, in_bfloat16=self.in_bfloat16)
+            interest = run([Stage(self.interest_norm, self.interest_projection)], interest)
             stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
-            scores = tf.squeeze(run_stages(stages, self.head_inputs(interest, candidate), keys_of_dropout), axis=1)
+            scores = tf.squeeze(run(stages, self.head_inputs(interest, candidate), keys_of_dropout), axis=1)
         else:
             interest = self.interest_projection(self.interest_norm(interest, training=training))
             features = self.head_norm(self.head_inputs(interest, candidate), training=training)

@@ -22,10 +22,20 @@ KEYS = np.random.default_rng(0).integers(-(2**63), 2**63, 500)
 class Head:
     """Batch normalisation, hidden layers and one output unit, by TensorFlow's operations or by kernels."""
 
-    def __init__(self, width, units, activation=Activation.DICE, native=False, frozen=False, dropout=0.0, **settings):
+    def __init__(
+        self,
+        width,
+        units,
+        activation=Activation.DICE,
+        native=False,
+        frozen=False,
+        dropout=0.0,
+        in_bfloat16=False,
+        **settings,
+    ):
         self.norm = BatchNormalization(frozen, name="norm", **settings)
         self.hidden = HiddenLayers(units, activation, frozen=frozen, dropout=dropout, name="hidden", **settings)
-        self.native = native
+        self.native, self.in_bfloat16 = native, in_bfloat16
         for layer in (self.norm, self.hidden):
             layer.build((None, width))
             randomise(layer)
@@ -34,7 +44,7 @@ class Head:
         if not self.native:
             return self.hidden(self.norm(inputs, training=True), keys, training=True)
         stages = [Stage(self.norm, self.hidden.dense_layers[0]), *self.hidden.stages]
-        return tf.squeeze(run_stages(stages, inputs, keys), axis=1)
+        return tf.squeeze(run_stages(stages, inputs, keys, in_bfloat16=self.in_bfloat16), axis=1)
 
     @property
     def averages(self):

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from din_dist import assembly
 from din_dist.cli.trained import trained_model
-from din_dist.config import Activation, Config, ModelKind, OptimizerKind, Split, UnknownItem
+from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
@@ -27,6 +27,7 @@ from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
+from tests.programs import missing
 from tests.small_log import small_config, write_log
 
 
@@ -93,6 +94,42 @@ def test_kernels_that_are_not_compiled_are_told(tmp_path: Path, monkeypatch: pyt
 def test_kernels_are_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly.tf.config, "get_visible_devices", lambda kind: [kind])
     assert type(make(small_config(tmp_path)).model.attention) is LocalActivationUnit
+    rule = "--compute_dtype: bfloat16 is for our kernels, which run on CPUs. Received: "
+    for native, received in ((True, "'a GPU'"), (False, "'--nonative'")):
+        with pytest.raises(InputError) as caught:
+            make(small_config(tmp_path, native=native, compute_dtype=ComputeDtype.BFLOAT16))
+        assert str(caught.value) == f"{rule}{received}. Use --compute_dtype=float32."
+
+
+def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    make(small_config(tmp_path))
+    with pytest.raises(InputError) as caught:
+        make(small_config(tmp_path, compute_dtype=ComputeDtype.BFLOAT16))
+    assert str(caught.value) == (
+        "--compute_dtype: bfloat16 takes AVX512_BF16 (AMD Zen 4, Intel Sapphire Rapids or newer) and kernels built by "
+        "g++ 10 or newer. Received: 'a processor or kernels without'. Use --compute_dtype=float32."
+    )
+
+
+@pytest.mark.parametrize("model", ModelKind)
+def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) -> None:
+    """All that multiply, in the attention and in the head."""
+    if not kernels.multiplies_bfloat16():
+        missing("this processor has no AVX512_BF16: run the tests on one that has")
+    weights = []
+    for dtype in ComputeDtype:
+        sgd = {"optimizer": OptimizerKind.SGD, "learning_rate": 0.1}  # Adam makes whole steps of differences near 0
+        settings = {"model": model, "compute_dtype": dtype, "output_dir": f"{tmp_path}/{dtype}", **sgd}
+        job = make(small_config(tmp_path, epochs=1, activation=Activation.DICE, **settings))
+        before = {weight.path: weight.numpy() for weight in job.model.trainable_weights}
+        job.trainer.train()
+        weights.append({w.path: w.numpy() - before[w.path] for w in job.model.trainable_weights})
+    changes = {path: change for path, change in weights[0].items() if path.endswith("kernel")}
+    assert len(changes) == {ModelKind.DIN: 7, ModelKind.MEAN_POOLING: 4}[model]
+    for path, change in changes.items():
+        difference = np.linalg.norm(weights[1][path] - change) / np.linalg.norm(change)
+        assert 0 < difference < 0.05, path
 
 
 @pytest.mark.parametrize("unknown_item", UnknownItem)
