@@ -38,6 +38,8 @@ BATCH_SIGNATURE = {
 # Streams of random numbers that must not resemble each other.
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING = 1, 2, 3, 4
 
+MOST_DEALERS = 8
+
 
 def share(total: Any, index: int, num_shards: int) -> tuple[Any, Any]:
     """First and end of the `index`-th of `num_shards` near-equal runs of `total`, an integer or an int64 tensor."""
@@ -87,19 +89,31 @@ class BatchMaker:
     def _drawn_from(self) -> EventStore | TrainedItems:
         return self.trained or self.store
 
-    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The packed batch (see `schema`) of `example_ids`, int64 `[B]`."""
+    def _located(self, example_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        """User, event, and first and end of the history, int64 `[B]` each."""
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
-        row, draw = example_ids // self.examples.draws_per_row, example_ids % self.examples.draws_per_row
+        row = example_ids // self.examples.draws_per_row
         segment = tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
         event = tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
+        end = tf.gather(arrays["history_ends"], event) if self.store.facts.has_labels else event
+        longest = tf.constant(self.max_history_length, tf.int64)
+        return user, event, tf.maximum(tf.gather(arrays["history_offsets"], user), end - longest), end
+
+    def history_lengths(self, example_ids: tf.Tensor) -> tf.Tensor:
+        """Int64 `[B]`."""
+        _, _, start, end = self._located(example_ids)
+        return end - start
+
+    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The packed batch (see `schema`) of `example_ids`, int64 `[B]`."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        user, event, history_start, history_end = self._located(example_ids)
+        draw = example_ids % self.examples.draws_per_row
         candidate = tf.gather(arrays["item_ids"], event)
         if self.store.facts.has_labels:
-            history_end = tf.gather(arrays["history_ends"], event)
             labels = tf.cast(tf.gather(arrays["labels"], event), tf.float32)
         else:
-            history_end = event
             labels = tf.cast(draw == 0, tf.float32)
             round_of_draws = epoch if self.resample else tf.zeros_like(epoch)
             negative = untouched_items(
@@ -113,9 +127,6 @@ class BatchMaker:
             if self.trained is not None:
                 negative = tf.gather(arrays["trained_ids"], negative)
             candidate = tf.where(draw == 0, candidate, negative)
-        history_start = tf.maximum(
-            tf.gather(arrays["history_offsets"], user), history_end - tf.constant(self.max_history_length, tf.int64)
-        )
         window = tf.ragged.range(history_start, history_end).values
         history = tf.gather(arrays["history_item_ids"], window)
         history_lengths = tf.cast(history_end - history_start, tf.int32)
@@ -170,7 +181,8 @@ def training_batches(
     """This shard's batches of updates `first_step` to `end_step` - 1 (counted from 0, through the epochs).
 
     Together the shards see every example exactly once an epoch, whatever their number: update s takes places
-    [s * G, (s + 1) * G) of its epoch's order, and the shards divide those among themselves.
+    [s * G, (s + 1) * G) of its epoch's order, and the shards divide those among themselves; with `group_negatives` so
+    that those that wait for each other have histories of nearly equal length in all.
 
     Args:
         trained: of `data/trained_items.py`, for the same `config`: items that are to be hidden at random.
@@ -190,23 +202,59 @@ def training_batches(
     num_examples = examples.num_examples
     together = examples.draws_per_row if config.group_negatives else 1  # these stay neighbours in the order
     per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
+    dealers = _dealers(shard_index, num_shards) if config.group_negatives else range(shard_index, shard_index + 1)
 
     def make(step: tf.Tensor) -> dict[str, tf.Tensor]:
         epoch = step // per_epoch
         first = step % per_epoch * global_batch_size
         total = tf.minimum(num_examples - first, global_batch_size)
-        places = first + tf.range(*share(total, shard_index, num_shards))
+        begin, end = share(total, shard_index, num_shards)
+        dealt_begin, dealt_end = share(total, dealers[0], num_shards)[0], share(total, dealers[-1], num_shards)[1]
         order = tf.stack([tf.constant(seed, tf.int64), epoch])
-        # One place more than asked for: index_shuffle refuses a vector of none, which a rank of many may get.
-        places = tf.concat([places, [first]], axis=0)
-        shuffled = tf.random.experimental.index_shuffle(
-            places // together, seed=order, max_index=num_examples // together - 1
+        # Of a rank of many that gets no example, one place all the same: index_shuffle refuses a vector of none.
+        place = tf.minimum(first + dealt_begin, num_examples - 1)
+        last = tf.maximum(first + dealt_end - 1, place)
+        groups = tf.random.experimental.index_shuffle(
+            tf.range(place // together, last // together + 1), seed=order, max_index=num_examples // together - 1
         )
-        ids = (shuffled * together + places % together)[:-1]
-        return maker.batch(ids, epoch)
+        ids = tf.reshape(groups[:, None] * together + tf.range(together, dtype=tf.int64), [-1])
+        ids = ids[place % together :][: dealt_end - dealt_begin]
+        if len(dealers) > 1:
+            ids = deal(ids, -place % together, together, len(dealers), maker.history_lengths)
+        return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch)
 
     steps = tf.data.Dataset.range(first_step, end_step)
     return _mapped(steps, make, num_parallel_calls)
+
+
+def _dealers(shard_index: int, num_shards: int) -> range:
+    """The shards that deal their examples among themselves: a few, for each of them looks at the examples of all."""
+    first = shard_index // MOST_DEALERS * MOST_DEALERS
+    return range(first, min(first + MOST_DEALERS, num_shards))
+
+
+def deal(
+    ids: tf.Tensor,
+    head: tf.Tensor,
+    together: int,
+    num_shards: int,
+    history_lengths: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
+    """`ids` in an order in which `num_shards` equal runs have histories of nearly equal length in all.
+
+    From the longest to the shortest, groups of `together` go to the shards in turn, to and fro. Within a shard their
+    order stays, and so do `head` ids before the first whole group and those after the last.
+    """
+    head = tf.minimum(head, tf.size(ids, tf.int64))
+    tail = head + (tf.size(ids, tf.int64) - head) // together * together
+    groups = tf.reshape(ids[head:tail], [-1, together])
+    turn = tf.range(tf.shape(groups)[0])
+    there, seat = turn // num_shards % 2 == 0, turn % num_shards
+    shard_in_turn = tf.where(there, seat, num_shards - 1 - seat)
+    by_length = tf.argsort(history_lengths(groups[:, 0]), direction="DESCENDING")
+    shard = tf.gather(shard_in_turn, tf.math.invert_permutation(by_length))
+    dealt = tf.gather(groups, tf.argsort(shard, stable=True))
+    return tf.concat([ids[:head], tf.reshape(dealt, [-1]), ids[tail:]], axis=0)
 
 
 def evaluation_batches(

@@ -272,6 +272,29 @@ def test_an_event_and_its_negatives_are_neighbours_only_when_asked(tmp_path: Pat
         assert (np.diff(events[:, 0]) == 1).mean() < 0.1
 
 
+@pytest.mark.parametrize("world_size", [2, 11])
+def test_ranks_share_positions_as_well_as_examples(tmp_path: Path, world_size: int) -> None:
+    """Grouped, the batch of an update stays what one worker has; 11 ranks are more than deal among themselves."""
+    config = small_config(tmp_path, negatives_per_positive=3, group_negatives=True).data
+    store = prepare(config)
+    prepared = config, store, split_examples(store, config)
+    batch_size = 40 * world_size + 3
+    asked = {"batch": batch_size, "steps": (0, prepared[2]["train"].num_examples // batch_size + 1)}
+    whole = list(train(prepared, **asked))
+    shares = [list(train(prepared, world_size=world_size, rank=rank, **asked)) for rank in range(world_size)]
+    assert len(whole) > 1
+    for update, of_ranks in zip(whole, zip(*shares, strict=True), strict=True):
+        ids = np.concatenate([batch[schema.EXAMPLE_IDS] for batch in of_ranks])
+        assert sorted(ids) == sorted(update[schema.EXAMPLE_IDS])
+        sizes = [len(batch[schema.EXAMPLE_IDS]) for batch in of_ranks]
+        assert sizes == [e - b for b, e in (share(len(ids), rank, world_size) for rank in range(world_size))]
+    first = next(zip(*shares, strict=True))[:8]  # of a whole batch, those that deal
+    lengths = np.array([len(batch[schema.HISTORY_ITEM_IDS]) for batch in first])
+    as_they_come = whole[0][schema.HISTORY_LENGTHS][: share(batch_size, len(first) - 1, world_size)[1]]
+    expected = np.array([part.sum() for part in np.array_split(as_they_come, len(first))])
+    assert lengths.std() < expected.std() / 2
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_takes_each_example_once_in_order(prepared, world_size: int) -> None:
     config, store, splits = prepared

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from din_dist import schema
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import num_steps_per_epoch, share, training_batches
+from din_dist.data.pipeline import deal, num_steps_per_epoch, share, training_batches
 from din_dist.data.splits import Examples
 from din_dist.training.history import History, agree
 from din_dist.training.state import TrainingState
@@ -126,6 +126,42 @@ def test_shares_of_any_size(total: int, world_size: int) -> None:
         assert sizes[0] == world_size - total  # more ranks than examples: the others have none
     inside_a_graph = share(tf.constant(total, tf.int64), world_size - 1, world_size)
     assert tuple(int(bound) for bound in inside_a_graph) == bounds[-1]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 100), max_size=40),
+    head=st.integers(0, 2),
+    tail=st.integers(0, 2),
+    num_shards=st.integers(2, 5),
+)
+@example(lengths=[], head=2, tail=0, num_shards=2)
+@example(lengths=[100, 0, 0, 99], head=0, tail=0, num_shards=2)
+@settings(max_examples=60, deadline=None)
+def test_groups_are_dealt_from_the_longest_to_the_shortest(
+    lengths: list[int], head: int, tail: int, num_shards: int
+) -> None:
+    ids = np.arange(head + 3 * len(lengths) + tail)
+    of_group = tf.constant([0, *lengths, 0], tf.int64)
+    dealt = deal(
+        tf.constant(ids),
+        tf.constant(head, tf.int64),
+        3,
+        num_shards,
+        lambda ids: tf.gather(of_group, (ids - head) // 3 + 1),
+    ).numpy()
+    assert [*dealt[:head], *dealt[len(dealt) - tail :]] == [*ids[:head], *ids[len(ids) - tail :]]
+    groups = dealt[head : len(dealt) - tail].reshape(-1, 3)
+    assert (np.diff(groups, axis=1) == 1).all() and sorted(groups[:, 0]) == list(ids[head : len(ids) - tail : 3])
+    order = (groups[:, 0] - head) // 3
+    counts = [
+        len(range(shard, len(order), 2 * num_shards))
+        + len(range(2 * num_shards - 1 - shard, len(order), 2 * num_shards))
+        for shard in range(num_shards)
+    ]
+    shards = np.split(order, np.cumsum(counts)[:-1])
+    assert all(list(shard) == sorted(shard) for shard in shards)  # as they came
+    sums = [sum(lengths[group] for group in shard) for shard in shards]
+    assert max(sums) - min(sums) <= max(lengths, default=0)
 
 
 def store_of(num_events: int) -> tuple[EventStore, Examples]:

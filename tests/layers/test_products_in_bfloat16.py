@@ -155,6 +155,34 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
     assert_array_equal(results[-1], up.sum(axis=0))
 
 
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_every_product_is_asked_for(in_bfloat16, monkeypatch):
+    """Forward and backward, of attention and head, each with two layers."""
+    asked = {}
+
+    class Recording:
+        def __getattr__(self, name):
+            def call(*args, **settings):
+                if "in_bfloat16" in settings:
+                    asked.setdefault(name, []).append(settings["in_bfloat16"])
+                return getattr(library, name)(*args, **settings)
+
+            return call
+
+    library = kernels.library()
+    monkeypatch.setattr(kernels, "library", Recording)
+    run(built(NativeActivationUnit, 8, [5, 4], in_bfloat16=in_bfloat16), *large_inputs(3, 8))
+    assert {name: len(calls) for name, calls in asked.items()} == {
+        "din_dist_first": 1,
+        "din_dist_dense": 1,
+        "din_dist_first_gradient": 1,
+        "din_dist_dense_gradient": 1,
+    }
+    Head(8, [5, 4], native=True, in_bfloat16=in_bfloat16).run(tf.ones([9, 8]), tf.ones([9]))
+    assert [len(asked[name]) for name in ("din_dist_dense", "din_dist_dense_gradient")] == [4, 4]
+    assert {one for calls in asked.values() for one in calls} == {in_bfloat16}
+
+
 @pytest.mark.parametrize("normalization", AttentionNormalization)
 def test_attention_is_near_that_in_float32(normalization):
     inputs = large_inputs(3, 40)
