@@ -215,7 +215,7 @@ def _table(found: dict[str, Any]) -> str:
     own, alone = (found[f"{kind}_flops_per_second"] / 1e9 for kind in ("achieved", "matrix"))
     lines += [
         f"{found['flops_per_example']:12,.0f} FLOPs of matrix products an example: {own:.1f} GFLOP/s, "
-        f"{found['share_of_matrix_rate']:.0%} of the {alone:.1f} that they reach alone",
+        f"{found['share_of_matrix_rate']:.0%} of the {alone:.1f} that they reach alone in float32",
         f"{sum(sent.values()):12,} bytes sent a step by each worker: {sent['dense']:,} dense, {sent['sparse']:,} rows, "
         f"{sent['statistics']:,} batch statistics",
         f"{found['peak_memory_bytes'] / 2**20:12,.0f} MiB peak memory of the chief",

@@ -1,5 +1,6 @@
-// What follows the exchange of gradients, as TensorFlow operations: rows that several ranks have are summed, and weights
-// are updated. Called by distributed/gradients.py and training/optimizers.py alone.
+// Operations on rows, for TensorFlow: which segment each of a batch belongs to; and, after the exchange of gradients, the
+// sums of rows that several ranks have, and the update of weights. Called by layers/packed.py, distributed/gradients.py
+// and training/optimizers.py alone.
 //
 // No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
 // that the weights of all ranks stay equal where their processors differ.
@@ -55,6 +56,24 @@ void InParts(int num_threads, int64_t count, int64_t least, const std::function<
   Threads::Get().Run(num_threads, static_cast<int>(parts),
                      [&](int at) { part(count * at / parts, count * (at + 1) / parts); });
 }
+
+class SegmentIds {
+ public:
+  explicit SegmentIds(TF_OpKernelConstruction*) {}
+
+  void Compute(TF_OpKernelContext* context) {
+    const Tensor lengths = Tensor::Input(context, 0);
+    const auto* const length = lengths.Data<const int32_t>();
+    int64_t total = 0;
+    for (int64_t i = 0; i < lengths.Size(); ++i) {
+      Require(length[i] >= 0, "lengths of segments must not be negative");
+      total += length[i];
+    }
+    const Tensor ids = Tensor::Output(context, 0, TF_INT32, {total});
+    auto* to = ids.Data<int32_t>();
+    for (int64_t i = 0; i < lengths.Size(); ++i) to = std::fill_n(to, length[i], static_cast<int32_t>(i));
+  }
+};
 
 class MergeRows {
  public:
@@ -225,6 +244,7 @@ class Update {
 };
 
 const bool kRegistered =
+    Kernel<SegmentIds>::Register("DinDistSegmentIds", {"lengths: int32"}, {"segment_ids: int32"}, {}) &&
     Kernel<MergeRows>::Register("DinDistMergeRows", {"row_ids: int32", "rows: float"},
                                 {"merged_ids: int32", "merged: float"}, {"num_threads: int"}) &&
     Kernel<Update>::Register("DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float",

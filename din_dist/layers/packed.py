@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from din_dist.layers import kernels
 from din_dist.layers.fused import fused
 
 
-def segment_ids(lengths: tf.Tensor) -> tf.Tensor:
-    """`[2, 0, 1] -> [0, 0, 2]`: which of B segments each of N rows belongs to, int32 `[N]`."""
+def segment_ids(lengths: tf.Tensor, native: bool = False) -> tf.Tensor:
+    """`[2, 0, 1] -> [0, 0, 2]`: which of B segments each of N rows belongs to, int32 `[N]`.
+
+    `native`: by a kernel of our own, on CPUs, where TensorFlow's cumulative sums are slow.
+    """
+    if native:
+        ids = kernels.library().din_dist_segment_ids(lengths)
+        ids.set_shape([None])
+        return ids
     starts = tf.cumsum(lengths, exclusive=True)
     # One is added where each segment begins. `tf.repeat` would make a rectangle, [B, the longest].
     begun = tf.math.unsorted_segment_sum(tf.ones_like(lengths), starts, tf.reduce_sum(lengths) + 1)

@@ -108,7 +108,7 @@ class RankingModel(keras.Model):
         few_lengths = training and self.compiled and self.needs_few_lengths
         distinct, places = items_of(batch)
         vectors, biases = self.lookup(distinct)  # [U, H], [U]
-        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
+        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS], native=self.native and training)
         num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
         candidate_places, key_of = places[:num_candidates], places[num_candidates:]
         num_pairs = None

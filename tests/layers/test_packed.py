@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -9,10 +10,12 @@ from din_dist.layers.packed import segment_ids, segment_softmax, segment_sum
 NOWHERE = tf.zeros([0], tf.int32)
 
 
-def test_segment_ids_skip_empty_segments():
-    assert_array_equal(segment_ids(tf.constant([2, 0, 1])), [0, 0, 2])
-    assert segment_ids(tf.constant([0, 0])).shape == (0,)
-    assert segment_ids(NOWHERE).shape == (0,)
+@pytest.mark.parametrize("native", [False, True])
+def test_segment_ids_skip_empty_segments(native):
+    assert_array_equal(segment_ids(tf.constant([2, 0, 1]), native), [0, 0, 2])
+    assert_array_equal(segment_ids(tf.constant([0, 1, 300, 0]), native), [1] + [2] * 300)
+    assert segment_ids(tf.constant([0, 0]), native).shape == (0,)
+    assert segment_ids(NOWHERE, native).shape == (0,)
 
 
 def test_segment_sum_of_an_empty_segment_is_zero():

@@ -87,6 +87,7 @@ flags.DEFINE_integer("rounds", 3, "Rounds of the measurement of speed.")
 flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not measured.")
 flags.DEFINE_float("seconds", 20.0, "Seconds of training steps of each system in a round.")
 flags.DEFINE_integer("batch_size", 1024, "Examples a step.")
+flags.DEFINE_string("compute_dtype", "float32", "Of ours: float32, as the peers compute, or bfloat16.")
 flags.DEFINE_integer("threads", 2, "Cores that each system may use.")
 flags.DEFINE_integer("loader_workers", 1, "Processes of FuxiCTR's data loader (1 is its default).")
 flags.DEFINE_integer("seed", 1234, "Of negatives, weights and order.")
@@ -183,7 +184,7 @@ def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
 
 def _our_flags() -> list[str]:
     settings = {**OTHER_SETTINGS, **SIZES, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
-    settings |= {"global_batch_size": FLAGS.batch_size}
+    settings |= {"global_batch_size": FLAGS.batch_size, "compute_dtype": FLAGS.compute_dtype}
     texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
     return [f"--{name}={text}" for name, text in texts.items()]
 
