@@ -15,6 +15,7 @@ namespace din {
 class Floats {
  public:
   explicit Floats(int64_t size) {
+    if (size == 0) return;
     Pool& pool = ThePool();
     std::lock_guard<std::mutex> lock(pool.mutex);
     auto found = pool.free.lower_bound(size);

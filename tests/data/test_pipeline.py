@@ -272,10 +272,11 @@ def test_an_event_and_its_negatives_are_neighbours_only_when_asked(tmp_path: Pat
         assert (np.diff(events[:, 0]) == 1).mean() < 0.1
 
 
+@pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("world_size", [2, 11])
-def test_ranks_share_positions_as_well_as_examples(tmp_path: Path, world_size: int) -> None:
+def test_ranks_share_positions_as_well_as_examples(tmp_path: Path, world_size: int, labels: bool) -> None:
     """Grouped, the batch of an update stays what one worker has; 11 ranks are more than deal among themselves."""
-    config = small_config(tmp_path, negatives_per_positive=3, group_negatives=True).data
+    config = small_config(tmp_path, labels=labels, negatives_per_positive=3, group_negatives=True).data
     store = prepare(config)
     prepared = config, store, split_examples(store, config)
     batch_size = 40 * world_size + 3
