@@ -49,11 +49,14 @@ const Passes& BestPasses() {
 
 // Those that multiply in bfloat16; null where the compiler or the processor does not know how to.
 const Passes* PassesInBfloat16() {
+  static const Passes* const found = []() -> const Passes* {  // once: on a virtual machine to ask takes microseconds
 #if defined(DIN_BFLOAT16)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (Runs("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) return &avx512_bf16::kPasses;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (Runs("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) return &avx512_bf16::kPasses;
 #endif
-  return nullptr;
+    return nullptr;
+  }();
+  return found;
 }
 
 const Passes& PassesOf(bool in_bfloat16) {

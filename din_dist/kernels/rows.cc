@@ -1,6 +1,6 @@
 // Operations on rows, for TensorFlow: which segment each of a batch belongs to; and, after the exchange of gradients, the
-// sums of rows that several ranks have, and the update of weights. Called by layers/packed.py, distributed/gradients.py
-// and training/optimizers.py alone.
+// sums of rows that several ranks have, penalties, the gradient's norm, and the update of weights. Called by
+// layers/packed.py, distributed/gradients.py, training/regularization.py and training/optimizers.py alone.
 //
 // No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
 // that the weights of all ranks stay equal where their processors differ.
@@ -107,6 +107,124 @@ class MergeRows {
   }
 
  private:
+  const int num_threads_;
+};
+
+// --- Penalties and norm, as training/regularization.py defines them ---
+
+// Sixteen sums, whatever the registers: the same bits everywhere.
+DIN_CLONES double SumOfSquares(const float* values, int64_t count) {
+  double sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      const double value = values[i + lane];
+      sums[lane] += value * value;
+    }
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(values[i]) * values[i];
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+DIN_CLONES void AddTimes(const float* gradient, float weight, const float* value, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = gradient[i] + weight * value[i];
+}
+
+// Of N gradients, of which the first P are of rows that are penalised.
+class Regularize {
+ public:
+  explicit Regularize(TF_OpKernelConstruction* construction)
+      : count_(Attribute(construction, "N")),
+        penalised_(Attribute(construction, "P")),
+        num_threads_(static_cast<int>(Attribute(construction, "num_threads"))) {
+    Require(penalised_ <= count_, "what is penalised must be among the gradients");
+  }
+
+  void Compute(TF_OpKernelContext* context) {
+    int next = 0;
+    const Tensor l2 = Tensor::Input(context, next++);
+    Require(l2.Size() == 1, "there must be one weight for all rows");
+    std::vector<Tensor> gradients, values, row_ids, weights, outputs;
+    for (int64_t i = 0; i < count_; ++i) gradients.push_back(Tensor::Input(context, next++));
+    for (auto* tensors : {&values, &row_ids, &weights}) {
+      for (int64_t i = 0; i < penalised_; ++i) tensors->push_back(Tensor::Input(context, next++));
+    }
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < count_; ++i) {
+      Part whole{};
+      whole.gradient = gradients[i].Data<const float>();
+      whole.rows = gradients[i].Size();
+      whole.width = 1;
+      if (i < penalised_) {
+        const std::vector<int64_t> shape = gradients[i].Shape();
+        Require(shape.size() == 2 && values[i].Size() == gradients[i].Size() && row_ids[i].Size() == shape[0],
+                "a gradient's rows must have their values and ids");
+        outputs.push_back(Tensor::Output(context, static_cast<int>(i), TF_FLOAT, shape));
+        whole.rows = shape[0];
+        whole.width = shape[1];
+        whole.value = values[i].Data<const float>();
+        whole.row_id = row_ids[i].Data<const int32_t>();
+        whole.weights = weights[i].Size() ? weights[i].Data<const float>() : nullptr;
+        whole.num_weights = weights[i].Size();
+        whole.to = outputs.back().Data<float>();
+      }
+      const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, whole.width));
+      for (int64_t begin = 0; begin < whole.rows; begin += rows) parts.push_back(whole.Rows(begin, rows));
+    }
+    const float weight = *l2.Data<const float>();
+    std::vector<double> squares(parts.size());
+    InParts(num_threads_, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) squares[i] = parts[i].Run(weight);
+    });
+    double total = 0;  // in the order of the parts, whoever did them
+    for (const double square : squares) total += square;
+    const Tensor norm = Tensor::Output(context, static_cast<int>(penalised_), TF_FLOAT, {});
+    // Infinite where the squares, which optimizers add up in float32, are: such an update is refused.
+    *norm.Data<float>() = std::sqrt(static_cast<float>(total));
+  }
+
+ private:
+  static constexpr int64_t kPart = 4096;  // floats
+
+  struct Part {
+    const float* gradient;  // [rows, width]
+    int64_t rows, width;
+    // Of rows that are penalised:
+    const float* value;
+    const int32_t* row_id;
+    const float* weights;  // of all rows of the table, or null
+    int64_t num_weights;
+    float* to;
+
+    Part Rows(int64_t begin, int64_t most) const {
+      Part part = *this;
+      part.rows = std::min(most, rows - begin);
+      part.gradient += begin * width;
+      if (to) {
+        part.value += begin * width;
+        part.row_id += begin;
+        part.to += begin * width;
+      }
+      return part;
+    }
+
+    double Run(float l2) const {
+      if (!to) return SumOfSquares(gradient, rows * width);
+      for (int64_t row = 0; row < rows; ++row) {
+        float weight = l2;
+        if (weights) {
+          Require(row_id[row] >= 0 && row_id[row] < num_weights, "rows must be those of the table");
+          weight += weights[row_id[row]];
+        }
+        AddTimes(gradient + row * width, weight, value + row * width, width, to + row * width);
+      }
+      return SumOfSquares(to, rows * width);
+    }
+  };
+
+  const int64_t count_, penalised_;
   const int num_threads_;
 };
 
@@ -247,6 +365,11 @@ const bool kRegistered =
     Kernel<SegmentIds>::Register("DinDistSegmentIds", {"lengths: int32"}, {"segment_ids: int32"}, {}) &&
     Kernel<MergeRows>::Register("DinDistMergeRows", {"row_ids: int32", "rows: float"},
                                 {"merged_ids: int32", "merged: float"}, {"num_threads: int"}) &&
+    Kernel<Regularize>::Register("DinDistRegularize",
+                                 {"l2: float", "gradients: N * float", "values: P * float", "row_ids: P * int32",
+                                  "row_weights: P * float"},
+                                 {"penalised: P * float", "norm: float"},
+                                 {"N: int", "P: int >= 0", "num_threads: int"}) &&
     Kernel<Update>::Register("DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float",
                                                "weights: M * float"},
                              {"updated: M * float"}, {"N: int", "M: int", "rule: int", "num_threads: int"});

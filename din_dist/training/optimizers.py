@@ -80,17 +80,26 @@ class Optimizer(abc.ABC):
             for changing in (variable, *(self.state[f"{name}/{kind}"] for kind in self.initial_state))
         ]
 
-    def apply(self, gradients: Sequence[Gradient], learning_rate: tf.Tensor, step: tf.Tensor) -> list[RowGradients]:
-        """One update; `step` counts from 1. Returns, for each of `changing_by_rows`, the rows as they were before."""
+    def values_of(self, gradients: Sequence[Gradient]) -> list[tf.Tensor]:
+        """The weights that each gradient belongs to: of rows, those rows."""
+        return [_read(variable, gradient) for variable, gradient in zip(self.variables, gradients, strict=True)]
+
+    def apply(
+        self, gradients: Sequence[Gradient], values: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor
+    ) -> list[RowGradients]:
+        """One update. Returns, for each of `changing_by_rows`, the rows as they were before.
+
+        Args:
+            values: `values_of` the gradients.
+            step: counts from 1.
+        """
         rate = self._rate(learning_rate, step)
         changes = []
-        for name, variable, gradient in zip(self.names, self.variables, gradients, strict=True):
-            changing = [variable, *(self.state[f"{name}/{kind}"] for kind in self.initial_state)]
-            if isinstance(gradient, RowGradients):
-                before = [tf.gather(table, gradient.row_ids) for table in changing]
-                changes.append(_Change(gradient.rows, gradient.row_ids, changing, before))
-            else:
-                changes.append(_Change(gradient, None, changing, [held.value() for held in changing]))
+        for name, variable, gradient, value in zip(self.names, self.variables, gradients, values, strict=True):
+            held = [self.state[f"{name}/{kind}"] for kind in self.initial_state]
+            before = [value, *(_read(each, gradient) for each in held)]
+            row_ids, rows = gradient if isinstance(gradient, RowGradients) else (None, gradient)
+            changes.append(_Change(rows, row_ids, [variable, *held], before))
         for change, after in zip(changes, self._after(changes, rate), strict=True):
             for variable, values in zip(change.variables, after, strict=True):
                 if change.row_ids is None:
@@ -219,6 +228,10 @@ def make_optimizer(
         case OptimizerKind.LAZY_ADAM:
             return LazyAdam(variables, names, tables, compiled, native)
     raise ValueError(f"Unknown optimizer {config.optimizer!r}")
+
+
+def _read(variable: tf.Variable, gradient: Gradient) -> tf.Tensor:
+    return tf.gather(variable, gradient.row_ids) if isinstance(gradient, RowGradients) else variable.value()
 
 
 @fused

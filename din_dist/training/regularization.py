@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient, RowGradients
+from din_dist.layers import kernels
+
+# A table's gradient, the rows of the table that it names, and a weight for each row of the table, if they differ.
+_Penalised: TypeAlias = tuple[RowGradients, tf.Tensor, tf.Tensor | None]
+_RowsAndNorm: TypeAlias = tuple[list[tf.Tensor], tf.Tensor]
 
 
 class Regularization:
@@ -16,11 +22,12 @@ class Regularization:
 
     Args:
         row_counts: name of a table -> float32 `[num_rows]`, in how many training events each row occurs.
+        native: in a kernel of our own, on CPUs.
     """
 
-    def __init__(self, config: OptimizerConfig, row_counts: Mapping[str, np.ndarray]) -> None:
-        self._config = config
-        self._is_table = set(row_counts)
+    def __init__(self, config: OptimizerConfig, row_counts: Mapping[str, np.ndarray], native: bool = False) -> None:
+        self._config, self._native = config, native
+        self._tables = set(row_counts) if config.embedding_l2 or config.mini_batch_aware_l2 else set()
         self._row_weights = {}
         if config.mini_batch_aware_l2:
             # Equation 8 of the paper: a row is penalised in each batch that it occurs in, so by 1/n_j each time.
@@ -30,31 +37,60 @@ class Regularization:
             }
 
     def __call__(
-        self, gradients: Sequence[Gradient], variables: Sequence[tf.Variable], names: Sequence[str]
-    ) -> list[Gradient]:
+        self, gradients: Sequence[Gradient], values: Sequence[tf.Tensor], names: Sequence[str]
+    ) -> tuple[list[Gradient], tf.Tensor]:
+        """The gradients with penalties, and the Euclidean norm of all together.
+
+        Args:
+            values: the weights that each gradient belongs to: of rows, those rows.
+            names: of their variables.
+        """
+        if self._config.l2:
+            gradients = [
+                gradient + self._config.l2 * value if name.endswith("kernel") else gradient
+                for gradient, value, name in zip(gradients, values, names, strict=True)
+            ]
+        penalised = {
+            place: (gradient, values[place], self._row_weights.get(names[place]))
+            for place, gradient in enumerate(gradients)
+            if isinstance(gradient, RowGradients) and names[place] in self._tables
+        }
+        others = [values_of(gradient) for place, gradient in enumerate(gradients) if place not in penalised]
+        rows, norm = (self._by_kernel if self._native else self._by_operations)([*penalised.values()], others)
+        replaced = dict(zip(penalised, rows, strict=True))
         return [
-            self._penalised(gradient, variable, name)
-            for gradient, variable, name in zip(gradients, variables, names, strict=True)
-        ]
+            RowGradients(gradient.row_ids, replaced[place]) if place in replaced else gradient
+            for place, gradient in enumerate(gradients)
+        ], norm
 
-    def _penalised(self, gradient: Gradient, variable: tf.Variable, name: str) -> Gradient:
-        if isinstance(gradient, RowGradients) and name in self._is_table:
-            if not (self._config.embedding_l2 or self._row_weights):
-                return gradient
+    def _by_operations(self, penalised: Sequence[_Penalised], others: Sequence[tf.Tensor]) -> _RowsAndNorm:
+        rows = []
+        for gradient, values, row_weights in penalised:
             weights = tf.fill([tf.size(gradient.row_ids)], self._config.embedding_l2)
-            if self._row_weights:
-                weights += tf.gather(self._row_weights[name], gradient.row_ids)
-            penalty = weights[:, None] * tf.gather(variable, gradient.row_ids)
-            return RowGradients(gradient.row_ids, gradient.rows + penalty)
-        if self._config.l2 and name.endswith("kernel"):
-            return gradient + self._config.l2 * variable
-        return gradient
+            if row_weights is not None:
+                weights += tf.gather(row_weights, gradient.row_ids)
+            rows.append(gradient.rows + weights[:, None] * values)
+        return rows, tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(value)) for value in (*rows, *others)]))
+
+    def _by_kernel(self, penalised: Sequence[_Penalised], others: Sequence[tf.Tensor]) -> _RowsAndNorm:
+        gradients, values, row_weights = [*zip(*penalised, strict=True)] or [()] * 3
+        rows, norm = kernels.library().din_dist_regularize(
+            tf.constant(self._config.embedding_l2, tf.float32),
+            [*(gradient.rows for gradient in gradients), *others],
+            [*values],
+            [gradient.row_ids for gradient in gradients],
+            [tf.zeros([0]) if weights is None else weights for weights in row_weights],
+            num_threads=kernels.num_threads(),
+        )
+        for new, gradient in zip(rows, gradients, strict=True):
+            new.set_shape(gradient.rows.shape)
+        norm.set_shape([])
+        return rows, norm
 
 
-def global_norm(gradients: Sequence[Gradient]) -> tf.Tensor:
-    """Euclidean norm of the whole gradient; rows that are not named are zero."""
-    values = [g.rows if isinstance(g, RowGradients) else g for g in gradients]
-    return tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(value)) for value in values]))
+def values_of(gradient: Gradient) -> tf.Tensor:
+    """All of it that is not zero."""
+    return gradient.rows if isinstance(gradient, RowGradients) else gradient
 
 
 def clip(gradients: Sequence[Gradient], norm: tf.Tensor, largest: float) -> list[Gradient]:

@@ -16,7 +16,7 @@ from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradie
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.history import History
 from din_dist.training.optimizers import Optimizer
-from din_dist.training.regularization import Regularization, clip, global_norm
+from din_dist.training.regularization import Regularization, clip
 
 
 class Observed(NamedTuple):
@@ -151,13 +151,13 @@ class TrainStep:
         self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor
     ) -> tuple[tf.Tensor, list[RowGradients]]:
         """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm and replaced rows."""
-        gradients = self._regularization(gradients, self._optimizer.variables, self._optimizer.names)
-        norm = global_norm(gradients)
+        values = self._optimizer.values_of(gradients)
+        gradients, norm = self._regularization(gradients, values, self._optimizer.names)
         if self._clip_norm:
             gradients = clip(gradients, norm, self._clip_norm)
 
         def apply() -> list[RowGradients]:
-            return self._optimizer.apply(gradients, rate, step)
+            return self._optimizer.apply(gradients, values, rate, step)
 
         def refuse() -> list[RowGradients]:
             by_rows = any(isinstance(gradient, RowGradients) for gradient in gradients)

@@ -15,8 +15,8 @@ ROWS_OF_STEP = [[4, 1], [1], [], [0, 4, 1], [2]]  # row 3 and 5 never, row 2 lat
 LARGE = 3 * 4096 + 5  # weights: more than one part of the kernel
 
 
-def apply(optimizer, gradient, rate=0.1, step=1):
-    optimizer.apply([gradient], tf.constant(rate), tf.constant(step, tf.int64))
+def apply(optimizer, *gradients, rate=0.1, step=1):
+    optimizer.apply(gradients, optimizer.values_of(gradients), tf.constant(rate), tf.constant(step, tf.int64))
 
 
 class Reference:
@@ -70,7 +70,7 @@ def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise
         whole, some = random.normal(0, 1, (NUM_ROWS, WIDTH)), random.normal(0, 1, (len(rows), WIDTH))
         before = [values.numpy() for values in of_table]
         sparse = RowGradients(tf.constant(rows, tf.int32), tf.constant(some, tf.float32))
-        optimizer.apply([tf.constant(whole, tf.float32), sparse], tf.constant(rate), tf.constant(step, tf.int64))
+        apply(optimizer, tf.constant(whole, tf.float32), sparse, rate=rate, step=step)
         exact["dense"] -= reference.change("dense", slice(None), whole, rate, step)
         exact["table"][rows] -= reference.change("table", rows, some, rate, step)
         for name, variable in variables.items():
@@ -93,7 +93,7 @@ def test_adagrad_by_hand(sparse):
     variable = tf.Variable([[1.0, 1.0]])
     optimizer = Adagrad([variable], ["w"])
     for step, change in enumerate([3.9**0.5 / 2, 3.9**0.5 / 2 + (3.9 / 7.9) ** 0.5], start=1):
-        apply(optimizer, RowGradients(tf.constant([0]), gradient) if sparse else gradient, 1.0, step)
+        apply(optimizer, RowGradients(tf.constant([0]), gradient) if sparse else gradient, rate=1.0, step=step)
         assert_allclose(variable, [[1.0 - change] * 2], rtol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_row_wise_adagrad_keeps_one_number_a_row():
     assert optimizer.state["table/accumulator"].shape == (5,)
     assert optimizer.state["kernel/accumulator"].shape == (5, 2)
     gradient = RowGradients(tf.constant([3]), tf.sqrt([[7.0, 0.8]]))
-    optimizer.apply([gradient, tf.zeros([5, 2])], tf.constant(1.0), tf.constant(1, tf.int64))
+    apply(optimizer, gradient, tf.zeros([5, 2]), rate=1.0)
     assert_allclose(table[3], -np.sqrt([7.0, 0.8]) / 2, rtol=1e-5)
     assert_allclose(optimizer.state["table/accumulator"], [0.1, 0.1, 0.1, 4.0, 0.1], rtol=1e-6)
 
@@ -161,7 +161,7 @@ def test_the_kernel_equals_the_operations_on_many_variables_of_any_size(kind, nu
         optimizer = make_optimizer(OptimizerConfig(optimizer=kind), variables, names, [], native=native)
         for step in range(1, 4):
             gradients = [tf.constant(random.normal(0, 1, shape), tf.float32) for shape in shapes]
-            optimizer.apply(gradients, tf.constant(0.1), tf.constant(step, tf.int64))
+            apply(optimizer, *gradients, step=step)
         ended.append([*variables, *optimizer.state.values()])
     for ours, theirs in zip(*ended, strict=True):
         assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
