@@ -153,8 +153,15 @@ class Call {
     gate.scale = PaddedVector(width);
     gate.alpha = PaddedVector(width);
     if (with_means) {
-      gate.mean_of_gradient = PaddedVector(width);
-      gate.mean_of_product = PaddedVector(width);
+      const float* sums = Array<float>(2 * width);
+      const float num_rows = *Array<float>(1);
+      float* means = Zeros(2 * Padded(width));
+      for (int64_t i = 0; i < width; ++i) {
+        means[i] = sums[i] / num_rows;
+        means[Padded(width) + i] = sums[width + i] / num_rows;
+      }
+      gate.mean_of_gradient = means;
+      gate.mean_of_product = means + Padded(width);
     }
     return gate;
   }
@@ -247,10 +254,15 @@ class Sums {
  public:
   Sums(int64_t size, int shards) : size_(size), values_(size * shards, 0.0) {}
   double* Of(int shard) { return values_.data() + shard * size_; }
-  // An output of the first `width` of each of `count` rows of sums.
-  void WriteRows(Call& call, int64_t count, int64_t width) const {
-    float* to = call.Output({count * width}, false);
-    for (int64_t row = 0; row < count; ++row) Write(row * Padded(width), width, to + row * width);
+  // Of the first `width` of each of `count` rows of sums, from row `begin` on.
+  void WriteRows(int64_t begin, int64_t count, int64_t width, float* to) const {
+    for (int64_t row = 0; row < count; ++row) Write((begin + row) * Padded(width), width, to + row * width);
+  }
+  // An output of the first two rows of sums, and over how many rows of inputs they are.
+  void WriteStatistics(Call& call, int64_t width, int64_t num_rows) const {
+    float* to = call.Output({2 * width + 1}, false);
+    WriteRows(0, 2, width, to);
+    to[2 * width] = static_cast<float>(num_rows);
   }
   // `width` sums from place `begin` on.
   void Write(int64_t begin, int64_t width, float* to) const {
@@ -347,7 +359,7 @@ void First_(Call& call, const Settings& settings) {
   RunShards(settings, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
     run.first(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  sums.WriteRows(call, 2, pass.units);
+  sums.WriteStatistics(call, pass.units, pass.pairs.count);
 }
 
 // Either `rows` [P, Padded(width)], or a column [P] and a row [width].
@@ -438,7 +450,7 @@ void Dense_(Call& call, const Settings& settings) {
   RunShards(settings, bounds, std::max(width, pass.units), [&](const Passes& run, const Shard& shard) {
     run.dense(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  sums.WriteRows(call, 2, pass.units);
+  sums.WriteStatistics(call, pass.units, pass.num_pairs);
 }
 
 void DenseGradient_(Call& call, const Settings& settings) {
@@ -470,7 +482,9 @@ void DenseGradient_(Call& call, const Settings& settings) {
   kernels.Merge(settings.num_threads);
   Unpad(padded_kernel, width, units, of_kernel);
   biases.Write(0, units, of_bias);
-  sums.WriteRows(call, 4, width);
+  sums.WriteRows(0, 2, width, call.Output({2 * width}, false));
+  sums.WriteRows(2, 1, width, call.Output({width}, false));
+  sums.WriteRows(3, 1, width, call.Output({width}, false));
 }
 
 void Pool_(Call& call, const Settings& settings) {
@@ -523,7 +537,8 @@ void PoolGradient_(Call& call, const Settings& settings) {
   });
   outputs.Write(0, inner, of_output);
   outputs.Write(padded, 1, of_bias);
-  sums.WriteRows(call, 3, inner);
+  sums.WriteRows(0, 2, inner, call.Output({2 * inner}, false));
+  sums.WriteRows(2, 1, inner, call.Output({inner}, false));
 }
 
 void SumsAbout_(Call& call, const Settings& settings) {
@@ -535,7 +550,7 @@ void SumsAbout_(Call& call, const Settings& settings) {
   RunShards(settings, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
     run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  sums.WriteRows(call, 2, pass.gate.width);
+  sums.WriteStatistics(call, pass.gate.width, pass.num_rows);
 }
 
 void GateGradient_(Call& call, const Settings& settings) {
@@ -604,7 +619,7 @@ const bool kRegistered = [] {
       "DinDistFirstGradient",
       {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float", "kernel: float",
        "x: float", "mean: float", "scale: float", "alpha: float",
-       "mean_of_gradient: float", "mean_of_product: float", "upstream: float", "upstream_row: float",
+       "sums_of_gradient: float", "num_rows: float", "upstream: float", "upstream_row: float",
        "weights: float", "of_interest: float", "candidate_of: int32", "key_of: int32"},
       {"of_candidate: float", "of_keys: float", "of_kernel_of_candidate: float", "of_kernel_of_key: float",
        "of_kernel: float", "of_bias: float"},
@@ -616,9 +631,10 @@ const bool kRegistered = [] {
   Register<DenseGradient_>(
       "DinDistDenseGradient",
       {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "beta: float",
-       "factors: float", "next_mean: float", "next_scale: float", "next_alpha: float", "mean_of_gradient: float", "mean_of_product: float",
+       "factors: float", "next_mean: float", "next_scale: float", "next_alpha: float", "sums_of_gradient: float", "num_rows: float",
        "upstream: float", "upstream_row: float"},
-      {"of_outputs: float", "of_kernel: float", "of_bias: float", "sums: float"},
+      {"of_outputs: float", "of_kernel: float", "of_bias: float", "of_standardised: float", "of_alpha: float",
+       "of_beta: float"},
       {"activation: int", "next_activation: int", "in_bfloat16: bool"});
   Register<Pool_>("DinDistPool",
                   {"x: float", "output: float", "bias: float", "mean: float", "scale: float", "alpha: float",
@@ -628,12 +644,12 @@ const bool kRegistered = [] {
       "DinDistPoolGradient",
       {"x: float", "output: float", "mean: float", "scale: float", "alpha: float", "keys: float", "weights: float",
        "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
-      {"of_scores: float", "of_output: float", "of_bias: float", "sums: float"},
+      {"of_scores: float", "of_output: float", "of_bias: float", "of_standardised: float", "of_alpha: float"},
       {"activation: int", "softmax: bool"});
   Register<SumsAbout_>("DinDistSumsAbout", {"x: float", "centre: float"}, {"sums: float"}, {});
   Register<GateGradient_>("DinDistGateGradient",
                           {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float",
-                           "mean_of_gradient: float", "mean_of_product: float"},
+                           "sums_of_gradient: float", "num_rows: float"},
                           {"of_x: float"}, activation);
   return true;
 }();

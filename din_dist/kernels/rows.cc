@@ -1,6 +1,7 @@
-// Operations on rows, for TensorFlow: which segment each of a batch belongs to; and, after the exchange of gradients, the
-// sums of rows that several ranks have, penalties, the gradient's norm, and the update of weights. Called by
-// layers/packed.py, distributed/gradients.py, training/regularization.py and training/optimizers.py alone.
+// Operations on rows, for TensorFlow: which segment each of a batch belongs to; what ranks do after an exchange, all
+// the same: a layer's statistics, the sums of rows that several ranks have, penalties, the gradient's norm, and the update
+// of weights. Called by layers/packed.py, layers/standardize.py, distributed/gradients.py, training/regularization.py and
+// training/optimizers.py alone.
 //
 // No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
 // that the weights of all ranks stay equal where their processors differ.
@@ -72,6 +73,42 @@ class SegmentIds {
     const Tensor ids = Tensor::Output(context, 0, TF_INT32, {total});
     auto* to = ids.Data<int32_t>();
     for (int64_t i = 0; i < lengths.Size(); ++i) to = std::fill_n(to, length[i], static_cast<int32_t>(i));
+  }
+};
+
+// Of a layer, as layers/standardize.py defines them.
+class Statistics {
+ public:
+  explicit Statistics(TF_OpKernelConstruction*) {}
+
+  void Compute(TF_OpKernelContext* context) {
+    const Tensor summed = Tensor::Input(context, 0), moving_mean = Tensor::Input(context, 1);
+    const Tensor moving_variance = Tensor::Input(context, 2), constants = Tensor::Input(context, 3);
+    const int64_t width = moving_mean.Size();
+    Require(summed.Size() == 2 * width + 1 && moving_variance.Size() == width && constants.Size() == 2,
+            "statistics must be of the layer's columns");
+    const auto* const sums = summed.Data<const float>();
+    const auto* const centre = moving_mean.Data<const float>();
+    const auto* const old_variance = moving_variance.Data<const float>();
+    const float momentum = constants.Data<const float>()[0], epsilon = constants.Data<const float>()[1];
+    std::vector<Tensor> outputs;
+    const auto next_output = [&](int64_t size) {
+      const auto place = static_cast<int>(outputs.size());
+      return outputs.emplace_back(Tensor::Output(context, place, TF_FLOAT, {size})).Data<float>();
+    };
+    float *mean = next_output(width), *scale = next_output(width), *count = next_output(1);
+    float *new_mean = next_output(width), *new_variance = next_output(width);
+    count[0] = std::max(sums[2 * width], 1.0f);
+    const float keep = sums[2 * width] > 0 ? momentum : 1.0f;  // a batch of empty histories has no positions at all
+    for (int64_t i = 0; i < width; ++i) {
+      const float shift = sums[i] / count[0];
+      const float squares = sums[width + i] / count[0] - shift * shift;
+      const float variance = squares < 0 ? 0 : squares;  // NaN stays
+      mean[i] = centre[i] + shift;
+      scale[i] = 1.0f / std::sqrt(variance + epsilon);
+      new_mean[i] = keep * centre[i] + (1.0f - keep) * mean[i];
+      new_variance[i] = keep * old_variance[i] + (1.0f - keep) * variance;
+    }
   }
 };
 
@@ -363,6 +400,9 @@ class Update {
 
 const bool kRegistered =
     Kernel<SegmentIds>::Register("DinDistSegmentIds", {"lengths: int32"}, {"segment_ids: int32"}, {}) &&
+    Kernel<Statistics>::Register(
+        "DinDistStatistics", {"summed: float", "moving_mean: float", "moving_variance: float", "constants: float"},
+        {"mean: float", "scale: float", "num_rows: float", "new_mean: float", "new_variance: float"}, {}) &&
     Kernel<MergeRows>::Register("DinDistMergeRows", {"row_ids: int32", "rows: float"},
                                 {"merged_ids: int32", "merged: float"}, {"num_threads: int"}) &&
     Kernel<Regularize>::Register("DinDistRegularize",

@@ -118,7 +118,7 @@ struct Kernel {
     for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(definition, input);
     for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(definition, output);
     for (const char* attribute : attributes) TF_OpDefinitionBuilderAddAttr(definition, attribute);
-    TF_OpDefinitionBuilderSetIsStateful(definition, stateful);
+    if (stateful) TF_OpDefinitionBuilderSetIsStateful(definition, true);  // which it does of false, too
     TF_OpDefinitionBuilderSetShapeInferenceFunction(
         definition, [](TF_ShapeInferenceContext* context, TF_Status* status) {
           TF_ShapeInferenceContextSetUnknownShape(context, status);

@@ -110,32 +110,31 @@ class _Update:
     def gradients(self, upstream: tf.Tensor) -> list[tf.Tensor]:
         """Of the sources, in their order, given that of the interest."""
         top = self._layers[-1]
-        of_scores, of_output, of_bias, sums = self._ops.din_dist_pool_gradient(
+        of_scores, of_output, of_bias, of_standardised, of_alpha = self._ops.din_dist_pool_gradient(
             top.inputs, self._output, *top.known, self._keys, self._weights, upstream, self._divisor, **self._last
         )
-        of_alphas: list[tf.Tensor] = []
+        of_alphas = [of_alpha]
         of_kernels: list[tf.Tensor] = []
         of_biases: list[tf.Tensor] = []
         # Of a layer's outputs: a row for each pair; of the last, whose only consumer is the score, a factor for each.
         above = [of_scores, self._output]
         for place in reversed(range(1, len(self._layers))):
             layer, below = self._layers[place], self._layers[place - 1]
-            means, of_alpha, _ = layer.means(sums)
+            sums = layer.over_ranks(of_standardised)
             of_dense = dense_gradient(
-                below, self._kernels[place - 1], layer, means, above, in_bfloat16=self._in_bfloat16
+                below, self._kernels[place - 1], layer, sums, above, in_bfloat16=self._in_bfloat16
             )
-            above, sums = [of_dense.of_outputs, tf.zeros([0])], of_dense.sums
-            of_alphas, of_kernels = [of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
+            above, of_standardised = [of_dense.of_outputs, tf.zeros([0])], of_dense.of_standardised
+            of_alphas, of_kernels = [of_dense.of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
             of_biases = [of_dense.of_bias, *of_biases]
         first = self._layers[0]
-        means, of_alpha, _ = first.means(sums)
         of_first = self._ops.din_dist_first_gradient(
             self._candidate,
             self._keys,
             *self._first,
             first.inputs,
             *first.known,
-            *means,
+            *first.over_ranks(of_standardised),
             *above,
             self._weights,
             upstream,
@@ -143,7 +142,7 @@ class _Update:
             in_bfloat16=self._in_bfloat16,
             **self._pairs,
         )
-        found = [*of_first, of_output[:, None], of_bias, of_alpha, *of_alphas, *of_kernels, *of_biases]
+        found = [*of_first, of_output[:, None], of_bias, *of_alphas, *of_kernels, *of_biases]
         for gradient, source in zip(found, self._sources, strict=True):
             gradient.set_shape(source.shape)
         return found

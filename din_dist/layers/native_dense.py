@@ -47,12 +47,15 @@ class Gate(NamedTuple):
         return self.standardize is not None and not self.standardize.frozen
 
     def before(self, inputs: tf.Tensor, sums: tf.Tensor) -> Gated:
-        """Before `inputs` `[M, padded W]`, whose `sums` about `centre` are `[2W]`; keeps the moving averages."""
+        """Before `inputs` `[M, padded W]`; keeps the moving averages.
+
+        `sums`: `[2W + 1]`, of `inputs` less `centre`, of its square, and of 1 for each row.
+        """
         if self.standardize is None:
             return Gated(self, inputs, tf.zeros_like(self.alpha), tf.ones_like(self.alpha), None)
         if self.standardize.frozen:
             return Gated(self, inputs, *self.standardize.moving_statistics, None)
-        return Gated(self, inputs, *self.standardize.statistics_of(sums, tf.shape(inputs)[0]))
+        return Gated(self, inputs, *self.standardize.statistics_of(sums, native=True))
 
 
 class Gated(NamedTuple):
@@ -62,24 +65,25 @@ class Gated(NamedTuple):
     inputs: tf.Tensor  # [M, padded W]
     mean: tf.Tensor
     scale: tf.Tensor
-    num_rows: tf.Tensor | None  # of all ranks, if the statistics are theirs
+    num_rows: tf.Tensor | None  # [1], of all ranks, if the statistics are theirs
 
     @property
     def known(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         return self.mean, self.scale, self.gate.alpha
 
-    def means(self, sums: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """Of a kernel's `sums` `[3W]` or, with beta's, `[4W]`.
+    def over_ranks(self, of_standardised: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """This rank's sums `[2W]` of the standardised inputs' gradient and of that times them, to those of all ranks.
 
-        Returns the means over all ranks of the standardised inputs' gradient and of that times them, and the gradients
-        of alpha and beta by this rank.
+        With the number of rows `[1]` that they are over.
         """
-        width = self.gate.alpha.shape[0]
-        of_standardised, of_alpha, of_beta = sums[: 2 * width], sums[2 * width : 3 * width], sums[3 * width :]
-        of_standardised.set_shape([2 * width])
         if self.gate.standardize is None or self.num_rows is None:  # none, or frozen ones
-            return [tf.zeros_like(self.mean)] * 2, of_alpha, of_beta
-        return tf.split(self.gate.standardize.sum_over_ranks(of_standardised) / self.num_rows, 2), of_alpha, of_beta
+            return self.no_sums()
+        of_standardised.set_shape([2 * self.gate.alpha.shape[0]])
+        return self.gate.standardize.sum_over_ranks(of_standardised), self.num_rows
+
+    def no_sums(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """As of `over_ranks`, where no statistics depend on the inputs."""
+        return tf.zeros([2 * self.gate.alpha.shape[0]]), tf.ones([1])
 
 
 def dense(
@@ -118,14 +122,16 @@ class DenseGradient(NamedTuple):
     of_outputs: tf.Tensor  # of the gate below, [M, padded W]
     of_kernel: tf.Tensor
     of_bias: tf.Tensor
-    sums: tf.Tensor  # for `Gated.means` of the gate below
+    of_standardised: tf.Tensor  # for `Gated.over_ranks` of the gate below
+    of_alpha: tf.Tensor  # of that gate
+    of_beta: tf.Tensor
 
 
 def dense_gradient(
     below: Gated,
     kernel: tf.Tensor,
     above: Gated,
-    means: Sequence[tf.Tensor],
+    of_standardised: Sequence[tf.Tensor],
     upstream: Sequence[tf.Tensor],
     factors: tf.Tensor | None = None,
     *,
@@ -134,7 +140,7 @@ def dense_gradient(
     """The gradient of `dense` and of the gate above it.
 
     Args:
-        means: of the gate above, by `Gated.means`.
+        of_standardised: of the gate above, by `Gated.over_ranks`.
         upstream: of its outputs: rows `[M, padded W]` and nothing `[0]`, or a column `[M]` and a row `[W]`.
     """
     return DenseGradient(
@@ -146,7 +152,7 @@ def dense_gradient(
             below.gate.beta,
             _or_nothing(factors),
             *above.known,
-            *means,
+            *of_standardised,
             *upstream,
             activation=below.gate.kind,
             next_activation=above.gate.kind,
@@ -186,23 +192,23 @@ def run_stages(
 
     def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
         above = [_with_padding(upstream), tf.zeros([0])]
-        means = [tf.zeros([widths[-1]])] * 2
+        sums = gated[-1].no_sums()
         of_weights: list[tf.Tensor] = []
         of_parameters: list[tf.Tensor] = []
         for place in reversed(range(len(stages))):
             below = gated[place]
             of_dense = dense_gradient(
-                below, layers[place][0], gated[place + 1], means, above, factors[place], in_bfloat16=in_bfloat16
+                below, layers[place][0], gated[place + 1], sums, above, factors[place], in_bfloat16=in_bfloat16
             )
             above = [of_dense.of_outputs, tf.zeros([0])]
-            means, *of_gate = below.means(of_dense.sums)
+            sums = below.over_ranks(of_dense.of_standardised)
             of_weights = [of_dense.of_kernel, of_dense.of_bias, *of_weights]
-            of_parameters = [*of_gate, *of_parameters]
+            of_parameters = [of_dense.of_alpha, of_dense.of_beta, *of_parameters]
         of_inputs = ops.din_dist_gate_gradient(
             held_inputs,
             above[0][:, : widths[0]],
             *gated[0].known,
-            *means,
+            *sums,
             activation=gated[0].gate.kind,
             **threads,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from din_dist.layers import kernels
 from din_dist.layers.fused import fused
 
 SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers
@@ -72,7 +73,8 @@ class Standardize(keras.layers.Layer):
             return _apply(function, inputs, *self.moving_statistics, *parameters, compiled=compiled)
         modes = {"compiled": self.compiled}
         sums = _sums_about(tf.stop_gradient(inputs), self.moving_mean.value, num_rows, **modes)
-        mean, scale, count = self.statistics_of(sums, tf.shape(inputs)[0] if num_rows is None else num_rows)
+        own_count = tf.cast(tf.shape(inputs)[0] if num_rows is None else num_rows, tf.float32)
+        mean, scale, count = self.statistics_of(tf.concat([sums, [own_count]], axis=0))
 
         @tf.custom_gradient
         def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
@@ -95,26 +97,24 @@ class Standardize(keras.layers.Layer):
         """Mean and scale `[W]` out of training, or when frozen."""
         return self.moving_mean.value, tf.math.rsqrt(self.moving_variance.value + self.epsilon)
 
-    def statistics_of(self, sums: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Mean `[W]`, scale `[W]` and number of rows (at least 1) of the global batch; keeps the moving averages.
+    def statistics_of(self, sums: tf.Tensor, native: bool = False) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Mean `[W]`, scale `[W]` and number of rows `[1]`, at least 1, of the global batch; keeps the moving averages.
 
         Args:
-            sums: `[2W]`, of x - `moving_mean` and its square, over this rank's `count` rows. The moving mean is equal
-                on all ranks and near the true mean: far from it E[x^2] - E[x]^2 would lose float32 digits.
+            sums: `[2W + 1]`, over this rank's rows: of x - `moving_mean`, of its square, and of 1. The moving mean is
+                equal on all ranks and near the true mean: far from it E[x^2] - E[x]^2 would lose float32 digits.
+            native: in a kernel of our own, on CPUs.
         """
-        width, centre = self.moving_mean.shape[0], self.moving_mean.value
-        sums = tf.concat([sums, [tf.cast(count, tf.float32)]], axis=0)  # one message a layer
+        width = self.moving_mean.shape[0]
         sums.set_shape([2 * width + 1])
-        total, total_of_squares, count = tf.split(self.sum_over_ranks(sums), [width, width, 1])
-        anything = count > 0  # a batch of empty histories has no positions at all
-        count = tf.maximum(count, 1.0)
-        mean_shift = total / count
-        mean = centre + mean_shift
-        variance = tf.maximum(total_of_squares / count - tf.square(mean_shift), 0.0)
-        keep = tf.where(anything, self.momentum, 1.0)
-        for average, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            average.assign(keep * average.value + (1.0 - keep) * value)
-        return mean, tf.math.rsqrt(variance + self.epsilon), count
+        sums = self.sum_over_ranks(sums)  # one message a layer
+        averages = self.moving_mean.value, self.moving_variance.value
+        find = kernels.library().din_dist_statistics if native else _statistics
+        mean, scale, count, *new_averages = find(sums, *averages, tf.constant([self.momentum, self.epsilon]))
+        for average, value in zip((self.moving_mean, self.moving_variance), new_averages, strict=True):
+            value.set_shape(average.shape)
+            average.assign(value)
+        return mean, scale, count
 
     def get_config(self) -> dict:
         own = {"frozen": self.frozen, "momentum": self.momentum, "epsilon": self.epsilon}
@@ -222,6 +222,21 @@ def _gradient_of_inputs(
     )
     mean_of_gradient, mean_of_product = tf.split(means, 2)
     return direct + _without_padding(scale * (through - mean_of_gradient - standardised * mean_of_product), num_rows)
+
+
+def _statistics(
+    summed: tf.Tensor, moving_mean: tf.Tensor, moving_variance: tf.Tensor, constants: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    """As the kernel `Statistics`: mean, scale, number of rows, new moving mean and variance."""
+    width, (momentum, epsilon) = moving_mean.shape[0], tf.unstack(constants)
+    total, total_of_squares, count = tf.split(summed, [width, width, 1])
+    keep = tf.where(count > 0, momentum, 1.0)  # a batch of empty histories has no positions at all
+    count = tf.maximum(count, 1.0)
+    mean_shift = total / count
+    mean = moving_mean + mean_shift
+    variance = tf.maximum(total_of_squares / count - tf.square(mean_shift), 0.0)
+    new_averages = (keep * old + (1.0 - keep) * new for old, new in ((moving_mean, mean), (moving_variance, variance)))
+    return mean, tf.math.rsqrt(variance + epsilon), count, *new_averages
 
 
 def _without_padding(rows: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:

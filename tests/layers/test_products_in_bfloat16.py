@@ -81,8 +81,8 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
     )
     assert_product(found[:, :units], rounded(x) @ rounded(kernel) + bias, x @ kernel + bias)
 
-    next_gate = float32(np.zeros(units), np.ones(units), np.ones(units), np.zeros(units), np.zeros(units))
-    of_outputs, of_kernel, of_bias, _ = ops.din_dist_dense_gradient(
+    next_gate = float32(np.zeros(units), np.ones(units), np.ones(units), np.zeros(2 * units), [1.0])
+    of_outputs, of_kernel, of_bias, *_ = ops.din_dist_dense_gradient(
         *float32(with_padding(x), with_padding(found[:, :units].numpy()), kernel),
         *gate,
         tf.zeros([width]),
@@ -126,7 +126,7 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
     assert_product(found[:, :units], first(rounded), first(np.asarray))
 
     weights, of_interest = numbers(num_pairs), numbers(num_candidates, width)
-    identity = float32(np.zeros(units), np.ones(units), np.ones(units), np.zeros(units), np.zeros(units))
+    identity = float32(np.zeros(units), np.ones(units), np.ones(units), np.zeros(2 * units), [1.0])
     results = ops.din_dist_first_gradient(
         *float32(q, k, of_q, of_k, of_product, with_padding(found[:, :units].numpy())),
         *identity,
