@@ -50,7 +50,7 @@ if [[ ! -f $compiled/kernels.so ]]; then
       if [[ ${bfloat16[*]} ]]; then
         compile_passes avx512_bf16 16 "${bfloat16[@]}" -mavx512bf16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
       fi &&
-      for name in attention_ops neighbours rows; do
+      for name in attention_ops neighbours rows vectors; do
         g++ "${flags[@]}" "${bfloat16[@]}" -isystem "$tensorflow/include" -c "$sources/$name.cc" -o "$work/$name.o" || return
       done &&
       # Under the name by which TensorFlow itself has loaded it.

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <iterator>
 #include <vector>
 
@@ -50,13 +49,6 @@ class Distinct {
   std::vector<int32_t> ids, places;
   std::vector<char> is_first;
 };
-
-// Runs `part(begin, end)` over parts of [0, count), of at least so many.
-void InParts(int num_threads, int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& part) {
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least));
-  Threads::Get().Run(num_threads, static_cast<int>(parts),
-                     [&](int at) { part(count * at / parts, count * (at + 1) / parts); });
-}
 
 class SegmentIds {
  public:

@@ -1,9 +1,11 @@
 // A few threads that share the shards of one pass.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -102,5 +104,12 @@ class Threads {
   int count_ = 0, next_ = 0;
   std::atomic<int> waiting_{0}, left_{0};  // shards that nobody has taken, and those that are not done
 };
+
+// Runs `part(begin, end)` over parts of [0, count), of at least so many.
+inline void InParts(int num_threads, int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& part) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least));
+  Threads::Get().Run(num_threads, static_cast<int>(parts),
+                     [&](int at) { part(count * at / parts, count * (at + 1) / parts); });
+}
 
 }  // namespace din

@@ -9,13 +9,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from din_dist.layers.native_vectors import Part, side_by_side
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
 
 class LocalLookup(keras.layers.Layer):
     """The embedding of an item and those of its features, side by side: H = the sum of the tables' widths.
 
-    This is the interface by which models reach embeddings, whoever holds them: `call` and `width`.
+    This is the interface by which models reach embeddings, whoever holds them: `call`, `parts` and `width`.
 
     Args:
         tables: the item's own table first, then one for each of `item_features`, in its order.
@@ -75,17 +76,25 @@ class LocalLookup(keras.layers.Layer):
 
         For a gradient that names each row once, no row of the item's table may be named twice, unless items share rows.
         """
+        parts, biases = self._parts(item_rows, feature_ids)
+        return side_by_side(parts), biases
+
+    def parts(self, item_ids: tf.Tensor) -> tuple[list[Part], tf.Tensor]:
+        """As `call`, the vectors in parts."""
+        return self._parts(self.item_rows(item_ids), self.feature_ids(item_ids))
+
+    def _parts(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[list[Part], tf.Tensor]:
         place_of = None
         if self.row_of_item is not None:
             item_rows, place_of = tf.unique(item_rows)
-        vectors, biases = tf.gather(self.tables[0].value, item_rows), tf.gather(self.item_bias.value, item_rows)
+        parts = [Part(tf.gather(self.tables[0].value, item_rows), place_of)]
+        biases = tf.gather(self.item_bias.value, item_rows)
         if place_of is not None:
-            vectors, biases = tf.gather(vectors, place_of), tf.gather(biases, place_of)
-        parts = [vectors]
+            biases = tf.gather(biases, place_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
             distinct, places = tf.unique(ids)
-            parts.append(tf.gather(tf.gather(table.value, distinct), places))
-        return tf.concat(parts, axis=1), tf.squeeze(biases, axis=1)
+            parts.append(Part(tf.gather(table.value, distinct), places))
+        return parts, tf.squeeze(biases, axis=1)
 
     def unknown(self, item_ids: tf.Tensor) -> tf.Tensor:
         """Bool `[tables, U]`: which of `item_ids` `[U]` have no known id in a table; a hidden one is known."""

@@ -13,6 +13,7 @@ from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native_attention import NativeActivationUnit
+from din_dist.layers.native_vectors import beside_product
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.standardize import SumOverRanks
 from din_dist.models.ranking_model import RankingModel, items_of
@@ -65,7 +66,9 @@ class DIN(RankingModel):
     ) -> tf.Tensor:
         return self.attention(candidate, keys, candidate_of, key_of, training=training, num_pairs=num_pairs)
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, native: bool = False) -> tf.Tensor:
+        if native:
+            return beside_product(interest, candidate)
         return tf.concat([interest, candidate, interest * candidate], axis=1)
 
     def attention_weights(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:

@@ -26,7 +26,7 @@ class MeanPooling(RankingModel):
     ) -> tf.Tensor:
         return _mean_pool(keys, candidate_of, key_of, candidate, compiled=self.compiled and training)
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, native: bool = False) -> tf.Tensor:
         return tf.concat([interest, candidate], axis=1)
 
 

@@ -16,6 +16,7 @@ from din_dist.layers.fused import round_up
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native_dense import Stage, run_stages
+from din_dist.layers.native_vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.standardize import BatchNormalization, SumOverRanks
 
@@ -99,26 +100,33 @@ class RankingModel(keras.Model):
         """Pools each candidate's history to `[C, H]`, zeros where it is empty. See `LocalActivationUnit.call`."""
 
     @abc.abstractmethod
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor) -> tf.Tensor:
-        """`[C, H]` and `[C, H]` to what the head sees of them."""
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, native: bool = False) -> tf.Tensor:
+        """`[C, H]` and `[C, H]` to what the head sees of them; `native`: in a kernel of our own, if it has one."""
 
     def call(self, batch: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
         # Where XLA compiles for each length, there are to be few.
         few_lengths = training and self.compiled and self.needs_few_lengths
         distinct, places = items_of(batch)
-        vectors, biases = self.lookup(distinct)  # [U, H], [U]
-        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS], native=self.native and training)
+        native = self.native and training
+        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS], native=native)
         num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
         candidate_places, key_of = places[:num_candidates], places[num_candidates:]
+        if native:
+            parts, biases = self.lookup.parts(distinct)
+            vectors, candidate = vectors_and_candidates(parts, candidate_places)
+        else:
+            vectors, biases = self.lookup(distinct)  # [U, H], [U]
         num_pairs = None
         if few_lengths:  # of U 12 % more; of positions see `num_computed_positions`
             vectors = padded(vectors, round_up(tf.size(distinct), steps=4))
             num_pairs = tf.size(key_of)
             key_of = padded(key_of, self.num_computed_positions(num_pairs))
             candidate_of = padded(candidate_of, tf.size(key_of), -1)
+        if not native:
+            candidate = rows_at(vectors, candidate_places, compiled=few_lengths)
         return self.logits(
-            rows_at(vectors, candidate_places, compiled=few_lengths),
+            candidate,
             tf.gather(biases, candidate_places),
             vectors,
             candidate_of,
@@ -186,7 +194,9 @@ class RankingModel(keras.Model):
             run = functools.partial(run_stages, in_bfloat16=self.in_bfloat16)
             interest = run([Stage(self.interest_norm, self.interest_projection)], interest)
             stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
-            scores = tf.squeeze(run(stages, self.head_inputs(interest, candidate), keys_of_dropout), axis=1)
+            scores = tf.squeeze(
+                run(stages, self.head_inputs(interest, candidate, native=True), keys_of_dropout), axis=1
+            )
         else:
             interest = self.interest_projection(self.interest_norm(interest, training=training))
             features = self.head_norm(self.head_inputs(interest, candidate), training=training)
