@@ -126,15 +126,21 @@ class Weights {
   const float* elements_;
 };
 
-// R rows of C [R, N registers] += A [R, inner] B [inner, N registers]; `inner` is at least 1.
+// What a product is added to: rows of C itself, or one row for all.
+struct Start {
+  const float* rows;
+  int64_t step;  // from a row to the next
+};
+
+// R rows of C [R, N registers] = start + A [R, inner] B [inner, N registers]; `inner` is at least 1.
 template <int R, int N>
-inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, float* c,
-                  int64_t ldc) {
+inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, Start start,
+                  float* c, int64_t ldc) {
   V sums[R][N];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[r][n] = Load(c + r * ldc + n * L);
+    for (int n = 0; n < N; ++n) sums[r][n] = Load(start.rows + r * start.step + n * L);
   int64_t k = 0;
   do {  // so that the sums have one life in registers
     V right[N];
@@ -153,12 +159,19 @@ inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, cons
     for (int n = 0; n < N; ++n) Store(c + r * ldc + n * L, sums[r][n]);
 }
 
+// R rows at a time, and the rest of them together.
 template <int R, int N>
 void Rows(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
-          float* c, int64_t ldc) {
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) Block<R, N>(a + r * row, row, step, inner, b, ldb, c + r * ldc, ldc);
-  for (; r < rows; ++r) Block<1, N>(a + r * row, row, step, inner, b, ldb, c + r * ldc, ldc);
+          Start start, float* c, int64_t ldc) {
+  for (; rows >= R; rows -= R) {
+    Block<R, N>(a, row, step, inner, b, ldb, start, c, ldc);
+    a += R * row;
+    start.rows += R * start.step;
+    c += R * ldc;
+  }
+  if constexpr (R > 1) {
+    if (rows > 0) Rows<R - 1, N>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+  }
 }
 
 #if DIN_LANES == 16  // and 32 registers
@@ -167,10 +180,9 @@ constexpr int kMostRegisters = 5;
 constexpr int kMostRegisters = 2;
 #endif
 
-// C [rows, columns] += A B, where A's element (r, k) is a[r * row + k * step]. `columns` are whole registers.
+// C [rows, columns] = start + A B, where A's element (r, k) is a[r * row + k * step]. `columns` are whole registers.
 void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
-              int64_t columns, float* c, int64_t ldc) {
-  if (inner == 0) return;
+              int64_t columns, Start start, float* c, int64_t ldc) {
   int64_t left = columns / L;
   int64_t blocks = (left + kMostRegisters - 1) / kMostRegisters;
   while (left > 0) {
@@ -178,34 +190,51 @@ void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t i
     switch (width) {
 #if DIN_LANES == 16
       case 5:
-        Rows<5, 5>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<5, 5>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
       case 4:
-        Rows<6, 4>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<6, 4>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
       case 3:
-        Rows<8, 3>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<8, 3>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
       case 2:
-        Rows<12, 2>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<12, 2>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
       default:
-        Rows<12, 1>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<12, 1>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
 #else
       case 2:
-        Rows<6, 2>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<6, 2>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
       default:
-        Rows<8, 1>(a, row, step, rows, inner, b, ldb, c, ldc);
+        Rows<8, 1>(a, row, step, rows, inner, b, ldb, start, c, ldc);
         break;
 #endif
     }
     b += width * L;
+    start.rows += width * L;
     c += width * L;
     left -= width;
     --blocks;
   }
+}
+
+// C [rows, columns] = start + rows of A [rows, Padded(inner)] B [inner, columns]; `scratch` as long as A, or A itself.
+inline void MultiplyRows(const float* a, int64_t rows, int64_t inner, const Weights& b, int64_t columns, Start start,
+                         float* c, float* scratch) {
+  const int64_t width = Padded(inner);
+  Multiply(Along(a, rows * width, scratch), width / kNumbers, 1, rows, Elements(inner), b, columns, columns, start, c,
+           columns);
+}
+
+// C [inner, columns] += the transpose of A [rows, Padded(inner)] by B [rows, columns]; scratch likewise.
+inline void AddTransposedByRows(const float* a, const float* b, int64_t rows, int64_t inner, int64_t columns, float* c,
+                                float* scratch_of_a, float* scratch_of_b) {
+  const int64_t width = Padded(inner);
+  Multiply(Down(a, rows, width, scratch_of_a), 1, width, inner, Elements(rows), Down(b, rows, columns, scratch_of_b),
+           columns, columns, {c, columns}, c, columns);
 }
 
 // --- Activations ---
@@ -439,18 +468,20 @@ const float* PaddedRows(const float* from, int64_t begin, int64_t rows, int64_t 
   return scratch;
 }
 
+const float* Zeros(float* to, int64_t size) {
+  std::fill_n(to, size, 0.0f);
+  return to;
+}
+
 // --- Passes ---
 
 void RunProject(const Projection& pass, int64_t begin, int64_t end, float* scratch) {
-  const int64_t units = Padded(pass.units), width = Padded(pass.width);
+  const int64_t units = Padded(pass.units);
   const Weights kernel(pass.kernel, pass.width, units);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* from = PaddedRows(pass.from, tile, rows, pass.width, scratch);
-    float* to = pass.to + tile * units;
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * units, pass.bias, units * sizeof(float));
-    Multiply(Along(from, rows * width, scratch), width / kNumbers, 1, rows, Elements(pass.width), kernel, units, units,
-             to, units);
+    MultiplyRows(from, rows, pass.width, kernel, units, {pass.bias, 0}, pass.to + tile * units, scratch);
   }
 }
 
@@ -460,18 +491,21 @@ void RunProjectGradient(const ProjectionGradient& pass, int64_t begin, int64_t e
   float* of_from = scratch + kTile * width;
   float* down = of_from + kTile * width;
   float* along = down + kTile * units / kNumbers;
+  const float* zeros = Zeros(down + kTile * units, width);
   const Weights transposed_kernel(pass.transposed_kernel, pass.units, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* of_to = pass.of_to + tile * units;
     SumDown(of_to, rows, units, of_bias);
     const float* from = PaddedRows(pass.from, tile, rows, pass.width, scratch);
-    Multiply(Down(from, rows, width, scratch), 1, width, pass.width, Elements(rows), Down(of_to, rows, units, down),
-             units, units, of_kernel, units);
-    std::memset(of_from, 0, rows * width * sizeof(float));
-    Multiply(Along(of_to, rows * units, along), units / kNumbers, 1, rows, Elements(pass.units), transposed_kernel,
-             width, width, of_from, width);
-    for (int64_t r = 0; r < rows; ++r) Add(of_from + r * width, pass.width, pass.of_from + (tile + r) * pass.width);
+    AddTransposedByRows(from, of_to, rows, pass.width, units, of_kernel, scratch, down);
+    float* to = pass.of_from + tile * pass.width;
+    if (width == pass.width) {
+      MultiplyRows(of_to, rows, pass.units, transposed_kernel, width, {to, width}, to, along);
+      continue;
+    }
+    MultiplyRows(of_to, rows, pass.units, transposed_kernel, width, {zeros, 0}, of_from, along);
+    for (int64_t r = 0; r < rows; ++r) Add(of_from + r * width, pass.width, to + r * pass.width);
   }
 }
 
@@ -488,8 +522,7 @@ void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float
       float* to = x + r * units;
       for (int64_t i = 0; i < units; i += L) Store(to + i, Load(a + i) + Load(b + i));
     }
-    Multiply(Along(products, rows * width, products), width / kNumbers, 1, rows, Elements(pass.width), kernel, units,
-             units, x, units);
+    MultiplyRows(products, rows, pass.width, kernel, units, {x, units}, x, products);
     SumAbout(x, pass.centre, rows, units, sums);
   }
 }
@@ -503,17 +536,15 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, flo
   float* of_products = upstream;  // which is needed no more
   float* down = upstream + kTile * std::max(units, width);
   float* along = down + kTile * units / kNumbers;
+  const float* zeros = Zeros(down + kTile * units, width);
   const Weights transposed_kernel(pass.transposed_kernel, pass.gate.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
     Differentiate(pass.gate, pass.x + tile * units, up, rows, of_x);
     Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
-    Multiply(Down(products, rows, width, products), 1, width, pass.width, Elements(rows),
-             Down(of_x, rows, units, down), units, units, of_kernel, units);
-    std::memset(of_products, 0, rows * width * sizeof(float));
-    Multiply(Along(of_x, rows * units, along), units / kNumbers, 1, rows, Elements(pass.gate.width), transposed_kernel,
-             width, width, of_products, width);
+    AddTransposedByRows(products, of_x, rows, pass.width, units, of_kernel, products, down);
+    MultiplyRows(of_x, rows, pass.gate.width, transposed_kernel, width, {zeros, 0}, of_products, along);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
       if (r + kAhead < rows) {
@@ -538,9 +569,7 @@ void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float
     Activate(pass.gate, pass.x + tile * width, rows, activated);
     if (pass.factors) MultiplyBy(pass.factors + tile * width, rows * width, activated);
     float* next = pass.next + tile * units;
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(next + r * units, pass.bias, units * sizeof(float));
-    Multiply(Along(activated, rows * width, activated), width / kNumbers, 1, rows, Elements(pass.gate.width), kernel,
-             units, units, next, units);
+    MultiplyRows(activated, rows, pass.gate.width, kernel, units, {pass.bias, 0}, next, activated);
     SumAbout(next, pass.centre, rows, units, sums);
   }
 }
@@ -555,6 +584,7 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
   float* along = down + kTile * units / kNumbers;
   float* tile_sums = down + kTile * units;
   std::fill_n(tile_sums, 4 * width, 0.0f);
+  const float* zeros = Zeros(tile_sums + 4 * width, width);
   const Weights transposed_kernel(pass.transposed_kernel, pass.next_gate.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
@@ -562,16 +592,13 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
     Differentiate(pass.next_gate, pass.next + tile * units, up, rows, of_next);
     SumDown(of_next, rows, units, of_bias);
     float* of_outputs = pass.of_outputs + tile * width;
-    std::memset(of_outputs, 0, rows * width * sizeof(float));
-    Multiply(Along(of_next, rows * units, along), units / kNumbers, 1, rows, Elements(pass.next_gate.width),
-             transposed_kernel, width, width, of_outputs, width);
+    MultiplyRows(of_next, rows, pass.next_gate.width, transposed_kernel, width, {zeros, 0}, of_outputs, along);
     const float* factors = pass.factors ? pass.factors + tile * width : nullptr;
     if (factors) MultiplyBy(factors, rows * width, of_outputs);
     ActivateAndSum(pass.gate, pass.x + tile * width, of_outputs, rows, activated, tile_sums);
     if (factors) MultiplyBy(factors, rows * width, activated);
     Gather(tile_sums, 4 * width, sums);
-    Multiply(Down(activated, rows, width, activated), 1, width, pass.gate.width, Elements(rows),
-             Down(of_next, rows, units, down), units, units, of_kernel, units);
+    AddTransposedByRows(activated, of_next, rows, pass.gate.width, units, of_kernel, activated, down);
   }
 }
 
