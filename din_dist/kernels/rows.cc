@@ -11,14 +11,9 @@
 #include <iterator>
 #include <vector>
 
+#include "clones.h"
 #include "tensorflow.h"
 #include "threads.h"
-
-#if defined(__x86_64__)
-#define DIN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DIN_CLONES
-#endif
 
 namespace din {
 namespace {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "clones.h"
 #include "tensorflow.h"
 #include "threads.h"
 
@@ -34,6 +35,33 @@ inline int64_t Checked(int32_t place, int64_t num_rows) {
 
 inline void Add(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// Rows [begin, end) of [a, b, a * b].
+DIN_CLONES void WriteBesideProduct(const Matrix& a, const Matrix& b, int64_t begin, int64_t end, float* to) {
+  const int64_t width = a.columns;
+  for (int64_t row = begin; row < end; ++row) {
+    const float *left = a.data + row * width, *right = b.data + row * width;
+    float* __restrict own = to + 3 * row * width;
+    for (int64_t i = 0; i < width; ++i) own[i] = left[i];
+    for (int64_t i = 0; i < width; ++i) own[width + i] = right[i];
+    for (int64_t i = 0; i < width; ++i) own[2 * width + i] = left[i] * right[i];
+  }
+}
+
+// And of its gradient.
+DIN_CLONES void WriteGradients(const Matrix& a, const Matrix& b, const float* upstream, int64_t begin, int64_t end,
+                               float* of_a, float* of_b) {
+  const int64_t width = a.columns;
+  for (int64_t row = begin; row < end; ++row) {
+    const float *left = a.data + row * width, *right = b.data + row * width;
+    const float *of_left = upstream + 3 * row * width, *of_right = of_left + width, *of_product = of_right + width;
+    float *__restrict to_left = of_a + row * width, *__restrict to_right = of_b + row * width;
+    for (int64_t i = 0; i < width; ++i) {
+      to_left[i] = of_left[i] + of_product[i] * right[i];
+      to_right[i] = of_right[i] + of_product[i] * left[i];
+    }
+  }
 }
 
 // Which of the parts have rows that items share; `shared` is a list of booleans.
@@ -179,16 +207,9 @@ class BesideProduct {
     const Tensor a_tensor = Tensor::Input(context, 0), b_tensor = Tensor::Input(context, 1);
     const Matrix a(a_tensor), b(b_tensor);
     Require(a.rows == b.rows && a.columns == b.columns, "vectors must be equally many and equally wide");
-    const int64_t width = a.columns;
-    const Tensor output = Tensor::Output(context, 0, TF_FLOAT, {a.rows, 3 * width});
+    const Tensor output = Tensor::Output(context, 0, TF_FLOAT, {a.rows, 3 * a.columns});
     InParts(num_threads_, a.rows, kLeastRows, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const float *left = a.data + row * width, *right = b.data + row * width;
-        float* to = output.Data<float>() + 3 * row * width;
-        std::copy_n(left, width, to);
-        std::copy_n(right, width, to + width);
-        for (int64_t i = 0; i < width; ++i) to[2 * width + i] = left[i] * right[i];
-      }
+      WriteBesideProduct(a, b, begin, end, output.Data<float>());
     });
   }
 
@@ -207,20 +228,10 @@ class BesideProductGradient {
     const Matrix a(a_tensor), b(b_tensor);
     Require(a.rows == b.rows && a.columns == b.columns && upstream.Size() == 3 * a.rows * a.columns,
             "gradients must be as large as what they are of");
-    const int64_t width = a.columns;
-    const Tensor of_a = Tensor::Output(context, 0, TF_FLOAT, {a.rows, width});
-    const Tensor of_b = Tensor::Output(context, 1, TF_FLOAT, {a.rows, width});
+    const Tensor of_a = Tensor::Output(context, 0, TF_FLOAT, {a.rows, a.columns});
+    const Tensor of_b = Tensor::Output(context, 1, TF_FLOAT, {a.rows, a.columns});
     InParts(num_threads_, a.rows, kLeastRows, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const float *left = a.data + row * width, *right = b.data + row * width;
-        const float* up = upstream.Data<const float>() + 3 * row * width;
-        float *to_left = of_a.Data<float>() + row * width, *to_right = of_b.Data<float>() + row * width;
-        for (int64_t i = 0; i < width; ++i) {
-          const float of_product = up[2 * width + i];
-          to_left[i] = up[i] + of_product * right[i];
-          to_right[i] = up[width + i] + of_product * left[i];
-        }
-      }
+      WriteGradients(a, b, upstream.Data<const float>(), begin, end, of_a.Data<float>(), of_b.Data<float>());
     });
   }
 
