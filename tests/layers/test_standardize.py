@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist.layers import kernels
 from din_dist.layers.standardize import BatchNormalization, Standardize
 from tests.reference import padded_din
 from tests.reference.compare import randomise, weights_of
@@ -70,6 +71,33 @@ def test_columns_far_from_zero_keep_their_digits():
     inputs = 10_000 + np.random.default_rng(0).normal(0, 0.5, (256, 1)).astype(np.float32)
     exact = (inputs - inputs.mean(dtype=np.float64)) / np.sqrt(inputs.var(dtype=np.float64) + 1e-3)
     assert_allclose(layer(tf.constant(inputs), training=True), exact, atol=5e-3)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_statistics_of_sums(native):
+    """About 10, of 4 rows: of 11, 11, 13 and 13; of 12 each, with squares a little too small; and of NaN."""
+    layer = built(Standardize(), 3)
+    layer.moving_mean.assign([10.0] * 3)
+    mean, scale, count = layer.statistics_of(tf.constant([8.0, 8.0, np.nan, 20.0, 15.99, 1.0, 4.0]), native)
+    assert_allclose(mean, [12, 12, np.nan])
+    assert_allclose(scale, [1.001**-0.5, 0.001**-0.5, np.nan], rtol=1e-6)
+    assert_array_equal(count, [4])
+    assert_allclose(layer.moving_mean, [10.02, 10.02, np.nan], rtol=1e-6)
+    assert_allclose(layer.moving_variance, [1.0, 0.99, np.nan], rtol=1e-6)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_statistics_of_nothing(native):
+    layer = built(Standardize(), 1)
+    layer.moving_mean.assign([3.0])
+    mean, scale, count = layer.statistics_of(tf.zeros([3]), native)
+    assert_array_equal([mean[0], count[0], layer.moving_mean[0], layer.moving_variance[0]], [3, 1, 3, 1])
+    assert_allclose(scale, 0.001**-0.5, rtol=1e-6)
+
+
+def test_wrong_sums_are_refused_by_the_kernel():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="statistics must be of the layer's columns"):
+        kernels.library().din_dist_statistics(tf.zeros([4]), [1.0], [1.0], [0.9, 0.1])
 
 
 @pytest.mark.parametrize("training", [True, False])
