@@ -2,7 +2,6 @@
 // Called by layers/native_vectors.py alone.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "clones.h"
