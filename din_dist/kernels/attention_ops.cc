@@ -231,8 +231,7 @@ class Shared {
 
   void Merge(int num_threads) {
     if (shards_ == 1) return;
-    Threads::Get().Run(num_threads, num_threads, [&](int part) {
-      const int64_t begin = size_ * part / num_threads, end = size_ * (part + 1) / num_threads;
+    InParts(num_threads, size_, 1, [&](int64_t begin, int64_t end) {
       for (int shard = 1; shard < shards_; ++shard) {
         const float* from = At(shard);
         for (int64_t i = begin; i < end; ++i) output_[i] += from[i];

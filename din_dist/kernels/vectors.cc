@@ -82,7 +82,7 @@ class Items {
     for (int64_t part = 0; part < num_parts; ++part) {
       rows_.emplace_back(tensors_[part]);
       const Tensor& places = tensors_[num_parts + part];
-      places_.push_back(shared[part] ? places.Data<const int32_t>() : nullptr);
+      places_.push_back(places.Data<const int32_t>());
       const int64_t items = shared[part] ? places.Size() : rows_.back().rows;
       Require(part == 0 || items == count_, "the parts must be of equally many items");
       count_ = items;

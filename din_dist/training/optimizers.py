@@ -101,11 +101,11 @@ class Optimizer(abc.ABC):
             row_ids, rows = gradient if isinstance(gradient, RowGradients) else (None, gradient)
             changes.append(_Change(rows, row_ids, [variable, *held], before))
         for change, after in zip(changes, self._after(changes, rate), strict=True):
-            for variable, values in zip(change.variables, after, strict=True):
+            for variable, new in zip(change.variables, after, strict=True):
                 if change.row_ids is None:
-                    variable.assign(values)
+                    variable.assign(new)
                 else:  # not `scatter_sub`, which takes four times as long as writing what was just read
-                    variable.scatter_update(tf.IndexedSlices(values, change.row_ids))
+                    variable.scatter_update(tf.IndexedSlices(new, change.row_ids))
         by_rows = [change for change in changes if change.row_ids is not None]
         return [RowGradients(change.row_ids, rows) for change in by_rows for rows in change.before]
 

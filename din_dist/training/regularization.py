@@ -55,7 +55,7 @@ class Regularization:
             for place, gradient in enumerate(gradients)
             if isinstance(gradient, RowGradients) and names[place] in self._tables
         }
-        others = [values_of(gradient) for place, gradient in enumerate(gradients) if place not in penalised]
+        others = [_nonzero(gradient) for place, gradient in enumerate(gradients) if place not in penalised]
         rows, norm = (self._by_kernel if self._native else self._by_operations)([*penalised.values()], others)
         replaced = dict(zip(penalised, rows, strict=True))
         return [
@@ -88,8 +88,8 @@ class Regularization:
         return rows, norm
 
 
-def values_of(gradient: Gradient) -> tf.Tensor:
-    """All of it that is not zero."""
+def _nonzero(gradient: Gradient) -> tf.Tensor:
+    """All of it but what is known to be zero."""
     return gradient.rows if isinstance(gradient, RowGradients) else gradient
 
 
