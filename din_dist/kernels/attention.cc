@@ -36,29 +36,33 @@ inline I Bits(V value) { return (I)value; }
 
 inline V Select(I mask, V yes, V no) { return Bits((Bits(yes) & mask) | (Bits(no) & ~mask)); }
 
-// e^x to 2 units in the last place; what is outside of [-87, 88] is taken for its end. NaN stays.
-inline V Exp(V x) {
-  const V most = All(88.0f), least = All(-87.0f);
-  x = most < x ? most : x;
-  x = least > x ? least : x;
+// The smaller and the larger; where one is NaN, `x`.
+#if DIN_LANES == 16  // which the compiler makes two instructions of
+inline V Min(V most, V x) { return (V)_mm512_min_ps((__m512)most, (__m512)x); }
+inline V Max(V least, V x) { return (V)_mm512_max_ps((__m512)least, (__m512)x); }
+#else
+inline V Min(V most, V x) { return most < x ? most : x; }
+inline V Max(V least, V x) { return least > x ? least : x; }
+#endif
+
+// 2^x to 2 units in the last place; what is outside of [-126, 126] is taken for its end. NaN stays.
+inline V PowerOf2(V x) {
+  x = Max(All(-126.0f), Min(All(126.0f), x));
   const V magic = All(12582912.0f);  // 1.5 * 2^23: added, it rounds to an integer, held in the lowest bits
-  V shifted = x * 1.44269504088896341f + magic;
-  V n = shifted - magic;
-  V r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  // Cephes' polynomial for expf.
-  V p = All(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const V shifted = x + magic;
+  const V r = x - (shifted - magic);
+  // Of degree 5 for r in [-1/2, 1/2], the least relative error, 9.1e-8, of those that begin with 1; fitted by
+  // re-weighted least squares at Chebyshev nodes.
+  V p = r * 1.326472731e-3f + 9.671512991e-3f;
+  p = p * r + 5.550733581e-2f;
+  p = p * r + 2.402224243e-1f;
+  p = p * r + 6.931470037e-1f;
+  p = p * r + 1.0f;
   return Bits(Bits(p) + (Bits(shifted) << 23));
 }
 
 inline V Sigmoid(V x) {
-  const V divisor = 1.0f + Exp(-x);
+  const V divisor = 1.0f + PowerOf2(x * -1.44269504088896341f);
 #if DIN_LANES == 16  // a division takes as long as ten multiplications
   const V guess = (V)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)divisor);
   return guess * (2.0f - divisor * guess);
@@ -278,12 +282,16 @@ inline V Beta(const Gate& gate, int64_t v) {
   return V{};
 }
 
+// A tile later the processor would have to wait for it: it foresees none of a page that it has not been to.
+inline void FetchNextTile(const float* row, int64_t width) { __builtin_prefetch(row + kTile * width); }
+
 // Row by row, for the rows come from memory, in order; what belongs to a column stays in the cache.
 template <Activation A>
 void ActivateAs(const Gate& gate, const float* x, int64_t rows, float* y) {
   const int64_t width = Padded(gate.width);
   for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
     for (int64_t v = 0; v < width; v += L) {
+      FetchNextTile(x + v, width);
       const V value = Load(x + v);
       const V n = (value - Load(gate.mean + v)) * Load(gate.scale + v);
       Store(y + v, Value<A>(value, n, Load(gate.alpha + v), Beta<A>(gate, v)));
@@ -293,37 +301,25 @@ void ActivateAs(const Gate& gate, const float* x, int64_t rows, float* y) {
 
 inline void AddTo(float* sum, V value) { Store(sum, Load(sum) + value); }
 
-// The outputs `y`; adds to `sums` [3, width] the gradients of the standardised input, of that times it, and of alpha;
-// of kScaled [4, width], beta's too.
+// The outputs `y`; in place of their gradient, that of x with the statistics held; adds to `sums` [3, width] the
+// gradients of the standardised input, of that times it, and of alpha; of kScaled [4, width], beta's too.
 template <Activation A>
-void ActivateAndSumAs(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* y, float* sums) {
+void ActivateAndDifferentiateAs(const Gate& gate, const float* x, int64_t rows, float* gradient, float* y,
+                                float* sums) {
   const int64_t width = Padded(gate.width);
-  for (int64_t r = 0; r < rows; ++r, x += width, upstream += width, y += width) {
+  for (int64_t r = 0; r < rows; ++r, x += width, gradient += width, y += width) {
     for (int64_t v = 0; v < width; v += L) {
-      const V value = Load(x + v), up = Load(upstream + v), alpha = Load(gate.alpha + v);
-      const V n = (value - Load(gate.mean + v)) * Load(gate.scale + v);
+      FetchNextTile(x + v, width);
+      const V value = Load(x + v), up = Load(gradient + v), scale = Load(gate.scale + v), alpha = Load(gate.alpha + v);
+      const V n = (value - Load(gate.mean + v)) * scale;
       Store(y + v, Value<A>(value, n, alpha, Beta<A>(gate, v)));
       const Slopes slopes = SlopesOf<A>(value, n, alpha);
-      const V gradient = up * slopes.of_standardised;
-      AddTo(sums + v, gradient);
-      AddTo(sums + width + v, gradient * n);
+      const V of_n = up * slopes.of_standardised;
+      Store(gradient + v, up * slopes.of_input + scale * of_n);
+      AddTo(sums + v, of_n);
+      AddTo(sums + width + v, of_n * n);
       AddTo(sums + 2 * width + v, up * slopes.of_alpha);
       if constexpr (A == kScaled) AddTo(sums + 3 * width + v, up);
-    }
-  }
-}
-
-template <Activation A>
-void DifferentiateAs(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* of_x) {
-  const int64_t width = Padded(gate.width);
-  for (int64_t r = 0; r < rows; ++r, x += width, upstream += width, of_x += width) {
-    for (int64_t v = 0; v < width; v += L) {
-      const V value = Load(x + v), up = Load(upstream + v), scale = Load(gate.scale + v);
-      const V n = (value - Load(gate.mean + v)) * scale;
-      const Slopes slopes = SlopesOf<A>(value, n, Load(gate.alpha + v));
-      const V through =
-          up * slopes.of_standardised - Load(gate.mean_of_gradient + v) - n * Load(gate.mean_of_product + v);
-      Store(of_x + v, up * slopes.of_input + scale * through);
     }
   }
 }
@@ -346,12 +342,23 @@ void Activate(const Gate& gate, const float* x, int64_t rows, float* y) {
   DIN_BY_ACTIVATION(ActivateAs, gate, x, rows, y)
 }
 
-void ActivateAndSum(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* y, float* sums) {
-  DIN_BY_ACTIVATION(ActivateAndSumAs, gate, x, upstream, rows, y, sums)
+void ActivateAndDifferentiate(const Gate& gate, const float* x, int64_t rows, float* gradient, float* y, float* sums) {
+  DIN_BY_ACTIVATION(ActivateAndDifferentiateAs, gate, x, rows, gradient, y, sums)
 }
 
-void Differentiate(const Gate& gate, const float* x, const float* upstream, int64_t rows, float* of_x) {
-  DIN_BY_ACTIVATION(DifferentiateAs, gate, x, upstream, rows, of_x)
+// The gradient of x from that with its statistics held.
+void Differentiate(const Statistics& statistics, const float* x, const float* held, int64_t rows, float* of_x) {
+  const int64_t width = Padded(statistics.width);
+  for (int64_t r = 0; r < rows; ++r, x += width, held += width, of_x += width) {
+    for (int64_t v = 0; v < width; v += L) {
+      FetchNextTile(x + v, width);
+      FetchNextTile(held + v, width);
+      const V scale = Load(statistics.scale + v);
+      const V n = (Load(x + v) - Load(statistics.mean + v)) * scale;
+      const V by_statistics = Load(statistics.mean_of_gradient + v) + n * Load(statistics.mean_of_product + v);
+      Store(of_x + v, Load(held + v) - scale * by_statistics);
+    }
+  }
 }
 
 // --- Rows ---
@@ -423,9 +430,12 @@ inline float Dot(const float* a, const float* b, int64_t width) {
 }
 
 // Keys come in no order that a processor could foresee.
-constexpr int64_t kAhead = 4;  // pairs
+constexpr int64_t kAhead = 10;  // pairs
 
-inline void Fetch(const float* row, int64_t width) {
+// Of the rows of keys [K, width], that of the pair kAhead after `pair`.
+inline void FetchKey(const Pairs& pairs, int64_t pair, const float* rows, int64_t width) {
+  if (pair + kAhead >= pairs.count) return;
+  const float* row = rows + pairs.key_of[pair + kAhead] * width;
   for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
 }
 
@@ -435,20 +445,10 @@ void Products(const Pairs& pairs, const float* candidate, const float* keys, int
   const int64_t padded = Padded(width);
   for (int64_t r = 0; r < rows; ++r, to += padded) {
     const int64_t q = pairs.candidate_of[begin + r], k = pairs.key_of[begin + r];
-    if (r + kAhead < rows) Fetch(keys + pairs.key_of[begin + r + kAhead] * width, width);
+    FetchKey(pairs, begin + r, keys, width);
     Times(candidate + q * width, keys + k * width, width, to);
     std::memset(to + width, 0, (padded - width) * sizeof(float));
   }
-}
-
-// The rows [begin, begin + rows) of an upstream gradient; `scratch` [rows, width] where they must be made.
-const float* UpstreamRows(const Upstream& upstream, int64_t begin, int64_t rows, int64_t width, float* scratch) {
-  if (upstream.rows) return upstream.rows + begin * width;
-  for (int64_t r = 0; r < rows; ++r) {
-    const V column = All(upstream.column[begin + r]);
-    for (int64_t v = 0; v < width; v += L) Store(scratch + r * width + v, column * Load(upstream.row + v));
-  }
-  return scratch;
 }
 
 // Copies [rows, from_width] to [rows, to_width], 0 beyond `from_width`.
@@ -519,6 +519,7 @@ void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float
     for (int64_t r = 0; r < rows; ++r) {
       const float* a = pass.by_candidate + pass.pairs.candidate_of[tile + r] * units;
       const float* b = pass.by_key + pass.pairs.key_of[tile + r] * units;
+      FetchKey(pass.pairs, tile + r, pass.by_key, units);
       float* to = x + r * units;
       for (int64_t i = 0; i < units; i += L) Store(to + i, Load(a + i) + Load(b + i));
     }
@@ -529,29 +530,24 @@ void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float
 
 void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
                       float* of_by_key, float* scratch) {
-  const int64_t units = Padded(pass.gate.width), width = Padded(pass.width);
+  const int64_t units = Padded(pass.statistics.width), width = Padded(pass.width);
   float* products = scratch;
   float* of_x = products + kTile * width;
-  float* upstream = of_x + kTile * units;
-  float* of_products = upstream;  // which is needed no more
-  float* down = upstream + kTile * std::max(units, width);
+  float* of_products = of_x + kTile * units;
+  float* down = of_products + kTile * width;
   float* along = down + kTile * units / kNumbers;
   const float* zeros = Zeros(down + kTile * units, width);
-  const Weights transposed_kernel(pass.transposed_kernel, pass.gate.width, width);
+  const Weights transposed_kernel(pass.transposed_kernel, pass.statistics.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
-    const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
-    Differentiate(pass.gate, pass.x + tile * units, up, rows, of_x);
+    Differentiate(pass.statistics, pass.x + tile * units, pass.held + tile * units, rows, of_x);
     Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
     AddTransposedByRows(products, of_x, rows, pass.width, units, of_kernel, products, down);
-    MultiplyRows(of_x, rows, pass.gate.width, transposed_kernel, width, {zeros, 0}, of_products, along);
+    MultiplyRows(of_x, rows, pass.statistics.width, transposed_kernel, width, {zeros, 0}, of_products, along);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
-      if (r + kAhead < rows) {
-        const int64_t next = pass.pairs.key_of[tile + r + kAhead];
-        Fetch(of_keys + next * pass.width, pass.width);
-        Fetch(of_by_key + next * units, units);
-      }
+      FetchKey(pass.pairs, tile + r, of_keys, pass.width);
+      FetchKey(pass.pairs, tile + r, of_by_key, units);
       AddTimes(of_products + r * width, pass.keys + k * pass.width, pass.width, pass.of_candidate + q * pass.width);
       AddTimesAndScaled(of_products + r * width, pass.candidate + q * pass.width, pass.weights[tile + r],
                         pass.of_interest + q * pass.width, pass.width, of_keys + k * pass.width);
@@ -576,26 +572,24 @@ void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float
 
 void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
                       double* sums, float* scratch) {
-  const int64_t units = Padded(pass.next_gate.width), width = Padded(pass.gate.width);
+  const int64_t units = Padded(pass.statistics.width), width = Padded(pass.gate.width);
   float* activated = scratch;
   float* of_next = activated + kTile * width;
-  float* upstream = of_next + kTile * units;
-  float* down = upstream + kTile * units;
+  float* down = of_next + kTile * units;
   float* along = down + kTile * units / kNumbers;
   float* tile_sums = down + kTile * units;
   std::fill_n(tile_sums, 4 * width, 0.0f);
   const float* zeros = Zeros(tile_sums + 4 * width, width);
-  const Weights transposed_kernel(pass.transposed_kernel, pass.next_gate.width, width);
+  const Weights transposed_kernel(pass.transposed_kernel, pass.statistics.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
-    const float* up = UpstreamRows(pass.upstream, tile, rows, units, upstream);
-    Differentiate(pass.next_gate, pass.next + tile * units, up, rows, of_next);
+    Differentiate(pass.statistics, pass.next + tile * units, pass.held_of_next + tile * units, rows, of_next);
     SumDown(of_next, rows, units, of_bias);
-    float* of_outputs = pass.of_outputs + tile * width;
-    MultiplyRows(of_next, rows, pass.next_gate.width, transposed_kernel, width, {zeros, 0}, of_outputs, along);
+    float* gradient = pass.held + tile * width;
+    MultiplyRows(of_next, rows, pass.statistics.width, transposed_kernel, width, {zeros, 0}, gradient, along);
     const float* factors = pass.factors ? pass.factors + tile * width : nullptr;
-    if (factors) MultiplyBy(factors, rows * width, of_outputs);
-    ActivateAndSum(pass.gate, pass.x + tile * width, of_outputs, rows, activated, tile_sums);
+    if (factors) MultiplyBy(factors, rows * width, gradient);
+    ActivateAndDifferentiate(pass.gate, pass.x + tile * width, rows, gradient, activated, tile_sums);
     if (factors) MultiplyBy(factors, rows * width, activated);
     Gather(tile_sums, 4 * width, sums);
     AddTransposedByRows(activated, of_next, rows, pass.gate.width, units, of_kernel, activated, down);
@@ -628,6 +622,7 @@ void RunPool(const Pool& pass, int64_t begin, int64_t end, float* activated) {
     }
     float* interest = pass.interest + pass.pairs.candidate_of[first] * pass.width;
     for (int64_t p = first; p < last; ++p) {
+      FetchKey(pass.pairs, p, pass.keys, pass.width);
       AddScaled(pass.weights[p], pass.keys + pass.pairs.key_of[p] * pass.width, pass.width, interest);
     }
     first = last;
@@ -641,6 +636,7 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
     const float* of_interest = pass.of_interest + pass.pairs.candidate_of[first] * pass.width;
     float mean = 0;
     for (int64_t p = first; p < last; ++p) {
+      FetchKey(pass.pairs, p, pass.keys, pass.width);
       pass.of_scores[p] = Dot(of_interest, pass.keys + pass.pairs.key_of[p] * pass.width, pass.width);
       mean += pass.weights[p] * pass.of_scores[p];
     }
@@ -652,14 +648,16 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
   }
   const int64_t inner = Padded(pass.gate.width);
   float* activated = scratch;
-  float* made = activated + kTile * inner;
-  float* tile_sums = made + kTile * inner;
-  std::fill_n(tile_sums, 3 * inner, 0.0f);
-  const Upstream upstream{nullptr, pass.of_scores, pass.output};
+  float* tile_sums = activated + kTile * inner;
+  std::fill_n(tile_sums, 4 * inner, 0.0f);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
-    const float* up = UpstreamRows(upstream, tile, rows, inner, made);
-    ActivateAndSum(pass.gate, pass.x + tile * inner, up, rows, activated, tile_sums);
+    float* gradient = pass.held + tile * inner;
+    for (int64_t r = 0; r < rows; ++r) {
+      const V of_score = All(pass.of_scores[tile + r]);
+      for (int64_t v = 0; v < inner; v += L) Store(gradient + r * inner + v, of_score * Load(pass.output + v));
+    }
+    ActivateAndDifferentiate(pass.gate, pass.x + tile * inner, rows, gradient, activated, tile_sums);
     Gather(tile_sums, 3 * inner, sums);
     for (int64_t v = 0; v < inner; v += L) {
       V total{};
@@ -671,30 +669,29 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
 }
 
 void RunSumsAbout(const Normalised& pass, int64_t begin, int64_t end, double* sums, float* scratch) {
-  const int64_t width = pass.gate.width;
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
-    SumAbout(PaddedRows(pass.x, tile, rows, width, scratch), pass.centre, rows, Padded(width), sums);
+    SumAbout(PaddedRows(pass.x, tile, rows, pass.width, scratch), pass.centre, rows, Padded(pass.width), sums);
   }
 }
 
-void RunGateGradient(const Normalised& pass, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = pass.gate.width, padded = Padded(width);
+void RunNormalisedGradient(const NormalisedGradient& pass, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = pass.statistics.width, padded = Padded(width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* x = PaddedRows(pass.x, tile, rows, width, scratch);
-    const float* upstream = PaddedRows(pass.upstream, tile, rows, width, scratch + kTile * padded);
+    const float* held = PaddedRows(pass.held, tile, rows, width, scratch + kTile * padded);
     float* to = pass.of_x + tile * width;
     float* of_x = width == padded ? to : scratch + 2 * kTile * padded;
-    Differentiate(pass.gate, x, upstream, rows, of_x);
+    Differentiate(pass.statistics, x, held, rows, of_x);
     if (of_x != to) CopyRows(of_x, padded, rows, to, width);
   }
 }
 
 }  // namespace
 
-extern const Passes kPasses{RunProject, RunProjectGradient, RunFirst, RunFirstGradient, RunDense,     RunDenseGradient,
-                            RunPool,  RunPoolGradient,  RunSumsAbout, RunGateGradient};
+extern const Passes kPasses{RunProject,       RunProjectGradient, RunFirst,        RunFirstGradient, RunDense,
+                            RunDenseGradient, RunPool,            RunPoolGradient, RunSumsAbout,     RunNormalisedGradient};
 
 }  // namespace DIN_ISA
 }  // namespace din

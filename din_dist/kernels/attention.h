@@ -24,6 +24,14 @@ struct Gate {
   const float* scale;  // one over the standard deviation
   const float* alpha;
   const float* beta;  // of kScaled only
+};
+
+// How the statistics of `width` columns of x depend on x: what its gradient takes once that of each x with the
+// statistics held is known. Arrays likewise.
+struct Statistics {
+  int64_t width;
+  const float* mean;
+  const float* scale;
   // Means over the global batch of the gradient of n, the standardised input, and of that times n.
   const float* mean_of_gradient;
   const float* mean_of_product;
@@ -35,13 +43,6 @@ struct Pairs {
   int64_t num_keys;
   const int32_t* candidate_of;  // ascends
   const int32_t* key_of;
-};
-
-// The gradient of an activation's outputs: [P, Padded(W)], or a column [P] times a row [Padded(W)].
-struct Upstream {
-  const float* rows;
-  const float* column;
-  const float* row;
 };
 
 // to = from kernel + bias
@@ -80,11 +81,11 @@ struct First {
 struct FirstGradient {
   Pairs pairs;
   int64_t width;
-  Gate gate;
-  Upstream upstream;
+  Statistics statistics;  // of x
   const float* candidate;
   const float* keys;
   const float* x;                  // [P, Padded(units)]
+  const float* held;               // the gradient of x with its statistics held, as large
   const float* transposed_kernel;  // [units, Padded(H)]
   // What the keys get as what is pooled, here, where they are at hand.
   const float* weights;      // [P]
@@ -109,13 +110,13 @@ struct Dense {
 struct DenseGradient {
   int64_t num_pairs;
   Gate gate;  // of x
-  Gate next_gate;
-  Upstream upstream;  // of next_gate's outputs
+  Statistics statistics;  // of next
   const float* x;
   const float* factors;
   const float* next;
+  const float* held_of_next;       // as of FirstGradient
   const float* transposed_kernel;  // [units, Padded(width)]
-  float* of_outputs;               // of gate's outputs, [P, Padded(width)]
+  float* held;                     // [P, Padded(width)]
 };
 
 // interest = sum over a candidate's pairs of weight * key; weights of the scores gate(x) output + bias
@@ -145,15 +146,22 @@ struct PoolGradient {
   const float* weights;
   const float* of_interest;  // [C, H]
   float* of_scores;          // [P]
+  float* held;               // [P, Padded(gate.width)]
 };
 
 // A layer of its own, whose rows [M, width] are dense.
 struct Normalised {
   int64_t num_rows;
-  Gate gate;
+  int64_t width;
   const float* x;
-  const float* upstream;  // of the outputs
-  const float* centre;    // [Padded(width)]
+  const float* centre;  // [Padded(width)]
+};
+
+struct NormalisedGradient {
+  int64_t num_rows;
+  Statistics statistics;
+  const float* x;
+  const float* held;
   float* of_x;
 };
 
@@ -177,7 +185,7 @@ struct Passes {
   void (*pool_gradient)(const PoolGradient&, int64_t begin, int64_t end, double* of_output, double* sums,
                         float* scratch);
   void (*sums_about)(const Normalised&, int64_t begin, int64_t end, double* sums, float* scratch);
-  void (*gate_gradient)(const Normalised&, int64_t begin, int64_t end, float* scratch);
+  void (*normalised_gradient)(const NormalisedGradient&, int64_t begin, int64_t end, float* scratch);
 };
 
 constexpr int64_t kTile = 64;  // pairs that are worked on together

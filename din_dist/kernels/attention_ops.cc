@@ -70,7 +70,7 @@ const Passes& PassesOf(bool in_bfloat16) {
 
 // What an operation was built with.
 struct Settings {
-  int32_t activation = 0, next_activation = 0, num_threads = 1;
+  int32_t activation = 0, num_threads = 1;
   bool softmax = false, in_bfloat16 = false;
 };
 
@@ -145,25 +145,31 @@ class Call {
     return made_.back().data();
   }
 
-  Gate NextGate(int32_t activation, int64_t width, bool with_means) {
+  Gate NextGate(int32_t activation, int64_t width) {
     Gate gate{};
     gate.activation = static_cast<Activation>(activation);
     gate.width = width;
     gate.mean = PaddedVector(width);
     gate.scale = PaddedVector(width);
     gate.alpha = PaddedVector(width);
-    if (with_means) {
-      const float* sums = Array<float>(2 * width);
-      const float num_rows = *Array<float>(1);
-      float* means = Zeros(2 * Padded(width));
-      for (int64_t i = 0; i < width; ++i) {
-        means[i] = sums[i] / num_rows;
-        means[Padded(width) + i] = sums[width + i] / num_rows;
-      }
-      gate.mean_of_gradient = means;
-      gate.mean_of_product = means + Padded(width);
-    }
     return gate;
+  }
+
+  Statistics NextStatistics(int64_t width) {
+    Statistics statistics{};
+    statistics.width = width;
+    statistics.mean = PaddedVector(width);
+    statistics.scale = PaddedVector(width);
+    const float* sums = Array<float>(2 * width);
+    const float num_rows = *Array<float>(1);
+    float* means = Zeros(2 * Padded(width));
+    for (int64_t i = 0; i < width; ++i) {
+      means[i] = sums[i] / num_rows;
+      means[Padded(width) + i] = sums[width + i] / num_rows;
+    }
+    statistics.mean_of_gradient = means;
+    statistics.mean_of_product = means + Padded(width);
+    return statistics;
   }
 
   Pairs NextPairs(int64_t num_candidates, int64_t num_keys) {
@@ -361,23 +367,6 @@ void First_(Call& call, const Settings& settings) {
   sums.WriteStatistics(call, pass.units, pass.pairs.count);
 }
 
-// Either `rows` [P, Padded(width)], or a column [P] and a row [width].
-Upstream NextUpstream(Call& call, int64_t num_pairs, int64_t width) {
-  Upstream upstream{};
-  int64_t size, row_size;
-  const float* values = call.Vector<float>(&size);
-  const float* row = call.PaddedRow(&row_size);
-  Require(row_size ? row_size == width && size == num_pairs : size == num_pairs * Padded(width),
-          "an upstream gradient must fit");
-  if (row_size) {
-    upstream.column = values;
-    upstream.row = row;
-  } else {
-    upstream.rows = values;
-  }
-  return upstream;
-}
-
 void FirstGradient_(Call& call, const Settings& settings) {
   FirstGradient pass{};
   int64_t num_candidates, num_keys, width, units, num_pairs;
@@ -394,8 +383,8 @@ void FirstGradient_(Call& call, const Settings& settings) {
   int64_t padded;
   pass.x = call.Matrix(&num_pairs, &padded);
   Require(padded == Padded(units), "x must have padded rows");
-  pass.gate = call.NextGate(settings.activation, units, true);
-  pass.upstream = NextUpstream(call, num_pairs, units);
+  pass.statistics = call.NextStatistics(units);
+  pass.held = call.Array<float>(num_pairs * padded);
   pass.weights = call.Array<float>(num_pairs);
   pass.of_interest = call.Array<float>(num_candidates * pass.width);
   pass.pairs = call.NextPairs(num_candidates, num_keys);
@@ -440,7 +429,7 @@ void Dense_(Call& call, const Settings& settings) {
   const int64_t units = Padded(pass.units);
   pass.bias = call.PaddedVector(pass.units);
   pass.centre = call.PaddedVector(pass.units);
-  pass.gate = call.NextGate(settings.activation, width, false);
+  pass.gate = call.NextGate(settings.activation, width);
   pass.gate.beta = call.PaddedVector(width);
   pass.factors = call.ArrayOrNull(pass.num_pairs * padded);
   pass.next = call.Output({pass.num_pairs, units}, false);
@@ -461,12 +450,12 @@ void DenseGradient_(Call& call, const Settings& settings) {
   pass.transposed_kernel = call.TransposedMatrix(&width, &units);
   Require(padded == Padded(width) && next_padded == Padded(units) && next_rows == pass.num_pairs,
           "x and next must have padded rows");
-  pass.gate = call.NextGate(settings.activation, width, false);
+  pass.gate = call.NextGate(settings.activation, width);
   pass.gate.beta = call.PaddedVector(width);
   pass.factors = call.ArrayOrNull(pass.num_pairs * padded);
-  pass.next_gate = call.NextGate(settings.next_activation, units, true);
-  pass.upstream = NextUpstream(call, pass.num_pairs, units);
-  pass.of_outputs = call.Output({pass.num_pairs, padded}, false);
+  pass.statistics = call.NextStatistics(units);
+  pass.held_of_next = call.Array<float>(pass.num_pairs * next_padded);
+  pass.held = call.Output({pass.num_pairs, padded}, false);
   float* of_kernel = call.Output({width, units}, false);
   float* of_bias = call.Output({units}, false);
   const auto bounds = Shards(pass.num_pairs, kMore * settings.num_threads, nullptr);
@@ -494,7 +483,7 @@ void Pool_(Call& call, const Settings& settings) {
   pass.output = call.PaddedRow(&inner);
   Require(padded == Padded(inner), "x must have padded rows");
   pass.bias = *call.Vector<float>(&one);
-  pass.gate = call.NextGate(settings.activation, inner, false);
+  pass.gate = call.NextGate(settings.activation, inner);
   pass.keys = call.Matrix(&num_keys, &pass.width);
   num_candidates = *call.Vector<int32_t>(&one);
   pass.divisor = *call.Vector<float>(&one);
@@ -516,7 +505,7 @@ void PoolGradient_(Call& call, const Settings& settings) {
   int64_t inner;
   pass.output = call.PaddedRow(&inner);
   Require(padded == Padded(inner), "x must have padded rows");
-  pass.gate = call.NextGate(settings.activation, inner, false);
+  pass.gate = call.NextGate(settings.activation, inner);
   pass.keys = call.Matrix(&num_keys, &pass.width);
   pass.weights = call.Array<float>(num_pairs);
   pass.of_interest = call.Matrix(&num_candidates, &width);
@@ -525,7 +514,9 @@ void PoolGradient_(Call& call, const Settings& settings) {
   pass.softmax = settings.softmax;
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
-  pass.of_scores = call.Output({num_pairs}, false);
+  const Floats of_scores(num_pairs);
+  pass.of_scores = of_scores.data();
+  pass.held = call.Output({num_pairs, padded}, false);
   float* of_output = call.Output({inner}, false);
   float* of_bias = call.Output({1}, false);
   const auto bounds = Shards(num_pairs, kMore * settings.num_threads, &pass.pairs);
@@ -542,26 +533,26 @@ void PoolGradient_(Call& call, const Settings& settings) {
 
 void SumsAbout_(Call& call, const Settings& settings) {
   Normalised pass{};
-  pass.x = call.Matrix(&pass.num_rows, &pass.gate.width);
-  pass.centre = call.PaddedVector(pass.gate.width);
+  pass.x = call.Matrix(&pass.num_rows, &pass.width);
+  pass.centre = call.PaddedVector(pass.width);
   const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
-  Sums sums(2 * Padded(pass.gate.width), bounds.size() - 1);
-  RunShards(settings, bounds, pass.gate.width, [&](const Passes& run, const Shard& shard) {
+  Sums sums(2 * Padded(pass.width), bounds.size() - 1);
+  RunShards(settings, bounds, pass.width, [&](const Passes& run, const Shard& shard) {
     run.sums_about(pass, shard.begin, shard.end, sums.Of(shard.index), shard.scratch);
   });
-  sums.WriteStatistics(call, pass.gate.width, pass.num_rows);
+  sums.WriteStatistics(call, pass.width, pass.num_rows);
 }
 
-void GateGradient_(Call& call, const Settings& settings) {
-  Normalised pass{};
+void NormalisedGradient_(Call& call, const Settings& settings) {
+  NormalisedGradient pass{};
   int64_t width;
   pass.x = call.Matrix(&pass.num_rows, &width);
-  pass.upstream = call.Array<float>(pass.num_rows * width);
-  pass.gate = call.NextGate(settings.activation, width, true);
+  pass.held = call.Array<float>(pass.num_rows * width);
+  pass.statistics = call.NextStatistics(width);
   pass.of_x = call.Output({pass.num_rows, width}, false);
   const auto bounds = Shards(pass.num_rows, kMore * settings.num_threads, nullptr);
   RunShards(settings, bounds, width, [&](const Passes& run, const Shard& shard) {
-    run.gate_gradient(pass, shard.begin, shard.end, shard.scratch);
+    run.normalised_gradient(pass, shard.begin, shard.end, shard.scratch);
   });
 }
 
@@ -578,7 +569,6 @@ class Operation {
       }
     };
     read("activation", &settings_.activation);
-    read("next_activation", &settings_.next_activation);
     read("num_threads", &settings_.num_threads);
     const auto read_bool = [&](const char* name, bool* to) {
       TF_Bool value = 0;
@@ -617,12 +607,11 @@ const bool kRegistered = [] {
   Register<FirstGradient_>(
       "DinDistFirstGradient",
       {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float", "kernel: float",
-       "x: float", "mean: float", "scale: float", "alpha: float",
-       "sums_of_gradient: float", "num_rows: float", "upstream: float", "upstream_row: float",
+       "x: float", "mean: float", "scale: float", "sums_of_gradient: float", "num_rows: float", "held: float",
        "weights: float", "of_interest: float", "candidate_of: int32", "key_of: int32"},
       {"of_candidate: float", "of_keys: float", "of_kernel_of_candidate: float", "of_kernel_of_key: float",
        "of_kernel: float", "of_bias: float"},
-      {"activation: int", "in_bfloat16: bool"});
+      {"in_bfloat16: bool"});
   Register<Dense_>("DinDistDense",
                    {"x: float", "kernel: float", "bias: float", "centre: float", "mean: float", "scale: float",
                     "alpha: float", "beta: float", "factors: float"},
@@ -630,11 +619,11 @@ const bool kRegistered = [] {
   Register<DenseGradient_>(
       "DinDistDenseGradient",
       {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "beta: float",
-       "factors: float", "next_mean: float", "next_scale: float", "next_alpha: float", "sums_of_gradient: float", "num_rows: float",
-       "upstream: float", "upstream_row: float"},
-      {"of_outputs: float", "of_kernel: float", "of_bias: float", "of_standardised: float", "of_alpha: float",
+       "factors: float", "next_mean: float", "next_scale: float", "sums_of_gradient: float", "num_rows: float",
+       "held_of_next: float"},
+      {"held: float", "of_kernel: float", "of_bias: float", "of_standardised: float", "of_alpha: float",
        "of_beta: float"},
-      {"activation: int", "next_activation: int", "in_bfloat16: bool"});
+      {"activation: int", "in_bfloat16: bool"});
   Register<Pool_>("DinDistPool",
                   {"x: float", "output: float", "bias: float", "mean: float", "scale: float", "alpha: float",
                    "keys: float", "num_candidates: int32", "divisor: float", "candidate_of: int32", "key_of: int32"},
@@ -643,13 +632,13 @@ const bool kRegistered = [] {
       "DinDistPoolGradient",
       {"x: float", "output: float", "mean: float", "scale: float", "alpha: float", "keys: float", "weights: float",
        "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
-      {"of_scores: float", "of_output: float", "of_bias: float", "of_standardised: float", "of_alpha: float"},
+      {"held: float", "of_output: float", "of_bias: float", "of_standardised: float", "of_alpha: float"},
       {"activation: int", "softmax: bool"});
   Register<SumsAbout_>("DinDistSumsAbout", {"x: float", "centre: float"}, {"sums: float"}, {});
-  Register<GateGradient_>("DinDistGateGradient",
-                          {"x: float", "upstream: float", "mean: float", "scale: float", "alpha: float",
-                           "sums_of_gradient: float", "num_rows: float"},
-                          {"of_x: float"}, activation);
+  Register<NormalisedGradient_>("DinDistNormalisedGradient",
+                                {"x: float", "held: float", "mean: float", "scale: float", "sums_of_gradient: float",
+                                 "num_rows: float"},
+                                {"of_x: float"}, {});
   return true;
 }();
 

@@ -110,21 +110,17 @@ class _Update:
     def gradients(self, upstream: tf.Tensor) -> list[tf.Tensor]:
         """Of the sources, in their order, given that of the interest."""
         top = self._layers[-1]
-        of_scores, of_output, of_bias, of_standardised, of_alpha = self._ops.din_dist_pool_gradient(
+        held, of_output, of_bias, of_standardised, of_alpha = self._ops.din_dist_pool_gradient(
             top.inputs, self._output, *top.known, self._keys, self._weights, upstream, self._divisor, **self._last
         )
         of_alphas = [of_alpha]
         of_kernels: list[tf.Tensor] = []
         of_biases: list[tf.Tensor] = []
-        # Of a layer's outputs: a row for each pair; of the last, whose only consumer is the score, a factor for each.
-        above = [of_scores, self._output]
         for place in reversed(range(1, len(self._layers))):
-            layer, below = self._layers[place], self._layers[place - 1]
-            sums = layer.over_ranks(of_standardised)
-            of_dense = dense_gradient(
-                below, self._kernels[place - 1], layer, sums, above, in_bfloat16=self._in_bfloat16
-            )
-            above, of_standardised = [of_dense.of_outputs, tf.zeros([0])], of_dense.of_standardised
+            layer, below, kernel = self._layers[place], self._layers[place - 1], self._kernels[place - 1]
+            statistics = layer.statistics(of_standardised)
+            of_dense = dense_gradient(below, kernel, statistics, layer.inputs, held, in_bfloat16=self._in_bfloat16)
+            held, of_standardised = of_dense.held, of_dense.of_standardised
             of_alphas, of_kernels = [of_dense.of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
             of_biases = [of_dense.of_bias, *of_biases]
         first = self._layers[0]
@@ -133,12 +129,10 @@ class _Update:
             self._keys,
             *self._first,
             first.inputs,
-            *first.known,
-            *first.over_ranks(of_standardised),
-            *above,
+            *first.statistics(of_standardised),
+            held,
             self._weights,
             upstream,
-            activation=first.gate.kind,
             in_bfloat16=self._in_bfloat16,
             **self._pairs,
         )

@@ -71,19 +71,17 @@ class Gated(NamedTuple):
     def known(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         return self.mean, self.scale, self.gate.alpha
 
-    def over_ranks(self, of_standardised: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """This rank's sums `[2W]` of the standardised inputs' gradient and of that times them, to those of all ranks.
+    def statistics(self, of_standardised: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        """All that a kernel takes for the inputs' gradient, beside that with their statistics held.
 
-        With the number of rows `[1]` that they are over.
+        `of_standardised`: this rank's sums, `[2W]`, of the standardised inputs' gradient and of that times them; None
+        where there are none. Ends with those of all ranks, and the number of rows `[1]` that they are over.
         """
-        if self.gate.standardize is None or self.num_rows is None:  # none, or frozen ones
-            return self.no_sums()
-        of_standardised.set_shape([2 * self.gate.alpha.shape[0]])
-        return self.gate.standardize.sum_over_ranks(of_standardised), self.num_rows
-
-    def no_sums(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """As of `over_ranks`, where no statistics depend on the inputs."""
-        return tf.zeros([2 * self.gate.alpha.shape[0]]), tf.ones([1])
+        sums, num_rows = tf.zeros([2 * self.gate.alpha.shape[0]]), tf.ones([1])
+        if of_standardised is not None and self.gate.standardize is not None and self.num_rows is not None:
+            of_standardised.set_shape(sums.shape)
+            sums, num_rows = self.gate.standardize.sum_over_ranks(of_standardised), self.num_rows
+        return self.mean, self.scale, sums, num_rows
 
 
 def dense(
@@ -119,10 +117,10 @@ def dense(
 class DenseGradient(NamedTuple):
     """What `dense_gradient` finds."""
 
-    of_outputs: tf.Tensor  # of the gate below, [M, padded W]
+    held: tf.Tensor  # of the inputs of the gate below, [M, padded W], with their statistics held
     of_kernel: tf.Tensor
     of_bias: tf.Tensor
-    of_standardised: tf.Tensor  # for `Gated.over_ranks` of the gate below
+    of_standardised: tf.Tensor  # for `Gated.statistics` of the gate below
     of_alpha: tf.Tensor  # of that gate
     of_beta: tf.Tensor
 
@@ -130,32 +128,30 @@ class DenseGradient(NamedTuple):
 def dense_gradient(
     below: Gated,
     kernel: tf.Tensor,
-    above: Gated,
-    of_standardised: Sequence[tf.Tensor],
-    upstream: Sequence[tf.Tensor],
+    statistics: Sequence[tf.Tensor],
+    above: tf.Tensor,
+    held: tf.Tensor,
     factors: tf.Tensor | None = None,
     *,
     in_bfloat16: bool,
 ) -> DenseGradient:
-    """The gradient of `dense` and of the gate above it.
+    """The gradient of `dense`.
 
     Args:
-        of_standardised: of the gate above, by `Gated.over_ranks`.
-        upstream: of its outputs: rows `[M, padded W]` and nothing `[0]`, or a column `[M]` and a row `[W]`.
+        statistics: of the gate above, by `Gated.statistics`.
+        above: that gate's inputs; `held`: their gradient with their statistics held, as large.
     """
     return DenseGradient(
         *kernels.library().din_dist_dense_gradient(
             below.inputs,
-            above.inputs,
+            above,
             kernel,
             *below.known,
             below.gate.beta,
             _or_nothing(factors),
-            *above.known,
-            *of_standardised,
-            *upstream,
+            *statistics,
+            held,
             activation=below.gate.kind,
-            next_activation=above.gate.kind,
             in_bfloat16=in_bfloat16,
             num_threads=kernels.num_threads(),
         )
@@ -191,27 +187,16 @@ def run_stages(
         gated.append(dense(gated[-1], kernel, bias, above, factor, in_bfloat16=in_bfloat16))
 
     def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-        above = [_with_padding(upstream), tf.zeros([0])]
-        sums = gated[-1].no_sums()
+        held, statistics = _with_padding(upstream), gated[-1].statistics(None)
         of_weights: list[tf.Tensor] = []
         of_parameters: list[tf.Tensor] = []
         for place in reversed(range(len(stages))):
-            below = gated[place]
-            of_dense = dense_gradient(
-                below, layers[place][0], gated[place + 1], sums, above, factors[place], in_bfloat16=in_bfloat16
-            )
-            above = [of_dense.of_outputs, tf.zeros([0])]
-            sums = below.over_ranks(of_dense.of_standardised)
+            below, above, kernel = gated[place], gated[place + 1].inputs, layers[place][0]
+            of_dense = dense_gradient(below, kernel, statistics, above, held, factors[place], in_bfloat16=in_bfloat16)
+            held, statistics = of_dense.held, below.statistics(of_dense.of_standardised)
             of_weights = [of_dense.of_kernel, of_dense.of_bias, *of_weights]
             of_parameters = [of_dense.of_alpha, of_dense.of_beta, *of_parameters]
-        of_inputs = ops.din_dist_gate_gradient(
-            held_inputs,
-            above[0][:, : widths[0]],
-            *gated[0].known,
-            *sums,
-            activation=gated[0].gate.kind,
-            **threads,
-        )
+        of_inputs = ops.din_dist_normalised_gradient(held_inputs, held[:, : widths[0]], *statistics, **threads)
         found = [of_inputs, *of_weights, *of_parameters]
         for own, source in zip(found, sources, strict=True):
             own.set_shape(source.shape)

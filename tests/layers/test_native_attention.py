@@ -129,7 +129,7 @@ def test_older_instructions(instructions):
             "no:cacheprovider",
             __file__,
             "-k",
-            "equals_the_unit and 3 and softmax",
+            "equals_the_unit and 3 and softmax or last_places",
         ],
         env={**os.environ, "DIN_DIST_INSTRUCTIONS": instructions},
         capture_output=True,
@@ -137,7 +137,7 @@ def test_older_instructions(instructions):
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 def test_instructions_that_do_not_exist():
@@ -187,6 +187,29 @@ def test_nan_and_infinity_show(activation):
         assert not np.isfinite(gradients["candidate"]).all()
     unit.scorer.dense_layers[0].kernel.assign(tf.fill([24, 5], np.nan))  # with every key as it should be
     assert np.isnan(run(unit, candidate, keys, *rest)[0]).any()
+
+
+def test_sigmoid_to_the_last_places():
+    """Against float64. A product with log2 e is exact to half a unit, which counts the more the larger it is."""
+    x = np.float32(np.concatenate([np.linspace(-87, 87, 100_001), np.linspace(-1, 1, 10_001)]))
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert (np.abs(sigmoid(x) - exact) <= (5e-7 + 1.2e-7 * np.abs(x)) * exact).all()
+    assert_allclose(sigmoid([np.inf, 1e30, 200, 0, -200, -1e30, -np.inf]), [1, 1, 1, 0.5, 0, 0, 0], rtol=0, atol=2e-38)
+    assert np.isnan(sigmoid([np.nan])).all()
+
+
+def sigmoid(values):
+    """By the kernel, which has it between two layers: here `[N, 1]` and the identity."""
+    rows, one, zero = np.pad(np.float32(values)[:, None], [(0, 0), (0, kernels.LANES - 1)]), tf.ones([1]), tf.zeros([1])
+    outputs, _ = kernels.library().din_dist_dense(
+        rows,
+        tf.ones([1, 1]),
+        *(zero, zero, zero, one, zero, zero, tf.zeros([0])),
+        activation=kernels.ACTIVATIONS.index("sigmoid"),
+        in_bfloat16=False,
+        num_threads=1,
+    )
+    return outputs.numpy()[:, 0]
 
 
 def test_gates_far_from_zero():

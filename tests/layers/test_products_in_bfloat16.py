@@ -81,20 +81,18 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
     )
     assert_product(found[:, :units], rounded(x) @ rounded(kernel) + bias, x @ kernel + bias)
 
-    next_gate = float32(np.zeros(units), np.ones(units), np.ones(units), np.zeros(2 * units), [1.0])
-    of_outputs, of_kernel, of_bias, *_ = ops.din_dist_dense_gradient(
+    statistics = float32(np.zeros(units), np.ones(units), np.zeros(2 * units), [1.0])
+    held, of_kernel, of_bias, *_ = ops.din_dist_dense_gradient(
         *float32(with_padding(x), with_padding(found[:, :units].numpy()), kernel),
         *gate,
         tf.zeros([width]),
         nothing,
-        *next_gate,
+        *statistics,
         *float32(with_padding(up)),
-        nothing,
         activation=identity,
-        next_activation=identity,
         **settings,
     )
-    assert_product(of_outputs[:, :width], rounded(up) @ rounded(kernel).T, up @ kernel.T)
+    assert_product(held[:, :width], rounded(up) @ rounded(kernel).T, up @ kernel.T)
     assert_product(of_kernel, rounded(x).T @ rounded(up), x.T @ up)
     assert_array_equal(of_bias, up.sum(axis=0))  # nothing to multiply, nothing to round
 
@@ -126,16 +124,13 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
     assert_product(found[:, :units], first(rounded), first(np.asarray))
 
     weights, of_interest = numbers(num_pairs), numbers(num_candidates, width)
-    identity = float32(np.zeros(units), np.ones(units), np.ones(units), np.zeros(2 * units), [1.0])
+    statistics = float32(np.zeros(units), np.ones(units), np.zeros(2 * units), [1.0])
     results = ops.din_dist_first_gradient(
         *float32(q, k, of_q, of_k, of_product, with_padding(found[:, :units].numpy())),
-        *identity,
-        *float32(with_padding(up)),
-        tf.zeros([0]),
-        *float32(weights, of_interest),
+        *statistics,
+        *float32(with_padding(up), weights, of_interest),
         candidate_of,
         key_of,
-        activation=kernels.ACTIVATIONS.index("scaled"),
         **settings,
     )
 
