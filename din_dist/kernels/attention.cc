@@ -19,17 +19,28 @@ constexpr int64_t L = DIN_LANES;
 static_assert(kLane % L == 0, "rows are padded to whole registers");
 
 typedef float V __attribute__((vector_size(4 * DIN_LANES)));
+typedef float Half __attribute__((vector_size(2 * DIN_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * DIN_LANES)));
 
-inline V Load(const float* from) {
-  V value;
+template <typename T = V>
+inline T Load(const float* from) {
+  T value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline void Store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
+template <typename T>
+inline void Store(float* to, T value) {
+  std::memcpy(to, &value, sizeof value);
+}
 
 inline V All(float value) { return value - V{}; }
+
+inline Half LowHalf(V value) {
+  Half half;
+  std::memcpy(&half, &value, sizeof half);
+  return half;
+}
 
 inline V Bits(I bits) { return (V)bits; }
 inline I Bits(V value) { return (I)value; }
@@ -82,6 +93,10 @@ inline V MultiplyAdd(V left, V right, V sum) {
   return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
 }
 
+inline Half MultiplyAdd(Half left, Half right, Half sum) {
+  return (Half)_mm256_dpbf16_ps((__m256)sum, (__m256bh)left, (__m256bh)right);
+}
+
 // The left factor's elements: of `size` numbers each two that follow each other. `to` may be `from`.
 const float* Along(const float* from, int64_t size, float* to) {
   for (int64_t i = 0; i < size; i += 2 * L) {
@@ -110,7 +125,10 @@ const float* Down(const float* from, int64_t rows, int64_t width, float* to) {
 #else
 constexpr int64_t kNumbers = 1;
 
-inline V MultiplyAdd(V left, V right, V sum) { return sum + left * right; }
+template <typename T>
+inline T MultiplyAdd(T left, T right, T sum) {
+  return sum + left * right;
+}
 
 inline const float* Along(const float* from, int64_t, float*) { return from; }
 inline const float* Down(const float* from, int64_t, int64_t, float*) { return from; }
@@ -136,45 +154,58 @@ struct Start {
   int64_t step;  // from a row to the next
 };
 
-// R rows of C [R, N registers] = start + A [R, inner] B [inner, N registers]; `inner` is at least 1.
-template <int R, int N>
+// R rows of C [R, N registers] = start + A [R, inner] B [inner, N registers]; `inner` is at least 1. `kHalf`: of the last
+// register only the first half is worked out, the other is 0.
+template <int R, int N, bool kHalf>
 inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, Start start,
                   float* c, int64_t ldc) {
+  constexpr int kWhole = kHalf ? N - 1 : N;
   V sums[R][N];
+  Half halves[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[r][n] = Load(start.rows + r * start.step + n * L);
+    for (int n = 0; n < kWhole; ++n) sums[r][n] = Load(start.rows + r * start.step + n * L);
+    if constexpr (kHalf) halves[r] = Load<Half>(start.rows + r * start.step + kWhole * L);
+  }
   int64_t k = 0;
   do {  // so that the sums have one life in registers
     V right[N];
+    Half half;
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) right[n] = Load(b + k * ldb + n * L);
+    for (int n = 0; n < kWhole; ++n) right[n] = Load(b + k * ldb + n * L);
+    if constexpr (kHalf) half = Load<Half>(b + k * ldb + kWhole * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const V left = All(a[r * row + k * step]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums[r][n] = MultiplyAdd(left, right[n], sums[r][n]);
+      for (int n = 0; n < kWhole; ++n) sums[r][n] = MultiplyAdd(left, right[n], sums[r][n]);
+      if constexpr (kHalf) halves[r] = MultiplyAdd(LowHalf(left), half, halves[r]);
     }
   } while (++k < inner);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) Store(c + r * ldc + n * L, sums[r][n]);
+    for (int n = 0; n < kWhole; ++n) Store(c + r * ldc + n * L, sums[r][n]);
+    if constexpr (kHalf) {
+      Store(c + r * ldc + kWhole * L, halves[r]);
+      Store(c + r * ldc + kWhole * L + L / 2, Half{});
+    }
+  }
 }
 
 // R rows at a time, and the rest of them together.
-template <int R, int N>
+template <int R, int N, bool kHalf>
 void Rows(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
           Start start, float* c, int64_t ldc) {
   for (; rows >= R; rows -= R) {
-    Block<R, N>(a, row, step, inner, b, ldb, start, c, ldc);
+    Block<R, N, kHalf>(a, row, step, inner, b, ldb, start, c, ldc);
     a += R * row;
     start.rows += R * start.step;
     c += R * ldc;
   }
   if constexpr (R > 1) {
-    if (rows > 0) Rows<R - 1, N>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+    if (rows > 0) Rows<R - 1, N, kHalf>(a, row, step, rows, inner, b, ldb, start, c, ldc);
   }
 }
 
@@ -184,36 +215,45 @@ constexpr int kMostRegisters = 5;
 constexpr int kMostRegisters = 2;
 #endif
 
-// C [rows, columns] = start + A B, where A's element (r, k) is a[r * row + k * step]. `columns` are whole registers.
+// C [rows, Padded(columns)] = start + A B, where A's element (r, k) is a[r * row + k * step].
 void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
               int64_t columns, Start start, float* c, int64_t ldc) {
-  int64_t left = columns / L;
+  int64_t left = Padded(columns) / L;
   int64_t blocks = (left + kMostRegisters - 1) / kMostRegisters;
+  const bool ends_in_half = left * L - columns >= L / 2;
   while (left > 0) {
     const int64_t width = (left + blocks - 1) / blocks;  // equally wide, as nearly as can be
+    const auto run = [&](auto r, auto n) {
+      if (ends_in_half && width == left) {
+        Rows<r, n, true>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+      } else {
+        Rows<r, n, false>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+      }
+    };
+    using std::integral_constant;
     switch (width) {
 #if DIN_LANES == 16
       case 5:
-        Rows<5, 5>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 5>(), integral_constant<int, 5>());
         break;
       case 4:
-        Rows<6, 4>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 6>(), integral_constant<int, 4>());
         break;
       case 3:
-        Rows<8, 3>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 8>(), integral_constant<int, 3>());
         break;
       case 2:
-        Rows<12, 2>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 12>(), integral_constant<int, 2>());
         break;
       default:
-        Rows<12, 1>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 12>(), integral_constant<int, 1>());
         break;
 #else
       case 2:
-        Rows<6, 2>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 6>(), integral_constant<int, 2>());
         break;
       default:
-        Rows<8, 1>(a, row, step, rows, inner, b, ldb, start, c, ldc);
+        run(integral_constant<int, 8>(), integral_constant<int, 1>());
         break;
 #endif
     }
@@ -225,20 +265,19 @@ void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t i
   }
 }
 
-// C [rows, columns] = start + rows of A [rows, Padded(inner)] B [inner, columns]; `scratch` as long as A, or A itself.
+// C [rows, Padded(columns)] = start + A [rows, Padded(inner)] B [inner, Padded(columns)]; `scratch` as long as A, or A.
 inline void MultiplyRows(const float* a, int64_t rows, int64_t inner, const Weights& b, int64_t columns, Start start,
                          float* c, float* scratch) {
-  const int64_t width = Padded(inner);
-  Multiply(Along(a, rows * width, scratch), width / kNumbers, 1, rows, Elements(inner), b, columns, columns, start, c,
-           columns);
+  const int64_t width = Padded(inner), ld = Padded(columns);
+  Multiply(Along(a, rows * width, scratch), width / kNumbers, 1, rows, Elements(inner), b, ld, columns, start, c, ld);
 }
 
-// C [inner, columns] += the transpose of A [rows, Padded(inner)] by B [rows, columns]; scratch likewise.
+// C [inner, Padded(columns)] += the transpose of A [rows, Padded(inner)] by B [rows, Padded(columns)]; scratch likewise.
 inline void AddTransposedByRows(const float* a, const float* b, int64_t rows, int64_t inner, int64_t columns, float* c,
                                 float* scratch_of_a, float* scratch_of_b) {
-  const int64_t width = Padded(inner);
-  Multiply(Down(a, rows, width, scratch_of_a), 1, width, inner, Elements(rows), Down(b, rows, columns, scratch_of_b),
-           columns, columns, {c, columns}, c, columns);
+  const int64_t width = Padded(inner), ld = Padded(columns);
+  Multiply(Down(a, rows, width, scratch_of_a), 1, width, inner, Elements(rows), Down(b, rows, ld, scratch_of_b), ld,
+           columns, {c, ld}, c, ld);
 }
 
 // --- Activations ---
@@ -481,7 +520,7 @@ void RunProject(const Projection& pass, int64_t begin, int64_t end, float* scrat
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     const float* from = PaddedRows(pass.from, tile, rows, pass.width, scratch);
-    MultiplyRows(from, rows, pass.width, kernel, units, {pass.bias, 0}, pass.to + tile * units, scratch);
+    MultiplyRows(from, rows, pass.width, kernel, pass.units, {pass.bias, 0}, pass.to + tile * units, scratch);
   }
 }
 
@@ -498,13 +537,13 @@ void RunProjectGradient(const ProjectionGradient& pass, int64_t begin, int64_t e
     const float* of_to = pass.of_to + tile * units;
     SumDown(of_to, rows, units, of_bias);
     const float* from = PaddedRows(pass.from, tile, rows, pass.width, scratch);
-    AddTransposedByRows(from, of_to, rows, pass.width, units, of_kernel, scratch, down);
+    AddTransposedByRows(from, of_to, rows, pass.width, pass.units, of_kernel, scratch, down);
     float* to = pass.of_from + tile * pass.width;
     if (width == pass.width) {
-      MultiplyRows(of_to, rows, pass.units, transposed_kernel, width, {to, width}, to, along);
+      MultiplyRows(of_to, rows, pass.units, transposed_kernel, pass.width, {to, width}, to, along);
       continue;
     }
-    MultiplyRows(of_to, rows, pass.units, transposed_kernel, width, {zeros, 0}, of_from, along);
+    MultiplyRows(of_to, rows, pass.units, transposed_kernel, pass.width, {zeros, 0}, of_from, along);
     for (int64_t r = 0; r < rows; ++r) Add(of_from + r * width, pass.width, to + r * pass.width);
   }
 }
@@ -523,7 +562,7 @@ void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float
       float* to = x + r * units;
       for (int64_t i = 0; i < units; i += L) Store(to + i, Load(a + i) + Load(b + i));
     }
-    MultiplyRows(products, rows, pass.width, kernel, units, {x, units}, x, products);
+    MultiplyRows(products, rows, pass.width, kernel, pass.units, {x, units}, x, products);
     SumAbout(x, pass.centre, rows, units, sums);
   }
 }
@@ -542,8 +581,8 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, flo
     const int64_t rows = std::min(kTile, end - tile);
     Differentiate(pass.statistics, pass.x + tile * units, pass.held + tile * units, rows, of_x);
     Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
-    AddTransposedByRows(products, of_x, rows, pass.width, units, of_kernel, products, down);
-    MultiplyRows(of_x, rows, pass.statistics.width, transposed_kernel, width, {zeros, 0}, of_products, along);
+    AddTransposedByRows(products, of_x, rows, pass.width, pass.statistics.width, of_kernel, products, down);
+    MultiplyRows(of_x, rows, pass.statistics.width, transposed_kernel, pass.width, {zeros, 0}, of_products, along);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
       FetchKey(pass.pairs, tile + r, of_keys, pass.width);
@@ -565,7 +604,7 @@ void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float
     Activate(pass.gate, pass.x + tile * width, rows, activated);
     if (pass.factors) MultiplyBy(pass.factors + tile * width, rows * width, activated);
     float* next = pass.next + tile * units;
-    MultiplyRows(activated, rows, pass.gate.width, kernel, units, {pass.bias, 0}, next, activated);
+    MultiplyRows(activated, rows, pass.gate.width, kernel, pass.units, {pass.bias, 0}, next, activated);
     SumAbout(next, pass.centre, rows, units, sums);
   }
 }
@@ -586,13 +625,13 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
     Differentiate(pass.statistics, pass.next + tile * units, pass.held_of_next + tile * units, rows, of_next);
     SumDown(of_next, rows, units, of_bias);
     float* gradient = pass.held + tile * width;
-    MultiplyRows(of_next, rows, pass.statistics.width, transposed_kernel, width, {zeros, 0}, gradient, along);
+    MultiplyRows(of_next, rows, pass.statistics.width, transposed_kernel, pass.gate.width, {zeros, 0}, gradient, along);
     const float* factors = pass.factors ? pass.factors + tile * width : nullptr;
     if (factors) MultiplyBy(factors, rows * width, gradient);
     ActivateAndDifferentiate(pass.gate, pass.x + tile * width, rows, gradient, activated, tile_sums);
     if (factors) MultiplyBy(factors, rows * width, activated);
     Gather(tile_sums, 4 * width, sums);
-    AddTransposedByRows(activated, of_next, rows, pass.gate.width, units, of_kernel, activated, down);
+    AddTransposedByRows(activated, of_next, rows, pass.gate.width, pass.statistics.width, of_kernel, activated, down);
   }
 }
 
