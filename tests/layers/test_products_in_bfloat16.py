@@ -80,6 +80,7 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
         **settings,
     )
     assert_product(found[:, :units], rounded(x) @ rounded(kernel) + bias, x @ kernel + bias)
+    assert not np.any(found[:, units:])  # the padding
 
     statistics = float32(np.zeros(units), np.ones(units), np.zeros(2 * units), [1.0])
     held, of_kernel, of_bias, *_ = ops.din_dist_dense_gradient(
@@ -93,6 +94,7 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
         **settings,
     )
     assert_product(held[:, :width], rounded(up) @ rounded(kernel).T, up @ kernel.T)
+    assert not np.any(held[:, width:])
     assert_product(of_kernel, rounded(x).T @ rounded(up), x.T @ up)
     assert_array_equal(of_bias, up.sum(axis=0))  # nothing to multiply, nothing to round
 
@@ -122,6 +124,7 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
         *float32(q, k, of_q, of_k, of_product, bias, np.zeros(units)), candidate_of, key_of, **settings
     )
     assert_product(found[:, :units], first(rounded), first(np.asarray))
+    assert not np.any(found[:, units:])  # the padding
 
     weights, of_interest = numbers(num_pairs), numbers(num_candidates, width)
     statistics = float32(np.zeros(units), np.ones(units), np.zeros(2 * units), [1.0])
