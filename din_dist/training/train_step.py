@@ -119,8 +119,10 @@ class TrainStep:
         tables = [gradient for gradient in own if isinstance(gradient, tf.IndexedSlices)]
         rows = [gradient.row_ids for gradient in merged if isinstance(gradient, RowGradients)]
         places = batch[schema.ITEM_PLACES]
-        unknown = tf.gather(self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS]), places, axis=1)
-        num_unknown = tf.reduce_sum(tf.cast(unknown, tf.float32), axis=1)
+        unknown = self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS])
+        num_items = tf.shape(unknown)[1]
+        times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
+        num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
         return Observed(
             _time_after(own),
             _time_after(merged),
