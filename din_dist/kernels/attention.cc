@@ -48,7 +48,7 @@ inline I Bits(V value) { return (I)value; }
 inline V Select(I mask, V yes, V no) { return Bits((Bits(yes) & mask) | (Bits(no) & ~mask)); }
 
 // The smaller and the larger; where one is NaN, `x`.
-#if DIN_LANES == 16  // which the compiler makes two instructions of
+#if DIN_LANES == 16  // one instruction; of the other form the compiler makes two
 inline V Min(V most, V x) { return (V)_mm512_min_ps((__m512)most, (__m512)x); }
 inline V Max(V least, V x) { return (V)_mm512_max_ps((__m512)least, (__m512)x); }
 #else
@@ -688,7 +688,7 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
   const int64_t inner = Padded(pass.gate.width);
   float* activated = scratch;
   float* tile_sums = activated + kTile * inner;
-  std::fill_n(tile_sums, 4 * inner, 0.0f);
+  std::fill_n(tile_sums, 3 * inner, 0.0f);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
     float* gradient = pass.held + tile * inner;

@@ -145,8 +145,8 @@ struct PoolGradient {
   const float* keys;
   const float* weights;
   const float* of_interest;  // [C, H]
-  float* of_scores;          // [P]
-  float* held;               // [P, Padded(gate.width)]
+  float* of_scores;          // [P], scratch
+  float* held;               // as of FirstGradient, [P, Padded(gate.width)]
 };
 
 // A layer of its own, whose rows [M, width] are dense.

@@ -198,11 +198,15 @@ def test_sigmoid_to_the_last_places():
     assert np.isnan(sigmoid([np.nan])).all()
 
 
+def with_padding(rows):
+    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % kernels.LANES)])
+
+
 def sigmoid(values):
     """By the kernel, which has it between two layers: here `[N, 1]` and the identity."""
-    rows, one, zero = np.pad(np.float32(values)[:, None], [(0, 0), (0, kernels.LANES - 1)]), tf.ones([1]), tf.zeros([1])
+    one, zero = tf.ones([1]), tf.zeros([1])
     outputs, _ = kernels.library().din_dist_dense(
-        rows,
+        with_padding(np.float32(values)[:, None]),
         tf.ones([1, 1]),
         *(zero, zero, zero, one, zero, zero, tf.zeros([0])),
         activation=kernels.ACTIVATIONS.index("sigmoid"),

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist.config import Activation, AttentionNormalization
 from din_dist.layers import kernels
 from din_dist.layers.native_attention import NativeActivationUnit
-from tests.layers.test_native_attention import built, large_inputs, run
+from tests.layers.test_native_attention import built, large_inputs, run, with_padding
 from tests.layers.test_native_dense import Head
 from tests.programs import missing
 
@@ -44,10 +44,6 @@ class Numbers:
 
 def float32(*arrays):
     return [tf.constant(array, tf.float32) for array in arrays]
-
-
-def with_padding(rows):
-    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % kernels.LANES)])
 
 
 def assert_product(found, expected, factors):
