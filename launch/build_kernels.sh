@@ -19,9 +19,10 @@ case $# in
 esac
 command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
 
-# TensorFlow's C interface, which they keep to, is the same in all its versions.
+# variables.cc keeps to the C++ interface of one TensorFlow, that of constraints.txt; the others to its C interface.
 sources=$root/din_dist/kernels
-key=$(cd "$root" && sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh | sha256sum | cut -c -16)-$(uname -m)
+key=$(cd "$root" && { sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh && grep '^tensorflow' launch/constraints.txt; } |
+  sha256sum | cut -c -16)-$(uname -m)
 compiled=$cache/kernels/$key
 [[ -f $compiled/kernels.so ]] || require_command 'compiling the kernels' g++ g++
 [[ ! $check ]] || exit 0
@@ -32,9 +33,14 @@ if [[ ! -f $compiled/kernels.so ]]; then
   trap 'rm -rf "$work"' EXIT
   # Not imported, which takes as long as to compile.
   tensorflow=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("tensorflow").submodule_search_locations)')
+  version=$("$python" -c 'from importlib import metadata
+versions = {found.name.replace("_", "-"): found.version for found in metadata.distributions()}
+print(versions.get("tensorflow") or versions["tensorflow-cpu"])')
   # Weights must come out of an update with the same bits on every processor, so products and sums are contracted only where
   # gradients are summed over all ranks afterwards.
   flags=(-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi)
+  of_tensorflow=(-isystem "$tensorflow/include" -D_GLIBCXX_USE_CXX11_ABI=1 -DEIGEN_MAX_ALIGN_BYTES=64 # as it was compiled
+    "-DDIN_TENSORFLOW=\"$version\"")
   # One of the passes for each instruction set; which to use is found out when they are loaded.
   compile_passes() { # name, floats in a register, flags
     g++ "${flags[@]}" -ffp-contract=fast "${@:3}" "-DDIN_ISA=$1" "-DDIN_LANES=$2" -c "$sources/attention.cc" -o "$work/$1.o"
@@ -50,13 +56,13 @@ if [[ ! -f $compiled/kernels.so ]]; then
       if [[ ${bfloat16[*]} ]]; then
         compile_passes avx512_bf16 16 "${bfloat16[@]}" -mavx512bf16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
       fi &&
-      for name in attention_ops neighbours rows vectors; do
-        g++ "${flags[@]}" "${bfloat16[@]}" -isystem "$tensorflow/include" -c "$sources/$name.cc" -o "$work/$name.o" || return
+      for name in attention_ops neighbours rows updates variables vectors; do
+        g++ "${flags[@]}" "${bfloat16[@]}" "${of_tensorflow[@]}" -c "$sources/$name.cc" -o "$work/$name.o" || return
       done &&
       # Under the name by which TensorFlow itself has loaded it.
       g++ -shared "$work"/*.o "-L$tensorflow" -l:libtensorflow_framework.so.2 -pthread -o "$work/kernels.so"
   }
-  compile_all 2>"$work/log" || die "g++ failed: $(grep -m 1 -E 'error|cannot|undefined' "$work/log" || tail -n 1 "$work/log")"
+  compile_all 2>"$work/log" || die "g++ failed: $(grep -m 1 -E 'error: |cannot |undefined reference' "$work/log" || tail -n 1 "$work/log")"
   rm "$work"/*.o "$work/log"
   chmod 755 "$work"
   mv -T "$work" "$compiled" 2>/dev/null || [[ -f $compiled/kernels.so ]] # another set-up may have been first

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
@@ -18,7 +18,10 @@ from din_dist.distributed.gradients import Gradient, RowGradients
 from din_dist.layers import kernels
 from din_dist.layers.fused import fused
 
-RULES = ("Sgd", "Adagrad", "LazyAdam")  # in the order of `kRules` in kernels/rows.cc
+RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc
+
+# The weights that a gradient belongs to. Of a gradient of rows those rows, or, for our kernels, the whole table.
+Values: TypeAlias = tf.Tensor | tf.Variable
 
 
 class _Change(NamedTuple):
@@ -26,13 +29,8 @@ class _Change(NamedTuple):
 
     gradient: tf.Tensor
     row_ids: tf.Tensor | None
-    variables: list[tf.Variable]
-    before: list[tf.Tensor]
-
-    @property
-    def is_element_wise(self) -> bool:
-        """Whether there is as much of each that is held as of the gradient."""
-        return all(values.shape.rank == self.gradient.shape.rank for values in self.before)
+    value: Values
+    variables: list[tf.Variable]  # first that of `value`
 
 
 class Optimizer(abc.ABC):
@@ -43,7 +41,7 @@ class Optimizer(abc.ABC):
     Args:
         tables: the names of the variables that are tables: those are given row gradients.
         compiled: runs the update of the dense variables as one kernel, through XLA.
-        native: runs all that it can as one kernel of our own, on CPUs.
+        native: in kernels of our own, on CPUs, which write to the rows of tables where they are.
     """
 
     initial_state: ClassVar[Mapping[str, float]] = {}  # kind of what is held for each variable -> its first values
@@ -80,64 +78,101 @@ class Optimizer(abc.ABC):
             for changing in (variable, *(self.state[f"{name}/{kind}"] for kind in self.initial_state))
         ]
 
-    def values_of(self, gradients: Sequence[Gradient]) -> list[tf.Tensor]:
-        """The weights that each gradient belongs to: of rows, those rows."""
-        return [_read(variable, gradient) for variable, gradient in zip(self.variables, gradients, strict=True)]
+    def values_of(self, gradients: Sequence[Gradient]) -> list[Values]:
+        """The weights that each gradient belongs to."""
+        return [
+            variable if self.native and isinstance(gradient, RowGradients) else _read(variable, gradient)
+            for variable, gradient in zip(self.variables, gradients, strict=True)
+        ]
 
     def apply(
-        self, gradients: Sequence[Gradient], values: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor
+        self,
+        gradients: Sequence[Gradient],
+        values: Sequence[Values],
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+        keep: bool = False,
     ) -> list[RowGradients]:
-        """One update. Returns, for each of `changing_by_rows`, the rows as they were before.
+        """One update.
 
         Args:
             values: `values_of` the gradients.
             step: counts from 1.
+            keep: returns, for each of `changing_by_rows`, the rows as they were before; else nothing.
         """
         rate = self._rate(learning_rate, step)
-        changes = []
+        whole, by_rows = [], []
         for name, variable, gradient, value in zip(self.names, self.variables, gradients, values, strict=True):
-            held = [self.state[f"{name}/{kind}"] for kind in self.initial_state]
-            before = [value, *(_read(each, gradient) for each in held)]
-            row_ids, rows = gradient if isinstance(gradient, RowGradients) else (None, gradient)
-            changes.append(_Change(rows, row_ids, [variable, *held], before))
-        for change, after in zip(changes, self._after(changes, rate), strict=True):
-            for variable, new in zip(change.variables, after, strict=True):
-                if change.row_ids is None:
-                    variable.assign(new)
-                else:  # not `scatter_sub`, which takes four times as long as writing what was just read
-                    variable.scatter_update(tf.IndexedSlices(new, change.row_ids))
-        by_rows = [change for change in changes if change.row_ids is not None]
-        return [RowGradients(change.row_ids, rows) for change in by_rows for rows in change.before]
+            variables = [variable, *(self.state[f"{name}/{kind}"] for kind in self.initial_state)]
+            if isinstance(gradient, RowGradients):
+                by_rows.append(_Change(gradient.rows, gradient.row_ids, value, variables))
+            else:
+                whole.append(_Change(gradient, None, value, variables))
+        if whole:
+            (self._update_by_kernel if self.native else self._update)(whole, rate)
+        if not by_rows:
+            return []
+        before = self._update_rows_by_kernel(by_rows, rate, keep) if self.native else self._update_rows(by_rows, rate)
+        if not keep:
+            return []
+        row_ids = [change.row_ids for change in by_rows for _ in change.variables]
+        return [RowGradients(ids, rows) for ids, rows in zip(row_ids, before, strict=True)]
 
-    def _after(self, changes: Sequence[_Change], rate: tf.Tensor) -> list[list[tf.Tensor]]:
-        """What each change makes of its `before`."""
-        if self.native and all(change.is_element_wise for change in changes):
-            return self._after_by_kernel(changes, rate)
-        dense = [change for change in changes if change.row_ids is None]
-        held = [list(values) for values in zip(*(change.before for change in dense), strict=True)]
-        gradients = [change.gradient for change in dense]
-        updated = _update_all(self.update, rate, gradients, *held, compiled=self.compiled) if dense else []
-        of_dense = iter(zip(*updated, strict=True))
-        return [
-            list(next(of_dense)) if change.row_ids is None else self.update(change.gradient, rate, *change.before)
-            for change in changes
-        ]
+    def _update(self, changes: Sequence[_Change], rate: tf.Tensor) -> None:
+        held = [list(values) for values in zip(*map(_before, changes), strict=True)]
+        gradients = [change.gradient for change in changes]
+        updated = _update_all(self.update, rate, gradients, *held, compiled=self.compiled)
+        for change, after in zip(changes, zip(*updated, strict=True), strict=True):
+            _assign(change, after)
 
-    def _after_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor) -> list[list[tf.Tensor]]:
-        count, num_held = len(changes), len(self.initial_state)
+    def _update_rows(self, changes: Sequence[_Change], rate: tf.Tensor) -> list[tf.Tensor]:
+        """The rows before, of each change and what is held for it."""
+        before = [_before(change) for change in changes]
+        for change, values in zip(changes, before, strict=True):
+            _assign(change, self.update(change.gradient, rate, *values))
+        return [rows for values in before for rows in values]
+
+    def _update_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor) -> None:
+        before, count = [_before(change) for change in changes], len(changes)
         updated = kernels.library().din_dist_update(
             rate,
             tf.constant(self.constants, tf.float32, [len(self.constants)]),
             [change.gradient for change in changes],
-            [change.before[held] for held in range(1 + num_held) for change in changes],
+            [values for of_all in zip(*before, strict=True) for values in of_all],
             rule=RULES.index(type(self).__name__),
             num_threads=kernels.num_threads(),
         )
-        after = [[updated[held * count + place] for held in range(1 + num_held)] for place in range(count)]
-        for change, values in zip(changes, after, strict=True):
-            for old, new in zip(change.before, values, strict=True):
-                new.set_shape(old.shape)
-        return after
+        for place, change in enumerate(changes):
+            after = updated[place::count]
+            for new, variable in zip(after, change.variables, strict=True):
+                new.set_shape(variable.shape)
+            _assign(change, after)
+
+    def _update_rows_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor, keep: bool) -> list[tf.Tensor]:
+        """As `_update_rows`; nothing unless they are to be kept."""
+        of_kinds = zip(
+            *(change.variables for change in changes), strict=True
+        )  # all tables, then all of each that is held
+        variables = [variable for of_kind in of_kinds for variable in of_kind]
+        before = kernels.library().din_dist_update_rows(
+            rate,
+            tf.constant(self.constants, tf.float32, [len(self.constants)]),
+            [change.gradient for change in changes],
+            [change.row_ids for change in changes],
+            [variable.handle for variable in variables],
+            B=len(variables) if keep else 0,
+            rule=RULES.index(self._rule_of_rows),
+            num_threads=kernels.num_threads(),
+        )
+        if not keep:
+            return []
+        for rows, variable in zip(before, variables, strict=True):
+            rows.set_shape([None, *variable.shape[1:]])
+        return [rows for place in range(len(changes)) for rows in before[place :: len(changes)]]
+
+    @property
+    def _rule_of_rows(self) -> str:
+        return type(self).__name__
 
     @staticmethod
     @abc.abstractmethod
@@ -181,6 +216,10 @@ class Adagrad(Optimizer):
 
     def _state_shape(self, name: str, variable: tf.Variable) -> tf.TensorShape:
         return variable.shape[:1] if name in self._rows_only else variable.shape
+
+    @property
+    def _rule_of_rows(self) -> str:
+        return "RowWiseAdagrad" if self._rows_only else super()._rule_of_rows
 
     @staticmethod
     def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
@@ -232,6 +271,21 @@ def make_optimizer(
 
 def _read(variable: tf.Variable, gradient: Gradient) -> tf.Tensor:
     return tf.gather(variable, gradient.row_ids) if isinstance(gradient, RowGradients) else variable.value()
+
+
+def _before(change: _Change) -> list[tf.Tensor]:
+    """The values and what is held for them."""
+    _, *held = change.variables
+    ids = change.row_ids
+    return [change.value, *(each.value() if ids is None else tf.gather(each, ids) for each in held)]
+
+
+def _assign(change: _Change, after: Sequence[tf.Tensor]) -> None:
+    for variable, new in zip(change.variables, after, strict=True):
+        if change.row_ids is None:
+            variable.assign(new)
+        else:  # not `scatter_sub`, which takes four times as long as writing what was just read
+            variable.scatter_update(tf.IndexedSlices(new, change.row_ids))
 
 
 @fused

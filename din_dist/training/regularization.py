@@ -11,9 +11,10 @@ import tensorflow as tf
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient, RowGradients
 from din_dist.layers import kernels
+from din_dist.training.optimizers import Values
 
-# A table's gradient, the rows of the table that it names, and a weight for each row of the table, if they differ.
-_Penalised: TypeAlias = tuple[RowGradients, tf.Tensor, tf.Tensor | None]
+# A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.
+_Penalised: TypeAlias = tuple[RowGradients, Values, tf.Tensor | None]
 _RowsAndNorm: TypeAlias = tuple[list[tf.Tensor], tf.Tensor]
 
 
@@ -37,12 +38,12 @@ class Regularization:
             }
 
     def __call__(
-        self, gradients: Sequence[Gradient], values: Sequence[tf.Tensor], names: Sequence[str]
+        self, gradients: Sequence[Gradient], values: Sequence[Values], names: Sequence[str]
     ) -> tuple[list[Gradient], tf.Tensor]:
         """The gradients with penalties, and the Euclidean norm of all together.
 
         Args:
-            values: the weights that each gradient belongs to: of rows, those rows.
+            values: `Optimizer.values_of` the gradients.
             names: of their variables.
         """
         if self._config.l2:
@@ -73,11 +74,11 @@ class Regularization:
         return rows, tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(value)) for value in (*rows, *others)]))
 
     def _by_kernel(self, penalised: Sequence[_Penalised], others: Sequence[tf.Tensor]) -> _RowsAndNorm:
-        gradients, values, row_weights = [*zip(*penalised, strict=True)] or [()] * 3
+        gradients, tables, row_weights = [*zip(*penalised, strict=True)] or [()] * 3
         rows, norm = kernels.library().din_dist_regularize(
             tf.constant(self._config.embedding_l2, tf.float32),
             [*(gradient.rows for gradient in gradients), *others],
-            [*values],
+            [table.handle for table in tables],
             [gradient.row_ids for gradient in gradients],
             [tf.zeros([0]) if weights is None else weights for weights in row_weights],
             num_threads=kernels.num_threads(),

@@ -109,7 +109,7 @@ class TrainStep:
             nonfinite_examples=tf.boolean_mask(batch[schema.EXAMPLE_IDS], ~tf.math.is_finite(losses)),
             observed=self.observe(batch, own, gradients),
             values=[variable.read_value() for variable in self._history.others] if self._history else [],
-            replaced=replaced if self._history else [],
+            replaced=replaced,
         )
 
     def observe(
@@ -153,17 +153,17 @@ class TrainStep:
         self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor
     ) -> tuple[tf.Tensor, list[RowGradients]]:
         """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm and replaced rows."""
+        keep = self._history is not None and any(isinstance(gradient, RowGradients) for gradient in gradients)
         values = self._optimizer.values_of(gradients)
         gradients, norm = self._regularization(gradients, values, self._optimizer.names)
         if self._clip_norm:
             gradients = clip(gradients, norm, self._clip_norm)
 
         def apply() -> list[RowGradients]:
-            return self._optimizer.apply(gradients, values, rate, step)
+            return self._optimizer.apply(gradients, values, rate, step, keep)
 
         def refuse() -> list[RowGradients]:
-            by_rows = any(isinstance(gradient, RowGradients) for gradient in gradients)
-            shapes = [[0, *variable.shape[1:]] for variable in self._optimizer.changing_by_rows if by_rows]
+            shapes = [[0, *variable.shape[1:]] for variable in self._optimizer.changing_by_rows if keep]
             return [RowGradients(tf.zeros([0], tf.int32), tf.zeros(shape)) for shape in shapes]
 
         # Loss and norm are those of the global batch: every rank takes the same branch. Nor does any of them begin

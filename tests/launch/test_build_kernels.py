@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
+from din_dist.layers import kernels
 from tests.launch.fake_checkout import FakeCheckout, path_without
 
 
@@ -35,6 +37,25 @@ def test_compiles_once_into_the_environment(checkout: FakeCheckout, tmp_path: Pa
     made.unlink()
     assert checkout.run("build_kernels.sh", PATH=path_without(tmp_path / "bin", "g++")).returncode == 0
     assert made.read_bytes() == (cached / "kernels.so").read_bytes()
+
+
+def test_kernels_of_another_tensorflow_are_refused(tmp_path: Path) -> None:
+    """As where an environment was given another one since: variables are reached by what only that version has."""
+    other = tmp_path / "kernels.so"
+    version = tf.__version__.encode()
+    compiled = kernels.PATH.read_bytes()
+    assert compiled.count(version) > 0
+    other.write_bytes(compiled.replace(version, b"1" + version[1:]))
+    program = f"""
+import tensorflow as tf
+ops, table = tf.load_op_library({str(other)!r}), tf.Variable([[1.0]])
+ops.din_dist_update_rows(0.1, tf.zeros([0]), [[[1.0]]], [[0]], [table.handle], B=0, rule=0, num_threads=1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (
+        f"The kernels must be compiled for this TensorFlow, {tf.__version__}. Received: for 1{tf.__version__[1:]}. "
+        "Run launch/setup.sh, or launch/build_kernels.sh."
+    ) in done.stderr
 
 
 @pytest.mark.parametrize("name", ["attention.cc", "threads.h"])

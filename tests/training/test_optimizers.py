@@ -16,7 +16,20 @@ LARGE = 3 * 4096 + 5  # weights: more than one part of the kernel
 
 
 def apply(optimizer, *gradients, rate=0.1, step=1):
-    optimizer.apply(gradients, optimizer.values_of(gradients), tf.constant(rate), tf.constant(step, tf.int64))
+    values, step = optimizer.values_of(gradients), tf.constant(step, tf.int64)
+    assert optimizer.apply(gradients, values, tf.constant(rate), step) == [], "nothing is kept unless asked for"
+
+
+of_each_kind = pytest.mark.parametrize(
+    ("kind", "row_wise"),
+    [
+        (OptimizerKind.SGD, False),
+        (OptimizerKind.ADAGRAD, False),
+        (OptimizerKind.ADAGRAD, True),
+        (OptimizerKind.LAZY_ADAM, False),
+    ],
+    ids=["sgd", "adagrad", "adagrad_row_wise", "lazy_adam"],
+)
 
 
 class Reference:
@@ -43,16 +56,7 @@ class Reference:
         return rate * first[rows] / (np.sqrt(second[rows]) + 1e-7)
 
 
-@pytest.mark.parametrize(
-    ("kind", "row_wise"),
-    [
-        (OptimizerKind.SGD, False),
-        (OptimizerKind.ADAGRAD, False),
-        (OptimizerKind.ADAGRAD, True),
-        (OptimizerKind.LAZY_ADAM, False),
-    ],
-    ids=["sgd", "adagrad", "adagrad_row_wise", "lazy_adam"],
-)
+@of_each_kind
 @pytest.mark.parametrize("by", ["operations", "compiled", "native"])
 def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise, by):
     """A dense variable and a table through five steps; after each, rows not named and their state are as they were."""
@@ -168,6 +172,52 @@ def test_the_kernel_equals_the_operations_on_many_variables_of_any_size(kind, nu
     assert not any(np.array_equal(ours, old) for ours, old in zip(ended[1], first, strict=False) if old.size)
 
 
+@of_each_kind
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_kernel_equals_the_operations_on_rows_of_many_tables(kind, row_wise, num_threads, monkeypatch):
+    """More rows than one part of the kernel has, rows wider than one, narrow ones, few and none; rows before it."""
+    monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
+    random = np.random.default_rng(3)
+    sizes = {"long": (500, 20), "wide": (3, 5000), "narrow": (300, 1), "some": (7, 16), "none": (0, 4)}
+    first = {name: random.normal(0, 1, (1000, width)).astype(np.float32) for name, (_, width) in sizes.items()}
+    config = OptimizerConfig(optimizer=kind, adagrad_row_wise=row_wise)
+    ended, kept = [], []
+    for native in (False, True):
+        random = np.random.default_rng(4)
+        variables = [tf.Variable(values) for values in first.values()]
+        optimizer = make_optimizer(config, variables, [*sizes], [*sizes], native=native)
+        for step in range(1, 4):
+            gradients = [
+                RowGradients(
+                    tf.constant(random.permutation(1000)[:rows], tf.int32),
+                    tf.constant(random.normal(0, 1, (rows, width)), tf.float32),
+                )
+                for rows, width in sizes.values()
+            ]
+            before = [tf.identity(changing) for changing in optimizer.changing_by_rows]
+            values, count = optimizer.values_of(gradients), tf.constant(step, tf.int64)
+            replaced = optimizer.apply(gradients, values, tf.constant(0.1), count, keep=True)
+        ids = [gradient.row_ids for gradient in gradients for _ in range(1 + len(optimizer.initial_state))]
+        for rows, table, row_ids in zip(replaced, before, ids, strict=True):
+            assert_array_equal(rows.row_ids, row_ids)
+            assert_array_equal(rows.rows, tf.gather(table, row_ids))
+        ended.append([*variables, *optimizer.state.values()])
+        kept.append(replaced)
+    assert len(kept[0]) == len(kept[1]) == len(optimizer.changing_by_rows)
+    for ours, theirs in zip(*ended, strict=True):
+        assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_who_has_read_a_table_keeps_what_was_read():
+    """Until something writes to it in place, TensorFlow gives those who read a variable its own memory."""
+    table = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
+    read = table.value()
+    gradient = RowGradients(tf.constant([1]), tf.constant([[10.0, 10.0]]))
+    apply(Sgd([table], ["table"], ["table"], native=True), gradient)
+    assert_array_equal(read, [[1.0, 2.0], [3.0, 4.0]])
+    assert_allclose(table, [[1.0, 2.0], [2.0, 3.0]], rtol=1e-6)
+
+
 def test_wrong_calls_of_the_kernel_are_refused():
     ops, some = kernels.library(), tf.zeros([3])
     with pytest.raises(tf.errors.InvalidArgumentError, match="equally large"):
@@ -177,4 +227,38 @@ def test_wrong_calls_of_the_kernel_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match="each gradient must have its weights"):
         ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=1, num_threads=1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="a rule"):
-        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=3, num_threads=1)
+        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=4, num_threads=1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="single weights"):
+        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some, some], rule=3, num_threads=1)
+
+
+def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
+    table, held = tf.Variable(tf.ones([4, 3])), tf.Variable(tf.ones([4, 3]))
+
+    def refused(rows=(2, 3), row_ids=(0, 3), tables=(table, held), rule=1, kept=0):
+        with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+            kernels.library().din_dist_update_rows(
+                0.1,
+                tf.zeros([1]),
+                [tf.ones(rows)],
+                [tf.constant(row_ids)],
+                [each.handle for each in tables],
+                B=kept,
+                rule=rule,
+                num_threads=1,
+            )
+        for variable in (table, held):
+            assert_array_equal(variable, np.ones([4, 3]))
+        return caught.value.message.partition("}} ")[2].partition(" [Op")[0]
+
+    for wrong in (-1, 4):
+        assert refused(row_ids=[0, wrong]) == "rows must be those of the table"
+    assert refused(row_ids=[0]) == refused(rows=[6]) == "there must be an id for each row"
+    a_table = "a table and what is held for it must be as wide as the gradient"
+    assert refused(rows=[2, 2]) == a_table
+    assert refused(tables=[table, tf.Variable(tf.ones([4, 2]))]) == a_table
+    assert refused(tables=[table, tf.Variable(tf.ones([3, 3]))]) == a_table
+    assert refused(tables=[table, held], rule=3) == a_table
+    assert refused(kept=1) == "all rows must be kept, or none"
+    assert refused(tables=[table]) == "each gradient must have its weights"
+    assert refused(tables=[table, held], rule=2) == "each gradient must have its weights"

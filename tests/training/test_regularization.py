@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import RowGradients
 from din_dist.layers import kernels
+from din_dist.training.optimizers import Sgd
 from din_dist.training.regularization import Regularization, clip
 
 NAMES = ["lookup/item", "lookup/item_bias", "head/dense_0/kernel", "head/dense_0/bias", "head_norm/gamma"]
@@ -28,7 +29,7 @@ def regularize(request):
     def added_by(**config):
         native = request.param == "kernel"
         regularization = Regularization(OptimizerConfig(**config), {"lookup/item": COUNTS}, native)
-        values = [tf.gather(TABLE, [2, 0]), tf.ones([2, 1]), *VARIABLES[2:]]
+        values = Sgd(VARIABLES, NAMES, native=native).values_of(GRADIENTS)
         found, norm = regularization(GRADIENTS, values, NAMES)
         added, squares = {}, 0.0
         for name, after, before in zip(NAMES, found, GRADIENTS, strict=True):
@@ -93,14 +94,17 @@ def test_the_kernel_equals_float64_on_gradients_of_any_size(num_threads, monkeyp
     counts = {name: np.arange(1000.0) for name in shapes}
     regularization = Regularization(OptimizerConfig(embedding_l2=0.3, mini_batch_aware_l2=2.0), counts, native=True)
     ids = {name: random.choice(1000, rows, replace=False) for name, (rows, _) in shapes.items()}
-    rows, values = ({name: random.normal(0, 1, shape) for name, shape in shapes.items()} for _ in range(2))
+    rows = {name: random.normal(0, 1, shape) for name, shape in shapes.items()}
+    tables = {name: random.normal(0, 1, (1000, width)) for name, (_, width) in shapes.items()}
     dense = [random.normal(0, 1, shape) for shape in ((), (9001,), (0,), (7, 3))]
     as_tensor = functools.partial(tf.constant, dtype=tf.float32)
     gradients = [*map(as_tensor, dense)]
     gradients += [RowGradients(tf.constant(ids[name], tf.int32), as_tensor(rows[name])) for name in shapes]
-    all_values = [*map(tf.zeros_like, gradients[: len(dense)]), *(as_tensor(values[name]) for name in shapes)]
-    found, norm = regularization(gradients, all_values, ["", "", "", "", *shapes])
-    expected = {name: rows[name] + (0.3 + 2.0 / np.maximum(ids[name], 1.0))[:, None] * values[name] for name in shapes}
+    values = [*map(tf.zeros_like, gradients[: len(dense)])]
+    values += [tf.Variable(table, dtype=tf.float32) for table in tables.values()]
+    found, norm = regularization(gradients, values, ["", "", "", "", *shapes])
+    weights = {name: (0.3 + 2.0 / np.maximum(ids[name], 1.0))[:, None] for name in shapes}
+    expected = {name: rows[name] + weights[name] * tables[name][ids[name]] for name in shapes}
     for gradient, name in zip(found[len(dense) :], shapes, strict=True):
         assert_allclose(gradient.rows, expected[name], rtol=1e-5, atol=1e-6)
     assert_allclose(norm, np.sqrt(sum(np.sum(np.square(each)) for each in (*dense, *expected.values()))), rtol=1e-6)
@@ -115,16 +119,25 @@ def test_the_norm_tells_of_what_is_not_finite(value, expected, native):
 
 
 def test_wrong_calls_of_the_kernel_are_refused():
-    ops = kernels.library()
-    rows, ids, weights = tf.zeros([2, 3]), tf.constant([0, 4]), tf.zeros([4])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="rows must be those of the table"):
-        ops.din_dist_regularize(0.0, [rows], [rows], [ids], [weights], num_threads=1)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="must have their values and ids"):
-        ops.din_dist_regularize(0.0, [rows], [rows[:1]], [ids], [weights], num_threads=1)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="must have their values and ids"):
-        ops.din_dist_regularize(0.0, [rows], [rows], [ids[:1]], [weights], num_threads=1)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="among the gradients"):
-        ops.din_dist_regularize(0.0, [rows], [rows] * 2, [ids] * 2, [weights] * 2, num_threads=1)
+    rows, ids, weights, table = tf.zeros([2, 3]), tf.constant([0, 3]), tf.zeros([4]), tf.Variable(tf.zeros([4, 3]))
+
+    def refused(gradients=(rows,), tables=(table,), row_ids=(ids,), row_weights=(weights,)):
+        with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+            handles = [table.handle for table in tables]
+            kernels.library().din_dist_regularize(0.0, gradients, handles, row_ids, row_weights, num_threads=1)
+        return caught.value.message.partition("}} ")[2].partition(" [Op")[0]
+
+    for wrong in (-1, 4):
+        assert refused(row_ids=[tf.constant([0, wrong])]) == "rows must be those of the table"
+    a_row = "a gradient's rows must have ids, and be as wide as the table's"
+    assert refused(row_ids=[ids[:1]]) == a_row
+    assert refused(tables=[tf.Variable(tf.zeros([4, 2]))]) == a_row
+    assert refused(tables=[tf.Variable(tf.zeros([12]))]) == a_row
+    assert refused(gradients=[tf.zeros([6])]) == a_row
+    assert refused(row_weights=[weights[:3]]) == "each row of a table must have its weight"
+    assert refused(tables=[tf.Variable(tf.zeros([4, 3], tf.float64))]) == "a variable must be of float32"
+    twice = refused(tables=[table, tf.Variable(table)], row_ids=[ids] * 2, row_weights=[weights] * 2)
+    assert twice == "what is penalised must be among the gradients"
 
 
 @pytest.mark.parametrize(("largest", "scale"), [(6.5, 0.5), (13.0, 1.0), (50.0, 1.0)])

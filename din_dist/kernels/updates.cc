@@ -1,0 +1,427 @@
+// An update of the weights, as TensorFlow operations: penalties and the gradient's norm, which training/regularization.py
+// defines, and the rules of training/optimizers.py. Called by those two alone.
+//
+// No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
+// that the weights of all ranks stay equal where their processors differ.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+#include <vector>
+
+#include "clones.h"
+#include "tensorflow.h"
+#include "threads.h"
+#include "variables.h"
+
+namespace din {
+namespace {
+
+constexpr int64_t kPart = 4096;  // floats: what all arrays of a part hold fits the cache
+constexpr int64_t kAhead = 4;    // rows of a table that are asked for before they are wanted: it has them in no order
+
+void Fetch(const float* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
+}
+
+void CheckRows(const int32_t* row_ids, int64_t count, int64_t table_rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    Require(row_ids[i] >= 0 && row_ids[i] < table_rows, "rows must be those of the table");
+  }
+}
+
+// Sixteen sums, whatever the registers: the same bits everywhere.
+DIN_CLONES double SumOfSquares(const float* values, int64_t count) {
+  double sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      const double value = values[i + lane];
+      sums[lane] += value * value;
+    }
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(values[i]) * values[i];
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// --- Penalties and norm ---
+
+DIN_CLONES void AddTimes(const float* gradient, float weight, const float* value, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = gradient[i] + weight * value[i];
+}
+
+// Of N gradients, of which the first P are of rows of tables, which are penalised.
+class Regularize {
+ public:
+  explicit Regularize(TF_OpKernelConstruction* construction)
+      : count_(Attribute(construction, "N")),
+        penalised_(Attribute(construction, "P")),
+        num_threads_(static_cast<int>(Attribute(construction, "num_threads"))) {
+    Require(penalised_ <= count_, "what is penalised must be among the gradients");
+  }
+
+  void Compute(TF_OpKernelContext* context) {
+    int next = 0;
+    const Tensor l2 = Tensor::Input(context, next++);
+    Require(l2.Size() == 1, "there must be one weight for all rows");
+    std::vector<Tensor> gradients, row_ids, weights, outputs;
+    std::vector<Variable> tables;
+    for (int64_t i = 0; i < count_; ++i) gradients.push_back(Tensor::Input(context, next++));
+    for (int64_t i = 0; i < penalised_; ++i) tables.emplace_back(context, next++, Variable::For::kReading);
+    for (auto* tensors : {&row_ids, &weights}) {
+      for (int64_t i = 0; i < penalised_; ++i) tensors->push_back(Tensor::Input(context, next++));
+    }
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < count_; ++i) {
+      Part whole{};
+      whole.gradient = gradients[i].Data<const float>();
+      whole.rows = gradients[i].Size();
+      whole.width = 1;
+      if (i < penalised_) {
+        const std::vector<int64_t> shape = gradients[i].Shape(), of_table = tables[i].Shape();
+        Require(shape.size() == 2 && of_table.size() == 2 && shape[1] == of_table[1] && row_ids[i].Size() == shape[0],
+                "a gradient's rows must have ids, and be as wide as the table's");
+        Require(weights[i].Size() == 0 || weights[i].Size() == of_table[0], "each row of a table must have its weight");
+        CheckRows(row_ids[i].Data<const int32_t>(), shape[0], of_table[0]);
+        outputs.push_back(Tensor::Output(context, static_cast<int>(i), TF_FLOAT, shape));
+        whole.rows = shape[0];
+        whole.width = shape[1];
+        whole.table = tables[i].Data();
+        whole.row_id = row_ids[i].Data<const int32_t>();
+        whole.weights = weights[i].Size() ? weights[i].Data<const float>() : nullptr;
+        whole.to = outputs.back().Data<float>();
+      }
+      const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, whole.width));
+      for (int64_t begin = 0; begin < whole.rows; begin += rows) parts.push_back(whole.Rows(begin, rows));
+    }
+    const float weight = *l2.Data<const float>();
+    std::vector<double> squares(parts.size());
+    InParts(num_threads_, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) squares[i] = parts[i].Run(weight);
+    });
+    double total = 0;  // in the order of the parts, whoever did them
+    for (const double square : squares) total += square;
+    const Tensor norm = Tensor::Output(context, static_cast<int>(penalised_), TF_FLOAT, {});
+    // Infinite where the squares, which optimizers add up in float32, are: such an update is refused.
+    *norm.Data<float>() = std::sqrt(static_cast<float>(total));
+  }
+
+ private:
+  struct Part {
+    const float* gradient;  // [rows, width]
+    int64_t rows, width;
+    // Of rows that are penalised:
+    const float* table;
+    const int32_t* row_id;
+    const float* weights;  // of all rows of the table, or null
+    float* to;
+
+    Part Rows(int64_t begin, int64_t most) const {
+      Part part = *this;
+      part.rows = std::min(most, rows - begin);
+      part.gradient += begin * width;
+      if (to) {
+        part.row_id += begin;
+        part.to += begin * width;
+      }
+      return part;
+    }
+
+    double Run(float l2) const {
+      if (!to) return SumOfSquares(gradient, rows * width);
+      for (int64_t row = 0; row < rows; ++row) {
+        if (row + kAhead < rows) Fetch(table + row_id[row + kAhead] * width, width);
+        const float weight = weights ? l2 + weights[row_id[row]] : l2;
+        AddTimes(gradient + row * width, weight, table + row_id[row] * width, width, to + row * width);
+      }
+      return SumOfSquares(to, rows * width);
+    }
+  };
+
+  const int64_t count_, penalised_;
+  const int num_threads_;
+};
+
+// --- Rules ---
+
+// So many weights and what is held for them, in the order of `initial_state` there; the new may take the place of the old.
+struct Weights {
+  int64_t count;
+  const float* gradient;
+  const float* value;
+  const float* held[2];
+  float* new_value;
+  float* new_held[2];
+};
+
+DIN_CLONES void Sgd(const Weights& w, float rate, const float*) {
+  const float *gradient = w.gradient, *value = w.value;
+  float* new_value = w.new_value;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < w.count; ++i) new_value[i] = value[i] - rate * gradient[i];
+}
+
+DIN_CLONES void Adagrad(const Weights& w, float rate, const float* constants) {
+  const float epsilon = constants[0];
+  const float *gradient = w.gradient, *value = w.value, *sum = w.held[0];
+  float *new_value = w.new_value, *new_sum = w.new_held[0];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < w.count; ++i) {
+    const float squares = sum[i] + gradient[i] * gradient[i];
+    new_sum[i] = squares;
+    new_value[i] = value[i] - rate * gradient[i] / (std::sqrt(squares) + epsilon);
+  }
+}
+
+DIN_CLONES void LazyAdam(const Weights& w, float rate, const float* constants) {
+  const float beta_1 = constants[0], rest_1 = constants[1], beta_2 = constants[2], rest_2 = constants[3];
+  const float epsilon = constants[4];
+  const float *gradient = w.gradient, *value = w.value, *first = w.held[0], *second = w.held[1];
+  float *new_value = w.new_value, *new_first = w.new_held[0], *new_second = w.new_held[1];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < w.count; ++i) {
+    const float m = beta_1 * first[i] + rest_1 * gradient[i];
+    const float v = beta_2 * second[i] + rest_2 * (gradient[i] * gradient[i]);
+    new_first[i] = m;
+    new_second[i] = v;
+    new_value[i] = value[i] - rate * m / (std::sqrt(v) + epsilon);
+  }
+}
+
+// Of one row, for which one number is held.
+DIN_CLONES void RowWiseAdagrad(const Weights& w, float rate, const float* constants) {
+  const float squares = w.held[0][0] + static_cast<float>(SumOfSquares(w.gradient, w.count) / w.count);
+  const float divisor = std::sqrt(squares) + constants[0];
+  const float *gradient = w.gradient, *value = w.value;
+  float* new_value = w.new_value;
+  w.new_held[0][0] = squares;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < w.count; ++i) new_value[i] = value[i] - rate * gradient[i] / divisor;
+}
+
+struct Rule {
+  void (*update)(const Weights&, float rate, const float* constants);
+  int64_t num_held, num_constants;
+  bool row_wise;  // of what is held there is one number a row
+};
+
+// As `RULES` in training/optimizers.py counts them.
+constexpr Rule kRules[] = {{Sgd, 0, 0, false}, {Adagrad, 1, 1, false}, {LazyAdam, 2, 5, false}, {RowWiseAdagrad, 1, 1, true}};
+
+// What both kinds of updates are given.
+class Update {
+ public:
+  explicit Update(TF_OpKernelConstruction* construction)
+      : count_(Attribute(construction, "N")),
+        num_threads_(static_cast<int>(Attribute(construction, "num_threads"))),
+        rule_(RuleOf(Attribute(construction, "rule"))) {
+    Require(Attribute(construction, "M") == count_ * (1 + rule_.num_held), "each gradient must have its weights");
+  }
+
+ protected:
+  // The rate and the rule's constants are the first inputs; then come all gradients.
+  void Begin(TF_OpKernelContext* context) const {
+    Require(Tensor::Input(context, 0).Size() == 1 && Tensor::Input(context, 1).Size() == rule_.num_constants,
+            "a rule must have its constants");
+  }
+
+  // `run(part)` of so many parts, on all threads.
+  template <typename Run>
+  void InAllParts(size_t num_parts, const Run& run) const {
+    InParts(num_threads_, static_cast<int64_t>(num_parts), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run(i);
+    });
+  }
+
+  const int64_t count_;
+  const int num_threads_;
+  const Rule& rule_;
+
+ private:
+  static const Rule& RuleOf(int64_t rule) {
+    Require(rule >= 0 && rule < static_cast<int64_t>(std::size(kRules)), "a rule must be one of those that there are");
+    return kRules[rule];
+  }
+};
+
+// Of N whole variables. Inputs: all gradients, all values, and all of each that is held. Outputs: all but gradients.
+class UpdateWhole : public Update {
+ public:
+  explicit UpdateWhole(TF_OpKernelConstruction* construction) : Update(construction) {
+    Require(!rule_.row_wise, "a rule must be for single weights");
+  }
+
+  void Compute(TF_OpKernelContext* context) {
+    Begin(context);
+    const Tensor rate = Tensor::Input(context, 0), constants = Tensor::Input(context, 1);
+    std::vector<Tensor> tensors;
+    auto next_input = [&, place = 2]() mutable {
+      return tensors.emplace_back(Tensor::Input(context, place++)).Data<const float>();
+    };
+    std::vector<Weights> all(count_);
+    std::vector<std::vector<int64_t>> shapes;
+    for (Weights& weights : all) {
+      weights.gradient = next_input();
+      weights.count = tensors.back().Size();
+      shapes.push_back(tensors.back().Shape());
+    }
+    const auto same_size = [&](const Weights& weights) {
+      Require(tensors.back().Size() == weights.count, "gradients and weights must be equally large");
+    };
+    for (Weights& weights : all) {
+      weights.value = next_input();
+      same_size(weights);
+    }
+    for (int64_t held = 0; held < rule_.num_held; ++held) {
+      for (Weights& weights : all) {
+        weights.held[held] = next_input();
+        same_size(weights);
+      }
+    }
+    int output = 0;
+    const auto next_output = [&](int64_t at) {
+      return tensors.emplace_back(Tensor::Output(context, output++, TF_FLOAT, shapes[at])).Data<float>();
+    };
+    for (int64_t i = 0; i < count_; ++i) all[i].new_value = next_output(i);
+    for (int64_t held = 0; held < rule_.num_held; ++held) {
+      for (int64_t i = 0; i < count_; ++i) all[i].new_held[held] = next_output(i);
+    }
+    std::vector<Weights> parts;
+    for (const Weights& weights : all) {
+      for (int64_t begin = 0; begin < weights.count; begin += kPart) parts.push_back(Part(weights, begin));
+    }
+    InAllParts(parts.size(), [&](int64_t part) {
+      rule_.update(parts[part], *rate.Data<const float>(), constants.Data<const float>());
+    });
+  }
+
+ private:
+  Weights Part(const Weights& weights, int64_t begin) const {
+    Weights part = weights;
+    part.count = std::min(kPart, weights.count - begin);
+    part.gradient += begin;
+    part.value += begin;
+    part.new_value += begin;
+    for (int64_t held = 0; held < rule_.num_held; ++held) {
+      part.held[held] += begin;
+      part.new_held[held] += begin;
+    }
+    return part;
+  }
+};
+
+// Of some rows of N tables, no row twice, where they are. Inputs: all gradients [R, D], all ids of their rows [R], all
+// tables, and all of each that is held. Outputs, where B is not 0: the rows of all as they were before, in this order.
+class UpdateRows : public Update {
+ public:
+  explicit UpdateRows(TF_OpKernelConstruction* construction)
+      : Update(construction), keeps_(Attribute(construction, "B") > 0), arrays_(1 + rule_.num_held) {
+    Require(!keeps_ || Attribute(construction, "B") == Attribute(construction, "M"), "all rows must be kept, or none");
+  }
+
+  void Compute(TF_OpKernelContext* context) {
+    Begin(context);
+    const Tensor rate = Tensor::Input(context, 0), constants = Tensor::Input(context, 1);
+    std::vector<Tensor> gradients, row_ids, outputs;
+    std::vector<Variable> tables;
+    int next = 2;
+    for (auto* tensors : {&gradients, &row_ids}) {
+      for (int64_t i = 0; i < count_; ++i) tensors->push_back(Tensor::Input(context, next++));
+    }
+    for (int64_t i = 0; i < count_ * arrays_; ++i) tables.emplace_back(context, next++, Variable::For::kWriting);
+    std::vector<Rows> parts;
+    for (int64_t i = 0; i < count_; ++i) {
+      const std::vector<int64_t> shape = gradients[i].Shape();
+      Require(shape.size() == 2 && row_ids[i].Size() == shape[0], "there must be an id for each row");
+      Rows all{gradients[i].Data<const float>(), row_ids[i].Data<const int32_t>(), shape[0], shape[1], {}, {}};
+      const int64_t table_rows = tables[i].Shape().empty() ? 0 : tables[i].Shape()[0];
+      for (int64_t array = 0; array < arrays_; ++array) {
+        const Variable& table = tables[array * count_ + i];
+        std::vector<int64_t> expected = {table_rows, shape[1]};
+        if (array > 0 && rule_.row_wise) expected.pop_back();
+        Require(table.Shape() == expected, "a table and what is held for it must be as wide as the gradient");
+        all.table[array] = table.Data();
+        all.widths[array] = array > 0 && rule_.row_wise ? 1 : shape[1];
+      }
+      CheckRows(all.row_id, all.rows, table_rows);
+      const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, all.width));
+      for (int64_t begin = 0; begin < all.rows; begin += rows) parts.push_back(all.From(begin, rows));
+    }
+    if (keeps_) Keep(context, gradients, row_ids, tables);
+    InAllParts(parts.size(), [&](int64_t part) {
+      Run(parts[part], *rate.Data<const float>(), constants.Data<const float>());
+    });
+  }
+
+ private:
+  struct Rows {
+    const float* gradient;  // [rows, width]
+    const int32_t* row_id;
+    int64_t rows, width;
+    float* table[3];  // and what is held for it
+    int64_t widths[3];
+
+    Rows From(int64_t begin, int64_t most) const {
+      Rows part = *this;
+      part.rows = std::min(most, rows - begin);
+      part.gradient += begin * width;
+      part.row_id += begin;
+      return part;
+    }
+  };
+
+  void Run(const Rows& part, float rate, const float* constants) const {
+    for (int64_t row = 0; row < part.rows; ++row) {
+      if (row + kAhead < part.rows) {
+        for (int64_t array = 0; array < arrays_; ++array) {
+          Fetch(part.table[array] + part.row_id[row + kAhead] * part.widths[array], part.widths[array]);
+        }
+      }
+      float* of_row[3] = {};
+      for (int64_t array = 0; array < arrays_; ++array) {
+        of_row[array] = part.table[array] + part.row_id[row] * part.widths[array];
+      }
+      rule_.update({part.width, part.gradient + row * part.width, of_row[0], {of_row[1], of_row[2]}, of_row[0],
+                    {of_row[1], of_row[2]}},
+                   rate, constants);
+    }
+  }
+
+  void Keep(TF_OpKernelContext* context, const std::vector<Tensor>& gradients, const std::vector<Tensor>& row_ids,
+            const std::vector<Variable>& tables) const {
+    for (int64_t at = 0; at < count_ * arrays_; ++at) {
+      const auto* const row_id = row_ids[at % count_].Data<const int32_t>();
+      std::vector<int64_t> shape = tables[at].Shape();
+      shape[0] = gradients[at % count_].Shape()[0];
+      const int64_t width = shape.size() > 1 ? shape[1] : 1;
+      auto* const to = Tensor::Output(context, static_cast<int>(at), TF_FLOAT, shape).Data<float>();
+      InParts(num_threads_, shape[0], 256, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          std::copy_n(tables[at].Data() + row_id[row] * width, width, to + row * width);
+        }
+      });
+    }
+  }
+
+  const bool keeps_;
+  const int64_t arrays_;
+};
+
+const bool kRegistered =
+    Kernel<Regularize>::Register("DinDistRegularize",
+                                 {"l2: float", "gradients: N * float", "tables: P * resource", "row_ids: P * int32",
+                                  "row_weights: P * float"},
+                                 {"penalised: P * float", "norm: float"},
+                                 {"N: int", "P: int >= 0", "num_threads: int"}) &&
+    Kernel<UpdateWhole>::Register(
+        "DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float", "weights: M * float"},
+        {"updated: M * float"}, {"N: int", "M: int", "rule: int", "num_threads: int"}) &&
+    Kernel<UpdateRows>::Register(
+        "DinDistUpdateRows",
+        {"rate: float", "constants: float", "gradients: N * float", "row_ids: N * int32", "tables: M * resource"},
+        {"before: B * float"}, {"N: int", "M: int", "B: int >= 0", "rule: int", "num_threads: int"}, true);
+
+}  // namespace
+}  // namespace din
