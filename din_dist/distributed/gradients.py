@@ -21,6 +21,7 @@ class RowGradients(NamedTuple):
 
     row_ids: tf.Tensor  # int32 [R], no id twice
     rows: tf.Tensor  # float32 [R, D]
+    num_rows: tf.Tensor | None = None  # int32, of all ranks together, where each has a part of them
 
 
 Gradient: TypeAlias = tf.Tensor | RowGradients
@@ -31,13 +32,29 @@ class GradientExchange:
 
     Dense gradients, and the numbers that ride along with them, go in one grouped all-reduce. Of an embedding table
     only the touched rows travel: ids and rows are gathered, and what several ranks have for one row is summed. Bytes a
-    step depend on the rows touched, never on the size of the table.
+    step depend on the rows touched, never on the size of the table. Where ranks share tables, each gets a part of the
+    rows.
     """
 
     def __init__(self, ranks: InGraph, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
         """`native`: merges rows in a kernel of our own, on CPUs."""
         self._ranks, self._native = ranks, native
         self._wire_dtype = wire_dtype if ranks.travels else WireDtype.FLOAT32
+        self._tables: Sequence[tf.Variable] = ()  # that ranks share
+
+    def share(self, tables: Sequence[tf.Variable]) -> None:
+        """Before the first update: lets ranks that have memory in common update a part of the rows each, for all."""
+        if self._native and tables and self._ranks.share(tables):
+            self._tables = tables
+
+    def sum_of_parts(self, value: tf.Tensor) -> tf.Tensor:
+        """Of a number that each rank has found of its part of the rows, that of all."""
+        return self._ranks.sum_in_graph([value])[0] if self._tables else value
+
+    def finish(self) -> None:
+        """After an update: returns when no rank has rows left to update."""
+        if self._tables:
+            self._ranks.finish_in_graph(self._tables)
 
     def __call__(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], scale: tf.Tensor
@@ -59,6 +76,11 @@ class GradientExchange:
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         if not self._ranks.has_peers or not gradients:
             return list(gradients)
+        if self._tables:
+            parts = self._ranks.reduce_rows_in_graph(
+                *zip(*((each.row_ids, each.rows) for each in gradients), strict=True)
+            )
+            return [RowGradients(*part) for part in zip(*parts, strict=True)]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
         row_ids = self._ranks.gather_in_graph([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
@@ -112,6 +134,9 @@ class DenseExchange(GradientExchange):
 
     For `cli/benchmark.py` to compare with ours; a step costs as much as the vocabulary is long.
     """
+
+    def share(self, tables: Sequence[tf.Variable]) -> None:
+        """Nothing: an update gives a table new memory."""
 
     def __call__(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], scale: tf.Tensor

@@ -2,14 +2,15 @@
 
 A step waits for a sum at each synchronised layer, forward and backward, and then for the gradients of all. As a message
 of Horovod's each takes most of a millisecond, however small: threads are woken on both sides and speak through sockets.
-Here each worker writes its values where the others see them, and waits until all have.
+Here each worker writes its values where the others see them, and waits until all have. And they keep the tables in such
+memory, once for all of them: each updates a part of the rows, and so takes part in sums of these alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.distributed.runtime import InGraph, Runtime
+from din_dist.errors import FailedElsewhere, InputError
 from din_dist.layers import kernels
 
-FOLDER = Path("/dev/shm")  # of which containers have 64 MiB in all
 BUFFER_BYTES = 1 << 20
 _LINE = 64  # bytes, as in kernels/neighbours.cc
 
@@ -32,8 +33,16 @@ def neighbours(runtime: Runtime) -> InGraph:
     """
     if runtime.elastic or not 1 < runtime.world_size == runtime.local_size:
         return runtime
-    file = _shared_file(runtime)
-    return runtime if file is None else Neighbours(runtime, file)
+    # Process ids mean the same to all only where all are in one container, or in none.
+    told = runtime.gather(np.array([Path("/proc/self/ns/pid").stat().st_ino], np.int64))
+    if len(set(told.tolist())) > 1:
+        return runtime
+    file = _common_file(runtime, 2 * runtime.world_size * (_LINE + BUFFER_BYTES))
+    if file is None:
+        return runtime
+    os.pwrite(file, os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
+    runtime.barrier()
+    return Neighbours(runtime, file)
 
 
 class Neighbours(InGraph):
@@ -47,6 +56,7 @@ class Neighbours(InGraph):
     travels = False
 
     def __init__(self, runtime: Runtime, file: int) -> None:
+        self._runtime = runtime
         self._place = {
             "fd": file,
             "buffer": BUFFER_BYTES,
@@ -72,6 +82,43 @@ class Neighbours(InGraph):
             rows.set_shape([None, *tensor.shape[1:]])
         return gathered
 
+    def share(self, variables: Sequence[tf.Variable]) -> bool:
+        for place, variable in enumerate(variables):
+            num_bytes = variable.dtype.size * variable.shape.num_elements()
+            file = _common_file(self._runtime, num_bytes)
+            if file is None:
+                if place == 0:
+                    return False
+                if not self._runtime.is_chief:
+                    raise FailedElsewhere
+                raise InputError(
+                    "Workers of one machine need memory for one copy of their tables. Received: no room for "
+                    f"{num_bytes:,} bytes of them. Free some, or use smaller tables."
+                )
+            # In turn, so that at no time there is much more than there was before: the others' copies go first.
+            for fills in (False, True):
+                if fills == self._runtime.is_chief:
+                    kernels.library().din_dist_share(variable.handle, fd=file, fill=fills)
+                self._runtime.barrier()
+            os.close(file)
+        return True
+
+    def reduce_rows_in_graph(
+        self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        with self._in_order():
+            summed_ids, sums, self._last = kernels.library().din_dist_neighbours_reduce_rows(
+                row_ids, rows, **self._place
+            )
+        for ids, of_table, own in zip(summed_ids, sums, rows, strict=True):
+            ids.set_shape([None])
+            of_table.set_shape([None, own.shape[1]])
+        return summed_ids, sums, tf.unstack(tf.ensure_shape(self._last, [len(rows)]))
+
+    def finish_in_graph(self, variables: Sequence[tf.Variable]) -> None:
+        with self._in_order():
+            kernels.library().din_dist_neighbours_finish([variable.handle for variable in variables], **self._place)
+
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
         last = self._last
@@ -80,33 +127,25 @@ class Neighbours(InGraph):
             yield
 
 
-def _shared_file(runtime: Runtime) -> int | None:
-    """Zeros but for the ranks' process ids, open on all ranks and without a name; None where one of them cannot."""
+def _common_file(runtime: Runtime, num_bytes: int) -> int | None:
+    """Zeros in memory, open on all ranks and without a name; None where one of them cannot."""
     path, file = "", None
     try:
         if runtime.is_chief:
-            file, path = tempfile.mkstemp(prefix="din_dist-", dir=FOLDER)
+            file = os.memfd_create("din_dist")
             # What is not there would only be missed when it is written to, which ends the process.
-            os.posix_fallocate(file, 0, 2 * runtime.world_size * (_LINE + BUFFER_BYTES))
+            os.posix_fallocate(file, 0, max(num_bytes, mmap.PAGESIZE))
+            path = f"/proc/{os.getpid()}/fd/{file}"
     except OSError:
-        if path:
-            Path(path).unlink()
         path = ""
     path = runtime.broadcast_object(path)
     opened = bool(path)
     try:
-        if path:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC) if file is None else file
-            os.pwrite(file, os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
+        if path and file is None:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         opened = False
-    # Process ids mean the same to all only where all are in one container, or in none.
-    namespace = Path("/proc/self/ns/pid").stat().st_ino
-    told = runtime.gather(np.array([namespace if opened else 0], np.int64))
-    everywhere = bool(told.all()) and len(set(told)) == 1
-    if runtime.is_chief and path:
-        Path(path).unlink()
+    everywhere = runtime.gather(np.array([opened])).all()
     if file is not None and not everywhere:
         os.close(file)
-        file = None
-    return file
+    return file if everywhere else None

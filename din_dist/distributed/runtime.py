@@ -41,6 +41,30 @@ class InGraph:
         """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
         return list(tensors)
 
+    def share(self, variables: Sequence[tf.Variable]) -> bool:
+        """Keeps `variables`, equal on all ranks, once for all of them, where they have memory in common.
+
+        Then what one rank writes all have, and each updates those rows that `reduce_rows_in_graph` gives it.
+        """
+        return False
+
+    def reduce_rows_in_graph(
+        self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        """Sums the rows that ranks have for tables that they share, each row on the rank that is to update it.
+
+        Args:
+            row_ids: int32 `[R]` of each table, none twice.
+            rows: float32 `[R, D]` of each.
+
+        Returns:
+            The ids of this rank's rows, the sums, and how many rows all ranks together have (int32), of each table.
+        """
+        return list(row_ids), list(rows), [tf.size(ids) for ids in row_ids]
+
+    def finish_in_graph(self, variables: Sequence[tf.Variable]) -> None:
+        """Waits until all ranks have updated their rows of `variables`, which they share."""
+
 
 class Runtime(InGraph):
     """A process on its own: every sum is its own value. Also the interface of `HorovodRuntime`."""

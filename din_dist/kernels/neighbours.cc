@@ -1,4 +1,4 @@
-// Sums and gathers over the workers of one machine through memory that they share, as TensorFlow operations. Called by
+// What the workers of one machine tell each other through memory that they share, as TensorFlow operations. Called by
 // distributed/neighbours.py alone, which makes the memory and lets no two run at once, nor in another order elsewhere.
 //
 // The memory begins with two lines of 64 bytes for each worker: its process id, and how many turns it has taken. Then
@@ -22,7 +22,9 @@
 #include <string>
 #include <vector>
 
+#include "distinct.h"
 #include "tensorflow.h"
+#include "variables.h"
 
 namespace din {
 namespace {
@@ -55,6 +57,53 @@ class Place {
       if (process >= 0) close(process);
     }
     munmap(memory_, bytes_);
+  }
+
+  // What each rank says: so many numbers each, all of rank 0 first. A turn.
+  std::vector<int64_t> All(const std::vector<int64_t>& own) {
+    const auto size = static_cast<int64_t>(own.size());
+    Require(size * 8 <= buffer_, "what ranks say at once must fit the buffer");
+    BeginTurn();
+    std::memcpy(Buffer(rank_), own.data(), size * 8);
+    Meet();
+    std::vector<int64_t> all(num_ranks_ * size);
+    for (int64_t rank = 0; rank < num_ranks_; ++rank) std::memcpy(all.data() + rank * size, Buffer(rank), size * 8);
+    return all;
+  }
+
+  // Each rank tells each other one some words of 4 bytes, as many as `sizes[from * num_ranks + to]` says, the same on all:
+  // `write(to, memory, begin, count)` puts some of them there, `read(from, memory, begin, count)` takes them. Both are
+  // called from the first word to the last.
+  template <typename Write, typename Read>
+  void Tell(const std::vector<int64_t>& sizes, const Write& write, const Read& read) {
+    if (num_ranks_ == 1) return;
+    const int64_t section = buffer_ / 4 / (num_ranks_ - 1);  // of a buffer, for each of the others
+    Require(section > 0, "a word for each rank must fit the buffer");
+    int64_t longest = 0;
+    for (int64_t from = 0; from < num_ranks_; ++from) {
+      for (int64_t to = 0; to < num_ranks_; ++to) {
+        if (from != to) longest = std::max(longest, sizes[from * num_ranks_ + to]);
+      }
+    }
+    const auto for_each_other = [&](int64_t begin, const auto& work) {
+      for (int64_t other = 0; other < num_ranks_; ++other) {
+        if (other != rank_) work(other, begin);
+      }
+    };
+    const auto part = [&](int64_t from, int64_t to, int64_t begin, const auto& work) {
+      const int64_t count = std::min(section, sizes[from * num_ranks_ + to] - begin);
+      if (count > 0) work(Buffer(from) + (to - (to > from)) * section * 4, count);
+    };
+    for (int64_t begin = 0; begin < longest; begin += section) {
+      BeginTurn();
+      for_each_other(begin, [&](int64_t to, int64_t at) {
+        part(rank_, to, at, [&](char* memory, int64_t count) { write(to, memory, at, count); });
+      });
+      Meet();
+      for_each_other(begin, [&](int64_t from, int64_t at) {
+        part(from, rank_, at, [&](const char* memory, int64_t count) { read(from, memory, at, count); });
+      });
+    }
   }
 
   int64_t rank() const { return rank_; }
@@ -242,17 +291,203 @@ class Gather {
   const int64_t count_;
 };
 
+// Of the rows of N tables that ranks have, each rank gets the sums of those that it updates for all. Outputs: their ids
+// and the sums, of each table; and of how many rows of each table any rank has some.
+class ReduceRows {
+ public:
+  explicit ReduceRows(TF_OpKernelConstruction* construction)
+      : place_(construction), count_(Attribute(construction, "N")), ranks_(place_.num_ranks()) {}
+
+  void Compute(TF_OpKernelContext* context) {
+    const int64_t me = place_.rank();
+    std::vector<Tensor> ids, rows;
+    for (int64_t i = 0; i < 2 * count_; ++i) (i < count_ ? ids : rows).push_back(Tensor::Input(context, i));
+    std::vector<int64_t> widths;
+    std::vector<std::vector<int32_t>> mine(ranks_ * count_);  // of each rank and table, the places of the rows for it
+    for (int64_t i = 0; i < count_; ++i) {
+      const std::vector<int64_t> shape = rows[i].Shape();
+      Require(shape.size() == 2 && shape[0] == ids[i].Size(), "there must be an id for each row");
+      widths.push_back(shape[1]);
+      for (int64_t row = 0; row < shape[0]; ++row) {
+        const int32_t id = ids[i].Data<const int32_t>()[row];
+        Require(id >= 0, "rows must be those of a table");
+        mine[id / kBlock % ranks_ * count_ + i].push_back(static_cast<int32_t>(row));
+      }
+    }
+    std::vector<int64_t> own_counts;
+    for (const auto& places : mine) own_counts.push_back(static_cast<int64_t>(places.size()));
+    const std::vector<int64_t> counts = place_.All(own_counts);  // [from, to, table]
+    const auto count = [&](int64_t from, int64_t to) { return counts.data() + (from * ranks_ + to) * count_; };
+
+    // All ids that come to this rank, its own first.
+    std::vector<int64_t> id_sizes(ranks_ * ranks_), row_sizes(ranks_ * ranks_);
+    for (int64_t from = 0; from < ranks_; ++from) {
+      for (int64_t to = 0; to < ranks_; ++to) {
+        const int64_t pair = from * ranks_ + to;
+        id_sizes[pair] = std::accumulate(count(from, to), count(from, to) + count_, int64_t{0});
+        row_sizes[pair] = std::inner_product(count(from, to), count(from, to) + count_, widths.data(), int64_t{0});
+      }
+    }
+    std::vector<std::vector<int32_t>> told(ranks_), heard(ranks_);
+    for (int64_t rank = 0; rank < ranks_; ++rank) {
+      for (int64_t i = 0; i < count_; ++i) {
+        for (const int32_t row : mine[rank * count_ + i]) told[rank].push_back(ids[i].Data<const int32_t>()[row]);
+      }
+      heard[rank].resize(id_sizes[rank * ranks_ + me]);
+    }
+    heard[me] = told[me];
+    place_.Tell(
+        id_sizes,
+        [&](int64_t to, char* memory, int64_t begin, int64_t size) {
+          std::memcpy(memory, told[to].data() + begin, size * 4);
+        },
+        [&](int64_t from, const char* memory, int64_t begin, int64_t size) {
+          std::memcpy(heard[from].data() + begin, memory, size * 4);
+        });
+
+    std::vector<std::vector<int32_t>> places(ranks_ * count_);  // of each rank and table, where its rows are added
+    std::vector<Tensor> sums;
+    std::vector<int64_t> num_distinct;
+    std::vector<int64_t> read(ranks_, 0);
+    for (int64_t i = 0; i < count_; ++i) {
+      std::vector<int32_t> all;
+      const auto each = [&](const auto& work) {
+        work(me);
+        for (int64_t rank = 0; rank < ranks_; ++rank) {
+          if (rank != me) work(rank);
+        }
+      };
+      each([&](int64_t from) {
+        const auto begin = heard[from].begin() + read[from];
+        all.insert(all.end(), begin, begin + count(from, me)[i]);
+        read[from] += count(from, me)[i];
+      });
+      const Distinct distinct(all.data(), static_cast<int64_t>(all.size()));
+      auto place = distinct.places.begin();
+      each([&](int64_t from) {
+        places[from * count_ + i].assign(place, place + count(from, me)[i]);
+        place += count(from, me)[i];
+      });
+      num_distinct.push_back(static_cast<int64_t>(distinct.ids.size()));
+      const Tensor summed_ids = Tensor::Output(context, static_cast<int>(i), TF_INT32, {num_distinct[i]});
+      std::copy(distinct.ids.begin(), distinct.ids.end(), summed_ids.Data<int32_t>());
+      sums.push_back(Tensor::Output(context, static_cast<int>(count_ + i), TF_FLOAT, {num_distinct[i], widths[i]}));
+      float* to = sums[i].Data<float>();
+      for (const int32_t row : mine[me * count_ + i]) {  // in the order of their places
+        to = std::copy_n(rows[i].Data<const float>() + row * widths[i], widths[i], to);
+      }
+      std::fill(to, sums[i].Data<float>() + sums[i].Size(), 0.0f);
+    }
+    std::vector<Cursor> writing(ranks_), reading(ranks_);
+    place_.Tell(
+        row_sizes,
+        [&](int64_t to, char* memory, int64_t, int64_t size) {
+          float* words = reinterpret_cast<float*>(memory);
+          writing[to].Walk(size, count(me, to), widths, [&](int64_t i, int64_t row, int64_t column, int64_t length) {
+            const int64_t at = mine[to * count_ + i][row] * widths[i] + column;
+            words = std::copy_n(rows[i].Data<const float>() + at, length, words);
+          });
+        },
+        [&](int64_t from, const char* memory, int64_t, int64_t size) {
+          const float* words = reinterpret_cast<const float*>(memory);
+          reading[from].Walk(size, count(from, me), widths, [&](int64_t i, int64_t row, int64_t column, int64_t length) {
+            float* const sum = sums[i].Data<float>() + places[from * count_ + i][row] * widths[i] + column;
+            for (int64_t word = 0; word < length; ++word) sum[word] += words[word];
+            words += length;
+          });
+        });
+
+    const std::vector<int64_t> of_all = place_.All(num_distinct);
+    const Tensor totals = Tensor::Output(context, static_cast<int>(2 * count_), TF_INT32, {count_});
+    for (int64_t i = 0; i < count_; ++i) {
+      int64_t total = 0;
+      for (int64_t rank = 0; rank < ranks_; ++rank) total += of_all[rank * count_ + i];
+      totals.Data<int32_t>()[i] = static_cast<int32_t>(total);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 16;  // rows in a row that one rank updates: the narrowest are of 4 bytes, a line is 64
+
+  // Where one is in the rows of some tables, one after the other.
+  struct Cursor {
+    int64_t table = 0, row = 0, column = 0;
+
+    // On by so many numbers, in pieces of one row.
+    template <typename Work>
+    void Walk(int64_t size, const int64_t* num_rows, const std::vector<int64_t>& widths, const Work& work) {
+      while (size > 0) {
+        if (row == num_rows[table]) {
+          ++table;
+          row = column = 0;
+          continue;
+        }
+        const int64_t length = std::min(size, widths[table] - column);
+        work(table, row, column, length);
+        size -= length;
+        column += length;
+        if (column == widths[table]) {
+          ++row;
+          column = 0;
+        }
+      }
+    }
+  };
+
+  Place place_;
+  const int64_t count_, ranks_;
+};
+
+// Returns when all ranks are done with what they do to variables, which must be in memory that they share.
+class Finish {
+ public:
+  explicit Finish(TF_OpKernelConstruction* construction) : place_(construction), count_(Attribute(construction, "N")) {}
+
+  void Compute(TF_OpKernelContext* context) {
+    for (int64_t i = 0; i < count_; ++i) {
+      Require(Variable(context, static_cast<int>(i), Variable::For::kReading).IsShared(),
+              "tables that ranks update for each other must stay in the memory that they share");
+    }
+    place_.BeginTurn();
+    place_.Meet();
+  }
+
+ private:
+  Place place_;
+  const int64_t count_;
+};
+
+class Share {
+ public:
+  explicit Share(TF_OpKernelConstruction* construction)
+      : file_(static_cast<int>(Attribute(construction, "fd"))), fill_(Attribute(construction, "fill") != 0) {}
+
+  void Compute(TF_OpKernelContext* context) {
+    Variable(context, 0, Variable::For::kWriting).MoveInto(file_, fill_);
+  }
+
+ private:
+  const int file_;
+  const bool fill_;
+};
+
 template <typename Operation>
-bool Register(const char* name, const char* input, const char* output, std::vector<const char*> attributes) {
+bool Register(const char* name, const std::vector<const char*>& inputs, const std::vector<const char*>& outputs,
+              std::vector<const char*> attributes) {
   for (const char* attribute : {"fd: int", "buffer: int", "rank: int", "num_ranks: int"}) {
     attributes.push_back(attribute);
   }
-  return Kernel<Operation>::Register(name, {input}, {output}, attributes, true);
+  return Kernel<Operation>::Register(name, inputs, outputs, attributes, true);
 }
 
-const bool kRegistered = Register<Sum>("DinDistNeighboursSum", "values: float", "sums: float", {}) &&
-                         Register<Gather>("DinDistNeighboursGather", "tensors: N * T", "gathered: N * T",
-                                          {"N: int", "T: {float, int32}"});
+const bool kRegistered =
+    Register<Sum>("DinDistNeighboursSum", {"values: float"}, {"sums: float"}, {}) &&
+    Register<Gather>("DinDistNeighboursGather", {"tensors: N * T"}, {"gathered: N * T"},
+                     {"N: int", "T: {float, int32}"}) &&
+    Register<ReduceRows>("DinDistNeighboursReduceRows", {"row_ids: N * int32", "rows: N * float"},
+                         {"summed_ids: N * int32", "sums: N * float", "num_rows: int32"}, {"N: int"}) &&
+    Register<Finish>("DinDistNeighboursFinish", {"variables: N * resource"}, {}, {"N: int"}) &&
+    Kernel<Share>::Register("DinDistShare", {"variable: resource"}, {}, {"fd: int", "fill: int"}, true);
 
 }  // namespace
 }  // namespace din

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <numeric>
 #include <vector>
 
 #include "clones.h"
@@ -52,14 +53,16 @@ DIN_CLONES void AddTimes(const float* gradient, float weight, const float* value
   for (int64_t i = 0; i < count; ++i) to[i] = gradient[i] + weight * value[i];
 }
 
-// Of N gradients, of which the first P are of rows of tables, which are penalised.
+// Of N gradients, of which the first so many are of rows of tables, and the first P of these penalised. Outputs: those with
+// their penalties; and two sums of squares, of all gradients of rows and of the rest.
 class Regularize {
  public:
   explicit Regularize(TF_OpKernelConstruction* construction)
       : count_(Attribute(construction, "N")),
         penalised_(Attribute(construction, "P")),
+        of_rows_(Attribute(construction, "num_of_rows")),
         num_threads_(static_cast<int>(Attribute(construction, "num_threads"))) {
-    Require(penalised_ <= count_, "what is penalised must be among the gradients");
+    Require(penalised_ <= of_rows_ && of_rows_ <= count_, "what is penalised must be among the gradients of rows");
   }
 
   void Compute(TF_OpKernelContext* context) {
@@ -74,6 +77,7 @@ class Regularize {
       for (int64_t i = 0; i < penalised_; ++i) tensors->push_back(Tensor::Input(context, next++));
     }
     std::vector<Part> parts;
+    size_t num_of_rows = 0;  // parts
     for (int64_t i = 0; i < count_; ++i) {
       Part whole{};
       whole.gradient = gradients[i].Data<const float>();
@@ -95,17 +99,19 @@ class Regularize {
       }
       const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, whole.width));
       for (int64_t begin = 0; begin < whole.rows; begin += rows) parts.push_back(whole.Rows(begin, rows));
+      if (i < of_rows_) num_of_rows = parts.size();
     }
     const float weight = *l2.Data<const float>();
     std::vector<double> squares(parts.size());
     InParts(num_threads_, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) squares[i] = parts[i].Run(weight);
     });
-    double total = 0;  // in the order of the parts, whoever did them
-    for (const double square : squares) total += square;
-    const Tensor norm = Tensor::Output(context, static_cast<int>(penalised_), TF_FLOAT, {});
-    // Infinite where the squares, which optimizers add up in float32, are: such an update is refused.
-    *norm.Data<float>() = std::sqrt(static_cast<float>(total));
+    // In the order of the parts, whoever did them. Infinite where the squares, which optimizers add up in float32, are:
+    // such an update is refused.
+    const Tensor sums = Tensor::Output(context, static_cast<int>(penalised_), TF_FLOAT, {2});
+    const auto middle = squares.begin() + static_cast<int64_t>(num_of_rows);
+    sums.Data<float>()[0] = static_cast<float>(std::accumulate(squares.begin(), middle, 0.0));
+    sums.Data<float>()[1] = static_cast<float>(std::accumulate(middle, squares.end(), 0.0));
   }
 
  private:
@@ -140,7 +146,7 @@ class Regularize {
     }
   };
 
-  const int64_t count_, penalised_;
+  const int64_t count_, penalised_, of_rows_;
   const int num_threads_;
 };
 
@@ -413,8 +419,8 @@ const bool kRegistered =
     Kernel<Regularize>::Register("DinDistRegularize",
                                  {"l2: float", "gradients: N * float", "tables: P * resource", "row_ids: P * int32",
                                   "row_weights: P * float"},
-                                 {"penalised: P * float", "norm: float"},
-                                 {"N: int", "P: int >= 0", "num_threads: int"}) &&
+                                 {"penalised: P * float", "squares: float"},
+                                 {"N: int", "P: int >= 0", "num_of_rows: int", "num_threads: int"}) &&
     Kernel<UpdateWhole>::Register(
         "DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float", "weights: M * float"},
         {"updated: M * float"}, {"N: int", "M: int", "rule: int", "num_threads: int"}) &&

@@ -2,16 +2,36 @@
 // interface declares for variables, wheels export nothing.
 #include "variables.h"
 
+#include <sys/mman.h>
+
+#include <cerrno>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "tensorflow/c/c_api.h"
+#include "tensorflow/core/common_runtime/dma_helper.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
 
 namespace din {
+namespace {
+
+class SharedMemory : public tensorflow::TensorBuffer {
+ public:
+  SharedMemory(void* data, size_t bytes) : TensorBuffer(data), bytes_(bytes) {}
+  ~SharedMemory() override { munmap(data(), bytes_); }
+
+  size_t size() const override { return bytes_; }
+  tensorflow::TensorBuffer* root_buffer() override { return this; }
+  void FillAllocationDescription(tensorflow::AllocationDescription*) const override {}
+
+ private:
+  const size_t bytes_;
+};
+
+}  // namespace
 
 struct Variable::Held {
   tensorflow::core::RefCountPtr<tensorflow::Var> variable;
@@ -66,6 +86,20 @@ float* Variable::Data() const { return static_cast<float*>(held_->variable->tens
 std::vector<int64_t> Variable::Shape() const {
   const auto sizes = held_->variable->tensor()->shape().dim_sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+void Variable::MoveInto(int file, bool fill) {
+  tensorflow::Tensor& values = *held_->variable->tensor();
+  const size_t bytes = values.TotalBytes();
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (memory == MAP_FAILED) throw std::invalid_argument(std::string("shared memory: ") + std::strerror(errno));
+  const tensorflow::core::RefCountPtr<SharedMemory> buffer(new SharedMemory(memory, bytes));
+  if (fill) std::memcpy(memory, values.data(), bytes);
+  values = tensorflow::Tensor(values.dtype(), values.shape(), buffer.get());
+}
+
+bool Variable::IsShared() const {
+  return dynamic_cast<const SharedMemory*>(tensorflow::DMAHelper::buffer(held_->variable->tensor())) != nullptr;
 }
 
 }  // namespace din

@@ -21,6 +21,11 @@ class Variable {
   float* Data() const;
   std::vector<int64_t> Shape() const;
 
+  // From now on the values are those in the first bytes of `file`, memory that processes share; `fill`: puts them there.
+  // Until somebody assigns to the variable, which gives it memory of its own again.
+  void MoveInto(int file, bool fill);
+  bool IsShared() const;
+
  private:
   struct Held;
   std::unique_ptr<Held> held_;

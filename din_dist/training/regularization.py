@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +15,8 @@ from din_dist.training.optimizers import Values
 
 # A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.
 _Penalised: TypeAlias = tuple[RowGradients, Values, tf.Tensor | None]
-_RowsAndNorm: TypeAlias = tuple[list[tf.Tensor], tf.Tensor]
+# Rows with their penalties, and sums of squares: of all gradients of rows, with penalties, and of whole ones.
+_Added: TypeAlias = tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]
 
 
 class Regularization:
@@ -38,13 +39,18 @@ class Regularization:
             }
 
     def __call__(
-        self, gradients: Sequence[Gradient], values: Sequence[Values], names: Sequence[str]
+        self,
+        gradients: Sequence[Gradient],
+        values: Sequence[Values],
+        names: Sequence[str],
+        sum_of_parts: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     ) -> tuple[list[Gradient], tf.Tensor]:
         """The gradients with penalties, and the Euclidean norm of all together.
 
         Args:
             values: `Optimizer.values_of` the gradients.
             names: of their variables.
+            sum_of_parts: of a number that each rank finds of its gradients of rows, that of all ranks' rows.
         """
         if self._config.l2:
             gradients = [
@@ -56,45 +62,52 @@ class Regularization:
             for place, gradient in enumerate(gradients)
             if isinstance(gradient, RowGradients) and names[place] in self._tables
         }
-        others = [_nonzero(gradient) for place, gradient in enumerate(gradients) if place not in penalised]
-        rows, norm = (self._by_kernel if self._native else self._by_operations)([*penalised.values()], others)
-        replaced = dict(zip(penalised, rows, strict=True))
+        others = [gradient for place, gradient in enumerate(gradients) if place not in penalised]
+        rows = [gradient.rows for gradient in others if isinstance(gradient, RowGradients)]
+        whole = [gradient for gradient in others if not isinstance(gradient, RowGradients)]
+        add = self._by_kernel if self._native else self._by_operations
+        added, of_rows, of_whole = add([*penalised.values()], rows, whole)
+        replaced = dict(zip(penalised, added, strict=True))
         return [
-            RowGradients(gradient.row_ids, replaced[place]) if place in replaced else gradient
+            gradient._replace(rows=replaced[place]) if place in replaced else gradient
             for place, gradient in enumerate(gradients)
-        ], norm
+        ], tf.sqrt(sum_of_parts(of_rows) + of_whole)
 
-    def _by_operations(self, penalised: Sequence[_Penalised], others: Sequence[tf.Tensor]) -> _RowsAndNorm:
-        rows = []
+    def _by_operations(
+        self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]
+    ) -> _Added:
+        added = []
         for gradient, values, row_weights in penalised:
             weights = tf.fill([tf.size(gradient.row_ids)], self._config.embedding_l2)
             if row_weights is not None:
                 weights += tf.gather(row_weights, gradient.row_ids)
-            rows.append(gradient.rows + weights[:, None] * values)
-        return rows, tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(value)) for value in (*rows, *others)]))
+            added.append(gradient.rows + weights[:, None] * values)
+        return added, _sum_of_squares([*added, *rows]), _sum_of_squares(whole)
 
-    def _by_kernel(self, penalised: Sequence[_Penalised], others: Sequence[tf.Tensor]) -> _RowsAndNorm:
+    def _by_kernel(
+        self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]
+    ) -> _Added:
         gradients, tables, row_weights = [*zip(*penalised, strict=True)] or [()] * 3
-        rows, norm = kernels.library().din_dist_regularize(
+        added, squares = kernels.library().din_dist_regularize(
             tf.constant(self._config.embedding_l2, tf.float32),
-            [*(gradient.rows for gradient in gradients), *others],
+            [*(gradient.rows for gradient in gradients), *rows, *whole],
             [table.handle for table in tables],
             [gradient.row_ids for gradient in gradients],
             [tf.zeros([0]) if weights is None else weights for weights in row_weights],
+            num_of_rows=len(gradients) + len(rows),
             num_threads=kernels.num_threads(),
         )
-        for new, gradient in zip(rows, gradients, strict=True):
+        for new, gradient in zip(added, gradients, strict=True):
             new.set_shape(gradient.rows.shape)
-        norm.set_shape([])
-        return rows, norm
+        of_rows, of_whole = tf.unstack(tf.ensure_shape(squares, [2]))
+        return added, of_rows, of_whole
 
 
-def _nonzero(gradient: Gradient) -> tf.Tensor:
-    """All of it but what is known to be zero."""
-    return gradient.rows if isinstance(gradient, RowGradients) else gradient
+def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.add_n([tf.constant(0.0), *(tf.reduce_sum(tf.square(value)) for value in values)])
 
 
 def clip(gradients: Sequence[Gradient], norm: tf.Tensor, largest: float) -> list[Gradient]:
     """Scales all of `gradients` down so that their global norm is at most `largest`."""
     scale = tf.minimum(1.0, largest / tf.maximum(norm, 1e-30))
-    return [RowGradients(g.row_ids, g.rows * scale) if isinstance(g, RowGradients) else g * scale for g in gradients]
+    return [g._replace(rows=g.rows * scale) if isinstance(g, RowGradients) else g * scale for g in gradients]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -74,7 +74,7 @@ class TrainStep:
         scalars = [tf.TensorSpec([], dtype) for dtype in (tf.float32, tf.int64, tf.float32)]
         signature = [BATCH_SIGNATURE, *scalars, tf.TensorSpec([len(Requests._fields)], tf.float32)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
-        self._traced = functools.cache(self._run.get_concrete_function)  # looked for once, not at every update
+        self._begun = functools.cache(self._begin)
 
     @property
     def can_be_undone(self) -> bool:
@@ -84,13 +84,18 @@ class TrainStep:
         self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
     ) -> StepResult:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
-        return self._traced()(
+        return self._begun()(
             batch,
             tf.constant(rate, tf.float32),
             tf.constant(step, tf.int64),
             tf.constant(global_examples, tf.float32),
             tf.constant(requests, tf.float32),
         )
+
+    def _begin(self) -> Callable[..., StepResult]:
+        """What runs an update, looked for once."""
+        self._exchange.share(self._optimizer.changing_by_rows)
+        return self._run.get_concrete_function()
 
     def _step(
         self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, requests: tf.Tensor
@@ -117,7 +122,8 @@ class TrainStep:
     ) -> Observed:
         """What the update did, from this rank's gradients and those of the global batch."""
         tables = [gradient for gradient in own if isinstance(gradient, tf.IndexedSlices)]
-        rows = [gradient.row_ids for gradient in merged if isinstance(gradient, RowGradients)]
+        rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
+        num_rows = [tf.size(each.row_ids) if each.num_rows is None else each.num_rows for each in rows]
         places = batch[schema.ITEM_PLACES]
         unknown = self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS])
         num_items = tf.shape(unknown)[1]
@@ -127,7 +133,7 @@ class TrainStep:
             _time_after(own),
             _time_after(merged),
             tf.stack([self._exchange.rows_sent(tf.size(gradient.indices)) for gradient in tables]),
-            tf.convert_to_tensor([tf.size(row_ids) for row_ids in rows] or [0]),
+            tf.convert_to_tensor(num_rows or [0]),
             num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
             self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),
         )
@@ -146,7 +152,7 @@ class TrainStep:
     def exchange(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], global_examples: tf.Tensor
     ) -> tuple[list[Gradient], list[tf.Tensor]]:
-        """The gradient of the global batch, on every rank."""
+        """The gradient of the global batch, on every rank, or those of its rows that this one updates."""
         return self._exchange(gradients, extra, scale=global_examples)
 
     def update(
@@ -155,7 +161,7 @@ class TrainStep:
         """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm and replaced rows."""
         keep = self._history is not None and any(isinstance(gradient, RowGradients) for gradient in gradients)
         values = self._optimizer.values_of(gradients)
-        gradients, norm = self._regularization(gradients, values, self._optimizer.names)
+        gradients, norm = self._regularization(gradients, values, self._optimizer.names, self._exchange.sum_of_parts)
         if self._clip_norm:
             gradients = clip(gradients, norm, self._clip_norm)
 
@@ -168,7 +174,9 @@ class TrainStep:
 
         # Loss and norm are those of the global batch: every rank takes the same branch. Nor does any of them begin
         # before all of the exchange is done, so that an update whose exchange fails has changed no weights.
-        return norm, tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, refuse)
+        replaced = tf.cond(tf.math.is_finite(loss) & tf.math.is_finite(norm), apply, refuse)
+        self._exchange.finish()
+        return norm, replaced
 
 
 class UnobservedTrainStep(TrainStep):

@@ -1,0 +1,38 @@
+// The distinct ids among some.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace din {
+
+constexpr int32_t kNoRow = -1;  // padding
+
+// Which of the distinct ids, numbered as they first come, each of `all` is; kNoRow of padding.
+class Distinct {
+ public:
+  Distinct(const int32_t* all, int64_t count) : places(count, kNoRow), is_first(count, false) {
+    int bits = 4;
+    while ((int64_t{1} << bits) < 2 * count) ++bits;
+    const size_t mask = (size_t{1} << bits) - 1;
+    std::vector<int32_t> slots(mask + 1, kNoRow);  // places in `ids`
+    for (int64_t i = 0; i < count; ++i) {
+      if (all[i] == kNoRow) continue;
+      size_t slot = (static_cast<uint32_t>(all[i]) * 2654435769u) >> (32 - std::min(bits, 32)) & mask;
+      while (slots[slot] != kNoRow && ids[slots[slot]] != all[i]) slot = (slot + 1) & mask;
+      if (slots[slot] == kNoRow) {
+        slots[slot] = static_cast<int32_t>(ids.size());
+        ids.push_back(all[i]);
+        is_first[i] = true;
+      }
+      places[i] = slots[slot];
+    }
+  }
+
+  std::vector<int32_t> ids, places;
+  std::vector<char> is_first;
+};
+
+}  // namespace din
