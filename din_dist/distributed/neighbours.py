@@ -37,7 +37,7 @@ def neighbours(runtime: Runtime) -> InGraph:
     told = runtime.gather(np.array([Path("/proc/self/ns/pid").stat().st_ino], np.int64))
     if len(set(told.tolist())) > 1:
         return runtime
-    file = _common_file(runtime, 2 * runtime.world_size * (_LINE + BUFFER_BYTES))
+    file = _common_file(runtime, "messages", 2 * runtime.world_size * (_LINE + BUFFER_BYTES))
     if file is None:
         return runtime
     os.pwrite(file, os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
@@ -85,7 +85,7 @@ class Neighbours(InGraph):
     def share(self, variables: Sequence[tf.Variable]) -> bool:
         for place, variable in enumerate(variables):
             num_bytes = variable.dtype.size * variable.shape.num_elements()
-            file = _common_file(self._runtime, num_bytes)
+            file = _common_file(self._runtime, "tables", num_bytes)
             if file is None:
                 if place == 0:
                     return False
@@ -127,12 +127,12 @@ class Neighbours(InGraph):
             yield
 
 
-def _common_file(runtime: Runtime, num_bytes: int) -> int | None:
-    """Zeros in memory, open on all ranks and without a name; None where one of them cannot."""
+def _common_file(runtime: Runtime, name: str, num_bytes: int) -> int | None:
+    """Zeros in memory, open on all ranks; None where one of them cannot. `name`: for who lists a process' memory."""
     path, file = "", None
     try:
         if runtime.is_chief:
-            file = os.memfd_create("din_dist")
+            file = os.memfd_create(f"din_dist-{name}")
             # What is not there would only be missed when it is written to, which ends the process.
             os.posix_fallocate(file, 0, max(num_bytes, mmap.PAGESIZE))
             path = f"/proc/{os.getpid()}/fd/{file}"

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist.config import WireDtype
-from din_dist.distributed.gradients import NO_ROW, GradientExchange, merge_rows
+from din_dist.distributed.gradients import NO_ROW, DenseExchange, GradientExchange, merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers import kernels
 
@@ -120,3 +120,43 @@ def test_a_rank_without_rows_takes_part() -> None:
     nothing = tf.IndexedSlices(tf.zeros([0, 3]), tf.zeros([0], tf.int32), dense_shape=[10, 3])
     ((found,), _) = GradientExchange(TwoRanks())([nothing], [tf.constant(0.0)], tf.constant(1.0))
     assert found.rows.shape == [0, 3]
+
+
+class SharingRanks(TwoRanks):
+    """Which have `shared` in common: this one is given every other row, and hears of one more that it has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared: list[tf.Variable] = []
+        self.finished: list[tf.Variable] = []
+
+    def share(self, variables):
+        self.shared = list(variables)
+        return True
+
+    def reduce_rows_in_graph(self, row_ids, rows):
+        sizes = [tf.size(ids) + 1 for ids in row_ids]
+        return [ids[::2] for ids in row_ids], [2 * some[::2] for some in rows], sizes
+
+    def finish_in_graph(self, variables):
+        self.finished = list(variables)
+
+
+def test_ranks_that_share_tables_get_a_part_of_the_rows() -> None:
+    ranks, tables = SharingRanks(), [tf.Variable(tf.zeros([10, 1]))]
+    exchange = GradientExchange(ranks, native=True)
+    exchange.share(tables)
+    ((found,), (loss,)) = exchange([slices([4, 9, 1], [[5.0], [2.0], [3.0]])], [tf.constant(3.0)], tf.constant(8.0))
+    assert found.row_ids.numpy().tolist() == [4, 1]
+    assert found.rows.numpy().tolist() == [[10.0], [6.0]]
+    assert (int(found.num_rows), float(loss)) == (4, 6.0)
+    assert float(exchange.sum_of_parts(tf.constant(7.0))) == 14.0
+    exchange.finish()
+    assert ranks.finished == ranks.shared == tables
+
+
+@pytest.mark.parametrize("exchange", [GradientExchange(SharingRanks()), DenseExchange(SharingRanks(), native=True)])
+def test_others_keep_their_own_tables(exchange: GradientExchange) -> None:
+    """TensorFlow's operations give a table other memory, as a whole table's update does."""
+    exchange.share([tf.Variable([[0.0]])])
+    assert float(exchange.sum_of_parts(tf.constant(7.0))) == 7.0

@@ -21,7 +21,8 @@ import tensorflow as tf
 from din_dist.distributed import neighbours as module
 from din_dist.distributed.neighbours import Neighbours, neighbours
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import is_lost_peer
+from din_dist.errors import FailedElsewhere, InputError, is_lost_peer
+from din_dist.layers import kernels
 
 SMALL = 128  # bytes of a buffer: most messages take several turns
 
@@ -55,6 +56,9 @@ class PlayedRank(Runtime):
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         return self._meeting.all(self.rank, value)[root]
+
+    def barrier(self) -> None:
+        self._meeting.all(self.rank, None)
 
 
 def play(world_size: int, work: Callable[[PlayedRank], Any]) -> list[Any]:
@@ -117,43 +121,156 @@ def test_messages_of_a_graph_are_sent_in_the_order_of_the_calls() -> None:
         with each.as_default():
             ranks.sum_in_graph([tf.constant(1.0)])
             ranks.gather_in_graph([tf.constant([1])], "ids")
+            ranks.reduce_rows_in_graph([tf.constant([1])], [tf.constant([[1.0]])])
             ranks.sum_in_graph([tf.constant(2.0)])
         sent = [operation for operation in each.get_operations() if operation.type.startswith("DinDistNeighbours")]
-        assert [list(operation.control_inputs) for operation in sent] == [[], [sent[0]], [sent[1]]]
+        assert [list(operation.control_inputs) for operation in sent] == [[], [sent[0]], [sent[1]], [sent[2]]]
 
 
-def test_nothing_is_left_in_the_folder() -> None:
-    before = set(module.FOLDER.glob("din_dist-*"))
-    play(2, neighbours)
-    assert set(module.FOLDER.glob("din_dist-*")) <= before
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("buffer", [SMALL, 1 << 20])
+def test_rows_come_to_who_updates_them(world_size: int, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three tables; all rows, few, or none of a rank's. Whole numbers add up to the same in any order."""
+    monkeypatch.setattr(module, "BUFFER_BYTES", buffer)
+    widths, num_turns = (5, 1, 64), 8
+
+    def own(rank: int, turn: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        random = np.random.default_rng([rank, turn])
+        counts = random.integers(0, 150, 3) * random.integers(0, 2, 3)
+        ids = [random.permutation(150)[:count].astype(np.int32) for count in counts]
+        return [
+            (some, random.integers(-99, 99, (len(some), width)).astype(np.float32))
+            for some, width in zip(ids, widths, strict=True)
+        ]
+
+    def work(runtime: PlayedRank) -> list[Any]:
+        ranks = neighbours(runtime)
+        return [ranks.reduce_rows_in_graph(*zip(*own(runtime.rank, turn), strict=True)) for turn in range(num_turns)]
+
+    found = play(world_size, work)
+    for turn in range(num_turns):
+        for table, width in enumerate(widths):
+            expected, touched = np.zeros((150, width), np.float32), set()
+            for rank in range(world_size):
+                ids, rows = own(rank, turn)[table]
+                expected[ids] += rows
+                touched |= set(ids.tolist())
+            seen: list[int] = []
+            for rank in range(world_size):
+                ids, rows, num_rows = (part[table].numpy() for part in found[rank][turn])
+                np.testing.assert_array_equal(rows, expected[ids])
+                assert num_rows == len(touched)
+                assert set(ids // 16 % world_size) <= {rank}, "as no two ranks may write to one line of memory"
+                seen += ids.tolist()
+            assert sorted(seen) == sorted(touched)
 
 
-def test_without_memory_to_share_horovod_is_spoken_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FOLDER", tmp_path / "missing")
+def test_what_one_rank_writes_to_shared_tables_all_have() -> None:
+    """And what was read before stays as it was."""
+
+    def work(runtime: PlayedRank) -> tuple[Any, ...]:
+        ranks = neighbours(runtime)
+        tables = [tf.Variable(tf.fill([4, 3], 1.0 + runtime.rank)), tf.Variable(tf.fill([5000], 7.0))]
+        assert ranks.share(tables)
+        before = [table.numpy() for table in tables]
+        read = tables[0].value()
+        runtime.barrier()
+        if runtime.rank == 1:
+            time.sleep(0.3)  # the others wait for it
+            rows = [[[10.0, 20.0, 30.0]], [[0.5, 0.5, 0.5]]]
+            kernels.library().din_dist_update_rows(
+                1.0, tf.zeros([0]), rows[:1], [[2]], [tables[0].handle], B=0, rule=0, num_threads=1
+            )
+        ranks.finish_in_graph(tables)
+        return *before, read.numpy(), tf.gather(tables[0], [2, 3]).numpy()
+
+    for whole, other, read, after in play(3, work):
+        np.testing.assert_array_equal(whole, np.ones([4, 3]), err_msg="the values are the chief's")
+        np.testing.assert_array_equal(other, np.full([5000], 7.0))
+        np.testing.assert_array_equal(read, np.ones([4, 3]))
+        np.testing.assert_array_equal(after, [[-9.0, -19.0, -29.0], [1.0, 1.0, 1.0]])
+
+
+def test_tables_that_are_no_longer_shared_are_noticed() -> None:
+    """As after they were assigned: else each rank would have updates of its own part alone."""
+
+    def work(runtime: PlayedRank) -> str:
+        ranks, table = neighbours(runtime), tf.Variable(tf.zeros([4, 3]))
+        assert ranks.share([table])
+        ranks.finish_in_graph([table])
+        table.assign(tf.ones([4, 3]))
+        with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+            ranks.finish_in_graph([table])
+        return caught.value.message
+
+    for told in play(2, work):
+        assert "tables that ranks update for each other must stay in the memory that they share" in told
+
+
+def test_wrong_rows_are_refused() -> None:
+    place = {"fd": os.memfd_create("one"), "buffer": SMALL, "rank": 0, "num_ranks": 1}
+    os.ftruncate(place["fd"], 2 * (64 + SMALL))
+    for ids, rows, rule in (
+        ([1], tf.zeros([2, 3]), "there must be an id for each row"),
+        ([1, 2], tf.zeros([2]), "there must be an id for each row"),
+        ([1, -1], tf.zeros([2, 3]), "rows must be those of a table"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=rule):
+            kernels.library().din_dist_neighbours_reduce_rows([ids], [rows], **place)
+    os.close(place["fd"])
+
+
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["memfd_create", "posix_fallocate"])
+def test_without_memory_to_share_horovod_is_spoken_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, name, full)
     assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
-    assert not list(tmp_path.iterdir())
+def test_without_memory_for_tables_each_rank_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not when some are shared already: to let go of them could take more than there is."""
+    allocated, most = os.posix_fallocate, [4 * 100]
+
+    def allocate(file: int, offset: int, size: int) -> None:
+        return full() if most[0] < size < module.BUFFER_BYTES else allocated(file, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(module.mmap, "PAGESIZE", 1)
+
+    def work(runtime: PlayedRank) -> tuple[Any, ...]:
+        ranks, small, large = neighbours(runtime), tf.Variable(tf.ones([100])), tf.Variable(tf.ones([101]))
+        none = ranks.share([large, small])
+        try:
+            ranks.share([small, large])
+        except (InputError, FailedElsewhere) as error:
+            return none, type(error), str(error)
+        return (none,)
+
+    chief, other = play(2, work)
+    assert chief == (
+        False,
+        InputError,
+        "Workers of one machine need memory for one copy of their tables. Received: no room for 404 bytes of them. "
+        "Free some, or use smaller tables.",
+    )
+    assert other[:2] == (False, FailedElsewhere)
 
 
-def test_when_one_rank_cannot_open_it_none_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FOLDER", tmp_path)
+def test_when_one_rank_cannot_open_it_none_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     opened, fails = os.open, threading.Event()
 
     def refuse(path: Any, *rest: Any) -> int:
-        if str(path).startswith(str(tmp_path)) and not rest[0] & os.O_CREAT and not fails.is_set():
+        if str(path).startswith(f"/proc/{os.getpid()}/fd/") and not fails.is_set():
             fails.set()
             raise PermissionError(13, "Permission denied")
         return opened(path, *rest)
 
     monkeypatch.setattr(os, "open", refuse)
     assert play(3, lambda runtime: neighbours(runtime) is runtime) == [True] * 3
-    assert fails.is_set() and not list(tmp_path.iterdir())
+    assert fails.is_set()
 
 
 def test_containers_that_share_memory_but_no_process_ids(monkeypatch: pytest.MonkeyPatch) -> None:

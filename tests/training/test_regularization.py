@@ -80,9 +80,32 @@ def test_penalties_add_up(regularize):
 def test_the_norm_is_of_dense_values_and_rows_together(native):
     """sqrt(3^2 + 4^2 + 12^2) = 13."""
     gradients = [tf.constant([[3.0, 0.0]]), RowGradients(tf.constant([7, 2]), tf.constant([[4.0], [12.0]]))]
-    found, norm = Regularization(OptimizerConfig(), {}, native)(gradients, [tf.zeros([1, 2]), tf.zeros([2, 1])], "ab")
+    regularize, values = Regularization(OptimizerConfig(), {}, native), [tf.zeros([1, 2]), tf.zeros([2, 1])]
+    found, norm = regularize(gradients, values, "ab")
     assert_allclose(norm, 13.0)
     assert found == gradients
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_of_parts_of_the_rows_the_norm_is_that_of_all(native):
+    """This rank has (1 + 3)^2 + 2^2 + 4^2 = 36, the first penalised, of 40; with 3^2 of a whole gradient, 7^2."""
+    table = tf.Variable([[3.0], [0.0]])
+    gradients = [
+        RowGradients(tf.constant([0]), tf.constant([[1.0]])),
+        tf.constant([3.0]),
+        RowGradients(tf.constant([1, 0]), tf.constant([[2.0], [4.0]])),
+    ]
+    regularize = Regularization(OptimizerConfig(embedding_l2=1.0), {"a": np.ones(2)}, native)
+    values = [table if native else tf.gather(table, [0]), tf.zeros([1]), tf.zeros([2, 1])]
+    parts = []
+
+    def sum_of_parts(part):
+        parts.append(float(part))
+        return part + 4.0
+
+    _, norm = regularize(gradients, values, "abc", sum_of_parts)
+    assert parts == [36.0]
+    assert_allclose(norm, 7.0)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -124,7 +147,9 @@ def test_wrong_calls_of_the_kernel_are_refused():
     def refused(gradients=(rows,), tables=(table,), row_ids=(ids,), row_weights=(weights,)):
         with pytest.raises(tf.errors.InvalidArgumentError) as caught:
             handles = [table.handle for table in tables]
-            kernels.library().din_dist_regularize(0.0, gradients, handles, row_ids, row_weights, num_threads=1)
+            kernels.library().din_dist_regularize(
+                0.0, gradients, handles, row_ids, row_weights, num_of_rows=1, num_threads=1
+            )
         return caught.value.message.partition("}} ")[2].partition(" [Op")[0]
 
     for wrong in (-1, 4):
@@ -137,7 +162,7 @@ def test_wrong_calls_of_the_kernel_are_refused():
     assert refused(row_weights=[weights[:3]]) == "each row of a table must have its weight"
     assert refused(tables=[tf.Variable(tf.zeros([4, 3], tf.float64))]) == "a variable must be of float32"
     twice = refused(tables=[table, tf.Variable(table)], row_ids=[ids] * 2, row_weights=[weights] * 2)
-    assert twice == "what is penalised must be among the gradients"
+    assert twice == "what is penalised must be among the gradients of rows"
 
 
 @pytest.mark.parametrize(("largest", "scale"), [(6.5, 0.5), (13.0, 1.0), (50.0, 1.0)])
