@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
+from din_dist import kernels, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import Batch, read_ahead, training_batches
@@ -19,7 +19,6 @@ from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.neighbours import neighbours
 from din_dist.distributed.runtime import Runtime
-from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.models.din import DIN
@@ -171,6 +170,7 @@ def make_job(
                 num_shards=runtime.world_size,
                 num_parallel_calls=num_threads,
                 trained=trained,
+                native=native,
             )
         )
         items = schema.DISTINCT_ITEM_IDS

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from din_dist import kernels
 
-def hash64(*parts: tf.Tensor | int) -> tf.Tensor:
+
+def hash64(*parts: tf.Tensor | int, native: bool = False) -> tf.Tensor:
     """A uint64 that looks random for `parts`, integers that broadcast against each other.
+
+    `native`: by a kernel of our own; then the parts are numbers, or vectors of one length, at least one of them.
 
     Each part is folded in with the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
     number generators"); negative integers count modulo 2**64.
     """
+    if native:
+        hashes = kernels.library().din_dist_hash64([_as_uint64(part) for part in parts])
+        hashes.set_shape([None])
+        return hashes
     state = tf.constant(0, tf.uint64)
     for part in parts:
         state = _mix(state + _as_uint64(part) + tf.constant(0x9E3779B97F4A7C15, tf.uint64))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.data.hashing import place_in_random_order
 
 
 def untouched_items(
-    random: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor, touched_gaps: tf.Tensor, num_items: int, num_halvings: int
+    random: tf.Tensor,
+    begins: tf.Tensor,
+    ends: tf.Tensor,
+    touched_gaps: tf.Tensor,
+    num_items: int,
+    num_halvings: int,
+    native: bool = False,
 ) -> tf.Tensor:
     """The (random modulo number of untouched items)-th item that each user never touched: int32 `[M]`, ids from 1.
 
@@ -20,8 +27,12 @@ def untouched_items(
         begins, ends: `[M]`, each user's window in `touched_gaps`.
         touched_gaps: int32, see `EventStore`.
         num_halvings: of the longest window, `ceil(log2(longest + 1))`.
+        native: by a kernel of our own.
     """
     begins, ends = tf.cast(begins, tf.int64), tf.cast(ends, tf.int64)
+    if native:
+        items = kernels.library().din_dist_untouched_items(random, begins, ends, touched_gaps, num_items=num_items)
+        return tf.ensure_shape(items, random.shape)
     num_untouched = num_items - (ends - begins)
     rank = tf.cast(tf.math.floormod(random, tf.cast(num_untouched, tf.uint64)), tf.int64)
     low, high = begins, ends

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
+from din_dist import kernels, schema
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.hashing import hash64
@@ -57,6 +57,7 @@ class BatchMaker:
 
     `resample` draws other negatives in each epoch; `stream` keeps the draws of evaluation apart from those of training.
     `trained`: the items that negatives are drawn from; None: all. `hidden_rate`: share of the item ids that are hidden.
+    `native`: in kernels of our own, which find the same.
     """
 
     store: EventStore
@@ -67,6 +68,7 @@ class BatchMaker:
     resample: bool = False
     trained: TrainedItems | None = None
     hidden_rate: float = 0.0
+    native: bool = False
 
     def __post_init__(self) -> None:
         arrays = {
@@ -117,33 +119,46 @@ class BatchMaker:
             labels = tf.cast(draw == 0, tf.float32)
             round_of_draws = epoch if self.resample else tf.zeros_like(epoch)
             negative = untouched_items(
-                hash64(self.seed, self.stream, round_of_draws, event, draw),
+                hash64(self.seed, self.stream, round_of_draws, event, draw, native=self.native),
                 tf.gather(arrays["touched_offsets"], user),
                 tf.gather(arrays["touched_offsets"], user + 1),
                 arrays["touched_gaps"],
                 self.store.facts.num_items if self.trained is None else len(self.trained.ids) - 1,
                 num_halvings=self._drawn_from.max_touched.bit_length(),
+                native=self.native,
             )
             if self.trained is not None:
                 negative = tf.gather(arrays["trained_ids"], negative)
             candidate = tf.where(draw == 0, candidate, negative)
-        window = tf.ragged.range(history_start, history_end).values
-        history = tf.gather(arrays["history_item_ids"], window)
+        history = self._windows(arrays["history_item_ids"], history_start, history_end)
         history_lengths = tf.cast(history_end - history_start, tf.int32)
         if self.hidden_rate:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # Which rows the step will want is found here, while the step before is at work.
-        distinct, places = tf.unique(tf.concat([candidate, history], axis=0))
+        distinct, places = self._distinct(candidate, history)
         return {
             schema.CANDIDATE_ITEM_IDS: candidate,
             schema.HISTORY_ITEM_IDS: history,
             schema.HISTORY_LENGTHS: history_lengths,
-            schema.EXAMPLE_KEYS: tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids), tf.int64),
+            schema.EXAMPLE_KEYS: tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids, native=self.native), tf.int64),
             schema.LABELS: labels,
             schema.DISTINCT_ITEM_IDS: distinct,
             schema.ITEM_PLACES: places,
             schema.EXAMPLE_IDS: example_ids,
         }
+
+    def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
+        """`values[begin:end]` of each, end to end."""
+        if not self.native:
+            return tf.gather(values, tf.ragged.range(begins, ends).values)
+        return tf.ensure_shape(kernels.library().din_dist_windows(values, begins, ends), [None])
+
+    def _distinct(self, candidate: tf.Tensor, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The distinct items, and the place of each candidate and position among them."""
+        if not self.native:
+            return tf.unique(tf.concat([candidate, history], axis=0))
+        distinct, places = kernels.library().din_dist_distinct_ids([candidate, history])
+        return tf.ensure_shape(distinct, [None]), tf.ensure_shape(places, [None])
 
     def _hide(
         self,
@@ -177,6 +192,7 @@ def training_batches(
     num_shards: int,
     num_parallel_calls: int = 2,
     trained: TrainedItems | None = None,
+    native: bool = False,
 ) -> tf.data.Dataset:
     """This shard's batches of updates `first_step` to `end_step` - 1 (counted from 0, through the epochs).
 
@@ -186,6 +202,7 @@ def training_batches(
 
     Args:
         trained: of `data/trained_items.py`, for the same `config`: items that are to be hidden at random.
+        native: in kernels of our own.
     """
     if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
         raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -198,6 +215,7 @@ def training_batches(
         config.resample_negatives,
         trained,
         hidden_rate=config.unknown_item_rate if trained else 0.0,
+        native=native,
     )
     num_examples = examples.num_examples
     together = examples.draws_per_row if config.group_negatives else 1  # these stay neighbours in the order

@@ -7,9 +7,9 @@ from typing import NamedTuple, TypeAlias
 
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.config import WireDtype
 from din_dist.distributed.runtime import InGraph
-from din_dist.layers import kernels
 from din_dist.layers.fused import round_up
 from din_dist.layers.packed import padded, segment_sum
 

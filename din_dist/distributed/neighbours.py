@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.distributed.runtime import InGraph, Runtime
 from din_dist.errors import FailedElsewhere, InputError
-from din_dist.layers import kernels
 
 BUFFER_BYTES = 1 << 20
 _LINE = 64  # bytes, as in kernels/neighbours.cc

@@ -13,7 +13,7 @@ constexpr int64_t kLane = 16;
 
 inline int64_t Padded(int64_t width) { return (width + kLane - 1) / kLane * kLane; }
 
-// As `ACTIVATIONS` in layers/kernels.py counts them. kScaled is what batch normalisation ends with: alpha n + beta.
+// As `ACTIVATIONS` in kernels/__init__.py counts them. kScaled is what batch normalisation ends with: alpha n + beta.
 enum Activation : int32_t { kDice = 0, kPRelu = 1, kSigmoid = 2, kRelu = 3, kScaled = 4 };
 
 // An activation of `width` columns, and what its gradient takes. Arrays of `Padded(width)`, 0 in the padding.

@@ -645,7 +645,7 @@ const bool kRegistered = [] {
 }  // namespace
 }  // namespace din
 
-// For layers/kernels.py, by ctypes.
+// For kernels/__init__.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) int din_dist_multiplies_bfloat16() {
   return din::PassesInBfloat16() != nullptr;
 }

@@ -8,18 +8,19 @@
 
 namespace din {
 
-constexpr int32_t kNoRow = -1;  // padding
+constexpr int32_t kNoRow = -1;
 
-// Which of the distinct ids, numbered as they first come, each of `all` is; kNoRow of padding.
+// Which of the distinct ids, numbered as they first come, each of `all` is. `padded`: ids kNoRow are none, nor are their
+// places.
 class Distinct {
  public:
-  Distinct(const int32_t* all, int64_t count) : places(count, kNoRow), is_first(count, false) {
+  Distinct(const int32_t* all, int64_t count, bool padded = false) : places(count, kNoRow), is_first(count, false) {
     int bits = 4;
     while ((int64_t{1} << bits) < 2 * count) ++bits;
     const size_t mask = (size_t{1} << bits) - 1;
     std::vector<int32_t> slots(mask + 1, kNoRow);  // places in `ids`
     for (int64_t i = 0; i < count; ++i) {
-      if (all[i] == kNoRow) continue;
+      if (padded && all[i] == kNoRow) continue;
       size_t slot = (static_cast<uint32_t>(all[i]) * 2654435769u) >> (32 - std::min(bits, 32)) & mask;
       while (slots[slot] != kNoRow && ids[slots[slot]] != all[i]) slot = (slot + 1) & mask;
       if (slots[slot] == kNoRow) {

@@ -80,7 +80,7 @@ class MergeRows {
     const std::vector<int64_t> shape = rows.Shape();
     const int64_t count = ids.Size();
     Require(shape.size() == 2 && shape[0] == count, "there must be an id for each row");
-    const Distinct distinct(ids.Data<const int32_t>(), count);
+    const Distinct distinct(ids.Data<const int32_t>(), count, true);
     const auto num_distinct = static_cast<int64_t>(distinct.ids.size());
     const Tensor merged_ids = Tensor::Output(context, 0, TF_INT32, {num_distinct});
     const Tensor merged = Tensor::Output(context, 1, TF_FLOAT, {num_distinct, shape[1]});

@@ -8,8 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.config import AttentionNormalization
-from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_dense import Gate, Gated, dense, dense_gradient
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from din_dist.layers import kernels
+from din_dist import kernels
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
 from din_dist.layers.standardize import BatchNormalization, Standardize

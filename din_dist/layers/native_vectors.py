@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from din_dist.layers import kernels
+from din_dist import kernels
 
 
 class Part(NamedTuple):

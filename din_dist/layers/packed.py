@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from din_dist.layers import kernels
+from din_dist import kernels
 from din_dist.layers.fused import fused
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from din_dist.layers import kernels
+from din_dist import kernels
 from din_dist.layers.fused import fused
 
 SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers

@@ -13,9 +13,9 @@ from typing import ClassVar, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import Gradient, RowGradients
-from din_dist.layers import kernels
 from din_dist.layers.fused import fused
 
 RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc

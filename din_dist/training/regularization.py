@@ -8,9 +8,9 @@ from typing import TypeAlias
 import numpy as np
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient, RowGradients
-from din_dist.layers import kernels
 from din_dist.training.optimizers import Values
 
 # A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.

@@ -28,8 +28,12 @@ def test_the_published_first_number_of_split_mix():
     ids=str,
 )
 def test_equals_the_fold_in_plain_python(parts):
-    """As Python integers and, where they fit, as int64 tensors."""
+    """As Python integers and, where they fit, as int64 tensors; and by the kernel, of vectors."""
     assert int(hash64(*parts).numpy()) == split_mix(*parts)
+    first, *others = parts
+    vector = tf.constant(np.array([first, 5], np.int64 if first < 0 else np.uint64))
+    expected = [split_mix(*parts), split_mix(5, *others)]
+    assert hash64(vector, *others, native=True).numpy().tolist() == expected
     if all(-(2**63) <= part < 2**63 for part in parts):
         assert int(hash64(*(tf.constant(part, tf.int64) for part in parts)).numpy()) == split_mix(*parts)
 

@@ -12,18 +12,28 @@ NUM_ITEMS = 9
 
 
 def draw(touched, users, random, num_items=NUM_ITEMS):
-    """The negatives of `users` for numbers `random`, where user u touched the ids (from 1) `touched[u]`."""
+    """The negatives of `users` for numbers `random`, where user u touched the ids (from 1) `touched[u]`.
+
+    By TensorFlow's operations and by our kernel.
+    """
     gaps = [item - 1 - place for items in touched for place, item in enumerate(sorted(items))]
     offsets = np.cumsum([0, *(len(items) for items in touched)])
     users = np.array(users)
-    return untouched_items(
-        tf.constant(random, tf.uint64),
-        tf.constant(offsets[users], tf.int64),
-        tf.constant(offsets[users + 1], tf.int64),
-        tf.constant(gaps, tf.int32),
-        num_items,
-        num_halvings=int(max(len(items) for items in touched)).bit_length(),
-    ).numpy()
+    theirs, ours = (
+        untouched_items(
+            tf.constant(random, tf.uint64),
+            tf.constant(offsets[users], tf.int64),
+            tf.constant(offsets[users + 1], tf.int64),
+            tf.constant(gaps, tf.int32),
+            num_items,
+            num_halvings=int(max(len(items) for items in touched)).bit_length(),
+            native=native,
+        ).numpy()
+        for native in (False, True)
+    )
+    assert_array_equal(ours, theirs)
+    assert ours.dtype == theirs.dtype
+    return ours
 
 
 def test_by_hand():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from din_dist import schema
+from din_dist import kernels, schema
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import (
@@ -36,7 +38,16 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[DataConfig
     return config, store, split_examples(store, config)
 
 
-def train(prepared, *, world_size: int = 1, rank: int = 0, steps: tuple[int, int], batch: int = 50, seed: int = 7):
+def train(
+    prepared,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    steps: tuple[int, int],
+    batch: int = 50,
+    seed: int = 7,
+    native: bool = False,
+):
     config, store, splits = prepared
     return training_batches(
         store,
@@ -49,6 +60,7 @@ def train(prepared, *, world_size: int = 1, rank: int = 0, steps: tuple[int, int
         shard_index=rank,
         num_shards=world_size,
         trained=trained_items(store, config, splits),
+        native=native,
     ).as_numpy_iterator()
 
 
@@ -80,11 +92,12 @@ def test_batches_hold_what_the_rules_say(prepared) -> None:
                 assert candidate == store.item_ids[event]
 
 
-def test_ids_are_hidden_only_when_asked(prepared) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_ids_are_hidden_only_when_asked(prepared, native: bool) -> None:
     """To the bit what it was before they could be: the numbers were taken from the code before."""
     names = (schema.CANDIDATE_ITEM_IDS, schema.HISTORY_ITEM_IDS, schema.DISTINCT_ITEM_IDS, schema.ITEM_PLACES)
     checksum = 0
-    for batch in train(prepared, steps=(0, 12)):
+    for batch in train(prepared, steps=(0, 12), native=native):
         for name in names:
             checksum = zlib.crc32(batch[name].astype("<i4").tobytes(), checksum)
     assert checksum == (3133498422 if prepared[1].labels is None else 1969495897)
@@ -141,6 +154,23 @@ def test_ranks_hide_the_same_ids(hiding) -> None:
     whole = list(train(hiding, steps=(3, 6)))
     parts = [next(train(hiding, world_size=3, rank=rank, steps=(5, 6))) for rank in range(3)]
     assert [example for part in parts for example in examples_of(part)] == examples_of(whole[2])
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_kernels_make_the_same_batches(hiding, rank: int) -> None:
+    """With hidden ids; of a rank of three, also of a batch that leaves it nothing."""
+    config, store, splits = hiding
+    grouped = dataclasses.replace(config, group_negatives=store.labels is None), store, splits
+    asked = {"world_size": 3, "rank": rank, "batch": 57, "steps": (0, splits["train"].num_examples // 57 + 1)}
+    for theirs, ours in zip(train(grouped, **asked), train(grouped, native=True, **asked), strict=True):
+        assert theirs.keys() == ours.keys()
+        for name, values in theirs.items():
+            assert values.dtype == ours[name].dtype
+            np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    empty = {**asked, "batch": 2, "steps": (0, 3)}
+    assert [[*map(len, batch.values())] for batch in train(grouped, native=True, **empty)] == [
+        [*map(len, batch.values())] for batch in train(grouped, **empty)
+    ]
 
 
 def test_evaluation_hides_nothing_and_takes_negatives_of_all_items(hiding) -> None:
@@ -391,3 +421,24 @@ def test_reading_ahead_ends_with_its_reader() -> None:
     assert threading.active_count() == before + 1
     ahead.close()
     assert threading.active_count() == before
+
+
+def test_wrong_calls_of_the_kernels_are_refused() -> None:
+    ops = kernels.library()
+
+    def refused(call: Callable[..., object], *arguments: object, **attributes: int) -> str:
+        with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+            call(*arguments, **attributes)
+        return caught.value.message.partition("}} ")[2].partition(" [Op")[0]
+
+    windows = "windows must be of the array"
+    for begin, end in ((-1, 2), (2, 1), (2, 4)):
+        assert refused(ops.din_dist_windows, [5, 6, 7], [0, begin], [3, end]) == windows
+    assert refused(ops.din_dist_windows, [5, 6, 7], [0], [3, 3]) == "each window must have its end"
+    gaps = "a user's window must be of the gaps, and leave an item untouched"
+    for begin, end in ((-1, 2), (2, 1), (2, 4), (0, 3)):
+        assert refused(ops.din_dist_untouched_items, [9], [begin], [end], [0, 0, 0], num_items=3) == gaps
+    windows_of = "each draw must have its user's window"
+    assert refused(ops.din_dist_untouched_items, [9, 9], [0], [1], [0], num_items=3) == windows_of
+    equally = "what is hashed together must be numbers, or equally long"
+    assert refused(ops.din_dist_hash64, [[1, 2], [1, 2, 3]]) == equally

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.config import WireDtype
 from din_dist.distributed.gradients import NO_ROW, DenseExchange, GradientExchange, merge_rows
 from din_dist.distributed.runtime import Runtime
-from din_dist.layers import kernels
 
 
 class TwoRanks(Runtime):

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.distributed import neighbours as module
 from din_dist.distributed.neighbours import Neighbours, neighbours
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError, is_lost_peer
-from din_dist.layers import kernels
 
 SMALL = 128  # bytes of a buffer: most messages take several turns
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from din_dist.layers import kernels
+from din_dist import kernels
 from tests.launch.fake_checkout import FakeCheckout, path_without
 
 

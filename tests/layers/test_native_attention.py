@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
-from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.layers.packed import segment_ids

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist import kernels
 from din_dist.config import Activation
-from din_dist.layers import kernels
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.native_dense import Stage, run_stages
 from din_dist.layers.standardize import BatchNormalization

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
-from din_dist.layers import kernels
+from din_dist import kernels
 from din_dist.layers.native_vectors import Part, beside_product, side_by_side, vectors_and_candidates
 
 

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
-from din_dist.layers import kernels
 from din_dist.layers.native_attention import NativeActivationUnit
 from tests.layers.test_native_attention import built, large_inputs, run, with_padding
 from tests.layers.test_native_dense import Head

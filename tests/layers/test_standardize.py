@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
-from din_dist.layers import kernels
+from din_dist import kernels
 from din_dist.layers.standardize import BatchNormalization, Standardize
 from tests.reference import padded_din
 from tests.reference.compare import randomise, weights_of

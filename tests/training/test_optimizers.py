@@ -3,9 +3,9 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import RowGradients
-from din_dist.layers import kernels
 from din_dist.training.optimizers import Adagrad, LazyAdam, Sgd, make_optimizer
 
 NUM_ROWS, WIDTH = 6, 3

@@ -5,9 +5,9 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import RowGradients
-from din_dist.layers import kernels
 from din_dist.training.optimizers import Sgd
 from din_dist.training.regularization import Regularization, clip
 

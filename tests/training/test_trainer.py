@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from din_dist import assembly
+from din_dist import assembly, kernels
 from din_dist.cli.trained import trained_model
 from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem
 from din_dist.data.prepared import prepare
@@ -23,7 +23,6 @@ from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError, Interrupted
-from din_dist.layers import kernels
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_attention import NativeActivationUnit
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
