@@ -19,10 +19,15 @@ case $# in
 esac
 command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
 
-# variables.cc keeps to the C++ interface of one TensorFlow, that of constraints.txt; the others to its C interface.
+# variables.cc keeps to the C++ interface of one TensorFlow, the others to its C interface, the same in all its versions.
 sources=$root/din_dist/kernels
-key=$(cd "$root" && { sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh && grep '^tensorflow' launch/constraints.txt; } |
-  sha256sum | cut -c -16)-$(uname -m)
+version=$("$python" -c 'from importlib import metadata
+versions = {found.name.replace("_", "-"): found.version for found in metadata.distributions()}
+print(versions.get("tensorflow") or versions.get("tensorflow-cpu", ""))')
+if [[ ! $version ]]; then # --check comes before it is installed
+  version=$(sed -n 's/^tensorflow==//p' "$root/launch/constraints.txt")
+fi
+key=$(cd "$root" && { sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh && echo "$version"; } | sha256sum | cut -c -16)-$(uname -m)
 compiled=$cache/kernels/$key
 [[ -f $compiled/kernels.so ]] || require_command 'compiling the kernels' g++ g++
 [[ ! $check ]] || exit 0
@@ -33,9 +38,6 @@ if [[ ! -f $compiled/kernels.so ]]; then
   trap 'rm -rf "$work"' EXIT
   # Not imported, which takes as long as to compile.
   tensorflow=$("$python" -c 'import importlib.util; print(*importlib.util.find_spec("tensorflow").submodule_search_locations)')
-  version=$("$python" -c 'from importlib import metadata
-versions = {found.name.replace("_", "-"): found.version for found in metadata.distributions()}
-print(versions.get("tensorflow") or versions["tensorflow-cpu"])')
   # Weights must come out of an update with the same bits on every processor, so products and sums are contracted only where
   # gradients are summed over all ranks afterwards.
   flags=(-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi)

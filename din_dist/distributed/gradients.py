@@ -37,7 +37,7 @@ class GradientExchange:
     """
 
     def __init__(self, ranks: InGraph, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
-        """`native`: merges rows in a kernel of our own, on CPUs."""
+        """`native`: in kernels of our own, on CPUs, which ranks that share tables need."""
         self._ranks, self._native = ranks, native
         self._wire_dtype = wire_dtype if ranks.travels else WireDtype.FLOAT32
         self._tables: Sequence[tf.Variable] = ()  # that ranks share

@@ -9,7 +9,6 @@ memory, once for all of them: each updates a part of the rows, and so takes part
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ def neighbours(runtime: Runtime) -> InGraph:
 
 
 class Neighbours(InGraph):
-    """Speaks through `file`, as `_shared_file` makes it.
+    """Speaks through `file`, which begins with the ranks' process ids (see kernels/neighbours.cc).
 
     An operation holds a thread of TensorFlow's while it waits, and all use the same memory: so they run one after the
     other, in the order of the calls.
@@ -85,23 +84,31 @@ class Neighbours(InGraph):
     def share(self, variables: Sequence[tf.Variable]) -> bool:
         for place, variable in enumerate(variables):
             num_bytes = variable.dtype.size * variable.shape.num_elements()
-            file = _common_file(self._runtime, "tables", num_bytes)
-            if file is None:
-                if place == 0:
-                    return False
+            file = _common_file(self._runtime, "tables", num_bytes, fill=False)
+            if file is None and place == 0:
+                return False
+            # The others' copies go before there is a new one: at no time does it take more memory than before.
+            if not (file is not None and all(self._move(variable, file, chief) for chief in (False, True))):
                 if not self._runtime.is_chief:
                     raise FailedElsewhere
                 raise InputError(
                     "Workers of one machine need memory for one copy of their tables. Received: no room for "
                     f"{num_bytes:,} bytes of them. Free some, or use smaller tables."
                 )
-            # In turn, so that at no time there is much more than there was before: the others' copies go first.
-            for fills in (False, True):
-                if fills == self._runtime.is_chief:
-                    kernels.library().din_dist_share(variable.handle, fd=file, fill=fills)
-                self._runtime.barrier()
             os.close(file)
         return True
+
+    def _move(self, variable: tf.Variable, file: int, chief: bool) -> bool:
+        """Puts the variable of the chief, or those of the others, into `file`; whether that went well on all ranks."""
+        moved = True
+        if chief == self._runtime.is_chief:
+            try:
+                if chief:
+                    os.posix_fallocate(file, 0, os.fstat(file).st_size)
+                kernels.library().din_dist_share(variable.handle, fd=file, fill=chief)
+            except (OSError, tf.errors.OpError):
+                moved = False
+        return bool(self._runtime.gather(np.array([moved])).all())
 
     def reduce_rows_in_graph(
         self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
@@ -127,16 +134,22 @@ class Neighbours(InGraph):
             yield
 
 
-def _common_file(runtime: Runtime, name: str, num_bytes: int) -> int | None:
-    """Zeros in memory, open on all ranks; None where one of them cannot. `name`: for who lists a process' memory."""
+def _common_file(runtime: Runtime, name: str, num_bytes: int, fill: bool = True) -> int | None:
+    """Zeros in memory, open on all ranks; None where one of them cannot.
+
+    Args:
+        name: for who lists a process' memory.
+        fill: takes the memory at once: what is not there when it is written to ends the process.
+    """
     path, file = "", None
     try:
         if runtime.is_chief:
             file = os.memfd_create(f"din_dist-{name}")
-            # What is not there would only be missed when it is written to, which ends the process.
-            os.posix_fallocate(file, 0, max(num_bytes, mmap.PAGESIZE))
+            os.ftruncate(file, max(num_bytes, 1))
+            if fill:
+                os.posix_fallocate(file, 0, num_bytes)
             path = f"/proc/{os.getpid()}/fd/{file}"
-    except OSError:
+    except (OSError, AttributeError):  # some Pythons are built for systems without
         path = ""
     path = runtime.broadcast_object(path)
     opened = bool(path)

@@ -28,24 +28,25 @@ DIN_CLONES void Fold(const uint64_t* part, int64_t step, uint64_t* states, int64
   }
 }
 
-// As `hash64` of data/hashing.py: of parts that are numbers, or vectors of one length.
+// As `hash64` of data/hashing.py: of parts that are numbers or vectors of one length, at least one a vector.
 class Hash64 {
  public:
   explicit Hash64(TF_OpKernelConstruction* construction) : count_(Attribute(construction, "N")) {}
 
   void Compute(TF_OpKernelContext* context) {
     std::vector<Tensor> parts;
-    int64_t length = 1;
+    int64_t length = -1;
     for (int64_t i = 0; i < count_; ++i) {
       parts.push_back(Tensor::Input(context, static_cast<int>(i)));
-      if (!parts.back().Shape().empty()) length = parts.back().Size();
+      if (parts.back().Shape().size() == 1) length = parts.back().Size();
     }
+    Require(length >= 0, "one of what is hashed together must be a vector");
     const Tensor hashes = Tensor::Output(context, 0, TF_UINT64, {length});
     auto* const states = hashes.Data<uint64_t>();
     std::fill_n(states, length, 0);
     for (const Tensor& part : parts) {
       const bool is_number = part.Shape().empty();
-      Require(is_number || part.Size() == length, "what is hashed together must be numbers, or equally long");
+      Require(is_number || part.Shape() == std::vector<int64_t>{length}, "what is hashed together must be numbers, or equally long");
       Fold(part.Data<const uint64_t>(), is_number ? 0 : 1, states, length);
     }
   }

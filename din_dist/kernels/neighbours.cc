@@ -363,6 +363,9 @@ class ReduceRows {
         read[from] += count(from, me)[i];
       });
       const Distinct distinct(all.data(), static_cast<int64_t>(all.size()));
+      for (int64_t own = 0; own < count(me, me)[i]; ++own) {
+        Require(distinct.is_first[own], "a rank must name no row twice");
+      }
       auto place = distinct.places.begin();
       each([&](int64_t from) {
         places[from * count_ + i].assign(place, place + count(from, me)[i]);
@@ -444,9 +447,8 @@ class Finish {
   explicit Finish(TF_OpKernelConstruction* construction) : place_(construction), count_(Attribute(construction, "N")) {}
 
   void Compute(TF_OpKernelContext* context) {
-    for (int64_t i = 0; i < count_; ++i) {
-      Require(Variable(context, static_cast<int>(i), Variable::For::kReading).IsShared(),
-              "tables that ranks update for each other must stay in the memory that they share");
+    for (const Variable& variable : Variable::Hold(context, 0, count_, Variable::For::kReading)) {
+      Require(variable.IsShared(), "tables that ranks update for each other must stay in the memory that they share");
     }
     place_.BeginTurn();
     place_.Meet();
@@ -463,7 +465,7 @@ class Share {
       : file_(static_cast<int>(Attribute(construction, "fd"))), fill_(Attribute(construction, "fill") != 0) {}
 
   void Compute(TF_OpKernelContext* context) {
-    Variable(context, 0, Variable::For::kWriting).MoveInto(file_, fill_);
+    Variable::Hold(context, 0, 1, Variable::For::kWriting)[0].MoveInto(file_, fill_);
   }
 
  private:

@@ -60,9 +60,9 @@ class Regularize {
   explicit Regularize(TF_OpKernelConstruction* construction)
       : count_(Attribute(construction, "N")),
         penalised_(Attribute(construction, "P")),
-        of_rows_(Attribute(construction, "num_of_rows")),
+        row_gradients_(Attribute(construction, "num_row_gradients")),
         num_threads_(static_cast<int>(Attribute(construction, "num_threads"))) {
-    Require(penalised_ <= of_rows_ && of_rows_ <= count_, "what is penalised must be among the gradients of rows");
+    Require(penalised_ <= row_gradients_ && row_gradients_ <= count_, "what is penalised must be among the gradients of rows");
   }
 
   void Compute(TF_OpKernelContext* context) {
@@ -70,14 +70,14 @@ class Regularize {
     const Tensor l2 = Tensor::Input(context, next++);
     Require(l2.Size() == 1, "there must be one weight for all rows");
     std::vector<Tensor> gradients, row_ids, weights, outputs;
-    std::vector<Variable> tables;
     for (int64_t i = 0; i < count_; ++i) gradients.push_back(Tensor::Input(context, next++));
-    for (int64_t i = 0; i < penalised_; ++i) tables.emplace_back(context, next++, Variable::For::kReading);
+    const std::vector<Variable> tables = Variable::Hold(context, next, penalised_, Variable::For::kReading);
+    next += static_cast<int>(penalised_);
     for (auto* tensors : {&row_ids, &weights}) {
       for (int64_t i = 0; i < penalised_; ++i) tensors->push_back(Tensor::Input(context, next++));
     }
     std::vector<Part> parts;
-    size_t num_of_rows = 0;  // parts
+    size_t row_parts = 0;
     for (int64_t i = 0; i < count_; ++i) {
       Part whole{};
       whole.gradient = gradients[i].Data<const float>();
@@ -99,7 +99,7 @@ class Regularize {
       }
       const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, whole.width));
       for (int64_t begin = 0; begin < whole.rows; begin += rows) parts.push_back(whole.Rows(begin, rows));
-      if (i < of_rows_) num_of_rows = parts.size();
+      if (i < row_gradients_) row_parts = parts.size();
     }
     const float weight = *l2.Data<const float>();
     std::vector<double> squares(parts.size());
@@ -109,7 +109,7 @@ class Regularize {
     // In the order of the parts, whoever did them. Infinite where the squares, which optimizers add up in float32, are:
     // such an update is refused.
     const Tensor sums = Tensor::Output(context, static_cast<int>(penalised_), TF_FLOAT, {2});
-    const auto middle = squares.begin() + static_cast<int64_t>(num_of_rows);
+    const auto middle = squares.begin() + static_cast<int64_t>(row_parts);
     sums.Data<float>()[0] = static_cast<float>(std::accumulate(squares.begin(), middle, 0.0));
     sums.Data<float>()[1] = static_cast<float>(std::accumulate(middle, squares.end(), 0.0));
   }
@@ -146,7 +146,7 @@ class Regularize {
     }
   };
 
-  const int64_t count_, penalised_, of_rows_;
+  const int64_t count_, penalised_, row_gradients_;
   const int num_threads_;
 };
 
@@ -331,12 +331,11 @@ class UpdateRows : public Update {
     Begin(context);
     const Tensor rate = Tensor::Input(context, 0), constants = Tensor::Input(context, 1);
     std::vector<Tensor> gradients, row_ids, outputs;
-    std::vector<Variable> tables;
     int next = 2;
     for (auto* tensors : {&gradients, &row_ids}) {
       for (int64_t i = 0; i < count_; ++i) tensors->push_back(Tensor::Input(context, next++));
     }
-    for (int64_t i = 0; i < count_ * arrays_; ++i) tables.emplace_back(context, next++, Variable::For::kWriting);
+    const std::vector<Variable> tables = Variable::Hold(context, next, count_ * arrays_, Variable::For::kWriting);
     std::vector<Rows> parts;
     for (int64_t i = 0; i < count_; ++i) {
       const std::vector<int64_t> shape = gradients[i].Shape();
@@ -420,7 +419,7 @@ const bool kRegistered =
                                  {"l2: float", "gradients: N * float", "tables: P * resource", "row_ids: P * int32",
                                   "row_weights: P * float"},
                                  {"penalised: P * float", "squares: float"},
-                                 {"N: int", "P: int >= 0", "num_of_rows: int", "num_threads: int"}) &&
+                                 {"N: int", "P: int >= 0", "num_row_gradients: int", "num_threads: int"}) &&
     Kernel<UpdateWhole>::Register(
         "DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float", "weights: M * float"},
         {"updated: M * float"}, {"N: int", "M: int", "rule: int", "num_threads: int"}) &&

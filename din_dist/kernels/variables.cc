@@ -4,10 +4,13 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "tensorflow/c/c_api.h"
 #include "tensorflow/core/common_runtime/dma_helper.h"
@@ -36,11 +39,32 @@ class SharedMemory : public tensorflow::TensorBuffer {
 struct Variable::Held {
   tensorflow::core::RefCountPtr<tensorflow::Var> variable;
   const For use;
+  bool locked = false;
 
-  explicit Held(For for_use) : use(for_use) {}
+  void Lock() {
+    if (use == For::kWriting) {
+      variable->mu()->lock();
+    } else {
+      variable->mu()->lock_shared();
+    }
+    locked = true;
+    Require(variable->tensor()->dtype() == tensorflow::DT_FLOAT, "a variable must be of float32");
+  }
+
+  // Until now whoever read it may have been given its memory itself. Its lookups have seen to it already, as a rule.
+  void KeepFromReaders() {
+    if (variable->copy_on_read_mode.load()) return;
+    tensorflow::Tensor& values = *variable->tensor();
+    if (!values.RefCountIsOne()) {
+      tensorflow::Tensor own(values.dtype(), values.shape());
+      std::memcpy(own.data(), values.data(), values.TotalBytes());
+      values = std::move(own);
+    }
+    variable->copy_on_read_mode.store(true);
+  }
 
   ~Held() {
-    if (!variable) return;
+    if (!locked) return;
     if (use == For::kWriting) {
       variable->mu()->unlock();
     } else {
@@ -49,35 +73,37 @@ struct Variable::Held {
   }
 };
 
-Variable::Variable(TF_OpKernelContext* context, int place, For use) : held_(std::make_unique<Held>(use)) {
+std::vector<Variable> Variable::Hold(TF_OpKernelContext* context, int place, int64_t count, For use) {
   if (std::strcmp(TF_Version(), DIN_TENSORFLOW)) {
     throw std::invalid_argument(std::string("The kernels must be compiled for this TensorFlow, ") + TF_Version() +
-                                ". Received: for " DIN_TENSORFLOW ". Run launch/setup.sh, or launch/build_kernels.sh.");
+                                ". Received: for " DIN_TENSORFLOW ". Run launch/build_kernels.sh.");
   }
   auto* const of_tensorflow = reinterpret_cast<tensorflow::OpKernelContext*>(context);  // as TensorFlow does itself
-  tensorflow::core::RefCountPtr<tensorflow::Var> found;
-  const auto status =
-      tensorflow::LookupResource(of_tensorflow, tensorflow::HandleFromInput(of_tensorflow, place), &found);
-  if (!status.ok()) throw std::invalid_argument(std::string(status.message()));
-  if (use == For::kWriting) {
-    found->mu()->lock();
-  } else {
-    found->mu()->lock_shared();
+  std::vector<Variable> variables;
+  std::vector<Held*> by_address;
+  for (int64_t i = 0; i < count; ++i) {
+    auto held = std::unique_ptr<Held>(new Held{{}, use});
+    const auto handle = tensorflow::HandleFromInput(of_tensorflow, place + static_cast<int>(i));
+    const auto status = tensorflow::LookupResource(of_tensorflow, handle, &held->variable);
+    if (!status.ok()) throw std::invalid_argument(std::string(status.message()));
+    by_address.push_back(held.get());
+    variables.push_back(Variable(std::move(held)));
   }
-  tensorflow::Var* const variable = found.get();
-  held_->variable = std::move(found);
-  Require(variable->tensor()->dtype() == tensorflow::DT_FLOAT, "a variable must be of float32");
-  if (use == For::kWriting && !variable->copy_on_read_mode.load()) {
-    // Until now whoever read it may have been given the memory itself. Its lookups have seen to it already, as a rule.
-    if (!variable->tensor()->RefCountIsOne()) {
-      tensorflow::Tensor own(variable->tensor()->dtype(), variable->tensor()->shape());
-      std::memcpy(own.data(), variable->tensor()->data(), variable->tensor()->TotalBytes());
-      *variable->tensor() = std::move(own);
-    }
-    variable->copy_on_read_mode.store(true);
+  // In the order in which TensorFlow takes several at once.
+  const auto address = [](const Held* held) { return held->variable->mu(); };
+  std::sort(by_address.begin(), by_address.end(),
+            [&](const Held* a, const Held* b) { return std::less<>()(address(a), address(b)); });
+  for (size_t i = 1; i < by_address.size(); ++i) {
+    Require(address(by_address[i - 1]) != address(by_address[i]), "no variable may be named twice");
   }
+  for (Held* held : by_address) {
+    held->Lock();
+    if (use == For::kWriting) held->KeepFromReaders();
+  }
+  return variables;
 }
 
+Variable::Variable(std::unique_ptr<Held> held) : held_(std::move(held)) {}
 Variable::Variable(Variable&&) = default;
 Variable::~Variable() = default;
 

@@ -9,12 +9,15 @@
 
 namespace din {
 
-// A float32 variable whose handle is an input; held against others' writing, or all others' use, as long as this is there.
+// A float32 variable, held against this process' other operations that write to it, or use it at all, as long as this is
+// there. Of one that processes share the others must be held off by other means.
 class Variable {
  public:
   enum class For { kReading, kWriting };
 
-  Variable(TF_OpKernelContext* context, int place, For use);
+  // Of those whose handles are `count` inputs from `place` on, no variable twice.
+  static std::vector<Variable> Hold(TF_OpKernelContext* context, int place, int64_t count, For use);
+
   Variable(Variable&&);
   ~Variable();
 
@@ -28,6 +31,8 @@ class Variable {
 
  private:
   struct Held;
+  explicit Variable(std::unique_ptr<Held> held);
+
   std::unique_ptr<Held> held_;
 };
 

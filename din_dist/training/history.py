@@ -28,8 +28,8 @@ class _Position:
 class History:
     """Undoes updates in memory, at next to no cost.
 
-    A copy of the weights would walk whole tables. But an update has read the rows that it replaces, and a variable that
-    is assigned gets new memory: to hold on to what was there before takes no work at all.
+    A copy of the weights would walk whole tables. But an update reads the rows that it replaces: to put them aside
+    takes little. And a variable that is assigned gets new memory: to hold on to the old one takes nothing.
 
     Args:
         tables: variables that change by rows; of each update the rows before it are kept.

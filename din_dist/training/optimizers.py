@@ -32,6 +32,11 @@ class _Change(NamedTuple):
     value: Values
     variables: list[tf.Variable]  # first that of `value`
 
+    @property
+    def is_element_wise(self) -> bool:
+        """Whether there is as much of each that is held as of the weights."""
+        return all(variable.shape == self.variables[0].shape for variable in self.variables)
+
 
 class Optimizer(abc.ABC):
     """Updates `variables`, each of which is always given a dense or always a row gradient.
@@ -109,7 +114,8 @@ class Optimizer(abc.ABC):
             else:
                 whole.append(_Change(gradient, None, value, variables))
         if whole:
-            (self._update_by_kernel if self.native else self._update)(whole, rate)
+            by_kernel = self.native and all(change.is_element_wise for change in whole)
+            (self._update_by_kernel if by_kernel else self._update)(whole, rate)
         if not by_rows:
             return []
         before = self._update_rows_by_kernel(by_rows, rate, keep) if self.native else self._update_rows(by_rows, rate)
@@ -150,9 +156,8 @@ class Optimizer(abc.ABC):
 
     def _update_rows_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor, keep: bool) -> list[tf.Tensor]:
         """As `_update_rows`; nothing unless they are to be kept."""
-        of_kinds = zip(
-            *(change.variables for change in changes), strict=True
-        )  # all tables, then all of each that is held
+        # All tables, then all of each that is held for them.
+        of_kinds = zip(*(change.variables for change in changes), strict=True)
         variables = [variable for of_kind in of_kinds for variable in of_kind]
         before = kernels.library().din_dist_update_rows(
             rate,

@@ -94,7 +94,7 @@ class Regularization:
             [table.handle for table in tables],
             [gradient.row_ids for gradient in gradients],
             [tf.zeros([0]) if weights is None else weights for weights in row_weights],
-            num_of_rows=len(gradients) + len(rows),
+            num_row_gradients=len(gradients) + len(rows),
             num_threads=kernels.num_threads(),
         )
         for new, gradient in zip(added, gradients, strict=True):

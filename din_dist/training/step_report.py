@@ -12,7 +12,8 @@ class StepReport(NamedTuple):
     """Of one update; `seconds` has all of `PARTS`, whose sum is the whole of it.
 
     `compute` is forward and backward, with the messages of batch statistics; `exchange` what the gradients take beyond
-    that. They are times of the host: on a GPU kernels run behind them.
+    that; `update`, where ranks share tables, ends when all have changed their rows. They are times of the host: on a
+    GPU kernels run behind them.
     """
 
     loss: float  # mean over the global batch

@@ -214,6 +214,7 @@ def test_wrong_rows_are_refused() -> None:
         ([1], tf.zeros([2, 3]), "there must be an id for each row"),
         ([1, 2], tf.zeros([2]), "there must be an id for each row"),
         ([1, -1], tf.zeros([2, 3]), "rows must be those of a table"),
+        ([1, 7, 1], tf.zeros([3, 3]), "a rank must name no row twice"),
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match=rule):
             kernels.library().din_dist_neighbours_reduce_rows([ids], [rows], **place)
@@ -230,33 +231,36 @@ def test_without_memory_to_share_horovod_is_spoken_through(name: str, monkeypatc
     assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
 
 
-def test_without_memory_for_tables_each_rank_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not when some are shared already: to let go of them could take more than there is."""
-    allocated, most = os.posix_fallocate, [4 * 100]
+def test_where_tables_cannot_be_shared_each_rank_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(runtime: PlayedRank) -> tuple[bool, list[float]]:
+        ranks, table = neighbours(runtime), tf.Variable([1.0 + runtime.rank])
+        runtime.barrier()
+        monkeypatch.setattr(os, "memfd_create", full)
+        runtime.barrier()
+        return ranks.share([table]), table.numpy().tolist()
 
-    def allocate(file: int, offset: int, size: int) -> None:
-        return full() if most[0] < size < module.BUFFER_BYTES else allocated(file, offset, size)
+    assert play(2, work) == [(False, [1.0]), (False, [2.0])]
 
-    monkeypatch.setattr(os, "posix_fallocate", allocate)
-    monkeypatch.setattr(module.mmap, "PAGESIZE", 1)
 
-    def work(runtime: PlayedRank) -> tuple[Any, ...]:
-        ranks, small, large = neighbours(runtime), tf.Variable(tf.ones([100])), tf.Variable(tf.ones([101]))
-        none = ranks.share([large, small])
-        try:
-            ranks.share([small, large])
-        except (InputError, FailedElsewhere) as error:
-            return none, type(error), str(error)
-        return (none,)
+def test_without_memory_for_tables_the_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have let go of theirs by then."""
+
+    def work(runtime: PlayedRank) -> tuple[type, str]:
+        ranks, table = neighbours(runtime), tf.Variable(tf.ones([101]))
+        runtime.barrier()
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        runtime.barrier()
+        with pytest.raises((InputError, FailedElsewhere)) as caught:
+            ranks.share([table])
+        return caught.type, str(caught.value)
 
     chief, other = play(2, work)
     assert chief == (
-        False,
         InputError,
         "Workers of one machine need memory for one copy of their tables. Received: no room for 404 bytes of them. "
         "Free some, or use smaller tables.",
     )
-    assert other[:2] == (False, FailedElsewhere)
+    assert other[0] is FailedElsewhere
 
 
 def test_when_one_rank_cannot_open_it_none_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:

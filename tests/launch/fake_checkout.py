@@ -118,9 +118,8 @@ class FakeCheckout:
         sources = [path.name for ending in ("cc", "h") for path in sorted((self.root / folder).glob(f"*.{ending}"))]
         names = [*(str(folder / name) for name in sources), "launch/build_kernels.sh"]
         sums = subprocess.run(["sha256sum", *names], cwd=self.root, capture_output=True, check=True).stdout
-        constraints = (self.root / "launch" / "constraints.txt").read_bytes().splitlines(keepends=True)
-        tensorflow = b"".join(line for line in constraints if line.startswith(b"tensorflow"))
-        key = f"{hashlib.sha256(sums + tensorflow).hexdigest()[:16]}-{os.uname().machine}"
+        version = f"{pinned('tensorflow')}\n".encode()
+        key = f"{hashlib.sha256(sums + version).hexdigest()[:16]}-{os.uname().machine}"
         compiled = self.cache / "kernels" / key / "kernels.so"
         compiled.parent.mkdir(parents=True, exist_ok=True)
         compiled.write_text("compiled\n")

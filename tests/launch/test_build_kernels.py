@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist import kernels
-from tests.launch.fake_checkout import FakeCheckout, path_without
+from tests.launch.fake_checkout import FakeCheckout, path_without, write_script
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ ops.din_dist_update_rows(0.1, tf.zeros([0]), [[[1.0]]], [[0]], [table.handle], B
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (
         f"The kernels must be compiled for this TensorFlow, {tf.__version__}. Received: for 1{tf.__version__[1:]}. "
-        "Run launch/setup.sh, or launch/build_kernels.sh."
+        "Run launch/build_kernels.sh."
     ) in done.stderr
 
 
@@ -69,6 +69,15 @@ def test_changed_sources_are_compiled_anew(checkout: FakeCheckout, tmp_path: Pat
         "build_kernels.sh: compiling the kernels takes g++, which is not on PATH. "
         "Install it (Debian, Ubuntu: apt-get install g++)."
     )
+
+
+def test_for_another_tensorflow_they_are_compiled_anew(checkout: FakeCheckout, tmp_path: Path) -> None:
+    checkout.put_kernels()
+    path = path_without(tmp_path / "bin", "g++")
+    assert checkout.run("build_kernels.sh", "--check", PATH=path).returncode == 0
+    other = tmp_path / "python"
+    write_script(other, f'#!/usr/bin/env bash\n[[ $2 == *metadata* ]] && echo 2.99.0 || exec {sys.executable} "$@"\n')
+    assert "takes g++" in checkout.error("build_kernels.sh", "--check", PATH=path, PYTHON=str(other))
 
 
 def test_what_the_compiler_refuses(checkout: FakeCheckout) -> None:

@@ -208,6 +208,18 @@ def test_the_kernel_equals_the_operations_on_rows_of_many_tables(kind, row_wise,
         assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_a_whole_tables_gradient_with_one_number_held_a_row():
+    """As where all of a table is exchanged."""
+    ended = []
+    for native in (False, True):
+        table = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
+        optimizer = Adagrad([table], ["table"], tables=["table"], row_wise=True, native=native)
+        apply(optimizer, tf.constant([[1.0, -2.0], [0.0, 0.5]]))
+        ended.append([table, optimizer.state["table/accumulator"]])
+    for ours, theirs in zip(*ended, strict=True):
+        assert_array_equal(ours, theirs)
+
+
 def test_who_has_read_a_table_keeps_what_was_read():
     """Until something writes to it in place, TensorFlow gives those who read a variable its own memory."""
     table = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
@@ -259,6 +271,7 @@ def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
     assert refused(tables=[table, tf.Variable(tf.ones([4, 2]))]) == a_table
     assert refused(tables=[table, tf.Variable(tf.ones([3, 3]))]) == a_table
     assert refused(tables=[table, held], rule=3) == a_table
+    assert refused(tables=[table, table]) == "no variable may be named twice"
     assert refused(kept=1) == "all rows must be kept, or none"
     assert refused(tables=[table]) == "each gradient must have its weights"
     assert refused(tables=[table, held], rule=2) == "each gradient must have its weights"

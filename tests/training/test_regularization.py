@@ -148,7 +148,7 @@ def test_wrong_calls_of_the_kernel_are_refused():
         with pytest.raises(tf.errors.InvalidArgumentError) as caught:
             handles = [table.handle for table in tables]
             kernels.library().din_dist_regularize(
-                0.0, gradients, handles, row_ids, row_weights, num_of_rows=1, num_threads=1
+                0.0, gradients, handles, row_ids, row_weights, num_row_gradients=1, num_threads=1
             )
         return caught.value.message.partition("}} ")[2].partition(" [Op")[0]
 

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import tensorflow as tf
 
 from din_dist import assembly, kernels
 from din_dist.cli.trained import trained_model
-from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem
+from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem, WireDtype
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
-from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.gradients import GradientExchange
+from din_dist.distributed.neighbours import BUFFER_BYTES, Neighbours
+from din_dist.distributed.runtime import InGraph, Runtime
 from din_dist.errors import InputError, Interrupted
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_attention import NativeActivationUnit
@@ -463,3 +466,32 @@ def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match="Received: Read-only file system while saving step"):
         job.trainer.train()
     job.telemetry.close()
+
+
+def test_tables_in_shared_memory_are_trained_the_same(tmp_path: Path) -> None:
+    """Here by one rank. No update ends before all of its rows are changed, whatever order the graph leaves open."""
+    graphs = []
+
+    class Sharing(GradientExchange):
+        def __init__(self, ranks: InGraph, wire_dtype: WireDtype, native: bool) -> None:
+            file = os.memfd_create("messages")
+            os.ftruncate(file, 2 * (64 + BUFFER_BYTES))
+            super().__init__(Neighbours(Runtime(), file), wire_dtype, native)
+
+        def finish(self) -> None:
+            super().finish()
+            graphs.append(tf.compat.v1.get_default_graph())
+
+    ended = []
+    for exchange in (GradientExchange, Sharing):
+        settings = {"mini_batch_aware_l2": 0.1, "clip_norm": 0.5, "optimizer": OptimizerKind.LAZY_ADAM}
+        config = small_config(tmp_path, output_dir=str(tmp_path / exchange.__name__), max_steps=20, **settings)
+        job = make(config, exchange=exchange)
+        job.trainer.train()
+        ended.append([weight.numpy() for weight in job.model.weights])
+        shares = "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()
+        assert shares == (exchange is Sharing)
+    for shared, own in zip(*ended, strict=True):
+        np.testing.assert_allclose(shared, own, rtol=1e-5, atol=1e-7)
+    [finish] = [each for each in graphs[0].get_operations() if each.type == "DinDistNeighboursFinish"]
+    assert "If" in [before.type.removeprefix("Stateless") for before in finish.control_inputs]
