@@ -436,8 +436,8 @@ def test_wrong_calls_of_the_kernels_are_refused() -> None:
         assert refused(ops.din_dist_windows, [5, 6, 7], [0, begin], [3, end]) == windows
     assert refused(ops.din_dist_windows, [5, 6, 7], [0], [3, 3]) == "each window must have its end"
     gaps = "a user's window must be of the gaps, and leave an item untouched"
-    for begin, end in ((-1, 2), (2, 1), (2, 4), (0, 3)):
-        assert refused(ops.din_dist_untouched_items, [9], [begin], [end], [0, 0, 0], num_items=3) == gaps
+    for begin, end, num_items in ((-1, 2, 9), (2, 1, 9), (2, 4, 9), (0, 3, 3)):
+        assert refused(ops.din_dist_untouched_items, [9], [begin], [end], [0, 0, 0], num_items=num_items) == gaps
     windows_of = "each draw must have its user's window"
     assert refused(ops.din_dist_untouched_items, [9, 9], [0], [1], [0], num_items=3) == windows_of
     equally = "what is hashed together must be numbers, or equally long"

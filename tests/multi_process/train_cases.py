@@ -58,8 +58,8 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
         shared_memory = BY_MESSAGES.isdisjoint({case, run})
         job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
         job.trainer.train()
-        shares_tables = "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()
-        assert shares_tables == (shared_memory and runtime.world_size > 1)
+        if shared_memory and runtime.world_size > 1:
+            assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()
         job.trainer.test()
         job.telemetry.close()
     runtime.shutdown()
