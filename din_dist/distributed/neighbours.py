@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,14 +35,20 @@ def neighbours(runtime: Runtime) -> InGraph:
         return runtime
     # Process ids mean the same to all only where all are in one container, or in none.
     told = runtime.gather(np.array([Path("/proc/self/ns/pid").stat().st_ino], np.int64))
-    if len(set(told.tolist())) > 1:
+    files = None
+    if len(set(told.tolist())) == 1:
+        files = _common_files(runtime, "messages", [2 * runtime.world_size * (_LINE + BUFFER_BYTES)])
+    if files is None:
+        if runtime.is_chief:
+            warnings.warn(
+                "The workers of this machine can have no memory in common, so that updates wait for Horovod. "
+                "HOROVOD_CYCLE_TIME=0.1 lets it look for messages more often.",
+                stacklevel=2,
+            )
         return runtime
-    file = _common_file(runtime, "messages", 2 * runtime.world_size * (_LINE + BUFFER_BYTES))
-    if file is None:
-        return runtime
-    os.pwrite(file, os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
+    os.pwrite(files[0], os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
     runtime.barrier()
-    return Neighbours(runtime, file)
+    return Neighbours(runtime, files[0])
 
 
 class Neighbours(InGraph):
@@ -82,30 +89,31 @@ class Neighbours(InGraph):
         return gathered
 
     def share(self, variables: Sequence[tf.Variable]) -> bool:
-        for place, variable in enumerate(variables):
-            num_bytes = variable.dtype.size * variable.shape.num_elements()
-            file = _common_file(self._runtime, "tables", num_bytes, fill=False)
-            if file is None and place == 0:
-                return False
-            # The others' copies go before there is a new one: at no time does it take more memory than before.
-            if not (file is not None and all(self._move(variable, file, chief) for chief in (False, True))):
-                if not self._runtime.is_chief:
-                    raise FailedElsewhere
-                raise InputError(
-                    "Workers of one machine need memory for one copy of their tables. Received: no room for "
-                    f"{num_bytes:,} bytes of them. Free some, or use smaller tables."
-                )
+        sizes = [variable.dtype.size * variable.shape.num_elements() for variable in variables]
+        files = _common_files(self._runtime, "tables", sizes, fill=False)
+        if files is None:
+            return False
+        # The others' copies go before there are new ones: at no time does it take more memory than before.
+        if not all(self._move(variables, files, chief) for chief in (False, True)):
+            if not self._runtime.is_chief:
+                raise FailedElsewhere
+            raise InputError(
+                "Workers of one machine need memory for one copy of their tables. Received: no room for "
+                f"{sum(sizes):,} bytes. Free some, or use smaller tables."
+            )
+        for file in files:
             os.close(file)
         return True
 
-    def _move(self, variable: tf.Variable, file: int, chief: bool) -> bool:
-        """Puts the variable of the chief, or those of the others, into `file`; whether that went well on all ranks."""
+    def _move(self, variables: Sequence[tf.Variable], files: Sequence[int], chief: bool) -> bool:
+        """Puts the variables of the chief, or of the others, into `files`; whether that went well on all ranks."""
         moved = True
         if chief == self._runtime.is_chief:
             try:
-                if chief:
-                    os.posix_fallocate(file, 0, os.fstat(file).st_size)
-                kernels.library().din_dist_share(variable.handle, fd=file, fill=chief)
+                for variable, file in zip(variables, files, strict=True):
+                    if chief:
+                        os.posix_fallocate(file, 0, os.fstat(file).st_size)
+                    kernels.library().din_dist_share(variable.handle, fd=file, fill=chief)
             except (OSError, tf.errors.OpError):
                 moved = False
         return bool(self._runtime.gather(np.array([moved])).all())
@@ -134,31 +142,34 @@ class Neighbours(InGraph):
             yield
 
 
-def _common_file(runtime: Runtime, name: str, num_bytes: int, fill: bool = True) -> int | None:
-    """Zeros in memory, open on all ranks; None where one of them cannot.
+def _common_files(runtime: Runtime, name: str, sizes: Sequence[int], fill: bool = True) -> list[int] | None:
+    """Zeros in memory, `sizes` bytes of them, open on all ranks; None where one of them cannot.
 
     Args:
         name: for who lists a process' memory.
         fill: takes the memory at once: what is not there when it is written to ends the process.
     """
-    path, file = "", None
+    files: list[int] = []
+    paths: list[str] | None = []
     try:
         if runtime.is_chief:
-            file = os.memfd_create(f"din_dist-{name}")
-            os.ftruncate(file, max(num_bytes, 1))
-            if fill:
-                os.posix_fallocate(file, 0, num_bytes)
-            path = f"/proc/{os.getpid()}/fd/{file}"
+            for size in sizes:
+                files.append(os.memfd_create(f"din_dist-{name}"))
+                os.ftruncate(files[-1], size)
+                if fill:
+                    os.posix_fallocate(files[-1], 0, size)
+            paths = [f"/proc/{os.getpid()}/fd/{file}" for file in files]
     except (OSError, AttributeError):  # some Pythons are built for systems without
-        path = ""
-    path = runtime.broadcast_object(path)
-    opened = bool(path)
+        paths = None
+    paths = runtime.broadcast_object(paths)
+    opened = paths is not None
     try:
-        if path and file is None:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        for path in [] if runtime.is_chief else paths or []:
+            files.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError:
         opened = False
-    everywhere = runtime.gather(np.array([opened])).all()
-    if file is not None and not everywhere:
+    if runtime.gather(np.array([opened])).all():
+        return files
+    for file in files:
         os.close(file)
-    return file if everywhere else None
+    return None

@@ -145,10 +145,10 @@ class HorovodRuntime(Runtime):
 
     def __init__(self, waits_for_messages: bool = True) -> None:
         """`waits_for_messages`: whether updates do."""
-        # Horovod looks for messages every so many milliseconds, which takes a part of a core. Where a step waits for
-        # one at each synchronised layer, the default of 1 is a good part of a CPU step.
-        if waits_for_messages:
-            os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
+        # Horovod looks for messages every so many milliseconds, which takes a part of a core: at its default of 1 some
+        # hundredths of one, which a worker may have no other of. Where a step waits for a message at each synchronised
+        # layer, though, the wait is a good part of a CPU step.
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1" if waits_for_messages else "20")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
         self._hvd = importlib.import_module("horovod.tensorflow")
         self._join()

@@ -228,7 +228,8 @@ def full(*_: Any) -> None:
 @pytest.mark.parametrize("name", ["memfd_create", "posix_fallocate"])
 def test_without_memory_to_share_horovod_is_spoken_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, name, full)
-    assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
+    with pytest.warns(UserWarning, match="HOROVOD_CYCLE_TIME=0.1 lets it look for messages more often"):
+        assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
 
 
 def test_where_tables_cannot_be_shared_each_rank_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +258,8 @@ def test_without_memory_for_tables_the_job_ends(monkeypatch: pytest.MonkeyPatch)
     chief, other = play(2, work)
     assert chief == (
         InputError,
-        "Workers of one machine need memory for one copy of their tables. Received: no room for 404 bytes of them. "
-        "Free some, or use smaller tables.",
+        "Workers of one machine need memory for one copy of their tables. Received: no room for 404 bytes. Free "
+        "some, or use smaller tables.",
     )
     assert other[0] is FailedElsewhere
 
@@ -273,7 +274,8 @@ def test_when_one_rank_cannot_open_it_none_uses_it(monkeypatch: pytest.MonkeyPat
         return opened(path, *rest)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert play(3, lambda runtime: neighbours(runtime) is runtime) == [True] * 3
+    with pytest.warns(UserWarning, match="no memory in common"):
+        assert play(3, lambda runtime: neighbours(runtime) is runtime) == [True] * 3
     assert fails.is_set()
 
 
@@ -286,7 +288,8 @@ def test_containers_that_share_memory_but_no_process_ids(monkeypatch: pytest.Mon
         return types.SimpleNamespace(st_ino=next(namespaces)) if inside else seen(path, **rest)
 
     monkeypatch.setattr(Path, "stat", stat)
-    assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
+    with pytest.warns(UserWarning, match="no memory in common"):
+        assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
 
 
 @pytest.mark.parametrize(("world_size", "local_size", "elastic"), [(1, 1, False), (4, 2, False), (2, 2, True)])
