@@ -46,7 +46,8 @@ class Hash64 {
     std::fill_n(states, length, 0);
     for (const Tensor& part : parts) {
       const bool is_number = part.Shape().empty();
-      Require(is_number || part.Shape() == std::vector<int64_t>{length}, "what is hashed together must be numbers, or equally long");
+      Require(is_number || part.Shape() == std::vector<int64_t>{length},
+              "what is hashed together must be numbers, or equally long");
       Fold(part.Data<const uint64_t>(), is_number ? 0 : 1, states, length);
     }
   }

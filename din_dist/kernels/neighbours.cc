@@ -85,24 +85,20 @@ class Place {
         if (from != to) longest = std::max(longest, sizes[from * num_ranks_ + to]);
       }
     }
-    const auto for_each_other = [&](int64_t begin, const auto& work) {
-      for (int64_t other = 0; other < num_ranks_; ++other) {
-        if (other != rank_) work(other, begin);
-      }
-    };
-    const auto part = [&](int64_t from, int64_t to, int64_t begin, const auto& work) {
-      const int64_t count = std::min(section, sizes[from * num_ranks_ + to] - begin);
-      if (count > 0) work(Buffer(from) + (to - (to > from)) * section * 4, count);
-    };
     for (int64_t begin = 0; begin < longest; begin += section) {
+      // The part of this turn, and where in the buffer of `from` it is.
+      const auto count = [&](int64_t from, int64_t to) {
+        return from == to ? 0 : std::min(section, sizes[from * num_ranks_ + to] - begin);
+      };
+      const auto memory = [&](int64_t from, int64_t to) { return Buffer(from) + (to - (to > from)) * section * 4; };
       BeginTurn();
-      for_each_other(begin, [&](int64_t to, int64_t at) {
-        part(rank_, to, at, [&](char* memory, int64_t count) { write(to, memory, at, count); });
-      });
+      for (int64_t to = 0; to < num_ranks_; ++to) {
+        if (count(rank_, to) > 0) write(to, memory(rank_, to), begin, count(rank_, to));
+      }
       Meet();
-      for_each_other(begin, [&](int64_t from, int64_t at) {
-        part(from, rank_, at, [&](const char* memory, int64_t count) { read(from, memory, at, count); });
-      });
+      for (int64_t from = 0; from < num_ranks_; ++from) {
+        if (count(from, rank_) > 0) read(from, memory(from, rank_), begin, count(from, rank_));
+      }
     }
   }
 

@@ -62,7 +62,8 @@ class Regularize {
         penalised_(Attribute(construction, "P")),
         row_gradients_(Attribute(construction, "num_row_gradients")),
         num_threads_(static_cast<int>(Attribute(construction, "num_threads"))) {
-    Require(penalised_ <= row_gradients_ && row_gradients_ <= count_, "what is penalised must be among the gradients of rows");
+    Require(penalised_ <= row_gradients_ && row_gradients_ <= count_,
+            "what is penalised must be among the gradients of rows");
   }
 
   void Compute(TF_OpKernelContext* context) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import tensorflow as tf
 
@@ -22,6 +22,8 @@ RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRu
 
 # The weights that a gradient belongs to. Of a gradient of rows those rows, or, for our kernels, the whole table.
 Values: TypeAlias = tf.Tensor | tf.Variable
+
+_Each = TypeVar("_Each")
 
 
 class _Change(NamedTuple):
@@ -144,7 +146,7 @@ class Optimizer(abc.ABC):
             rate,
             tf.constant(self.constants, tf.float32, [len(self.constants)]),
             [change.gradient for change in changes],
-            [values for of_all in zip(*before, strict=True) for values in of_all],
+            _by_kind(before),
             rule=RULES.index(type(self).__name__),
             num_threads=kernels.num_threads(),
         )
@@ -156,9 +158,7 @@ class Optimizer(abc.ABC):
 
     def _update_rows_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor, keep: bool) -> list[tf.Tensor]:
         """As `_update_rows`; nothing unless they are to be kept."""
-        # All tables, then all of each that is held for them.
-        of_kinds = zip(*(change.variables for change in changes), strict=True)
-        variables = [variable for of_kind in of_kinds for variable in of_kind]
+        variables = _by_kind([change.variables for change in changes])
         before = kernels.library().din_dist_update_rows(
             rate,
             tf.constant(self.constants, tf.float32, [len(self.constants)]),
@@ -283,6 +283,11 @@ def _before(change: _Change) -> list[tf.Tensor]:
     _, *held = change.variables
     ids = change.row_ids
     return [change.value, *(each.value() if ids is None else tf.gather(each, ids) for each in held)]
+
+
+def _by_kind(of_changes: Sequence[Sequence[_Each]]) -> list[_Each]:
+    """All that is first of each change, then all that is second: the values, then all of each that is held for them."""
+    return [each for of_kind in zip(*of_changes, strict=True) for each in of_kind]
 
 
 def _assign(change: _Change, after: Sequence[tf.Tensor]) -> None:
