@@ -21,6 +21,7 @@ import tensorflow as tf
 from din_dist.errors import FailedElsewhere, InputError, Left, is_lost_peer
 
 _JOIN_AGAIN_SECONDS = 0.2
+_SEVERAL_ON_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"  # of NCCL itself, which else refuses ranks that share a GPU
 
 
 class InGraph:
@@ -270,16 +271,16 @@ def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None =
     """One GPU a process, and as many threads as cores. Must come before TensorFlow's first operation.
 
     Raises:
-        RuntimeError: there are GPUs, but fewer than processes on this machine.
+        RuntimeError: there are GPUs, but fewer than processes on this machine, and NCCL was not told to bear that.
     """
     gpus = tf.config.list_physical_devices("GPU") if gpus is None else gpus
     if gpus:
-        if runtime.local_size > len(gpus):
+        if runtime.local_size > len(gpus) and os.environ.get(_SEVERAL_ON_A_GPU) != "1":
             raise RuntimeError(
                 f"Each worker needs a GPU of its own. Received: {runtime.local_size} workers and {len(gpus)} GPU(s) on "
-                f"this machine. Start at most {len(gpus)} workers here."
+                f"this machine. Start at most {len(gpus)} workers here; to try more, set {_SEVERAL_ON_A_GPU}=1."
             )
-        mine = gpus[runtime.local_rank]
+        mine = gpus[runtime.local_rank % len(gpus)]
         tf.config.set_visible_devices(mine, "GPU")
         tf.config.experimental.set_memory_growth(mine, True)
     tf.config.threading.set_intra_op_parallelism_threads(num_cores)

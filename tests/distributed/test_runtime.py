@@ -48,6 +48,12 @@ def test_fewer_gpus_than_workers_is_an_error(settings) -> None:
         claim_devices(worker(0, 2), 1, ["gpu:0"])
 
 
+def test_workers_share_gpus_where_nccl_was_told_to_bear_it(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    claim_devices(worker(3, 4), 1, ["gpu:0", "gpu:1"])
+    settings.visible.assert_called_once_with("gpu:1", "GPU")
+
+
 def test_alone_horovod_is_not_even_imported() -> None:
     code = (
         "import sys; from din_dist.distributed.runtime import open_runtime; r = open_runtime(); "

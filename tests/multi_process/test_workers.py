@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,6 @@ import pytest
 import tensorflow as tf
 
 from din_dist.cli.trained import trained_model
-from din_dist.config import DataConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
@@ -21,46 +17,9 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.export import Trained, export
 from din_dist.training.evaluator import Evaluator
-from tests.multi_process.train_cases import CASES, config_of
+from tests.multi_process.jobs import STEPS, assert_same_training, assert_same_weights, losses, records, train, weights
+from tests.multi_process.train_cases import CASES, config_of, data_config
 from tests.serving.trained_job import histories_of_tests
-
-STEPS = 60
-ROOT = Path(__file__).parents[2]
-
-
-def train(
-    folder: Path, run: str, world_size: int, max_steps: int = STEPS, cases: tuple[str, ...] = tuple(CASES)
-) -> None:
-    command = [sys.executable, "-m", "tests.multi_process.train_cases", str(folder), run, str(max_steps), *cases]
-    if world_size > 1:
-        launcher = Path(sys.executable).with_name("horovodrun")
-        command = [str(launcher), "--gloo", "-np", str(world_size), *command]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def losses(folder: Path, run: str, case: str) -> np.ndarray:
-    return np.array([line["loss"] for line in records(folder, run, case, "train")])
-
-
-def records(folder: Path, run: str, case: str, kind: str) -> list[dict]:
-    lines = map(json.loads, (folder / run / case / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
-
-
-def weights(folder: Path, run: str, case: str) -> dict[str, np.ndarray]:
-    (checkpoint,) = (folder / run / case / "checkpoints").glob(f"step-{STEPS:012d}")
-    return {path.name: np.load(path) for path in checkpoint.glob("*.npy")}
-
-
-def assert_same_weights(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    """Equal relative to the largest weight of each variable."""
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        if "attention.scorer.output.bias" in name:
-            continue  # softmax cancels it: its gradient is rounding error, which Adam scales up to whole steps
-        scale = max(np.abs(weight).max(), 1e-3)
-        np.testing.assert_allclose(found[name] / scale, weight / scale, rtol=0, atol=tolerance, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def data_config(folder: Path) -> DataConfig:
-    return config_of(folder, "any", "lazy_adam", STEPS).data
-
-
 @pytest.mark.parametrize(("run", "case"), [*itertools.product(["two", "three"], CASES), ("by_messages", "lazy_adam")])
 def test_many_workers_equal_one(folder: Path, run: str, case: str) -> None:
     loose = 50 if case == "bfloat16" else 1  # 8 bits of mantissa on the wire
-    np.testing.assert_allclose(losses(folder, run, case), losses(folder, "one", case), rtol=2e-4 * loose)
-    assert len(losses(folder, run, case)) == STEPS
-    assert_same_weights(weights(folder, run, case), weights(folder, "one", case), tolerance=1e-3 * loose)
+    assert_same_training(folder, run, "one", case, loose)
     assert losses(folder, "one", case)[-10:].mean() < losses(folder, "one", case)[:10].mean()  # it learns something
 
 

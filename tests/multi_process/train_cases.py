@@ -8,8 +8,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import tensorflow as tf
+
 from din_dist import assembly
-from din_dist.config import Activation, AttentionNormalization, BatchNorm, OptimizerKind, UnknownItem, WireDtype
+from din_dist.config import (
+    Activation,
+    AttentionNormalization,
+    BatchNorm,
+    DataConfig,
+    OptimizerKind,
+    UnknownItem,
+    WireDtype,
+)
 from din_dist.data.prepared import open_prepared
 from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.neighbours import Neighbours, neighbours
@@ -48,17 +58,23 @@ def config_of(folder: Path, run: str, case: str, max_steps: int):
     )
 
 
+def data_config(folder: Path) -> DataConfig:
+    """Of every case."""
+    return config_of(folder, "any", "lazy_adam", 1).data
+
+
 def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
     cores = claim_cores()
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
-    assert isinstance(neighbours(runtime), Neighbours) or runtime.world_size == 1
+    on_gpu = bool(tf.config.get_visible_devices("GPU"))
+    assert isinstance(neighbours(runtime), Neighbours) or runtime.world_size == 1 or on_gpu
     for case in cases:
         config = config_of(folder, run, case, max_steps)
         shared_memory = BY_MESSAGES.isdisjoint({case, run})
         job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
         job.trainer.train()
-        if shared_memory and runtime.world_size > 1:
+        if shared_memory and runtime.world_size > 1 and not on_gpu:
             assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()
         job.trainer.test()
         job.telemetry.close()

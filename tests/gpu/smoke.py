@@ -1,0 +1,91 @@
+"""Jobs on a real GPU: weights against those of a CPU, workers over NCCL against one, and the default job.
+
+    PYTHONPATH=. .venv/bin/python -m tests.gpu.smoke [weights] [nccl] [train]        (default: all)
+
+By hand, after `launch/setup.sh --gpu`, on a machine with an NVIDIA GPU. One is enough: its workers share it, which NCCL
+bears when told to (NCCL_MULTI_RANK_GPU_ENABLE=1; 2.32 does, in older ones it may be missing).
+
+- `weights`: 60 updates of each optimizer on the GPU, without TF32, and on the CPU in our own kernels: the same losses,
+  weights and metrics.
+- `nccl`: the same with two workers that exchange through NCCL, and that Horovod did so.
+- `train`: `launch/train.sh`, and its test GAUC.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from din_dist.data.prepared import prepare
+from tests.multi_process.jobs import ROOT, assert_same_training, records, train
+from tests.multi_process.train_cases import CASES, data_config
+
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # TF32 keeps 10 bits of a factor's mantissa
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1"}
+SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": "{folder}/nccl.%p"}
+QUICK_GAUC = 0.857  # what launch/flags/quick.flags reach
+
+
+def weights(folder: Path) -> None:
+    """A GPU against our kernels."""
+    train(folder, "one", 1, variables=ON_CPU)
+    train(folder, "gpu", 1, variables=EXACT)
+    compare(folder, "gpu")
+
+
+def nccl(folder: Path) -> None:
+    """Two workers against one."""
+    if not (folder / "one").exists():
+        train(folder, "one", 1, variables=ON_CPU)
+    train(folder, "nccl", 2, variables=EXACT | {name: value.format(folder=folder) for name, value in SHARED.items()})
+    compare(folder, "nccl")
+    logs = [path.read_text() for path in folder.glob("nccl.*")]
+    assert len(logs) == 2 and all("Init COMPLETE" in log for log in logs), "NCCL was not used"
+
+
+def compare(folder: Path, run: str) -> None:
+    for case in CASES:
+        by_wire = case == "bfloat16" and run == "nccl"  # 8 bits of mantissa
+        assert_same_training(folder, run, "one", case, loose=50 if by_wire else 1)
+        (found,), (expected,) = (records(folder, name, case, "test") for name in (run, "one"))
+        print(f"{run:5} {case:10} log loss {found['log_loss']:.5f}, on the CPU {expected['log_loss']:.5f}", flush=True)
+        assert abs(found["log_loss"] - expected["log_loss"]) < (0.02 if by_wire else 1e-3)
+
+
+def train_quick(folder: Path) -> None:
+    """The README's first command."""
+    started = time.monotonic()
+    command = [ROOT / "launch" / "train.sh", "--flagfile=launch/flags/quick.flags", f"--output_dir={folder / 'quick'}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "DIN_DIST_DEVICE": "gpu"}, check=True)
+    lines = map(json.loads, (folder / "quick" / "metrics.jsonl").read_text().splitlines())
+    gauc = [line["gauc"] for line in lines if line["kind"] == "test"][-1]
+    print(f"train test GAUC {gauc:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+    assert gauc > QUICK_GAUC - 0.005
+
+
+PARTS: dict[str, Callable[[Path], None]] = {"weights": weights, "nccl": nccl, "train": train_quick}
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - PARTS.keys()
+    if unknown:
+        sys.exit(f"There is no part {', '.join(sorted(unknown))}. Parts: {', '.join(PARTS)}.")
+    if not shutil.which("nvidia-smi") or "GPU 0" not in subprocess.check_output(["nvidia-smi", "-L"], text=True):
+        sys.exit("nvidia-smi -L lists no GPU: this takes one.")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(data_config(folder))
+        for name in names or PARTS:
+            PARTS[name](folder)
+            print(f"{name}: passed", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
