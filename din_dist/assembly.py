@@ -148,7 +148,7 @@ def make_job(
         model,
         optimizer,
         exchange(in_graph, config.optimizer.wire_dtype, native),
-        Regularization(config.optimizer, row_counts, native),
+        Regularization(config.optimizer, row_counts, native, config.job.xla),
         config.optimizer,
         history if can_go_back else None,
     )

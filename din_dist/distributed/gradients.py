@@ -57,9 +57,9 @@ class GradientExchange:
             self._ranks.finish_in_graph(self._tables)
 
     def __call__(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], scale: tf.Tensor
-    ) -> tuple[list[Gradient], list[tf.Tensor]]:
-        """The summed `gradients`, in their order, and the summed `extra` float32 scalars.
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[list[Gradient], tf.Tensor]:
+        """The summed `gradients`, in their order, and the summed `extra` numbers, float32 `[K]`.
 
         Args:
             gradients: those of tables as `IndexedSlices` that name no row twice: lookups gather each row once.
@@ -68,10 +68,10 @@ class GradientExchange:
         is_dense = [not isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         dense = [gradient for gradient, here in zip(gradients, is_dense, strict=True) if here]
         sparse = [_as_rows(gradient) for gradient, here in zip(gradients, is_dense, strict=True) if not here]
-        summed = self._ranks.sum_in_graph([*dense, tf.stack([tf.cast(x, tf.float32) for x in extra])], "dense")
+        *summed, extra = self._ranks.sum_in_graph([*dense, extra], "dense")
         merged = self._gather(sparse, scale)
-        dense_results, sparse_results = iter(summed[:-1]), iter(merged)
-        return [next(dense_results if here else sparse_results) for here in is_dense], tf.unstack(summed[-1])
+        dense_results, sparse_results = iter(summed), iter(merged)
+        return [next(dense_results if here else sparse_results) for here in is_dense], extra
 
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         if not self._ranks.has_peers or not gradients:
@@ -139,6 +139,6 @@ class DenseExchange(GradientExchange):
         """Nothing: an update gives a table new memory."""
 
     def __call__(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], scale: tf.Tensor
-    ) -> tuple[list[Gradient], list[tf.Tensor]]:
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[list[Gradient], tf.Tensor]:
         return super().__call__([tf.convert_to_tensor(gradient) for gradient in gradients], extra, scale)

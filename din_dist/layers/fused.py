@@ -7,6 +7,7 @@ chain. The products stay outside: there the vendors' libraries are at least as g
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -51,11 +52,17 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def on_host() -> contextlib.AbstractContextManager[None]:
+    """For what is done to ids and single numbers: on a GPU each operation would cost the start of a kernel."""
+    return tf.device("CPU:0")
+
+
 def round_up(length: tf.Tensor, steps: int, smallest: int = 512) -> tf.Tensor:
     """The next of few lengths: `steps` between a power of two and the next, and multiples of `smallest`."""
-    halvings = tf.math.floor(tf.math.log(tf.cast(tf.maximum(length, 1), tf.float32)) / tf.math.log(2.0))
-    unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // steps, smallest)
-    return (length + unit - 1) // unit * unit
+    with on_host():
+        halvings = tf.math.floor(tf.math.log(tf.cast(tf.maximum(length, 1), tf.float32)) / tf.math.log(2.0))
+        unit = tf.maximum(tf.bitwise.left_shift(1, tf.cast(halvings, tf.int32)) // steps, smallest)
+        return (length + unit - 1) // unit * unit
 
 
 def _as_tensor(value: Any) -> Any:

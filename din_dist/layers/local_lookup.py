@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from din_dist.layers.fused import on_host
 from din_dist.layers.native_vectors import Part, side_by_side
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
@@ -64,12 +65,14 @@ class LocalLookup(keras.layers.Layer):
         """The row of each of `item_ids` `[U]` in the item's table."""
         if self.row_of_item is None:
             return item_ids
-        return tf.where(item_ids < 0, UNKNOWN_ID, tf.gather(self.row_of_item, tf.abs(item_ids)))
+        with on_host():
+            return tf.where(item_ids < 0, UNKNOWN_ID, tf.gather(self.row_of_item, tf.abs(item_ids)))
 
     def feature_ids(self, item_ids: tf.Tensor) -> list[tf.Tensor]:
         """The features' ids of each of `item_ids` `[U]`, in the order of the tables."""
-        items = item_ids if self.row_of_item is None else tf.abs(item_ids)
-        return [tf.gather(of_item, items) for of_item in self.item_features.values()]
+        with on_host():
+            items = item_ids if self.row_of_item is None else tf.abs(item_ids)
+            return [tf.gather(of_item, items) for of_item in self.item_features.values()]
 
     def rows(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         """As `call`, of items whose row of the item's table and ids of the features (in their order) are given, `[U]`.
@@ -86,13 +89,15 @@ class LocalLookup(keras.layers.Layer):
     def _parts(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[list[Part], tf.Tensor]:
         place_of = None
         if self.row_of_item is not None:
-            item_rows, place_of = tf.unique(item_rows)
+            with on_host():
+                item_rows, place_of = tf.unique(item_rows)
         parts = [Part(tf.gather(self.tables[0].value, item_rows), place_of)]
         biases = tf.gather(self.item_bias.value, item_rows)
         if place_of is not None:
             biases = tf.gather(biases, place_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
-            distinct, places = tf.unique(ids)
+            with on_host():
+                distinct, places = tf.unique(ids)
             parts.append(Part(tf.gather(table.value, distinct), places))
         return parts, tf.squeeze(biases, axis=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,20 +74,17 @@ class Standardize(keras.layers.Layer):
             return _apply(function, inputs, *self.moving_statistics, *parameters, compiled=compiled)
         modes = {"compiled": self.compiled}
         sums = _sums_about(tf.stop_gradient(inputs), self.moving_mean.value, num_rows, **modes)
-        own_count = tf.cast(tf.shape(inputs)[0] if num_rows is None else num_rows, tf.float32)
-        mean, scale, count = self.statistics_of(tf.concat([sums, [own_count]], axis=0))
+        mean, scale, count = self.statistics_of(sums)
 
         @tf.custom_gradient
         def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
             known = (inputs, mean, scale)
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                width = inputs.shape[-1]
-                sums = _gradient_sums(function, upstream, *known, *parameters, **modes)
-                of_standardised, of_parameters = sums[: 2 * width], sums[2 * width :]
-                means = self.sum_over_ranks(of_standardised) / count
-                of_inputs = _gradient_of_inputs(function, upstream, *known, means, num_rows, *parameters, **modes)
-                return [of_inputs, *tf.split(of_parameters, len(parameters))] if parameters else [of_inputs]
+                sums, *of_parameters = _gradient_sums(function, upstream, *known, *parameters, **modes)
+                sums = self.sum_over_ranks(sums)
+                of_inputs = _gradient_of_inputs(function, upstream, *known, sums, count, num_rows, *parameters, **modes)
+                return [of_inputs, *of_parameters]
 
             return _apply(function, *known, *parameters, **modes), gradient
 
@@ -109,7 +107,9 @@ class Standardize(keras.layers.Layer):
         sums.set_shape([2 * width + 1])
         sums = self.sum_over_ranks(sums)  # one message a layer
         averages = self.moving_mean.value, self.moving_variance.value
-        find = kernels.library().din_dist_statistics if native else _statistics
+        find = (
+            kernels.library().din_dist_statistics if native else functools.partial(_statistics, compiled=self.compiled)
+        )
         mean, scale, count, *new_averages = find(sums, *averages, tf.constant([self.momentum, self.epsilon]))
         for average, value in zip((self.moving_mean, self.moving_variance), new_averages, strict=True):
             value.set_shape(average.shape)
@@ -170,9 +170,10 @@ def _apply(
 
 @fused
 def _sums_about(inputs: tf.Tensor, centre: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:
-    """Sum and sum of squares of each column: `[2W]`."""
+    """Sum and sum of squares of each column, and the number of rows: `[2W + 1]`."""
     shifted = _without_padding(inputs - centre, num_rows)
-    return tf.concat([_sum_of_columns(shifted), _sum_of_columns(tf.square(shifted))], axis=0)
+    count = tf.cast(tf.shape(inputs)[0] if num_rows is None else num_rows, tf.float32)
+    return tf.concat([_sum_of_columns(shifted), _sum_of_columns(tf.square(shifted)), [count]], axis=0)
 
 
 @fused
@@ -183,8 +184,8 @@ def _gradient_sums(
     mean: tf.Tensor,
     scale: tf.Tensor,
     *parameters: tf.Tensor,
-) -> tf.Tensor:
-    """Column sums `[(2 + number of parameters) * W]`: of the gradient of n, of that times n, of each parameter.
+) -> list[tf.Tensor]:
+    """Column sums: of the gradient of n and of that times n, `[2W]`, and of each parameter, `[W]`.
 
     n is the standardised input. Rows of padding have no gradient, and so add nothing.
     """
@@ -194,8 +195,8 @@ def _gradient_sums(
         tape.watch([standardised, *repeated])
         outputs = function(inputs, standardised, *repeated)
     of_standardised, *of_parameters = tape.gradient(outputs, [standardised, *repeated], upstream)
-    columns = [of_standardised, of_standardised * standardised, *of_parameters]
-    return tf.concat([_sum_of_columns(column) for column in columns], axis=0)
+    sums = [_sum_of_columns(of_standardised), _sum_of_columns(of_standardised * standardised)]
+    return [tf.concat(sums, axis=0), *map(_sum_of_columns, of_parameters)]
 
 
 @fused
@@ -205,11 +206,12 @@ def _gradient_of_inputs(
     inputs: tf.Tensor,
     mean: tf.Tensor,
     scale: tf.Tensor,
-    means: tf.Tensor,
+    sums: tf.Tensor,
+    count: tf.Tensor,
     num_rows: tf.Tensor | None,
     *parameters: tf.Tensor,
 ) -> tf.Tensor:
-    """`[M, W]`, given the `means` `[2W]` over the global batch of the first two of `_gradient_sums`.
+    """`[M, W]`, given the `sums` `[2W]` of `_gradient_sums` over the global batch, of `count` `[1]` rows.
 
     Source: Ioffe, Szegedy 2015 (arXiv:1502.03167), section 3, with their sums collected.
     """
@@ -220,10 +222,11 @@ def _gradient_of_inputs(
     direct, through = tape.gradient(
         outputs, [inputs, standardised], upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-    mean_of_gradient, mean_of_product = tf.split(means, 2)
+    mean_of_gradient, mean_of_product = tf.split(sums / count, 2)
     return direct + _without_padding(scale * (through - mean_of_gradient - standardised * mean_of_product), num_rows)
 
 
+@fused
 def _statistics(
     summed: tf.Tensor, moving_mean: tf.Tensor, moving_variance: tf.Tensor, constants: tf.Tensor
 ) -> tuple[tf.Tensor, ...]:

@@ -111,7 +111,7 @@ class StepBenchmark:
             marks = [_now()]
             gradients, loss, _ = local_gradients(batch, global_examples)
             marks.append(_now())
-            merged, (loss,) = exchange(gradients, [loss], global_examples)
+            merged, (loss,) = exchange(gradients, loss[None], global_examples)
             marks.append(_now())
             update(merged, loss, self._rate, tf.constant(self._count, tf.int64))
             marks.append(_now())

@@ -11,6 +11,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient, RowGradients
+from din_dist.layers.fused import fused
 from din_dist.training.optimizers import Values
 
 # A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.
@@ -25,10 +26,17 @@ class Regularization:
     Args:
         row_counts: name of a table -> float32 `[num_rows]`, in how many training events each row occurs.
         native: in a kernel of our own, on CPUs.
+        compiled: else what is done to whole gradients through XLA.
     """
 
-    def __init__(self, config: OptimizerConfig, row_counts: Mapping[str, np.ndarray], native: bool = False) -> None:
-        self._config, self._native = config, native
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        row_counts: Mapping[str, np.ndarray],
+        native: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self._config, self._native, self._compiled = config, native, compiled
         self._tables = set(row_counts) if config.embedding_l2 or config.mini_batch_aware_l2 else set()
         self._row_weights = {}
         if config.mini_batch_aware_l2:
@@ -82,7 +90,7 @@ class Regularization:
             if row_weights is not None:
                 weights += tf.gather(row_weights, gradient.row_ids)
             added.append(gradient.rows + weights[:, None] * values)
-        return added, _sum_of_squares([*added, *rows]), _sum_of_squares(whole)
+        return added, _sum_of_squares(*added, *rows), _sum_of_squares(*whole, compiled=self._compiled)
 
     def _by_kernel(
         self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]
@@ -103,7 +111,8 @@ class Regularization:
         return added, of_rows, of_whole
 
 
-def _sum_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
+@fused
+def _sum_of_squares(*values: tf.Tensor) -> tf.Tensor:
     return tf.add_n([tf.constant(0.0), *(tf.reduce_sum(tf.square(value)) for value in values)])
 
 

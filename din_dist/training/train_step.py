@@ -13,6 +13,7 @@ from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE, Batch
 from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
+from din_dist.layers.fused import fused, on_host
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.history import History
 from din_dist.training.optimizers import Optimizer
@@ -53,6 +54,7 @@ class Requests(NamedTuple):
 
 
 NO_REQUESTS = Requests()
+NUM_CHECKSUM_PARTS = 8
 
 
 class TrainStep:
@@ -101,15 +103,18 @@ class TrainStep:
         self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, requests: tf.Tensor
     ) -> StepResult:
         own, loss, losses = self.local_gradients(batch, global_examples)
-        checksum = _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))
-        extra = [loss, *tf.unstack(requests), *tf.unstack(checksum)]
-        gradients, (loss, *extra) = self.exchange(own, extra, global_examples)
+        with on_host():
+            told = tf.concat([requests, _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))], axis=0)
+        gradients, extra = self.exchange(own, tf.concat([loss[None], told], axis=0), global_examples)
+        loss = extra[0]
+        with on_host():
+            heard, checksum = tf.split(extra[1:], [len(Requests._fields), NUM_CHECKSUM_PARTS])
         norm, replaced = self.update(gradients, loss, rate, step)
         return StepResult(
             loss,
             norm,
-            requests=tf.stack(extra[: len(Requests._fields)]),
-            checksum=tf.stack(extra[len(Requests._fields) :]),
+            requests=heard,
+            checksum=checksum,
             num_examples=tf.size(batch[schema.LABELS]),
             nonfinite_examples=tf.boolean_mask(batch[schema.EXAMPLE_IDS], ~tf.math.is_finite(losses)),
             observed=self.observe(batch, own, gradients),
@@ -124,19 +129,20 @@ class TrainStep:
         tables = [gradient for gradient in own if isinstance(gradient, tf.IndexedSlices)]
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
         num_rows = [tf.size(each.row_ids) if each.num_rows is None else each.num_rows for each in rows]
-        places = batch[schema.ITEM_PLACES]
-        unknown = self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS])
-        num_items = tf.shape(unknown)[1]
-        times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
-        num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
-        return Observed(
-            _time_after(own),
-            _time_after(merged),
-            tf.stack([self._exchange.rows_sent(tf.size(gradient.indices)) for gradient in tables]),
-            tf.convert_to_tensor(num_rows or [0]),
-            num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
-            self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),
-        )
+        with on_host():
+            places = batch[schema.ITEM_PLACES]
+            unknown = self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS])
+            num_items = tf.shape(unknown)[1]
+            times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
+            num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
+            return Observed(
+                _time_after(own),
+                _time_after(merged),
+                tf.stack([self._exchange.rows_sent(tf.size(gradient.indices)) for gradient in tables]),
+                tf.convert_to_tensor(num_rows or [0]),
+                num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
+                self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),
+            )
 
     def local_gradients(
         self, batch: Batch, global_examples: tf.Tensor
@@ -144,14 +150,15 @@ class TrainStep:
         """This rank's part of the gradient and of the loss, and the loss of each of its examples."""
         with tf.GradientTape() as tape:
             logits = self._model(batch, training=True)
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=batch[schema.LABELS], logits=logits)
+            compiled = self._model.compiled and not self._model.native
+            losses = _cross_entropy(logits, batch[schema.LABELS], compiled=compiled)
             loss = tf.reduce_sum(losses) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables
         return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss, losses
 
     def exchange(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: Sequence[tf.Tensor], global_examples: tf.Tensor
-    ) -> tuple[list[Gradient], list[tf.Tensor]]:
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, global_examples: tf.Tensor
+    ) -> tuple[list[Gradient], tf.Tensor]:
         """The gradient of the global batch, on every rank, or those of its rows that this one updates."""
         return self._exchange(gradients, extra, scale=global_examples)
 
@@ -193,9 +200,14 @@ def checksum_of(sums: Sequence[float]) -> int:
     return sum(int(value) << (8 * place) for place, value in enumerate(sums)) % 2**64
 
 
+@fused
+def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    return tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
+
+
 def _as_bytes(checksum: tf.Tensor) -> tf.Tensor:
     """A uint64 as 8 float32, which add up exactly over as many as 65,000 ranks in the message of dense gradients."""
-    places = tf.constant([*range(0, 64, 8)], tf.uint64)
+    places = tf.constant([8 * place for place in range(NUM_CHECKSUM_PARTS)], tf.uint64)
     return tf.cast(tf.bitwise.right_shift(checksum, places) & tf.constant(255, tf.uint64), tf.float32)
 
 

@@ -75,7 +75,7 @@ def test_lengths_that_travel_are_few() -> None:
 
 def test_alone_nothing_changes() -> None:
     gradients = [tf.constant([1.0, 2.0]), slices([4, 3], [[1.0], [2.0]])]
-    (dense, rows), (loss,) = GradientExchange(Runtime())(gradients, [tf.constant(3.0)], tf.constant(1.0))
+    (dense, rows), (loss,) = GradientExchange(Runtime())(gradients, tf.constant([3.0]), tf.constant(1.0))
     assert dense.numpy().tolist() == [1.0, 2.0]
     assert (rows.row_ids.numpy().tolist(), rows.rows.numpy().tolist()) == ([4, 3], [[1.0], [2.0]])
     assert float(loss) == 3.0
@@ -84,7 +84,7 @@ def test_alone_nothing_changes() -> None:
 def test_two_ranks_add_up_and_send_each_row_once() -> None:
     runtime = TwoRanks()
     gradients = [slices([4, 9], [[5.0], [2.0]]), tf.constant([1.0]), slices([1], [[3.0, 3.0]])]
-    found, (loss, stops) = GradientExchange(runtime)(gradients, [tf.constant(3.0), tf.constant(1)], tf.constant(8.0))
+    found, (loss, stops) = GradientExchange(runtime)(gradients, tf.constant([3.0, 1.0]), tf.constant(8.0))
     assert dict(zip(found[0].row_ids.numpy().tolist(), found[0].rows.numpy().ravel(), strict=True)) == {4: 10.0, 9: 4.0}
     assert found[1].numpy().tolist() == [2.0]
     assert found[2].rows.numpy().tolist() == [[6.0, 6.0]]
@@ -99,7 +99,7 @@ def test_16_bits_halve_the_bytes_and_keep_small_gradients(wire_dtype: WireDtype,
     runtime, examples = TwoRanks(), tf.constant(8192.0)
     rows = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32) / 8192e3
     gradients = [slices(list(range(50)), rows.tolist())]
-    ((found,), _) = GradientExchange(runtime, wire_dtype)(gradients, [tf.constant(0.0)], examples)
+    ((found,), _) = GradientExchange(runtime, wire_dtype)(gradients, tf.constant([0.0]), examples)
     assert runtime.sent["rows"][0].dtype.size == 2
     np.testing.assert_allclose(found.rows, 2 * rows, rtol=error, atol=1e-11)
 
@@ -109,7 +109,7 @@ def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
     runtime.travels = False
     third = slices([4, 9], [[1 / 3], [2.0]])
     exchange = GradientExchange(runtime, WireDtype.BFLOAT16)
-    ((found,), _) = exchange([third], [tf.constant(0.0)], tf.constant(8.0))
+    ((found,), _) = exchange([third], tf.constant([0.0]), tf.constant(8.0))
     assert runtime.sent["row_ids"][0].numpy().tolist() == [4, 9]
     assert runtime.sent["rows"][0].dtype == tf.float32
     assert found.rows.numpy().tolist() == [[2 * np.float32(1 / 3)], [4.0]]
@@ -118,7 +118,7 @@ def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
 
 def test_a_rank_without_rows_takes_part() -> None:
     nothing = tf.IndexedSlices(tf.zeros([0, 3]), tf.zeros([0], tf.int32), dense_shape=[10, 3])
-    ((found,), _) = GradientExchange(TwoRanks())([nothing], [tf.constant(0.0)], tf.constant(1.0))
+    ((found,), _) = GradientExchange(TwoRanks())([nothing], tf.constant([0.0]), tf.constant(1.0))
     assert found.rows.shape == [0, 3]
 
 
@@ -146,7 +146,7 @@ def test_ranks_that_share_tables_get_a_part_of_the_rows() -> None:
     ranks, tables = SharingRanks(), [tf.Variable(tf.zeros([10, 1]))]
     exchange = GradientExchange(ranks, native=True)
     exchange.share(tables)
-    ((found,), (loss,)) = exchange([slices([4, 9, 1], [[5.0], [2.0], [3.0]])], [tf.constant(3.0)], tf.constant(8.0))
+    ((found,), (loss,)) = exchange([slices([4, 9, 1], [[5.0], [2.0], [3.0]])], tf.constant([3.0]), tf.constant(8.0))
     assert found.row_ids.numpy().tolist() == [4, 1]
     assert found.rows.numpy().tolist() == [[10.0], [6.0]]
     assert (int(found.num_rows), float(loss)) == (4, 6.0)
