@@ -100,11 +100,11 @@ class StepBenchmark:
         return tally
 
     def run_in_parts(self, num_steps: int) -> tuple[dict[str, float], list[Any]]:
-        """Mean seconds of forward and backward, exchange, and update, each run by itself; and one local gradient."""
-        seconds = np.zeros(3)
+        """Median seconds of forward and backward, exchange, and update, each run by itself; and one local gradient."""
+        seconds = []
         gradients: list[Any] = []
         global_examples = tf.constant(self._global_batch_size, tf.float32)
-        local_gradients, exchange, update = self._parts
+        local_gradients, exchange, update = self._parts  # some are compiled for new lengths on the way: hence medians
         for _ in range(num_steps):
             batch = next(self._batches)
             self._count += 1
@@ -115,9 +115,9 @@ class StepBenchmark:
             marks.append(_now())
             update(merged, loss, self._rate, tf.constant(self._count, tf.int64))
             marks.append(_now())
-            seconds += np.diff(marks)
+            seconds.append(np.diff(marks))
         names = ("forward_backward", "exchange", "update")
-        return dict(zip(names, (seconds / num_steps).tolist(), strict=True)), gradients
+        return dict(zip(names, np.median(seconds, axis=0).tolist(), strict=True)), gradients
 
 
 def _now() -> float:

@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import tensorflow as tf
+
 from din_dist.data.prepared import prepare
 from tests.multi_process.jobs import ROOT, assert_same_training, records, train
 from tests.multi_process.train_cases import CASES, data_config
@@ -44,7 +46,12 @@ def nccl(folder: Path) -> None:
     """Two workers against one."""
     if not (folder / "one").exists():
         train(folder, "one", 1, variables=ON_CPU)
-    train(folder, "nccl", 2, variables=EXACT | {name: value.format(folder=folder) for name, value in SHARED.items()})
+    told = {name: value.format(folder=folder) for name, value in SHARED.items()}
+    try:
+        train(folder, "nccl", 2, variables=EXACT | told)
+    except AssertionError:
+        print(*(line for path in folder.glob("nccl.*") for line in path.open() if "WARN" in line), sep="")
+        raise
     compare(folder, "nccl")
     logs = [path.read_text() for path in folder.glob("nccl.*")]
     assert len(logs) == 2 and all("Init COMPLETE" in log for log in logs), "NCCL was not used"
@@ -79,6 +86,7 @@ def main(names: list[str]) -> None:
         sys.exit(f"There is no part {', '.join(sorted(unknown))}. Parts: {', '.join(PARTS)}.")
     if not shutil.which("nvidia-smi") or "GPU 0" not in subprocess.check_output(["nvidia-smi", "-L"], text=True):
         sys.exit("nvidia-smi -L lists no GPU: this takes one.")
+    tf.config.set_visible_devices([], "GPU")  # all of its memory is for the jobs
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(data_config(folder))
