@@ -7,7 +7,8 @@ bears when told to (NCCL_MULTI_RANK_GPU_ENABLE=1; 2.32 does, in older ones it ma
 
 - `weights`: 60 updates of each optimizer on the GPU, without TF32, and on the CPU in our own kernels: the same losses,
   weights and metrics.
-- `nccl`: the same with two workers that exchange through NCCL, and that Horovod did so.
+- `nccl`: two workers that exchange through NCCL, and that Horovod did so: their messages, then the same as `weights`.
+  Workers that share a GPU wait for each other at every message, so it takes minutes there.
 - `train`: `launch/train.sh`, and its test GAUC.
 """
 
@@ -48,13 +49,16 @@ def nccl(folder: Path) -> None:
         train(folder, "one", 1, variables=ON_CPU)
     told = {name: value.format(folder=folder) for name, value in SHARED.items()}
     try:
+        launcher = Path(sys.executable).with_name("horovodrun")
+        command = [launcher, "--gloo", "-np", "2", sys.executable, "-m", "tests.gpu.messages"]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **told}, check=True, timeout=120)
         train(folder, "nccl", 2, variables=EXACT | told)
-    except AssertionError:
+    except (AssertionError, subprocess.CalledProcessError):
         print(*(line for path in folder.glob("nccl.*") for line in path.open() if "WARN" in line), sep="")
         raise
     compare(folder, "nccl")
     logs = [path.read_text() for path in folder.glob("nccl.*")]
-    assert len(logs) == 2 and all("Init COMPLETE" in log for log in logs), "NCCL was not used"
+    assert len(logs) == 4 and all("Init COMPLETE" in log for log in logs), "NCCL was not used"
 
 
 def compare(folder: Path, run: str) -> None:
