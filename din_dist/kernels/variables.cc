@@ -3,9 +3,11 @@
 #include "variables.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
@@ -33,6 +35,14 @@ class SharedMemory : public tensorflow::TensorBuffer {
  private:
   const size_t bytes_;
 };
+
+// To the system at once what is about to be freed: TensorFlow's allocator keeps that for itself, for later.
+void GiveBack(void* data, size_t bytes) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
 
 }  // namespace
 
@@ -121,6 +131,7 @@ void Variable::MoveInto(int file, bool fill) {
   if (memory == MAP_FAILED) throw std::invalid_argument(std::string("shared memory: ") + std::strerror(errno));
   const tensorflow::core::RefCountPtr<SharedMemory> buffer(new SharedMemory(memory, bytes));
   if (fill) std::memcpy(memory, values.data(), bytes);
+  if (values.RefCountIsOne() && !IsShared()) GiveBack(values.data(), bytes);
   values = tensorflow::Tensor(values.dtype(), values.shape(), buffer.get());
 }
 

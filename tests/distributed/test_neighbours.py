@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -189,6 +190,27 @@ def test_what_one_rank_writes_to_shared_tables_all_have() -> None:
         np.testing.assert_array_equal(other, np.full([5000], 7.0))
         np.testing.assert_array_equal(read, np.ones([4, 3]))
         np.testing.assert_array_equal(after, [[-9.0, -19.0, -29.0], [1.0, 1.0, 1.0]])
+
+
+def test_a_shared_table_takes_memory_once() -> None:
+    """TensorFlow's allocator keeps what is freed, so that own copies would stay for as long as the job."""
+
+    def own_megabytes() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+    def work(runtime: PlayedRank) -> tuple[int, int, float]:
+        ranks = neighbours(runtime)
+        table = tf.Variable(tf.fill([400_000, 64], 1.0 + runtime.rank))  # 98 MiB
+        runtime.barrier()
+        before = own_megabytes()
+        runtime.barrier()
+        assert ranks.share([table])
+        runtime.barrier()
+        return before, own_megabytes(), float(table[399_999, 63])
+
+    for before, after, value in play(3, work):
+        assert before - after > 250
+        assert value == 1.0
 
 
 def test_tables_that_are_no_longer_shared_are_noticed() -> None:
