@@ -104,8 +104,11 @@ class TrainStep:
     ) -> StepResult:
         own, loss, losses = self.local_gradients(batch, global_examples)
         with on_host():
-            told = tf.concat([requests, _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))], axis=0)
-        gradients, extra = self.exchange(own, tf.concat([loss[None], told], axis=0), global_examples)
+            others = tf.concat([requests, _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))], axis=0)
+        ready, parts = _time_after(own), [loss[None], others]
+        with tf.control_dependencies([ready]):  # else a worker of one core may look at the clock after the exchange
+            told = tf.concat(parts, axis=0)
+        gradients, extra = self.exchange(own, told, global_examples)
         loss = extra[0]
         with on_host():
             heard, checksum = tf.split(extra[1:], [len(Requests._fields), NUM_CHECKSUM_PARTS])
@@ -117,13 +120,17 @@ class TrainStep:
             checksum=checksum,
             num_examples=tf.size(batch[schema.LABELS]),
             nonfinite_examples=tf.boolean_mask(batch[schema.EXAMPLE_IDS], ~tf.math.is_finite(losses)),
-            observed=self.observe(batch, own, gradients),
+            observed=self.observe(batch, ready, own, gradients),
             values=[variable.read_value() for variable in self._history.others] if self._history else [],
             replaced=replaced,
         )
 
     def observe(
-        self, batch: Batch, own: Sequence[tf.Tensor | tf.IndexedSlices], merged: Sequence[Gradient]
+        self,
+        batch: Batch,
+        gradients_ready: tf.Tensor,
+        own: Sequence[tf.Tensor | tf.IndexedSlices],
+        merged: Sequence[Gradient],
     ) -> Observed:
         """What the update did, from this rank's gradients and those of the global batch."""
         tables = [gradient for gradient in own if isinstance(gradient, tf.IndexedSlices)]
@@ -136,7 +143,7 @@ class TrainStep:
             times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
             num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
             return Observed(
-                _time_after(own),
+                gradients_ready,
                 _time_after(merged),
                 tf.stack([self._exchange.rows_sent(tf.size(gradient.indices)) for gradient in tables]),
                 tf.convert_to_tensor(num_rows or [0]),
@@ -190,7 +197,11 @@ class UnobservedTrainStep(TrainStep):
     """Tells reporters nothing: for `cli/benchmark.py`, to find what telling costs."""
 
     def observe(
-        self, batch: Batch, own: Sequence[tf.Tensor | tf.IndexedSlices], merged: Sequence[Gradient]
+        self,
+        batch: Batch,
+        gradients_ready: tf.Tensor,
+        own: Sequence[tf.Tensor | tf.IndexedSlices],
+        merged: Sequence[Gradient],
     ) -> Observed:
         return Observed(*(tf.constant(0) for _ in Observed._fields))
 
@@ -240,5 +251,5 @@ def statistics_bytes(widths: Sequence[int]) -> int:
 def _time_after(gradients: Sequence[Gradient | tf.IndexedSlices]) -> tf.Tensor:
     """The wall clock, when all of them are known."""
     parts = [part for part in tf.nest.flatten(gradients, expand_composites=True) if part is not None]
-    with tf.control_dependencies(parts):
+    with on_host(), tf.control_dependencies(parts):
         return tf.timestamp()

@@ -500,3 +500,8 @@ def test_tables_in_shared_memory_are_trained_the_same(tmp_path: Path) -> None:
         np.testing.assert_allclose(shared, own, rtol=1e-5, atol=1e-7)
     [finish] = [each for each in graphs[0].get_operations() if each.type == "DinDistNeighboursFinish"]
     assert "If" in [before.type.removeprefix("Stateless") for before in finish.control_inputs]
+    # Dense gradients leave after a look at the clock that waits for them: else their way would take no time.
+    clock, *_ = (each for each in graphs[0].get_operations() if each.type == "Timestamp")
+    sums, *_ = (each for each in graphs[0].get_operations() if each.type == "DinDistNeighboursSum")
+    assert clock in sums.control_inputs
+    assert len(clock.control_inputs) > 15
