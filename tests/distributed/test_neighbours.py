@@ -213,6 +213,22 @@ def test_a_shared_table_takes_memory_once() -> None:
         assert value == 1.0
 
 
+def test_memory_that_others_hold_is_not_given_back() -> None:
+    size = 1 << 20
+    given = np.empty(size + 16, np.float32)
+    given = given[-given.ctypes.data // 4 % 16 :][:size]  # so aligned TensorFlow would keep it, and not a copy
+    given[:] = 3.0
+    tables = [tf.Variable(given), tf.Variable(tf.fill([size], 3.0))]
+    read, seen = tables[1].read_value(), tables[1].numpy()
+    for table in tables:
+        file = os.memfd_create("table")
+        os.ftruncate(file, 4 * size)
+        kernels.library().din_dist_share(table.handle, fd=file, fill=True)
+        os.close(file)
+    for values in (given, read.numpy(), seen, *(table.numpy() for table in tables)):
+        assert values.min() == values.max() == 3.0
+
+
 def test_tables_that_are_no_longer_shared_are_noticed() -> None:
     """As after they were assigned: else each rank would have updates of its own part alone."""
 
