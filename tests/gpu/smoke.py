@@ -14,7 +14,6 @@ bears when told to (NCCL_MULTI_RANK_GPU_ENABLE=1; 2.32 does, in older ones it ma
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -27,12 +26,11 @@ from pathlib import Path
 import tensorflow as tf
 
 from din_dist.data.prepared import prepare
-from tests.multi_process.jobs import ROOT, assert_same_training, records, train
+from tests.multi_process.jobs import ROOT, assert_same_training, records, start, train
 from tests.multi_process.train_cases import CASES, data_config
 
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # TF32 keeps 10 bits of a factor's mantissa
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1"}
-SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": "{folder}/nccl.%p"}
 QUICK_GAUC = 0.857  # what launch/flags/quick.flags reach
 
 
@@ -47,13 +45,11 @@ def nccl(folder: Path) -> None:
     """Two workers against one."""
     if not (folder / "one").exists():
         train(folder, "one", 1, variables=ON_CPU)
-    told = {name: value.format(folder=folder) for name, value in SHARED.items()}
+    told = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{folder}/nccl.%p"}
     try:
-        launcher = Path(sys.executable).with_name("horovodrun")
-        command = [launcher, "--gloo", "-np", "2", sys.executable, "-m", "tests.gpu.messages"]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, **told}, check=True, timeout=120)
+        print(start(2, "tests.gpu.messages", variables=told), end="", flush=True)
         train(folder, "nccl", 2, variables=EXACT | told)
-    except (AssertionError, subprocess.CalledProcessError):
+    except AssertionError:
         print(*(line for path in folder.glob("nccl.*") for line in path.open() if "WARN" in line), sep="")
         raise
     compare(folder, "nccl")
@@ -73,10 +69,10 @@ def compare(folder: Path, run: str) -> None:
 def train_quick(folder: Path) -> None:
     """The README's first command."""
     started = time.monotonic()
-    command = [ROOT / "launch" / "train.sh", "--flagfile=launch/flags/quick.flags", f"--output_dir={folder / 'quick'}"]
+    output_dir = folder / "train" / "quick"
+    command = [ROOT / "launch" / "train.sh", "--flagfile=launch/flags/quick.flags", f"--output_dir={output_dir}"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "DIN_DIST_DEVICE": "gpu"}, check=True)
-    lines = map(json.loads, (folder / "quick" / "metrics.jsonl").read_text().splitlines())
-    gauc = [line["gauc"] for line in lines if line["kind"] == "test"][-1]
+    gauc = records(folder, "train", "quick", "test")[-1]["gauc"]
     print(f"train test GAUC {gauc:.4f}, {time.monotonic() - started:.0f} s", flush=True)
     assert gauc > QUICK_GAUC - 0.005
 

@@ -26,13 +26,19 @@ def train(
     variables: Mapping[str, str] | None = None,
 ) -> None:
     """`variables`: of the environment, beside those of this process."""
-    command = [sys.executable, "-m", "tests.multi_process.train_cases", str(folder), run, str(max_steps), *cases]
+    start(world_size, "tests.multi_process.train_cases", str(folder), run, str(max_steps), *cases, variables=variables)
+
+
+def start(world_size: int, module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
+    """Runs a module to its end, alone or under horovodrun, and returns what it printed; `variables` as of `train`."""
+    command = [sys.executable, "-m", module, *arguments]
     if world_size > 1:
         launcher = Path(sys.executable).with_name("horovodrun")
         command = [str(launcher), "--gloo", "-np", str(world_size), *command]
     environment = {**os.environ, **(variables or {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def losses(folder: Path, run: str, case: str) -> np.ndarray:

@@ -67,14 +67,14 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
     cores = claim_cores()
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
-    on_gpu = bool(tf.config.get_visible_devices("GPU"))
-    assert isinstance(neighbours(runtime), Neighbours) or runtime.world_size == 1 or on_gpu
+    shares = runtime.world_size > 1 and not tf.config.get_visible_devices("GPU")
+    assert not shares or isinstance(neighbours(runtime), Neighbours)
     for case in cases:
         config = config_of(folder, run, case, max_steps)
         shared_memory = BY_MESSAGES.isdisjoint({case, run})
         job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
         job.trainer.train()
-        if shared_memory and runtime.world_size > 1 and not on_gpu:
+        if shared_memory and shares:
             assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()
         job.trainer.test()
         job.telemetry.close()
