@@ -200,7 +200,8 @@ def test_a_shared_table_takes_memory_once() -> None:
 
     def work(runtime: PlayedRank) -> tuple[int, int, float]:
         ranks = neighbours(runtime)
-        table = tf.Variable(tf.fill([400_000, 64], 1.0 + runtime.rank))  # 98 MiB
+        table = tf.Variable(tf.fill([400_000, 64], float(runtime.rank)))  # 98 MiB
+        table.assign_add(tf.ones(table.shape))  # now its memory is its own, whoever still holds its first values
         runtime.barrier()
         before = own_megabytes()
         runtime.barrier()
