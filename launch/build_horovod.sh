@@ -48,7 +48,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
-declare -A revision=([cpu]=4 [gpu]=5)
+declare -A revision=([cpu]=5 [gpu]=6)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
 
@@ -144,6 +144,13 @@ sed -i 's,^  // Loop through posted send operations\.$,\
     if (buffer) buffer->signalException(ex);\
   }\
 &,' "$pair"
+
+# In an all-gather Gloo sends its part before it says that it is ready to receive. Of two ranks, which have one connection, the later
+# one says so behind all of its part, and its link carries one direction at a time.
+allgatherv=$source_tree/third_party/gloo/gloo/allgatherv.cc
+[[ $(grep -A 1 -E '^      out->send\(sendRank, slot, byteOffsets' "$allgatherv" | grep -cE '^      out->(send|recv)\(') == 2 ]] ||
+  die "third_party/gloo/gloo/allgatherv.cc must send and receive on two lines, one after the other. Adapt launch/build_horovod.sh to this Horovod."
+sed -i '/^      out->send(sendRank, slot, byteOffsets/{h;d};/^      out->recv(recvRank, slot, byteOffsets/G' "$allgatherv"
 
 # When a worker dies while the others join anew, Gloo throws there. Nothing catches it: all of them abort, and the elastic job
 # with them (horovod/horovod issue 3264). Caught, it is an hvd.init() that failed and can be tried again. The rank -1 tells a

@@ -109,12 +109,8 @@ def allreduce_bytes(num_bytes: float, world_size: int) -> float:
 
 
 def allgather_bytes(own_bytes: float, world_size: int) -> float:
-    """What passes a worker's link, one byte after the other, in a ring all-gather: everybody's part but its own.
-
-    Of two workers each sends to the other over one connection, and gloo tells that it is ready to receive only behind
-    what it is sending: the second part follows the first (measured at 100 Mbit/s; with three they do overlap).
-    """
-    return 2 * own_bytes if world_size == 2 else (world_size - 1) * own_bytes
+    """What a worker sends, and receives, in a ring all-gather: everybody's part but one."""
+    return (world_size - 1) * own_bytes
 
 
 def allreduce_hops(world_size: int) -> int:

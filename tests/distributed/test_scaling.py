@@ -69,7 +69,7 @@ def test_a_worker_on_its_own_speaks_to_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "reduced", "gathered"), [(1, 0, 0), (2, 100, 200), (3, 133.333, 200), (5, 160, 400)]
+    ("world_size", "reduced", "gathered"), [(1, 0, 0), (2, 100, 100), (3, 133.333, 200), (5, 160, 400)]
 )
 def test_bytes_on_a_link(world_size: int, reduced: float, gathered: float) -> None:
     assert allreduce_bytes(100, world_size) == pytest.approx(reduced, abs=1e-3)

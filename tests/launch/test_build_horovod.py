@@ -29,6 +29,13 @@ void Pair::handleEvents(int events) {
   // Loop through posted send operations.
 """
 
+ALLGATHERV = """    if (i == 0) {
+      out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);
+      out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);
+      continue;
+    }
+"""
+
 OPERATIONS = """
   Status status;
   try {
@@ -70,6 +77,7 @@ def serve_sdist(
     folder: Path,
     cmake_lists: str,
     pair: str = PAIR,
+    allgatherv: str = ALLGATHERV,
     operations: str = OPERATIONS,
     process_set: str = PROCESS_SET,
     mpi_ops: str = MPI_OPS,
@@ -81,6 +89,7 @@ def serve_sdist(
             ("CMakeLists.txt", "project(horovod CXX)\n"),
             ("horovod/tensorflow/CMakeLists.txt", cmake_lists),
             ("third_party/gloo/gloo/transport/tcp/pair.cc", pair),
+            ("third_party/gloo/gloo/allgatherv.cc", allgatherv),
             ("horovod/common/operations.cc", operations),
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
             ("horovod/common/process_set.cc", process_set),
@@ -254,6 +263,17 @@ def test_the_lock_to_yield_at_must_be_there_once(checkout: FakeCheckout, tmp_pat
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. "
         "Adapt launch/build_horovod.sh to this Horovod."
+    )
+
+
+@pytest.mark.parametrize(
+    "allgatherv", ["", ALLGATHERV.replace("      out->recv", "      wait();\n      out->recv"), ALLGATHERV * 2]
+)
+def test_what_all_gathers_do_first_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, allgatherv: str) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, allgatherv=allgatherv)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: third_party/gloo/gloo/allgatherv.cc must send and receive on two lines, one after the "
+        "other. Adapt launch/build_horovod.sh to this Horovod."
     )
 
 
