@@ -48,7 +48,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
-declare -A revision=([cpu]=5 [gpu]=6)
+declare -A revision=([cpu]=6 [gpu]=7)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
 
@@ -192,6 +192,57 @@ sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HORO
 [[ $(grep -c '^  gloo_context\.Finalize();$' "$common/process_set.cc") == 1 ]] ||
   die "horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt launch/build_horovod.sh to this Horovod."
 sed -i 's/^  gloo_context\.Finalize();$/  gloo_context = GlooContext();/' "$common/process_set.cc"
+
+# Horovod's thread looks for messages at fixed times, each a round over all ranks. Looking ten times a millisecond, so that a step with
+# some twenty messages does not wait for it, it took a fifth of the only core of a worker. Here it is told what is added, and looks at
+# those times only while something waits for other ranks; else every 20 ms. Who has something to say need not wait that long for those
+# who have not yet: they come when they have.
+queue=$common/tensor_queue
+[[ $(grep -c '^  return Status::OK();$' "$queue.cc") == 2 && $(grep -c '^#include "logging\.h"$' "$queue.cc") == 1 &&
+  $(grep -cE '^  TensorQueue\(\) = default;$|^#include <mutex>$' "$queue.h") == 2 &&
+  $(grep -A 2 '^  if (sleep_duration > ' "$common/operations.cc") == *$'{\n    std::this_thread::sleep_for(sleep_duration);\n  }' ]] ||
+  die "horovod/common must add tensors in tensor_queue.cc and sleep in operations.cc once. Adapt launch/build_horovod.sh to this Horovod."
+sed -i -e 's/^#include <mutex>$/#include <chrono>\n&/' \
+  -e 's/^  TensorQueue() = default;$/&\
+  bool HasTensors() const;\
+  static void WaitForTensors(std::chrono::steady_clock::duration at_most);/' "$queue.h"
+sed -i -e 's/^  return Status::OK();$/  TellOfTensors();\n&/' \
+  -e 's/^#include "logging\.h"$/&\
+\
+#include <condition_variable>/' \
+  -e 's/^\/\/ Add a TensorTableEntry as well as its message to the queue\.$/namespace {\
+std::mutex added_mutex;\
+std::condition_variable added;\
+bool has_added = false;\
+\
+void TellOfTensors() {\
+  {\
+    std::lock_guard<std::mutex> guard(added_mutex);\
+    has_added = true;\
+  }\
+  added.notify_one();\
+}\
+} \/\/ namespace\
+\
+bool TensorQueue::HasTensors() const {\
+  std::lock_guard<std::mutex> guard(mutex_);\
+  return !tensor_table_.empty();\
+}\
+\
+\/\/ Until a tensor is added to any queue.\
+void TensorQueue::WaitForTensors(std::chrono::steady_clock::duration at_most) {\
+  std::unique_lock<std::mutex> lock(added_mutex);\
+  added.wait_for(lock, at_most, [] { return has_added; });\
+  has_added = false;\
+}\
+\
+&/' "$queue.cc"
+sed -i '/^  if (sleep_duration > /{N;N;s/.*/  bool tensors_wait = false;\
+  for (auto process_set_id : state.process_set_table.Ids()) {\
+    tensors_wait |= state.process_set_table.Get(process_set_id).tensor_queue.HasTensors();\
+  }\
+  if (!tensors_wait) sleep_duration += std::chrono::milliseconds(20);\
+  TensorQueue::WaitForTensors(sleep_duration);/}' "$common/operations.cc"
 
 # TensorFlow no longer exports the function by which Horovod asks for a GPU's stream, so a wheel that calls it does not load.
 # Its class for streams tells as much, by a virtual function that takes no exported name.

@@ -21,9 +21,8 @@ from din_dist.cli import flags as settings
 from din_dist.config import ComputeDtype, Config, require
 from din_dist.distributed.cores import claim_cores
 
-WITHOUT_SHARED_MEMORY = "without_shared_memory"
 FORMS = (
-    *("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", WITHOUT_SHARED_MEMORY),
+    *("padded", "unfactored", "dense_allreduce", "without_native", "without_xla", "without_shared_memory"),
     *("in_float32", "without_metrics", "undoable", "without_group_negatives"),
 )
 ROUNDS = 5
@@ -101,7 +100,7 @@ def main() -> None:
     from din_dist.training.output_dir import to_json
     from din_dist.training.trainer import peak_memory_bytes
 
-    runtime = open_runtime(config.job.native and WITHOUT_SHARED_MEMORY not in values.compare)
+    runtime = open_runtime()
     claim_devices(runtime, len(cores))
     store = open_prepared(config.data)
     # It reports as a job does, at the same cost, but to nobody.
@@ -142,7 +141,7 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         "padded": {"attention": PaddedActivationUnit},
         "unfactored": {"attention": UnfactoredActivationUnit},
         "dense_allreduce": {"exchange": DenseExchange},
-        WITHOUT_SHARED_MEMORY: {"shared_memory": False},
+        "without_shared_memory": {"shared_memory": False},
     }
     if form in ("padded", "unfactored", "without_xla", "without_native", "in_float32"):
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, compute_dtype=ComputeDtype.FLOAT32))

@@ -46,7 +46,7 @@ def main() -> None:
     from din_dist.training.trainer import peak_memory_bytes
     from din_dist.versions import build_info
 
-    runtime = open_runtime(config.job.native)
+    runtime = open_runtime()
     claim_devices(runtime, len(cores))
     folder = Path(config.job.output_dir)
     lock = OutputDirLock(folder, os.environ.get(JOB_VARIABLE, ""))

@@ -41,8 +41,7 @@ def neighbours(runtime: Runtime) -> InGraph:
     if files is None:
         if runtime.is_chief:
             warnings.warn(
-                "The workers of this machine can have no memory in common, so that updates wait for Horovod. "
-                "HOROVOD_CYCLE_TIME=0.1 lets it look for messages more often.",
+                "The workers of this machine can have no memory in common, so that updates wait for Horovod.",
                 stacklevel=2,
             )
         return runtime

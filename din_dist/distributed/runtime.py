@@ -144,12 +144,10 @@ class Runtime(InGraph):
 class HorovodRuntime(Runtime):
     """The processes that `horovodrun` started."""
 
-    def __init__(self, waits_for_messages: bool = True) -> None:
-        """`waits_for_messages`: whether updates do."""
-        # Horovod looks for messages every so many milliseconds, which takes a part of a core: at its default of 1 some
-        # hundredths of one, which a worker may have no other of. Where a step waits for a message at each synchronised
-        # layer, though, the wait is a good part of a CPU step.
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1" if waits_for_messages else "20")
+    def __init__(self) -> None:
+        # Milliseconds between two looks at what a message waits for. A step waits for some twenty messages; where none
+        # is under way our build does not look (see launch/build_horovod.sh).
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
         self._hvd = importlib.import_module("horovod.tensorflow")
         self._join()
@@ -252,19 +250,11 @@ def _libc_environment(name: str) -> str:
     return (getenv(name.encode()) or b"").decode()
 
 
-def open_runtime(native: bool = False) -> Runtime:
-    """Joins the job that `horovodrun` started this process for, or stands alone.
-
-    `native`: on CPUs, updates are to run in our kernels; then workers of one machine need no messages for them (see
-    `neighbours.py`).
-    """
+def open_runtime() -> Runtime:
+    """Joins the job that `horovodrun` started this process for, or stands alone."""
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         return ElasticRuntime()
-    num_ranks, num_here = (int(os.environ.get(f"HOROVOD_{name}", "1")) for name in ("SIZE", "LOCAL_SIZE"))
-    if num_ranks == 1:
-        return Runtime()
-    native = native and not tf.config.list_physical_devices("GPU")
-    return HorovodRuntime(waits_for_messages=not (native and num_here == num_ranks))
+    return Runtime() if int(os.environ.get("HOROVOD_SIZE", "1")) == 1 else HorovodRuntime()
 
 
 def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:

@@ -117,17 +117,17 @@ def allreduce_hops(world_size: int) -> int:
     """Messages that one all-reduce waits for, one after the other, from the tensor being ready to its result.
 
     A step's all-reduces have the same name and shape each time, so that Horovod finds them in its cache: the workers
-    agree by one small ring all-reduce of bits, then comes the ring itself. Agreeing goes on all the time; a tensor
-    that gets ready waits for half of a round that began without it.
+    agree by one small ring all-reduce of bits, then comes the ring itself. Our build agrees when a tensor gets ready,
+    and the last worker finds the others waiting in the round that it joins.
     """
     ring = 2 * (world_size - 1)
-    return ring // 2 + ring + ring
+    return ring + ring
 
 
 def allgather_hops(world_size: int) -> int:
     """As `allreduce_hops`: the exchange rounds the lengths of what it gathers, so that they are in the cache too."""
     ring = 2 * (world_size - 1)
-    return ring // 2 + ring + world_size - 1
+    return ring + world_size - 1
 
 
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:

@@ -61,19 +61,3 @@ def test_alone_horovod_is_not_even_imported() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert type(open_runtime()) is Runtime
-
-
-@pytest.mark.parametrize(
-    ("native", "local_size", "gpus", "waits"),
-    [(True, 2, [], False), (True, 1, [], True), (True, 2, ["gpu:0"], True), (False, 2, [], True)],
-    ids=["neighbours", "several machines", "gpus", "without our kernels"],
-)
-def test_horovod_looks_often_only_where_updates_wait_for_it(
-    native: bool, local_size: int, gpus: list[str], waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOROVOD_SIZE", "2")
-    monkeypatch.setenv("HOROVOD_LOCAL_SIZE", str(local_size))
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: gpus)
-    with mock.patch("din_dist.distributed.runtime.HorovodRuntime") as opened:
-        open_runtime(native)
-    opened.assert_called_once_with(waits_for_messages=waits)

@@ -53,6 +53,10 @@ operations=$3/horovod/common/operations.cc
 [[ $(grep -c 'catch (const std::exception& error)' "$operations") == 1 ]] || exit 1
 [[ $(grep -A 1 '^  }$' "$operations") == *rethrow_exception* ]] || exit 1
 [[ $(grep -c 'initialization_failed = false' "$operations") == 2 ]] || exit 1
+[[ $(grep -c 'TellOfTensors();$' "$3/horovod/common/tensor_queue.cc") == 2 ]] || exit 1
+[[ $(grep -cE 'bool HasTensors|WaitForTensors|<chrono>' "$3/horovod/common/tensor_queue.h") == 3 ]] || exit 1
+if grep sleep_for "$operations"; then exit 1; fi
+[[ $(grep -c 'WaitForTensors(sleep_duration)' "$operations") == 1 ]] || exit 1
 grep -q 'SetEnv(HOROVOD_RANK, "-1");' "$3/horovod/common/gloo/gloo_context.cc" || exit 1
 grep -qx '  gloo_context = GlooContext();' "$3/horovod/common/process_set.cc" || exit 1
 grep -q 'return .*platform_specific_handle' "$3/horovod/tensorflow/mpi_ops.cc" || exit 1
@@ -103,7 +107,7 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        revision = {"cpu": 5, "gpu": 6}[device]
+        revision = {"cpu": 6, "gpu": 7}[device]
         return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:

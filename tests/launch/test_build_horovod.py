@@ -55,6 +55,18 @@ OPERATIONS = """
   }
     horovod_global.initialization_done = false;
     horovod_global.initialization_done = false;
+  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
+    std::this_thread::sleep_for(sleep_duration);
+  }
+"""
+TENSOR_QUEUE = """#include "logging.h"
+
+// Add a TensorTableEntry as well as its message to the queue.
+  return Status::OK();
+  return Status::OK();
+"""
+TENSOR_QUEUE_H = """#include <mutex>
+  TensorQueue() = default;
 """
 GLOO_CONTEXT = "      // Signals that this host is not part of the job\n"
 PROCESS_SET = "  gloo_context.Finalize();\n"
@@ -79,6 +91,7 @@ def serve_sdist(
     pair: str = PAIR,
     allgatherv: str = ALLGATHERV,
     operations: str = OPERATIONS,
+    tensor_queue: str = TENSOR_QUEUE,
     process_set: str = PROCESS_SET,
     mpi_ops: str = MPI_OPS,
 ) -> None:
@@ -92,6 +105,8 @@ def serve_sdist(
             ("third_party/gloo/gloo/allgatherv.cc", allgatherv),
             ("horovod/common/operations.cc", operations),
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
+            ("horovod/common/tensor_queue.cc", tensor_queue),
+            ("horovod/common/tensor_queue.h", TENSOR_QUEUE_H),
             ("horovod/common/process_set.cc", process_set),
             ("horovod/tensorflow/mpi_ops.cc", mpi_ops),
         ):
@@ -282,6 +297,24 @@ def test_another_horovod_that_starts_up_otherwise(checkout: FakeCheckout, tmp_pa
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: horovod/common must initialize Gloo in operations.cc and notice removed hosts in "
         "gloo_context.cc. Adapt launch/build_horovod.sh to this Horovod."
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tensor_queue": TENSOR_QUEUE.replace("  return Status::OK();\n", "", 1)},
+        {"operations": OPERATIONS.replace("sleep_for", "sleep_until")},
+        {"operations": OPERATIONS.replace("sleep_duration >", "0 <")},
+    ],
+)
+def test_another_horovod_that_looks_for_messages_otherwise(
+    checkout: FakeCheckout, tmp_path: Path, other: dict[str, str]
+) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, **other)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/common must add tensors in tensor_queue.cc and sleep in operations.cc once. Adapt "
+        "launch/build_horovod.sh to this Horovod."
     )
 
 
