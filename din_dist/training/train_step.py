@@ -73,8 +73,7 @@ class TrainStep:
         self._history = history
         self._model, self._optimizer, self._exchange = model, optimizer, exchange
         self._regularization, self._clip_norm = regularization, config.clip_norm
-        scalars = [tf.TensorSpec([], dtype) for dtype in (tf.float32, tf.int64, tf.float32)]
-        signature = [BATCH_SIGNATURE, *scalars, tf.TensorSpec([len(Requests._fields)], tf.float32)]
+        signature = [BATCH_SIGNATURE, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
         self._begun = functools.cache(self._begin)
 
@@ -86,22 +85,19 @@ class TrainStep:
         self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
     ) -> StepResult:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
-        return self._begun()(
-            batch,
-            tf.constant(rate, tf.float32),
-            tf.constant(step, tf.int64),
-            tf.constant(global_examples, tf.float32),
-            tf.constant(requests, tf.float32),
-        )
+        # One tensor, for to make and hand over each takes a hundredth of a small update.
+        return self._begun()(batch, tf.constant([rate, step, global_examples, *requests], tf.float64))
 
     def _begin(self) -> Callable[..., StepResult]:
         """What runs an update, looked for once."""
         self._exchange.share(self._optimizer.changing_by_rows)
         return self._run.get_concrete_function()
 
-    def _step(
-        self, batch: Batch, rate: tf.Tensor, step: tf.Tensor, global_examples: tf.Tensor, requests: tf.Tensor
-    ) -> StepResult:
+    def _step(self, batch: Batch, numbers: tf.Tensor) -> StepResult:
+        """`numbers`: rate, step, global examples and requests."""
+        with on_host():
+            in_float32, step = tf.cast(numbers, tf.float32), tf.cast(numbers[1], tf.int64)
+            rate, global_examples, requests = in_float32[0], in_float32[2], in_float32[3:]
         own, loss, losses = self.local_gradients(batch, global_examples)
         with on_host():
             others = tf.concat([requests, _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))], axis=0)
