@@ -48,7 +48,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
-declare -A revision=([cpu]=6 [gpu]=7)
+declare -A revision=([cpu]=7 [gpu]=8)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
 
@@ -118,6 +118,11 @@ sha256sum --check --status <<<"$horovod_sha256  $sdist" ||
 tar -xzf "$sdist" -C "$work"
 source_tree=$work/horovod-$horovod_version
 
+# Ranks of different builds do not understand each other: told apart by their version, so that the preflight sees it.
+[[ $(cat "$source_tree/horovod/__init__.py") == *"__version__ = '$horovod_version'"* ]] ||
+  die "horovod/__init__.py must give the version, $horovod_version. Adapt launch/build_horovod.sh to this Horovod."
+sed -i "s/^__version__ = .*/__version__ = '$horovod_version+din.${revision[$device]}'/" "$source_tree/horovod/__init__.py"
+
 # The opt-in XLA operations include headers that TensorFlow's wheel no longer ships. Nothing else needs that file.
 cmake_lists=$source_tree/horovod/tensorflow/CMakeLists.txt
 [[ $(grep -c 'xla_mpi_ops\.cc' "$cmake_lists") == 1 ]] ||
@@ -151,6 +156,19 @@ allgatherv=$source_tree/third_party/gloo/gloo/allgatherv.cc
 [[ $(grep -A 1 -E '^      out->send\(sendRank, slot, byteOffsets' "$allgatherv" | grep -cE '^      out->(send|recv)\(') == 2 ]] ||
   die "third_party/gloo/gloo/allgatherv.cc must send and receive on two lines, one after the other. Adapt launch/build_horovod.sh to this Horovod."
 sed -i '/^      out->send(sendRank, slot, byteOffsets/{h;d};/^      out->recv(recvRank, slot, byteOffsets/G' "$allgatherv"
+
+# Few bytes, as those of a layer's statistics and all by which the ranks agree on what is ready, are summed in fewer steps.
+gloo=$source_tree/third_party/gloo/gloo
+[[ $(grep -cE '^    case detail::AllreduceOptionsImpl::UNSPECIFIED:$|^#include "gloo/types\.h"$' "$gloo/allreduce.cc") == 2 ]] ||
+  die "third_party/gloo/gloo/allreduce.cc must choose an algorithm in one place. Adapt launch/build_horovod.sh to this Horovod."
+cp "$root/launch/recursive_doubling.h" "$gloo"
+sed -i -e 's,^#include "gloo/types\.h"$,#include "gloo/recursive_doubling.h"\n&,' \
+  -e 's/^    case detail::AllreduceOptionsImpl::UNSPECIFIED:$/&\
+      if (totalBytes <= kMostBytesToDouble) {\
+        recursiveDoubling(opts, reduceInputs, broadcastOutputs);\
+        break;\
+      }\
+      \/\/ fallthrough/' "$gloo/allreduce.cc"
 
 # When a worker dies while the others join anew, Gloo throws there. Nothing catches it: all of them abort, and the elastic job
 # with them (horovod/horovod issue 3264). Caught, it is an hvd.init() that failed and can be tried again. The rank -1 tells a

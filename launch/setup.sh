@@ -31,7 +31,7 @@ version=$("$base_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 stamp=$venv/din_dist_setup
 digest=$(
   cd "$root"
-  sha256sum setup.cfg pyproject.toml launch/{constraints.txt,build_horovod.sh,build_kernels.sh,setup.sh} din_dist/kernels/*.{cc,h} |
+  sha256sum setup.cfg pyproject.toml launch/{constraints.txt,build_horovod.sh,build_kernels.sh,recursive_doubling.h,setup.sh} din_dist/kernels/*.{cc,h} |
     sha256sum | cut -c -16
 )
 made_from="$venv from $root python$version $digest $device"

@@ -4,9 +4,8 @@ Arithmetic only. Weak scaling: each worker keeps the batch that was measured, so
 workers. Parts do not overlap: Horovod works off its messages one after the other, and a step waits for each.
 
 Source of the message counts: Horovod 0.28.1 with Gloo (`horovod/common/controller.cc`, `gloo_controller.cc`,
-`response_cache.cc`; gloo's `allreduce.cc`, `allgather.cc`, `allgatherv.cc`, `broadcast.cc`). All-reduces and
-all-gathers are rings there, whatever their size, and so are the rounds by which the workers agree on what is ready.
-Another control plane (MPI) or trees for small messages (NCCL) would need fewer hops.
+`response_cache.cc`; gloo's `allreduce.cc`, `allgatherv.cc`), as launch/build_horovod.sh changes it: all-gathers and
+all-reduces of many bytes are rings; those of few, and by which the workers agree on what is ready, double.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 
 from din_dist.errors import InputError
 
+MOST_BYTES_TO_DOUBLE = 16384  # as in launch/recursive_doubling.h
 TCP_PAYLOAD_SHARE = 1448 / 1538  # of Ethernet with an MTU of 1500: the rest is headers and gaps between frames
 
 
@@ -100,11 +100,21 @@ class Prediction:
         }
 
 
+def doubling_steps(world_size: int) -> int:
+    """Of an all-reduce of few bytes (see launch/recursive_doubling.h)."""
+    steps = world_size.bit_length() - 1
+    return steps if world_size == 2**steps else steps + 2  # the ranks above the power of two are heard first, told last
+
+
 def allreduce_bytes(num_bytes: float, world_size: int) -> float:
-    """What a worker sends, and receives, in a ring all-reduce: each of N parts travels N-1 hops, twice.
+    """What a worker sends, and receives, in one all-reduce.
+
+    Few bytes travel whole in each step; of more each of N parts travels N-1 hops of a ring, twice.
 
     Source: Patarasu and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
     """
+    if num_bytes <= MOST_BYTES_TO_DOUBLE:
+        return doubling_steps(world_size) * num_bytes
     return 2 * (world_size - 1) / world_size * num_bytes
 
 
@@ -113,34 +123,39 @@ def allgather_bytes(own_bytes: float, world_size: int) -> float:
     return (world_size - 1) * own_bytes
 
 
-def allreduce_hops(world_size: int) -> int:
+def allreduce_hops(num_bytes: float, world_size: int) -> int:
     """Messages that one all-reduce waits for, one after the other, from the tensor being ready to its result.
 
     A step's all-reduces have the same name and shape each time, so that Horovod finds them in its cache: the workers
-    agree by one small ring all-reduce of bits, then comes the ring itself. Our build agrees when a tensor gets ready,
+    agree by one all-reduce of a few bits, then comes the message itself. Our build agrees when a tensor gets ready,
     and the last worker finds the others waiting in the round that it joins.
     """
-    ring = 2 * (world_size - 1)
-    return ring + ring
+    doubled = num_bytes <= MOST_BYTES_TO_DOUBLE
+    return doubling_steps(world_size) + (doubling_steps(world_size) if doubled else 2 * (world_size - 1))
 
 
 def allgather_hops(world_size: int) -> int:
     """As `allreduce_hops`: the exchange rounds the lengths of what it gathers, so that they are in the cache too."""
-    ring = 2 * (world_size - 1)
-    return ring + world_size - 1
+    return doubling_steps(world_size) + world_size - 1
 
 
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:
     """The step of `world_size` workers, each on a link of its own and with the batch that was measured."""
     num_gathers = measured.num_gather_messages
-    num_allreduces = measured.num_statistics_messages + measured.num_gradient_messages - num_gathers
-    hops = num_allreduces * allreduce_hops(world_size) + num_gathers * allgather_hops(world_size)
-    messages = num_allreduces + num_gathers if world_size > 1 else 0
+    reduced = [  # the size of each message
+        num_bytes / number
+        for number, num_bytes in (
+            (measured.num_gradient_messages - num_gathers, measured.dense_gradient_bytes),
+            (measured.num_statistics_messages, measured.statistics_bytes),
+        )
+        for _ in range(number)
+    ]
+    hops = sum(allreduce_hops(size, world_size) for size in reduced) + num_gathers * allgather_hops(world_size)
+    messages = len(reduced) + num_gathers if world_size > 1 else 0
     bytes_per_second = cluster.bandwidth_bits_per_second / 8 * cluster.payload_share
-    dense_bytes = measured.dense_gradient_bytes + measured.statistics_bytes
     seconds = {
         "compute": measured.compute_seconds,
-        "all_reduce_bandwidth": allreduce_bytes(dense_bytes, world_size) / bytes_per_second,
+        "all_reduce_bandwidth": sum(allreduce_bytes(size, world_size) for size in reduced) / bytes_per_second,
         "all_gather_bandwidth": allgather_bytes(measured.row_gradient_bytes, world_size) / bytes_per_second,
         "message_latency": hops * cluster.latency_seconds,
         "message_overhead": messages * cluster.message_overhead_seconds,

@@ -18,6 +18,7 @@ from din_dist.config import Config
 from din_dist.data.pipeline import Batch
 from din_dist.distributed.gradients import merge_rows
 from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.scaling import allgather_bytes, allreduce_bytes
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
@@ -197,15 +198,12 @@ def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], repeats
 
 
 def bytes_sent(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Bytes that a rank sends in an update by ring algorithms.
-
-    An all-reduce sends 2 (N-1)/N of the whole, an all-gather N-1 times a rank's own part.
-    """
-    reduced = 2 * (world_size - 1) / world_size
+    """Bytes that a rank sends in an update over Horovod (see `distributed/scaling.py`)."""
+    num_statistics = max(1, sizes["num_statistics_messages"])
     return {
-        "dense": round(reduced * sizes["dense_gradient_bytes"]),
-        "statistics": round(reduced * sizes["statistics_bytes"]),
-        "sparse": (world_size - 1) * sizes["row_gradient_bytes"],
+        "dense": round(allreduce_bytes(sizes["dense_gradient_bytes"], world_size)),
+        "statistics": round(num_statistics * allreduce_bytes(sizes["statistics_bytes"] / num_statistics, world_size)),
+        "sparse": round(allgather_bytes(sizes["row_gradient_bytes"], world_size)),
     }
 
 

@@ -40,8 +40,8 @@ def test_it_says_that_it_predicts_and_what_dominates(measured: Path) -> None:
     assert found["measured"]["compute_seconds"] == 0.1
     assert found["cluster"]["bandwidth_bits_per_second"] == 25e9
     assert [entry["world_size"] for entry in found["predictions"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
-    # 0.1 s and 8 * 3 ms + 2 * 20 ms for rows; 5 all-reduces of 35 hops, 2 all-gathers of 28, 50 us each; the bytes.
-    first_step = 0.1 + 0.064 + 0.01155 + (2.1e6 + 3.5e6) * 8 / 25e9 * 1538 / 1448
+    # 0.1 s and 8 * 3 ms + 2 * 20 ms for rows; 5 all-reduces of 3 + 14 hops, 2 gathers of 3 + 7, 50 us each; bytes.
+    first_step = 0.1 + 0.064 + 0.00525 + (2.1e6 + 3.5e6) * 8 / 25e9 * 1538 / 1448
     assert found["predictions"][0]["step_seconds"] == pytest.approx(first_step)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from din_dist.distributed.scaling import (
+    MOST_BYTES_TO_DOUBLE,
     Cluster,
     Measured,
     allgather_bytes,
@@ -50,14 +52,14 @@ def test_four_workers_by_hand() -> None:
             "compute": 0.1,
             "all_reduce_bandwidth": 1.8,  # 2 * 3/4 of 1.2 MB
             "all_gather_bandwidth": 1.5,  # 3 parts of 0.5 MB
-            "message_latency": 0.078,  # 5 all-reduces of 12 hops, 2 all-gathers of 9
+            "message_latency": 0.05,  # 5 all-reduces of 2 + 6 hops, 2 all-gathers of 2 + 3
             "message_overhead": 0.07,  # 7 messages
             "rows_of_others": 0.052,  # 4 * 3 ms to merge; three times the rows to update, for the tables have no more
         }
     )
-    assert found.step_seconds == pytest.approx(3.6)
-    assert found.examples_per_second == pytest.approx(400 / 3.6)
-    assert found.efficiency == pytest.approx(0.1 / 3.6)
+    assert found.step_seconds == pytest.approx(3.572)
+    assert found.examples_per_second == pytest.approx(400 / 3.572)
+    assert found.efficiency == pytest.approx(0.1 / 3.572)
     assert found.dominant_term == "all_reduce_bandwidth"
     assert found.to_json()["dominant_term"] == "all_reduce_bandwidth"
 
@@ -68,20 +70,35 @@ def test_a_worker_on_its_own_speaks_to_nobody() -> None:
     assert (found.examples_per_second, found.efficiency, found.dominant_term) == (1000.0, 1.0, "compute")
 
 
-@pytest.mark.parametrize(
-    ("world_size", "reduced", "gathered"), [(1, 0, 0), (2, 100, 100), (3, 133.333, 200), (5, 160, 400)]
-)
-def test_bytes_on_a_link(world_size: int, reduced: float, gathered: float) -> None:
-    assert allreduce_bytes(100, world_size) == pytest.approx(reduced, abs=1e-3)
-    assert allgather_bytes(100, world_size) == gathered
+def test_small_statistics_double() -> None:
+    found = predict(dataclasses.replace(MEASURED, statistics_bytes=4000), CLUSTER, 4).seconds
+    assert found["all_reduce_bandwidth"] == pytest.approx(1.508)  # 2 * 3/4 of 1 MB, and 4 times 1000 bytes in 2 steps
+    assert found["message_latency"] == pytest.approx(0.034)  # 4 of 2 + 2 hops, one of 2 + 6, 2 all-gathers of 2 + 3
 
 
 @pytest.mark.parametrize(
-    ("world_size", "reduce_hops", "gather_hops"), [(1, 0, 0), (2, 4, 3), (3, 8, 6), (1024, 4092, 3069)]
+    ("world_size", "doubled", "in_a_ring", "gathered"),
+    [(1, 0, 0, 0), (2, 300, 30_000, 300), (3, 900, 40_000, 600), (5, 1200, 48_000, 1200)],
 )
-def test_hops(world_size: int, reduce_hops: int, gather_hops: int) -> None:
-    assert allreduce_hops(world_size) == reduce_hops
+def test_bytes_on_a_link(world_size: int, doubled: float, in_a_ring: float, gathered: float) -> None:
+    assert allreduce_bytes(300, world_size) == doubled
+    assert allreduce_bytes(30_000, world_size) == pytest.approx(in_a_ring)
+    assert allgather_bytes(300, world_size) == gathered
+
+
+@pytest.mark.parametrize(
+    ("world_size", "doubled", "in_a_ring", "gather_hops"),
+    [(1, 0, 0, 0), (2, 2, 3, 2), (3, 6, 7, 5), (4, 4, 8, 5), (6, 8, 14, 9), (1024, 20, 2056, 1033)],
+)
+def test_hops(world_size: int, doubled: int, in_a_ring: int, gather_hops: int) -> None:
+    assert allreduce_hops(MOST_BYTES_TO_DOUBLE, world_size) == doubled
+    assert allreduce_hops(MOST_BYTES_TO_DOUBLE + 1, world_size) == in_a_ring
     assert allgather_hops(world_size) == gather_hops
+
+
+def test_few_bytes_are_what_the_build_takes_for_few() -> None:
+    header = Path(__file__).parents[2] / "launch" / "recursive_doubling.h"
+    assert f"kMostBytesToDouble = {MOST_BYTES_TO_DOUBLE};" in header.read_text()
 
 
 def test_what_dominates_follows_the_cluster() -> None:

@@ -49,6 +49,10 @@ if grep xla_mpi_ops "$3/horovod/tensorflow/CMakeLists.txt"; then exit 1; fi
 [[ $(grep -A 2 "(!lock)" "$3/third_party/gloo/gloo/transport/tcp/pair.cc") == *sched_yield*return* ]] || exit 1
 [[ $(grep -c 'under_way{rx_.ubuf}' "$3/third_party/gloo/gloo/transport/tcp/pair.cc") == 1 ]] || exit 1
 [[ $(grep -A 1 "out->recv" "$3/third_party/gloo/gloo/allgatherv.cc") == *"out->send"* ]] || exit 1
+gloo=$3/third_party/gloo/gloo
+[[ $(grep -A 1 'UNSPECIFIED:$' "$gloo/allreduce.cc") == *'totalBytes <= kMostBytesToDouble'* ]] || exit 1
+[[ -f $gloo/recursive_doubling.h && $(grep -c 'recursive_doubling' "$gloo/allreduce.cc") == 1 ]] || exit 1
+grep -Eqx "__version__ = '0.28.1.din.[0-9]+'" "$3/horovod/__init__.py" || exit 1
 operations=$3/horovod/common/operations.cc
 [[ $(grep -c 'catch (const std::exception& error)' "$operations") == 1 ]] || exit 1
 [[ $(grep -A 1 '^  }$' "$operations") == *rethrow_exception* ]] || exit 1
@@ -107,7 +111,7 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        revision = {"cpu": 6, "gpu": 7}[device]
+        revision = {"cpu": 7, "gpu": 8}[device]
         return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:

@@ -59,6 +59,13 @@ OPERATIONS = """
     std::this_thread::sleep_for(sleep_duration);
   }
 """
+ALLREDUCE = """#include "gloo/types.h"
+  switch (opts.algorithm) {
+    case detail::AllreduceOptionsImpl::UNSPECIFIED:
+    case detail::AllreduceOptionsImpl::RING:
+      ring(opts, reduceInputs, broadcastOutputs);
+"""
+INIT = f"__version__ = '{HOROVOD}'\n"
 TENSOR_QUEUE = """#include "logging.h"
 
 // Add a TensorTableEntry as well as its message to the queue.
@@ -90,10 +97,12 @@ def serve_sdist(
     cmake_lists: str,
     pair: str = PAIR,
     allgatherv: str = ALLGATHERV,
+    allreduce: str = ALLREDUCE,
     operations: str = OPERATIONS,
     tensor_queue: str = TENSOR_QUEUE,
     process_set: str = PROCESS_SET,
     mpi_ops: str = MPI_OPS,
+    init: str = INIT,
 ) -> None:
     """Has pip download a Horovod with these files, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
@@ -103,6 +112,8 @@ def serve_sdist(
             ("horovod/tensorflow/CMakeLists.txt", cmake_lists),
             ("third_party/gloo/gloo/transport/tcp/pair.cc", pair),
             ("third_party/gloo/gloo/allgatherv.cc", allgatherv),
+            ("third_party/gloo/gloo/allreduce.cc", allreduce),
+            ("horovod/__init__.py", init),
             ("horovod/common/operations.cc", operations),
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
             ("horovod/common/tensor_queue.cc", tensor_queue),
@@ -289,6 +300,25 @@ def test_what_all_gathers_do_first_must_be_there_once(checkout: FakeCheckout, tm
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: third_party/gloo/gloo/allgatherv.cc must send and receive on two lines, one after the "
         "other. Adapt launch/build_horovod.sh to this Horovod."
+    )
+
+
+@pytest.mark.parametrize("allreduce", ["", ALLREDUCE.replace("UNSPECIFIED", "ANY"), ALLREDUCE * 2])
+def test_where_an_all_reduce_is_chosen_must_be_there_once(
+    checkout: FakeCheckout, tmp_path: Path, allreduce: str
+) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, allreduce=allreduce)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: third_party/gloo/gloo/allreduce.cc must choose an algorithm in one place. Adapt "
+        "launch/build_horovod.sh to this Horovod."
+    )
+
+
+def test_a_horovod_of_another_version_than_it_says(checkout: FakeCheckout, tmp_path: Path) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, init="__version__ = '0.1'\n")
+    assert checkout.error("build_horovod.sh") == (
+        f"build_horovod.sh: horovod/__init__.py must give the version, {HOROVOD}. Adapt launch/build_horovod.sh to "
+        "this Horovod."
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.multi_process.jobs import start
 
 
-def test_a_message_does_not_wait_until_it_is_looked_for() -> None:
-    """A hundred of them, one after the other, which would take 500 seconds."""
-    start(2, "tests.multi_process.messages", variables={"HOROVOD_CYCLE_TIME": "5000"})
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_messages_are_right_and_do_not_wait_until_they_are_looked_for(world_size: int) -> None:
+    """More than a hundred of them, one after the other: to look for each would take five seconds."""
+    start(world_size, "tests.multi_process.messages", variables={"HOROVOD_CYCLE_TIME": "5000"})

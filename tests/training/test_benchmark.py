@@ -25,8 +25,10 @@ def test_bytes_and_messages_by_hand() -> None:
         "num_statistics_messages": 2,
     }
     assert bytes_sent(sizes, 1) == {"dense": 0, "statistics": 0, "sparse": 0}
-    # Of four: 2 * 3/4 of what is reduced; one's own part goes to three others.
-    assert bytes_sent(sizes, 4) == {"dense": 60, "statistics": 150, "sparse": 162}
+    # Of four: what is reduced in two steps; one's own part goes to three others.
+    assert bytes_sent(sizes, 4) == {"dense": 80, "statistics": 200, "sparse": 162}
+    # 2 * 3/4 of what is too much for steps.
+    assert bytes_sent({**sizes, "dense_gradient_bytes": 20_000}, 4)["dense"] == 30_000
 
 
 def test_a_dense_model_sends_one_message() -> None:
