@@ -187,9 +187,15 @@ def message_sizes(
     }
 
 
-def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], repeats: int = 5) -> float:
-    """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs."""
-    merge = tf.function(merge_rows, autograph=False, reduce_retracing=True)
+def row_merge_seconds(
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices], native: bool = False, repeats: int = 5
+) -> float:
+    """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
+
+    Args:
+        native: in kernels of our own.
+    """
+    merge = tf.function(functools.partial(merge_rows, native=native), autograph=False, reduce_retracing=True)
     tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
     return sum(
         _best_seconds(functools.partial(merge, tf.cast(table.indices, tf.int32), table.values), repeats)
@@ -242,7 +248,7 @@ def report(
         "input_wait_seconds": tally.wait_seconds / tally.steps,
         **{f"{name}_seconds": value for name, value in parts.items()},
         **sizes,
-        "row_merge_seconds": row_merge_seconds(gradients),
+        "row_merge_seconds": row_merge_seconds(gradients, model.native),
         "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size),
         "flops_per_example": flops / tally.mean_sizes()[0],
         "matrix_flops_per_second": flops / by_itself,
