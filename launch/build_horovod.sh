@@ -211,10 +211,9 @@ sed -i '/\/\/ Signals that this host is not part of the job/a \      SetEnv(HORO
   die "horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt launch/build_horovod.sh to this Horovod."
 sed -i 's/^  gloo_context\.Finalize();$/  gloo_context = GlooContext();/' "$common/process_set.cc"
 
-# Horovod's thread looks for messages at fixed times, each a round over all ranks. Looking ten times a millisecond, so that a step with
-# some twenty messages does not wait for it, it took a fifth of the only core of a worker. Here it is told what is added, and looks at
-# those times only while something waits for other ranks; else every 20 ms. Who has something to say need not wait that long for those
-# who have not yet: they come when they have.
+# Horovod's thread looks for messages at fixed times, each a round over all ranks: often takes much of a worker's only core, seldom makes
+# a step with some twenty messages wait. Here it is told what is added, and looks at those times only while something waits for other
+# ranks; else every 20 ms. Who has something to say need not wait that long for those who have not yet: they come when they have.
 queue=$common/tensor_queue
 [[ $(grep -c '^  return Status::OK();$' "$queue.cc") == 2 && $(grep -c '^#include "logging\.h"$' "$queue.cc") == 1 &&
   $(grep -cE '^  TensorQueue\(\) = default;$|^#include <mutex>$' "$queue.h") == 2 &&
