@@ -132,7 +132,8 @@ sed -i '/xla_mpi_ops\.cc/d' "$cmake_lists"
 # Gloo's receiving thread polls without a pause while another thread of its process holds the connection. Where they share
 # a core, as workers on CPUs and containers with one CPU do, that takes the core from the holder for a time slice: a small
 # message between two such workers took 4 ms. One call lets the holder finish.
-pair=$source_tree/third_party/gloo/gloo/transport/tcp/pair.cc
+gloo=$source_tree/third_party/gloo/gloo
+pair=$gloo/transport/tcp/pair.cc
 [[ $(grep -A 1 '^  if (!lock) {$' "$pair") == $'  if (!lock) {\n    return;' ]] ||
   die "third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. Adapt launch/build_horovod.sh to this Horovod."
 sed -i -e '/^  if (!lock) {$/a \    sched_yield();' -e '/^#include <errno.h>$/i #include <sched.h>' "$pair"
@@ -152,13 +153,12 @@ sed -i 's,^  // Loop through posted send operations\.$,\
 
 # In an all-gather Gloo sends its part before it says that it is ready to receive. Of two ranks, which have one connection, the later
 # one says so behind all of its part, and its link carries one direction at a time.
-allgatherv=$source_tree/third_party/gloo/gloo/allgatherv.cc
+allgatherv=$gloo/allgatherv.cc
 [[ $(grep -A 1 -E '^      out->send\(sendRank, slot, byteOffsets' "$allgatherv" | grep -cE '^      out->(send|recv)\(') == 2 ]] ||
   die "third_party/gloo/gloo/allgatherv.cc must send and receive on two lines, one after the other. Adapt launch/build_horovod.sh to this Horovod."
 sed -i '/^      out->send(sendRank, slot, byteOffsets/{h;d};/^      out->recv(recvRank, slot, byteOffsets/G' "$allgatherv"
 
 # Few bytes, as those of a layer's statistics and all by which the ranks agree on what is ready, are summed in fewer steps.
-gloo=$source_tree/third_party/gloo/gloo
 [[ $(grep -cE '^    case detail::AllreduceOptionsImpl::UNSPECIFIED:$|^#include "gloo/types\.h"$' "$gloo/allreduce.cc") == 2 ]] ||
   die "third_party/gloo/gloo/allreduce.cc must choose an algorithm in one place. Adapt launch/build_horovod.sh to this Horovod."
 cp "$root/launch/recursive_doubling.h" "$gloo"

@@ -106,14 +106,14 @@ def doubling_steps(world_size: int) -> int:
     return steps if world_size == 2**steps else steps + 2  # the ranks above the power of two are heard first, told last
 
 
-def allreduce_bytes(num_bytes: float, world_size: int) -> float:
-    """What a worker sends, and receives, in one all-reduce.
+def allreduce_bytes(num_bytes: float, world_size: int, num_messages: float = 1) -> float:
+    """What a worker sends, and receives, in so many equal all-reduces of `num_bytes` together.
 
     Few bytes travel whole in each step; of more each of N parts travels N-1 hops of a ring, twice.
 
     Source: Patarasu and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
     """
-    if num_bytes <= MOST_BYTES_TO_DOUBLE:
+    if num_bytes <= num_messages * MOST_BYTES_TO_DOUBLE:
         return doubling_steps(world_size) * num_bytes
     return 2 * (world_size - 1) / world_size * num_bytes
 
@@ -123,39 +123,38 @@ def allgather_bytes(own_bytes: float, world_size: int) -> float:
     return (world_size - 1) * own_bytes
 
 
-def allreduce_hops(num_bytes: float, world_size: int) -> int:
-    """Messages that one all-reduce waits for, one after the other, from the tensor being ready to its result.
+def allreduce_hops(num_bytes: float, world_size: int, num_messages: float = 1) -> float:
+    """Messages that as many all-reduces wait for, one after the other, from each tensor being ready to its result.
 
     A step's all-reduces have the same name and shape each time, so that Horovod finds them in its cache: the workers
     agree by one all-reduce of a few bits, then comes the message itself. Our build agrees when a tensor gets ready,
     and the last worker finds the others waiting in the round that it joins.
     """
-    doubled = num_bytes <= MOST_BYTES_TO_DOUBLE
-    return doubling_steps(world_size) + (doubling_steps(world_size) if doubled else 2 * (world_size - 1))
+    agreeing = doubling_steps(world_size)
+    doubled = num_bytes <= num_messages * MOST_BYTES_TO_DOUBLE
+    return num_messages * (agreeing + (doubling_steps(world_size) if doubled else 2 * (world_size - 1)))
 
 
 def allgather_hops(world_size: int) -> int:
-    """As `allreduce_hops`: the exchange rounds the lengths of what it gathers, so that they are in the cache too."""
+    """Of one all-gather, likewise: the exchange rounds the lengths that it gathers, so they are in the cache too."""
     return doubling_steps(world_size) + world_size - 1
 
 
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:
     """The step of `world_size` workers, each on a link of its own and with the batch that was measured."""
     num_gathers = measured.num_gather_messages
-    reduced = [  # the size of each message
-        num_bytes / number
-        for number, num_bytes in (
-            (measured.num_gradient_messages - num_gathers, measured.dense_gradient_bytes),
-            (measured.num_statistics_messages, measured.statistics_bytes),
-        )
-        for _ in range(number)
-    ]
-    hops = sum(allreduce_hops(size, world_size) for size in reduced) + num_gathers * allgather_hops(world_size)
-    messages = len(reduced) + num_gathers if world_size > 1 else 0
+    reduced = (  # bytes and messages
+        (measured.dense_gradient_bytes, measured.num_gradient_messages - num_gathers),
+        (measured.statistics_bytes, measured.num_statistics_messages),
+    )
+    hops = sum(allreduce_hops(size, world_size, number) for size, number in reduced)
+    hops += num_gathers * allgather_hops(world_size)
+    reduced_bytes = sum(allreduce_bytes(size, world_size, number) for size, number in reduced)
+    messages = measured.num_statistics_messages + measured.num_gradient_messages if world_size > 1 else 0
     bytes_per_second = cluster.bandwidth_bits_per_second / 8 * cluster.payload_share
     seconds = {
         "compute": measured.compute_seconds,
-        "all_reduce_bandwidth": sum(allreduce_bytes(size, world_size) for size in reduced) / bytes_per_second,
+        "all_reduce_bandwidth": reduced_bytes / bytes_per_second,
         "all_gather_bandwidth": allgather_bytes(measured.row_gradient_bytes, world_size) / bytes_per_second,
         "message_latency": hops * cluster.latency_seconds,
         "message_overhead": messages * cluster.message_overhead_seconds,

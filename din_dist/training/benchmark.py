@@ -187,13 +187,10 @@ def message_sizes(
     }
 
 
-def row_merge_seconds(
-    gradients: Sequence[tf.Tensor | tf.IndexedSlices], native: bool = False, repeats: int = 5
-) -> float:
+def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], native: bool, repeats: int = 5) -> float:
     """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
 
-    Args:
-        native: in kernels of our own.
+    `native`: in kernels of our own.
     """
     merge = tf.function(functools.partial(merge_rows, native=native), autograph=False, reduce_retracing=True)
     tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
@@ -205,10 +202,10 @@ def row_merge_seconds(
 
 def bytes_sent(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """Bytes that a rank sends in an update over Horovod (see `distributed/scaling.py`)."""
-    num_statistics = max(1, sizes["num_statistics_messages"])
+    statistics = allreduce_bytes(sizes["statistics_bytes"], world_size, sizes["num_statistics_messages"])
     return {
         "dense": round(allreduce_bytes(sizes["dense_gradient_bytes"], world_size)),
-        "statistics": round(num_statistics * allreduce_bytes(sizes["statistics_bytes"] / num_statistics, world_size)),
+        "statistics": round(statistics),
         "sparse": round(allgather_bytes(sizes["row_gradient_bytes"], world_size)),
     }
 

@@ -127,6 +127,11 @@ def test_the_benchmarks_json_is_read() -> None:
     assert Measured.from_report(report(), "one.json") == MEASURED
 
 
+def test_numbers_of_messages_may_be_written_as_fractions() -> None:
+    found = Measured.from_report(report(num_statistics_messages=4.0, num_gradient_messages=3.0), "one.json")
+    assert predict(found, CLUSTER, 4) == predict(MEASURED, CLUSTER, 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

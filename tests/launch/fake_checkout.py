@@ -46,10 +46,10 @@ env | grep -E '^(HOROVOD|MAKEFLAGS|CXXFLAGS|LDFLAGS)' >"$FAKE_BUILD_ENV"
 [[ ! ${HOROVOD_NCCL_LIB:-} ]] || echo "libnccl.so -> $(readlink "$HOROVOD_NCCL_LIB/libnccl.so")" >>"$FAKE_BUILD_ENV"
 grep -x 'set(CMAKE_SKIP_RPATH ON)' "$3/CMakeLists.txt" >>"$FAKE_BUILD_ENV" || true
 if grep xla_mpi_ops "$3/horovod/tensorflow/CMakeLists.txt"; then exit 1; fi
-[[ $(grep -A 2 "(!lock)" "$3/third_party/gloo/gloo/transport/tcp/pair.cc") == *sched_yield*return* ]] || exit 1
-[[ $(grep -c 'under_way{rx_.ubuf}' "$3/third_party/gloo/gloo/transport/tcp/pair.cc") == 1 ]] || exit 1
-[[ $(grep -A 1 "out->recv" "$3/third_party/gloo/gloo/allgatherv.cc") == *"out->send"* ]] || exit 1
 gloo=$3/third_party/gloo/gloo
+[[ $(grep -A 2 "(!lock)" "$gloo/transport/tcp/pair.cc") == *sched_yield*return* ]] || exit 1
+[[ $(grep -c 'under_way{rx_.ubuf}' "$gloo/transport/tcp/pair.cc") == 1 ]] || exit 1
+[[ $(grep -A 1 "out->recv" "$gloo/allgatherv.cc") == *"out->send"* ]] || exit 1
 [[ $(grep -A 1 'UNSPECIFIED:$' "$gloo/allreduce.cc") == *'totalBytes <= kMostBytesToDouble'* ]] || exit 1
 [[ -f $gloo/recursive_doubling.h && $(grep -c 'recursive_doubling' "$gloo/allreduce.cc") == 1 ]] || exit 1
 grep -Eqx "__version__ = '0.28.1.din.[0-9]+'" "$3/horovod/__init__.py" || exit 1
