@@ -114,8 +114,8 @@ def main() -> None:
         tally = ours.run(values.benchmark_steps)
         peak_memory = peak_memory_bytes()
         ours.run_in_parts(5)  # tracing, until the shapes are general
-        parts, gradients = ours.run_in_parts(max(10, values.benchmark_steps // 4))
-        found = report(config, runtime, model, tally, parts, gradients)
+        parts, gradients, merged = ours.run_in_parts(max(10, values.benchmark_steps // 4))
+        found = report(config, runtime, model, tally, parts, gradients, merged)
         found |= {"peak_memory_bytes": peak_memory, "seconds_to_first_step": to_first_step}
         if values.trace_dir:
             _trace(ours, runtime, Path(values.trace_dir))

@@ -10,6 +10,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import WireDtype
 from din_dist.distributed.runtime import InGraph
+from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.layers.fused import round_up
 from din_dist.layers.packed import padded, segment_sum
 
@@ -31,9 +32,12 @@ class GradientExchange:
     """Sums gradients over the ranks; each rank's loss must already be divided by the global number of examples.
 
     Dense gradients, and the numbers that ride along with them, go in one grouped all-reduce. Of an embedding table
-    only the touched rows travel: ids and rows are gathered, and what several ranks have for one row is summed. Bytes a
-    step depend on the rows touched, never on the size of the table. Where ranks share tables, each gets a part of the
-    rows.
+    only the touched rows travel. Few ranks gather them all, and each sums what several have for one row. Of many ranks
+    each owns a part of the rows: it is sent what the others have for these, and tells all the sums. Bytes a step depend
+    on the rows touched, never on the size of the table. Where ranks share tables, each gets a part of the rows.
+
+    Source of the sums at owners: Renggli et al., SparCML: high-performance sparse communication for machine learning,
+    SC 2019, section 5.3 (split all-gather).
     """
 
     def __init__(self, ranks: InGraph, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
@@ -46,6 +50,11 @@ class GradientExchange:
         """Before the first update: lets ranks that have memory in common update a part of the rows each, for all."""
         if self._native and tables and self._ranks.share(tables):
             self._tables = tables
+
+    @property
+    def sums_at_owners(self) -> bool:
+        """Whether each row is summed by one rank for all. Changes with the number of ranks; then build a new graph."""
+        return self._native and self._ranks.travels and self._ranks.world_size >= FEWEST_TO_SUM_AT_OWNERS
 
     def sum_of_parts(self, value: tf.Tensor) -> tf.Tensor:
         """Of a number that each rank has found of its part of the rows, that of all."""
@@ -81,6 +90,8 @@ class GradientExchange:
                 *zip(*((each.row_ids, each.rows) for each in gradients), strict=True)
             )
             return [RowGradients(*part) for part in zip(*parts, strict=True)]
+        if self.sums_at_owners:
+            return self._sum_at_owners(gradients, scale)
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
         row_ids = self._ranks.gather_in_graph([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
@@ -90,16 +101,50 @@ class GradientExchange:
             for some_ids, some_rows in zip(row_ids, rows, strict=True)
         ]
 
-    def rows_sent(self, num_rows: tf.Tensor) -> tf.Tensor:
-        """How many rows travel for so many touched ones.
+    def _sum_at_owners(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
+        num_ranks = self._ranks.size_in_graph()
+        widths = [each.rows.shape[1] for each in gradients]
+        dealt = self._ranks.deal_in_graph(*self._message(gradients, scale, num_ranks), "rows_to_owners")
+        own = [merge_rows(*rows, native=True) for rows in self._rows_of(dealt, widths, scale)]
+        of_sums = scale / tf.cast(num_ranks, tf.float32)  # a sum may be as many times as large
+        message, _ = self._message(own, of_sums, num_parts=tf.constant(1))
+        (told,) = self._ranks.gather_in_graph([message], "sums_of_rows")
+        return [RowGradients(*rows) for rows in self._rows_of(told, widths, of_sums)]
+
+    def _message(
+        self, gradients: Sequence[RowGradients], scale: tf.Tensor, num_parts: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows in a part for each of their owners, int32 `[words]`, and the parts' lengths, int32 `[num_parts]`."""
+        rows = [self._pack(each.rows, scale) for each in gradients]
+        message, lengths = kernels.library().din_dist_pack_rows(num_parts, [each.row_ids for each in gradients], rows)
+        return tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
+
+    def _rows_of(
+        self, message: tf.Tensor, widths: Sequence[int], scale: tf.Tensor
+    ) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """Ids `[R]` and rows `[R, D]` of each table, from parts of messages, one after the other."""
+        dtype = tf.float32 if self._wire_dtype is WireDtype.FLOAT32 else tf.uint16
+        row_ids, rows = kernels.library().din_dist_unpack_rows(message, N=len(widths), T=dtype, widths=widths)
+        return [
+            (tf.ensure_shape(some_ids, [None]), self._unpack(tf.ensure_shape(some_rows, [None, width]), scale))
+            for some_ids, some_rows, width in zip(row_ids, rows, widths, strict=True)
+        ]
+
+    def rows_sent(self, num_rows: tf.Tensor, num_summed: tf.Tensor) -> tf.Tensor:
+        """How many rows this rank gives to others for so many that it touched, of `num_summed` that all touched.
 
         A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few lengths
         are remembered.
         """
+        if self.sums_at_owners:
+            return num_rows + num_summed // self._ranks.size_in_graph()
+        return self._rows_gathered(num_rows)
+
+    def _rows_gathered(self, num_rows: tf.Tensor) -> tf.Tensor:
         return round_up(num_rows, steps=16, smallest=64) if self._ranks.travels else num_rows
 
     def _padded(self, rows: tf.Tensor, value: float = 0) -> tf.Tensor:
-        return padded(rows, self.rows_sent(tf.shape(rows)[0]), value) if self._ranks.travels else rows
+        return padded(rows, self._rows_gathered(tf.shape(rows)[0]), value) if self._ranks.travels else rows
 
     def _pack(self, rows: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
         if self._wire_dtype is WireDtype.FLOAT32:

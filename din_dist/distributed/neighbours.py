@@ -62,6 +62,7 @@ class Neighbours(InGraph):
 
     def __init__(self, runtime: Runtime, file: int) -> None:
         self._runtime = runtime
+        self.world_size = runtime.world_size
         self._place = {
             "fd": file,
             "buffer": BUFFER_BYTES,

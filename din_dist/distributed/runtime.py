@@ -1,6 +1,6 @@
 """The workers of a job and how they speak: Horovod, or nobody to speak to.
 
-This is the only module that imports Horovod. Row gradients travel by all-gather, everything else by all-reduce.
+This is the only module that imports Horovod.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class InGraph:
     """What the ranks tell each other within a graph; all must call in the same order. Here: a rank without peers."""
 
     travels = True  # whether what is told goes through Horovod: few bytes are worth work, and few lengths padding
+    world_size = 1
 
     @property
     def has_peers(self) -> bool:
@@ -41,6 +42,18 @@ class InGraph:
     def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
         return list(tensors)
+
+    def size_in_graph(self) -> tf.Tensor:
+        """The number of ranks, int32: those that there are when it is asked, where it may change."""
+        return tf.constant(self.world_size)
+
+    def deal_in_graph(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
+        """Gives each rank a part of this rank's `message`; joins what all ranks give this one, in their order.
+
+        Args:
+            lengths: int32 `[ranks]`, of the parts, one after the other; what is left at the end is given to nobody.
+        """
+        return message[: lengths[0]]
 
     def share(self, variables: Sequence[tf.Variable]) -> bool:
         """Keeps `variables`, equal on all ranks, once for all of them, where they have memory in common.
@@ -71,7 +84,6 @@ class Runtime(InGraph):
     """A process on its own: every sum is its own value. Also the interface of `HorovodRuntime`."""
 
     rank = 0
-    world_size = 1
     local_rank = 0
     local_size = 1
     elastic = False  # whether the set of workers may change
@@ -164,6 +176,12 @@ class HorovodRuntime(Runtime):
 
     def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         return self._hvd.grouped_allgather(list(tensors), name=name)
+
+    def size_in_graph(self) -> tf.Tensor:
+        return self._hvd.size_op()
+
+    def deal_in_graph(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
+        return self._hvd.alltoall(message, splits=lengths, name=name)[0]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         return self._hvd.allreduce(tf.constant(values), op=self._hvd.Sum, name="host_sum").numpy()

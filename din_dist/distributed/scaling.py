@@ -4,8 +4,9 @@ Arithmetic only. Weak scaling: each worker keeps the batch that was measured, so
 workers. Parts do not overlap: Horovod works off its messages one after the other, and a step waits for each.
 
 Source of the message counts: Horovod 0.28.1 with Gloo (`horovod/common/controller.cc`, `gloo_controller.cc`,
-`response_cache.cc`; gloo's `allreduce.cc`, `allgatherv.cc`), as launch/build_horovod.sh changes it: all-gathers and
-all-reduces of many bytes are rings; those of few, and by which the workers agree on what is ready, double.
+`response_cache.cc`; gloo's `allreduce.cc`, `allgatherv.cc`, `alltoallv.cc`), as launch/build_horovod.sh changes it:
+all-gathers and all-reduces of many bytes are rings; those of few, and by which the workers agree on what is ready,
+double; in an all-to-all each speaks to all others at once. How rows travel: `gradients.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 
 from din_dist.errors import InputError
 
+# From so many workers on rows are summed by their owners: to gather all of them takes more bytes then, if each row is
+# touched by few workers, and many more, if by many. Each worker also sums fewer rows.
+FEWEST_TO_SUM_AT_OWNERS = 4
 MOST_BYTES_TO_DOUBLE = 16384  # as in launch/recursive_doubling.h
 TCP_PAYLOAD_SHARE = 1448 / 1538  # of Ethernet with an MTU of 1500: the rest is headers and gaps between frames
 
@@ -36,6 +40,7 @@ class Measured:
     statistics_bytes: int  # of all of them together
     num_gradient_messages: int  # all-reduces and all-gathers of gradients
     num_gather_messages: int  # the all-gathers among them
+    owners_sum_rows: bool  # or all workers gather all rows, however many they are
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any], source: str) -> Measured:
@@ -55,8 +60,16 @@ class Measured:
             )
         names = {"compute_seconds": "step_seconds", "per_worker_batch_size": "global_batch_size"}
         values: dict[str, Any] = {
-            field.name: _number(report, names.get(field.name, field.name), source) for field in dataclasses.fields(cls)
+            field.name: _number(report, names.get(field.name, field.name), source)
+            for field in dataclasses.fields(cls)
+            if field.name != "owners_sum_rows"
         }
+        values["owners_sum_rows"] = report.get("owners_sum_rows")
+        if not isinstance(values["owners_sum_rows"], bool):
+            raise InputError(
+                f"{source}: owners_sum_rows must be true or false. Received: {values['owners_sum_rows']!r}. Give the "
+                "JSON line of `python -m din_dist.cli.benchmark`, run with one worker."
+            )
         if values["num_gather_messages"] > values["num_gradient_messages"]:
             raise InputError(
                 f"{source}: num_gather_messages cannot exceed num_gradient_messages, which counts them too. Received: "
@@ -123,6 +136,18 @@ def allgather_bytes(own_bytes: float, world_size: int) -> float:
     return (world_size - 1) * own_bytes
 
 
+def row_bytes(own_bytes: float, summed_bytes: float, world_size: int, at_owners: bool) -> float:
+    """What a worker sends, and receives, of row gradients.
+
+    Args:
+        summed_bytes: of the rows that all workers have touched, each row once.
+        at_owners: each worker sends its rows to their owners, and gathers the owners' sums; else all gather all rows.
+    """
+    if not at_owners:
+        return allgather_bytes(own_bytes, world_size)
+    return (world_size - 1) / world_size * (own_bytes + summed_bytes)
+
+
 def allreduce_hops(num_bytes: float, world_size: int, num_messages: float = 1) -> float:
     """Messages that as many all-reduces wait for, one after the other, from each tensor being ready to its result.
 
@@ -140,25 +165,35 @@ def allgather_hops(world_size: int) -> int:
     return doubling_steps(world_size) + world_size - 1
 
 
+def row_hops(num_gathers: float, world_size: int, at_owners: bool) -> float:
+    """Of the messages by which rows travel, likewise; `num_gathers` of them where all gather all rows."""
+    if not num_gathers or not at_owners:
+        return num_gathers * allgather_hops(world_size)
+    alltoall_hops = doubling_steps(world_size) + 2  # how much goes to whom is told before
+    return alltoall_hops + allgather_hops(world_size)
+
+
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:
     """The step of `world_size` workers, each on a link of its own and with the batch that was measured."""
     num_gathers = measured.num_gather_messages
+    at_owners = measured.owners_sum_rows and world_size >= FEWEST_TO_SUM_AT_OWNERS
     reduced = (  # bytes and messages
         (measured.dense_gradient_bytes, measured.num_gradient_messages - num_gathers),
         (measured.statistics_bytes, measured.num_statistics_messages),
     )
     hops = sum(allreduce_hops(size, world_size, number) for size, number in reduced)
-    hops += num_gathers * allgather_hops(world_size)
+    hops += row_hops(num_gathers, world_size, at_owners)
     reduced_bytes = sum(allreduce_bytes(size, world_size, number) for size, number in reduced)
     messages = measured.num_statistics_messages + measured.num_gradient_messages if world_size > 1 else 0
+    summed_bytes = _touched_rows_ratio(measured, world_size) * measured.row_gradient_bytes
     bytes_per_second = cluster.bandwidth_bits_per_second / 8 * cluster.payload_share
     seconds = {
         "compute": measured.compute_seconds,
         "all_reduce_bandwidth": reduced_bytes / bytes_per_second,
-        "all_gather_bandwidth": allgather_bytes(measured.row_gradient_bytes, world_size) / bytes_per_second,
+        "row_bandwidth": row_bytes(measured.row_gradient_bytes, summed_bytes, world_size, at_owners) / bytes_per_second,
         "message_latency": hops * cluster.latency_seconds,
         "message_overhead": messages * cluster.message_overhead_seconds,
-        "rows_of_others": _seconds_for_rows_of_others(measured, world_size),
+        "rows_of_others": _seconds_for_rows_of_others(measured, world_size, at_owners),
     }
     global_batch_size = world_size * measured.per_worker_batch_size
     step_seconds = sum(seconds.values())
@@ -167,15 +202,23 @@ def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction
     )
 
 
-def _seconds_for_rows_of_others(measured: Measured, world_size: int) -> float:
-    """To merge every worker's rows, and to update those that this worker did not touch itself.
+def _seconds_for_rows_of_others(measured: Measured, world_size: int, at_owners: bool) -> float:
+    """To sum rows that other workers have touched too, and to update those that this one did not touch itself."""
+    if world_size == 1 or not measured.row_gradient_bytes:
+        return 0.0
+    times_merged = 1 if at_owners else world_size  # an owner is sent about as many rows as it sends
+    more_updated = _touched_rows_ratio(measured, world_size) - 1
+    return times_merged * measured.row_merge_seconds + more_updated * measured.update_seconds
+
+
+def _touched_rows_ratio(measured: Measured, world_size: int) -> float:
+    """The rows that all workers touch, each once, over those of one worker.
 
     An upper bound: no two workers touch the same row until all rows of the tables are touched.
     """
-    if world_size == 1 or not measured.row_gradient_bytes:
-        return 0.0
-    touched_rows_ratio = min(world_size, max(1.0, measured.table_bytes / measured.row_gradient_bytes))
-    return world_size * measured.row_merge_seconds + (touched_rows_ratio - 1) * measured.update_seconds
+    if not measured.row_gradient_bytes:
+        return 1.0
+    return min(world_size, max(1.0, measured.table_bytes / measured.row_gradient_bytes))
 
 
 def _number(report: Mapping[str, Any], name: str, source: str) -> float:

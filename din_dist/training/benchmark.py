@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.config import Config
 from din_dist.data.pipeline import Batch
-from din_dist.distributed.gradients import merge_rows
+from din_dist.distributed.gradients import Gradient, RowGradients, merge_rows
 from din_dist.distributed.runtime import Runtime
-from din_dist.distributed.scaling import allgather_bytes, allreduce_bytes
+from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS, allreduce_bytes, row_bytes
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
@@ -106,10 +105,14 @@ class StepBenchmark:
             tally.add(*entry)
         return tally
 
-    def run_in_parts(self, num_steps: int) -> tuple[dict[str, float], list[Any]]:
-        """Median seconds of forward and backward, exchange, and update, each run by itself; and one local gradient."""
+    def run_in_parts(self, num_steps: int) -> tuple[dict[str, float], list[Any], list[Any]]:
+        """Median seconds of forward and backward, exchange, and update, each run by itself.
+
+        And the gradients of one of these updates, those of this rank and those of all.
+        """
         seconds = []
         gradients: list[Any] = []
+        merged: list[Any] = []
         global_examples = tf.constant(self._global_batch_size, tf.float32)
         local_gradients, exchange, update = self._parts  # some are compiled for new lengths on the way: hence medians
         for _ in range(num_steps):
@@ -124,7 +127,7 @@ class StepBenchmark:
             marks.append(_now())
             seconds.append(np.diff(marks))
         names = ("forward_backward", "exchange", "update")
-        return dict(zip(names, np.median(seconds, axis=0).tolist(), strict=True)), gradients
+        return dict(zip(names, np.median(seconds, axis=0).tolist(), strict=True)), gradients, merged
 
 
 def _now() -> float:
@@ -159,27 +162,38 @@ def _best_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 def message_sizes(
     gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+    merged: Sequence[Gradient],
     variables: Sequence[tf.Variable],
     statistics_widths: Sequence[int],
     wire_bytes: int,
 ) -> dict[str, int]:
     """What a rank has to say in an update, in bytes and in messages that it waits for.
 
-    `table_bytes` is what the rows would take, were every row of every table touched.
+    `summed_row_bytes` is what the rows take that any rank has touched, and `table_bytes` what they would, were every
+    row of every table touched.
 
     Args:
+        gradients: this rank's.
+        merged: those of all ranks, or this one's part of them.
         variables: those of the gradients.
         statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
         wire_bytes: of one value of a row gradient; its id takes 4.
     """
     tables = [pair for pair in zip(gradients, variables, strict=True) if isinstance(pair[0], tf.IndexedSlices)]
     dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
-    row_bytes = [4 + wire_bytes * int(np.prod(table.shape[1:])) for _, table in tables]
+    bytes_of_a_row = [4 + wire_bytes * int(np.prod(table.shape[1:])) for _, table in tables]
     touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
+    rows_of_all = [each for each in merged if isinstance(each, RowGradients)]
+    by_any = [int(tf.size(each.row_ids) if each.num_rows is None else each.num_rows) for each in rows_of_all]
+
+    def in_bytes(num_rows: Sequence[int]) -> int:
+        return sum(number * size for number, size in zip(num_rows, bytes_of_a_row, strict=True))
+
     return {
         "dense_gradient_bytes": 4 * sum(int(tf.size(gradient)) for gradient in dense),
-        "row_gradient_bytes": sum(rows * size for rows, size in zip(touched, row_bytes, strict=True)),
-        "table_bytes": sum(table.shape[0] * size for (_, table), size in zip(tables, row_bytes, strict=True)),
+        "row_gradient_bytes": in_bytes(touched),
+        "summed_row_bytes": in_bytes(by_any),
+        "table_bytes": in_bytes([table.shape[0] for _, table in tables]),
         "statistics_bytes": statistics_bytes(statistics_widths),
         "num_gradient_messages": 1 + 2 * bool(tables),  # dense; ids; rows
         "num_gather_messages": 2 * bool(tables),
@@ -190,23 +204,32 @@ def message_sizes(
 def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], native: bool, repeats: int = 5) -> float:
     """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
 
-    `native`: in kernels of our own.
+    As part of those of several ranks, which are summed by one call.
+
+    Args:
+        native: in kernels of our own.
     """
-    merge = tf.function(functools.partial(merge_rows, native=native), autograph=False, reduce_retracing=True)
+    num_ranks = 8
     tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
-    return sum(
-        _best_seconds(functools.partial(merge, tf.cast(table.indices, tf.int32), table.values), repeats)
-        for table in tables
-    )
+    row_ids = [tf.tile(tf.cast(table.indices, tf.int32), [num_ranks]) for table in tables]
+    rows = [tf.tile(table.values, [num_ranks, 1]) for table in tables]
+
+    @tf.function(autograph=False)
+    def merge() -> list[RowGradients]:
+        return [merge_rows(*of_table, native=native) for of_table in zip(row_ids, rows, strict=True)]
+
+    return _best_seconds(merge, repeats) / num_ranks if tables else 0.0
 
 
-def bytes_sent(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+def bytes_sent(sizes: Mapping[str, int], world_size: int, owners_sum_rows: bool) -> dict[str, int]:
     """Bytes that a rank sends in an update over Horovod (see `distributed/scaling.py`)."""
+    at_owners = owners_sum_rows and world_size >= FEWEST_TO_SUM_AT_OWNERS
+    rows = row_bytes(sizes["row_gradient_bytes"], sizes["summed_row_bytes"], world_size, at_owners)
     statistics = allreduce_bytes(sizes["statistics_bytes"], world_size, sizes["num_statistics_messages"])
     return {
         "dense": round(allreduce_bytes(sizes["dense_gradient_bytes"], world_size)),
         "statistics": round(statistics),
-        "sparse": round(allgather_bytes(sizes["row_gradient_bytes"], world_size)),
+        "sparse": round(rows),
     }
 
 
@@ -222,6 +245,7 @@ def report(
     tally: Tally,
     parts: dict[str, float],
     gradients: Sequence[Any],
+    merged: Sequence[Any],
 ) -> dict[str, Any]:
     """The numbers of a job; rates are summed over the ranks, the rest is the chief's. All ranks must call it."""
     totals = runtime.sum(np.array([tally.examples, tally.positions], np.float64) / tally.seconds)
@@ -233,7 +257,7 @@ def report(
     per_step = tally.seconds / tally.steps
     model_variables = [weight.value for weight in model.trainable_weights]
     wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
-    sizes = message_sizes(gradients, model_variables, model.statistics_widths, wire_bytes)
+    sizes = message_sizes(gradients, merged, model_variables, model.statistics_widths, wire_bytes)
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,
@@ -246,7 +270,8 @@ def report(
         **{f"{name}_seconds": value for name, value in parts.items()},
         **sizes,
         "row_merge_seconds": row_merge_seconds(gradients, model.native),
-        "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size),
+        "owners_sum_rows": model.native,
+        "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size, owners_sum_rows=model.native),
         "flops_per_example": flops / tally.mean_sizes()[0],
         "matrix_flops_per_second": flops / by_itself,
         "achieved_flops_per_second": flops / per_step,

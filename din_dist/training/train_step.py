@@ -73,8 +73,6 @@ class TrainStep:
         self._history = history
         self._model, self._optimizer, self._exchange = model, optimizer, exchange
         self._regularization, self._clip_norm = regularization, config.clip_norm
-        signature = [BATCH_SIGNATURE, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
-        self._run = tf.function(self._step, input_signature=signature, autograph=False)
         self._begun = functools.cache(self._begin)
 
     @property
@@ -86,11 +84,15 @@ class TrainStep:
     ) -> StepResult:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
         # One tensor, for to make and hand over each takes a hundredth of a small update.
-        return self._begun()(batch, tf.constant([rate, step, global_examples, *requests], tf.float64))
+        return self._begun(self._exchange.sums_at_owners)(
+            batch, tf.constant([rate, step, global_examples, *requests], tf.float64)
+        )
 
-    def _begin(self) -> Callable[..., StepResult]:
-        """What runs an update, looked for once."""
+    def _begin(self, sums_at_owners: bool) -> Callable[..., StepResult]:
+        """What runs an update, looked for once in each form of the exchange."""
         self._exchange.share(self._optimizer.changing_by_rows)
+        signature = [BATCH_SIGNATURE, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
+        self._run = tf.function(self._step, input_signature=signature, autograph=False)
         return self._run.get_concrete_function()
 
     def _step(self, batch: Batch, numbers: tf.Tensor) -> StepResult:
@@ -129,7 +131,7 @@ class TrainStep:
         merged: Sequence[Gradient],
     ) -> Observed:
         """What the update did, from this rank's gradients and those of the global batch."""
-        tables = [gradient for gradient in own if isinstance(gradient, tf.IndexedSlices)]
+        touched = [tf.size(gradient.indices) for gradient in own if isinstance(gradient, tf.IndexedSlices)]
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
         num_rows = [tf.size(each.row_ids) if each.num_rows is None else each.num_rows for each in rows]
         with on_host():
@@ -141,7 +143,9 @@ class TrainStep:
             return Observed(
                 gradients_ready,
                 _time_after(merged),
-                tf.stack([self._exchange.rows_sent(tf.size(gradient.indices)) for gradient in tables]),
+                tf.stack(
+                    [self._exchange.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
+                ),
                 tf.convert_to_tensor(num_rows or [0]),
                 num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
                 self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),

@@ -104,6 +104,123 @@ def test_16_bits_halve_the_bytes_and_keep_small_gradients(wire_dtype: WireDtype,
     np.testing.assert_allclose(found.rows, 2 * rows, rtol=error, atol=1e-11)
 
 
+class FourRanks(TwoRanks):
+    """This is rank 1; the other three do as it does."""
+
+    world_size = 4
+
+    def deal_in_graph(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
+        self.sent[name] = [message, lengths]
+        return tf.tile(tf.split(message[: sum(lengths.numpy())], lengths)[1], [4])
+
+    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        self.sent[name] = list(tensors)
+        return list(tensors)  # of this rank's part only
+
+
+@pytest.mark.parametrize("wire_dtype", list(WireDtype))
+def test_an_owner_sums_what_all_have_for_its_rows(wire_dtype: WireDtype) -> None:
+    """Rows 1, 5 and 9 are those of rank 1."""
+    runtime = FourRanks()
+    exchange = GradientExchange(runtime, wire_dtype, native=True)
+    gradients = [slices([4, 9, 1, 2], [[5.0], [2.0], [3.0], [7.0]]), slices([5, 6], [[1.0, -2.0], [3.0, 4.0]])]
+    found, _ = exchange(gradients, tf.constant([3.0]), tf.constant(8.0))
+    assert [each.row_ids.numpy().tolist() for each in found] == [[9, 1], [5]]
+    assert [each.rows.numpy().tolist() for each in found] == [[[8.0], [12.0]], [[4.0, -8.0]]]
+    assert runtime.sent["rows_to_owners"][1].shape == [4]
+    assert int(exchange.rows_sent(tf.constant(100), tf.constant(42))) == 110
+
+
+def test_sums_of_many_fit_into_16_bits() -> None:
+    """What travels is 7,500 by 8, which float16 just holds: not four times as much."""
+    exchange = GradientExchange(FourRanks(), WireDtype.FLOAT16, native=True)
+    ((found,), _) = exchange([slices([1], [[7500.0]])], tf.constant([0.0]), tf.constant(8.0))
+    assert found.rows.numpy().tolist() == [[30000.0]]
+
+
+@pytest.mark.parametrize(("world_size", "native"), [(3, True), (4, False)])
+def test_few_ranks_and_gpus_gather_all_rows(world_size: int, native: bool) -> None:
+    runtime = TwoRanks()
+    runtime.world_size = world_size
+    exchange = GradientExchange(runtime, native=native)
+    ((found,), _) = exchange([slices([4], [[1.0]])], tf.constant([0.0]), tf.constant(8.0))
+    assert (exchange.sums_at_owners, found.rows.numpy().tolist()) == (False, [[2.0]])
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_what_is_packed_is_unpacked(dtype: Any, num_parts: int) -> None:
+    """Tables with many rows, with few, and with none; an odd number of 16-bit values."""
+    random = np.random.default_rng(0)
+    tables = []
+    for count, width in ((1000, 64), (3, 1), (0, 5)):
+        ids = random.permutation(5000)[:count].astype(np.int32)
+        tables.append((ids, random.integers(0, 60000, (count, width)).astype(dtype)))
+    ops = kernels.library()
+    ids, rows = (list(column) for column in zip(*tables, strict=True))
+    message, lengths = (value.numpy() for value in ops.din_dist_pack_rows(num_parts, ids, rows))
+    assert lengths.sum() <= len(message) <= 1.2 * lengths.sum()
+    for part, words in enumerate(np.split(message[: lengths.sum()], np.cumsum(lengths)[:-1])):
+        found = ops.din_dist_unpack_rows(words, N=3, T=dtype, widths=[64, 1, 5])
+        for (all_ids, all_rows), found_ids, found_rows in zip(tables, *found, strict=True):
+            mine = all_ids % num_parts == part
+            np.testing.assert_array_equal(found_ids, all_ids[mine])
+            np.testing.assert_array_equal(found_rows, all_rows[mine])
+    again = ops.din_dist_unpack_rows(message[: lengths.sum()], N=3, T=dtype, widths=[64, 1, 5])
+    assert [len(found_ids) for found_ids in again.row_ids] == [1000, 3, 0]
+
+
+def test_a_message_keeps_its_length() -> None:
+    """Horovod remembers how to send a length that it has seen."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
+    def length(ids: tf.Tensor) -> tf.Tensor:
+        message, _ = kernels.library().din_dist_pack_rows(4, [ids], [tf.zeros([tf.size(ids), 8])])
+        return tf.size(message)
+
+    seen = [int(length(tf.range(count))) for count in (1000, 1020, 990, 1010, 700, 1000)]
+    assert len(set(seen)) == 1
+    assert int(length(tf.range(2000))) >= 2000 * 9
+    assert int(length(tf.range(100))) < 1000 * 9  # it does not stay large for ever
+
+
+WHOLE = [6, 1, 7, 0, 0, 0]  # a row of id 7 of one table, 2 values wide, and a word that nobody reads
+
+
+@pytest.mark.parametrize(
+    ("message", "widths"),
+    [
+        (WHOLE[:-2], [2]),
+        ([*WHOLE, 9], [2]),
+        ([5, *WHOLE[1:]], [2]),
+        ([0, *WHOLE[1:]], [2]),
+        ([-1, *WHOLE[1:]], [2]),
+        ([6, 2, *WHOLE[2:]], [2]),
+        ([6, -1, *WHOLE[2:]], [2]),
+        (WHOLE, [4]),
+    ],
+)
+def test_a_message_that_is_not_whole_is_refused(message: list[int], widths: list[int]) -> None:
+    unpack = kernels.library().din_dist_unpack_rows
+    assert unpack(WHOLE, N=1, T=tf.float32, widths=[2]).row_ids[0].numpy().tolist() == [7]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a message of rows must be whole"):
+        unpack(message, N=1, T=tf.float32, widths=widths)
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "row_ids", "rows", "message"),
+    [
+        (0, [1], [[1.0]], "a message has at least one part"),
+        (2, [1, 2], [[1.0]], "there must be an id for each row"),
+        (2, [1], [1.0], "there must be an id for each row"),
+        (2, [-1], [[1.0]], "ids of rows must not be negative"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(num_parts: int, row_ids: Any, rows: Any, message: str) -> None:
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        kernels.library().din_dist_pack_rows(num_parts, [row_ids], [rows])
+
+
 def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
     runtime = TwoRanks()
     runtime.travels = False
@@ -113,7 +230,9 @@ def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
     assert runtime.sent["row_ids"][0].numpy().tolist() == [4, 9]
     assert runtime.sent["rows"][0].dtype == tf.float32
     assert found.rows.numpy().tolist() == [[2 * np.float32(1 / 3)], [4.0]]
-    assert int(exchange.rows_sent(tf.constant(2))) == 2
+    assert int(exchange.rows_sent(tf.constant(2), tf.constant(3))) == 2
+    runtime.world_size = 100
+    assert not GradientExchange(runtime, native=True).sums_at_owners
 
 
 def test_a_rank_without_rows_takes_part() -> None:

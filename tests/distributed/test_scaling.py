@@ -18,6 +18,7 @@ from din_dist.distributed.scaling import (
     allreduce_bytes,
     allreduce_hops,
     predict,
+    row_bytes,
 )
 from din_dist.errors import InputError
 
@@ -33,6 +34,7 @@ MEASURED = Measured(
     statistics_bytes=200_000,
     num_gradient_messages=3,
     num_gather_messages=2,
+    owners_sum_rows=False,
 )
 CLUSTER = Cluster(8e6, latency_seconds=0.001, message_overhead_seconds=0.01, payload_share=1.0)  # a megabyte a second
 
@@ -51,7 +53,7 @@ def test_four_workers_by_hand() -> None:
         {
             "compute": 0.1,
             "all_reduce_bandwidth": 1.8,  # 2 * 3/4 of 1.2 MB
-            "all_gather_bandwidth": 1.5,  # 3 parts of 0.5 MB
+            "row_bandwidth": 1.5,  # 3 parts of 0.5 MB
             "message_latency": 0.05,  # 5 all-reduces of 2 + 6 hops, 2 all-gathers of 2 + 3
             "message_overhead": 0.07,  # 7 messages
             "rows_of_others": 0.052,  # 4 * 3 ms to merge; three times the rows to update, for the tables have no more
@@ -62,6 +64,30 @@ def test_four_workers_by_hand() -> None:
     assert found.efficiency == pytest.approx(0.1 / 3.572)
     assert found.dominant_term == "all_reduce_bandwidth"
     assert found.to_json()["dominant_term"] == "all_reduce_bandwidth"
+
+
+def test_four_workers_whose_rows_are_summed_by_their_owners() -> None:
+    found = predict(dataclasses.replace(MEASURED, owners_sum_rows=True), CLUSTER, 4).seconds
+    assert found["row_bandwidth"] == pytest.approx(1.5)  # 3/4 of 0.5 MB to owners, and of their sums, the whole tables
+    assert found["message_latency"] == pytest.approx(
+        0.049
+    )  # 5 of 2 + 6 hops, lengths and rows after 2, a gather: 2 + 3
+    assert found["message_overhead"] == pytest.approx(0.07)
+    assert found["rows_of_others"] == pytest.approx(0.043)  # as many rows to sum as it has; three times to update
+
+
+def test_of_many_workers_owners_send_much_less() -> None:
+    at_owners = dataclasses.replace(MEASURED, owners_sum_rows=True)
+    assert predict(at_owners, CLUSTER, 64).seconds["row_bandwidth"] == pytest.approx(2.0 * 63 / 64)
+    assert predict(MEASURED, CLUSTER, 64).seconds["row_bandwidth"] == pytest.approx(31.5)
+    # With tables so large that no two workers touch a row, about as much.
+    assert row_bytes(500, 64 * 500, 64, at_owners=True) == pytest.approx(63 / 64 * 65 * 500)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_few_workers_gather_all_rows(world_size: int) -> None:
+    at_owners = dataclasses.replace(MEASURED, owners_sum_rows=True)
+    assert predict(at_owners, CLUSTER, world_size) == predict(MEASURED, CLUSTER, world_size)
 
 
 def test_a_worker_on_its_own_speaks_to_nobody() -> None:
@@ -109,18 +135,19 @@ def test_what_dominates_follows_the_cluster() -> None:
         predict(MEASURED, dataclasses.replace(quick, message_overhead_seconds=1.0), 8).dominant_term
         == "message_overhead"
     )
-    assert predict(MEASURED, Cluster(8e6, 0.0), 8).dominant_term == "all_gather_bandwidth"
+    assert predict(MEASURED, Cluster(8e6, 0.0), 8).dominant_term == "row_bandwidth"
     assert predict(MEASURED, quick, 1000).dominant_term == "rows_of_others"
 
 
 def test_headers_take_their_share_of_the_link() -> None:
     half = dataclasses.replace(CLUSTER, payload_share=0.5)
-    assert predict(MEASURED, half, 4).seconds["all_gather_bandwidth"] == pytest.approx(3.0)
+    assert predict(MEASURED, half, 4).seconds["row_bandwidth"] == pytest.approx(3.0)
 
 
 def test_without_tables_there_are_no_rows() -> None:
     dense = dataclasses.replace(MEASURED, row_gradient_bytes=0, table_bytes=0, num_gather_messages=0)
     assert predict(dense, CLUSTER, 8).seconds["rows_of_others"] == 0
+    assert predict(dataclasses.replace(dense, owners_sum_rows=True), CLUSTER, 8) == predict(dense, CLUSTER, 8)
 
 
 def test_the_benchmarks_json_is_read() -> None:
@@ -141,6 +168,7 @@ def test_numbers_of_messages_may_be_written_as_fractions() -> None:
         ({"row_merge_seconds": math.nan}, "row_merge_seconds must be a number from 0 up. Received: nan."),
         ({"update_seconds": "1"}, "update_seconds must be a number from 0 up. Received: '1'."),
         ({"statistics_bytes": True}, "statistics_bytes must be a number from 0 up. Received: True."),
+        ({"owners_sum_rows": 1}, "one.json: owners_sum_rows must be true or false. Received: 1. Give the JSON line"),
         ({"step_seconds": 0}, "step_seconds must be above 0. Received: 0."),
         ({"num_gather_messages": 4}, "num_gather_messages cannot exceed num_gradient_messages"),
     ],

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import tensorflow as tf
 
+from din_dist.config import WireDtype
+from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime, open_runtime
+from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
 
 NUM_MESSAGES = 100
 # In float32: up to 16 KiB are summed in other steps than more is.
@@ -27,7 +31,45 @@ def main() -> None:
             time.sleep(0.1)  # the others have sent by then
         gathered = runtime.gather(parts[runtime.rank] + late)
         np.testing.assert_array_equal(gathered, np.concatenate(parts) + late)
+    for wire_dtype, error in (
+        (WireDtype.FLOAT32, 1e-6),
+        (WireDtype.BFLOAT16, 1.01 * 2**-7),
+        (WireDtype.FLOAT16, 1.01 * 2**-10),
+    ):
+        for most_rows in (0, 1, 1000):
+            check_rows(runtime, wire_dtype, most_rows, error)
     runtime.shutdown()
+
+
+def check_rows(runtime: Runtime, wire_dtype: WireDtype, most_rows: int, error: float) -> None:
+    """Of a wide and a narrow table: near the sums in float64, and the same to the bit on every rank."""
+    exchange = GradientExchange(runtime, wire_dtype, native=True)
+    assert exchange.sums_at_owners == (runtime.world_size >= FEWEST_TO_SUM_AT_OWNERS)
+    num_rows, widths = 3000, (64, 1)
+    expected = [np.zeros((num_rows, width)) for width in widths]
+    magnitudes = [np.zeros((num_rows, width)) for width in widths]
+    for rank in range(runtime.world_size):
+        random = np.random.default_rng([most_rows, rank])
+        own = []
+        for dense, magnitude in zip(expected, magnitudes, strict=True):
+            ids = random.permutation(num_rows)[: most_rows // (1 + rank)].astype(np.int32)
+            rows = random.normal(size=(len(ids), dense.shape[1])).astype(np.float32)
+            dense[ids] += rows
+            magnitude[ids] += np.abs(rows)
+            own.append(tf.IndexedSlices(tf.constant(rows), tf.constant(ids), tf.constant(dense.shape)))
+        if rank == runtime.rank:
+            gradients = own
+
+    @tf.function(autograph=False)
+    def run() -> list[tuple[tf.Tensor, tf.Tensor]]:
+        summed, _ = exchange(gradients, tf.constant([0.0]), scale=tf.constant(3.0))
+        return [(each.row_ids, each.rows) for each in summed]
+
+    for (ids, rows), dense, magnitude in zip(run(), expected, magnitudes, strict=True):
+        assert sorted(ids.numpy()) == np.flatnonzero(magnitude.any(axis=1)).tolist()
+        assert (np.abs(rows - dense[ids]) <= error * magnitude[ids] + 1e-6).all()  # float16 holds small ones less well
+        told = runtime.gather(np.concatenate([ids.numpy(), rows.numpy().view(np.int32).ravel()])[None])
+        np.testing.assert_array_equal(told, np.broadcast_to(told[:1], told.shape))
 
 
 def check_sum(runtime: Runtime, size: int) -> None:

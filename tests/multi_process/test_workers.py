@@ -1,4 +1,4 @@
-"""Many workers equal one: real `horovodrun` jobs of 2 and 3 workers against one process, 60 steps of each optimizer."""
+"""Many workers equal one: real `horovodrun` jobs of 2 to 4 workers against one process, 60 steps of each optimizer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from din_dist.data.hashing import hash64
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
 from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.export import Trained, export
 from din_dist.training.evaluator import Evaluator
@@ -24,19 +25,25 @@ from tests.serving.trained_job import histories_of_tests
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, two workers, three workers; and one job that stops with two and goes on with three."""
+    """One process, two workers, three workers; two and four that share nothing; and one job that stops with two and
+    goes on with three.
+    """
     folder = tmp_path_factory.mktemp("workers")
     prepare(data_config(folder))
     train(folder, "one", 1)
     train(folder, "two", 2)
     train(folder, "three", 3)
     train(folder, "by_messages", 2, cases=("lazy_adam",))
+    train(folder, "at_owners", FEWEST_TO_SUM_AT_OWNERS, cases=("lazy_adam", "bfloat16"))
     train(folder, "two_then_three", 2, max_steps=23, cases=("lazy_adam",))
     train(folder, "two_then_three", 3, cases=("lazy_adam",))
     return folder
 
 
-@pytest.mark.parametrize(("run", "case"), [*itertools.product(["two", "three"], CASES), ("by_messages", "lazy_adam")])
+BY_MESSAGES = [("by_messages", "lazy_adam"), ("at_owners", "lazy_adam"), ("at_owners", "bfloat16")]
+
+
+@pytest.mark.parametrize(("run", "case"), [*itertools.product(["two", "three"], CASES), *BY_MESSAGES])
 def test_many_workers_equal_one(folder: Path, run: str, case: str) -> None:
     loose = 50 if case == "bfloat16" else 1  # 8 bits of mantissa on the wire
     assert_same_training(folder, run, "one", case, loose)

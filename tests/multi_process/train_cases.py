@@ -49,7 +49,11 @@ CASES: dict[str, dict] = {
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
 }
-BY_MESSAGES = {"bfloat16", "by_messages"}  # cases and runs whose workers speak as those of several machines do
+BY_MESSAGES = {
+    "bfloat16",
+    "by_messages",
+    "at_owners",
+}  # cases and runs whose workers speak as those of several machines do
 
 
 def config_of(folder: Path, run: str, case: str, max_steps: int):
