@@ -25,7 +25,7 @@ class Observed(NamedTuple):
 
     gradients_ready: tf.Tensor  # float64, seconds of the wall clock
     exchange_ended: tf.Tensor  # likewise
-    rows_sent: tf.Tensor  # int32 [S], of each table, padding included; what a rank that is alone would send
+    rows_sent: tf.Tensor  # int32 [S], of each table, padding included, also by a rank that has nobody to send to
     unique_rows: tf.Tensor  # int32 [S], over all ranks
     unknown_ids: tf.Tensor  # float32 [T], share of the candidates and positions that have no id in a table
     computed_positions: tf.Tensor  # int32, padding included
@@ -84,9 +84,8 @@ class TrainStep:
     ) -> StepResult:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
         # One tensor, for to make and hand over each takes a hundredth of a small update.
-        return self._begun(self._exchange.sums_at_owners)(
-            batch, tf.constant([rate, step, global_examples, *requests], tf.float64)
-        )
+        numbers = tf.constant([rate, step, global_examples, *requests], tf.float64)
+        return self._begun(self._exchange.sums_at_owners)(batch, numbers)
 
     def _begin(self, sums_at_owners: bool) -> Callable[..., StepResult]:
         """What runs an update, looked for once in each form of the exchange."""
@@ -135,6 +134,7 @@ class TrainStep:
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
         num_rows = [tf.size(each.row_ids) if each.num_rows is None else each.num_rows for each in rows]
         with on_host():
+            sent = [self._exchange.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
             places = batch[schema.ITEM_PLACES]
             unknown = self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS])
             num_items = tf.shape(unknown)[1]
@@ -143,9 +143,7 @@ class TrainStep:
             return Observed(
                 gradients_ready,
                 _time_after(merged),
-                tf.stack(
-                    [self._exchange.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
-                ),
+                tf.stack(sent),
                 tf.convert_to_tensor(num_rows or [0]),
                 num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
                 self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
 from tests.cli.test_commands import run
 from tests.multi_process.test_refusals import environment, launcher, worker_of
 
@@ -92,6 +93,23 @@ def test_a_killed_chief_costs_no_example(undisturbed: tuple[Path, dict[str, Any]
     # Nothing was read from the disk: training went on with the very next update.
     after = next(line for line in told[told.index(resets[0]) :] if line["kind"] == "train")
     assert after["step"] == resets[0]["step"] + 1
+
+
+def test_two_workers_become_four_and_three(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Of four each sums a part of the rows, while fewer gather all of them."""
+    expected = share_log(undisturbed, tmp_path)
+    with start(tmp_path) as job:
+        wait_for(job, "step 200 of ")
+        (tmp_path / "hosts").write_text("localhost:2\n127.0.0.1:2\n")
+        wait_for(job, f"{FEWEST_TO_SUM_AT_OWNERS} worker(s) from step ")
+        wait_for(job, "00 of ")  # they have trained together
+        os.kill(worker_of(3, tmp_path), signal.SIGKILL)
+        out, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    assert_as_if_nothing_happened(json.loads(out.splitlines()[-1]), expected)
+    world_sizes = [line["world_size"] for line in events(tmp_path) if line["kind"] in ("start", "elastic")]
+    assert world_sizes[:2] == [2, FEWEST_TO_SUM_AT_OWNERS]
+    assert world_sizes[2] < FEWEST_TO_SUM_AT_OWNERS
 
 
 def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
