@@ -52,9 +52,14 @@ class GradientExchange:
             self._tables = tables
 
     @property
+    def _packs(self) -> bool:
+        """Whether rows of all tables travel as one message, and their ids with them."""
+        return self._native and self._ranks.travels
+
+    @property
     def sums_at_owners(self) -> bool:
         """Whether each row is summed by one rank for all. Changes with the number of ranks; then build a new graph."""
-        return self._native and self._ranks.travels and self._ranks.world_size >= FEWEST_TO_SUM_AT_OWNERS
+        return self._packs and self._ranks.world_size >= FEWEST_TO_SUM_AT_OWNERS
 
     def sum_of_parts(self, value: tf.Tensor) -> tf.Tensor:
         """Of a number that each rank has found of its part of the rows, that of all."""
@@ -92,6 +97,8 @@ class GradientExchange:
             return [RowGradients(*part) for part in zip(*parts, strict=True)]
         if self.sums_at_owners:
             return self._sum_at_owners(gradients, scale)
+        if self._packs:
+            return [merge_rows(*rows, native=True) for rows in self._tell(gradients, scale, "rows")]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
         row_ids = self._ranks.gather_in_graph([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
@@ -103,13 +110,18 @@ class GradientExchange:
 
     def _sum_at_owners(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         num_ranks = self._ranks.size_in_graph()
-        widths = [each.rows.shape[1] for each in gradients]
         dealt = self._ranks.deal_in_graph(*self._message(gradients, scale, num_ranks), "rows_to_owners")
-        own = [merge_rows(*rows, native=True) for rows in self._rows_of(dealt, widths, scale)]
+        own = [merge_rows(*rows, native=True) for rows in self._rows_of(dealt, gradients, scale)]
         of_sums = scale / tf.cast(num_ranks, tf.float32)  # a sum may be as many times as large
-        message, _ = self._message(own, of_sums, num_parts=tf.constant(1))
-        (told,) = self._ranks.gather_in_graph([message], "sums_of_rows")
-        return [RowGradients(*rows) for rows in self._rows_of(told, widths, of_sums)]
+        return [RowGradients(*rows) for rows in self._tell(own, of_sums, "sums_of_rows")]
+
+    def _tell(
+        self, gradients: Sequence[RowGradients], scale: tf.Tensor, name: str
+    ) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """All ranks' rows, one after the other: ids `[R]` and rows `[R, D]` of each table."""
+        message, _ = self._message(gradients, scale, num_parts=tf.constant(1))
+        (told,) = self._ranks.gather_in_graph([message], name)
+        return self._rows_of(told, gradients, scale)
 
     def _message(
         self, gradients: Sequence[RowGradients], scale: tf.Tensor, num_parts: tf.Tensor
@@ -120,9 +132,10 @@ class GradientExchange:
         return tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
 
     def _rows_of(
-        self, message: tf.Tensor, widths: Sequence[int], scale: tf.Tensor
+        self, message: tf.Tensor, gradients: Sequence[RowGradients], scale: tf.Tensor
     ) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """Ids `[R]` and rows `[R, D]` of each table, from parts of messages, one after the other."""
+        """Ids and rows of the tables that `gradients` are of, from parts of messages, one after the other."""
+        widths = [each.rows.shape[1] for each in gradients]
         dtype = tf.float32 if self._wire_dtype is WireDtype.FLOAT32 else tf.uint16
         row_ids, rows = kernels.library().din_dist_unpack_rows(message, N=len(widths), T=dtype, widths=widths)
         return [
@@ -131,20 +144,18 @@ class GradientExchange:
         ]
 
     def rows_sent(self, num_rows: tf.Tensor, num_summed: tf.Tensor) -> tf.Tensor:
-        """How many rows this rank gives to others for so many that it touched, of `num_summed` that all touched.
-
-        A gather whose length changes is negotiated anew at every step, by several rounds through the chief. Few lengths
-        are remembered.
-        """
+        """How many rows this rank gives to others for so many that it touched, of `num_summed` that all touched."""
         if self.sums_at_owners:
             return num_rows + num_summed // self._ranks.size_in_graph()
-        return self._rows_gathered(num_rows)
+        return self._padded_length(num_rows)
 
-    def _rows_gathered(self, num_rows: tf.Tensor) -> tf.Tensor:
-        return round_up(num_rows, steps=16, smallest=64) if self._ranks.travels else num_rows
+    def _padded_length(self, num_rows: tf.Tensor) -> tf.Tensor:
+        """A gather whose length changes is negotiated anew, by several rounds. Few lengths are remembered."""
+        in_need = self._ranks.travels and not self._packs  # messages see to it themselves
+        return round_up(num_rows, steps=16, smallest=64) if in_need else num_rows
 
     def _padded(self, rows: tf.Tensor, value: float = 0) -> tf.Tensor:
-        return padded(rows, self._rows_gathered(tf.shape(rows)[0]), value) if self._ranks.travels else rows
+        return padded(rows, self._padded_length(tf.shape(rows)[0]), value) if self._ranks.travels else rows
 
     def _pack(self, rows: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
         if self._wire_dtype is WireDtype.FLOAT32:

@@ -167,7 +167,7 @@ def allgather_hops(world_size: int) -> int:
 
 def row_hops(num_gathers: float, world_size: int, at_owners: bool) -> float:
     """Of the messages by which rows travel, likewise; `num_gathers` of them where all gather all rows."""
-    if not num_gathers or not at_owners:
+    if not at_owners:
         return num_gathers * allgather_hops(world_size)
     alltoall_hops = doubling_steps(world_size) + 2  # how much goes to whom is told before
     return alltoall_hops + allgather_hops(world_size)
@@ -176,7 +176,7 @@ def row_hops(num_gathers: float, world_size: int, at_owners: bool) -> float:
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:
     """The step of `world_size` workers, each on a link of its own and with the batch that was measured."""
     num_gathers = measured.num_gather_messages
-    at_owners = measured.owners_sum_rows and world_size >= FEWEST_TO_SUM_AT_OWNERS
+    at_owners = measured.owners_sum_rows and num_gathers > 0 and world_size >= FEWEST_TO_SUM_AT_OWNERS
     reduced = (  # bytes and messages
         (measured.dense_gradient_bytes, measured.num_gradient_messages - num_gathers),
         (measured.statistics_bytes, measured.num_statistics_messages),
@@ -184,7 +184,9 @@ def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction
     hops = sum(allreduce_hops(size, world_size, number) for size, number in reduced)
     hops += row_hops(num_gathers, world_size, at_owners)
     reduced_bytes = sum(allreduce_bytes(size, world_size, number) for size, number in reduced)
-    messages = measured.num_statistics_messages + measured.num_gradient_messages if world_size > 1 else 0
+    # Where owners sum, rows take one message to them and one from them.
+    num_gradient_messages = measured.num_gradient_messages + (2 - num_gathers if at_owners else 0)
+    messages = measured.num_statistics_messages + num_gradient_messages if world_size > 1 else 0
     summed_bytes = _touched_rows_ratio(measured, world_size) * measured.row_gradient_bytes
     bytes_per_second = cluster.bandwidth_bits_per_second / 8 * cluster.payload_share
     seconds = {

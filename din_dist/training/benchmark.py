@@ -166,6 +166,7 @@ def message_sizes(
     variables: Sequence[tf.Variable],
     statistics_widths: Sequence[int],
     wire_bytes: int,
+    native: bool,
 ) -> dict[str, int]:
     """What a rank has to say in an update, in bytes and in messages that it waits for.
 
@@ -178,6 +179,7 @@ def message_sizes(
         variables: those of the gradients.
         statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
         wire_bytes: of one value of a row gradient; its id takes 4.
+        native: whether rows travel as our kernels pack them.
     """
     tables = [pair for pair in zip(gradients, variables, strict=True) if isinstance(pair[0], tf.IndexedSlices)]
     dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
@@ -185,6 +187,8 @@ def message_sizes(
     touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
     rows_of_all = [each for each in merged if isinstance(each, RowGradients)]
     by_any = [int(tf.size(each.row_ids) if each.num_rows is None else each.num_rows) for each in rows_of_all]
+
+    num_gathers = (1 if native else 2) * bool(tables)  # ids and rows, which our kernels put into one message
 
     def in_bytes(num_rows: Sequence[int]) -> int:
         return sum(number * size for number, size in zip(num_rows, bytes_of_a_row, strict=True))
@@ -195,8 +199,8 @@ def message_sizes(
         "summed_row_bytes": in_bytes(by_any),
         "table_bytes": in_bytes([table.shape[0] for _, table in tables]),
         "statistics_bytes": statistics_bytes(statistics_widths),
-        "num_gradient_messages": 1 + 2 * bool(tables),  # dense; ids; rows
-        "num_gather_messages": 2 * bool(tables),
+        "num_gradient_messages": 1 + num_gathers,
+        "num_gather_messages": num_gathers,
         "num_statistics_messages": 2 * len(statistics_widths),
     }
 
@@ -257,7 +261,7 @@ def report(
     per_step = tally.seconds / tally.steps
     model_variables = [weight.value for weight in model.trainable_weights]
     wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
-    sizes = message_sizes(gradients, merged, model_variables, model.statistics_widths, wire_bytes)
+    sizes = message_sizes(gradients, merged, model_variables, model.statistics_widths, wire_bytes, model.native)
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,

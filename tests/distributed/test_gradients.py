@@ -138,13 +138,18 @@ def test_sums_of_many_fit_into_16_bits() -> None:
     assert found.rows.numpy().tolist() == [[30000.0]]
 
 
-@pytest.mark.parametrize(("world_size", "native"), [(3, True), (4, False)])
-def test_few_ranks_and_gpus_gather_all_rows(world_size: int, native: bool) -> None:
+@pytest.mark.parametrize(("world_size", "native", "messages"), [(3, True, ["rows"]), (4, False, ["row_ids", "rows"])])
+def test_few_ranks_and_gpus_gather_all_rows(world_size: int, native: bool, messages: list[str]) -> None:
     runtime = TwoRanks()
     runtime.world_size = world_size
     exchange = GradientExchange(runtime, native=native)
-    ((found,), _) = exchange([slices([4], [[1.0]])], tf.constant([0.0]), tf.constant(8.0))
-    assert (exchange.sums_at_owners, found.rows.numpy().tolist()) == (False, [[2.0]])
+    tables = [slices([4, 7], [[1.0], [3.0]]), slices([9], [[1.0, 2.0]])]
+    found, _ = exchange(tables, tf.constant([0.0]), tf.constant(8.0))
+    assert not exchange.sums_at_owners
+    assert [each.row_ids.numpy().tolist() for each in found] == [[4, 7], [9]]
+    assert [each.rows.numpy().tolist() for each in found] == [[[2.0], [6.0]], [[2.0, 4.0]]]
+    assert list(runtime.sent) == ["dense", *messages]
+    assert int(exchange.rows_sent(tf.constant(100), tf.constant(150))) == (100 if native else 128)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 7])

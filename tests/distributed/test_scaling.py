@@ -73,6 +73,10 @@ def test_four_workers_whose_rows_are_summed_by_their_owners() -> None:
         0.049
     )  # 5 of 2 + 6 hops, lengths and rows after 2, a gather: 2 + 3
     assert found["message_overhead"] == pytest.approx(0.07)
+    # Where fewer would gather in one message, owners still take two.
+    packed = dataclasses.replace(MEASURED, owners_sum_rows=True, num_gradient_messages=2, num_gather_messages=1)
+    assert predict(packed, CLUSTER, 4).seconds == found
+    assert predict(packed, CLUSTER, 3).seconds["message_overhead"] == pytest.approx(0.06)
     assert found["rows_of_others"] == pytest.approx(0.043)  # as many rows to sum as it has; three times to update
 
 
