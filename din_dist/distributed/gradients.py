@@ -31,10 +31,11 @@ Gradient: TypeAlias = tf.Tensor | RowGradients
 class GradientExchange:
     """Sums gradients over the ranks; each rank's loss must already be divided by the global number of examples.
 
-    Dense gradients, and the numbers that ride along with them, go in one grouped all-reduce. Of an embedding table
-    only the touched rows travel. Few ranks gather them all, and each sums what several have for one row. Of many ranks
-    each owns a part of the rows: it is sent what the others have for these, and tells all the sums. Bytes a step depend
-    on the rows touched, never on the size of the table. Where ranks share tables, each gets a part of the rows.
+    Dense gradients, and the numbers that ride along with them, go in one grouped all-reduce, but for those that are
+    known early, which go before. Of an embedding table only the touched rows travel. Few ranks gather them all, and
+    each sums what several have for one row. Of many ranks each owns a part of the rows: it is sent what the others have
+    for these, and tells all the sums. Bytes a step depend on the rows touched, never on the size of the table. Where
+    ranks share tables, each gets a part of the rows.
 
     Source of the sums at owners: Renggli et al., SparCML: high-performance sparse communication for machine learning,
     SC 2019, section 5.3 (split all-gather).
@@ -71,21 +72,42 @@ class GradientExchange:
             self._ranks.finish_in_graph(self._tables)
 
     def __call__(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, scale: tf.Tensor
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+        extra: tf.Tensor,
+        scale: tf.Tensor,
+        known_early: Sequence[bool] | None = None,
     ) -> tuple[list[Gradient], tf.Tensor]:
         """The summed `gradients`, in their order, and the summed `extra` numbers, float32 `[K]`.
 
         Args:
             gradients: those of tables as `IndexedSlices` that name no row twice: lookups gather each row once.
+            known_early: which of the dense gradients are known while others are yet to be found, and with them the last
+                batch statistics. None: none is.
             scale: about 1 / (size of a gradient): what 16-bit rows are multiplied by on the wire, against underflow.
         """
         is_dense = [not isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         dense = [gradient for gradient, here in zip(gradients, is_dense, strict=True) if here]
         sparse = [_as_rows(gradient) for gradient, here in zip(gradients, is_dense, strict=True) if not here]
-        *summed, extra = self._ranks.sum_in_graph([*dense, extra], "dense")
+        early = [known for here, known in zip(is_dense, known_early or is_dense, strict=True) if here]
+        summed, extra = self._sum(dense, early if known_early and self._packs else [False] * len(dense), extra)
         merged = self._gather(sparse, scale)
         dense_results, sparse_results = iter(summed), iter(merged)
         return [next(dense_results if here else sparse_results) for here in is_dense], extra
+
+    def _sum(
+        self, dense: Sequence[tf.Tensor], early: Sequence[bool], extra: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Of dense gradients, those known `early` in a message of their own, and of the numbers that ride along."""
+        first = [gradient for gradient, known in zip(dense, early, strict=True) if known]
+        rest = [gradient for gradient, known in zip(dense, early, strict=True) if not known]
+        if first:
+            # Behind the last batch statistics, for which the backward pass waits, and on its way while the rest runs.
+            with self._ranks.after_sums():
+                first = self._ranks.sum_in_graph(first, "dense_early")
+        *rest, extra = self._ranks.sum_in_graph([*rest, extra], "dense")
+        first_results, results = iter(first), iter(rest)
+        return [next(first_results if known else results) for known in early], extra
 
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         if not self._ranks.has_peers or not gradients:
@@ -195,6 +217,10 @@ class DenseExchange(GradientExchange):
         """Nothing: an update gives a table new memory."""
 
     def __call__(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, scale: tf.Tensor
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+        extra: tf.Tensor,
+        scale: tf.Tensor,
+        known_early: Sequence[bool] | None = None,
     ) -> tuple[list[Gradient], tf.Tensor]:
         return super().__call__([tf.convert_to_tensor(gradient) for gradient in gradients], extra, scale)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels
-from din_dist.distributed.runtime import InGraph, Runtime
+from din_dist.distributed.runtime import InGraph, Runtime, after
 from din_dist.errors import FailedElsewhere, InputError
 
 BUFFER_BYTES = 1 << 20
@@ -134,12 +134,8 @@ class Neighbours(InGraph):
         with self._in_order():
             kernels.library().din_dist_neighbours_finish([variable.handle for variable in variables], **self._place)
 
-    @contextlib.contextmanager
-    def _in_order(self) -> Iterator[None]:
-        last = self._last
-        known = last is not None and not tf.executing_eagerly() and last.graph is tf.compat.v1.get_default_graph()
-        with tf.control_dependencies([last] if known else []):
-            yield
+    def _in_order(self) -> contextlib.AbstractContextManager[None]:
+        return after(self._last)
 
 
 def _common_files(runtime: Runtime, name: str, sizes: Sequence[int], fill: bool = True) -> list[int] | None:

@@ -24,6 +24,12 @@ _JOIN_AGAIN_SECONDS = 0.2
 _SEVERAL_ON_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"  # of NCCL itself, which else refuses ranks that share a GPU
 
 
+def after(last: tf.Tensor | None) -> contextlib.AbstractContextManager[None]:
+    """What is begun within waits for `last`, where that is of the same graph."""
+    known = last is not None and not tf.executing_eagerly() and last.graph is tf.compat.v1.get_default_graph()
+    return tf.control_dependencies([last] if known else [])
+
+
 class InGraph:
     """What the ranks tell each other within a graph; all must call in the same order. Here: a rank without peers."""
 
@@ -42,6 +48,10 @@ class InGraph:
     def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
         return list(tensors)
+
+    def after_sums(self) -> contextlib.AbstractContextManager[None]:
+        """What is said within comes after all sums that were asked for before, in the same graph."""
+        return contextlib.nullcontext()
 
     def size_in_graph(self) -> tf.Tensor:
         """The number of ranks, int32: those that there are when it is asked, where it may change."""
@@ -162,6 +172,7 @@ class HorovodRuntime(Runtime):
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
         self._hvd = importlib.import_module("horovod.tensorflow")
+        self._last_sum: tf.Tensor | None = None
         self._join()
 
     def _join(self) -> None:
@@ -171,8 +182,14 @@ class HorovodRuntime(Runtime):
 
     def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
         if len(tensors) == 1:
-            return [self._hvd.allreduce(tensors[0], op=self._hvd.Sum, name=name)]
-        return self._hvd.grouped_allreduce(list(tensors), op=self._hvd.Sum, name=name)
+            summed = [self._hvd.allreduce(tensors[0], op=self._hvd.Sum, name=name)]
+        else:
+            summed = self._hvd.grouped_allreduce(list(tensors), op=self._hvd.Sum, name=name)
+        self._last_sum = summed[0]
+        return summed
+
+    def after_sums(self) -> contextlib.AbstractContextManager[None]:
+        return after(self._last_sum)
 
     def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         return self._hvd.grouped_allgather(list(tensors), name=name)

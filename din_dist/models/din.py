@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from din_dist import schema
@@ -54,6 +55,10 @@ class DIN(RankingModel):
     @property
     def needs_few_lengths(self) -> bool:
         return self.attention.needs_few_lengths
+
+    @property
+    def known_last(self) -> list[keras.Variable]:
+        return [*super().known_last, *self.attention.scorer.dense_layers[0].trainable_weights]
 
     def interest(
         self,

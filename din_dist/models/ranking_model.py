@@ -75,6 +75,11 @@ class RankingModel(keras.Model):
         means = [weight for weight in self.non_trainable_weights if weight.path.endswith("moving_mean")]
         return [weight.shape[0] for weight in means] if self.has_batch_statistics else []
 
+    @property
+    def known_last(self) -> list[keras.Variable]:
+        """Weights whose gradients are found in the last pass of all, after the last batch statistics."""
+        return self.lookup.trainable_weights
+
     def num_computed_positions(self, num_positions: tf.Tensor) -> tf.Tensor:
         """How many there are in training with padding.
 

@@ -199,7 +199,7 @@ def message_sizes(
         "summed_row_bytes": in_bytes(by_any),
         "table_bytes": in_bytes([table.shape[0] for _, table in tables]),
         "statistics_bytes": statistics_bytes(statistics_widths),
-        "num_gradient_messages": 1 + num_gathers,
+        "num_gradient_messages": (2 if native else 1) + num_gathers,  # of dense ones, some go before the others
         "num_gather_messages": num_gathers,
         "num_statistics_messages": 2 * len(statistics_widths),
     }

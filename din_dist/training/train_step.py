@@ -165,7 +165,9 @@ class TrainStep:
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, global_examples: tf.Tensor
     ) -> tuple[list[Gradient], tf.Tensor]:
         """The gradient of the global batch, on every rank, or those of its rows that this one updates."""
-        return self._exchange(gradients, extra, scale=global_examples)
+        known_last = {id(weight.value) for weight in self._model.known_last}
+        known_early = [id(variable) not in known_last for variable in self._optimizer.variables]
+        return self._exchange(gradients, extra, scale=global_examples, known_early=known_early)
 
     def update(
         self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor

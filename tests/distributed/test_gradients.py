@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,6 +151,29 @@ def test_few_ranks_and_gpus_gather_all_rows(world_size: int, native: bool, messa
     assert [each.rows.numpy().tolist() for each in found] == [[[2.0], [6.0]], [[2.0, 4.0]]]
     assert list(runtime.sent) == ["dense", *messages]
     assert int(exchange.rows_sent(tf.constant(100), tf.constant(150))) == (100 if native else 128)
+
+
+def test_what_is_known_early_goes_before_the_rest_and_after_the_statistics() -> None:
+    runtime = TwoRanks()
+    runtime.after_sums = lambda: contextlib.nullcontext(runtime.sent.setdefault("after sums", []))
+    gradients = [tf.constant([1.0]), slices([4], [[5.0]]), tf.constant([2.0]), tf.constant([3.0])]
+    early = [False, True, True, False]  # of rows it says nothing
+    exchange = GradientExchange(runtime, native=True)
+    found, extra = exchange(gradients, tf.constant([4.0]), tf.constant(8.0), early)
+    assert [found[place].numpy().tolist() for place in (0, 2, 3)] == [[2.0], [4.0], [6.0]]
+    assert (found[1].rows.numpy().tolist(), extra.numpy().tolist()) == ([[10.0]], [8.0])
+    assert list(runtime.sent) == ["after sums", "dense_early", "dense", "rows"]
+    assert [tensor.numpy().tolist() for tensor in runtime.sent["dense_early"]] == [[2.0]]
+    assert [tensor.numpy().tolist() for tensor in runtime.sent["dense"]] == [[1.0], [3.0], [4.0]]
+
+
+@pytest.mark.parametrize("change", [{"native": False}, {"travels": False}])
+def test_where_messages_cost_more_than_bytes_dense_gradients_go_together(change: dict[str, bool]) -> None:
+    runtime = TwoRanks()
+    runtime.travels = change.get("travels", True)
+    exchange = GradientExchange(runtime, native=change.get("native", True))
+    exchange([tf.constant([1.0]), tf.constant([2.0])], tf.constant([4.0]), tf.constant(8.0), [True, False])
+    assert list(runtime.sent) == ["dense"]
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 7])

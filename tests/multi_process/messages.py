@@ -38,7 +38,28 @@ def main() -> None:
     ):
         for most_rows in (0, 1, 1000):
             check_rows(runtime, wire_dtype, most_rows, error)
+    check_order(runtime)
     runtime.shutdown()
+
+
+def check_order(runtime: Runtime) -> None:
+    """What is to come after sums waits for the last that was asked for in its graph, and for none of another."""
+
+    @tf.function(autograph=False)
+    def run() -> list[tf.Tensor]:
+        one, two, three = (tf.constant([value]) for value in (1.0, 2.0, 3.0))
+        with runtime.after_sums():
+            first = runtime.sum_in_graph([one], "first")
+        with runtime.after_sums():
+            return [*first, *runtime.sum_in_graph([two, three], "second")]
+
+    assert [value.numpy().tolist() for value in run()] == [[total * runtime.world_size] for total in (1, 2, 3)]
+    operations = run.get_concrete_function().graph.get_operations()
+    (first,) = (each for each in operations if "Allreduce" in each.type and "first" in each.name)
+    assert not first.control_inputs
+    seconds = [each for each in operations if "Allreduce" in each.type and "second" in each.name]
+    assert seconds
+    assert all(first in each.control_inputs for each in seconds)
 
 
 def check_rows(runtime: Runtime, wire_dtype: WireDtype, most_rows: int, error: float) -> None:

@@ -67,6 +67,29 @@ def test_an_epoch_costs_one_trace(tmp_path: Path, xla: bool) -> None:
     assert job.trainer._logits_of.experimental_get_tracing_count() == 1
 
 
+def test_only_what_is_known_last_waits_for_the_last_pass(tmp_path: Path) -> None:
+    job = make(small_config(tmp_path, activation=Activation.DICE))
+    weights = job.model.trainable_weights
+    (batch,) = itertools.islice(job.make_batches(1, 2), 1)
+
+    @tf.function(autograph=False)
+    def gradients() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(job.model(batch, training=True))
+        return [tf.convert_to_tensor(each) for each in tape.gradient(loss, [weight.value for weight in weights])]
+
+    graph = gradients.get_concrete_function().graph
+    (last_pass,) = (each for each in graph.get_operations() if each.type == "DinDistFirstGradient")
+    waiting = {last_pass.name}
+    for each in graph.get_operations():  # in the order in which they were added
+        if any(before.op.name in waiting for before in each.inputs):
+            waiting.add(each.name)
+    late = {weight.path for weight, found in zip(weights, graph.outputs, strict=True) if found.op.name in waiting}
+    # An item's bias is looked up with its vector, and is known early.
+    assert late == {weight.path for weight in job.model.known_last} - {"lookup/item_bias"}
+    assert len(late) == 4
+
+
 def test_every_form_trains_the_same_model(tmp_path: Path) -> None:
     """A whole epoch, its last, smaller batch included: by TensorFlow's operations, XLA, and kernels of our own."""
     weights = []
