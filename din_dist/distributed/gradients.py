@@ -37,8 +37,8 @@ class GradientExchange:
     for these, and tells all the sums. Bytes a step depend on the rows touched, never on the size of the table. Where
     ranks share tables, each gets a part of the rows.
 
-    Source of the sums at owners: Renggli et al., SparCML: high-performance sparse communication for machine learning,
-    SC 2019, section 5.3 (split all-gather).
+    Source of the sums at owners: the split all-gather of Renggli et al., SparCML: high-performance sparse communication
+    for machine learning, SC 2019.
     """
 
     def __init__(self, ranks: InGraph, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
