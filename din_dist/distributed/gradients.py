@@ -24,6 +24,10 @@ class RowGradients(NamedTuple):
     rows: tf.Tensor  # float32 [R, D]
     num_rows: tf.Tensor | None = None  # int32, of all ranks together, where each has a part of them
 
+    def num_rows_of_all(self) -> tf.Tensor:
+        """How many rows any rank has, int32."""
+        return tf.size(self.row_ids) if self.num_rows is None else self.num_rows
+
 
 Gradient: TypeAlias = tf.Tensor | RowGradients
 
@@ -86,28 +90,22 @@ class GradientExchange:
                 batch statistics. None: none is.
             scale: about 1 / (size of a gradient): what 16-bit rows are multiplied by on the wire, against underflow.
         """
-        is_dense = [not isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
-        dense = [gradient for gradient, here in zip(gradients, is_dense, strict=True) if here]
-        sparse = [_as_rows(gradient) for gradient, here in zip(gradients, is_dense, strict=True) if not here]
-        early = [known for here, known in zip(is_dense, known_early or is_dense, strict=True) if here]
-        summed, extra = self._sum(dense, early if known_early and self._packs else [False] * len(dense), extra)
-        merged = self._gather(sparse, scale)
-        dense_results, sparse_results = iter(summed), iter(merged)
-        return [next(dense_results if here else sparse_results) for here in is_dense], extra
-
-    def _sum(
-        self, dense: Sequence[tf.Tensor], early: Sequence[bool], extra: tf.Tensor
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Of dense gradients, those known `early` in a message of their own, and of the numbers that ride along."""
-        first = [gradient for gradient, known in zip(dense, early, strict=True) if known]
-        rest = [gradient for gradient, known in zip(dense, early, strict=True) if not known]
-        if first:
+        kinds = [
+            "rows" if isinstance(gradient, tf.IndexedSlices) else "early" if known and self._packs else "late"
+            for gradient, known in zip(gradients, known_early or [False] * len(gradients), strict=True)
+        ]
+        early, late, rows = (
+            [gradient for gradient, its_kind in zip(gradients, kinds, strict=True) if its_kind == kind]
+            for kind in ("early", "late", "rows")
+        )
+        if early:
             # Behind the last batch statistics, for which the backward pass waits, and on its way while the rest runs.
             with self._ranks.after_sums():
-                first = self._ranks.sum_in_graph(first, "dense_early")
-        *rest, extra = self._ranks.sum_in_graph([*rest, extra], "dense")
-        first_results, results = iter(first), iter(rest)
-        return [next(first_results if known else results) for known in early], extra
+                early = self._ranks.sum_in_graph(early, "dense_early")
+        *late, extra = self._ranks.sum_in_graph([*late, extra], "dense")
+        merged = self._gather([_as_rows(gradient) for gradient in rows], scale)
+        results = {"early": iter(early), "late": iter(late), "rows": iter(merged)}
+        return [next(results[kind]) for kind in kinds], extra
 
     def _gather(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         if not self._ranks.has_peers or not gradients:

@@ -185,8 +185,7 @@ def message_sizes(
     dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
     bytes_of_a_row = [4 + wire_bytes * int(np.prod(table.shape[1:])) for _, table in tables]
     touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
-    rows_of_all = [each for each in merged if isinstance(each, RowGradients)]
-    by_any = [int(tf.size(each.row_ids) if each.num_rows is None else each.num_rows) for each in rows_of_all]
+    by_any = [int(each.num_rows_of_all()) for each in merged if isinstance(each, RowGradients)]
 
     num_gathers = (1 if native else 2) * bool(tables)  # ids and rows, which our kernels put into one message
 

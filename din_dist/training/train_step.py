@@ -132,7 +132,7 @@ class TrainStep:
         """What the update did, from this rank's gradients and those of the global batch."""
         touched = [tf.size(gradient.indices) for gradient in own if isinstance(gradient, tf.IndexedSlices)]
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
-        num_rows = [tf.size(each.row_ids) if each.num_rows is None else each.num_rows for each in rows]
+        num_rows = [each.num_rows_of_all() for each in rows]
         with on_host():
             sent = [self._exchange.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
             places = batch[schema.ITEM_PLACES]
