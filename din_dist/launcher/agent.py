@@ -26,6 +26,7 @@ from din_dist.launcher.processes import die_with_parent, exit_code
 _CONNECT_SECONDS = 10.0
 _LONGEST_LINE = 1 << 20  # bytes that are waited for
 _GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
+_LAST_WORDS_SECONDS = 0.5  # at least, for a trainer to say itself that another was lost
 
 
 class Agent:
@@ -40,6 +41,7 @@ class Agent:
         self._heard_trainer: float | None = None  # None: it is not ready for signals yet
         self._stop_level = 0  # of SIGINTs that the trainer has to get, and got
         self._interrupts_sent = 0
+        self._terminate_at: float | None = None
         self._kill_at: float | None = None
         self._verdict: int | None = None  # the exit code, where it is not the trainer's own
         self._told = False
@@ -137,12 +139,18 @@ class Agent:
             self._terminate()
 
     def _terminate(self) -> None:
-        """SIGTERM, from Horovod or from who evicts this worker, goes on to the trainer, which knows what to do."""
+        """SIGTERM, from Horovod or from who evicts this worker, goes on to the trainer, which knows what to do.
+
+        From Horovod's driver it comes when another worker has failed, unless the job is elastic. The trainer is about
+        to find that out by itself and to say so; what it would say of a request to stop buries that.
+        """
         assert self._trainer
         if self._heard_trainer is None:
             self._kill(EXIT_RETRY)
-        else:
+        elif os.environ.get("HOROVOD_ELASTIC") == "1" or int(os.environ.get("HOROVOD_SIZE", "1")) == 1:
             self._trainer.send_signal(signal.SIGTERM)
+        else:
+            self._terminate_at = time.monotonic() + _LAST_WORDS_SECONDS
 
     def _ask_to_stop(self, level: int) -> None:
         self._stop_level = max(self._stop_level, level)
@@ -161,6 +169,9 @@ class Agent:
         assert self._trainer
         if self._launcher and now - self._heard_launcher > self._stall_timeout_seconds:
             self._part_from_launcher()
+        if self._terminate_at is not None and now >= self._terminate_at:
+            self._terminate_at = None
+            self._trainer.send_signal(signal.SIGTERM)
         hung = self._heard_trainer is not None and now - self._heard_trainer > self._stall_timeout_seconds
         if hung and self._verdict is None:
             _say(f"it gave no sign of life for {self._stall_timeout_seconds:g} s: it has hung and is killed")

@@ -39,6 +39,10 @@ if way == "fails":
     os.write(beats, b"\\nends 2\\n")
     time.sleep(1)
     sys.exit(1)
+if way == "finds_out":
+    time.sleep(2)
+    pathlib.Path("stops").write_text(" ".join(stops))
+    sys.exit(1)
 if way == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if way == "talks":
@@ -57,6 +61,7 @@ AGENT = """
 import sys
 from din_dist.launcher import agent
 agent._GRACE_SECONDS = 1.0
+agent._LAST_WORDS_SECONDS = 30.0 if sys.argv[1] == "finds_out" else 0.5
 sys.exit(agent.main(sys.argv[1:]))
 """
 
@@ -159,12 +164,29 @@ def test_a_stop_before_the_trainer_hears_signals_ends_it(start: Start) -> None:
     assert (agent.end(), agent.ended()) == (EXIT_RETRY, [EXIT_RETRY])
 
 
-def test_an_eviction_notice_goes_on_to_the_trainer(start: Start, tmp_path: Path) -> None:
-    agent = start("obeys")
+@pytest.mark.parametrize("variables", [{}, {"HOROVOD_SIZE": "2"}, {"HOROVOD_SIZE": "2", "HOROVOD_ELASTIC": "1"}])
+def test_an_eviction_notice_goes_on_to_the_trainer(start: Start, tmp_path: Path, variables: dict[str, str]) -> None:
+    agent = start("obeys", **variables)
     agent.wait_for("ready")
     agent.process.send_signal(signal.SIGTERM)
     assert agent.end() == EXIT_RETRY
     assert (tmp_path / "stopped_by").read_text() == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("variables", "stops"),
+    [({"HOROVOD_SIZE": "2"}, ""), ({"HOROVOD_SIZE": "2", "HOROVOD_ELASTIC": "1"}, "SIGTERM")],
+    ids=["static", "elastic"],
+)
+def test_a_trainer_that_finds_out_itself_is_not_asked(
+    start: Start, tmp_path: Path, variables: dict[str, str], stops: str
+) -> None:
+    """Horovod's driver sends SIGTERM when another worker has failed; in an elastic job it means an eviction."""
+    agent = start("finds_out", **variables)
+    agent.wait_for("ready")
+    agent.process.send_signal(signal.SIGTERM)
+    assert (agent.end(), agent.ended()) == (1, [1])
+    assert (tmp_path / "stops").read_text() == stops
 
 
 def test_without_a_launcher_the_trainer_stops_too(start: Start, tmp_path: Path) -> None:
