@@ -24,6 +24,7 @@ from tests.multi_process.test_refusals import environment, launcher, worker_of
 from tests.programs import free_port, program, running
 
 INTERVAL = 1  # seconds between two scrapes
+WINDOW = 6  # seconds over which rates are compared
 
 
 class Prometheus:
@@ -79,18 +80,24 @@ def prometheus(folder: Path, runs: Path) -> Iterator[Prometheus]:
 def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
     assert run("prepare_data", tmp_path).returncode == 0
     with prometheus(tmp_path / "prometheus", tmp_path / "run") as server:
-        flags = ("--metrics_port=0", "--epochs=1000", "--max_steps=3000")
+        flags = ("--metrics_port=0", "--epochs=1000", "--max_steps=8000")
         with subprocess.Popen(
             launcher(tmp_path, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as job:
             assert job.stderr
             steps = 0
+            up: list[dict[str, Any]] = []
+            begin = middle = 0.0
             for line in job.stderr:
                 steps += line.startswith("step ")
-                if line.startswith("step 2,000 of "):
-                    middle = time.time()
+                # It finds the ranks some seconds after they have begun.
+                if steps and len(up) < 2:
                     up = server.query('up{job="din_dist"} == 1')
+                    begin = time.time() + INTERVAL
+                if len(up) == 2 and not middle and time.time() > begin + WINDOW:
+                    middle = time.time()
                     alerts = server.alerts()
+            assert middle, "the job was over too soon"
             assert job.stdout
             summary = json.loads(job.stdout.read().splitlines()[-1])
         assert job.returncode == 0
@@ -101,9 +108,10 @@ def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
         told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         when = {line["step"]: line["time"] for line in told if line["kind"] == "train"}
         examples = {line["step"]: line["examples"] for line in told if line["kind"] == "train"}
-        first = next(step for step, at in when.items() if at > middle - 10)
+        first = next(step for step, at in when.items() if at > begin)
+        last_step = max(step for step, at in when.items() if at <= middle)
         seconds = middle - when[first]
-        trained = examples[2000] - examples[first]
+        trained = examples[last_step] - examples[first]
         rate = trained / seconds
         at_most = rate * 2 * INTERVAL  # an interval at either end
         increase = server.value(f"sum(increase(din_dist_examples_total[{seconds:.0f}s]))", at=middle)
