@@ -237,9 +237,6 @@ class ElasticRuntime(HorovodRuntime):
     elastic = True
 
     def __init__(self) -> None:
-        # Horovod remembers what was agreed about a message. After a worker has joined, the others remember other sizes
-        # of its rows than it does, and are aborted by a message that is too long.
-        os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0")
         super().__init__()
         self._changed = threading.Event()
         notifications = importlib.import_module("horovod.common.elastic").notification_manager
