@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -224,19 +225,15 @@ def volume(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def composed(*flags: str) -> Iterator[subprocess.Popen[str]]:
+def composed(*flags: str, trainer_flags: str = "") -> Iterator[subprocess.Popen[str]]:
     """`up` without Grafana, which is not to be had without a registry."""
     words = ["podman-compose", f"--podman-args={' '.join(PODMAN[1:])}", f"--podman-run-args={' '.join(RUN_FLAGS)}"]
     words += ["--file", str(COMPOSE_FILE)]
     up = [*words, "up", "--no-build", *flags, "worker", "launcher", "prometheus"]
     print("$", *up, flush=True)
-    process = subprocess.Popen(up, text=True)
+    process = subprocess.Popen(up, text=True, env={**os.environ, "DIN_DIST_FLAGS": trainer_flags})
     try:
         wait("Prometheus to see both ranks", lambda: len(ask_prometheus('up{job="din_dist"} == 1')) == 2)
-        (found,) = wait(
-            "examples/s", lambda: ask_prometheus("sum(rate(din_dist_examples_total[15s])) > 0"), seconds=120
-        )
-        print(f"Prometheus reports {float(found['value'][1]):,.0f} examples/s of both ranks")
         yield process
     finally:
         process.kill()
@@ -258,7 +255,9 @@ def newest_summary() -> dict[str, Any]:
 def compose() -> None:
     """Two runs: one that loses its worker for a while, and one to the end of the command, which finds data prepared."""
     started = time.monotonic()
-    with composed():  # not --exit-code-from, by which podman-compose ends all when one container ends
+    # Long enough for a worker to be missed, started and taken in. Not --exit-code-from, by which podman-compose ends
+    # all when one container ends.
+    with composed(trainer_flags="--epochs=4"):
         print(run("podman", "ps", "--format", "{{.Names}} {{.Status}}"))
         run("podman", "kill", container("worker"))
         wait("the job to go on without its worker", lambda: ask_prometheus("din_dist_world_size == 1"))
@@ -270,6 +269,8 @@ def compose() -> None:
     assert code == 0 and summary["test_gauc"] > 0.85
     started = time.monotonic()
     with composed("--exit-code-from", "launcher") as process:
+        (found,) = wait("examples/s", lambda: ask_prometheus("sum(rate(din_dist_examples_total[15s])) > 0"))
+        print(f"Prometheus reports {float(found['value'][1]):,.0f} examples/s of both ranks")
         code = process.wait(timeout=600)
     again = newest_summary()
     print(f"to the end: test GAUC {again['test_gauc']:.4f}, exit code {code}, {time.monotonic() - started:.0f} s")
