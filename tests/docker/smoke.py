@@ -263,7 +263,13 @@ def compose() -> None:
         wait("the job to go on without its worker", lambda: ask_prometheus("din_dist_world_size == 1"))
         run("podman", "start", container("worker"))
         wait("the worker to be taken in again", lambda: ask_prometheus("din_dist_world_size == 2"))
-        code = int(run("podman", "wait", container("launcher")))
+        launcher = container("launcher")
+        code = int(run("podman", "wait", launcher))
+        said = subprocess.run(
+            ["podman", "logs", launcher], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    # Taken in once, and nobody lost whom we did not kill.
+    assert re.findall(rb"(\d) worker\(s\) from step", said.stdout) == [b"1", b"2"], said.stdout.decode()
     summary = newest_summary()
     print(f"killed once: test GAUC {summary['test_gauc']:.4f}, exit code {code}, {time.monotonic() - started:.0f} s")
     assert code == 0 and summary["test_gauc"] > 0.85
