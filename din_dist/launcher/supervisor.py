@@ -31,6 +31,7 @@ from din_dist.launcher.processes import die_with_parent, exit_code
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
+_LAST_WORDS_SECONDS = 5.0  # in which an agent that has ended is heard to its last word
 _HELLO_SECONDS = 10.0
 _HOST = re.compile(r"\bHOROVOD_HOSTNAME=(\S+)")
 _NOISE = b"Horovod background loop uncaught exception"
@@ -110,8 +111,11 @@ class Supervisor:
         if self._hosts:
             chores.append(asyncio.create_task(self._keep_hosts(self._hosts)))
         code = exit_code(await asyncio.to_thread(self._process.wait))
-        if self._workers and not self._killed:
-            await self._end_orphans()
+        if not self._killed:
+            # That a process ended may be known here before what it said last on another way.
+            await self._wait_for_workers(_LAST_WORDS_SECONDS)
+            if self._workers and not self._done:
+                await self._end_orphans()
         for chore in chores:
             chore.cancel()
         for pump in pumps:
@@ -204,9 +208,13 @@ class Supervisor:
         self._gave_up = True
         for worker in self._workers:
             worker.tell({"stop": 1})
-        deadline = time.monotonic() + _ENDING_SECONDS
+        await self._wait_for_workers(_ENDING_SECONDS)
+
+    async def _wait_for_workers(self, seconds: float) -> None:
+        """Until all links are closed, or that long."""
+        deadline = time.monotonic() + seconds
         while self._workers and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.01)
 
     async def _keep_hosts(self, hosts: HostList) -> None:
         problem = ""
