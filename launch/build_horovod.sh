@@ -48,7 +48,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
-declare -A revision=([cpu]=7 [gpu]=8)
+declare -A revision=([cpu]=8 [gpu]=9)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
 
@@ -260,6 +260,14 @@ sed -i '/^  if (sleep_duration > /{N;N;s/.*/  bool tensors_wait = false;\
   }\
   if (!tensors_wait) sleep_duration += std::chrono::milliseconds(20);\
   TensorQueue::WaitForTensors(sleep_duration);/}' "$common/operations.cc"
+
+# A worker that joins anew sets all parameters anew: first Horovod's defaults, then those of the environment. The default cycle of 1 ms then
+# lands in the place of the fusion threshold, which becomes 1 MB, where a cycle was given before. A worker that is new has 128 MB. Where
+# each rank decides by itself which messages travel as one, as it does for those it remembers, they disagree, and are aborted.
+parameters=$common/parameter_manager.cc
+[[ $(grep -A 1 '^  } else {$' "$parameters" | grep -c '^    Eigen::VectorXd v = TunableParameter::BestValue();$') == 1 ]] ||
+  die "horovod/common/parameter_manager.cc must set parameters that are not fixed in one place. Adapt launch/build_horovod.sh to this Horovod."
+sed -i '/^  } else {$/{N;s/^  } else {\(\n    Eigen::VectorXd v = TunableParameter::BestValue();\)$/  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\1/}' "$parameters"
 
 # TensorFlow no longer exports the function by which Horovod asks for a GPU's stream, so a wheel that calls it does not load.
 # Its class for streams tells as much, by a virtual function that takes no exported name.

@@ -237,10 +237,6 @@ class ElasticRuntime(HorovodRuntime):
     elastic = True
 
     def __init__(self) -> None:
-        # Horovod remembers what was agreed about a message. After a worker has joined, be it hundreds of updates later,
-        # ranks may remember other sizes of its rows than it does, and are aborted by a message that is too long. Faults
-        # at random (tests/cluster/long_run.py) do not show it; tests/docker/smoke.py, compose, now and then does.
-        os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0")
         super().__init__()
         self._changed = threading.Event()
         notifications = importlib.import_module("horovod.common.elastic").notification_manager

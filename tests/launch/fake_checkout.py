@@ -61,6 +61,7 @@ operations=$3/horovod/common/operations.cc
 [[ $(grep -cE 'bool HasTensors|WaitForTensors|<chrono>' "$3/horovod/common/tensor_queue.h") == 3 ]] || exit 1
 if grep sleep_for "$operations"; then exit 1; fi
 [[ $(grep -c 'WaitForTensors(sleep_duration)' "$operations") == 1 ]] || exit 1
+[[ $(grep -A 1 'else if (fixed_values_' "$3/horovod/common/parameter_manager.cc") == *BestValue* ]] || exit 1
 grep -q 'SetEnv(HOROVOD_RANK, "-1");' "$3/horovod/common/gloo/gloo_context.cc" || exit 1
 grep -qx '  gloo_context = GlooContext();' "$3/horovod/common/process_set.cc" || exit 1
 grep -q 'return .*platform_specific_handle' "$3/horovod/tensorflow/mpi_ops.cc" || exit 1
@@ -111,7 +112,7 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        revision = {"cpu": 7, "gpu": 8}[device]
+        revision = {"cpu": 8, "gpu": 9}[device]
         return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:

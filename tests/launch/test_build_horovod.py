@@ -75,6 +75,14 @@ TENSOR_QUEUE = """#include "logging.h"
 TENSOR_QUEUE_H = """#include <mutex>
   TensorQueue() = default;
 """
+PARAMETER_MANAGER = """
+  if (fixed) {
+    fixed_values_[variable] = value;
+  } else {
+    Eigen::VectorXd v = TunableParameter::BestValue();
+    v[index_[variable]] = value;
+  }
+"""
 GLOO_CONTEXT = "      // Signals that this host is not part of the job\n"
 PROCESS_SET = "  gloo_context.Finalize();\n"
 MPI_OPS = """
@@ -100,6 +108,7 @@ def serve_sdist(
     allreduce: str = ALLREDUCE,
     operations: str = OPERATIONS,
     tensor_queue: str = TENSOR_QUEUE,
+    parameter_manager: str = PARAMETER_MANAGER,
     process_set: str = PROCESS_SET,
     mpi_ops: str = MPI_OPS,
     init: str = INIT,
@@ -118,6 +127,7 @@ def serve_sdist(
             ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
             ("horovod/common/tensor_queue.cc", tensor_queue),
             ("horovod/common/tensor_queue.h", TENSOR_QUEUE_H),
+            ("horovod/common/parameter_manager.cc", parameter_manager),
             ("horovod/common/process_set.cc", process_set),
             ("horovod/tensorflow/mpi_ops.cc", mpi_ops),
         ):
@@ -393,6 +403,19 @@ def test_another_horovod_that_ends_process_sets_otherwise(checkout: FakeCheckout
     assert checkout.error("build_horovod.sh") == (
         "build_horovod.sh: horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt "
         "launch/build_horovod.sh to this Horovod."
+    )
+
+
+@pytest.mark.parametrize(
+    "parameter_manager", ["", PARAMETER_MANAGER.replace("v = ", "values = "), PARAMETER_MANAGER + PARAMETER_MANAGER]
+)
+def test_another_horovod_that_sets_parameters_otherwise(
+    checkout: FakeCheckout, tmp_path: Path, parameter_manager: str
+) -> None:
+    serve_sdist(checkout, tmp_path, XLA_LINE, parameter_manager=parameter_manager)
+    assert checkout.error("build_horovod.sh") == (
+        "build_horovod.sh: horovod/common/parameter_manager.cc must set parameters that are not fixed in one place. "
+        "Adapt launch/build_horovod.sh to this Horovod."
     )
 
 

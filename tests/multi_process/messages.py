@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 
 import numpy as np
@@ -9,7 +11,7 @@ import tensorflow as tf
 
 from din_dist.config import WireDtype
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.runtime import Runtime, open_runtime
+from din_dist.distributed.runtime import HorovodRuntime, Runtime, open_runtime
 from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
 
 NUM_MESSAGES = 100
@@ -18,6 +20,11 @@ SUMMED = (1, 2, 7, 1000, 4096, 4097, 100_000)
 
 
 def main() -> None:
+    if "joins_anew" in sys.argv:
+        if os.environ["HOROVOD_RANK"] == "0":
+            be_alone()
+        check_together(open_runtime())
+        return
     runtime = open_runtime()
     for number in range(NUM_MESSAGES):
         expected = sum(number + rank for rank in range(runtime.world_size))
@@ -40,6 +47,37 @@ def main() -> None:
             check_rows(runtime, wire_dtype, most_rows, error)
     check_order(runtime)
     runtime.shutdown()
+
+
+def be_alone() -> None:
+    """As a worker was whom others join: has Horovod initialized in this process, and shuts it down again."""
+    of_job = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("HOROVOD_")}
+    alone = HorovodRuntime()
+    assert alone.world_size == 1
+    alone.shutdown()
+    os.environ.update(of_job)
+
+
+def check_together(runtime: Runtime) -> None:
+    """Messages that are ready at once: each rank decides by itself which of those it knows travel as one.
+
+    Between two that would go together there is one of another kind, over which ranks may look ahead or not.
+    """
+    lengths = {"while_others_get_ready": 1 << 18, "one": 1000, "between": 1 << 18, "two": 1000}
+
+    def run(own: tf.Tensor, in_turn: bool) -> list[tf.Tensor]:
+        told: list[tf.Tensor] = []
+        for place, (name, length) in enumerate(lengths.items()):
+            with tf.control_dependencies(told[-1:] if in_turn else []):
+                tell = runtime.sum_in_graph if length == 1000 else runtime.gather_in_graph
+                told += tell([tf.fill([length], own + place)], name)
+        return [tf.reduce_sum(each) for each in told]
+
+    own = tf.TensorSpec([], tf.float32)
+    in_turn, at_once = (tf.function(run, autograph=False).get_concrete_function(own, way) for way in (True, False))
+    expected = [(1 + place) * length * runtime.world_size for place, length in enumerate(lengths.values())]
+    for way in [in_turn] + 30 * [at_once]:
+        assert [float(each) for each in way(tf.constant(1.0))] == expected
 
 
 def check_order(runtime: Runtime) -> None:
