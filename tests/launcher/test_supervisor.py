@@ -17,7 +17,7 @@ from din_dist.launcher.link import Address, encode
 address = Address.from_environment()
 link = socket.create_connection((address.host, address.port))
 link.sendall(encode({"token": address.token, "host": "", "local_rank": 0, "rank": 0}))
-time.sleep(.2)
+link.recv(1)  # by which it is known there
 if os.fork():
     os._exit(int(sys.argv[2]))
 if sys.argv[1] == "ends":
