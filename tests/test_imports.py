@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
-LEAVES = {"schema", "config", "errors", "versions", "kernels"}
+LEAVES = {"schema", "config", "errors", "files", "versions", "kernels"}
 MAY_IMPORT = {  # besides leaves and itself
     "layers": set(),
     "metrics": set(),
@@ -32,6 +32,7 @@ MAY_IMPORT = {  # besides leaves and itself
         "data",
     },
     "errors": set(),
+    "files": set(),
     "schema": set(),
     "config": set(),
     "versions": set(),

@@ -21,6 +21,7 @@ from din_dist.cli.trained import config_from_text, config_of, define_anew, said_
 from din_dist.config import Config, DataConfig, JobConfig, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
+from din_dist.files import write_text
 from din_dist.training.asked import ALL, AUTO, NONE, Asked
 
 if TYPE_CHECKING:
@@ -222,12 +223,10 @@ def _check_path(path: str) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    from din_dist.training.output_dir import write_text_atomically
-
     if not path:
         return
     try:
-        write_text_atomically(Path(path), text + "\n")
+        write_text(Path(path), text + "\n")
     except OSError as error:
         raise _cannot_write(path, error.strerror) from error
 

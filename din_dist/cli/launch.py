@@ -18,6 +18,7 @@ from absl import flags
 from din_dist.cli import flags as settings
 from din_dist.config import require
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
+from din_dist.files import read_text
 from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.launcher.supervisor import Supervisor
 
@@ -290,13 +291,13 @@ def _horovodrun(
 def _write_discovery(current_hosts: Path) -> None:
     """The script by which Horovod learns of the hosts."""
     script = current_hosts.with_name(_TELL_HOSTS)
-    script.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n")
+    script.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n", encoding="utf-8")
     script.chmod(0o755)
 
 
 def _default_interface() -> str:
     """The network card of the default route."""
-    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+    for line in read_text(Path("/proc/net/route")).splitlines()[1:]:
         interface, destination, *_ = line.split()
         if destination == "00000000":
             return interface

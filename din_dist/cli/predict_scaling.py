@@ -18,6 +18,7 @@ from din_dist.cli import entry
 from din_dist.config import require
 from din_dist.distributed.scaling import Cluster, Measured, Prediction, predict
 from din_dist.errors import InputError
+from din_dist.files import read_text
 
 flags.DEFINE_string("measured", "", "File with the JSON line of the benchmark, run with one worker. Required.")
 flags.DEFINE_float("bandwidth_gbits", None, "What each worker's link carries in each direction, in Gbit/s. Required.")
@@ -64,7 +65,7 @@ def read_measured(path: str) -> Measured:
     remedy = "Save the last line on stdout of `python -m din_dist.cli.benchmark`, run with one worker."
     require(bool(path), "must name a file", "measured", path, remedy)
     try:
-        lines = Path(path).read_text(encoding="utf-8").strip().splitlines()
+        lines = read_text(Path(path)).strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         rule = "must be a file that can be read"

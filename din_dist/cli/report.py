@@ -16,6 +16,7 @@ from din_dist.cli import entry
 from din_dist.cli.trained import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
+from din_dist.files import write_text
 from din_dist.report.job import JobRecord, Status, read_job
 
 if TYPE_CHECKING:
@@ -38,12 +39,11 @@ def main() -> None:
     record = read_job(folder)
     entry.import_tensorflow()  # takes seconds: a wrong folder is answered before
     from din_dist.report.page import render
-    from din_dist.training.output_dir import write_text_atomically
 
     path = Path(REPORT_PATH.value or folder / "report.html")
     page = render(_find(record, most))
     try:
-        write_text_atomically(path, page)
+        write_text(path, page)
     except OSError as error:
         raise InputError(
             f"--report_path: must be a file that can be written. Received: {path}, {error.strerror}. Name another one."

@@ -148,7 +148,7 @@ def _measure(kind: str, point: int, flags: Sequence[str], batch_size: int, most:
 
 def _run(command: Sequence[str], cores: Sequence[int] = ()) -> str:
     confine = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=confine)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", preexec_fn=confine)
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if "error:" in line] or done.stderr.splitlines()
         raise InputError(
@@ -165,7 +165,7 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
         writer.writerows(results)

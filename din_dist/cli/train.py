@@ -16,6 +16,7 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
+from din_dist.files import write_text
 from din_dist.launcher.link import JOB_VARIABLE
 from din_dist.training.terminal import duration
 
@@ -41,7 +42,7 @@ def main() -> None:
     from din_dist.distributed.elastic import run_elastic
     from din_dist.distributed.runtime import claim_devices, open_runtime
     from din_dist.training.exporter import Exporter
-    from din_dist.training.output_dir import OutputDirLock, to_json, write_text_atomically
+    from din_dist.training.output_dir import OutputDirLock, to_json
     from din_dist.training.projector import write_projector
     from din_dist.training.trainer import peak_memory_bytes
     from din_dist.versions import build_info
@@ -103,7 +104,7 @@ def main() -> None:
         job.telemetry.say(_table(summary), summary=summary)
         text = to_json(summary)
         with job.telemetry.dispensable():
-            write_text_atomically(folder / "summary.json", text + "\n")
+            write_text(folder / "summary.json", text + "\n")
         return text
 
     waiting = _Waiting(folder, job.trainer, requests, config.job.rejoin_timeout_seconds)

@@ -17,6 +17,7 @@ import numpy as np
 from din_dist.config import DataConfig, Split
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
 from din_dist.errors import InputError
+from din_dist.files import publish_folder
 
 SPLITS = ("train", "validation", "test")
 _ARRAYS = ("users", "row_ends", "event_bases")
@@ -151,11 +152,12 @@ def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examp
 def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes `folder`, a file NAME-ARRAY.npy each, at once."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    aside.chmod(0o755)  # as other folders, so that others may read it
     try:
         for name, arrays in runs.items():
             for array, values in arrays.items():
                 np.save(aside / f"{name}-{array}.npy", values)
-        aside.rename(folder)
+        publish_folder(aside, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster, with the same content
             raise

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from din_dist.files import read_text
+
 # Of the GPUs that this process may use, also in a container; /sys shows a container those of others too.
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _PCI = Path("/sys/bus/pci/devices")
@@ -53,7 +55,7 @@ def cores_near_gpus(driver: Path = _DRIVER, pci: Path = _PCI) -> list[set[int]]:
     found = []
     for address in sorted(path.name.lower() for path in driver.glob("*")):
         try:
-            found.append(_cores_of_list((pci / address / "local_cpulist").read_text()))
+            found.append(_cores_of_list(read_text(pci / address / "local_cpulist")))
         except (OSError, ValueError):
             return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

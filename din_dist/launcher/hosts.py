@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from din_dist.errors import InputError
+from din_dist.files import read_text
 from din_dist.launcher.probe import is_own
 from din_dist.launcher.slurm import hosts_of_slurm
 
@@ -66,7 +67,7 @@ def read_hosts_file(path: str, default_slots: int = 1) -> list[HostSlots]:
         InputError: it cannot be read, has another line, or none.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = read_text(Path(path)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--hosts_file: must be a file with a line HOST:SLOTS for each host. Received: {path!r}, which cannot be "
@@ -166,7 +167,7 @@ class HostList:
         told = [host for host in listed if host.name in recent - self.refused - lingering]
         self._told = {host.name for host in told}
         aside = self._path.with_suffix(".new")
-        aside.write_text("".join(f"{host}\n" for host in told))
+        aside.write_text("".join(f"{host}\n" for host in told), encoding="utf-8")
         aside.replace(self._path)
 
     async def _listed(self) -> list[HostSlots]:

@@ -367,10 +367,15 @@ class _Probe:
         command = ["sh", "-c", script]
         if not self.is_local:
             command = [*_SSH, *self._port, "--", host.name, f"exec {shlex.join(command)}"]
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`__exit__` closes it)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (`__exit__` closes it)
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, errors="replace"
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                encoding="utf-8",
+                errors="replace",
             )
         except FileNotFoundError as error:
             raise InputError(

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from din_dist import __version__, schema
+from din_dist.files import read_text
 from din_dist.versions import commit
 
 PACKAGE = Path(__file__).parents[1]
@@ -136,7 +137,7 @@ def unreached(peers: Mapping[str, tuple[str, int]]) -> dict[str, str]:
 
 def main() -> None:
     signal.alarm(_LIFETIME_SECONDS)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what anyone else prints must not be taken for an answer
     with listen() as listener:
         for line in sys.stdin:
@@ -169,7 +170,7 @@ def is_own(address: str) -> bool:
 
 def _machine() -> str:
     """A running kernel and one of its network namespaces, such as a container has."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = read_text(Path("/proc/sys/kernel/random/boot_id")).strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
@@ -186,7 +187,7 @@ def _num_gpus() -> int:
     if os.environ.get("DIN_DIST_DEVICE") == "cpu":  # as launch/common.sh
         return 0
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.SubprocessError):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
@@ -195,7 +196,7 @@ def _num_gpus() -> int:
 def _fingerprint(folder: Path) -> tuple[str | None, str]:
     path = folder / schema.FACTS_FILE
     try:
-        return str(json.loads(path.read_text())["fingerprint"]), ""
+        return str(json.loads(read_text(path))["fingerprint"]), ""
     except FileNotFoundError:
         return None, f"nothing in {folder}"
     except (OSError, ValueError, KeyError, TypeError) as error:

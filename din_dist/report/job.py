@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from din_dist.errors import InputError
+from din_dist.files import read_text
 
 Line = dict[str, Any]
 
@@ -161,7 +162,7 @@ def read_job(folder: Path) -> JobRecord:
         folder=folder,
         lines=lines,
         num_unreadable=num_unreadable,
-        flags=flags.read_text(errors="replace") if flags.is_file() else None,
+        flags=read_text(flags, errors="replace") if flags.is_file() else None,
         summary=summary,
         status=_status(folder, lines, summary),
     )
@@ -208,7 +209,7 @@ def _is_locked(lock: Path) -> bool:
     """
     try:
         inode = str(lock.stat().st_ino)
-        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        locks = [line.split() for line in read_text(Path("/proc/locks")).splitlines()]
     except OSError:
         return False
     return any(words[1] == "FLOCK" and words[-3].rpartition(":")[2] == inode for words in locks if len(words) >= 8)
@@ -216,7 +217,7 @@ def _is_locked(lock: Path) -> bool:
 
 def _read_lines(path: Path) -> tuple[list[Line], int]:
     lines, num_unreadable = [], 0
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for text in read_text(path, errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except ValueError:
@@ -230,7 +231,7 @@ def _read_lines(path: Path) -> tuple[list[Line], int]:
 
 def _read_object(path: Path) -> Line | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from din_dist import __version__
 from din_dist.config import AttentionNormalization, BatchNorm, Config, ModelKind, OptimizerKind, Schedule, Split
+from din_dist.files import read_text
 from din_dist.report import charts
 from din_dist.report.attention import Averages, Shown
 from din_dist.report.charts import Mark, Series
@@ -78,7 +79,7 @@ def render(findings: Findings, now: float | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(score=_score, count=_count, short=_short, percent=_percent, chance=_chance)
-    style = (_TEMPLATES / "report.css").read_text()
+    style = read_text(_TEMPLATES / "report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     evaluation, record = findings.evaluation, findings.record
     softmax = AttentionNormalization.SOFTMAX

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
-import fcntl
 import glob
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +20,7 @@ from din_dist.config import Config
 from din_dist.data.event_store import ITEMS, EventStore
 from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.errors import InputError
+from din_dist.files import locked, make_folder, publish_folder, repair_publishing, write_text
 from din_dist.models.ranking_model import RankingModel
 from din_dist.serving.manifest import MANIFEST, Manifest, digest_of_file, read_manifest
 from din_dist.serving.signatures import Signatures, input_names
@@ -91,9 +88,8 @@ def export(trained: Trained, evaluator: Evaluator, split: str, folder: Path, *, 
         largest, num_compared = largest_difference(trained, aside, evaluator, split)
         with _writing(folder):
             manifest = _write_manifest(trained, aside, split, largest, num_compared)
-            _sync(aside)
             check_target(folder, overwrite)  # comparing took a while
-            _publish(aside, folder)
+            publish_folder(aside, folder)
     return manifest
 
 
@@ -177,7 +173,7 @@ def _write_manifest(trained: Trained, folder: Path, split: str, largest: float, 
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)
-    path.write_text(to_json(manifest.to_json()) + "\n")
+    write_text(path, to_json(manifest.to_json()) + "\n")
     return read_manifest(folder)
 
 
@@ -205,80 +201,17 @@ def _aside(folder: Path) -> Iterator[Path]:
     """
     prefix = f".{folder.name}.exporting-"
     with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if _replaced(folder).exists():  # an export was killed between two renames
-            if folder.exists():
-                shutil.rmtree(_replaced(folder))
-            else:
-                _replaced(folder).rename(folder)
+        make_folder(folder.parent)
+        repair_publishing(folder)
         for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-            with contextlib.suppress(OSError), _locked(left):
+            with contextlib.suppress(OSError), locked(left):
                 shutil.rmtree(left, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         with contextlib.ExitStack() as lock:
             with contextlib.suppress(OSError):  # some disks know no locks: then nothing is swept there either
-                lock.enter_context(_locked(aside))
+                lock.enter_context(locked(aside))
             aside.chmod(0o755)
             yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises OSError where another process has the lock."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _publish(aside: Path, folder: Path) -> None:
-    """Moves `aside` to `folder`; an export that was there is then in `aside`, or gone."""
-    try:
-        aside.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not _exchange(aside, folder):
-            before = _replaced(folder)
-            folder.rename(before)
-            aside.rename(folder)
-            shutil.rmtree(before, ignore_errors=True)
-    _sync_one(folder.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Both change places at once; False where the disk cannot do that."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number))
-
-
-def _replaced(folder: Path) -> Path:
-    """Where an export waits for the moment between two renames."""
-    return folder.with_name(f".{folder.name}.replaced")
-
-
-def _sync(folder: Path) -> None:
-    """Else a machine that fails may keep the published name, and nothing in it."""
-    for path in (*folder.rglob("*"), folder):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

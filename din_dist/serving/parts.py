@@ -20,7 +20,8 @@ from typing import Any
 
 from din_dist.data.sources import check_unchanged, fingerprint_files
 from din_dist.errors import InputError
-from din_dist.serving.tables import Survey, open_table, published
+from din_dist.files import read_text, write_text
+from din_dist.serving.tables import Survey, open_table
 from din_dist.training.output_dir import to_json
 
 PLAN = "plan.json"
@@ -135,14 +136,13 @@ class PartsFolder:
             plan = Plan.of(files, rows_per_part, settings)
             check_unchanged(plan.fingerprints, files, "reading began", _BEGIN_ANEW)
             check(plan)
-            with published(path) as stream:
-                stream.write((to_json(plan.to_json()) + "\n").encode())
+            write_text(path, to_json(plan.to_json()) + "\n")
         return plan
 
     def _resumed(self, files: Sequence[Path], rows_per_part: int, settings: Mapping[str, Any]) -> Plan:
         path = self.folder / PLAN
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(read_text(path))
             if fields["version"] != _VERSION:
                 raise ValueError(f"version {fields['version']}")
             plan = Plan.from_json(fields)
@@ -200,8 +200,8 @@ class PartsFolder:
                 for part in plan.parts()
             ],
         }
-        with self.writing(), published(self.folder / SUMMARY) as stream:
-            stream.write((json.dumps(fields, indent=1) + "\n").encode())
+        with self.writing():
+            write_text(self.folder / SUMMARY, json.dumps(fields, indent=1) + "\n")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

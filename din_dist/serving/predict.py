@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from din_dist.config import LogFormat
 from din_dist.errors import InputError
+from din_dist.files import published
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.histories import Encoded, encode
 from din_dist.serving.parts import Part, PartsFolder, Plan, in_turn
-from din_dist.serving.tables import Added, Field, Ids, Table, open_table, published
+from din_dist.serving.tables import Added, Field, Ids, Table, open_table
 from din_dist.training.terminal import Terminal, duration
 
 LOGIT, PROBABILITY, TOP_ITEMS = "logit", "click_probability", "top_items"

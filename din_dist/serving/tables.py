@@ -13,7 +13,6 @@ import dataclasses
 import gzip
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -661,23 +660,3 @@ def _json_strings(values: pa.Array) -> pa.Array:
     if pc.any(special).as_py():
         return pa.array([json.dumps(value, ensure_ascii=False) for value in values.to_pylist()], pa.string())
     return _join('"', values, '"')
-
-
-@contextlib.contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there, whole and on the disk, once the block has ended; else not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

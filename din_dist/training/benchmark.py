@@ -18,6 +18,7 @@ from din_dist.data.pipeline import Batch
 from din_dist.distributed.gradients import Gradient, RowGradients, merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS, allreduce_bytes, row_bytes
+from din_dist.files import read_text
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
@@ -237,7 +238,7 @@ def bytes_sent(sizes: Mapping[str, int], world_size: int, owners_sum_rows: bool)
 
 
 def seconds_since_process_start() -> float:
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = read_text(Path("/proc/self/stat")).rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 

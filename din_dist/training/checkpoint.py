@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ import tensorflow as tf
 from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
+from din_dist.files import make_folder, publish_folder, read_text, write_text
 from din_dist.training.state import TrainingState
 
 _MANIFEST = "manifest.json"
@@ -107,7 +107,7 @@ class CheckpointStore:
         return bool(self._runtime.broadcast_object((self._root / _folder_name(step)).exists()))
 
     def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
-        self._root.mkdir(parents=True, exist_ok=True)
+        make_folder(self._root)
         for other in self._root.glob("writing-*"):
             # Of a process that was killed; a new one may be of a worker that was cut off and saves what it has.
             if time.time() - other.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
@@ -126,15 +126,10 @@ class CheckpointStore:
                 "data_fingerprint": self._data_fingerprint,
                 "variables": files,
             }
-            with (aside / _MANIFEST).open("w") as file:
-                json.dump(manifest, file, indent=1)
-                file.flush()
-                _sync(file.fileno())
-            final = self._root / _folder_name(state.step)
+            write_text(aside / _MANIFEST, json.dumps(manifest, indent=1))
             num_bytes = sum(path.stat().st_size for path in aside.iterdir())
-            shutil.rmtree(final, ignore_errors=True)  # of a run that came this far before and was resumed from earlier
-            aside.rename(final)
-            _sync_folder(self._root)
+            # It may replace one of a run that came this far before and was resumed from earlier.
+            publish_folder(aside, self._root / _folder_name(state.step))
             return num_bytes
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -192,7 +187,7 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dic
         DamagedCheckpoint: it cannot be read.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads(read_text(folder / _MANIFEST))
         found = differences(manifest["config"], config.to_json())
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {error}.") from error
@@ -203,8 +198,8 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dic
         )
     if manifest["data_fingerprint"] != data_fingerprint:
         raise InputError(
-            f"{folder}: a checkpoint is resumed on the data it was made with. Received: data that was prepared anew "
-            "from a changed source. Give another --output_dir to train on it from the start."
+            f"{folder}: a checkpoint is resumed on the data it was made with. Received: data that was prepared anew, "
+            "from a changed source or by another version. Give another --output_dir to train on it from the start."
         )
     return manifest
 
@@ -223,22 +218,8 @@ def _write_array(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
         numpy.lib.format.write_array_header_1_0(file, numpy.lib.format.header_data_from_array_1_0(values))
         file.write(values.data)
-        file.flush()
-        _sync(file.fileno())
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from din_dist.errors import InputError
+from din_dist.files import make_folder
 
 
 class OutputDirLock:
@@ -50,9 +51,9 @@ def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock", flag: 
     """
     path = folder / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         while True:
-            lock = path.open("a+")
+            lock = path.open("a+", encoding="utf-8")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -79,7 +80,7 @@ def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock", flag: 
 def _take_over(path: Path, job_id: str) -> TextIO:
     """Another file in the place of the one that is locked."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
-    lock = aside.open("a+")
+    lock = aside.open("a+", encoding="utf-8")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     aside.replace(path)
     return _note_holder(lock, job_id)
@@ -110,14 +111,3 @@ def to_json(values: dict[str, Any]) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(values), allow_nan=False)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise

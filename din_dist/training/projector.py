@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, EventStore
+from din_dist.files import published, write_text
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.training.output_dir import write_text_atomically
 
 
 def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_items: int) -> None:
@@ -18,14 +18,15 @@ def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_it
     chosen = np.argsort(-counts[1:], kind="stable")[:num_items] + 1
     vectors, _ = lookup(tf.constant(chosen, tf.int32))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "items.bytes").write_bytes(vectors.numpy().astype("<f4").tobytes())
+    with published(folder / "items.bytes") as stream:
+        stream.write(vectors.numpy().astype("<f4").tobytes())
     columns = {"item": store.own_ids(ITEMS, chosen), "events": counts[chosen].astype(str).tolist()}
     for name, feature_of_item in store.item_features.items():
         columns[name] = store.own_ids(name, feature_of_item[chosen], unknown="unknown")
     rows = [list(columns), *zip(*columns.values(), strict=True)]
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
-    (folder / "items.tsv").write_text(text)
-    write_text_atomically(
+    write_text(folder / "items.tsv", text)
+    write_text(
         folder / "projector_config.pbtxt",
         'embeddings {\n  tensor_name: "items"\n  tensor_path: "items.bytes"\n  metadata_path: "items.tsv"\n'
         f"  tensor_shape: {len(chosen)}\n  tensor_shape: {lookup.width}\n}}\n",

@@ -16,8 +16,9 @@ import tensorflow as tf
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted, Left
+from din_dist.files import make_folder, write_text
 from din_dist.training.exporter import Exporter
-from din_dist.training.output_dir import to_json, write_text_atomically
+from din_dist.training.output_dir import to_json
 from din_dist.training.state import TrainingState
 from din_dist.training.step_report import PARTS, StepReport
 from din_dist.training.tensorboard import PROFILED_STEPS, TensorBoard
@@ -55,8 +56,8 @@ class Telemetry:
         self._terminal = Terminal(self._job.log_format, self._num_steps, silent=not self._runtime.is_chief)
         self._reports = self._runtime.is_chief
         if self._reports:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lines = (self._folder / "metrics.jsonl").open("a")
+            make_folder(self._folder)
+            self._lines = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._tensorboard = TensorBoard(self._folder / "tensorboard")
 
     def _close(self) -> None:
@@ -108,7 +109,7 @@ class Telemetry:
         """Keeps the settings in force, to repeat the job, and with the curves that they gave."""
         if self._reports:
             with self.dispensable():
-                write_text_atomically(self._folder / "flags.txt", flagfile)
+                write_text(self._folder / "flags.txt", flagfile)
                 self._tensorboard.text("flags", 0, flagfile)
 
     @contextlib.contextmanager
@@ -217,7 +218,7 @@ class Telemetry:
         if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
             # Whoever watches shall miss those that broke down, not those that ended.
             with self.dispensable():
-                write_text_atomically(self._folder / "targets.json", "[]")
+                write_text(self._folder / "targets.json", "[]")
         if self._job.pushgateway and (problem := self.exporter.push()):
             self.say(problem, level="warning")
 
@@ -252,7 +253,7 @@ class Telemetry:
                 for rank, address in enumerate(addresses)
             ]
             with self.dispensable():
-                write_text_atomically(self._folder / "targets.json", json.dumps(targets, indent=1))
+                write_text(self._folder / "targets.json", json.dumps(targets, indent=1))
             self.say(
                 f"metrics: {', '.join(f'{scheme}://{address}/metrics' for address in addresses)}", addresses=addresses
             )
@@ -260,7 +261,7 @@ class Telemetry:
 
 def _num_starts(folder: Path) -> int:
     """How often a job has begun or gone on in this folder."""
-    with (folder / "metrics.jsonl").open() as lines:
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
         return sum(line.startswith('{"kind": "start"') for line in lines)
 
 

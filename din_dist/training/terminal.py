@@ -98,6 +98,6 @@ def _terminal() -> TextIO | None:
         return sys.stderr
     path = os.environ.get("DIN_DIST_PROGRESS_TTY")
     try:
-        return Path(path).open("w") if path else None
+        return Path(path).open("w", encoding="utf-8") if path else None
     except OSError:  # the chief runs on another machine than the launcher
         return None

@@ -16,11 +16,12 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose
 
-from din_dist import schema
+from din_dist import files, schema
 from din_dist.data.event_store import ITEMS
 from din_dist.data.splits import split_examples
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
+from din_dist.files import locked
 from din_dist.serving import export as exporting
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.export import Trained, export
@@ -217,7 +218,7 @@ def test_an_export_is_replaced_when_asked(
     can_exchange: bool,
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(exporting, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     folder = tmp_path / "export"
     folder.mkdir()  # empty: as good as none
     export(trained, evaluator, "test", folder)
@@ -247,7 +248,7 @@ def test_broken_off_at_any_moment_it_leaves_an_export(
 
     rename = Path.rename
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "_exchange", lambda *_: False)
+        patch.setattr(files, "_exchange", lambda *_: False)
         patch.setattr(Path, "rename", lambda path, target: (die_when_it_is_time(), rename(path, target))[1])
         patch.setattr(shutil, "rmtree", lambda *_, **__: die_when_it_is_time())  # the dead clear nothing up
         later = Trained(trained.model, trained.store, trained.config, 9, "", None)
@@ -273,7 +274,7 @@ def test_what_is_left_aside_is_swept_unless_in_use(
     for folder in (left, used, of_another):
         folder.mkdir()
         (folder / "file").touch()
-    with exporting._locked(used):
+    with locked(used):
         export(trained, evaluator, "test", tmp_path / "a[1]")
     assert {path.name for path in tmp_path.iterdir()} == {"a[1]", used.name, of_another.name}
 

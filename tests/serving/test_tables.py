@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from din_dist.errors import InputError
+from din_dist.files import published
 from din_dist.serving import tables
-from din_dist.serving.tables import Added, Field, Ids, open_table, published
+from din_dist.serving.tables import Added, Field, Ids, open_table
 
 ROWS: list[dict[str, Any]] = [
     {"user": "u1", "item": 'i"1', "history": ["a", "b"], "candidates": ["x"], "note": "first, with a comma"},
