@@ -7,7 +7,10 @@ positions in all of them; H width of an item vector (its embeddings side by side
 from __future__ import annotations
 
 import dataclasses
+import enum
+import hashlib
 from collections.abc import Mapping
+from typing import Self
 
 UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
 
@@ -36,13 +39,26 @@ VOCABULARY_DIR = "vocabulary"  # NAME.parquet, column "id": row i holds the user
 ITEM_FEATURES_DIR = "item_features"  # NAME.npy, int32 [num_items + 1]: an item's dense id -> its feature's dense id
 
 
+class HistoryRule(enum.StrEnum):
+    """Where the history of an event ends."""
+
+    BEFORE_EVENT = "before_event"  # all that comes before it in the user's order: the next item of a basket
+    BEFORE_TIME = "before_time"  # all of an earlier time: what was clicked on the same page is not known yet
+
+    @classmethod
+    def of(cls, *, has_labels: bool) -> Self:
+        """Returns the rule for logs with labels, or without."""
+        return cls(cls.BEFORE_TIME if has_labels else cls.BEFORE_EVENT)
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetFacts:
     """What a prepared data set holds; written with it as JSON.
 
     `num_items` and the values of `item_features` count real ids: tables need one row more, for `UNKNOWN_ID`.
     `sources` names what it was made from: path -> size, mtime_ns and content digest, empty where nothing can change.
-    `fingerprint` changes whenever the prepared events would.
+    `fingerprint` changes whenever the prepared events or their histories would.
+    `history_rule` is the one by which histories were cut; earlier versions knew one only, and wrote none.
     """
 
     num_users: int
@@ -54,10 +70,26 @@ class DatasetFacts:
     last_timestamp: int
     fingerprint: str
     sources: Mapping[str, Mapping[str, int | str]]
+    history_rule: HistoryRule = HistoryRule.BEFORE_EVENT
+
+    @property
+    def present_rule(self) -> HistoryRule:
+        """The rule by which histories of such a log are cut today."""
+        return HistoryRule.of(has_labels=self.has_labels)
+
+    def by_present_rule(self) -> DatasetFacts:
+        """Returns the facts of the same events with histories cut by `present_rule`; their fingerprint is another."""
+        if self.history_rule is self.present_rule:
+            return self
+        text = f"{self.fingerprint} {self.present_rule}"
+        fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return dataclasses.replace(self, fingerprint=fingerprint, history_rule=self.present_rule)
 
     @classmethod
     def from_json(cls, fields: Mapping) -> DatasetFacts:
-        return cls(**fields)
+        """Returns the facts that `to_json` has written."""
+        facts = cls(**fields)
+        return dataclasses.replace(facts, history_rule=HistoryRule(facts.history_rule))
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)

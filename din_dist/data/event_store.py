@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from din_dist import schema
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
+from din_dist.files import publish_folder, read_text, write_text
 
 PACKED_DIR = "packed"
 USERS = "users"  # names of vocabularies; an item feature's bears the feature's name
@@ -59,8 +59,9 @@ class EventStore:
         labels: uint8 `[E]`, or None where the log has no labels.
         history_item_ids: int32, the items of the positive events only; `item_ids` itself without labels.
         history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
-        history_ends: int64 `[E]`, how many positive events (of all users) lie before each event; None without labels,
-            where it would be the event's own index. The history of event e of user u, at most n long, is
+        history_ends: int64 `[E]`, how many positive events there are of all users before and of this user at an
+            earlier time than the event; None without labels, where it would be the event's own index. The history of
+            event e of user u, at most n long, is
             `history_item_ids[max(history_offsets[u], history_ends[e] - n) : history_ends[e]]`.
         touched_offsets: int64 `[U + 1]`, where each user's touched items begin; None with labels.
         touched_gaps: int32 `[T]`: with a user's touched items sorted and each taken once as t_0 < t_1 < ...,
@@ -103,7 +104,7 @@ class EventStore:
             return
         rule = "prepared data must stay as it is while a job uses it. Received:"
         if len(changes) == len(self.files) and set(changes.values()) <= {_REMOVED, _REPLACED}:
-            what = "was prepared anew" if self.folder.exists() else "was removed, or is being prepared anew,"
+            what = "was prepared anew" if self.folder.exists() else "was removed"
             raise InputError(
                 f"{self.folder}: {rule} it {what} under the running job. Start the job again once it is there: on the "
                 "same events it goes on from its last checkpoint."
@@ -145,27 +146,35 @@ def read_facts(folder: Path) -> schema.DatasetFacts:
         InputError: the file is missing or damaged.
     """
     with _reading(folder / schema.FACTS_FILE) as path:
-        return schema.DatasetFacts.from_json(json.loads(path.read_text()))
+        return schema.DatasetFacts.from_json(json.loads(read_text(path)))
 
 
-def is_packed(folder: Path) -> bool:
-    return (folder / PACKED_DIR).is_dir()
+def write_facts(folder: Path, facts: schema.DatasetFacts) -> None:
+    """Publishes what lies in a prepared version's folder."""
+    write_text(folder / schema.FACTS_FILE, json.dumps(facts.to_json(), indent=2))
+
+
+def is_packed(folder: Path, facts: schema.DatasetFacts) -> bool:
+    """Tells whether `folder` has the cache, with histories that are cut by the present rule."""
+    return (folder / PACKED_DIR).is_dir() and facts.history_rule is facts.present_rule
 
 
 def pack(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
     """Writes the cache of the prepared version in `folder` from its blocks, one block in memory at a time.
 
-    It is written aside and published by rename. The caller holds a lock: two at once would write over each other.
+    It is written aside and published at once. The caller holds a lock: two at once would write over each other.
     """
     aside = folder / f"{PACKED_DIR}.incomplete"
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     aside.mkdir()
     try:
         _write_arrays(aside, facts, blocks)
-        aside.rename(folder / PACKED_DIR)
+        publish_folder(aside, folder / PACKED_DIR)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    if facts.history_rule is not facts.present_rule:
+        write_facts(folder, facts.by_present_rule())
 
 
 def open_store(folder: Path, features: Sequence[str]) -> EventStore:
@@ -281,9 +290,6 @@ class _ArrayWriter:
         with self._file:
             self._file.seek(0)
             self._write_header()
-            # Else a machine that fails may keep the published name, and zeros for the values.
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
 
 def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
@@ -317,7 +323,9 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
             if facts.has_labels:
                 positives = np.concatenate([[0], np.cumsum(block.labels, dtype=np.int64)])
                 labels.append(block.labels)
-                history_ends.append(num_kept + positives[:-1])
+                begins = begins_a_moment(block.offsets, block.timestamps)
+                first_of_moment = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+                history_ends.append(num_kept + positives[first_of_moment])
                 new_offsets, new = positives[block.offsets], block.item_ids[block.labels == 1]
             else:
                 new_offsets, new = touched_gaps(block.offsets, block.item_ids, facts.num_items)
@@ -331,6 +339,14 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
                 f"{folder.parent}: records must hold {facts.num_users} users and {facts.num_events} events. "
                 f"Received: {num_users} and {num_events}. Give {_OVERWRITE}."
             )
+
+
+def begins_a_moment(offsets: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """Tells, bool `[E]`, which events are the first of their user and time; `offsets` `[U + 1]` as in `EventStore`."""
+    begins = np.ones(len(timestamps), bool)
+    begins[1:] = timestamps[1:] != timestamps[:-1]
+    begins[offsets[:-1]] = True
+    return begins
 
 
 def touched_gaps(offsets: np.ndarray, item_ids: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:

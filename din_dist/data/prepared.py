@@ -1,6 +1,6 @@
 """Prepared data: made once by `prepare`, opened by every worker with `open_prepared`.
 
-DATA_DIR/BUILDER/CONFIG/VERSION/     published by one rename when complete
+DATA_DIR/BUILDER/CONFIG/VERSION/     published at once when complete
     events.tfrecord...               TFDS records, one a block of whole users
     facts.json  vocabulary/  item_features/
     packed/                          the arrays of `EventStore`, made from the records
@@ -35,6 +35,7 @@ from din_dist.data.columns import Columns
 from din_dist.data.event_store import EventStore
 from din_dist.data.sources import check_unchanged, find_files
 from din_dist.errors import InputError
+from din_dist.files import make_folder, publish_folder, repair_publishing
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -127,37 +128,33 @@ def open_prepared(config: DataConfig) -> EventStore:
     facts = event_store.read_facts(folder)
     _check_sources(config, facts)
     features = _chosen_features(config, facts)
-    if not event_store.is_packed(folder):
+    if not event_store.is_packed(folder, facts):
         with _writing(config):
-            if not event_store.is_packed(folder):  # another process may have been faster
-                # The facts as they are now: it may have been prepared anew while this process waited.
-                event_store.pack(folder, event_store.read_facts(folder), _blocks(config, folder))
+            facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it anew
+            if not event_store.is_packed(folder, facts):
+                event_store.pack(folder, facts, _blocks(config, folder))
     return event_store.open_store(folder, features)
 
 
 def _build(config: DataConfig, folder: Path) -> None:
     """Writes the records; `folder` holds them all or what it held before."""
-    before = folder.with_name(f"{folder.name}.replaced")
-    shutil.rmtree(before, ignore_errors=True)
-    for unfinished in folder.parent.glob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*_{folder.name}"):
-        shutil.rmtree(unfinished)  # of a process that was killed
-    if folder.exists():
-        folder.rename(before)
+    aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames what may not be on the disk yet
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    builder = _builder(config, aside)
     try:
         with _quietly():
-            builder_for(config).download_and_prepare(
+            builder.download_and_prepare(
+                download_dir=data_dir(config) / "downloads",
                 download_config=tfds.download.DownloadConfig(
                     manual_dir=config.data_path or None, try_download_gcs=False
-                )
+                ),
             )
-    except BaseException:
-        if before.exists():
-            before.rename(folder)
+        publish_folder(Path(builder.data_path), folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):  # as soon as one is not empty
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
-        raise
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
@@ -238,9 +235,10 @@ def _writing(config: DataConfig) -> Iterator[Path]:
     name = "-".join(folder.relative_to(data_dir(config)).parts)
     lock = data_dir(config) / "locks" / f"{name}.lock"
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
+        make_folder(lock.parent)
+        with lock.open("w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            repair_publishing(folder)
             yield folder
     except (OSError, tf.errors.OpError) as error:
         raise InputError(

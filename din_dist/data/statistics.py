@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from din_dist.data.event_store import EventStore
+from din_dist.data.event_store import EventStore, begins_a_moment
+from din_dist.schema import HistoryRule
 
 PERCENTILES = (50, 90, 99, 100)
-_USERS_AT_ONCE = 1 << 16  # with labels: bounds the memory
+_USERS_AT_ONCE = 1 << 16  # bounds the memory
 
 
 def describe(store: EventStore, max_history_length: int) -> list[str]:
@@ -32,10 +33,20 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"item features: {', '.join(sizes) or 'none'}",
         f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
+        _ties_line(found["events_at_a_shared_time"], found["events"], store.facts.history_rule),
         f"events per user: {spread('events_per_user')}",
         f"history lengths: {spread('history_length')}",
         f"history lengths up to {max_history_length:,}: {spread('capped_history_length')}",
     ]
+
+
+def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
+    line = f"events that share their user's time with another: {num_events:,} ({num_events / num_all:.1%})"
+    if not num_events:
+        return line
+    if rule is HistoryRule.BEFORE_TIME:
+        return f"{line}; none of them is in the history of another"
+    return f"{line}; they count one after the other, in the order of the files"
 
 
 def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
@@ -43,6 +54,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
 
     Returns:
         `users`, `items`, `events`; `item_features`: name -> number of ids; `first_timestamp`, `last_timestamp`;
+        `events_at_a_shared_time`: that have the user and the time of another;
         `label_rate`: share of positive events, None without labels;
         `events_per_user` and, over all examples that the log can give, `history_length` (all events before) and
         `capped_history_length` (the newest `max_history_length` of them): `mean`, `p50`, `p90`, `p99`, `max`.
@@ -59,11 +71,22 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "item_features": dict(facts.item_features),
         "first_timestamp": facts.first_timestamp,
         "last_timestamp": facts.last_timestamp,
+        "events_at_a_shared_time": _num_at_a_shared_time(store),
         "label_rate": None if store.labels is None else len(store.history_item_ids) / facts.num_events,
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),
         "capped_history_length": _summary(capped),
     }
+
+
+def _num_at_a_shared_time(store: EventStore) -> int:
+    found = 0
+    for first in range(0, store.facts.num_users, _USERS_AT_ONCE):
+        offsets = store.user_offsets[first : first + _USERS_AT_ONCE + 1]
+        begins = begins_a_moment(offsets - offsets[0], store.timestamps[offsets[0] : offsets[-1]])
+        alone = begins & np.append(begins[1:], True)
+        found += len(alone) - int(np.count_nonzero(alone))
+    return found
 
 
 def _history_lengths(store: EventStore, events_per_user: np.ndarray) -> np.ndarray:

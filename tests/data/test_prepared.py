@@ -235,11 +235,20 @@ def test_an_error_while_overwriting_leaves_what_was_there(config: DataConfig) ->
 
 def test_leftovers_of_killed_processes_are_removed(config: DataConfig) -> None:
     folder = Path(builder_for(config).data_path)
-    leftovers = [folder.with_name(f"incomplete.ABCDEF_{folder.name}"), folder.with_name(f"{folder.name}.replaced")]
-    for leftover in leftovers:
-        leftover.mkdir(parents=True)
+    leftover = folder.with_name(f"{folder.name}.incomplete")
+    (leftover / "deep").mkdir(parents=True)
     prepare(config)
-    assert not any(leftover.exists() for leftover in leftovers)
+    assert not leftover.exists()
+
+
+def test_a_process_that_was_killed_while_it_replaced_data(config: DataConfig) -> None:
+    """On a file system that cannot exchange two names."""
+    folder = prepare(config).folder
+    folder.rename(folder.with_name(f".{folder.name}.replaced"))
+    with mock.patch.object(prepared, "_build") as build:
+        check_against_plain_python(prepare(config), ROWS)
+    assert not build.called
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_lost_or_truncated_cache(config: DataConfig) -> None:
@@ -360,13 +369,16 @@ def test_data_that_is_being_prepared_anew_under_a_job(config: DataConfig) -> Non
     store = prepare(config)
 
     def check(*args: object) -> None:
-        with pytest.raises(InputError, match="it was removed, or is being prepared anew, under the running job"):
-            store.check_unchanged()
+        store.check_unchanged()  # until the new data is complete
+        open_prepared(config).check_unchanged()
         raise OSError(28, "No space left on device")
 
     with mock.patch.object(base, "_write_beside", check), pytest.raises(InputError, match="cannot be written"):
         prepare(config, overwrite=True)
-    store.check_unchanged()  # what was there is back
+    store.check_unchanged()
+    prepare(config, overwrite=True)
+    with pytest.raises(InputError, match="it was prepared anew under the running job"):
+        store.check_unchanged()
 
 
 def test_data_that_is_prepared_anew_while_another_process_waits_to_pack(config: DataConfig) -> None:

@@ -69,9 +69,33 @@ def test_lines_to_print(tmp_path: Path) -> None:
         "item features: category_id 3",
         "events: 4, timestamps 0 to 3",
         "labels: none, every event is a positive",
+        "events that share their user's time with another: 0 (0.0%)",
         "events per user: mean 2.0, 50% up to 1, 90% 3, 99% 3, longest 3",
         "history lengths: mean 1.5, 50% up to 1, 90% 2, 99% 2, longest 2",
         "history lengths up to 1: mean 1.0, 50% up to 1, 90% 1, 99% 1, longest 1",
     ]
     labelled = describe(store_of(rows_of([2], [1, 0]), tmp_path / "b", 7), max_history_length=1)
     assert labelled[4] == "labels: 50.00% positive"
+
+
+@pytest.mark.parametrize("users_at_once", [1, 2, 100])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_events_at_a_shared_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users_at_once: int, labelled: bool
+) -> None:
+    """Two users at one time share nothing: each looks at its own events."""
+    monkeypatch.setattr(statistics, "_USERS_AT_ONCE", users_at_once)
+    times = {"a": [1, 1, 1, 2], "b": [2, 3, 3], "c": [3], "d": [4, 5]}
+    rows = [
+        {"user_id": user, "item_id": n, "category_id": n, "timestamp": time} | ({"label": n % 2} if labelled else {})
+        for user, of_user in times.items()
+        for n, time in enumerate(of_user)
+    ]
+    store = store_of(rows, tmp_path / "s", 3)
+    assert measure(store, max_history_length=9)["events_at_a_shared_time"] == 5
+    (line,) = (line for line in describe(store, 9) if line.startswith("events that share"))
+    assert line == "events that share their user's time with another: 5 (50.0%); " + (
+        "none of them is in the history of another"
+        if labelled
+        else "they count one after the other, in the order of the files"
+    )

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from din_dist import schema
 from din_dist.data.blocks import Block, EventLog
-from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_path
+from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_path, write_facts
 
 BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
 
@@ -146,4 +146,4 @@ def _write_beside(folder: Path, log: EventLog, tally: _Tally, sources: Mapping[s
         fingerprint=fingerprint,
         sources=sources,
     )
-    (folder / schema.FACTS_FILE).write_text(json.dumps(facts.to_json(), indent=2))
+    write_facts(folder, facts.by_present_rule())
