@@ -48,7 +48,8 @@ class Job(NamedTuple):
 
 def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
     """The item's table, then one for each item feature; row 0 of each is for unknown ids."""
-    sizes = {"item": facts.num_items, **facts.item_features}
+    sizes = {"item": facts.num_items}
+    sizes |= {schema.feature_label(name): num_ids for name, num_ids in facts.item_features.items()}
     widths = config.embedding_dim * len(sizes) if len(config.embedding_dim) == 1 else config.embedding_dim
     require(
         len(widths) == len(sizes),

@@ -6,10 +6,13 @@ so that a setting is written down once. Errors are `InputError`s: the rule, what
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import enum
 import hashlib
+import io
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from din_dist.errors import InputError
@@ -89,6 +92,13 @@ def require(holds: bool, rule: str, name: str, value: object, remedy: str) -> No
     """Raises `InputError` in the one form that all settings share."""
     if not holds:
         raise InputError(f"--{name}: {rule}. Received: {value!r}. {remedy}")
+
+
+def list_text(values: Iterable[object]) -> str:
+    """Returns values as a flag that takes a list understands them, commas and quotes among them."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()
 
 
 def _require_at_least(config: Any, low: float, *names: str) -> None:
@@ -200,6 +210,8 @@ class DataConfig:
         columns = (self.user_column, self.item_column, self.timestamp_column, self.label_column, *self.item_features)
         for name in columns:
             require(columns.count(name) == 1, "a column can have one role", "item_features", name, "Use it once.")
+            rule, remedy = "a column's name must be one line", "Rename the column."
+            require(len(name.splitlines()) <= 1, rule, "item_features", name, remedy)
         _require_at_least(self, 1, "max_history_length", "negatives_per_positive", "evaluation_negatives_per_positive")
         _require_at_least(self, 2, "synthetic_num_items", "synthetic_events_per_user")
         _require_at_least(self, 1, "synthetic_num_users", "synthetic_num_categories")

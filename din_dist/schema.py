@@ -12,6 +12,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Self
 
+# 2: columns that folders' names give, and those of JSON lines that begin late.
+READER = 2
+
 UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
 
 # --- A packed batch: flat arrays, nothing padded. Of an item whose own id is hidden, -id stands for the id. ---
@@ -59,6 +62,7 @@ class DatasetFacts:
     `sources` names what it was made from: path -> size, mtime_ns and content digest, empty where nothing can change.
     `fingerprint` changes whenever the prepared events or their histories would.
     `history_rule` is the one by which histories were cut; earlier versions knew one only, and wrote none.
+    `reader` counts what was changed in reading: data that an earlier one read may lack columns.
     """
 
     num_users: int
@@ -71,6 +75,7 @@ class DatasetFacts:
     fingerprint: str
     sources: Mapping[str, Mapping[str, int | str]]
     history_rule: HistoryRule = HistoryRule.BEFORE_EVENT
+    reader: int = 1
 
     @property
     def present_rule(self) -> HistoryRule:
@@ -95,9 +100,24 @@ class DatasetFacts:
         return dataclasses.asdict(self)
 
 
+_FEATURE = "feature:"
+_OURS = {"item", "items", "user", "users", "events", "popularity"}
+
+
+def feature_label(name: str) -> str:
+    """Returns what an item feature is called where it stands among names of ours: its own name, where that will do.
+
+    No two features have one label, and none has a label that is ours.
+    """
+    return f"{_FEATURE}{name}" if name in _OURS or name.startswith(_FEATURE) else name
+
+
 @dataclasses.dataclass(frozen=True)
 class TableSpec:
-    """One embedding table: `[num_rows, width]` float32, row 0 for `UNKNOWN_ID`."""
+    """One embedding table: `[num_rows, width]` float32, row 0 for `UNKNOWN_ID`.
+
+    `name` is `item`, or a feature's label.
+    """
 
     name: str
     num_rows: int

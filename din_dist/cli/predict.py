@@ -179,7 +179,10 @@ def _checked_flags() -> tuple[list[Path], Path]:
                 f"--{flag.name}: is for users whose histories are elsewhere. Received: no --{USER_HISTORIES.name}. "
                 "Give the --output_dir of a job there."
             )
-    files = find_files(INPUT.value, "--input", "table")
+    found = find_files(INPUT.value, "--input", "table")
+    files = found.files
+    if found.passed_over:
+        entry.say(found.describe())
     folder = Path(PREDICTIONS_DIR.value).expanduser().absolute()
     inside = [file for file in files if folder in file.parents]
     source = Path(INPUT.value).expanduser().absolute()

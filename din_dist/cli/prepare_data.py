@@ -22,14 +22,14 @@ def main() -> None:
     config = settings.config_from_flags()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     from din_dist.assembly import table_specs
-    from din_dist.data.prepared import prepare
+    from din_dist.data.prepared import describe_sources, prepare
     from din_dist.data.splits import split_examples
     from din_dist.data.statistics import describe
     from din_dist.data.trained_items import trained_items
     from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
 
     store = prepare(config.data, overwrite=flags.FLAGS.overwrite_prepared)
-    for line in describe(store, config.data.max_history_length):
+    for line in (*describe_sources(config.data, store.facts), *describe(store, config.data.max_history_length)):
         print(line)
     splits = split_examples(store, config.data)
     counts = ", ".join(f"{name} {examples.num_examples:,}" for name, examples in splits.items())

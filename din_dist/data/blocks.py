@@ -56,13 +56,17 @@ class ItemFeature:
 
 @dataclasses.dataclass(frozen=True)
 class EventLog:
-    """All that a builder writes: vocabularies in the order of the dense ids, item features, and blocks of events."""
+    """All that a builder writes: vocabularies in the order of the dense ids, item features, and blocks of events.
+
+    `late_columns` begin after the first rows of a file, where earlier versions did not see them.
+    """
 
     user_ids: pa.Array
     item_ids: pa.Array
     item_features: Mapping[str, ItemFeature]
     has_labels: bool
     blocks: Blocks
+    late_columns: tuple[str, ...] = ()
 
 
 class SortedBlocks(Blocks):

@@ -7,32 +7,24 @@ that strings are held once per batch at most. Dense ids follow first appearance 
 from __future__ import annotations
 
 import abc
-import contextlib
-import csv
 import dataclasses
-import gzip
 import itertools
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
+from din_dist.data import formats
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
-from din_dist.data.sources import Format, format_of
+from din_dist.data.formats import Format, format_of, reading
+from din_dist.data.sources import partition_of
 from din_dist.errors import InputError
+from din_dist.text import shown
 
-ROWS_PER_BATCH = 1 << 18
-BYTES_PER_BATCH = 16 << 20  # of text, before decoding
-_JSON_ROWS_TO_TYPE = 1000  # rows in which each column must show its type
 _ENDS_WITH_ZONE = re.compile(r"(Z|[+-][0-9]{2}:?[0-9]{2})$")
 _LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
 
@@ -50,25 +42,24 @@ class Columns:
     item_features_required: bool = False
     presorted: bool = False
 
-    def chosen(self, files: Sequence[Path], form: Format) -> Columns:
-        """Without the optional columns that no file has (JSON lines: that none of a file's first 1,000 rows has).
+    def chosen(self, layouts: Mapping[Path, Layout]) -> Columns:
+        """Returns them without the optional columns that no file has.
 
         Raises:
             InputError: a file lacks a column that is required, or that another file has.
         """
-        names = {file: column_names(file, form) for file in files}
-        anywhere = set().union(*names.values())
+        anywhere = set().union(*(layout.names for layout in layouts.values()))
         columns = dataclasses.replace(
             self,
             label=self.label if self.label_required or self.label in anywhere else "",
             item_features=tuple(name for name in self.item_features if self.item_features_required or name in anywhere),
         )
-        for file, name in itertools.product(files, columns.names):
-            count = names[file].count(name)
+        for (file, layout), name in itertools.product(layouts.items(), columns.names):
+            count = layout.names.count(name)
             if count != 1:
                 raise InputError(
                     f"{file}: column {name!r} {'occurs more than once' if count else 'is missing'}. "
-                    f"Received: columns {', '.join(names[file])}. "
+                    f"Received: columns {', '.join(layout.names)}. "
                     "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
                     "--label_column, --item_features)."
                 )
@@ -80,6 +71,45 @@ class Columns:
         return [self.user, self.item, self.timestamp, *label, *self.item_features]
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The columns of a file, and where they come from.
+
+    Attributes:
+        names: of all columns; one that a file has twice is there twice.
+        partition: those that the names of its folders give, with their value; see `partition_of`.
+        json_types: of JSON lines, as `late`: columns that begin after the first rows.
+    """
+
+    names: tuple[str, ...]
+    partition: Mapping[str, str | None]
+    json_types: Mapping[str, pa.DataType]
+    late: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, file: Path, form: Format, wanted: Sequence[str]) -> Layout | None:
+        """Returns the layout of a file; None where it has no rows that could tell it.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        types: dict[str, pa.DataType] = {}
+        late: list[str] = []
+        with reading(file, form):
+            match form:
+                case Format.PARQUET:
+                    names = pq.read_schema(file).names
+                case Format.CSV:
+                    names = formats.csv_names(file)
+                case Format.JSON_LINES:
+                    types, late = formats.json_types(file, wanted)
+                    names = list(types)
+        if not names and form is Format.JSON_LINES:
+            return None
+        partition = {name: value for name, value in partition_of(file).items() if name not in names}
+        return cls((*names, *partition), partition, types, tuple(late))
+
+
 def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None) -> EventLog:
     """Reads the files, one after the other, and sorts each user's events by time; equal times keep the files' order.
 
@@ -89,25 +119,28 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
         InputError: the files break one of the rules; the text names file, row (from 1, without the header) and value.
     """
     form = form or format_of(files[0]) or Format.PARQUET
-    columns = columns.chosen(files, form)
+    found = {file: Layout.of(file, form, columns.names) for file in files}
+    layouts = {file: layout for file, layout in found.items() if layout}
+    columns = columns.chosen(layouts) if layouts else columns
     rows = Rows()
     users, items = _IdColumn(columns.user, rows), _IdColumn(columns.item, rows)
     times, labels = TimeColumn(columns.timestamp, rows), _LabelColumn(columns.label, rows)
     features = [_IdColumn(name, rows, nullable=True) for name in columns.item_features]
-    for file in files:
+    for file, layout in layouts.items():
         rows.begin(file)
-        for batch in _batches(file, form, columns):
+        for batch in filter(len, _batches(file, form, layout, columns.names)):
             for column in (users, items, times, *([labels] if columns.label else []), *features):
                 column.add(batch.column(column.name))
             rows.advance(batch.num_rows)
     if not rows.count:
         raise InputError(f"{files[0]}: a log must have events. Received: no rows in {len(files)} file(s). Give others.")
-    from_text = form is Format.CSV
-    user_of, user_ids = users.finish(from_text)
-    item_of, item_ids = items.finish(from_text)
+    from_partition = set().union(*(layout.partition for layout in layouts.values()))
+    is_text = {name: form is Format.CSV or name in from_partition for name in columns.names}
+    user_of, user_ids = users.finish(is_text[users.name])
+    item_of, item_ids = items.finish(is_text[items.name])
     item_features = {}
     for feature in features:
-        codes, ids = feature.finish(from_text)
+        codes, ids = feature.finish(is_text[feature.name])
         of_item = _one_value_per_item(codes, ids, item_of, item_ids, feature.name, rows)
         item_features[feature.name] = ItemFeature(of_item, ids)
     timestamps = times.finish()
@@ -117,7 +150,8 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
     else:
         order = np.lexsort((timestamps, user_of))
     blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
-    return EventLog(user_ids, item_ids, item_features, bool(columns.label), blocks)
+    late = set().union(*(layout.late for layout in layouts.values()))
+    return EventLog(user_ids, item_ids, item_features, bool(columns.label), blocks, tuple(sorted(late)))
 
 
 class Rows:
@@ -159,8 +193,7 @@ class _Column(abc.ABC):
     def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
         """The error for the first of the rows where `bad` is true."""
         index = int(np.argmax(bad.to_numpy(zero_copy_only=False)))
-        value = column[index].as_py()
-        received = f"{self.name}={value!r}" if value is not None else f"no {self.name}"
+        received = f"{self.name}={_shown(column[index])}" if column[index].is_valid else f"no {self.name}"
         return self._rows.reject(self._rows.count + index, rule, received, remedy)
 
     def require_values(self, column: pa.Array) -> None:
@@ -175,13 +208,16 @@ class _IdColumn(_Column):
     def __init__(self, name: str, rows: Rows, nullable: bool = False) -> None:
         super().__init__(name, rows)
         self._nullable = nullable
-        self._chunks: list[pa.DictionaryArray] = []
+        self._value_type: pa.DataType | None = None
+        self._chunks: list[pa.DictionaryArray | int] = []  # a number: of rows without a value
 
     def add(self, column: pa.Array) -> None:
-        if not self._nullable:
-            self.require_values(column)
         if pa.types.is_dictionary(column.type):  # its order and unused entries are an accident of the file
             column = column.dictionary_decode()
+        if pa.types.is_floating(column.type) and pc.all(pc.is_nan(_widened(column))).as_py() is not False:
+            column = pa.nulls(len(column))  # as pandas writes a column without any value
+        if not self._nullable:
+            self.require_values(column)
         if pa.types.is_integer(column.type):
             value_type = pa.int64()
         elif is_text(column.type) or pa.types.is_null(column.type):
@@ -189,8 +225,17 @@ class _IdColumn(_Column):
         else:
             rule = f"ids must be strings or integers, not {column.type}"
             raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
+        if column.null_count == len(column):  # what has no value agrees with every type
+            self._chunks.append(len(column))
+            return
+        if self._value_type not in (None, value_type):
+            rule = f"all ids of a column must be of one type, {self._value_type} so far"
+            raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
+        self._value_type = value_type
         if pa.types.is_string_view(column.type):
             column = column.cast(value_type)
+        if is_text(column.type) and not is_utf8(column):
+            raise self._not_utf8(column)
         encoded = column.dictionary_encode()
         try:
             values = encoded.dictionary.cast(value_type)
@@ -198,18 +243,30 @@ class _IdColumn(_Column):
             too_large = pc.greater(column, pa.scalar(2**63 - 1, column.type))
             rule = "integer ids must fit 64 bits, signed"
             raise self.reject(too_large, column, rule, "Make them strings.") from error
-        if self._chunks and self._chunks[0].type.value_type != value_type:
-            rule = f"all ids of a column must be of one type, {self._chunks[0].type.value_type} so far"
-            raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
         self._chunks.append(pa.DictionaryArray.from_arrays(encoded.indices, values))
+
+    def _not_utf8(self, column: pa.Array) -> InputError:
+        index = next(index for index in range(len(column)) if not is_utf8(column.slice(index, 1)))
+        received = f"{self.name}={shown(column[index].as_buffer().to_pybytes())}"
+        row = self._rows.count + index
+        return self._rows.reject(row, "text must be UTF-8", received, "Write the file anew, as UTF-8.")
 
     def finish(self, from_text: bool) -> tuple[np.ndarray, pa.Array]:
         """Codes int32 `[E]` and the ids; ids `from_text` become integers if each is written as one."""
-        chunks = pa.chunked_array(self._chunks).unify_dictionaries().chunks
+        known = [chunk for chunk in self._chunks if not isinstance(chunk, int)]
+        unified = iter(pa.chunked_array(known).unify_dictionaries().chunks if known else [])
+        ids = pa.array([], pa.large_string())
+        parts = []
+        for chunk in self._chunks:
+            if isinstance(chunk, int):
+                parts.append(np.full(chunk, -1, np.int32))
+            else:
+                encoded = next(unified)
+                parts.append(encoded.indices.fill_null(-1).to_numpy())
+                ids = encoded.dictionary  # the same for all
         self._chunks.clear()
-        codes = np.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in chunks])
-        ids = chunks[0].dictionary
-        if from_text and len(ids) and pc.all(pc.match_substring_regex(ids, r"^(0|-?[1-9][0-9]{0,17})$")).as_py():
+        codes = np.concatenate(parts)
+        if from_text and len(ids) and pc.all(pc.match_substring_regex(ids, formats.INTEGER)).as_py():
             ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
         return codes, ids
 
@@ -239,8 +296,8 @@ class TimeColumn(_Column):
             values = self._microseconds(column)
         elif text:
             values = self._cast(pc.replace_substring_regex(column, r"^\+|\.0*$", ""), column)
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-            values = self._cast(column, column)
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+            values = self._cast(_widened(column), column)
         else:
             raise self._not_integer(pc.is_valid(column), column)
         self._chunks.append(values.to_numpy())
@@ -254,8 +311,9 @@ class TimeColumn(_Column):
         if is_text(column.type) and _ENDS_WITH_ZONE.search(column[0].as_py()):
             zone = "UTC"
         kind = pa.timestamp("us", zone)
+        rounds = is_text(column.type) or (pa.types.is_timestamp(column.type) and column.type.unit == "ns")
         try:
-            return column.cast(kind, safe=False).cast(pa.int64())
+            return column.cast(kind, safe=not rounds).cast(pa.int64())  # a time that does not fit must not wrap
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             bad = [not _is_cast(value, kind) for value in column]
             raise self._not_integer(pa.array(bad), column) from error
@@ -287,13 +345,17 @@ class _LabelColumn(_Column):
         elif is_text(column.type):
             words = pc.utf8_lower(column)
             zeros, ones = (pc.is_in(words, pa.array(_LABEL_WORDS[label], words.type)) for label in (0, 1))
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-            zeros, ones = (pc.equal(column, pa.scalar(label, column.type)) for label in (0, 1))
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+            numbers = _widened(column)
+            zeros, ones = (pc.equal(numbers, pa.scalar(label, numbers.type)) for label in (0, 1))
         else:
             zeros = ones = pa.array(np.zeros(len(column), bool))
         known = pc.fill_null(pc.or_(zeros, ones), False)
         if not pc.all(known).as_py():
-            raise self.reject(pc.invert(known), column, "a label must be 0 or 1", "Correct the row.")
+            bad = pc.invert(known)
+            missing = not column[int(np.argmax(bad.to_numpy(zero_copy_only=False)))].is_valid
+            fill_in = "Fill it in, drop the row, or give --label_column= to take every event for a positive."
+            raise self.reject(bad, column, "a label must be 0 or 1", fill_in if missing else "Correct the row.")
         self._chunks.append(ones.cast(pa.uint8()).to_numpy())
 
     def finish(self) -> np.ndarray:
@@ -346,6 +408,28 @@ def _joined(chunks: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return shown(value.as_py())
+    except (ValueError, OverflowError):  # a date that Python does not know
+        return f"{value.type} {value.value}"
+
+
+def _widened(column: pa.Array) -> pa.Array:
+    """Returns numbers of kinds that Arrow cannot compute with as float64, others as they are."""
+    narrow = pa.types.is_float16(column.type) or pa.types.is_decimal(column.type)
+    return column.cast(pa.float64()) if narrow else column
+
+
+def is_utf8(column: pa.Array) -> bool:
+    """Tells whether all of a column's text is; Arrow believes files that say so."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
@@ -358,138 +442,25 @@ def _is_cast(value: pa.Scalar, kind: pa.DataType) -> bool:
     return True
 
 
-# --- The three formats. ---
+def _batches(file: Path, form: Format, layout: Layout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields the columns `names`, those that a file has in its folders' names as text."""
+    inside = [name for name in names if name not in layout.partition]
+    for batch in _batches_inside(file, form, layout, inside):
+        for name in names:
+            if name in layout.partition:
+                batch = batch.append_column(name, pa.repeat(pa.scalar(layout.partition[name], pa.string()), len(batch)))
+        yield batch
 
 
-@contextlib.contextmanager
-def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
-    """Turns whatever a reader raises about a damaged file into one line; `locate` finds the row, once it is needed."""
-    try:
-        if not file.stat().st_size:
-            raise InputError(f"{file}: a log must have events. Received: an empty file. Give another, or delete it.")
-        yield
-    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
-        if isinstance(error, InputError):
-            raise
-        detail = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{file}{locate()}: must be {form} from end to end. Received: {detail}. "
-            "Correct the row; if the file was cut off, write it again."
-        ) from error
-
-
-def column_names(file: Path, form: Format) -> list[str]:
-    with reading(file, form):
-        match form:
-            case Format.PARQUET:
-                return pq.read_schema(file).names
-            case Format.CSV:
-                with open_text(file) as stream:
-                    return next(csv.reader([stream.readline().decode("utf-8-sig")]), [])
-            case _:
-                return list(_json_types(file))
-
-
-def _batches(file: Path, form: Format, columns: Columns) -> Iterator[pa.RecordBatch]:
+def _batches_inside(file: Path, form: Format, layout: Layout, names: list[str]) -> Iterator[pa.RecordBatch]:
     match form:
         case Format.PARQUET:
             with reading(file, form), pq.ParquetFile(file) as parquet:
-                yield from parquet.iter_batches(ROWS_PER_BATCH, columns=columns.names)
+                yield from parquet.iter_batches(formats.ROWS_PER_BATCH, columns=names)
         case Format.CSV:
-            with reading(file, form, lambda: csv_row_of_wrong_width(file, columns.names)):
-                yield from csv_reader(file, columns.names)
-        case _:
-            with reading(file, form):
-                found = _json_types(file, columns.names)
-            types = {name: found[name] for name in columns.names}
-            with reading(file, form, lambda: _json_row_of_wrong_type(file, types)):
-                yield from _json_reader(file, types)
-
-
-def open_text(file: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb"))
-
-
-def csv_reader(file: Path, names: list[str], threads: bool = True, **options: Any) -> Iterator[pa.RecordBatch]:
-    """Every column as text: what a file's first rows look like is no promise about the rest."""
-    return pyarrow.csv.open_csv(
-        file,
-        pyarrow.csv.ReadOptions(block_size=BYTES_PER_BATCH, use_threads=threads),
-        pyarrow.csv.ParseOptions(newlines_in_values=True, **options),
-        pyarrow.csv.ConvertOptions(
-            include_columns=names,
-            column_types=dict.fromkeys(names, pa.string()),
-            strings_can_be_null=True,
-            null_values=[""],
-        ),
-    )
-
-
-def csv_row_of_wrong_width(file: Path, names: list[str]) -> str:
-    found: list[int] = []
-
-    def note(row: pyarrow.csv.InvalidRow) -> str:
-        found.append(row.number)
-        return "error"
-
-    with contextlib.suppress(pa.ArrowException, OSError):
-        for _ in csv_reader(file, names, threads=False, invalid_row_handler=note):
-            pass
-    return f", row {found[0] - 1}" if found and found[0] else ""  # Arrow counts the header
-
-
-def _json_types(file: Path, needed: Sequence[str] = ()) -> dict[str, pa.DataType]:
-    """The columns that the first rows show, with the type of the first value that is not null.
-
-    Goes on reading as long as one of the `needed` columns shows no value.
-    """
-    types: dict[str, pa.DataType] = {}
-    arrow = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64(), type(None): pa.null()}
-    for row, fields in _json_rows(file):
-        if row > _JSON_ROWS_TO_TYPE and all(types.get(name, pa.null()) != pa.null() for name in needed):
-            break
-        for name, value in fields.items():
-            if types.get(name, pa.null()) == pa.null():
-                types[name] = arrow.get(type(value), pa.null())
-    return types
-
-
-def _json_reader(file: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
-    return pyarrow.json.open_json(
-        pa.input_stream(str(file), compression="detect"),
-        pyarrow.json.ReadOptions(block_size=BYTES_PER_BATCH),
-        pyarrow.json.ParseOptions(explicit_schema=pa.schema(types.items()), unexpected_field_behavior="ignore"),
-    )
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Slowly: row from 1, and what is in it; blank lines are no rows."""
-    with open_text(file) as stream:
-        for row, line in enumerate((line for line in stream if line.strip()), start=1):
-            try:
-                fields = json.loads(line)
-            except ValueError:
-                fields = None
-            if not isinstance(fields, dict):
-                raise InputError(
-                    f"{file}, row {row}: each line must be one JSON object. "
-                    f"Received: {line.decode(errors='replace').strip()[:100]}. "
-                    "Correct the line; if the file was cut off, write it again."
-                )
-            yield row, fields
-
-
-def _json_row_of_wrong_type(file: Path, types: dict[str, pa.DataType]) -> str:
-    python: dict[pa.DataType, list[type]] = {
-        pa.string(): [str],
-        pa.bool_(): [bool],
-        pa.int64(): [int],
-        pa.float64(): [int, float],
-    }
-    with contextlib.suppress(OSError, EOFError, zlib.error):  # cut off: there is no such row
-        for row, fields in _json_rows(file):
-            for name, kind in types.items():
-                value = fields.get(name)
-                if value is not None and type(value) not in python.get(kind, []):
-                    return f", row {row} ({name}={value!r})"
-    return ""
+            with reading(file, form, lambda: formats.csv_row_of_wrong_width(file, names)):
+                yield from formats.csv_reader(file, names)
+        case Format.JSON_LINES:
+            types = {name: layout.json_types[name] for name in names}
+            with reading(file, form, lambda: formats.json_row_of_wrong_type(file, types)):
+                yield from formats.json_reader(file, types)

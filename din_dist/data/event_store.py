@@ -23,7 +23,7 @@ from din_dist.errors import InputError
 from din_dist.files import publish_folder, read_text, write_text
 
 PACKED_DIR = "packed"
-USERS = "users"  # names of vocabularies; an item feature's bears the feature's name
+USERS = "users"  # names of vocabularies; see `vocabulary_of` for those of item features
 ITEMS = "items"
 
 _OVERWRITE = "launch/train.sh or prepare_data --overwrite_prepared"
@@ -113,7 +113,7 @@ class EventStore:
         raise InputError(f"{path}: {rule} this file {what}. {_remedy(path)}, and start the job again.")
 
     def vocabulary(self, name: str) -> pa.ChunkedArray:
-        """The user's own ids of `"users"`, `"items"` or an item feature: entry i belongs to dense id i + 1.
+        """Returns the log's own ids of `USERS`, `ITEMS` or `vocabulary_of` a feature; entry i is of dense id i + 1.
 
         (User u, counted from 0 as in `user_offsets`, is entry u.) Read from the disk at each call.
 
@@ -129,6 +129,11 @@ class EventStore:
         known = dense_ids != schema.UNKNOWN_ID
         found = iter(self.vocabulary(name).take(pa.array(dense_ids[known] - 1)).to_pylist())
         return [str(next(found)) if here else unknown for here in known]
+
+
+def vocabulary_of(feature: str) -> str:
+    """Returns the name of an item feature's vocabulary: that of the feature, unless it is one of ours."""
+    return schema.feature_label(feature) if feature in (USERS, ITEMS) else feature
 
 
 def vocabulary_path(folder: Path, name: str) -> Path:
@@ -209,7 +214,9 @@ def open_store(folder: Path, features: Sequence[str]) -> EventStore:
         return offsets
 
     # Nothing needs the ids' names before a job's end: that is too late to miss them.
-    for name, num_ids in {USERS: facts.num_users, ITEMS: facts.num_items, **facts.item_features}.items():
+    sizes = {USERS: facts.num_users, ITEMS: facts.num_items}
+    sizes |= {vocabulary_of(name): num_ids for name, num_ids in facts.item_features.items()}
+    for name, num_ids in sizes.items():
         with _reading(vocabulary_path(folder, name)) as path:
             files[path] = FileState.of(path)
             num_found = pq.read_metadata(path).num_rows

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from din_dist import schema
-from din_dist.config import DataConfig
+from din_dist.config import DataConfig, list_text
 from din_dist.data import event_store
 from din_dist.data.blocks import Block
 from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
@@ -33,7 +33,8 @@ from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
 from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.columns import Columns
 from din_dist.data.event_store import EventStore
-from din_dist.data.sources import check_unchanged, find_files
+from din_dist.data.formats import Format, format_of
+from din_dist.data.sources import check_unchanged, find_files, partition_text
 from din_dist.errors import InputError
 from din_dist.files import make_folder, publish_folder, repair_publishing
 
@@ -62,17 +63,8 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
     with _quietly():
         match kind:
             case "event_log":
-                columns = Columns(
-                    user=config.user_column,
-                    item=config.item_column,
-                    timestamp=config.timestamp_column,
-                    label=config.label_column,
-                    label_required=config.label_column_required,
-                    item_features=config.item_features,
-                    item_features_required=config.item_features_required,
-                    presorted=config.presorted,
-                )
-                return EventLogBuilder(data_dir=root, config=EventLogConfig.for_source(config.data_path, columns))
+                event_log = EventLogConfig.for_source(config.data_path, _columns(config))
+                return EventLogBuilder(data_dir=root, config=event_log)
             case "complete_journey":
                 return CompleteJourney(data_dir=root)
             case "amazon_reviews":
@@ -95,6 +87,19 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
                 raise ValueError(config.dataset)
 
 
+def _columns(config: DataConfig) -> Columns:
+    return Columns(
+        user=config.user_column,
+        item=config.item_column,
+        timestamp=config.timestamp_column,
+        label=config.label_column,
+        label_required=config.label_column_required,
+        item_features=config.item_features,
+        item_features_required=config.item_features_required,
+        presorted=config.presorted,
+    )
+
+
 def prepare(config: DataConfig, overwrite: bool = False) -> EventStore:
     """Downloads and builds what is missing, then opens it. What is there already, of the same source, is kept.
 
@@ -104,11 +109,33 @@ def prepare(config: DataConfig, overwrite: bool = False) -> EventStore:
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
     """
-    if overwrite or not prepared_folder(config).exists():
+    if overwrite or _is_due(config, prepared_folder(config)):
         with _writing(config) as folder:
-            if overwrite or not folder.exists():  # another process may have been faster
+            if overwrite or _is_due(config, folder):  # another process may have been faster
                 _build(config, folder)
     return open_prepared(config)
+
+
+def _is_due(config: DataConfig, folder: Path) -> bool:
+    """Tells whether there is nothing yet in `folder`, or what an earlier version may have read wrongly."""
+    if not folder.exists():
+        return True
+    try:
+        facts = event_store.read_facts(folder)
+    except InputError:
+        return False  # what is damaged is for the user to see
+    return bool(_present(facts)) and _outdated(config, facts) is not None
+
+
+def _outdated(config: DataConfig, facts: schema.DatasetFacts) -> str | None:
+    """Returns a file that an earlier version may have read wrongly."""
+    if config.dataset != "event_log" or facts.reader >= schema.READER:
+        return None
+    names = _columns(config).names
+    for path in facts.sources:
+        if format_of(Path(path)) is Format.JSON_LINES or partition_text(Path(path), names):
+            return path
+    return None
 
 
 def open_prepared(config: DataConfig) -> EventStore:
@@ -180,6 +207,15 @@ def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
         raise _unreadable(folder, error) from error
 
 
+def describe_sources(config: DataConfig, facts: schema.DatasetFacts) -> list[str]:
+    """Returns lines about the user's files that prepared data was made from; none for other data sets."""
+    if config.dataset != "event_log":
+        return []
+    if not _present(facts):
+        return [f"files: {len(facts.sources):,} read, which are gone since"]
+    return [find_files(config.data_path).describe()]
+
+
 def _unreadable(folder: Path, error: Exception) -> InputError:
     problem = re.sub(r"{{.*?}} |\[Op:.*", "", " ".join(str(error).split()))  # without the names of graph nodes
     return InputError(
@@ -188,12 +224,22 @@ def _unreadable(folder: Path, error: Exception) -> InputError:
     )
 
 
+def _present(facts: schema.DatasetFacts) -> list[Path]:
+    return [Path(path) for path in facts.sources if Path(path).exists()]
+
+
 def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
-    present = [Path(path) for path in facts.sources if Path(path).exists()]
+    present = _present(facts)
+    if present and (path := _outdated(config, facts)):
+        raise InputError(
+            f"{path}: an earlier version of din_dist prepared it, which overlooked columns that begin late, or that "
+            f"folders' names give. Received: its data. Prepare it anew: python -m din_dist.cli.prepare_data "
+            f"{_flags(config)}"
+        )
     if config.dataset != "event_log":
         check_unchanged({str(path): facts.sources[str(path)] for path in present}, present)
     elif present:
-        check_unchanged(facts.sources, find_files(config.data_path))
+        check_unchanged(facts.sources, find_files(config.data_path).files)
 
 
 def _chosen_features(config: DataConfig, facts: schema.DatasetFacts) -> list[str]:
@@ -213,11 +259,11 @@ def _flags(config: DataConfig) -> str:
     for field in dataclasses.fields(DataConfig):
         value = getattr(config, field.name)
         if _decides_what_is_prepared(field.name) and value != field.default:
-            given[field.name] = ",".join(value) if isinstance(value, tuple) else str(value)
+            given[field.name] = list_text(value) if isinstance(value, tuple) else str(value)
     if config.label_column_required:
         given["label_column"] = config.label_column
     if config.item_features_required:
-        given["item_features"] = ",".join(config.item_features)
+        given["item_features"] = list_text(config.item_features)
     return " ".join(f"--{name}={shlex.quote(value)}" for name, value in given.items())
 
 

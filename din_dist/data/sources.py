@@ -2,74 +2,81 @@
 
 from __future__ import annotations
 
-import enum
-import glob
+import dataclasses
+import fnmatch
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
+from din_dist.data.formats import KNOWN, format_of
 from din_dist.errors import InputError
+from din_dist.files import local_path
+
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_MOST_NAMED = 5  # of the files that were passed over
+_PARTITION = re.compile(r"([^=]+)=(.*)")
 
 
-class Format(enum.StrEnum):
-    PARQUET = "Parquet"
-    CSV = "CSV"
-    JSON_LINES = "JSON lines"
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A table's files, sorted by path, and what was passed over: names by their path below the source."""
+
+    files: list[Path]
+    passed_over: list[str]
+
+    def describe(self) -> str:
+        """Returns one line for people."""
+        line = f"files: {len(self.files):,} read"
+        if not self.passed_over:
+            return line
+        named, more = self.passed_over[:_MOST_NAMED], len(self.passed_over) - _MOST_NAMED
+        return f"{line}, {len(self.passed_over):,} passed over: {', '.join(named)}{f' and {more:,} more' * (more > 0)}"
 
 
-_FORMATS = {
-    ".parquet": Format.PARQUET,
-    ".pq": Format.PARQUET,
-    ".csv": Format.CSV,
-    ".csv.gz": Format.CSV,
-    ".jsonl": Format.JSON_LINES,
-    ".jsonl.gz": Format.JSON_LINES,
-    ".ndjson": Format.JSON_LINES,
-    ".ndjson.gz": Format.JSON_LINES,
-    ".json": Format.JSON_LINES,
-    ".json.gz": Format.JSON_LINES,
-}
-_KNOWN = ", ".join(_FORMATS)
+def absolute(source: str, flag: str = "data_path") -> str:
+    """Returns `source` (a file, a folder or a glob) from the root on, `~` spelled out; links are left alone."""
+    return os.path.abspath(local_path(source, flag))  # noqa: PTH100 (`resolve` would follow links)
 
 
-def format_of(path: Path) -> Format | None:
-    """The format that the file's name promises, None if it is none of ours."""
-    return next((form for suffix, form in _FORMATS.items() if path.name.lower().endswith(suffix)), None)
+def find_files(source: str, flag: str = "--data_path", table: str = "log") -> Found:
+    """Finds a table's files: `source` itself, all in that folder, or all that the glob matches.
 
+    Each real file counts once, however many links lead to it. In folders and globs, files of other types, names that
+    begin with `.` or `_`, and links to what was found already are passed over.
 
-def absolute(source: str) -> str:
-    """`source` (a file, a folder or a glob) from the root on, `~` spelled out; links are left alone."""
-    return os.path.abspath(Path(source).expanduser())  # noqa: PTH100 (`resolve` would follow links)
-
-
-def find_files(source: str, flag: str = "--data_path", table: str = "log") -> list[Path]:
-    """A table's files, sorted by path: `source` itself, all in that folder, or all that the glob matches.
-
-    In folders and globs, files of other types and names that begin with `.` or `_` are passed over.
-    `flag` is what `source` was given by, and `table` what it is called.
+    Args:
+        flag: the flag that `source` was given by; `table` is what it is called.
 
     Raises:
-        InputError: nothing is there, a file of an unsupported type was asked for, or formats are mixed.
+        InputError: nothing is there, something cannot be read, a file of an unsupported type was asked for, or formats
+            are mixed.
     """
-    source = absolute(source)
+    source = absolute(source, flag.removeprefix("--"))
     path = Path(source)
-    if path.is_file():
-        if format_of(path) is None:
-            raise InputError(
-                f"{source}: a {table}'s file must be one of {_KNOWN}. Received: another type. Convert or rename it."
-            )
-        return [path]
-    if path.is_dir():
-        found = _files_below(path)
+    search = _Search(flag, table)
+    if search.exists(path):
+        if not _is_dir(path):
+            search.require_file(path)
+            return Found([path], [])
+        root, matches = path, [path]
     else:
-        matches = [Path(match) for match in glob.glob(source, recursive=True)]  # noqa: PTH207 (absolute, `**`)
+        root, matches = Path(*_fixed_parts(path)), search.matches(path)
         if not matches:
             raise InputError(f"{source}: no such file, folder, or match of a glob. Correct {flag}.")
-        found = {file for match in matches for file in (_files_below(match) if match.is_dir() else [match])}
-    files = sorted(file for file in found if file.name[0] not in "._" and format_of(file))
+    search.add_all(matches)
+    files = sorted(search.files)
+    passed_over = sorted(other.relative_to(root).as_posix() for other in search.passed_over)
     if not files:
-        raise InputError(f"{source}: no file of a supported type there ({_KNOWN}). Correct {flag}.")
+        raise InputError(f"{source}: no file of a supported type there ({KNOWN}). Correct {flag}.")
+    _require_one_format(source, files, table)
+    return Found(files, passed_over)
+
+
+def _require_one_format(source: str, files: list[Path], table: str) -> None:
     first, form = files[0], format_of(files[0])
     for file in files:
         if format_of(file) is not form:
@@ -77,20 +84,204 @@ def find_files(source: str, flag: str = "--data_path", table: str = "log") -> li
                 f"{source}: all files of a {table} must have one format. Received: {first} ({form}) and "
                 f"{file} ({format_of(file)}). Give a glob that matches one of them."
             )
-    return files
 
 
-def _files_below(folder: Path) -> set[Path]:
-    found: set[Path] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] not in "._"]
-        found.update(Path(root, name) for name in names)
+class _Search:
+    """Walks folders; each real folder and each real file once."""
+
+    def __init__(self, flag: str, table: str) -> None:
+        self._flag, self._table = flag, table
+        self._seen: set[tuple[int, int]] = set()  # device and inode
+        self.files: list[Path] = []
+        self.passed_over: list[Path] = []
+
+    def add_all(self, paths: Iterable[Path]) -> None:
+        """Adds files, and all below folders. What is no link comes first: so a file keeps the name that is its own."""
+        links = list(paths)
+        while links:
+            found: list[Path] = []
+            for path in links:
+                self._add_tree(path, found)
+            links = found
+
+    def _add_tree(self, path: Path, links: list[Path]) -> None:
+        """Adds what is at `path`, without following the `links` below it, which it notes."""
+        if not _is_dir(path):
+            self._add(path)
+            return
+        if self._is_known(path):
+            self.passed_over.append(path)
+            return
+        for entry in self._entries(path):
+            if entry.name[0] in "._":
+                self.passed_over.append(entry)
+            elif self._is_link(entry):
+                links.append(entry)
+            else:
+                self._add_tree(entry, links)
+
+    def _add(self, path: Path) -> None:
+        """Adds one file, unless it is passed over."""
+        if path.name[0] in "._" or format_of(path) is None:
+            self.passed_over.append(path)
+            return
+        self._require_readable(path)
+        if self._is_known(path):
+            self.passed_over.append(path)
+        else:
+            self.files.append(path)
+
+    def exists(self, path: Path) -> bool:
+        """Tells whether there is something at `path`.
+
+        Raises:
+            InputError: that cannot be told for want of rights.
+        """
+        try:
+            path.stat()
+        except PermissionError as error:
+            raise self._unreadable(path, f"{error.strerror}") from error
+        except OSError:
+            return False
+        return True
+
+    def require_file(self, path: Path) -> None:
+        """Checks a file that was asked for by its name.
+
+        Raises:
+            InputError: it cannot be read, or its type is none of ours.
+        """
+        self._require_readable(path)
+        if format_of(path) is None:
+            raise InputError(
+                f"{path}: a {self._table}'s file must be one of {KNOWN}. Received: another type. Convert or rename it."
+            )
+
+    def _require_readable(self, path: Path) -> None:
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            what = "a link to what is not there" if path.is_symlink() else error.strerror
+            raise self._unreadable(path, f"{what}") from error
+        if not stat.S_ISREG(mode):  # which can be read once only, or never ends
+            raise self._unreadable(path, "a pipe or a device")
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise self._unreadable(path, "no rights to read it")
+
+    def _is_link(self, path: Path) -> bool:
+        try:
+            return path.is_symlink()
+        except OSError as error:
+            raise self._unreadable(path, f"{error.strerror}") from error
+
+    def _is_there(self, path: Path) -> bool:
+        """Tells whether there is something at `path`, if only a link to nowhere."""
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise self._unreadable(path, f"{error.strerror}") from error
+        return True
+
+    def _is_known(self, path: Path) -> bool:
+        status = path.stat()
+        key = (status.st_dev, status.st_ino)
+        known = key in self._seen
+        self._seen.add(key)
+        return known
+
+    def _entries(self, folder: Path) -> list[Path]:
+        try:
+            return sorted(folder.iterdir())
+        except OSError as error:
+            raise self._unreadable(folder, f"{error.strerror}") from error
+
+    def _unreadable(self, path: Path, received: str) -> InputError:
+        return InputError(
+            f"{path}: all of a {self._table} must be readable, files and folders. Received: {received}. Correct that, "
+            f"or give {self._flag} a glob that leaves it out."
+        )
+
+    def matches(self, pattern: Path) -> list[Path]:
+        """Returns what a glob matches; unlike Python's, it does not pass over folders that cannot be read.
+
+        Raises:
+            InputError: one cannot.
+        """
+        fixed = _fixed_parts(pattern)
+        found = dict.fromkeys(self._matches(Path(*fixed), pattern.parts[len(fixed) :], ()))
+        return sorted(found, key=lambda path: (path.resolve() != path, path))  # a file's own name first
+
+    def _matches(self, base: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iterator[Path]:
+        """`above`: the real folders that `**` has come through, so that a link does not lead in a circle."""
+        if not parts:
+            if self._is_there(base):
+                yield base
+            return
+        part, rest = parts[0], parts[1:]
+        if not _is_magic(part):
+            yield from self._matches(base / part, rest, above)
+        elif _is_dir(base):
+            if part == "**":
+                if (real := base.resolve()) in above:
+                    return
+                above = (*above, real)
+                yield from self._matches(base, rest, above)
+            for entry in self._entries(base):
+                if part == "**":
+                    if entry.name[0] != "." and _is_dir(entry):
+                        yield from self._matches(entry, parts, above)
+                elif fnmatch.fnmatchcase(entry.name, part) and (entry.name[0] != "." or part[0] == "."):
+                    yield from self._matches(entry, rest, above)
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # of a folder without rights
+        return False
+
+
+def _is_magic(part: str) -> bool:
+    return any(sign in part for sign in "*?[")
+
+
+def _fixed_parts(pattern: Path) -> tuple[str, ...]:
+    """Returns what stands before a pattern's first sign of a glob."""
+    parts = pattern.parts
+    return parts[: next((place for place, part in enumerate(parts) if _is_magic(part)), len(parts))]
+
+
+def partition_of(file: Path) -> dict[str, str | None]:
+    """Returns the columns that the names of a file's folders give, as Hive, Spark and pandas write them: NAME=VALUE."""
+    found: dict[str, str | None] = {}
+    for part in file.parts[:-1]:
+        if match := _PARTITION.fullmatch(part):
+            name, value = (unquote(text) for text in match.groups())
+            found[name] = None if value == _NULL_PARTITION else value
     return found
 
 
-def fingerprint_files(files: Iterable[Path]) -> dict[str, dict[str, int | str]]:
-    """Path -> size in bytes, time of change in nanoseconds, digest of the content."""
-    return {str(file): {**_size_and_time(file), "digest": _digest(file)} for file in files}
+def fingerprint_files(files: Iterable[Path], columns: Sequence[str] = ()) -> dict[str, dict[str, int | str]]:
+    """Returns by path: size in bytes, time of change in nanoseconds, digest of the content.
+
+    Also `partition`, where the names of a file's folders give some of the `columns`.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    found = {str(file): {**_size_and_time(file), "digest": _digest(file)} for file in files}
+    for path, facts in found.items():
+        if partition := partition_text(Path(path), columns):
+            facts["partition"] = partition
+    return found
+
+
+def partition_text(file: Path, columns: Sequence[str]) -> str:
+    """Returns which of the `columns` the names of a file's folders give, and with what values; empty for none."""
+    partition = partition_of(file)
+    return "/".join(f"{name}={partition[name]}" for name in columns if name in partition)
 
 
 def check_unchanged(
@@ -125,10 +316,20 @@ def _is_changed(file: Path, recorded: Mapping[str, int | str]) -> bool:
 
 
 def _size_and_time(file: Path) -> dict[str, int | str]:
-    stat = file.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise _not_readable(file, error) from error
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise _not_readable(file, error) from error
+
+
+def _not_readable(file: Path, error: OSError) -> InputError:
+    return InputError(f"{file}: must be readable. Received: {error.strerror or error}. Correct that.")

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from din_dist.config import Config, DataConfig
+from din_dist.config import Config, DataConfig, list_text
 from din_dist.errors import InputError
 from din_dist.launcher.hosts import HostSlots, is_local
 from din_dist.launcher.probe import (
@@ -241,7 +241,7 @@ def _data_flags(data: DataConfig) -> str:
     for field in dataclasses.fields(data):
         value = getattr(data, field.name)
         if "help" in field.metadata and value != field.default:
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            text = list_text(value) if isinstance(value, tuple) else str(value)
             given.append(shlex.quote(f"--{field.name}={text}"))
     return " ".join(given)
 

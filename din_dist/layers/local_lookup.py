@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,16 @@ import tensorflow as tf
 from din_dist.layers.fused import on_host
 from din_dist.layers.native_vectors import Part, side_by_side
 from din_dist.schema import UNKNOWN_ID, TableSpec
+
+_ITEM, _ITEM_BIAS = "item", "item_bias"
+_LONGEST_NAME = 150  # bytes: names of checkpoints' files have more in them
+
+
+def _variable_name(feature: str) -> str:
+    """Returns a name for a feature's table: the feature's, unless another variable has it or Keras refuses it."""
+    if "/" in feature or feature in (_ITEM, _ITEM_BIAS) or len(feature.encode()) > _LONGEST_NAME:
+        return f"feature.{hashlib.blake2b(feature.encode(), digest_size=16).hexdigest()}"
+    return feature
 
 
 class LocalLookup(keras.layers.Layer):
@@ -39,15 +50,16 @@ class LocalLookup(keras.layers.Layer):
         self.specs = tuple(tables)
         self.row_of_item = None if row_of_item is None else tf.constant(row_of_item, tf.int32)
         self.item_features = {name: tf.constant(ids, tf.int32) for name, ids in item_features.items()}
+        names = [_ITEM, *(_variable_name(feature) for feature in item_features)]
         self.tables = [
             self.add_weight(
                 shape=(spec.num_rows, spec.width),
                 initializer=keras.initializers.GlorotUniform(seed + place),
-                name=spec.name,
+                name=name,
             )
-            for place, spec in enumerate(self.specs)
+            for place, (spec, name) in enumerate(zip(self.specs, names, strict=True))
         ]
-        self.item_bias = self.add_weight(shape=(self.specs[0].num_rows, 1), initializer="zeros", name="item_bias")
+        self.item_bias = self.add_weight(shape=(self.specs[0].num_rows, 1), initializer="zeros", name=_ITEM_BIAS)
         self.built = True
 
     @property

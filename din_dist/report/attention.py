@@ -9,7 +9,7 @@ import numpy as np
 
 from din_dist import schema
 from din_dist.config import AttentionNormalization, Config
-from din_dist.data.event_store import ITEMS, USERS, EventStore
+from din_dist.data.event_store import ITEMS, USERS, EventStore, vocabulary_of
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import of_segments, thin_out
@@ -123,7 +123,7 @@ def show(
     item_names = dict(zip(items.tolist(), store.own_ids(ITEMS, items), strict=True))
     feature, of_item = next(iter(store.item_features.items()), ("", np.zeros(store.facts.num_items + 1, np.int32)))
     categories = np.unique(of_item[items])
-    names = store.own_ids(feature, categories) if feature else [""]
+    names = store.own_ids(vocabulary_of(feature), categories) if feature else [""]
     category_names = dict(zip(categories.tolist(), names, strict=True))
     users = store.own_ids(USERS, examples.user_of_example()[wanted] + 1)  # users count from 0
     user_names = dict(zip(wanted.tolist(), users, strict=True))
@@ -138,7 +138,8 @@ def averages(model: RankingModel, config: Config, store: EventStore, examples: E
     """Where the attention goes on average; None where the weights are no shares (or there are none)."""
     if config.model.attention_normalization is not AttentionNormalization.SOFTMAX:
         return None
-    features = {"item": np.arange(store.facts.num_items + 1), **store.item_features}
+    features = {"item": np.arange(store.facts.num_items + 1)}
+    features |= {schema.feature_label(name): of_item for name, of_item in store.item_features.items()}
     starts = np.array(_AGES)
     totals, counts, num_examples = np.zeros(len(starts)), np.zeros(len(starts), np.int64), 0
     shares: dict[str, list[tuple[float, float]]] = {name: [] for name in features}

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import DataConfig
-from din_dist.data.event_store import EventStore
+from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.data.splits import Examples
 from din_dist.metrics.bins import equal_mass_bins
@@ -163,5 +163,5 @@ def _by_range(scored: Scored, values: np.ndarray, num_bins: int, title: str, uni
 def _by_feature(scored: Scored, store: EventStore, feature: str) -> Table:
     values = scored.by_row(store.item_features[feature][scored.candidates])
     kept, part_of = largest_parts(values, _LARGEST_CATEGORIES)
-    names = [*store.own_ids(feature, kept), "all others"]
+    names = [*store.own_ids(vocabulary_of(feature), kept), "all others"]
     return Table(feature, "", slices(scored.rankings, scored.labels, scored.users, part_of, names))

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import Config
-from din_dist.data.event_store import ITEMS, EventStore
+from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
 from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.errors import InputError
 from din_dist.files import locked, make_folder, publish_folder, repair_publishing, write_text
@@ -143,7 +143,7 @@ def _write_saved_model(trained: Trained, folder: Path) -> None:
         signatures = Signatures(
             trained.model,
             store.vocabulary(ITEMS),
-            {name: store.vocabulary(name) for name in store.item_features},
+            {name: store.vocabulary(vocabulary_of(name)) for name in store.item_features},
             trained.config.data.max_history_length,
             Path(vocabularies),
         )
@@ -155,7 +155,7 @@ def _write_manifest(trained: Trained, folder: Path, split: str, largest: float, 
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
         item_id_type=_kind(store.vocabulary(ITEMS)),
-        item_features={name: _kind(store.vocabulary(name)) for name in store.item_features},
+        item_features={name: _kind(store.vocabulary(vocabulary_of(name))) for name in store.item_features},
         feature_inputs=input_names(list(store.item_features)),
         max_history_length=trained.config.data.max_history_length,
         num_items=store.facts.num_items,

@@ -7,12 +7,14 @@ their lists.
 from __future__ import annotations
 
 import abc
+import bz2
 import contextlib
 import csv
 import dataclasses
 import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,23 +25,25 @@ import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from din_dist.data.columns import (
-    Rows,
-    TimeColumn,
-    column_names,
+from din_dist.data.columns import Rows, TimeColumn, is_text, is_utf8
+from din_dist.data.formats import (
+    COMPRESSIONS,
+    INTEGER,
+    Format,
+    blocks_of_lines,
+    compression_of,
+    csv_names,
     csv_reader,
     csv_row_of_wrong_width,
-    is_text,
-    open_text,
+    format_of,
+    is_64_bits,
     reading,
 )
-from din_dist.data.sources import Format, format_of
 from din_dist.errors import InputError
+from din_dist.text import parse_json, shown
 
 BATCH_BYTES = 8 << 20  # about what a batch of rows may take, as it is read
 MOST_ROWS = 8192  # in a batch
-_MOST_LINE_BYTES = 64 << 20
-_BLOCK_BYTES = 4 << 20
 _ROW_GROUP_ROWS = 1 << 16
 _ROW_GROUP_BYTES = 32 << 20
 _SPECIAL_IN_CSV = '[",\r\n]'
@@ -226,12 +230,14 @@ class Table(abc.ABC):
         if not len(values):
             return pa.array([], pa.int64() if field.integers else pa.string())
         if field.integers and is_text(kind) and self._from_text:
-            try:
-                return values.cast(pa.int64())
-            except pa.ArrowInvalid:
-                bad = pc.invert(pc.match_substring_regex(values, r"^-?[0-9]{1,18}$"))
-                index = int(np.argmax(bad.to_numpy(zero_copy_only=False)))
-                raise self._other_type(row(index), field, _shown(values, index)) from None
+            good = pc.match_substring_regex(values, INTEGER)
+            if not pc.all(good).as_py():  # Arrow would take 0x10 for 16
+                index = int(np.argmin(good.to_numpy(zero_copy_only=False)))
+                raise self._other_type(row(index), field, _shown(values, index))
+            return values.cast(pa.int64())
+        if is_text(kind) and not is_utf8(values):
+            index = next(index for index in range(len(values)) if not is_utf8(values.slice(index, 1)))
+            raise self._reject(row(index), "text must be UTF-8", shown(values[index].as_buffer().to_pybytes()))
         if not (pa.types.is_integer(kind) if field.integers else is_text(kind)):
             raise self._other_type(row(0), field, f"{_shown(values, 0)} ({kind})")
         try:
@@ -364,23 +370,21 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 
 class _TextTable(Table):
-    """A file of text, gzipped or not; what is written is as the input is."""
+    """A file of text, compressed or not; what is written is as the input is."""
 
     @property
     def suffix(self) -> str:  # type: ignore[override]
-        return self._plain_suffix + (".gz" if self.path.suffix.lower() == ".gz" else "")
+        ending = self.path.suffix.lower()
+        return self._plain_suffix + (ending if ending in COMPRESSIONS else "")
 
     _plain_suffix: str
 
     def write(self, stream: BinaryIO, results: Iterator[tuple[pa.Table, list[Added]]], added: Sequence[Added]) -> None:
-        with contextlib.ExitStack() as files:
-            if self.suffix.endswith(".gz"):  # without name and time: the same rows make the same bytes
-                zipped = gzip.GzipFile("", "wb", fileobj=stream, mtime=0)
-                stream = cast(BinaryIO, files.enter_context(zipped))
-            stream.write(self._header(added))
+        with _compressed(stream, compression_of(self.path)) as target:
+            target.write(self._header(added))
             for rows, columns in results:
                 lines = self._lines(rows, columns)
-                stream.write(memoryview(_text_of(lines)))
+                target.write(memoryview(_text_of(lines)))
 
     def _header(self, added: Sequence[Added]) -> bytes:
         return b""
@@ -388,6 +392,31 @@ class _TextTable(Table):
     @abc.abstractmethod
     def _lines(self, rows: pa.Table, columns: list[Added]) -> pa.Array:
         """Each row with its end of line, as large_string."""
+
+
+def _compressed(stream: BinaryIO, compression: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Returns what compresses into `stream`: the same rows make the same bytes."""
+    match compression:
+        case None:
+            return contextlib.nullcontext(stream)
+        case "gzip":
+            return gzip.GzipFile("", "wb", fileobj=stream, mtime=0)  # without a name and a time
+        case "bz2":
+            return bz2.BZ2File(stream, "wb")
+        case "xz":
+            return lzma.LZMAFile(stream, "wb")
+        case _:
+            return pa.CompressedOutputStream(pa.PythonFile(_Kept(stream), "w"), compression)
+
+
+class _Kept:
+    """A stream that Arrow, which closes what it writes to, leaves open."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.write, self.flush, self.closed = stream.write, stream.flush, False
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def _text_of(lines: pa.Array) -> memoryview:
@@ -406,7 +435,11 @@ class _Csv(_TextTable):
 
     def columns(self) -> tuple[str, ...]:
         _require_content(self.path)
-        return tuple(column_names(self.path, Format.CSV))
+        return tuple(self._names())
+
+    def _names(self) -> list[str]:
+        with reading(self.path, Format.CSV):
+            return csv_names(self.path)
 
     def survey(self) -> Survey:
         names = list(self.columns())
@@ -425,7 +458,7 @@ class _Csv(_TextTable):
             yield from csv_reader(self.path, names)
 
     def _open(self, first_row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
-        return 0, self._all(column_names(self.path, Format.CSV))
+        return 0, self._all(self._names())
 
     def ids(self, rows: pa.Table, first_row: int, fields: Sequence[Field]) -> list[Ids]:
         found = []
@@ -459,7 +492,7 @@ class _Csv(_TextTable):
         return self._typed(lists.column("v").combine_chunks(), field, first_row)
 
     def _header(self, added: Sequence[Added]) -> bytes:
-        names = [*column_names(self.path, Format.CSV), *(column.name for column in added)]
+        names = [*self._names(), *(column.name for column in added)]
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(names)
         return line.getvalue().encode()
@@ -501,22 +534,11 @@ class _JsonLines(_TextTable):
         if not self.path.stat().st_size:
             return
         row = 0
-        with reading(self.path, Format.JSON_LINES), open_text(self.path) as stream:
-            rest = b""
-            while block := stream.read(_BLOCK_BYTES):
-                head, found, tail = block.rpartition(b"\n")
-                if not found:
-                    rest += block
-                    if len(rest) > _MOST_LINE_BYTES:
-                        most = f"a line may take at most {_MOST_LINE_BYTES >> 20} MiB"
-                        raise self._reject(row, most, "a longer one", "Split the row.")
-                    continue
-                lines = self._lines_of(rest + head + found, row)
-                rest = tail
+        with reading(self.path, Format.JSON_LINES, lambda: f", row {row + 1}"):
+            for block in blocks_of_lines(self.path):
+                lines = self._lines_of(block, row)
                 row += len(lines)
                 yield lines
-            lines = self._lines_of(rest + b"\n", row)
-            yield lines
 
     def _lines_of(self, text: bytes, row: int) -> pa.RecordBatch:
         """`text` ends with an end of line."""
@@ -595,7 +617,7 @@ class _JsonLines(_TextTable):
         for column in columns:
             named = pc.match_substring(lines, json.dumps(column.name))
             for line in lines.filter(named).to_pylist() if pc.any(named).as_py() else ():
-                if column.name in json.loads(line):
+                if column.name in self._object(line.decode(), 0):
                     raise InputError(
                         f"{self.path}: {column.name!r} is to be added. Received: the row {line.decode()[:100]}. "
                         "Rename or drop what it has."
@@ -624,7 +646,7 @@ def _parse_json(lines: pa.Array, schema: pa.Schema) -> pa.Table:
 
 def _loaded(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return None
 
@@ -635,7 +657,7 @@ def _problem(value: Any, field: Field) -> str:
     if field.is_list and not isinstance(value, list):
         return repr(value)[:100]
     for part in value if field.is_list else [value]:
-        fits = type(part) is kind and (not isinstance(part, int) or -(2**63) <= part < 2**63)
+        fits = type(part) is kind and is_64_bits(part)
         if part is not None and not fits:
             return f"{part!r} ({type(part).__name__})"[:100]
     return ""

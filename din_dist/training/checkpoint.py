@@ -7,6 +7,7 @@ workers reads what any number wrote) and `manifest.json`: training state, settin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -117,7 +118,7 @@ class CheckpointStore:
         try:
             files = {}
             for name, variable in variables.items():
-                path = aside / f"{name.replace('/', '.')}.npy"
+                path = _new_path(aside, name.replace("/", "."))
                 _write_array(path, variable.numpy())
                 files[name] = {"file": path.name, "digest": _digest(path)}
             manifest = {
@@ -210,6 +211,16 @@ def _published(root: Path) -> list[Path]:
 
 def _folder_name(step: int) -> str:
     return f"step-{step:012d}"
+
+
+def _new_path(folder: Path, stem: str) -> Path:
+    """Returns a path of a file that is not there yet: names of variables differ, but those of files need not."""
+    path = folder / f"{stem}.npy"
+    for number in itertools.count(2):
+        if not path.exists():
+            break
+        path = folder / f"{stem}.{number}.npy"
+    return path
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:

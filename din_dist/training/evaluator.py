@@ -46,13 +46,16 @@ class Evaluator:
         return {name: self._ranking_metrics(split, self.scores(split, scorer)) for name, scorer in scorers.items()}
 
     def floor_scorers(self) -> dict[str, Scorer]:
-        """Rankings that know nothing of interests: `popularity`; `user_repeat`, how often the user has had the item
-        before, ties by popularity; `FEATURE_repeat`, the same for each item feature."""
+        """Returns rankings that know nothing of interests, by name.
+
+        They are `popularity`; `user_repeat`, how often the user has had the item before, ties by popularity; and
+        `FEATURE_repeat`, the same for each item feature. A feature that is not known repeats nothing.
+        """
         popularity = item_counts(self._store, self._splits).astype(np.float32)
         popularity_of = tf.constant(popularity / (popularity.max() + 1.0))
         scorers: dict[str, Scorer] = {"popularity": functools.partial(_popularity, popularity_of=popularity_of)}
         identity = tf.range(self._store.facts.num_items + 1)
-        features = {name: tf.constant(ids) for name, ids in self._store.item_features.items()}
+        features = {schema.feature_label(name): tf.constant(ids) for name, ids in self._store.item_features.items()}
         for name, feature_of in {"user": identity, **features}.items():
             scorers[f"{name}_repeat"] = functools.partial(_repeats, feature_of=feature_of, popularity_of=popularity_of)
         return scorers
@@ -99,6 +102,7 @@ def _popularity(batch: Mapping[str, tf.Tensor], popularity_of: tf.Tensor) -> tf.
 def _repeats(batch: Mapping[str, tf.Tensor], feature_of: tf.Tensor, popularity_of: tf.Tensor) -> tf.Tensor:
     candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
     candidate = tf.gather(feature_of, batch[schema.CANDIDATE_ITEM_IDS])
-    same = tf.equal(tf.gather(candidate, candidate_of), tf.gather(feature_of, batch[schema.HISTORY_ITEM_IDS]))
+    wanted = tf.gather(candidate, candidate_of)
+    same = tf.equal(wanted, tf.gather(feature_of, batch[schema.HISTORY_ITEM_IDS])) & (wanted != schema.UNKNOWN_ID)
     times = segment_sum(tf.cast(same, tf.float32), candidate_of, tf.size(candidate))
     return times + _popularity(batch, popularity_of)

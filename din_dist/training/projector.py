@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from din_dist.data.event_store import ITEMS, EventStore
+from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
 from din_dist.files import published, write_text
 from din_dist.layers.local_lookup import LocalLookup
+from din_dist.schema import feature_label
 
 
 def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_items: int) -> None:
@@ -22,7 +23,8 @@ def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_it
         stream.write(vectors.numpy().astype("<f4").tobytes())
     columns = {"item": store.own_ids(ITEMS, chosen), "events": counts[chosen].astype(str).tolist()}
     for name, feature_of_item in store.item_features.items():
-        columns[name] = store.own_ids(name, feature_of_item[chosen], unknown="unknown")
+        own_ids = store.own_ids(vocabulary_of(name), feature_of_item[chosen], unknown="unknown")
+        columns[feature_label(name)] = own_ids
     rows = [list(columns), *zip(*columns.values(), strict=True)]
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
     write_text(folder / "items.tsv", text)

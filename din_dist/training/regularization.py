@@ -62,7 +62,9 @@ class Regularization:
         """
         if self._config.l2:
             gradients = [
-                gradient + self._config.l2 * value if name.endswith("kernel") else gradient
+                gradient + self._config.l2 * value
+                if name.endswith("/kernel") and not isinstance(gradient, RowGradients)
+                else gradient
                 for gradient, value, name in zip(gradients, values, names, strict=True)
             ]
         penalised = {

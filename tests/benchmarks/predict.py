@@ -23,7 +23,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.trained import config_of
-from din_dist.data.sources import Format, format_of
+from din_dist.data.formats import Format, format_of
 
 EXPORT_DIR = flags.DEFINE_string("export_dir", None, "The export.", required=True)
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "The job whose data has the users.", required=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
 import gzip
 import json
+import lzma
+import math
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from din_dist.data import columns as columns_module
+from din_dist.data import formats
 from din_dist.data.blocks import Block, EventLog
 from din_dist.data.columns import Columns, read_log
 from din_dist.errors import InputError
@@ -177,7 +182,7 @@ def test_timestamps(tmp_path: Path, values: pa.Array, expected: list[int]) -> No
 
 
 def test_files_are_read_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns_module, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(formats, "ROWS_PER_BATCH", 3)
     rows = [{"user_id": f"u{n % 7}", "item_id": f"i{n % 5}", "timestamp": n // 3} for n in range(40)]
     files = [write(tmp_path, rows[:11], "a.parquet"), write(tmp_path, rows[11:], "b.parquet")]
     whole, parts = (read_log(paths, Columns()) for paths in ([write(tmp_path, rows)], files))
@@ -199,7 +204,7 @@ def test_one_of_the_files_may_have_no_rows(tmp_path: Path, name: str) -> None:
 
 
 def test_many_text_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns_module, "BYTES_PER_BATCH", 200)
+    monkeypatch.setattr(formats, "BYTES_PER_BATCH", 200)
     rows = [{"user_id": f"u{n % 7}", "item_id": n % 5, "timestamp": n, "junk": "x" * (n % 9)} for n in range(99)]
     for name in ("log.csv", "log.jsonl"):
         log = read_log([write(tmp_path, rows, name)], Columns())
@@ -208,7 +213,7 @@ def test_many_text_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_json_type_is_sought_beyond_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns_module, "_JSON_ROWS_TO_TYPE", 2)
+    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
     path = write(tmp_path, events(category_id=[None, None, None, 8]), "log.jsonl")
     assert read_log([path], Columns()).item_features["category_id"].ids.to_pylist() == [8]
     nothing = write(tmp_path, events(category_id=[None, None]), "none.jsonl")
@@ -227,7 +232,7 @@ def test_byte_order_mark_in_csv(tmp_path: Path) -> None:
 
 
 def test_quoted_line_breaks_in_csv_at_any_place_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns_module, "BYTES_PER_BATCH", 64)
+    monkeypatch.setattr(formats, "BYTES_PER_BATCH", 64)
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id,timestamp,note\n" + 'u,"i\nj",1,"a,\n\n1,2 b"\n' * 50)
     log = read_log([path], Columns())
@@ -286,7 +291,7 @@ def test_null(tmp_path: Path, name: str, column: str) -> None:
 
 
 def test_rows_count_from_the_start_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns_module, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(formats, "ROWS_PER_BATCH", 2)
     files = [
         write(tmp_path, events(user_id=["u"] * 5), "a.parquet"),
         write(tmp_path, events(user_id=["u"] * 4 + [None]), "b.parquet"),
@@ -437,7 +442,208 @@ def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("typed", [1, 1000])
 def test_malformed_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: str, typed: int) -> None:
-    monkeypatch.setattr(columns_module, "_JSON_ROWS_TO_TYPE", typed)
+    monkeypatch.setattr(formats, "HEAD_ROWS", typed)
     path = tmp_path / "log.jsonl"
     path.write_text('{"user_id": "u", "item_id": "i", "timestamp": 1}\n' * 2 + line + "\n")
     assert expected in message([path])
+
+
+# --- Nothing is decided by a file's first rows, and what is read is bounded. ---
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".GZ": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
+def test_compressed_text(tmp_path: Path, name: str, suffix: str) -> None:
+    content = write(tmp_path, ROWS, name).read_bytes()
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(COMPRESS[suffix](content[:50]) + COMPRESS[suffix](content[50:]))  # as `cat a.gz b.gz` makes them
+    log = read_log([path], Columns())
+    assert log.user_ids.to_pylist() == ["b", "a"]
+    assert only_block(log).timestamps.tolist() == [10, 30, 30, 20]
+    path.write_bytes(COMPRESS[suffix](content)[:-9])
+    assert "from end to end" in message([path])
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.csv"])
+def test_byte_order_marks(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, ROWS, name)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_log([path], Columns()).user_ids.to_pylist() == ["b", "a"]
+
+
+@pytest.mark.parametrize("column", ["category_id", "größe", "a/b", 'say "x"'])
+@pytest.mark.parametrize("escaped", [str, str.upper, None])
+def test_json_columns_that_begin_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, escaped: Callable[[str], str] | None
+) -> None:
+    """However the encoder writes their names."""
+    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    monkeypatch.setattr(formats, "_BLOCK_BYTES", 100)  # a row or two
+    rows = events(item_id=list("abcdefghij"))
+    path = tmp_path / "log.jsonl"
+    key = json.dumps(column, ensure_ascii=escaped is not None)
+    if escaped:
+        key = re.sub(r"(?<=\\u)[0-9a-f]{4}", lambda match: escaped(match[0]), key).replace("/", r"\/")
+    lines = [json.dumps(row) for row in rows[:-1]] + [json.dumps(rows[-1])[:-1] + f", {key}: 7}}"]
+    path.write_text("\n\n".join(lines))
+    log = read_log([path], Columns(item_features=(column,)))
+    assert log.item_features[column].of_item.tolist() == [0, *[0] * 9, 1]
+    assert log.late_columns == (column,)
+    assert read_log([path], Columns(item_features=())).late_columns == ()
+
+
+def test_labels_that_begin_late_are_missed_in_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    path = tmp_path / "log.jsonl"
+    rows = events(item_id=list("abcdef"))
+    path.write_text("".join(json.dumps(row | ({"label": 1} if n > 3 else {})) + "\n" for n, row in enumerate(rows)))
+    assert "log.jsonl, row 1: a label must be 0 or 1. Received: no label. Fill it in, drop the row, or give" in message(
+        [path]
+    )
+
+
+def test_a_late_name_inside_of_a_value_is_no_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row | {"page": {"label": 1}}) + "\n" for row in events(item_id=list("abcd"))))
+    assert not read_log([path], Columns()).has_labels
+
+
+@pytest.mark.parametrize("content", ["\n\n \n", "\n"])
+def test_json_of_blank_lines(tmp_path: Path, content: str) -> None:
+    blank = tmp_path / "a.jsonl"
+    blank.write_text(content)
+    assert "a log must have events. Received: no rows in 1 file(s)." in message([blank])
+    full = write(tmp_path, ROWS, "b.jsonl")
+    assert read_log([blank, full, blank], Columns()).user_ids.to_pylist() == ["b", "a"]
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("typed", [1, 1000])
+def test_json_ids_beyond_64_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int, typed: int) -> None:
+    monkeypatch.setattr(formats, "HEAD_ROWS", typed)
+    path = write(tmp_path, events(user_id=[1, 2, value]), "log.jsonl")
+    assert f"log.jsonl, row 3 (user_id={value}): must be JSON lines from end to end." in message([path])
+
+
+def test_deeply_nested_json(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user_id": ' + "[" * 100_000 + "\n")
+    assert "row 1: each line must be one JSON object. Received: lists or objects nested too deeply." in message([path])
+    path.write_text(
+        json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[0])[:-1] + ', "x":' + "[" * 99_999 + "]" * 99_999 + "}"
+    )
+    assert "row 2: each line must be one JSON object. Received: lists or objects nested" in message([path])
+
+
+@pytest.mark.parametrize("name", ["log.jsonl.gz", "log.csv.gz"])
+def test_a_line_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A few kilobytes that become gigabytes: they are read bit by bit, and no further than to the limit."""
+    monkeypatch.setattr(formats, "MOST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "_BLOCK_BYTES", 1 << 16)
+    with gzip.open(tmp_path / name, "wb") as file:
+        for _ in range(64):
+            file.write(b"," * (1 << 20))
+    resource_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = message([tmp_path / name])
+    assert ("a line of more than 1 MiB" if "json" in name else "a header of more than 1 MiB") in text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resource_before < 40_000  # kB
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+@pytest.mark.parametrize("column", ["user_id", "item_id", "category_id"])
+def test_parquet_text_that_is_not_utf8(tmp_path: Path, kind: pa.DataType, column: str) -> None:
+    raw = pa.array([b"ok", b"ok", b"\xff\x1b[2J"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers()).cast(kind)
+    table = {"user_id": ["u"] * 3, "item_id": ["i"] * 3, "category_id": ["c"] * 3, "timestamp": [1] * 3, column: text}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    assert rf"row 3: text must be UTF-8. Received: {column}=b'\xff\x1b[2J'." in message([tmp_path / "log.parquet"])
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [pa.nulls(2), pa.array([None, None], pa.int64()), pa.array([math.nan] * 2), pa.array([None, math.nan])],
+    ids=["of type null", "integers", "all NaN", "null and NaN"],
+)
+@pytest.mark.parametrize("known", [["red", "blue"], [3, 4]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_column_without_any_value_agrees_with_every_type(
+    tmp_path: Path, nothing: pa.Array, known: list, first: bool
+) -> None:
+    """As pandas writes a day on which nothing was known."""
+    for name, items, values in (("a", ["i", "j"], nothing), ("b", ["k", "l"], pa.array(known))):
+        columns = {"user_id": ["u"] * 2, "item_id": items, "timestamp": [1, 2], "category_id": values}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    log = read_log(files if first else files[::-1], Columns())
+    assert log.item_features["category_id"].ids.to_pylist() == known
+    assert log.item_features["category_id"].of_item.tolist() == ([0, 0, 0, 1, 2] if first else [0, 1, 2, 0, 0])
+    only = read_log([tmp_path / "a.parquet"], Columns())
+    assert only.item_features["category_id"].of_item.tolist() == [0, 0, 0]
+    assert len(only.item_features["category_id"].ids) == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [pa.array([1, 0], pa.float16()), pa.array([1, 0], pa.decimal128(3, 1)), pa.array([1, 0], pa.uint64())],
+    ids=lambda values: str(values.type),
+)
+def test_labels_and_times_of_rare_types(tmp_path: Path, values: pa.Array) -> None:
+    table = pa.table({"user_id": ["u"] * 2, "item_id": ["i"] * 2, "timestamp": values, "label": values})
+    pq.write_table(table, tmp_path / "log.parquet")
+    block = only_block(read_log([tmp_path / "log.parquet"], Columns()))
+    assert block.labels.tolist() == [0, 1] and block.timestamps.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "received"),
+    [
+        (pa.array([1, 2**50], pa.int64()).cast(pa.timestamp("s")), f"timestamp[ms] {2**50 * 1000}"),  # of Parquet
+        (pa.array([1, 2**60], pa.int64()).cast(pa.timestamp("ms")), f"timestamp[ms] {2**60}"),
+        (pa.array([1, 2**31 - 1], pa.int32()).cast(pa.date32()), f"date32[day] {2**31 - 1}"),
+    ],
+    ids=["seconds", "milliseconds", "days"],
+)
+def test_dates_that_do_not_fit_do_not_wrap(tmp_path: Path, values: pa.Array, received: str) -> None:
+    table = pa.table({"user_id": ["u"] * 2, "item_id": ["i"] * 2, "timestamp": values})
+    pq.write_table(table, tmp_path / "log.parquet")
+    text = message([tmp_path / "log.parquet"])
+    assert (
+        f"row 2: a timestamp must be an integer (64 bits, any unit) or a date. Received: timestamp={received}." in text
+    )
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl"])
+def test_columns_that_folders_name(tmp_path: Path, name: str) -> None:
+    """As pandas and Spark write them; the files do not have them."""
+    files = []
+    for label in (0, 1):
+        for category in ("3", "__HIVE_DEFAULT_PARTITION__"):
+            folder = tmp_path / f"label={label}" / f"category_id={category}"
+            folder.mkdir(parents=True)
+            files.append(write(folder, events(item_id=[f"{category}-{n}" for n in range(2)]), name))
+    log = read_log(files, Columns())
+    assert log.has_labels and sorted(only_block(log).labels.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert log.item_ids.to_pylist() == ["3-0", "3-1", "__HIVE_DEFAULT_PARTITION__-0", "__HIVE_DEFAULT_PARTITION__-1"]
+    assert log.item_features["category_id"].ids.to_pylist() == [3]  # as in a CSV file, whose cells are text too
+    assert log.item_features["category_id"].of_item.tolist() == [0, 1, 1, 0, 0]
+
+
+def test_a_column_of_the_file_comes_before_that_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "label=0").mkdir()
+    log = read_log([write(tmp_path / "label=0", events(label=[1, 1]))], Columns())
+    assert only_block(log).labels.tolist() == [1, 1]
+
+
+def test_a_label_of_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "label=maybe").mkdir()
+    path = write(tmp_path / "label=maybe", events(user_id=["u", "u"]))
+    assert "row 1: a label must be 0 or 1. Received: label='maybe'." in message([path])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -488,3 +489,64 @@ def test_amazon_beauty(shared_data: Path, tmp_path: Path) -> None:
     assert (facts.num_users, facts.num_items, facts.num_events) == (22_363, 12_101, 198_502)
     assert facts.item_features == {"category_id": 195} and not facts.has_labels
     assert list(facts.sources) == [str(path)]
+
+
+def as_read_by_an_earlier_version(store: EventStore, **changed: object) -> None:
+    fields = store.facts.to_json() | changed
+    del fields["reader"]
+    (store.folder / schema.FACTS_FILE).write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("kind", ["JSON lines", "partition", "CSV"])
+def test_what_an_earlier_version_may_have_read_wrongly(tmp_path: Path, config: DataConfig, kind: str) -> None:
+    """It did not see columns that begin late in JSON lines, nor those that folders' names give."""
+    log = tmp_path / "label=1" / "log.csv" if kind == "partition" else tmp_path / "log.csv"
+    log.parent.mkdir(exist_ok=True)
+    write_log(log, ROWS)
+    if kind == "JSON lines":
+        log = log.with_suffix(".jsonl")
+        log.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = dataclasses.replace(config, data_path=str(log))
+    expected = prepare(config).facts
+    as_read_by_an_earlier_version(prepare(config), num_items=expected.num_items)
+    if kind == "CSV":
+        assert dataclasses.replace(open_prepared(config).facts, reader=schema.READER) == expected
+        return
+    with pytest.raises(
+        InputError, match="overlooked columns that begin late, or that folders' names give.* Prepare it"
+    ):
+        open_prepared(config)
+    with mock.patch.object(prepared, "_build", wraps=prepared._build) as build:
+        assert prepare(config).facts == expected
+        assert prepare(config).facts == expected
+    assert build.call_count == 1
+    as_read_by_an_earlier_version(prepare(config))
+    log.unlink()  # there is nothing to read again
+    open_prepared(config)
+
+
+def test_labels_of_folders_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """The same file, moved from the folder of clicks to that of impressions."""
+    found = []
+    for label in (0, 1):
+        folder = tmp_path / str(label) / f"label={label}"
+        folder.mkdir(parents=True)
+        write_log(folder / "log.csv", ROWS)
+        config = DataConfig(dataset="event_log", data_path=str(folder.parent), data_dir=str(tmp_path / "prepared"))
+        store = prepare(config)
+        assert store.labels is not None and set(store.labels.tolist()) == {label}
+        found.append(store.facts.fingerprint)
+    assert found[0] != found[1]
+
+
+def test_what_is_told_of_the_files(tmp_path: Path, config: DataConfig) -> None:
+    (tmp_path / "log").mkdir()
+    for name in ("a.csv", "b.csv"):
+        write_log(tmp_path / "log" / name, ROWS)
+    (tmp_path / "log" / "README").touch()
+    config = dataclasses.replace(config, data_path=str(tmp_path / "log"))
+    store = prepare(config)
+    assert prepared.describe_sources(config, store.facts) == ["files: 2 read, 1 passed over: README"]
+    shutil.rmtree(tmp_path / "log")
+    assert prepared.describe_sources(config, store.facts) == ["files: 2 read, which are gone since"]
+    assert prepared.describe_sources(DataConfig(), store.facts) == []

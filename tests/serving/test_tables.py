@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import io
 import json
-from collections.abc import Callable, Iterator
+import lzma
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from din_dist.data import formats
 from din_dist.errors import InputError
 from din_dist.files import published
 from din_dist.serving import tables
@@ -26,31 +30,38 @@ ROWS: list[dict[str, Any]] = [
     {"user": "u4", "item": "i4", "history": ["a"], "candidates": ["x"] * 3, "note": "two\nlines"},
 ]
 FIELDS = [Field("user", False), Field("item", False), Field("history", False, True), Field("candidates", False, True)]
-FILES = ["t.parquet", "t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.gz"]
+FILES = ["t.parquet", "t.csv", "t.csv.gz", "t.CSV.XZ", "t.jsonl", "t.jsonl.gz", "t.jsonl.bz2", "t.jsonl.zst"]
+
+
+def opened(path: Path, mode: str) -> Any:
+    """Text as others would read or write it."""
+    kind = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    if path.suffix != ".zst":
+        return kind(path, f"{mode}t", newline="", encoding="utf-8")  # type: ignore[operator]
+    stream = pa.input_stream(path, compression="zstd") if mode == "r" else pa.output_stream(path, compression="zstd")
+    return io.TextIOWrapper(stream, newline="", encoding="utf-8")
 
 
 def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-    elif ".csv" in path.name:
-        with opened(path, "wt", newline="", encoding="utf-8") as file:
+    elif ".csv" in path.name.lower():
+        with opened(path, "w") as file:
             writer = csv.writer(file)
             writer.writerow(rows[0])
             for row in rows:
                 writer.writerow([json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()])
     else:
-        with opened(path, "wt", encoding="utf-8") as file:
+        with opened(path, "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=number % 2 == 0) + "\n\n" for number, row in enumerate(rows))
     return path
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """As others would read what was written."""
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
-    with opened(path, "rt", newline="", encoding="utf-8") as file:
+    with opened(path, "r") as file:
         if ".csv" not in path.name:
             return [json.loads(line) for line in file]
         rows = list(csv.DictReader(file))
@@ -67,7 +78,7 @@ def lists(ids: Ids) -> list[Any]:
 
 def without_empty_text(name: str) -> list[dict[str, Any]]:
     """CSV has no other way to say that there is nothing."""
-    return [row | {"item": row["item"] or "i3"} for row in ROWS] if ".csv" in name else ROWS
+    return [row | {"item": row["item"] or "i3"} for row in ROWS] if ".csv" in name.lower() else ROWS
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -117,7 +128,7 @@ def test_rows_are_written_as_they_came_with_columns_added(tmp_path: Path, name: 
     assert not name.endswith(".gz") or out.read_bytes()[4:8] == bytes(4)  # whenever they are written
     found = read(out)
     for number, (row, was) in enumerate(zip(found, rows, strict=True)):
-        expected = {key: "" if cell is None and ".csv" in name else cell for key, cell in was.items()}
+        expected = {key: "" if cell is None and ".csv" in name.lower() else cell for key, cell in was.items()}
         assert {key: row[key] for key in was} == expected
         assert float(row["logit"]) == pytest.approx(numbers[number].as_py(), rel=1e-6)
     assert [row["scores"] for row in found] == [[0.5], [], [pytest.approx(-1e-7)], []]
@@ -208,6 +219,9 @@ def test_what_json_lines_must_keep(tmp_path: Path, text: str, field: Field, mess
         ("i,j\na,b\n,b\n", Field("i", False), "row 2: every row needs a i. Received: none"),
         ("i\n1\n2x\n", Field("i", True), "row 2: i must hold integers, as in the log of the model. Received: '2x'"),
         ("i\n1.0\n", Field("i", True), "Received: '1.0'"),
+        ("i\n1\n0x10\n", Field("i", True), "row 2: i must hold integers, as in the log of the model. Received: '0x10'"),
+        ("i\n7\n007\n", Field("i", True), "row 2: i must hold integers, as in the log of the model. Received: '007'"),
+        ("i\n-0\n", Field("i", True), "Received: '-0'"),
         ("i\nnan\n", Field("i", True), "Received: 'nan'"),
         ('i\n"[1]"\n"[1,2"\n', Field("i", True, True), "row 2: i must be a JSON array of integers. Received: '[1,2'"),
         ('i\n"[""a""]"\n', Field("i", True, True), "row 1: i must be a JSON array of integers. Received: 'a' (str)"),
@@ -261,12 +275,43 @@ def test_damaged_files(tmp_path: Path) -> None:
     assert "must be JSON lines from end to end" in refused(zipped, FIELDS[0])
 
 
+def test_byte_order_marks(tmp_path: Path) -> None:
+    for name in ("t.csv", "t.jsonl", "t.jsonl.gz"):
+        path = write(tmp_path / name, without_empty_text(name))
+        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
+            content = file.read()
+        with (gzip.open if name.endswith(".gz") else open)(path, "wb") as file:
+            file.write(b"\xef\xbb\xbf" + content)
+        table = open_table(path)
+        assert table.survey().columns == tuple(ROWS[0])
+        (batch,) = table.read(0, 1, 1)
+        assert table.ids(batch, 0, FIELDS[:1])[0].values.to_pylist() == ["u1"]
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    raw = pa.array([b"ok", b"\xff"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(
+        pa.table({"user": text, "history": pa.ListArray.from_arrays([0, 1, 2], text)}), tmp_path / "t.parquet"
+    )
+    for field in (FIELDS[0], FIELDS[2]):
+        assert r"row 2: text must be UTF-8. Received: b'\xff'." in refused(tmp_path / "t.parquet", field)
+
+
+def test_deeply_nested_json(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    (tmp_path / "t.jsonl").write_text('{"user": "u"}\n{"user": ' + deep + "\n")
+    assert "row 2: each line must be one JSON object" in refused(tmp_path / "t.jsonl", FIELDS[0])
+    (tmp_path / "t.csv").write_text(f"history\n[]\n{deep}\n")
+    assert "row 2: history must be a JSON array of strings. Received: '[[[" in refused(tmp_path / "t.csv", FIELDS[2])
+
+
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MOST_LINE_BYTES", 1000)
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(formats, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(formats, "_BLOCK_BYTES", 100)
     path = tmp_path / "t.jsonl"
     path.write_text('{"user": "u"}\n{"user": "' + 2000 * "x" + '"}\n')
-    assert "row 2: a line may take at most" in refused(path, FIELDS[0])
+    assert "row 2: must be JSON lines from end to end. Received: a line of more than" in refused(path, FIELDS[0])
     path.write_text('{"user": "u"}\n{"user": "' + 800 * "x" + '"}\n')
     assert open_table(path).survey().num_rows == 2
 

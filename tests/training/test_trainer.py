@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
@@ -29,7 +31,9 @@ from din_dist.distributed.runtime import InGraph, Runtime
 from din_dist.errors import InputError, Interrupted
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native_attention import NativeActivationUnit
+from din_dist.schema import feature_label
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
+from din_dist.training.projector import write_projector
 from tests.programs import missing
 from tests.small_log import small_config, write_log
 
@@ -370,9 +374,6 @@ def test_checkpoints_and_validations_come_when_due(tmp_path: Path) -> None:
 
 def test_floors_by_hand(tmp_path: Path) -> None:
     """Popularity and repeats of a log of three users, worked out by hand."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     events = {"a": ["x", "y", "x", "x"], "b": ["y", "x", "x"], "c": ["z", "x", "z"], "d": ["w"]}
     rows = [
         {"user_id": user, "item_id": item, "category_id": "c1" if item in "xy" else "c2", "timestamp": time}
@@ -387,6 +388,60 @@ def test_floors_by_hand(tmp_path: Path) -> None:
     assert floors["user_repeat"]["gauc"] == 1.0  # every held-out item is a repeat, negatives never are
     assert 2 / 3 <= floors["popularity"]["gauc"] <= 5 / 6
     assert floors["user_repeat"]["num_users"] == 3
+
+
+def test_what_is_not_known_repeats_nothing(tmp_path: Path) -> None:
+    """Two items without a category have none in common. By hand: of the four shown only c has what u had before."""
+    category_of = {"a": None, "b": "red", "c": "red", "d": None, "e": None, "f": "blue"}
+    rows = [("u", "a", 1, 1), ("u", "b", 2, 1), *(("u", item, 4, int(item == "c")) for item in "cdef")]
+    names = ("user_id", "item_id", "timestamp", "label")
+    log = [dict(zip(names, row, strict=True)) | {"category_id": category_of[row[1]]} for row in rows]
+    pq.write_table(pa.Table.from_pylist(log), tmp_path / "log.parquet")
+    job = make(small_config(tmp_path, split=Split.TEMPORAL, validation_from=3, test_from=4))
+    scorer = job.evaluator.floor_scorers()["category_id_repeat"]
+    assert np.floor(job.evaluator.scores("test", scorer)).tolist() == [1, 0, 0, 0]
+    assert job.evaluator.floors("test")["category_id_repeat"]["gauc"] == 1.0
+
+
+NAMES = ["item", "items", "user", "users", "events", "popularity", "item_bias", "feature:item", "a/b", "..", "größe"]
+NAMES += ["brand name", "a:b", "{x}", '"q"', "a,b", "%41", "-x", "my/kernel", "kernel", "x" * 200, "item_ids", "0"]
+
+
+def test_item_features_may_be_called_what_they_like(tmp_path: Path) -> None:
+    """None takes the place of something of ours, or of another; from the log to the weights of a job gone on with."""
+    random = np.random.default_rng(0)
+    of_item = {name: random.integers(2 + place, size=30) for place, name in enumerate(NAMES)}
+    write_log(tmp_path / "plain.parquet")
+    table = pq.read_table(tmp_path / "plain.parquet").drop_columns(["category_id"])
+    items = [int(item[1:]) for item in table["item_id"].to_pylist()]
+    for name in NAMES:
+        table = table.append_column(name, pa.array(of_item[name][items]))
+    pq.write_table(table, tmp_path / "log.parquet")
+    config = small_config(tmp_path, item_features=tuple(NAMES), embedding_dim=(4,), l2=0.01, epochs=1)
+    job = make(config)
+    tables = {spec.name: spec.num_rows - 1 for spec in assembly.table_specs(config.model, job.trainer._store.facts)}
+    assert len(tables) == 1 + len(NAMES) and tables["item"] == 30
+    for name in NAMES:
+        assert tables[feature_label(name)] == len(set(of_item[name][items])), name
+    assert len({weight.path for weight in job.model.weights}) == len(job.model.weights)
+    floors = job.evaluator.floor_scorers()
+    assert {"popularity", "user_repeat"} < floors.keys() and len(floors) == 2 + len(NAMES)
+    job.trainer.train()
+    again = make(dataclasses.replace(config, job=dataclasses.replace(config.job, epochs=2)))
+    again.trainer._join()
+    for weight, other in zip(job.model.weights, again.model.weights, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), other.numpy(), err_msg=weight.path)
+    write_projector(tmp_path, job.model.lookup, job.trainer._store, 3)
+    header, first, *_ = (tmp_path / "items.tsv").read_text().splitlines()
+    columns = dict(zip(header.split("\t"), first.split("\t"), strict=True))
+    item = int(columns["item"][1:])
+    assert int(columns["events"]) == items.count(item)
+    assert columns["feature:events"] == str(of_item["events"][item])
+
+
+def test_a_name_of_two_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--item_features: a column's name must be one line. Received: 'a.nb'"):
+        small_config(tmp_path, item_features=("a\nb",))
 
 
 def test_where_no_user_has_both_labels_auc_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

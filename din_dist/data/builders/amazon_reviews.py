@@ -23,7 +23,8 @@ import tensorflow_datasets as tfds
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.columns import Columns, read_log
-from din_dist.data.sources import Format, fingerprint_files
+from din_dist.data.formats import Format
+from din_dist.data.sources import fingerprint_files
 from din_dist.errors import InputError
 
 URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from din_dist import schema
 from din_dist.data.blocks import Block, EventLog
-from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_path, write_facts
+from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_of, vocabulary_path, write_facts
 
 BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
 
@@ -100,8 +100,10 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         made_from = {
             "builder": [self.name, str(self.version)],
             "settings": self._settings(),
-            "content": [source["digest"] for source in sources.values()],
+            "content": [source["digest"] + source.get("partition", "") for source in sources.values()],
         }
+        if self._log.late_columns:
+            made_from["late_columns"] = self._log.late_columns
         return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -126,7 +128,7 @@ class _Tally:
 
 def _write_beside(folder: Path, log: EventLog, tally: _Tally, sources: Mapping[str, Mapping], fingerprint: str) -> None:
     vocabularies = {USERS: log.user_ids, ITEMS: log.item_ids}
-    vocabularies.update((name, feature.ids) for name, feature in log.item_features.items())
+    vocabularies |= {vocabulary_of(name): feature.ids for name, feature in log.item_features.items()}
     for name, ids in vocabularies.items():
         path = vocabulary_path(folder, name)
         path.parent.mkdir(exist_ok=True)
@@ -145,5 +147,6 @@ def _write_beside(folder: Path, log: EventLog, tally: _Tally, sources: Mapping[s
         last_timestamp=tally.last_timestamp,
         fingerprint=fingerprint,
         sources=sources,
+        reader=schema.READER,
     )
     write_facts(folder, facts.by_present_rule())

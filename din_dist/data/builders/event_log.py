@@ -16,9 +16,7 @@ import tensorflow_datasets as tfds
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.columns import Columns, read_log
-from din_dist.data.event_store import ITEMS, USERS
 from din_dist.data.sources import absolute, check_unchanged, find_files, fingerprint_files
-from din_dist.errors import InputError
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,9 +30,6 @@ class EventLogConfig(tfds.core.BuilderConfig):
     def for_source(cls, source: str, columns: Columns) -> EventLogConfig:
         """Logs of different places, or read in different ways, get different names and so different folders."""
         source = absolute(source)
-        for name in columns.item_features:
-            if name in (USERS, ITEMS):
-                raise InputError(f"--item_features: {name!r} is a name that we use ourselves. Rename the column.")
         key = json.dumps([source, dataclasses.asdict(columns)])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return cls(name=name, description=source, source=source, columns=columns)
@@ -55,8 +50,9 @@ class EventLogBuilder(EventsBuilder):
         return dataclasses.asdict(self.builder_config.columns)
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
-        files = find_files(self.builder_config.source)
-        sources = fingerprint_files(files)
-        log = read_log(files, self.builder_config.columns)
+        files = find_files(self.builder_config.source).files
+        columns = self.builder_config.columns
+        sources = fingerprint_files(files, columns.names)
+        log = read_log(files, columns)
         check_unchanged(sources, files)  # while it was being read
         return log, sources

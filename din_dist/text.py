@@ -1,0 +1,40 @@
+"""Text from outside: JSON that may be anything, and values that are shown to people."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_MOST_SHOWN = 100  # characters
+# Control characters, half surrogate pairs, and what turns the direction of writing: a terminal obeys them.
+_UNSHOWN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Returns `text` with escapes in place of what a terminal would obey or a log could not hold."""
+    return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def shown(value: Any, most: int = _MOST_SHOWN) -> str:
+    """Returns the beginning of a value's `repr`, for an error's text."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value that `text` holds.
+
+    Raises:
+        ValueError: it is no JSON, no UTF-8, nested too deeply, or has a number of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise NestedTooDeeply("lists or objects nested too deeply") from None
+
+
+class NestedTooDeeply(ValueError):
+    """JSON that no parser should follow to its bottom."""
