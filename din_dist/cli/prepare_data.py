@@ -26,9 +26,23 @@ def main() -> None:
     from din_dist.data.splits import split_examples
     from din_dist.data.statistics import describe
     from din_dist.data.trained_items import trained_items
+    from din_dist.schema import DatasetFacts
     from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
 
-    store = prepare(config.data, overwrite=flags.FLAGS.overwrite_prepared)
+    # Only where the user names the folder: others prepare data while the default one holds an unrelated job.
+    checkpoint = latest_checkpoint(config) if flags.FLAGS["output_dir"].present else None
+
+    def check(facts: DatasetFacts | None) -> None:
+        """Refuses what the job could not go on with, before data that it was trained on is replaced."""
+        if facts:
+            table_specs(config.model, facts)
+        if checkpoint:
+            with contextlib.suppress(DamagedCheckpoint):  # training goes on from the one before
+                check_compatible(checkpoint, config, facts.fingerprint if facts else None)
+
+    check(None)
+    store = prepare(config.data, flags.FLAGS.overwrite_prepared, check)
+    check(store.facts)
     for line in (*describe_sources(config.data, store.facts), *describe(store, config.data.max_history_length)):
         print(line)
     splits = split_examples(store, config.data)
@@ -37,11 +51,6 @@ def main() -> None:
     if trained := trained_items(store, config.data, splits):
         num_new = store.facts.num_items - len(trained.ids) + 1
         print(f"items that training never sees: {num_new:,} of {store.facts.num_items:,}")
-    table_specs(config.model, store.facts)
-    # Only where the user names the folder: others prepare data while the default one holds an unrelated job.
-    if flags.FLAGS["output_dir"].present and (checkpoint := latest_checkpoint(config)):
-        with contextlib.suppress(DamagedCheckpoint):  # training goes on from the one before
-            check_compatible(checkpoint, config, store.facts.fingerprint)
     print(f"prepared in {time.perf_counter() - started:.1f} s: {store.folder}")
 
 

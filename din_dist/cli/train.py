@@ -16,8 +16,9 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
-from din_dist.files import write_text
+from din_dist.files import read_text, write_text
 from din_dist.launcher.link import JOB_VARIABLE
+from din_dist.text import parse_json
 from din_dist.training.terminal import duration
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def main() -> None:
             "test_floors": floors,
             f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
             "best_step": job.trainer.state.best_step or job.trainer.state.step,
-            "examples_per_second": round(job.trainer.examples_per_second, 1),
+            "examples_per_second": round(job.trainer.examples_per_second, 1) or None,
             "epochs": job.trainer.state.epoch,
             "steps": job.trainer.state.step,
             "epoch_records": job.trainer.state.epoch_records,
@@ -101,6 +102,8 @@ def main() -> None:
             "versions": build_info(),
             "metrics": exporter.values(),
         }
+        if not job.trainer.seconds["training"]:
+            summary = _with_what_was_measured(summary, folder)
         job.telemetry.say(_table(summary), summary=summary)
         text = to_json(summary)
         with job.telemetry.dispensable():
@@ -143,6 +146,17 @@ class _Waiting:
         except OSError as error:
             return f"the checkpoint could not be written: {error}"
         return f"step {self._trainer.state.step} is saved. The same command goes on from there"
+
+
+def _with_what_was_measured(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the summary of a run that had nothing left to train, with the speed and times of the run that had."""
+    try:
+        before = parse_json(read_text(folder / "summary.json"))
+        is_of_this_job = before["steps"] == summary["steps"] and before["examples_per_second"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return summary
+    measured = ("examples_per_second", "world_size", "peak_memory_bytes", "seconds", "metrics")
+    return {**summary, **{name: before[name] for name in measured if name in before}} if is_of_this_job else summary
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -37,6 +37,8 @@ from din_dist.data.formats import Format, format_of
 from din_dist.data.sources import check_unchanged, find_files, partition_text
 from din_dist.errors import InputError
 from din_dist.files import make_folder, publish_folder, repair_publishing
+
+Check = Callable[[schema.DatasetFacts], None]
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -100,11 +102,12 @@ def _columns(config: DataConfig) -> Columns:
     )
 
 
-def prepare(config: DataConfig, overwrite: bool = False) -> EventStore:
+def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda facts: None) -> EventStore:
     """Downloads and builds what is missing, then opens it. What is there already, of the same source, is kept.
 
     Args:
         overwrite: build again even so. What was there before stays until the new data is complete.
+        check: is shown new data before it is published, and may raise `InputError` to refuse it.
 
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
@@ -112,7 +115,7 @@ def prepare(config: DataConfig, overwrite: bool = False) -> EventStore:
     if overwrite or _is_due(config, prepared_folder(config)):
         with _writing(config) as folder:
             if overwrite or _is_due(config, folder):  # another process may have been faster
-                _build(config, folder)
+                _build(config, folder, check)
     return open_prepared(config)
 
 
@@ -163,8 +166,8 @@ def open_prepared(config: DataConfig) -> EventStore:
     return event_store.open_store(folder, features)
 
 
-def _build(config: DataConfig, folder: Path) -> None:
-    """Writes the records; `folder` holds them all or what it held before."""
+def _build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
+    """Writes the records; `folder` holds them all or what it held before. `check` as of `prepare`."""
     aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames what may not be on the disk yet
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     builder = _builder(config, aside)
@@ -176,6 +179,7 @@ def _build(config: DataConfig, folder: Path) -> None:
                     manual_dir=config.data_path or None, try_download_gcs=False
                 ),
             )
+        check(event_store.read_facts(Path(builder.data_path)))
         publish_folder(Path(builder.data_path), folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

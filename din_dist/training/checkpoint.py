@@ -180,8 +180,11 @@ def latest_checkpoint(config: Config) -> Path | None:
     return folders[-1] if folders else None
 
 
-def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """The manifest of a checkpoint that `config` may go on from.
+def check_compatible(folder: Path, config: Config, data_fingerprint: str | None) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint that `config` may go on from.
+
+    Args:
+        data_fingerprint: of the prepared data; None: they are not there yet, and not compared.
 
     Raises:
         InputError: its settings or data are others.
@@ -197,7 +200,7 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str) -> dic
             f"{folder}: a checkpoint is resumed with the settings it was made with. Received: {'; '.join(found)}. "
             "Give the same settings, or another --output_dir."
         )
-    if manifest["data_fingerprint"] != data_fingerprint:
+    if data_fingerprint not in (None, manifest["data_fingerprint"]):
         raise InputError(
             f"{folder}: a checkpoint is resumed on the data it was made with. Received: data that was prepared anew, "
             "from a changed source or by another version. Give another --output_dir to train on it from the start."

@@ -86,11 +86,46 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
         assert 0 <= summary["test_floors"][name]["gauc"] <= 1
         assert name in done.stderr
     again = run("train", tmp_path, "--epochs=1")  # complete: only tested again
-    assert json.loads(again.stdout)["test_gauc"] == pytest.approx(summary["test_gauc"], abs=1e-6)
+    repeated = json.loads(again.stdout)
+    assert repeated == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert repeated["test_gauc"] == pytest.approx(summary["test_gauc"], abs=1e-6)
+    for name in (
+        "examples_per_second",
+        "seconds",
+        "world_size",
+        "peak_memory_bytes",
+        "metrics",
+    ):  # of the run that trained
+        assert repeated[name] == summary[name], name
+    assert repeated["seconds"]["training"] > 0
+    (tmp_path / "run" / "summary.json").unlink()  # then nobody knows: not a speed of 0
+    assert json.loads(run("train", tmp_path, "--epochs=1").stdout)["examples_per_second"] is None
     other = run("prepare_data", tmp_path, "--epochs=1", "--learning_rate=0.5")
     assert_one_line(
         other, "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001"
     )
+
+
+@pytest.mark.parametrize("refused_for", ["settings", "widths", "data"])
+def test_data_that_a_job_was_trained_on_is_not_replaced_by_what_it_cannot_go_on_with(
+    tmp_path: Path, refused_for: str
+) -> None:
+    assert run("prepare_data", tmp_path).returncode == 0
+    assert run("train", tmp_path, "--epochs=1").returncode == 0
+    (facts,) = (tmp_path / "prepared").rglob("facts.json")
+    before = facts.read_bytes(), facts.stat().st_ino
+    flags = {"settings": ["--learning_rate=0.5"], "widths": ["--embedding_dim=8,4,2"], "data": []}[refused_for]
+    if refused_for != "settings":
+        write_log(tmp_path / "log.parquet", num_users=210)
+    done = run("prepare_data", tmp_path, "--overwrite_prepared", *flags)
+    message = {
+        "settings": "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001",
+        "widths": "Received: --embedding_dim: [8], now [8, 4, 2]",
+        "data": "a checkpoint is resumed on the data it was made with. Received: data that was prepared anew",
+    }[refused_for]
+    assert_one_line(done, message)
+    assert (facts.read_bytes(), facts.stat().st_ino) == before
+    assert not list(facts.parent.parent.glob("*.incomplete"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
