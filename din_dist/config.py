@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from din_dist.errors import InputError
+from din_dist.files import local_path
 
 
 class Split(enum.StrEnum):
@@ -88,6 +89,22 @@ def setting(default: Any, help_text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_text})
 
 
+def path_setting(default: str, help_text: str) -> Any:
+    """As `setting`, of a path: what users may write for one is the same everywhere, see `files.local_path`."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "path": True})
+
+
+def resolve_paths(config: Any) -> None:
+    """Gives the `path_setting`s of a dataclass that is being built the form in which the system takes them.
+
+    Raises:
+        InputError: one is no path of this machine.
+    """
+    for field in dataclasses.fields(config):
+        if field.metadata.get("path"):
+            object.__setattr__(config, field.name, local_path(getattr(config, field.name), field.name))
+
+
 def require(holds: bool, rule: str, name: str, value: object, remedy: str) -> None:
     """Raises `InputError` in the one form that all settings share."""
     if not holds:
@@ -114,12 +131,14 @@ class DataConfig:
         "Data set: complete_journey (real purchases, installed with the package), amazon_reviews/CATEGORY "
         "(McAuley's 5-core files), event_log (your own files, see --data_path) or synthetic (any size, for tests).",
     )
-    data_path: str = setting(
+    data_path: str = path_setting(
         "",
         "Your events for --dataset=event_log: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob. "
         "For amazon_reviews: a folder with files downloaded by hand.",
     )
-    data_dir: str = setting("", "Where prepared data lives. Default: a folder `din_dist` in the user's cache folder.")
+    data_dir: str = path_setting(
+        "", "Where prepared data lives. Default: a folder `din_dist` in the user's cache folder."
+    )
     user_column: str = setting("user_id", "Column of the user's id (string or integer).")
     item_column: str = setting("item_id", "Column of the item's id (string or integer).")
     timestamp_column: str = setting("timestamp", "Column of the time of the event (integer, any unit, or a date type).")
@@ -176,6 +195,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        resolve_paths(self)
         kind, _, category = self.dataset.partition("/")
         known = ("complete_journey", "amazon_reviews", "event_log", "synthetic")
         require(kind in known, "unknown data set", "dataset", self.dataset, f"Choose one of {', '.join(known)}.")
@@ -334,7 +354,7 @@ class JobConfig:
         0, "Stop after this many updates in all; 0 for no limit. Does not change the learning-rate schedule."
     )
     seed: int = setting(1234, "Seed of weights, order, negatives and dropout.")
-    output_dir: str = setting(
+    output_dir: str = path_setting(
         "runs/latest", "Where checkpoints, metrics and summary.json go. A folder with a checkpoint is resumed."
     )
     xla: bool = setting(
@@ -386,9 +406,11 @@ class JobConfig:
         "Prometheus port of the first worker of a machine, the next ones take the next ports. 0: a free port each, "
         "written to targets.json in --output_dir. -1: no exporter.",
     )
-    metrics_tls_certificate: str = setting("", "PEM certificate by which the exporters serve HTTPS. Default: HTTP.")
-    metrics_tls_key: str = setting("", "PEM file with the key of --metrics_tls_certificate.")
-    metrics_password_file: str = setting(
+    metrics_tls_certificate: str = path_setting(
+        "", "PEM certificate by which the exporters serve HTTPS. Default: HTTP."
+    )
+    metrics_tls_key: str = path_setting("", "PEM file with the key of --metrics_tls_certificate.")
+    metrics_password_file: str = path_setting(
         "", "File with lines user:password, one of which a scrape must give (basic authentication). Default: none."
     )
     pushgateway: str = setting(
@@ -399,6 +421,7 @@ class JobConfig:
     )
 
     def __post_init__(self) -> None:
+        resolve_paths(self)
         _require_at_least(
             self, 1, "global_batch_size", "epochs", "keep_checkpoints", "evaluation_batch_size", "log_every_steps"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
-LEAVES = {"schema", "config", "errors", "files", "versions", "kernels"}
+LEAVES = {"schema", "config", "errors", "files", "streams", "text", "versions", "kernels"}
 MAY_IMPORT = {  # besides leaves and itself
     "layers": set(),
     "metrics": set(),
@@ -33,6 +33,8 @@ MAY_IMPORT = {  # besides leaves and itself
     },
     "errors": set(),
     "files": set(),
+    "streams": set(),
+    "text": set(),
     "schema": set(),
     "config": set(),
     "versions": set(),

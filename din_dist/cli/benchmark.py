@@ -46,7 +46,7 @@ flags.DEFINE_list(
     "undoable (the last updates are kept in memory, as in elastic jobs), without_group_negatives (where that flag is "
     "given). The first two do without XLA and our kernels.",
 )
-flags.DEFINE_string(
+settings.define_path(
     "trace_dir",
     "",
     "Write there a TensorFlow profiler trace of 10 updates, for TensorBoard, and under horovodrun the chief's "
@@ -60,7 +60,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_list("sweep_values", [], "The points of the series. Default: some for each kind.")
 flags.DEFINE_integer("sweep_rounds", 3, "How often to run the series; medians are drawn.")
-flags.DEFINE_string("sweep_dir", "sweeps", "Folder for the results of a series.")
+settings.define_path("sweep_dir", "sweeps", "Folder for the results of a series.")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from din_dist.launcher.preflight import check_hosts, render
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
 HOSTS = flags.DEFINE_string("hosts", "", "HOST or HOST:SLOTS, comma-separated.", short_name="H")
-HOSTS_FILE = flags.DEFINE_string("hosts_file", "", "Instead: a file with a line HOST or HOST:SLOTS for each host.")
+HOSTS_FILE = settings.define_path("hosts_file", "", "Instead: a file with a line HOST or HOST:SLOTS for each host.")
 SSH_PORT = flags.DEFINE_integer("ssh_port", None, "Port of sshd on the hosts. Default: what ssh takes.")
 ELASTIC = flags.DEFINE_boolean("elastic", False, "The job will be elastic: all hosts must share --output_dir.")
 

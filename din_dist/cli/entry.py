@@ -87,6 +87,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
+        if isinstance(error.__context__, InputError):  # of a flag that checks itself
+            _leave(EXIT_INPUT_ERROR, str(error.__context__))
         text = str(error).removeprefix("ERROR:: ").rstrip(".")
         _leave(EXIT_INPUT_ERROR, f"{text}. See --help.")
     if len(rest) > 1:

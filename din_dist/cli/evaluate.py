@@ -17,6 +17,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.evaluation_table import table
+from din_dist.cli.flags import define_path
 from din_dist.cli.trained import config_from_text, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, DataConfig, JobConfig, differences, require
 from din_dist.distributed.cores import claim_cores
@@ -37,8 +38,8 @@ _OVERRIDES: Mapping[type, Sequence[str]] = {
     JobConfig: ("evaluation_batch_size",),
 }
 
-flags.DEFINE_string("output_dir", "", "The job's --output_dir. Default: runs/latest, or none with --export_dir.")
-flags.DEFINE_string("export_dir", "", "Evaluate this export in place of a checkpoint, on its own job's data.")
+define_path("output_dir", "", "The job's --output_dir. Default: runs/latest, or none with --export_dir.")
+define_path("export_dir", "", "Evaluate this export in place of a checkpoint, on its own job's data.")
 flags.DEFINE_integer(
     "checkpoint_step", 0, "The update whose weights are evaluated. Default: the best by validation, or the newest."
 )
@@ -66,7 +67,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "bootstrap_samples", 1000, "Samples of users that the 95 % intervals are drawn from; 0: no intervals."
 )
-flags.DEFINE_string("evaluation_path", "", "Write the JSON to this file as well.")
+define_path("evaluation_path", "", "Write the JSON to this file as well.")
 define_anew(_OVERRIDES)
 
 

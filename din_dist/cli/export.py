@@ -13,12 +13,13 @@ from typing import Any
 from absl import flags
 
 from din_dist.cli import entry
+from din_dist.cli.flags import define_path
 from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, require
 from din_dist.files import read_text
 
-OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
-EXPORT_DIR = flags.DEFINE_string("export_dir", "", "Where the SavedModel goes: a new folder.")
+OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
+EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder.")
 CHECKPOINT_STEP = flags.DEFINE_integer(
     "checkpoint_step", 0, "The update whose weights are exported. Default: the best by validation, or the newest."
 )

@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 
 from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig
+from din_dist.files import local_path
 
 _ROOMS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "job": JobConfig}
 
@@ -19,12 +20,44 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     for kind in _ROOMS.values():
         types = typing.get_type_hints(kind)
         for field in _fields(kind):
-            _define(field.name, types[field.name], field.default, field.metadata["help"], flag_values)
+            if field.metadata.get("path"):
+                define_path(field.name, field.default, field.metadata["help"], flag_values)
+            else:
+                _define(field.name, types[field.name], field.default, field.metadata["help"], flag_values)
     flags.DEFINE_boolean(
         "overwrite_prepared",
         False,
         "For prepare_data: prepare again, as after a change of the source. Other commands take no notice.",
         flag_values=flag_values,
+    )
+
+
+class PathParser(flags.ArgumentParser):
+    """Reads a flag that is a path; see `files.local_path`."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        return local_path(argument, self._name)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(
+    name: str,
+    default: Any,
+    help_text: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+    short_name: str | None = None,
+) -> flags.FlagHolder[str]:
+    """Defines a flag whose value is a path; every one of them is defined here."""
+    return flags.DEFINE(
+        PathParser(name), name, default, help_text, flag_values, flags.ArgumentSerializer(), short_name=short_name
     )
 
 

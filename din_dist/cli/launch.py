@@ -64,14 +64,15 @@ _define(
     "Hosts to train on, HOST or HOST:SLOTS comma-separated, or slurm: those of the SLURM job. Default: this one.",
     short_name="H",
 )
-_define(
+settings.define_path(
     "hosts_file",
     "",
     "File with a line HOST, HOST:SLOTS or HOST slots=SLOTS for each host; # begins a comment. With --elastic it may "
     "change at any time; without it the script is asked that Kubernetes' MPI operator mounts.",
+    _FLAGS,
 )
 _define("wait_for_hosts_seconds", "0", "How long to wait until the ssh servers of all hosts answer.")
-_define("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.")
+settings.define_path("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.", _FLAGS)
 _define("ssh_port", "22", "Port of the hosts' ssh servers.")
 _define("network_interface", "", "Network card by which the workers reach each other. Default: Horovod finds one.")
 _define(
@@ -112,6 +113,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         trainer_flags = _FLAGS(["train.sh", *arguments], known_only=True)[1:]
     except flags.Error as error:
+        if isinstance(error.__context__, InputError):  # of a flag that checks itself
+            raise error.__context__ from error
         raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
     default_slots = _default_slots()
     hosts = _hosts(default_slots)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from din_dist.cli import entry
+from din_dist.cli.flags import define_path
 from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew
 from din_dist.config import LogFormat, require
 from din_dist.data.sources import find_files
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from din_dist.serving.manifest import Manifest
     from din_dist.serving.predict import Histories, Question
 
-EXPORT_DIR = flags.DEFINE_string("export_dir", "", "The export to score with, made by din_dist.cli.export.")
-INPUT = flags.DEFINE_string(
+EXPORT_DIR = define_path("export_dir", "", "The export to score with, made by din_dist.cli.export.")
+INPUT = define_path(
     "input", "", "Rows to score: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob."
 )
-PREDICTIONS_DIR = flags.DEFINE_string(
+PREDICTIONS_DIR = define_path(
     "predictions_dir",
     "",
     "Folder for the results, in the input's format: its rows with the columns logit and click_probability. Workers of "
@@ -44,7 +45,7 @@ CANDIDATES_COLUMN = flags.DEFINE_string(
     "candidates",
     "Column of a list of candidates. Taken for --item_column if that is not given and the first file has it.",
 )
-USER_HISTORIES = flags.DEFINE_string(
+USER_HISTORIES = define_path(
     "user_histories",
     "",
     "Take the history of the user in --user_column from prepared data: that of the job with this --output_dir, whose "
@@ -183,9 +184,9 @@ def _checked_flags() -> tuple[list[Path], Path]:
     files = found.files
     if found.passed_over:
         entry.say(found.describe())
-    folder = Path(PREDICTIONS_DIR.value).expanduser().absolute()
+    folder = Path(PREDICTIONS_DIR.value).absolute()
     inside = [file for file in files if folder in file.parents]
-    source = Path(INPUT.value).expanduser().absolute()
+    source = Path(INPUT.value).absolute()
     if inside or (source.is_dir() and (source == folder or source in folder.parents)):
         raise InputError(
             f"--predictions_dir: must lie outside of --input, else results would be read. Received: {folder} for the "

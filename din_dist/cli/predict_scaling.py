@@ -15,12 +15,13 @@ from typing import Any
 from absl import flags
 
 from din_dist.cli import entry
+from din_dist.cli.flags import define_path
 from din_dist.config import require
 from din_dist.distributed.scaling import Cluster, Measured, Prediction, predict
 from din_dist.errors import InputError
 from din_dist.files import read_text
 
-flags.DEFINE_string("measured", "", "File with the JSON line of the benchmark, run with one worker. Required.")
+define_path("measured", "", "File with the JSON line of the benchmark, run with one worker. Required.")
 flags.DEFINE_float("bandwidth_gbits", None, "What each worker's link carries in each direction, in Gbit/s. Required.")
 flags.DEFINE_float(
     "latency_us",

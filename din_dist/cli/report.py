@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from din_dist.cli import entry
+from din_dist.cli.flags import define_path
 from din_dist.cli.trained import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from din_dist.data.splits import Examples
     from din_dist.report.page import Findings
 
-OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/latest", "The job's --output_dir.")
-REPORT_PATH = flags.DEFINE_string("report_path", "", "Where the report goes. Default: report.html in --output_dir.")
+OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
+REPORT_PATH = define_path("report_path", "", "Where the report goes. Default: report.html in --output_dir.")
 MAX_EXAMPLES = flags.DEFINE_integer(
     "report_max_examples",
     200_000,

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from din_dist.cli import entry
+from din_dist.cli.flags import define_path
 from din_dist.errors import EXIT_SIGINT
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
@@ -27,7 +28,9 @@ _OTHER_FILES = 256  # besides connections
 
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 for _field in dataclasses.fields(ServeConfig):
-    _DEFINE[typing.get_type_hints(ServeConfig)[_field.name]](_field.name, _field.default, _field.metadata["help"])
+    _kind = typing.get_type_hints(ServeConfig)[_field.name]
+    _define = define_path if _field.metadata.get("path") else _DEFINE[_kind]
+    _define(_field.name, _field.default, _field.metadata["help"])
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -27,7 +27,8 @@ def define_anew(names: Mapping[type, Sequence[str]]) -> None:
     for kind, fields in names.items():
         for field in dataclasses.fields(kind):
             if field.name in fields:
-                define = flags.DEFINE_string if isinstance(field.default, str) else flags.DEFINE_integer
+                is_path = field.metadata.get("path")
+                define: Any = settings.define_path if is_path else flags.DEFINE_integer
                 help_text = field.metadata["help"].partition(" Default:")[0]
                 define(field.name, None, f"{help_text} Default: as in training.")
 

@@ -44,7 +44,7 @@ Check = Callable[[schema.DatasetFacts], None]
 def data_dir(config: DataConfig) -> Path:
     """Where prepared data lives: `--data_dir`, else `din_dist` in the user's cache folder."""
     if config.data_dir:
-        return Path(config.data_dir).expanduser().absolute()
+        return Path(config.data_dir).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from din_dist.config import require, setting
+from din_dist.config import path_setting, require, resolve_paths, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
     """What the server listens to, and how much it takes on. A position is a pair of a candidate and a history item."""
 
-    export_dir: str = setting(
+    export_dir: str = path_setting(
         "", "The export to serve, or a folder with a numbered folder for each version: then the one with the highest."
     )
     model_name: str = setting("din_dist", "What the model is called in URLs: /v1/models/NAME:predict.")
@@ -43,6 +43,7 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
+        resolve_paths(self)
         require(bool(self.export_dir), "must name an export", "export_dir", self.export_dir, "See cli.export.")
         require(
             re.fullmatch(r"[\w.-]+", self.model_name, re.ASCII) is not None,
