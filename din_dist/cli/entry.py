@@ -18,6 +18,7 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from din_dist import environment, streams
 from din_dist.config import LogFormat
 from din_dist.errors import (
     EXIT_INPUT_ERROR,
@@ -35,8 +36,19 @@ from din_dist.training.terminal import format_line
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main` and exits: 0 done, 2 wrong input, 75 stopped on request (run it again), else 1."""
+    streams.open_standard_streams()
+    try:
+        environment.settle()
+    except InputError as error:
+        _leave(EXIT_INPUT_ERROR, str(error))
     _quieten()
-    sys.exit(app.run(lambda _: _exit_code(main), flags_parser=_parse_flags))
+    try:
+        app.run(lambda _: _exit_code(main), flags_parser=_parse_flags)
+    except SystemExit as end:
+        problem = streams.unwritten()
+        if problem and not end.code:
+            _leave(1, f"standard output must take the result. Received: {problem.strerror}. It is not complete.")
+        raise
 
 
 class Requests:
@@ -102,7 +114,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
     except Left as reason:
-        _leave(EXIT_RETRY, f"rank {_rank()} leaves {reason}; the other workers go on", level="stopped")
+        _leave(EXIT_RETRY, f"rank {environment.rank()} leaves {reason}; the other workers go on", level="stopped")
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY
@@ -113,12 +125,13 @@ def _exit_code(main: Callable[[], None]) -> int:
         _leave(1, str(error))
     except Exception as error:
         where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
+        rank = environment.rank()
         if is_lost_peer(error):
-            _leave(1, f"rank {_rank()} lost another worker{where} and cannot go on alone. The same command resumes.")
+            _leave(1, f"rank {rank} lost another worker{where} and cannot go on alone. The same command resumes.")
         if _log_format() is LogFormat.JSON:
-            _leave(1, f"rank {_rank()} failed{where}: {error}", traceback=traceback.format_exc())
+            _leave(1, f"rank {rank} failed{where}: {error}", traceback=traceback.format_exc())
         traceback.print_exc()
-        _leave(1, f"rank {_rank()} failed{where}: see the lines above")
+        _leave(1, f"rank {rank} failed{where}: see the lines above")
     return 0
 
 
@@ -128,7 +141,7 @@ def say(text: str) -> None:
 
 
 def _print(text: str, level: str, **fields: str) -> None:
-    print(format_line(text, _log_format(), rank=_rank(), level=level, **fields), file=sys.stderr, flush=True)
+    print(format_line(text, _log_format(), rank=environment.rank(), level=level, **fields), file=sys.stderr, flush=True)
 
 
 def _log_format() -> LogFormat:
@@ -137,12 +150,8 @@ def _log_format() -> LogFormat:
     return LogFormat(values.log_format) if "log_format" in values and values.is_parsed() else LogFormat.TEXT
 
 
-def _rank() -> int:
-    return int(os.environ.get("HOROVOD_RANK", "0"))
-
-
 def _is_chief() -> bool:
-    return _rank() == 0
+    return environment.rank() == 0
 
 
 def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:

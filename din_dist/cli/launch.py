@@ -15,12 +15,14 @@ from pathlib import Path
 
 from absl import flags
 
+from din_dist import environment, streams
 from din_dist.cli import flags as settings
 from din_dist.config import require
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.files import read_text
 from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.launcher.supervisor import Supervisor
+from din_dist.text import printable
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
 _DISCOVER = str(_LAUNCH / "discover_hosts.sh")
@@ -333,11 +335,13 @@ def _print_help() -> None:
 
 
 if __name__ == "__main__":
+    streams.open_standard_streams()
+    environment.forget_place()
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         _print_help()
         sys.exit()
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:
-        print(f"train.sh: {error}", file=sys.stderr)
+        print(printable(f"train.sh: {error}"), file=sys.stderr)
         sys.exit(EXIT_INPUT_ERROR)

@@ -12,6 +12,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.text import printable
 
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help
@@ -44,7 +45,7 @@ def main() -> None:
     store = prepare(config.data, flags.FLAGS.overwrite_prepared, check)
     check(store.facts)
     for line in (*describe_sources(config.data, store.facts), *describe(store, config.data.max_history_length)):
-        print(line)
+        print(printable(line).replace("\n", " "))
     splits = split_examples(store, config.data)
     counts = ", ".join(f"{name} {examples.num_examples:,}" for name, examples in splits.items())
     print(f"examples ({config.data.split}): {counts}")

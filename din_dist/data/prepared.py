@@ -45,7 +45,13 @@ def data_dir(config: DataConfig) -> Path:
     """Where prepared data lives: `--data_dir`, else `din_dist` in the user's cache folder."""
     if config.data_dir:
         return Path(config.data_dir).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
+    except RuntimeError as error:  # no HOME, and a user without an entry in /etc/passwd
+        raise InputError(
+            "--data_dir: lies in the home folder unless it is given. Received: no --data_dir, and no home folder. Give "
+            "--data_dir, or set HOME."
+        ) from error
 
 
 def prepared_folder(config: DataConfig) -> Path:

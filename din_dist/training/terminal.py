@@ -11,13 +11,15 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from din_dist.config import LogFormat
+from din_dist.streams import tolerant
+from din_dist.text import printable
 from din_dist.training.output_dir import to_json
 
 
 def format_line(text: str, log_format: LogFormat, *, rank: int, level: str = "info", **fields: Any) -> str:
     """One line of a log; `fields` are for machines, which find in them what `text` says."""
     if log_format is LogFormat.TEXT:
-        return text if level == "info" else f"{level}: {text}"
+        return printable(text if level == "info" else f"{level}: {text}")
     return to_json({"time": time.time(), "level": level, "rank": rank, "message": text, **fields})
 
 
@@ -98,6 +100,6 @@ def _terminal() -> TextIO | None:
         return sys.stderr
     path = os.environ.get("DIN_DIST_PROGRESS_TTY")
     try:
-        return Path(path).open("w", encoding="utf-8") if path else None
+        return tolerant(Path(path).open("w", encoding="utf-8")) if path else None
     except OSError:  # the chief runs on another machine than the launcher
         return None

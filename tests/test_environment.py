@@ -1,0 +1,111 @@
+"""What libraries read from the environment cannot break a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from din_dist import environment
+from din_dist.config import DataConfig
+from din_dist.data.prepared import data_dir
+from din_dist.errors import InputError
+from din_dist.files import local_path
+from tests.cli.test_commands import assert_one_line, command
+
+PLACE = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1"}
+MEETING = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "4000"}
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*environment._OF_WORKERS, *environment._SET]:
+        monkeypatch.setenv(name, "")  # so that it is given back
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("given", [{}, PLACE | MEETING, PLACE | MEETING | {"HOROVOD_ELASTIC": "1"}, MEETING])
+def test_all_of_a_place_or_nothing(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment.settle()
+    assert environment.rank() == int(given.get("HOROVOD_RANK", "0"))
+    environment.forget_place()
+    assert not any(name.startswith("HOROVOD_") for name in os.environ)
+
+
+@pytest.mark.parametrize(
+    ("given", "received"),
+    [
+        ({"HOROVOD_SIZE": "2"}, "no HOROVOD_RANK, beside HOROVOD_SIZE: left over"),
+        ({"HOROVOD_ELASTIC": "1"}, "no HOROVOD_RANK, beside HOROVOD_ELASTIC: left over"),
+        (PLACE, "no HOROVOD_GLOO_RENDEZVOUS_ADDR"),
+        (PLACE | MEETING | {"HOROVOD_RANK": "first"}, "HOROVOD_RANK='first'"),
+        (PLACE | MEETING | {"HOROVOD_RANK": "-1"}, "HOROVOD_RANK='-1'"),
+        (PLACE | MEETING | {"HOROVOD_SIZE": ""}, "HOROVOD_SIZE=''"),
+        (PLACE | MEETING | {"HOROVOD_SIZE": "1"}, "HOROVOD_RANK=1, HOROVOD_SIZE=1"),
+        (PLACE | MEETING | {"HOROVOD_LOCAL_SIZE": "3"}, "HOROVOD_LOCAL_SIZE=3"),
+    ],
+)
+def test_what_is_left_over_from_another_job(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], received: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as refused:
+        environment.settle()
+    assert "HOROVOD_*: horovodrun gives its workers all of these variables. Received: " in str(refused.value)
+    assert received in str(refused.value)
+    assert f"Run: unset {' '.join(name for name in environment._OF_WORKERS if name in given)}" in str(refused.value)
+
+
+def start(name: str, folder: Path, *flags: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, folder, "--epochs=1", *flags),
+        env={"PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_what_other_projects_leave_in_the_environment(tmp_path: Path) -> None:
+    """No HOME but one with a keras.json for another backend in other numbers."""
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras" / "keras.json").write_text('{"backend": "torch", "floatx": "float64", "epsilon": 1}')
+    variables = {
+        "HOME": str(tmp_path),
+        "KERAS_BACKEND": "jax",
+        "PROMETHEUS_MULTIPROC_DIR": "/nonexistent",
+        "prometheus_multiproc_dir": "/nonexistent",
+        "TF_USE_LEGACY_KERAS": "1",
+    }
+    for name in ("prepare_data", "train"):
+        done = start(name, tmp_path, "--metrics_port=0", variables=variables)
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["epochs"] == 1
+
+
+def test_a_worker_alone_with_the_variables_of_another_job(tmp_path: Path) -> None:
+    assert_one_line(start("train", tmp_path, variables={"HOROVOD_RANK": "x"}), "Received: no HOROVOD_SIZE, beside")
+
+
+def test_no_home_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a service of systemd has it, of a user without an entry in /etc/passwd."""
+
+    def no_entry(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="--data_dir: lies in the home folder unless it is given. Received: no"):
+        data_dir(DataConfig())
+    with pytest.raises(InputError, match="--output_dir: ~ stands for a home folder. Received: '~/run', and no such"):
+        local_path("~/run", "output_dir")
+    assert data_dir(DataConfig(data_dir="/data")) == Path("/data")
