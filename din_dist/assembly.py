@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels, schema
-from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, require
+from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, OptimizerKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import Batch, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
@@ -21,6 +21,7 @@ from din_dist.distributed.neighbours import neighbours
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
+from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
@@ -59,6 +60,29 @@ def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.
         f"Give {len(sizes)} numbers.",
     )
     return [schema.TableSpec(name, sizes[name] + 1, width) for name, width in zip(sizes, widths, strict=True)]
+
+
+_SLOTS = {OptimizerKind.SGD: 0, OptimizerKind.ADAGRAD: 1, OptimizerKind.LAZY_ADAM: 2}  # beside each weight
+
+
+def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> None:
+    """Checks that this machine could hold the tables and what the optimizer keeps for them, once.
+
+    Raises:
+        InputError: it could not.
+    """
+    specs = table_specs(config.model, facts)
+    slots = 0 if config.optimizer.adagrad_row_wise else _SLOTS[config.optimizer.optimizer]
+    wanted = 4 * (1 + slots) * sum(spec.num_rows * spec.width for spec in specs)
+    have = memory_bytes()
+    require(
+        wanted <= have,
+        f"tables and optimizer must fit into memory: {sum(spec.num_rows for spec in specs):,} rows take "
+        f"{wanted / 2**30:,.1f} GiB, and there are {have / 2**30:,.1f} GiB",
+        "embedding_dim",
+        ",".join(map(str, config.model.embedding_dim)),
+        "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd).",
+    )
 
 
 def make_model(
@@ -116,6 +140,7 @@ def make_job(
     Raises:
         InputError: a setting does not fit the data.
     """
+    require_memory_for_tables(config, store.facts)
     splits = split_examples(store, config.data)
     examples = splits["train"]
     trained = trained_items(store, config.data, splits)

@@ -12,11 +12,12 @@ import enum
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from din_dist.errors import InputError
-from din_dist.files import local_path
+from din_dist.files import local_path, without_password
 
 
 class Split(enum.StrEnum):
@@ -82,11 +83,12 @@ class LogFormat(enum.StrEnum):
 
 
 UNKNOWN_ITEM_RATE = 0.1
+_INT32_MAX, _UINT32_MAX, _INT64_MAX = 2**31 - 1, 2**32 - 1, 2**63 - 1
 
 
-def setting(default: Any, help_text: str) -> Any:
-    """A dataclass field with the help text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def setting(default: Any, help_text: str, at_most: int = _INT32_MAX) -> Any:
+    """A dataclass field with the help text of its flag; `at_most` holds for whole numbers, and for their opposites."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "at_most": at_most})
 
 
 def path_setting(default: str, help_text: str) -> Any:
@@ -109,6 +111,23 @@ def require(holds: bool, rule: str, name: str, value: object, remedy: str) -> No
     """Raises `InputError` in the one form that all settings share."""
     if not holds:
         raise InputError(f"--{name}: {rule}. Received: {value!r}. {remedy}")
+
+
+def require_numbers_that_fit(config: Any) -> None:
+    """Checks that the numbers of a dataclass that is being built can be computed with.
+
+    Raises:
+        InputError: one is too large, or is not finite.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(math.isfinite(number), "must be finite", field.name, number, f"For example {field.default}.")
+            elif isinstance(number, int):
+                most = field.metadata.get("at_most", _INT32_MAX)
+                remedy = f"Give a number up to {most}."
+                require(abs(number) <= most, f"must be at most {most}", field.name, number, remedy)
 
 
 def list_text(values: Iterable[object]) -> str:
@@ -159,17 +178,21 @@ class DataConfig:
     synthetic_num_items: int = setting(10_000, "Items of --dataset=synthetic.")
     synthetic_num_categories: int = setting(100, "Item categories of --dataset=synthetic.")
     synthetic_events_per_user: int = setting(30, "Mean number of events a user of --dataset=synthetic.")
-    synthetic_seed: int = setting(0, "Seed of --dataset=synthetic.")
+    synthetic_seed: int = setting(0, "Seed of --dataset=synthetic.", at_most=_INT64_MAX)
     split: Split = setting(
         Split.LEAVE_ONE_OUT,
         "leave_one_out: each user's last event is the test example, the rest train (the authors' protocol). "
         "leave_two_out: the last tests, the last but one validates. temporal: cut by time.",
     )
     validation_from: int = setting(
-        0, "For --split=temporal: events from this timestamp on validate. 0: the time before which 80% of events lie."
+        0,
+        "For --split=temporal: events from this timestamp on validate. 0: the time before which 80% of events lie.",
+        at_most=_INT64_MAX,
     )
     test_from: int = setting(
-        0, "For --split=temporal: events from this timestamp on test. 0: the time before which 90% of events lie."
+        0,
+        "For --split=temporal: events from this timestamp on test. 0: the time before which 90% of events lie.",
+        at_most=_INT64_MAX,
     )
     max_history_length: int = setting(100, "Longest behaviour history, in events; the newest are kept.")
     negatives_per_positive: int = setting(
@@ -196,6 +219,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         resolve_paths(self)
+        require_numbers_that_fit(self)
         kind, _, category = self.dataset.partition("/")
         known = ("complete_journey", "amazon_reviews", "event_log", "synthetic")
         require(kind in known, "unknown data set", "dataset", self.dataset, f"Choose one of {', '.join(known)}.")
@@ -235,6 +259,7 @@ class DataConfig:
         _require_at_least(self, 1, "max_history_length", "negatives_per_positive", "evaluation_negatives_per_positive")
         _require_at_least(self, 2, "synthetic_num_items", "synthetic_events_per_user")
         _require_at_least(self, 1, "synthetic_num_users", "synthetic_num_categories")
+        _require_at_least(self, 0, "synthetic_seed")
         require(
             0 < self.unknown_item_rate < 1,
             "must be between 0 and 1",
@@ -282,6 +307,7 @@ class ModelConfig:
     dropout: float = setting(0.0, "Share of the head's hidden units left out in training, from 0 to below 1.")
 
     def __post_init__(self) -> None:
+        require_numbers_that_fit(self)
         for name in ("embedding_dim", "attention_hidden_units", "hidden_units"):
             value = getattr(self, name)
             require(
@@ -326,6 +352,7 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
+        require_numbers_that_fit(self)
         require(self.learning_rate > 0, "must be positive", "learning_rate", self.learning_rate, "For example 0.001.")
         _require_at_least(self, 0, "clip_norm", "l2", "embedding_l2", "mini_batch_aware_l2", "warmup_steps")
         _require_at_least(self, 1, "learning_rate_decay_steps")
@@ -353,7 +380,7 @@ class JobConfig:
     max_steps: int = setting(
         0, "Stop after this many updates in all; 0 for no limit. Does not change the learning-rate schedule."
     )
-    seed: int = setting(1234, "Seed of weights, order, negatives and dropout.")
+    seed: int = setting(1234, "Seed of weights, order, negatives and dropout.", at_most=_UINT32_MAX)
     output_dir: str = path_setting(
         "runs/latest", "Where checkpoints, metrics and summary.json go. A folder with a checkpoint is resumed."
     )
@@ -414,7 +441,13 @@ class JobConfig:
         "", "File with lines user:password, one of which a scrape must give (basic authentication). Default: none."
     )
     pushgateway: str = setting(
-        "", "URL of a Prometheus Pushgateway that gets the last values when a job ends. Default: none."
+        "",
+        "URL of a Prometheus Pushgateway that gets the last values when a job ends; a password belongs into "
+        "--pushgateway_password_file. Default: none.",
+    )
+    pushgateway_password_file: str = path_setting(
+        "",
+        "File with one line user:password, for a Pushgateway that asks for it (basic authentication). Default: none.",
     )
     baseline_examples_per_second: float = setting(
         0.0, "What one worker alone does (see cli/benchmark.py): lets Prometheus tell the scaling efficiency."
@@ -422,6 +455,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         resolve_paths(self)
+        require_numbers_that_fit(self)
         _require_at_least(
             self, 1, "global_batch_size", "epochs", "keep_checkpoints", "evaluation_batch_size", "log_every_steps"
         )
@@ -464,8 +498,22 @@ class JobConfig:
             not self.pushgateway or self.pushgateway.startswith(("http://", "https://")),
             "must be a URL",
             "pushgateway",
-            self.pushgateway,
+            without_password(self.pushgateway),
             "For example http://pushgateway:9091.",
+        )
+        require(  # flags are kept in checkpoints, reports and exports, and all users of a machine see them
+            without_password(self.pushgateway) == self.pushgateway,
+            "must be without user and password",
+            "pushgateway",
+            without_password(self.pushgateway),
+            "Give them in --pushgateway_password_file.",
+        )
+        require(
+            bool(self.pushgateway) or not self.pushgateway_password_file,
+            "belongs to --pushgateway",
+            "pushgateway_password_file",
+            self.pushgateway_password_file,
+            "Add --pushgateway, or drop it.",
         )
         require(bool(self.output_dir), "must name a folder", "output_dir", self.output_dir, "For example runs/first.")
 

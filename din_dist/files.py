@@ -42,7 +42,7 @@ def local_path(text: str, flag: str) -> str:
         parts = urlsplit(text)
         if parts.scheme.lower() != "file" or parts.netloc not in ("", "localhost") or not parts.path:
             raise InputError(
-                f"--{flag}: must be a path of this machine. Received: {_without_password(text)!r}, a URL. Mount that "
+                f"--{flag}: must be a path of this machine. Received: {without_password(text)!r}, a URL. Mount that "
                 "storage, or copy from and to a local folder."
             )
         return unquote(parts.path)
@@ -59,8 +59,9 @@ def local_path(text: str, flag: str) -> str:
     return expanded
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
+def without_password(url: str) -> str:
+    """Returns a URL as it may be shown: without the user and password that may stand before its host."""
+    return re.sub(r"//[^/?#]*@", "//", url)
 
 
 # --- Text. ---

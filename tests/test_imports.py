@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
-LEAVES = {"schema", "config", "environment", "errors", "files", "streams", "text", "versions", "kernels"}
+LEAVES = {"schema", "config", "environment", "errors", "files", "machine", "streams", "text", "versions", "kernels"}
 MAY_IMPORT = {  # besides leaves and itself
     "layers": set(),
     "metrics": set(),
@@ -34,6 +34,7 @@ MAY_IMPORT = {  # besides leaves and itself
     "environment": set(),
     "errors": set(),
     "files": set(),
+    "machine": set(),
     "streams": set(),
     "text": set(),
     "schema": set(),

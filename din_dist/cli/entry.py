@@ -31,6 +31,7 @@ from din_dist.errors import (
     is_lost_peer,
 )
 from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE
+from din_dist.machine import require_threads
 from din_dist.training.terminal import format_line
 
 
@@ -140,6 +141,11 @@ def say(text: str) -> None:
     _print(text, "info")
 
 
+def warn(text: str) -> None:
+    """Prints a line about what may not be as it was meant."""
+    _print(text, "warning")
+
+
 def _print(text: str, level: str, **fields: str) -> None:
     print(format_line(text, _log_format(), rank=environment.rank(), level=level, **fields), file=sys.stderr, flush=True)
 
@@ -187,7 +193,12 @@ def _quieten() -> None:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow without the lines that its C++ prints before any setting can silence it."""
+    """Imports TensorFlow without the lines that its C++ prints before any setting can silence it.
+
+    Raises:
+        InputError: it could not start its threads.
+    """
+    require_threads()
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as aside:

@@ -94,7 +94,7 @@ def main() -> None:
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
         _check_data(bundle, store)
-        asked.check(config, store, splits)
+        asked = asked.fitted(config, store, splits)
     examples = splits[asked.evaluation_split]
     logits_of, candidates_of, step = _what_scores(config, store, runtime, bundle)
     say: Callable[[str], None] = entry.say if runtime.is_chief else lambda text: None
@@ -149,6 +149,7 @@ def _asked() -> Asked:
         ks=tuple(sorted({_whole_number(text, "ks", "For example 1,5,10,20.") for text in values.ks})),
         max_events=most,
         bootstrap_samples=values.bootstrap_samples,
+        by_default=not values["ks"].present,
     )
 
 

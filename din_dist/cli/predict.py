@@ -131,8 +131,9 @@ def main() -> None:
         except Stopped:
             stopped = True
     tally = predictor.tally
-    mine = [tally.rows, tally.candidates, tally.parts, histories.num_unknown, stopped]
-    rows, candidates, num_parts, unknown, num_stopped = runtime.sum(np.array(mine, np.int64)).tolist()
+    mine = [tally.rows, tally.candidates, tally.parts, histories.num_unknown, histories.num_timed]
+    mine += [histories.num_too_early, stopped]
+    rows, candidates, num_parts, unknown, timed, too_early, num_stopped = runtime.sum(np.array(mine, np.int64)).tolist()
     if num_stopped:
         raise Interrupted(
             f"on request, with {len(plan.parts()) - len(parts.missing(plan))} of {len(plan.parts())} parts published. "
@@ -158,6 +159,14 @@ def main() -> None:
     }
     if job:
         found["rows_of_unknown_users"] = unknown
+    if job and BEFORE_COLUMN.value:
+        found["rows_before_all_history"] = too_early
+        if too_early == timed > 0:
+            entry.warn(
+                f"--before_column: no row has a history. All {timed:,} rows of users who have one have a time before "
+                f"it; the log's times, as prepared, go from {store.facts.first_timestamp} to "
+                f"{store.facts.last_timestamp}. Are they of the same unit?"
+            )
     entry.say(_told(found))
     print(to_json(found), flush=True)
     if lock:
@@ -241,6 +250,10 @@ def _told(found: dict[str, Any]) -> str:
         lines.append(f"  {found['candidates_per_second']:,.0f} candidates/s with {found['world_size']} worker(s)")
     if found.get("rows_of_unknown_users"):
         lines.append(f"  {found['rows_of_unknown_users']:,} of {found['rows']:,} rows: the user is not in the data")
+    if "rows_before_all_history" in found:
+        lines.append(
+            f"  {found['rows_before_all_history']:,} of {found['rows']:,} rows: the time is before all history"
+        )
     lines.append(f"  {duration(seconds['predict'])}, after {duration(seconds['start'])} to start")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ def main() -> None:
     started = time.perf_counter()
     config = settings.config_from_flags()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
-    from din_dist.assembly import table_specs
+    from din_dist.assembly import require_memory_for_tables
     from din_dist.data.prepared import describe_sources, prepare
     from din_dist.data.splits import split_examples
     from din_dist.data.statistics import describe
@@ -36,7 +36,7 @@ def main() -> None:
     def check(facts: DatasetFacts | None) -> None:
         """Refuses what the job could not go on with, before data that it was trained on is replaced."""
         if facts:
-            table_specs(config.model, facts)
+            require_memory_for_tables(config, facts)
         if checkpoint:
             with contextlib.suppress(DamagedCheckpoint):  # training goes on from the one before
                 check_compatible(checkpoint, config, facts.fingerprint if facts else None)

@@ -54,7 +54,7 @@ class LocalLookup(keras.layers.Layer):
         self.tables = [
             self.add_weight(
                 shape=(spec.num_rows, spec.width),
-                initializer=keras.initializers.GlorotUniform(seed + place),
+                initializer=keras.initializers.GlorotUniform((seed + place) % 2**32),
                 name=name,
             )
             for place, (spec, name) in enumerate(zip(self.specs, names, strict=True))

@@ -55,7 +55,7 @@ def newest(starts: np.ndarray, ends: np.ndarray, most: int) -> tuple[np.ndarray,
 class GivenHistories:
     """The rows bring them."""
 
-    num_unknown = 0
+    num_unknown = num_too_early = num_timed = 0
 
     def __init__(self, max_history_length: int) -> None:
         self._most = max_history_length
@@ -87,6 +87,7 @@ class UserHistories:
         self.items_are_integers = pa.types.is_integer(items.type)
         self._item_ids = ids_tensor(items)
         self.num_unknown = 0
+        self.num_timed = self.num_too_early = 0  # rows with a time and a history; those whose time is before all of it
 
     def of(self, users: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
         """Item ids of all histories end to end, and lengths `[R]`.
@@ -107,7 +108,10 @@ class UserHistories:
         starts, ends = np.zeros((2, len(found)), np.int64)
         starts[known], ends[known] = offsets[found[known]], offsets[found[known] + 1]
         if before is not None:
+            timed = known & (starts < ends)
             ends[known] = self._ends_before(found[known], before[known])
+            self.num_timed += int(np.count_nonzero(timed))
+            self.num_too_early += int(np.count_nonzero(timed & (starts == ends)))
         places, lengths = newest(starts, ends, self._most)
         return Encoded(self._item_ids, self._store.history_item_ids[places] - 1), lengths
 

@@ -40,6 +40,8 @@ class Histories(Protocol):
     """Where rows have their histories from."""
 
     num_unknown: int
+    num_timed: int
+    num_too_early: int
 
     def of(self, column: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]: ...
 

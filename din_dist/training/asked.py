@@ -23,7 +23,7 @@ class Asked:
 
     Attributes:
         rank_against: how many items that the user never touched; 0: all items; None: no retrieval metrics.
-        ks: ascending.
+        ks: ascending; those of the default that are longer than all candidates are left out.
         max_events: None: as many as have `AUTO_CANDIDATES` candidates in all.
     """
 
@@ -33,14 +33,19 @@ class Asked:
     ks: tuple[int, ...]
     max_events: int | None
     bootstrap_samples: int
+    by_default: bool = False  # `ks`
 
     def __post_init__(self) -> None:
         require(bool(self.ks), "must name a length", "ks", "", "For example 1,5,10,20.")
         least, value = "must be at least 0", self.bootstrap_samples
         require(value >= 0, least, "bootstrap_samples", value, "For example 1000.")
 
-    def check(self, config: Config, store: EventStore, splits: Mapping[str, Examples]) -> None:
-        """Raises `InputError` where it does not fit the data."""
+    def fitted(self, config: Config, store: EventStore, splits: Mapping[str, Examples]) -> Asked:
+        """Returns what can be told of the data.
+
+        Raises:
+            InputError: what was asked for by name cannot be.
+        """
         split, num_items = self.evaluation_split, store.facts.num_items
         if not splits[split].num_examples:
             there = [name for name, examples in splits.items() if examples.num_examples]
@@ -49,10 +54,11 @@ class Asked:
                 f"{config.data.split}. Choose among {', '.join(there)}."
             )
         if self.rank_against is None:
-            return
+            return self
         rule = f"must be fewer than the {num_items} items"
         remedy = f"Give {ALL}, or a smaller number."
         require(self.rank_against < num_items, rule, "rank_against", self.rank_against, remedy)
         most = 1 + self.rank_against if self.rank_against else num_items
         rule = f"must be at most the number of candidates, {most}"
-        require(self.ks[-1] <= most, rule, "ks", self.ks[-1], "Give shorter lists.")
+        require(self.by_default or self.ks[-1] <= most, rule, "ks", self.ks[-1], "Give shorter lists.")
+        return dataclasses.replace(self, ks=tuple(k for k in self.ks if k <= most))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import tensorflow as tf
 from prometheus_client import (
@@ -19,10 +20,13 @@ from prometheus_client import (
     push_to_gateway,
 )
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import basic_auth_handler, default_handler
 from prometheus_client.registry import Collector
 
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
+from din_dist.errors import InputError
+from din_dist.files import read_text
 from din_dist.training.metrics_server import MetricsServer
 from din_dist.training.state import TrainingState
 from din_dist.training.step_report import StepReport
@@ -43,6 +47,7 @@ class Exporter:
 
     def __init__(self, job: JobConfig, runtime: Runtime) -> None:
         self._job, self._rank = job, runtime.rank
+        self._login = _login(job.pushgateway_password_file) if job.pushgateway_password_file else None
         self.registry = CollectorRegistry()
         self._define(job)
         self.world_size.set(runtime.world_size)
@@ -183,15 +188,39 @@ class Exporter:
                 self.registry,
                 grouping_key={"run": self._job.output_dir, "rank": str(self._rank)},
                 timeout=_PUSH_SECONDS,
+                handler=self._authenticated if self._login else default_handler,
             )
         except (OSError, ValueError) as error:
             return f"--pushgateway: {self._job.pushgateway} did not take the metrics: {error}"
         return None
 
+    def _authenticated(
+        self, url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
+    ) -> Callable[[], None]:
+        assert self._login
+        return basic_auth_handler(url, method, timeout, headers, data, *self._login)
+
     def close(self) -> None:
         if self._server:
             self._server.close()
             self._server = None
+
+
+def _login(path: str) -> tuple[str, str]:
+    """Returns the user and the password for a Pushgateway."""
+    try:
+        user, found, password = read_text(Path(path)).strip().partition(":")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--pushgateway_password_file: must be a file that can be read. Received: {path}, "
+            f"{getattr(error, 'strerror', None) or 'which is no text'}. Correct the path."
+        ) from error
+    if not (user and found) or "\n" in password:
+        raise InputError(
+            f"--pushgateway_password_file: must have one line user:password. Received: {path}, with another content. "
+            "Correct the file."
+        )
+    return user, password
 
 
 class _OutputFolder(Collector):

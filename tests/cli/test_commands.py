@@ -174,6 +174,16 @@ def test_train_does_not_prepare(tmp_path: Path) -> None:
     assert_one_line(run("train", tmp_path), "Run: python -m din_dist.cli.prepare_data --dataset=event_log")
 
 
+def test_tables_must_fit_into_memory(tmp_path: Path) -> None:
+    message = "--embedding_dim: tables and optimizer must fit into memory: 37 rows take "
+    for name in ("prepare_data", "train"):
+        done = run(name, tmp_path, "--embedding_dim=2000000000")
+        assert_one_line(done, message)
+        assert "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd)." in done.stderr
+        if name == "prepare_data":
+            assert run(name, tmp_path).returncode == 0
+
+
 def test_widths_must_fit_the_features(tmp_path: Path) -> None:
     done = run("prepare_data", tmp_path, "--embedding_dim=8,4,2")
     assert_one_line(done, "--embedding_dim: must be one width, or one for each of item, category_id. Received: '8,4,2'")

@@ -171,6 +171,11 @@ def test_a_log_with_labels(tmp_path: Path, commands: Preloaded) -> None:
     assert retrieval["mean_num_candidates"] == 30
 
 
+def test_lists_of_the_default_are_no_longer_than_there_are_candidates(job: Path, commands: Preloaded) -> None:
+    found = result(commands.run("evaluate", f"--output_dir={job / 'run'}", "--rank_against=7"))
+    assert found["retrieval"]["ks"] == [1, 5]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

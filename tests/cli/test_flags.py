@@ -89,6 +89,20 @@ def test_there_are_the_three_flagfiles() -> None:
             ["--unknown_item=features", "--unknown_item_rate=1"],
             "--unknown_item_rate: must be between 0 and 1. Received",
         ),
+        (["--seed=4294967296"], "--seed: must be at most 4294967295. Received: 4294967296. Give a number up to 429"),
+        (["--seed=-1"], "--seed: must be at least 0. Received: -1"),
+        (["--synthetic_seed=-1"], "--synthetic_seed: must be at least 0. Received: -1"),
+        (["--max_history_length=2147483648"], "--max_history_length: must be at most 2147483647. Received: 21474836"),
+        (["--embedding_dim=8,99999999999"], "--embedding_dim: must be at most 2147483647. Received: 99999999999"),
+        (["--split=temporal", "--test_from=9223372036854775808"], "--test_from: must be at most 9223372036854775807"),
+        (["--learning_rate=inf"], "--learning_rate: must be finite. Received: inf. For example 0.001."),
+        (["--l2=nan"], "--l2: must be finite. Received: nan"),
+        (["--pushgateway=gateway:9091"], "--pushgateway: must be a URL. Received: 'gateway:9091'"),
+        (
+            ["--pushgateway=https://me:secret@host/x"],
+            "--pushgateway: must be without user and password. Received: 'https://host/x'. Give them in --pushgat",
+        ),
+        (["--pushgateway_password_file=x"], "--pushgateway_password_file: belongs to --pushgateway. Received: 'x'"),
         (["--item_features=a,a"], "--item_features: each feature may be named once. Received: 'a,a'"),
         (["--item_features=item_id"], "--item_features: a column can have one role. Received: 'item_id'"),
     ],
@@ -97,6 +111,12 @@ def test_wrong_settings_get_one_clear_line(arguments: list[str], message: str) -
     with pytest.raises(InputError, match=message) as error:
         parse(*arguments)
     assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_the_largest_numbers_are_taken() -> None:
+    config = parse("--seed=4294967295", "--split=temporal", "--test_from=9223372036854775807", "--synthetic_seed=0")
+    assert config.job.seed == 2**32 - 1 and config.data.test_from == 2**63 - 1
 
 
 @pytest.mark.parametrize("given", [(), ("--item_features=a,b", "--label_column=clicked", "--resample_negatives")])

@@ -336,3 +336,57 @@ def test_a_full_disk(job: Job, tmp_path: Path) -> None:
     assert not results(tmp_path / "out")
     assert not list((tmp_path / "out").glob(".part-*"))
     shutil.rmtree(tmp_path / "out")
+
+
+def test_times_before_all_history_are_told(job: Job, tmp_path: Path) -> None:
+    """As days for hours: each may be a time of the log, but all of them are too early."""
+    rows = rows_of(job, 50)
+    for name, times in (("early", [-1] * 50), ("mixed", [-1, 100] * 25), ("late", [100] * 50)):
+        source = tmp_path / f"{name}.parquet"
+        pq.write_table(rows.append_column("time", pa.array(times)), source)
+        done = job.predict(*job.by_user(source, tmp_path / name), "--before_column=time").wait()
+        assert done.returncode == 0, done.stderr
+        with_history = sum(user in job.histories for user in rows["user_id"].to_pylist())
+        found = json.loads(done.stdout.splitlines()[-1])["rows_before_all_history"]
+        if name == "early":
+            assert found == with_history
+            assert (
+                f"warning: --before_column: no row has a history. All {found} rows of users who have one have a time "
+                "before it; the log's times, as prepared, go from 0 to "
+            ) in done.stderr
+        else:
+            assert "warning" not in done.stderr
+            assert (found == 0) == (name == "late") and found < with_history
+        assert f"  {found} of 50 rows: the time is before all history" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "rows.csv",
+            "user_id,item_id\nu1,i1\nu2\n",
+            "rows.csv, row 2: must be CSV from end to end. Received: CSV",
+        ),
+        (
+            "rows.jsonl",
+            '{"user_id": "u1", "item_id": "i1"}\n{"user_id": "u1"',
+            "rows.jsonl, row 2: each line must be",
+        ),
+        ("rows.CSV", "user_id,item_id\nu1,i1\n,i2\n", "rows.CSV, row 2: every row needs a user_id. Received: none"),
+        ("rows.csv.xz", "user_id,item_id\n", "rows.csv.xz: must be CSV from end to end. Received: "),
+    ],
+)
+def test_a_wrong_row_is_named(job: Job, tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert_one_line(job.predict(*job.by_user(tmp_path / name, tmp_path / "out")).wait(), message)
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_what_is_passed_over_is_told(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(rows_of(job, 5), tmp_path / "in" / "rows.parquet")
+    (tmp_path / "in" / "notes.txt").touch()
+    done = job.predict(*job.by_user(tmp_path / "in", tmp_path / "out")).wait()
+    assert done.returncode == 0
+    assert "files: 1 read, 1 passed over: notes.txt" in done.stderr

@@ -8,8 +8,10 @@ import re
 import socket
 import ssl
 import subprocess
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,9 @@ def test_tls_serves_those_who_trust_and_is_not_held_up_by_the_silent(tmp_path: P
         exporter.close()
 
 
+GATEWAY = {"pushgateway": "http://127.0.0.1:9"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -216,6 +221,12 @@ def test_tls_serves_those_who_trust_and_is_not_held_up_by_the_silent(tmp_path: P
         ({"metrics_password_file": "nowhere"}, "must be a file that can be read. Received: nowhere, No such file"),
         ({"metrics_password_file": "empty"}, "must have a line user:password"),
         ({"metrics_password_file": "unlike"}, "must have a line user:password"),
+        (
+            GATEWAY | {"pushgateway_password_file": "nowhere"},
+            "must be a file that can be read. Received: nowhere, No such",
+        ),
+        (GATEWAY | {"pushgateway_password_file": "empty"}, "must have one line user:password. Received: empty, with"),
+        (GATEWAY | {"pushgateway_password_file": "unlike"}, "must have one line user:password"),
     ],
 )
 def test_files_of_no_use_are_one_clear_line(
@@ -244,6 +255,30 @@ def test_a_pushgateway_gets_the_last_values(tmp_path: Path) -> None:
         }
     assert found["din_dist_examples_total"] == job.trainer.state.epoch_records[0]["examples"]
     assert found["din_dist_steps_total"] == job.trainer.state.step
+
+
+def test_a_pushgateway_that_asks_for_a_password(tmp_path: Path) -> None:
+    """Which comes from a file, so that no flag, checkpoint or report has it."""
+    asked: list[str | None] = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            asked.append(self.headers.get("Authorization"))
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200 if asked[-1] else 401)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    (tmp_path / "login").write_text("me:a:secret\n")
+    with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{gateway.server_address[1]}"
+        exporter = exporter_of(tmp_path, pushgateway=url, pushgateway_password_file=str(tmp_path / "login"))
+        assert exporter.push() is None
+        assert "did not take the metrics" in str(exporter_of(tmp_path, pushgateway=url).push())
+        gateway.shutdown()
+    assert asked == [f"Basic {base64.b64encode(b'me:a:secret').decode()}", None]
 
 
 def test_a_pushgateway_that_is_not_there_does_not_fail_the_job(

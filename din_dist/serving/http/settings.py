@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from din_dist.config import path_setting, require, resolve_paths, setting
+from din_dist.config import path_setting, require, require_numbers_that_fit, resolve_paths, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         resolve_paths(self)
+        require_numbers_that_fit(self)
         require(bool(self.export_dir), "must name an export", "export_dir", self.export_dir, "See cli.export.")
         require(
             re.fullmatch(r"[\w.-]+", self.model_name, re.ASCII) is not None,

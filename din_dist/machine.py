@@ -1,0 +1,80 @@
+"""How much this machine, or the container that this process is in, allows: memory, processes and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from din_dist.errors import InputError
+from din_dist.files import read_text
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_MANY_THREADS = 1 << 14
+_THREADS, _THREADS_PER_CORE = 16, 4  # that training starts: 22 were counted on 2 cores
+
+
+def memory_bytes(cgroups: Path = _CGROUPS) -> int:
+    """Returns how much memory this process may have at most."""
+    limits = [psutil.virtual_memory().total]
+    for folder in _own_groups(cgroups):
+        limits += _number(folder / "memory.max") + _number(folder / "memory.limit_in_bytes")
+    return min(limits)
+
+
+def threads_left(cgroups: Path = _CGROUPS) -> int | None:
+    """Returns how many more threads this process may start; None where nothing limits them."""
+    left = []
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if soft < _MANY_THREADS and os.geteuid():  # counting takes a while; root does not have to keep it
+        left.append(soft - _threads_of_user(os.getuid()))
+    for folder in _own_groups(cgroups):
+        for most, now in zip(_number(folder / "pids.max"), _number(folder / "pids.current"), strict=False):
+            left.append(most - now)
+    return min(left, default=None)
+
+
+def require_threads(num_processes: int = 1, cgroups: Path = _CGROUPS) -> None:
+    """Checks that so many processes with TensorFlow can run here.
+
+    Raises:
+        InputError: they would fail to start a thread, somewhere.
+    """
+    each = _THREADS + _THREADS_PER_CORE * len(os.sched_getaffinity(0)) // max(1, num_processes)
+    left, wanted = threads_left(cgroups), num_processes * each
+    if left is not None and left < wanted:
+        raise InputError(
+            f"{num_processes} process(es) with TensorFlow need {wanted} threads or more. Received: room for {left}. "
+            "Raise the limit on processes (ulimit -u, --pids-limit of a container, pids of a pod), or end others."
+        )
+
+
+def _own_groups(cgroups: Path) -> Iterator[Path]:
+    """Yields the control groups of this process, from its own to the root; both versions of the kernel's interface."""
+    yield cgroups
+    with contextlib.suppress(OSError):
+        for line in read_text(Path("/proc/self/cgroup")).splitlines():
+            _, controllers, path = line.split(":", 2)
+            parts = Path(path.lstrip("/")).parts
+            for depth in range(1, len(parts) + 1):
+                yield Path(cgroups, *(controllers.split(",")[:1] if controllers else []), *parts[:depth])
+
+
+def _number(path: Path) -> list[int]:
+    """Returns the number in a file, unless there is none, as `max` is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return [int(read_text(path))]
+    return []
+
+
+def _threads_of_user(user: int) -> int:
+    count = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.uids().real == user:
+                count += process.num_threads()
+    return count
