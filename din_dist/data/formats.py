@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -212,14 +213,26 @@ def _lines_to_look_at(file: Path, missing: Callable[[], list[str]]) -> Iterator[
         keys = _written(missing())
         if number >= HEAD_ROWS and not keys:
             return
-        whole = number < HEAD_ROWS or any(key in block for key in keys)
+        if number >= HEAD_ROWS and not any(key in block for key in keys):
+            number += _num_rows(block)
+            continue
         for line in block.split(b"\n"):
             if not line.strip():
                 continue
             number += 1
-            if number <= HEAD_ROWS or (whole and any(key in line for key in keys)):
+            if number <= HEAD_ROWS or any(key in line for key in keys):
                 yield number, line
                 keys = _written(missing())
+
+
+def _num_rows(block: bytes) -> int:
+    """Counts the lines that are not blank."""
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    short = np.flatnonzero(ends - starts < 8)  # only these can be blank, or nearly
+    blank = sum(not block[starts[line] : ends[line]].strip() for line in short)
+    long_blank = block.count(b"        ") and sum(not line.strip() for line in block.split(b"\n")[:-1]) - blank
+    return len(ends) - blank - long_blank
 
 
 def _written(names: Sequence[str]) -> list[bytes]:
