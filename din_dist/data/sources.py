@@ -17,6 +17,7 @@ from din_dist.errors import InputError
 from din_dist.files import local_path
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
 _MOST_NAMED = 5  # of the files that were passed over
 _PARTITION = re.compile(r"([^=]+)=(.*)")
 
@@ -112,13 +113,26 @@ class _Search:
         if self._is_known(path):
             self.passed_over.append(path)
             return
-        for entry in self._entries(path):
+        entries = self._entries(path)
+        self._refuse_tables(path, {entry.name for entry in entries})
+        for entry in entries:
             if entry.name[0] in "._":
                 self.passed_over.append(entry)
             elif self._is_link(entry):
                 links.append(entry)
             else:
                 self._add_tree(entry, links)
+
+    def _refuse_tables(self, folder: Path, names: set[str]) -> None:
+        """Refuses tables whose folder keeps files of earlier versions: which are of today, a log of theirs tells."""
+        kinds = [kind for name, kind in _TABLES.items() if name in names]
+        if "metadata" in names and any((folder / "metadata").glob("*.metadata.json")):
+            kinds.append("an Iceberg table")
+        if kinds:
+            raise InputError(
+                f"{folder}: a {self._table} is files, all of which count. Received: {kinds[0]}, whose folder keeps files "
+                "of earlier versions too. Write it out as Parquet, for example with Spark."
+            )
 
     def _add(self, path: Path) -> None:
         """Adds one file, unless it is passed over."""

@@ -206,6 +206,22 @@ def test_a_partition_is_part_of_what_a_file_is(tmp_path: Path) -> None:
     assert fingerprint_files([file], ["label", "hour"])[str(file)]["partition"] == "label=1"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_delta_log/0.json", "a Delta"),
+        (".hoodie/hoodie.properties", "a Hudi"),
+        ("metadata/v2.metadata.json", "an Iceb"),
+    ],
+)
+def test_tables_with_files_of_earlier_versions(tmp_path: Path, name: str, kind: str) -> None:
+    """Rows that were deleted from them are still in their files."""
+    touch(tmp_path, "table/a.parquet", f"table/{name}")
+    for source in (tmp_path, tmp_path / "table", tmp_path / "*"):
+        with pytest.raises(InputError, match=rf"/table: a log is files, all of which count\. Received: {kind}"):
+            find_files(str(source))
+
+
 def test_a_touch_or_a_copy_is_no_change(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv")
     files = [tmp_path / "a.csv"]
