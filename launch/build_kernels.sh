@@ -9,7 +9,7 @@
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 python=${PYTHON:-$venv/bin/python}
 check=
 case $# in

@@ -4,4 +4,4 @@
 #   launch/elastic.sh --hosts_file FILE [--num_workers N] [--min_workers N] [--max_workers N] [trainer flags]
 set -euo pipefail
 
-exec "$(dirname "${BASH_SOURCE[0]}")/train.sh" --elastic "$@"
+exec "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/train.sh" --elastic "$@"

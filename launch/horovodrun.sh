@@ -11,4 +11,4 @@ set -euo pipefail
 
 flags=(--log_dir="runs/logs/$(date +%Y%m%d-%H%M%S)")
 [[ ! ${SLURM_JOB_NODELIST:-} ]] || flags+=(--hosts=slurm)
-exec "$(dirname "${BASH_SOURCE[0]}")/train.sh" "${flags[@]}" "$@" # later flags count
+exec "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/train.sh" "${flags[@]}" "$@" # later flags count

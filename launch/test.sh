@@ -5,7 +5,7 @@
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 setup_flags=(--test)
 num_gpus=$(count_gpus)
