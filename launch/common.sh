@@ -1,15 +1,49 @@
 # shellcheck shell=bash disable=SC2034
 # Shared by the launchers, which source it.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$(realpath -m "${DIN_DIST_VENV:-$root/.venv}")
-cache=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/din_dist} # of what was built
-
 # A mistake of the user: one line, exit code 2.
 die() {
-  echo "$(basename "$0"): $*" >&2
+  echo "${0##*/}: $*" >&2
   exit 2
 }
+
+# Where no process can be started, bash retries for 15 s and says no more than that. This looks beforehand, and starts none.
+require_processes() {
+  local needed=32 limit='' used=0 line process threads controllers folder
+  [[ -r /proc/self/limits && -r /proc/self/cgroup ]] || return 0
+  while read -r line; do
+    [[ ! $line =~ ^Max\ processes\ +([0-9]+) ]] || limit=${BASH_REMATCH[1]}
+  done </proc/self/limits
+  if [[ $limit ]] && ((EUID != 0 && limit < 4096)); then # the usual tens of thousands need no counting
+    for process in /proc/[0-9]*; do
+      [[ -O $process ]] || continue
+      threads=("$process"/task/*)
+      used=$((used + ${#threads[@]}))
+    done
+    ((limit - used >= needed)) ||
+      die "this user must be allowed $needed more processes. Received: a limit of $limit (ulimit -u), $used in use. Raise it."
+  fi
+  while IFS=: read -r _ controllers folder; do
+    case $controllers in
+      '') folder=/sys/fs/cgroup$folder ;;
+      pids) folder=/sys/fs/cgroup/pids$folder ;;
+      *) continue ;;
+    esac
+    while [[ $folder == /sys/fs/cgroup* ]]; do # a group limits those within it too
+      folder=${folder%/}
+      if { read -r limit <"$folder/pids.max" && read -r used <"$folder/pids.current"; } 2>/dev/null; then
+        [[ $limit == max ]] || ((limit - used >= needed)) ||
+          die "this container or service must be allowed $needed more processes. Received: a limit of $limit ($folder/pids.max), $used in use. Raise it."
+      fi
+      folder=${folder%/*}
+    done
+  done </proc/self/cgroup
+}
+require_processes
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$(realpath -m "${DIN_DIST_VENV:-$root/.venv}")
+cache=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-~/.cache}/din_dist} # of what was built; ~ is known without HOME too
 
 require_command() { # what takes it, the command, its Debian package
   command -v "$2" >/dev/null || die "$1 takes $2, which is not on PATH. Install it (Debian, Ubuntu: apt-get install $3)."
