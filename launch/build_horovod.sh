@@ -9,12 +9,10 @@
 set -euo pipefail
 
 horovod_version=0.28.1
-horovod_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 
 # shellcheck source=launch/common.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 python=${PYTHON:-$venv/bin/python}
-constraints=$root/launch/constraints.txt
 
 device=cpu
 action=build
@@ -45,7 +43,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 }
 
 # Named by the pinned TensorFlow, so that --check knows the wheel before TensorFlow is installed.
-tensorflow_version=$(sed -n 's/^tensorflow==//p' "$constraints")
+tensorflow_version=$(pinned_version tensorflow)
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
 declare -A revision=([cpu]=8 [gpu]=9)
@@ -106,15 +104,15 @@ log=$folder/build.log
 echo "Building Horovod $horovod_version for $device: once, 2 to 3 minutes on 2 cores (log: $log)" >&2
 
 # The tools stay out of the environment that is built for.
-run_pip "$python" "$log" install --target "$work/tools" -c "$constraints" \
-  cmake setuptools wheel cloudpickle packaging psutil pyyaml
+run_pip "$python" "$log" install --require-hashes --no-deps --target "$work/tools" \
+  -r <(pinned cmake setuptools wheel cloudpickle packaging psutil pyyaml)
 # Horovod's CMake files break on a space in TensorFlow's path: give them a path without.
 ln -s "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" "$work/site-packages"
 export PYTHONPATH=$work/tools:$work/site-packages
-run_pip "$python" "$log" download --dest "$work" --no-deps --no-build-isolation --no-binary horovod "horovod==$horovod_version"
+# Checked before anything is unpacked: pip runs a source's setup.py to read its metadata.
+run_pip "$python" "$log" download --dest "$work" --require-hashes --no-deps --no-build-isolation --no-binary horovod \
+  -r <(pinned horovod)
 sdist=$work/horovod-$horovod_version.tar.gz
-sha256sum --check --status <<<"$horovod_sha256  $sdist" ||
-  die "$(basename "$sdist") must have the SHA-256 $horovod_sha256. The package index served another file: set PIP_INDEX_URL to a trusted one."
 tar -xzf "$sdist" -C "$work"
 source_tree=$work/horovod-$horovod_version
 

@@ -25,7 +25,7 @@ version=$("$python" -c 'from importlib import metadata
 versions = {found.name.replace("_", "-"): found.version for found in metadata.distributions()}
 print(versions.get("tensorflow") or versions.get("tensorflow-cpu", ""))')
 if [[ ! $version ]]; then # --check comes before it is installed
-  version=$(sed -n 's/^tensorflow==//p' "$root/launch/constraints.txt")
+  version=$(pinned_version tensorflow)
 fi
 key=$(cd "$root" && { sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh && echo "$version"; } | sha256sum | cut -c -16)-$(uname -m)
 compiled=$cache/kernels/$key

@@ -44,6 +44,7 @@ require_processes
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$(realpath -m "${DIN_DIST_VENV:-$root/.venv}")
 cache=${DIN_DIST_CACHE:-${XDG_CACHE_HOME:-~/.cache}/din_dist} # of what was built; ~ is known without HOME too
+constraints=$root/launch/constraints.txt # each version that is installed, with the SHA-256 of each of its files
 
 require_command() { # what takes it, the command, its Debian package
   command -v "$2" >/dev/null || die "$1 takes $2, which is not on PATH. Install it (Debian, Ubuntu: apt-get install $3)."
@@ -73,15 +74,51 @@ count_gpus() {
 
 # run_pip PYTHON LOG ARGUMENTS...: what pip says becomes LOG; its failure becomes one line.
 run_pip() {
-  local python=$1 log=$2 error
+  local python=$1 log=$2 error file digest
   shift 2
   # With no retries pip would not say that it could not connect.
   "$python" -m pip --disable-pip-version-check --no-input --retries 4 "$@" >"$log" 2>&1 && return
   if grep -qE '(NewConnection|ConnectTimeout|ReadTimeout|Proxy|SSL|ConnectionReset|NameResolution|Protocol)Error' "$log"; then
     die "the Python package index cannot be reached. Connect to it, or set PIP_INDEX_URL to one that can be reached. Log: $log"
   fi
+  if grep -q 'DO NOT MATCH THE HASHES' "$log"; then
+    file=$(sed -nE '/DO NOT MATCH/,$ s/^    ([^ ]+ from [^ ]*[^ :]).*:$/\1/p' "$log") # NAME==VERSION from ADDRESS
+    digest=$(sed -nE 's/^ +Got +//p' "$log")
+    die "${file%% *} must have a SHA-256 of launch/constraints.txt. Received: $digest ${file#* }. Have the package index serve the file that was pinned, or set PIP_INDEX_URL to one that does. Log: $log"
+  fi
+  if grep -q 'must have their versions pinned with ==\|Hashes are required in --require-hashes mode' "$log"; then
+    file=$(sed -nE '/(pinned with ==|Hashes are required)/,$ s/^    ([A-Za-z0-9_.-]+).*/\1/p' "$log" | head -n 1)
+    die "launch/constraints.txt must pin all that setup.cfg asks for. Received: no pin of $file. Run launch/pin.sh. Log: $log"
+  fi
   error=$(grep 'ERROR: ' "$log" || tail -n 1 "$log")
   die "pip failed: ${error##*$'\n'}. Correct this and run again. Log: $log"
+}
+
+# pinned NAMES...: their lines of constraints.txt, digests included, as requirements. In this form every version of pip checks them.
+pinned() {
+  awk -v names=" $* " '/^[^ #]/ { split($1, pin, "=="); wanted = index(names, " " pin[1] " ") } wanted' "$constraints"
+}
+
+pinned_version() { # of one package
+  pinned "$1" | sed -n '1s/^[^=]*==\([^ ]*\).*/\1/p'
+}
+
+# requirements_of PYTHON EXTRAS...: what setup.cfg asks for.
+requirements_of() {
+  "$1" - "$root/setup.cfg" "${@:2}" <<'PYTHON'
+import configparser
+import sys
+
+config = configparser.ConfigParser()
+config.read(sys.argv[1])
+extras = config["options.extras_require"]
+print(config["options"]["install_requires"], *(extras[name] for name in sys.argv[2:]), sep="\n")
+PYTHON
+}
+
+# renew_pip PYTHON LOG: the pip that Python brings along may not check files by digests of constraints. Ours does.
+renew_pip() {
+  run_pip "$1" "$2" install --require-hashes --no-deps -r <(pinned pip)
 }
 
 # await PROCESS: its exit code. A trapped signal ends bash's wait too, and says so by setting interrupted.
@@ -94,4 +131,26 @@ await() {
     [[ $interrupted ]]
   do :; done
   return "$code"
+}
+
+# make_tools FOLDER NAMES...: an environment in FOLDER with these tools of those who release, as pinned.
+make_tools() {
+  local folder=$1 log=$cache/tools.log python=${PYTHON:-python3}
+  shift
+  mkdir -p "$cache"
+  "$python" -m venv "$folder" >"$log" 2>&1 || die "no virtual environment could be made with $python: $(tail -n 1 "$log"). Log: $log"
+  renew_pip "$folder/bin/python" "$log"
+  run_pip "$folder/bin/python" "$log" install --require-hashes -c "$constraints" --only-binary :all: "$@"
+}
+
+# resolve UV REQUIREMENTS OUTPUT FLAGS...: all that the requirements need on any Python that we support, each with its digests. Versions
+# that are in OUTPUT already are preferred. Nothing of what is asked for is run: only Horovod and promise may lack a wheel, and
+# pyproject.toml says what they need. colorama: some packages want it on Windows.
+resolve() {
+  # What tells pip where the index is tells uv too.
+  [[ ! ${PIP_INDEX_URL:-} ]] || local -x UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+  [[ ! ${PIP_CERT:-} ]] || local -x SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+  "$1" --quiet --project "$root" pip compile "$2" --output-file "$3" --universal --python-version 3.11 --generate-hashes \
+    --only-binary :all: --no-binary horovod --no-binary promise --no-emit-package colorama --no-header --no-annotate "${@:4}" >/dev/null ||
+    die "uv must find versions that fit setup.cfg and its own flags. Received: the answer above. Correct one of them."
 }

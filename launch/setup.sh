@@ -65,10 +65,12 @@ exec {lock}>"$venv/din_dist_setup.lock"
 flock "$lock" # of two set-ups at once the second waits,
 exit_if_done  # and has nothing left to do
 
+# Every file is checked before anything in it is used. Nothing is built with tools that pip would fetch unchecked.
+pip_flags=(--require-hashes -c "$constraints" --no-build-isolation)
 # An environment that was moved, or whose set-up was cut off, cannot be trusted to hold what pip finds in it.
-pip_flags=(-c "$root/launch/constraints.txt")
 if [[ -f $stamp && $(<"$stamp") != "$venv from "* ]]; then
   pip_flags+=(--ignore-installed)
+  rm -rf "$venv"/lib/python3.*/site-packages/pip{,-*} # which venv then brings anew
 fi
 echo unfinished >"$stamp"
 
@@ -76,6 +78,7 @@ log=$venv/din_dist_setup.log
 echo "Setting up $venv for $device: one or two minutes (log: $log)" >&2
 "$base_python" -m venv "$venv" >"$log" 2>&1 || die "no virtual environment could be made at $venv: $(tail -n 1 "$log"). Log: $log"
 python=$venv/bin/python
+renew_pip "$python" "$log"
 
 tensorflow='tensorflow-cpu'
 other='tensorflow'
@@ -87,12 +90,14 @@ fi
 if "$python" -m pip show "$other" >/dev/null 2>&1; then
   run_pip "$python" "$log" uninstall --yes tensorflow tensorflow-cpu horovod
 fi
-run_pip "$python" "$log" install "${pip_flags[@]}" "$tensorflow" setuptools wheel
+run_pip "$python" "$log" install "${pip_flags[@]}" "$tensorflow" setuptools
 wheel=$(PYTHON=$python "$root/launch/build_horovod.sh" "${build_flags[@]}")
 # Its version says nothing of the TensorFlow that it was built for, so pip must not take the installed one for the same.
-run_pip "$python" "$log" install --force-reinstall --no-deps "$wheel"
-# Named again: told to ignore what is installed, pip would build Horovod from its index.
-run_pip "$python" "$log" install "${pip_flags[@]}" --no-build-isolation "$wheel" --editable "${root}[$device${tests/+/,}]"
+run_pip "$python" "$log" install --force-reinstall --no-deps --no-build-isolation "$wheel" --editable "$root"
+# All that setup.cfg asks for, with this Horovod: pip would build another from its index.
+requirements=$(requirements_of "$python" "$device" ${tests:+test} | grep -v '^horovod==')
+digest_of_wheel=$(sha256sum <"$wheel" | cut -c -64)
+run_pip "$python" "$log" install "${pip_flags[@]}" -r <(printf '%s\n' "$requirements" "$wheel --hash=sha256:$digest_of_wheel")
 PYTHON=$python "$root/launch/build_kernels.sh"
 
 echo "$made_from$tests" >"$stamp"

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.launch.packages import digest
+
 ROOT = Path(__file__).parents[2]
 HOROVOD = "0.28.1"
 
@@ -22,7 +24,12 @@ case "$1 ${{2-}}" in
   "-c "*'"%d.%d" %'*) echo "{version}" ;;
   "-c "*purelib*) echo {folder}/site-packages ;;
   "- ") cat >/dev/null; echo "{tensorflow}" ;;
-  "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "venv $3" >>{log} ;;
+  "-m venv")
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    [[ ! ${{FAKE_TOOLS-}} ]] || cp "$FAKE_TOOLS"/* "$3/bin"
+    echo "venv $3" >>{log}
+    ;;
   "-m pip")
     shift 2
     while [[ ! $1 =~ ^(show|install|uninstall|download|wheel)$ ]]; do shift; done
@@ -35,7 +42,11 @@ esac
 PIP = {
     # pip show NAME: whether it is installed
     "show": '[[ " ${FAKE_INSTALLED:-} " == *" $1 "* ]]',
-    "install": "sleep ${FAKE_PIP_SECONDS:-0}",
+    # pip install ... -r FILE: the file is kept
+    "install": """
+[[ ${*: -2:1} != -r ]] || cat "${@: -1}" >"$FAKE_REQUIREMENTS"
+sleep ${FAKE_PIP_SECONDS:-0}
+""",
     "uninstall": "true",
     # pip download --dest DIR ...
     "download": f'cp "$FAKE_SDIST" "$2/horovod-{HOROVOD}.tar.gz"',
@@ -87,6 +98,7 @@ class FakeCheckout:
                 if not name.startswith(("DIN_DIST_", "HOROVOD_", "CUDA"))
             },
             "DIN_DIST_CACHE": str(self.cache),
+            "FAKE_REQUIREMENTS": str(folder / "requirements"),
             "PYTHON": str(folder / "python"),
         }
         for name in ("launch", "din_dist/kernels"):
@@ -134,6 +146,17 @@ class FakeCheckout:
         compiled.parent.mkdir(parents=True, exist_ok=True)
         compiled.write_text("compiled\n")
 
+    def pin(self, *files: Path) -> None:
+        """Pins these packages to these files; other pins stay."""
+        constraints = self.root / "launch" / "constraints.txt"
+        kept = constraints.read_text()
+        for path in files:
+            name = path.name.split("-")[0].replace("_", "-")
+            version = path.name.split("-")[1].removesuffix(".tar.gz")
+            kept = re.sub(rf"^{name}==(.*\\\n)*.*\n", "", kept, flags=re.MULTILINE)
+            kept += f"{name}=={version} --hash=sha256:{digest(path)}\n"
+        constraints.write_text(kept)
+
     def start(self, name: str, *flags: str, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [self.root / "launch" / name, *flags],
@@ -156,6 +179,10 @@ class FakeCheckout:
         assert all(line.startswith(("Setting up ", "Building ")) for line in progress), done.stderr
         return error
 
+    def asked(self) -> list[str]:
+        """The last file of requirements that pip was given."""
+        return Path(self.env["FAKE_REQUIREMENTS"]).read_text().split("\n")
+
     def pip_calls(self) -> list[str]:
         return [line for line in self.log.read_text().splitlines() if line.startswith("pip ")]
 
@@ -166,7 +193,7 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
 
 
 def pinned(name: str) -> str:
-    found = re.search(rf"^{name}==(\S+)$", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
+    found = re.search(rf"^{name}==(\S+)", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
     assert found, f"{name} is not in constraints.txt"
     return found[1]
 

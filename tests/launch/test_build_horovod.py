@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import signal
+import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import HOROVOD, FakeCheckout, finished, path_without
+from tests.launch.fake_checkout import HOROVOD, FakeCheckout, finished, path_without, pinned
+from tests.launch.packages import make_sdist, make_wheel
 
 XLA_LINE = 'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n'
 
@@ -135,12 +136,6 @@ def serve_sdist(
             entry.size = len(text)
             archive.addfile(entry, io.BytesIO(text.encode()))
     checkout.env["FAKE_SDIST"] = str(sdist)
-    script = checkout.root / "launch" / "build_horovod.sh"
-    lines = script.read_text().splitlines(keepends=True)
-    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    script.write_text(
-        "".join(f"horovod_sha256={digest}\n" if line.startswith("horovod_sha256=") else line for line in lines)
-    )
 
 
 def wheels(checkout: FakeCheckout) -> list[Path]:
@@ -269,10 +264,18 @@ def test_no_python(checkout: FakeCheckout) -> None:
     )
 
 
-def test_an_altered_source_is_refused(checkout: FakeCheckout) -> None:
-    with Path(checkout.env["FAKE_SDIST"]).open("ab") as sdist:
-        sdist.write(b"!")
-    assert f"horovod-{HOROVOD}.tar.gz must have the SHA-256 " in checkout.error("build_horovod.sh")
+def test_an_altered_source_is_refused_before_it_runs(checkout: FakeCheckout, tmp_path: Path) -> None:
+    """With the real pip, and stand-ins for the tools, which hide none of those that pip itself needs."""
+    index = tmp_path / "index"
+    index.mkdir()
+    tools = ("cmake", "setuptools", "wheel", "cloudpickle", "packaging", "psutil", "pyyaml")
+    checkout.pin(*(make_wheel(index, name, pinned(name), module=f"our_{name}") for name in tools))
+    planted = tmp_path / "planted"
+    make_sdist(index, "horovod", HOROVOD, first=f"open({str(planted)!r}, 'w')")
+    env = {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
+    error = checkout.error("build_horovod.sh", PYTHON=sys.executable, **env)
+    assert error.startswith(f"build_horovod.sh: horovod=={HOROVOD} must have a SHA-256 of launch/constraints.txt. ")
+    assert not planted.exists()
     assert wheels(checkout) == []
 
 
