@@ -33,7 +33,9 @@ COMPOSE_FILE = ROOT / "docker" / "docker-compose.yml"
 COMPOSE = yaml.safe_load(COMPOSE_FILE.read_text())
 IMAGE = COMPOSE["services"]["launcher"]["image"]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-BASES = dict(re.findall(r"^ARG (\w+_BASE)=(.+)$", DOCKERFILE.read_text(), re.MULTILINE))
+# By tag: what stands in for an image has another digest.
+BASES = dict(re.findall(r"^ARG (\w+_BASE)=([^@\n]+)", DOCKERFILE.read_text(), re.MULTILINE))
+PROMETHEUS_IMAGE, *_ = COMPOSE["services"]["prometheus"]["image"].split("@")
 # Of a machine that runs this as root but may not raise limits.
 RUN_FLAGS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
 PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=/usr/sbin/runc"]
@@ -90,7 +92,8 @@ def build_target(target: str, image: str) -> None:
         started = time.monotonic()
         # In the other format an image has no health check.
         flags = ["--isolation=chroot", "--format=docker", "--file", DOCKERFILE, "--target", target]
-        flags += ["--build-arg", "REVISION=" + run("git", "-C", ROOT, "rev-parse", "HEAD").strip()]
+        arguments = {**BASES, "REVISION": run("git", "-C", ROOT, "rev-parse", "HEAD").strip()}
+        flags += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         run("buildah", "bud", *flags, "--secret", f"id=pip_conf,src={settings}", "--tag", image, ROOT)
     print(f"built in {time.monotonic() - started:.0f} s")
     print(run("podman", "images", "--format", "{{.Repository}}:{{.Tag}} {{.Size}}"))
@@ -103,10 +106,9 @@ def build() -> None:
         if not has_image(base):
             bootstrap(Path(folder), "bookworm")
             keep_as(base, Path(folder))
-    prometheus = COMPOSE["services"]["prometheus"]["image"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "Dockerfile").write_text(PROMETHEUS.format(base=base))
-        run("buildah", "bud", "--isolation=chroot", "--tag", prometheus, folder)
+        run("buildah", "bud", "--isolation=chroot", "--tag", PROMETHEUS_IMAGE, folder)
     build_target("cpu", IMAGE)
 
 
@@ -228,16 +230,19 @@ def volume(name: str) -> Path:
 def composed(*flags: str, trainer_flags: str = "") -> Iterator[subprocess.Popen[str]]:
     """`up` without Grafana, which is not to be had without a registry."""
     words = ["podman-compose", f"--podman-args={' '.join(PODMAN[1:])}", f"--podman-run-args={' '.join(RUN_FLAGS)}"]
-    words += ["--file", str(COMPOSE_FILE)]
-    up = [*words, "up", "--no-build", *flags, "worker", "launcher", "prometheus"]
-    print("$", *up, flush=True)
-    process = subprocess.Popen(up, text=True, env={**os.environ, "DIN_DIST_FLAGS": trainer_flags})
-    try:
-        wait("Prometheus to see both ranks", lambda: len(ask_prometheus('up{job="din_dist"} == 1')) == 2)
-        yield process
-    finally:
-        process.kill()
-        subprocess.run([*words, "down", "--timeout", "5"], check=False, stdout=subprocess.DEVNULL)
+    with tempfile.NamedTemporaryFile("w", suffix=".yml") as stand_in:
+        stand_in.write(f"services: {{prometheus: {{image: {PROMETHEUS_IMAGE}}}}}\n")
+        stand_in.flush()
+        words += ["--file", str(COMPOSE_FILE), "--file", stand_in.name]
+        up = [*words, "up", "--no-build", *flags, "worker", "launcher", "prometheus"]
+        print("$", *up, flush=True)
+        process = subprocess.Popen(up, text=True, env={**os.environ, "DIN_DIST_FLAGS": trainer_flags})
+        try:
+            wait("Prometheus to see both ranks", lambda: len(ask_prometheus('up{job="din_dist"} == 1')) == 2)
+            yield process
+        finally:
+            process.kill()
+            subprocess.run([*words, "down", "--timeout", "5"], check=False, stdout=subprocess.DEVNULL)
 
 
 def container(service: str) -> str:

@@ -32,10 +32,14 @@ def version() -> str:
     return config["metadata"]["version"]
 
 
-def test_base_images_are_pinned_by_version() -> None:
+# By version for people, and by digest: a tag can be moved to another image.
+PINNED = re.compile(r"docker\.io/[a-z/]+:v?[0-9]+\.[0-9.]+[a-z0-9.-]*@sha256:[0-9a-f]{64}")
+
+
+def test_base_images_are_pinned() -> None:
     bases = re.findall(r"^ARG \w+_BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert len(bases) == 3
-    assert all(re.fullmatch(r"docker\.io/[a-z/]+:[0-9]+\.[0-9.]+[a-z0-9.-]*", base) for base in bases)
+    assert all(PINNED.fullmatch(base) for base in bases)
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
     assert [base for base, _ in stages] == ["${CPU_BASE}", "${GPU_BUILD_BASE}", "${GPU_BASE}", "${CPU_BASE}"]
 
@@ -59,7 +63,7 @@ def test_each_service_is_bounded_and_seen_from_this_machine_only(name: str) -> N
     assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
     assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-    assert re.search(r":v?[0-9]+\.[0-9]+\.[0-9]+$", service["image"])
+    assert service["image"] == f"din-dist:{version()}" or PINNED.fullmatch(service["image"])
     for volume in service["volumes"]:
         source = volume.split(":")[0]
         assert source in COMPOSE["volumes"] or (DOCKER / source).is_dir()
