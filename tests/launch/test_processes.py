@@ -16,7 +16,7 @@ from tests.launch.fake_checkout import ROOT
 
 OTHER_USER = 54321  # has no process, which are counted by user
 LAUNCHERS = [
-    *("build_horovod.sh", "build_kernels.sh", "elastic.sh", "horovodrun.sh", "k8s.sh", "pin.sh"),
+    *("build_horovod.sh", "build_kernels.sh", "elastic.sh", "horovodrun.sh", "k8s.sh", "pin.sh", "release_check.sh"),
     *("setup.sh", "test.sh", "train.sh"),
 ]
 
