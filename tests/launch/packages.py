@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import re
 import tarfile
 import threading
 import zipfile
@@ -31,6 +32,7 @@ def make_wheel(
     package = module_of(name)
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     metadata += "".join(f"Requires-Dist: {one}\n" for one in requires)
+    metadata += "".join(f"Provides-Extra: {extra}\n" for extra in re.findall(r"extra == '(.+?)'", " ".join(requires)))
     files = {
         f"{module or package}.py": source,
         f"{package}-{version}.dist-info/METADATA": metadata,

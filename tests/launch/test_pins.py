@@ -133,6 +133,30 @@ def test_what_is_pinned_is_installed(pip: Pip) -> None:
     assert {path.name for path in pip.target.glob("*.py")} == {"asked_for.py", "needed.py"}
 
 
+def test_what_an_extra_brings_is_checked_too(pip: Pip) -> None:
+    """As tensorflow[and-cuda] brings NVIDIA's packages."""
+    needed = make_wheel(pip.genuine, "needed", "1.0")
+    asked_for = make_wheel(pip.genuine, "asked-for", "2.0", requires=("needed>=1; extra == 'fast'",))
+    pip.checkout.pin(asked_for, needed)
+    here = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(pip.genuine)}
+    assert pip.install("'asked-for[fast]'", **here).returncode == 0
+    assert {path.name for path in pip.target.glob("*.py")} == {"asked_for.py", "needed.py"}
+    make_wheel(pip.genuine, "needed", "1.0", source="other = 1")
+    done = pip.install("--ignore-installed", "'asked-for[fast]'", **here)
+    assert done.returncode == 2
+    assert done.stderr.startswith("setup.sh: needed==1.0 must have a SHA-256 of launch/constraints.txt. Received: ")
+
+
+def test_constraints_of_the_user_s_own_loosen_nothing(pip: Pip, tmp_path: Path) -> None:
+    pip.checkout.pin(make_wheel(pip.genuine, "needed", "1.0"))
+    other = make_wheel(pip.tampered, "needed", "1.0", source="other = 1")
+    for own in ("needed<2\n", f"needed==1.0 --hash=sha256:{digest(other)}\n"):
+        (tmp_path / "own.txt").write_text(own)
+        env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(pip.tampered), "PIP_CONSTRAINT": str(tmp_path / "own.txt")}
+        assert pip.install("needed", **env).returncode == 2
+        assert not pip.target.exists()
+
+
 @pytest.mark.parametrize("made", ["wheel", "sdist"])
 @pytest.mark.parametrize("way", ["folder", "index", "index that tells the right digest"])
 def test_another_file_than_was_pinned_is_refused_before_it_runs(pip: Pip, made: str, way: str) -> None:
