@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pins the images that docker/ builds on or runs to the digests that their tags have now in the registry. Nothing is pulled.
+# Pins the images that docker/ builds on or runs to the digests that their tags have in the registry. Pulls none.
 #
 #   docker/pin_images.sh [--check]
 #

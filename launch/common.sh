@@ -7,7 +7,7 @@ die() {
   exit 2
 }
 
-# Where no process can be started, bash retries for 15 s and says no more than that. This looks beforehand, and starts none.
+# Where no process can be started, bash retries for 15 s and says no more. This looks beforehand, and starts none.
 require_processes() {
   local needed=32 limit='' used=0 line process threads controllers folder
   [[ -r /proc/self/limits && -r /proc/self/cgroup ]] || return 0
@@ -94,7 +94,7 @@ run_pip() {
   die "pip failed: ${error##*$'\n'}. Correct this and run again. Log: $log"
 }
 
-# pinned NAMES...: their lines of constraints.txt, digests included, as requirements. In this form every version of pip checks them.
+# pinned NAMES...: their lines of constraints.txt, as requirements whose digests every version of pip checks.
 pinned() {
   awk -v names=" $* " '/^[^ #]/ { split($1, pin, "=="); wanted = index(names, " " pin[1] " ") } wanted' "$constraints"
 }
@@ -143,9 +143,9 @@ make_tools() {
   run_pip "$folder/bin/python" "$log" install --require-hashes -c "$constraints" --only-binary :all: "$@"
 }
 
-# resolve UV REQUIREMENTS OUTPUT FLAGS...: all that the requirements need on any Python that we support, each with its digests. Versions
-# that are in OUTPUT already are preferred. Nothing of what is asked for is run: only Horovod and promise may lack a wheel, and
-# pyproject.toml says what they need. colorama: some packages want it on Windows.
+# resolve UV REQUIREMENTS OUTPUT FLAGS...: all that the requirements need on any Python that we support, with its
+# digests. Versions that are in OUTPUT already are preferred. Nothing of what is asked for is run: only Horovod and
+# promise may lack a wheel, and pyproject.toml says what they need. colorama: some packages want it on Windows.
 resolve() {
   # What tells pip where the index is tells uv too.
   [[ ! ${PIP_INDEX_URL:-} ]] || local -x UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}

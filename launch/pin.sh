@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Pins what setup.cfg asks for, and all that it needs in turn: writes launch/constraints.txt, with the SHA-256 of each file that the
-# package index has of each version. Nothing of what is pinned is run.
+# Pins what setup.cfg asks for, and all that it needs in turn: writes launch/constraints.txt, with the SHA-256 of each
+# file that the package index has of each version. Nothing of what is pinned is run.
 #
 #   launch/pin.sh [uv flags]        as --upgrade-package=NAME, or --upgrade for all
 #
-# A version stays as it is until setup.cfg or a flag asks for another. Only releases at least a week old are taken: most that
-# are tampered with are found by then. One that mends a vulnerability comes sooner by --exclude-newer-package=NAME=0d.
+# A version stays as it is until setup.cfg or a flag asks for another. Only releases at least a week old are taken: most
+# that are tampered with are found by then. One that mends a vulnerability may come sooner:
+# --exclude-newer-package=NAME=0d.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh

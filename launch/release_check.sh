@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What must hold before a release, beside the tests: no pinned version has a known vulnerability, and every image is pinned to
-# the digest that its tag has. Writes what a release is made of (SBOM, CycloneDX JSON) into dist/.
+# What must hold before a release, beside the tests: no pinned version has a known vulnerability, and every image is
+# pinned to the digest that its tag has. Writes what a release is made of (SBOM, CycloneDX JSON) into dist/.
 #
 #   launch/release_check.sh [--vulnerability-service=pypi|osv]
 #
-# What is known of the vulnerabilities comes by pip-audit from the package index or from osv.dev. Those that this project has an
-# answer to are in launch/answered_vulnerabilities.txt.
+# pip-audit asks the package index, or osv.dev, for known vulnerabilities. Those that this project has an answer to are in
+# launch/answered_vulnerabilities.txt.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
