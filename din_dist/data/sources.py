@@ -130,8 +130,8 @@ class _Search:
             kinds.append("an Iceberg table")
         if kinds:
             raise InputError(
-                f"{folder}: a {self._table} is files, all of which count. Received: {kinds[0]}, whose folder keeps files "
-                "of earlier versions too. Write it out as Parquet, for example with Spark."
+                f"{folder}: a {self._table} is files, all of which count. Received: {kinds[0]}, whose folder keeps "
+                "files of earlier versions too. Write it out as Parquet, for example with Spark."
             )
 
     def _add(self, path: Path) -> None:
