@@ -1,17 +1,20 @@
 """Serves an export over HTTP: `python -m din_dist.cli.serve --export_dir DIR`.
 
 The API is that of TensorFlow Serving's REST endpoint. The line on stdout is the model's URL, printed when requests are
-taken on. SIGTERM and SIGINT end it: what was accepted is answered first.
+taken on. SIGTERM, SIGINT and SIGHUP end it: what was accepted is answered first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import resource
 import signal
+import socket
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,14 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
-from din_dist.errors import EXIT_SIGINT
+from din_dist.errors import EXIT_SIGINT, InputError
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
 from din_dist.serving.manifest import Manifest, read_manifest
 
-_OTHER_FILES = 256  # besides connections
+_OTHER_FILES = 128  # for probes, for connections that are just accepted or closed, and to spare
+_OF_THE_MODEL = 128  # at most, and what was open before
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 for _field in dataclasses.fields(ServeConfig):
@@ -39,15 +44,19 @@ def main() -> None:
     config = ServeConfig(**given)
     folder, version = find_export(Path(config.export_dir))
     manifest = read_manifest(folder)
-    from din_dist.serving.http.server import Served, Server, listen
+    from din_dist.serving.http.listener import listen
 
-    _allow_open_files(config.max_connections + _OTHER_FILES)
-    listener = listen(config.host, config.port)
+    _allow_open_files(config.max_connections + _OTHER_FILES + _OF_THE_MODEL)
+    _num_connections(config.max_connections)
+    listener, health_listener = listen(config.host, config.port), None
+    if config.health_port >= 0:
+        health_listener = listen(config.health_host or config.host, config.health_port, "--health_host, --health_port")
     entry.import_tensorflow()  # takes seconds: a wrong folder or a taken port is answered before
     from din_dist.serving.bundle import Bundle
     from din_dist.serving.http.metrics import ServingMetrics
     from din_dist.serving.http.parse import Vocabulary
     from din_dist.serving.http.scoring import warm_up
+    from din_dist.serving.http.server import Served, Server
     from din_dist.versions import build_info
 
     bundle = Bundle.open(folder)
@@ -57,36 +66,73 @@ def main() -> None:
     served = Served(bundle, vocabulary, version, _description(manifest))
     labels = {"name": config.model_name, "version": str(version), "digest": manifest.digest}
     metrics = ServingMetrics(labels, build_info())
+    num_connections = _num_connections(config.max_connections)
+    if num_connections < config.max_connections:
+        entry.say(f"at most {num_connections} connections, because of the limit of open files: see ulimit -n")
+    config = dataclasses.replace(config, max_connections=num_connections)
+    gc.collect()
+    gc.freeze()  # TensorFlow's objects are many, and whenever all are looked at, every answer waits
 
     async def serve() -> bool:
         server = Server(config, served, metrics, entry.say)
-        loop = asyncio.get_running_loop()
-        asked: set[signal.Signals] = set()
+        _stop_on_signals(server.stop)
+        if health_listener:
+            entry.say(f"health and metrics: {_url(health_listener)}")
+        url = f"{_url(listener)}/v1/models/{config.model_name}"
+        return await server.run(listener, lambda: print(url, flush=True), health_listener)
 
-        def end(number: signal.Signals) -> None:
-            if signal.SIGINT in asked and number is signal.SIGINT:
-                os._exit(EXIT_SIGINT)
-            if not asked:
-                entry.say("ending after what was accepted; Ctrl-C twice ends at once")
-            asked.add(number)
-            server.stop()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end, number)
-        host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1/models/{config.model_name}"
-        return await server.run(listener, when_ready=lambda: print(url, flush=True))
-
-    if not asyncio.run(serve()):
+    answered = asyncio.run(serve())
+    for number in _ENDS:
+        signal.signal(number, signal.SIG_DFL if number is signal.SIGINT else signal.SIG_IGN)  # it is ending
+    if not answered:
         entry.leave_at_once(1, f"not all was answered within {config.shutdown_timeout_seconds:g} seconds")
 
 
+def _stop_on_signals(stop: Callable[[], None]) -> None:
+    """Stops at the first signal; Ctrl-C once more ends the process at once."""
+    asked: set[signal.Signals] = set()
+
+    def end(number: signal.Signals) -> None:
+        if signal.SIGINT in asked and number is signal.SIGINT:
+            os._exit(EXIT_SIGINT)
+        stop()
+        if not asked:
+            entry.say("ending after what was accepted; Ctrl-C twice ends at once")
+        asked.add(number)
+
+    for number in _ENDS:
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def _allow_open_files(count: int) -> None:
-    """As far as this user may: the usual limit of 1024 is soft."""
+    """Raises the limit of open files as far as this user may: the usual 1024 is soft."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         most = count if hard == resource.RLIM_INFINITY else min(count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _num_connections(wanted: int) -> int:
+    """Returns how many connections the limit of open files has room for now, if not all that are wanted.
+
+    Raises:
+        InputError: for none.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    others = len(list(Path("/proc/self/fd").iterdir())) + _OTHER_FILES
+    if limit <= others:
+        raise InputError(
+            f"The limit of open files must be above {others}. Received: {limit}. Raise it: ulimit -n {others + wanted}."
+        )
+    return min(wanted, limit - others)
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:

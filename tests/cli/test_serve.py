@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
+import pty
+import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import termios
 import threading
 import time
 import urllib.parse
@@ -17,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from din_dist.serving.bundle import Bundle
+from din_dist.serving.manifest import read_manifest
 from tests.cli.test_commands import assert_one_line
 from tests.preloaded import Preloaded, Running, preloaded
 from tests.programs import free_port
@@ -169,41 +178,174 @@ def test_what_it_refuses(commands: Preloaded, versions: Path, served: Served, tm
     assert_one_line(done, "saved_model.pb: must be as it was published. Received: other content.")
 
 
-def test_sigterm_under_load_loses_nothing(served: Served) -> None:
-    """Its last test: whoever is connected gets an answer to all that was sent, and the process ends with 0."""
-    lost: list[str] = []
-    answered: list[int] = []
-    body = json.dumps({"instances": [{"history_item_ids": HISTORIES[3], "candidate_item_id": "i1"}]})
+def test_probes_have_a_port_of_their_own(commands: Preloaded, versions: Path) -> None:
+    """It answers when the other one is full, and goes on until the end."""
+    words = ("--health_port=0", "--health_host=127.0.0.2", "--max_connections=5")
+    with serving(commands, "clicks", f"--export_dir={versions}", *words) as server, contextlib.ExitStack() as stack:
+        (line,) = server.process.stderr.splitlines()
+        assert line.startswith("health and metrics: http://127.0.0.2:")
+        place = line.rpartition("//")[2]
+        host, _, port = server.address.partition(":")
+        for _ in range(5):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        for path, told in (("/healthz", '{"status": "ok"}'), ("/readyz", '{"status": "ready"}')):
+            assert _get(place, path) == (200, told)
+        assert f'digest="{read_manifest(versions / "10").digest}"' in _get(place, "/metrics")[1]
+        assert _get(place, "/v1/models/clicks")[0] == 404
+        for wrong in ("-2", "70000"):
+            done = commands.run("serve", f"--export_dir={versions}", f"--health_port={wrong}")
+            assert_one_line(done, f"--health_port: must be a port, 0 or -1. Received: {wrong}.")
+        done = commands.run("serve", f"--export_dir={versions}", "--port=0", f"--health_port={port}")
+        assert_one_line(done, "--health_host, --health_port: must be an address and a free port of this machine. Rec")
 
-    def client() -> None:
+
+def _get(place: str, path: str) -> tuple[int, str]:
+    with contextlib.closing(http.client.HTTPConnection(place, timeout=30)) as connection:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def test_it_outlives_a_want_of_files(commands: Preloaded, versions: Path) -> None:
+    """Nothing can be accepted for a while, as when others of the machine have taken all: it waits, and says so once."""
+    with serving(commands, "clicks", f"--export_dir={versions}") as server, contextlib.ExitStack() as stack:
+        process = psutil.Process(server.process.pid)
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() + 10, before[1]))
+        host, _, port = server.address.partition(":")
+        for _ in range(60):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        time.sleep(3)
+        assert server.predict(score())  # the silent ones give way
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        stack.close()
+        assert server.is_ready()
+        told = "no connection can be accepted for now: Too many open files; see ulimit -n and --max_connections"
+        assert set(server.process.stderr.splitlines()) == {told}
+        assert server.process.stderr.count(told) < 10
+
+
+def score() -> dict[str, Any]:
+    return {"instances": [{"history_item_ids": HISTORIES[3], "candidate_item_id": "i1"}]}
+
+
+class Load:
+    """Clients that ask without pause until the port is closed. What was sent and not answered is in `lost`."""
+
+    def __init__(self, address: str, body: Any, num_clients: int = 8) -> None:
+        self.lost: list[str] = []
+        self.answered: list[int] = []
+        self._address, self._body = address, json.dumps(body)
+        self._clients = [threading.Thread(target=self._ask) for _ in range(num_clients)]
+        for client in self._clients:
+            client.start()
+
+    def _ask(self) -> None:
         while True:
-            connection = http.client.HTTPConnection(served.address, timeout=30)
+            connection = http.client.HTTPConnection(self._address, timeout=30)
             count = 0
             try:
                 while connection.sock or not count:
-                    connection.request("POST", "/v1/models/clicks:predict", body)
+                    connection.request("POST", "/v1/models/clicks:predict", self._body)
                     response = connection.getresponse()
                     response.read()
-                    answered.append(response.status)
+                    self.answered.append(response.status)
                     count += 1
             except OSError as error:
                 if not count:  # the port is closed
                     return
-                lost.append(repr(error))
+                self.lost.append(repr(error))
             finally:
                 connection.close()
 
-    clients = [threading.Thread(target=client) for _ in range(8)]
-    for thread in clients:
-        thread.start()
-    time.sleep(0.5)
-    os.kill(served.process.pid, signal.SIGTERM)
-    done = served.process.wait(30)
-    for thread in clients:
-        thread.join(30)
-        assert not thread.is_alive()
-    assert (done.returncode, done.stdout) == (0, f"{served.url}\n"), done.stderr
+    def join(self) -> None:
+        for client in self._clients:
+            client.join(30)
+            assert not client.is_alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_under_load_loses_nothing(commands: Preloaded, versions: Path, number: signal.Signals) -> None:
+    """Whoever is connected gets an answer to all that was sent, and the process ends with 0."""
+    with serving(commands, "clicks", f"--export_dir={versions}") as server:
+        load = Load(server.address, score())
+        time.sleep(0.5)
+        os.kill(server.process.pid, number)
+        done = server.process.wait(30)
+        load.join()
+    assert (done.returncode, done.stdout) == (0, f"{server.url}\n"), done.stderr
     assert done.stderr.splitlines()[-1] == "ending after what was accepted; Ctrl-C twice ends at once"
-    assert lost == []
-    assert len(answered) > 20
-    assert set(answered) == {200}
+    assert load.lost == []
+    assert len(load.answered) > 20
+    assert set(load.answered) == {200}
+
+
+def test_few_files_many_strangers_and_a_terminal_that_closes(versions: Path) -> None:
+    """With 256 files a thousand that say nothing, or too little, leave room for others. Then its terminal closes."""
+    keeper, terminal = pty.openpty()
+
+    def begin() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    words = [sys.executable, "-m", "din_dist.cli.serve", f"--export_dir={versions}", "--port=0", "--model_name=clicks"]
+    with (
+        subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=begin) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
+        lines = []
+        with open(keeper, closefd=False) as screen:
+            while not (lines and lines[-1].startswith("http")):
+                lines.append(screen.readline().strip())
+        os.close(terminal)
+        assert any("connections, because of the limit of open files: see ulimit -n" in line for line in lines)
+        url = urllib.parse.urlparse(lines[-1])
+        server = psutil.Process(process.pid)
+        server_memory, num_threads = server.memory_info().rss, server.num_threads()
+        head = f"POST {url.path}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n"
+        for number in range(1000):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((url.hostname, url.port))
+            with contextlib.suppress(OSError):
+                client.send(("", head, head + "\r\n{")[number % 3].encode())
+            if number % 100 == 0:
+                time.sleep(0.1)
+        time.sleep(1.5)
+        for _ in range(20):
+            with contextlib.closing(http.client.HTTPConnection(url.netloc, timeout=30)) as connection:
+                connection.request("POST", f"{url.path}:predict", json.dumps(score()))
+                assert connection.getresponse().status == 200
+        assert server.num_fds() < 256
+        assert server.num_threads() < num_threads + 10
+        assert server.memory_info().rss < server_memory + 100 * 2**20
+        load = Load(url.netloc, score())
+        time.sleep(0.5)
+        os.close(keeper)  # the kernel sends SIGHUP, and whatever is printed fails
+        assert process.wait(60) == 0
+        load.join()
+        assert load.lost == []
+        assert set(load.answered) == {200}
+
+
+def test_who_asked_to_be_left_alone_by_sighup_is() -> None:
+    """nohup asks so."""
+    source = """
+import asyncio, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.argv = ["serve"]
+from din_dist.cli import serve
+
+async def main():
+    serve._stop_on_signals(lambda: print("stopped"))
+    signal.raise_signal(signal.SIGHUP)
+    await asyncio.sleep(0.1)
+    signal.raise_signal(signal.SIGTERM)
+    await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "stopped\n"

@@ -133,7 +133,8 @@ def test_two_jobs_in_one_process_do_not_clash(tmp_path: Path) -> None:
 
 
 def test_names_follow_the_conventions_and_stand_in_the_readme(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    root = Path(__file__).parents[2]
+    readme = "".join((root / name).read_text() for name in ("README.md", "din_dist/serving/README.md"))
     told = set(re.findall(r"din_dist_[a-z_]+", readme))
     exporter = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)
     registries = (exporter.registry, ServingMetrics({}, {}).registry)

@@ -48,9 +48,20 @@ class ServingMetrics:
         self.queue_requests = gauge("queue_requests", "Requests that wait for the model.")
         self.queue_positions = gauge("queue_positions", "Their pairs of candidate and history item.")
         self.in_progress = gauge("in_progress", "Requests not yet answered.")
+        self.connections = gauge("connections", "Open connections, without those of --health_port.")
+        self.buffered_bytes = gauge("buffered_bytes", "Bodies that arrive and answers that are not yet read.")
         self.connections_refused = Counter(
             "din_dist_serving_connections_refused", "Connections above --max_connections.", registry=registry
         )
+        self.connections_dropped = Counter(
+            "din_dist_serving_connections_dropped",
+            "Connections hung up on. Unread: the client left its answer unread; room: it kept the server waiting, and "
+            "another client had none.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in ("unread", "room"):
+            self.connections_dropped.labels(reason)
         self.ready = gauge("ready", "1 while requests are taken on; 0 while the server ends.")
         gauge("start_timestamp_seconds", "When this process began.").set(time.time())
         Info("din_dist_serving_model", "What is served.", registry=registry).info(dict(model))

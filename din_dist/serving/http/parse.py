@@ -22,7 +22,8 @@ SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
 _INT64 = np.iinfo(np.int64)
-_MOST_SHOWN = 60
+_MOST_SHOWN = 60  # characters of a value in an error
+_MOST_LISTED = 3  # values of a list in an error
 
 
 class BadRequest(ValueError):
@@ -83,12 +84,20 @@ def signature_of(body: object) -> str:
     return name if name in SIGNATURES else SCORE if name == DEFAULT_SIGNATURE else "none"
 
 
-def load(body: bytes) -> object:
-    """The JSON in a body.
+def most_parts(vocabulary: Vocabulary, limits: ServeConfig) -> int:
+    """Counts the lists, objects and keys that the largest allowed request has."""
+    features = len(vocabulary.item_features)
+    of_an_instance = 10 + 4 * features  # 3 objects with 5 keys, 2 lists, and a key and a list a feature on either side
+    return 8 + of_an_instance * limits.max_instances
+
+
+def load(body: bytes, most: int) -> object:
+    """Returns the JSON in a body, which has at most `most` lists, objects and keys.
 
     Raises:
-        BadRequest: it is not strict JSON in UTF-8.
+        BadRequest: it is not strict JSON in UTF-8, or it has more of them.
     """
+    _check_parts(body, most)
     try:
         return json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
@@ -101,6 +110,21 @@ def load(body: bytes) -> object:
         raise
     except ValueError:  # of int(), for more digits than Python converts
         raise BadRequest("The body must have integers of 64 bits. Received: one with thousands of digits.") from None
+
+
+def _check_parts(body: bytes, most: int) -> None:
+    """Refuses what takes long to make and to collect: a megabyte has room for half a million lists.
+
+    The first count is fast and may be too high, because ids may have brackets and colons.
+    """
+    if _num_parts(body) > most:
+        no_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
+        if _num_parts(b"".join(no_escapes.split(b'"')[::2])) > most:  # what stands between the strings
+            raise BadRequest(f"The body must have at most {most} lists, objects and keys. Received: more.")
+
+
+def _num_parts(text: bytes) -> int:
+    return text.count(b"[") + text.count(b"{") + text.count(b":")
 
 
 def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
@@ -319,7 +343,7 @@ def _check_keys(value: object, where: str, needed: tuple[str, ...], others: tupl
         _refuse(where, "must be an object", value)
     for key in needed:
         if key not in value:
-            _refuse(where, f"must have {key}", sorted(value))
+            _refuse(where, f"must have {key}", sorted(value) if len(value) <= _MOST_LISTED else value)
     for key in value:
         if key not in needed and key not in others:
             known = f"must have only {', '.join(needed + others)}" if needed or others else "must be empty"
@@ -341,13 +365,19 @@ def _refuse(where: str, rule: str, received: object) -> NoReturn:
     """The rule and what came: of long things the beginning, and never what could break a line or a terminal."""
     if isinstance(received, dict):
         text = f"an object of {len(received)}"
-    elif isinstance(received, list) and (len(received) > 3 or not {*map(type, received)} <= {str, int, float}):
+    elif isinstance(received, list) and (
+        len(received) > _MOST_LISTED or not {*map(type, received)} <= {str, int, float}
+    ):
         # Its text could be as long as the body, and nested too deeply to write.
         text = f"a list of {len(received)}"
     else:
-        text = json.dumps(received)
+        text = json.dumps([_beginning(one) for one in received] if isinstance(received, list) else _beginning(received))
     shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
     raise BadRequest(f"{where} {rule}. Received: {shown}.")
+
+
+def _beginning(value: object) -> object:
+    return value[: _MOST_SHOWN + 1] if isinstance(value, str) else value
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -357,6 +387,9 @@ def _refuse_constant(name: str) -> NoReturn:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        _refuse("An object", "must have each key once", next(name for name in names if names.count(name) > 1))
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                _refuse("An object", "must have each key once", name)
+            seen.add(name)
     return found

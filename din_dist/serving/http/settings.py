@@ -18,6 +18,12 @@ class ServeConfig:
     model_name: str = setting("din_dist", "What the model is called in URLs: /v1/models/NAME:predict.")
     host: str = setting("127.0.0.1", "Address to listen on. 0.0.0.0: every one of this machine; there is no password.")
     port: int = setting(8501, "Port to listen on. 0: a free one, see the line on stdout.")
+    health_port: int = setting(
+        -1,
+        "A second port, for /healthz, /readyz and /metrics alone, which answers however busy the first one is. "
+        "0: a free one, see stderr; -1: none.",
+    )
+    health_host: str = setting("", "Address for --health_port. Default: that of --host.")
     batch_timeout_ms: float = setting(
         0.0,
         "How long a request waits for others to be scored with, in milliseconds. Those that arrive while the model is "
@@ -29,9 +35,18 @@ class ServeConfig:
     max_queue_positions: int = setting(1_000_000, "Positions that may wait in all; any more get 429 at once.")
     request_timeout_seconds: float = setting(10.0, "After so long in the queue or the model a request gets 503.")
     client_timeout_seconds: float = setting(
-        30.0, "How long a client may take over a request, or leave its connection idle, before it is hung up on."
+        30.0,
+        "How long a client may take over a request, leave its answer unread or its connection idle, before it is hung "
+        "up on.",
     )
-    max_connections: int = setting(1000, "Connections that may be open; any more get 503 and are closed.")
+    max_connections: int = setting(
+        1000,
+        "Connections that may be open; any more get 503 and are closed, unless others that keep the server waiting "
+        "give way.",
+    )
+    max_buffered_bytes: int = setting(
+        1 << 28, "Bytes of bodies that arrive and of answers that wait to be read, over all; any more get 503."
+    )
     max_body_bytes: int = setting(1 << 20, "Largest body of a request, unpacked. Larger ones get 413.")
     max_instances: int = setting(1024, "Most instances in a request.")
     max_candidates: int = setting(10_000, "Most candidates in a request, over all its instances.")
@@ -39,7 +54,7 @@ class ServeConfig:
         10_000, "Longest history in a request. The model reads the newest of it, as many as it was trained with."
     )
     shutdown_timeout_seconds: float = setting(
-        20.0, "After SIGTERM, how long the requests already accepted may take before they are dropped."
+        20.0, "After SIGTERM, SIGINT or SIGHUP, how long what was accepted may take before it is dropped."
     )
 
     def __post_init__(self) -> None:
@@ -54,6 +69,20 @@ class ServeConfig:
             "For example din_dist.",
         )
         require(0 <= self.port <= 65535, "must be a port, or 0", "port", self.port, "For example 8501.")
+        require(
+            -1 <= self.health_port <= 65535,
+            "must be a port, 0 or -1",
+            "health_port",
+            self.health_port,
+            "For example 8502.",
+        )
+        require(
+            self.health_port >= 0 or not self.health_host,
+            "is for --health_port",
+            "health_host",
+            self.health_host,
+            "Give --health_port, too.",
+        )
         require(
             0 <= self.batch_timeout_ms <= 10_000,
             "must be from 0 to 10000",
@@ -73,4 +102,11 @@ class ServeConfig:
             "max_queue_positions",
             self.max_queue_positions,
             f"Give {self.max_batch_positions} or more.",
+        )
+        require(
+            self.max_buffered_bytes >= self.max_body_bytes,
+            "must be at least --max_body_bytes, for a request may have as many",
+            "max_buffered_bytes",
+            self.max_buffered_bytes,
+            f"Give {self.max_body_bytes} or more.",
         )

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from din_dist.serving.http.listener import listen
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.serving.http.parse import Vocabulary
-from din_dist.serving.http.server import Served, Server, listen
+from din_dist.serving.http.server import Served, Server
 from din_dist.serving.http.settings import ServeConfig
 
 POISON = "poison"  # an id that breaks the call it is in
@@ -84,25 +85,26 @@ class StandIn:
         assert self.gate.wait(30)
         self.sizes.append(len(candidate_item_ids))
         if POISON in list(candidate_item_ids) + list(history_item_ids):
-            raise RuntimeError("the model broke")
+            raise RuntimeError("the model broke: \x1b[31m\nserving since noon")
 
 
 class Running:
-    """A server that answers at `port`."""
+    """A server that answers at `port`, and at `health_port` what asks for the server itself."""
 
     def __init__(self, model: StandIn, vocabulary: Vocabulary, **settings: Any) -> None:
         self.model, self.said = model, []  # type: ignore[var-annotated]
         self.config = ServeConfig(export_dir="none", port=0, **settings)
         listener = listen(self.config.host, 0)
-        self.port = listener.getsockname()[1]
+        health_listener = listen(self.config.host, 0)
+        self.port, self.health_port = listener.getsockname()[1], health_listener.getsockname()[1]
         ready = threading.Event()
         self.answered: bool | None = None
 
         async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
+            self.loop = asyncio.get_running_loop()
             served = Served(model, vocabulary, 7, {"digest": "abc"})
             self.server = Server(self.config, served, ServingMetrics({"digest": "abc"}, {}), self.said.append)
-            self.answered = await self.server.run(listener, ready.set)
+            self.answered = await self.server.run(listener, ready.set, health_listener)
 
         self.thread = threading.Thread(target=asyncio.run, args=(serve(),))
         self.thread.start()
@@ -111,7 +113,7 @@ class Running:
     def stop(self) -> None:
         """Asks, as a signal does."""
         with contextlib.suppress(RuntimeError):  # it has ended
-            self._loop.call_soon_threadsafe(self.server.stop)
+            self.loop.call_soon_threadsafe(self.server.stop)
 
     def stop_amid(self, act: Callable[[], bool]) -> None:
         """Asks to stop, and calls `act` at every turn of the event loop from then on, until it gives False."""
@@ -119,21 +121,21 @@ class Running:
 
         def turn() -> None:
             if act():
-                self._loop.call_soon(turn)
+                self.loop.call_soon(turn)
             else:
                 over.set()
 
-        self._loop.call_soon_threadsafe(lambda: (self.server.stop(), turn()))
+        self.loop.call_soon_threadsafe(lambda: (self.server.stop(), turn()))
         assert over.wait(10)
 
     def block(self, seconds: float) -> None:
         """Keeps the event loop from everything else, from now on."""
         begun = threading.Event()
-        self._loop.call_soon_threadsafe(lambda: (begun.set(), time.sleep(seconds)))
+        self.loop.call_soon_threadsafe(lambda: (begun.set(), time.sleep(seconds)))
         assert begun.wait(10)
 
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+    def connect(self, port: int = 0) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=30)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         """Status and JSON of one answer; `body` is JSON if it is not bytes."""
@@ -144,7 +146,7 @@ class Running:
         return self.ask("POST", "/v1/models/din_dist:predict", body, **headers)
 
     def metrics(self) -> dict[str, float]:
-        with contextlib.closing(self.connect()) as connection:
+        with contextlib.closing(self.connect(self.health_port)) as connection:
             connection.request("GET", "/metrics")
             lines = connection.getresponse().read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("din_dist_serving_"))

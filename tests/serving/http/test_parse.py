@@ -5,10 +5,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from din_dist.serving.http.parse import BadRequest, Instance, Predict, answer, load, parse
+from din_dist.serving.http.parse import (
+    BadRequest,
+    Instance,
+    Predict,
+    _without_repeats,
+    answer,
+    load,
+    most_parts,
+    parse,
+)
 from din_dist.serving.http.settings import ServeConfig
 from tests.serving.http.stand_in import INTEGERS, STRINGS
 
@@ -21,9 +32,12 @@ LIMITS = ServeConfig(
     max_queue_positions=12,
 )
 
+MOST_PARTS = most_parts(STRINGS, LIMITS)
+MANY = 1_000_000
+
 
 def read(body: Any, vocabulary: Any = STRINGS) -> Predict:
-    return parse(load(json.dumps(body).encode()), vocabulary, LIMITS)
+    return parse(load(json.dumps(body).encode(), MOST_PARTS), vocabulary, LIMITS)
 
 
 def row(history: Any = ("a",), candidate: Any = "b", **more: Any) -> dict[str, Any]:
@@ -209,7 +223,7 @@ def test_padded_lengths_that_do_not_fit(lengths: int, told: str) -> None:
 )
 def test_what_is_no_json(data: bytes, told: str) -> None:
     with pytest.raises(BadRequest) as error:
-        load(data)
+        load(data, MANY)
     assert told in str(error.value)
 
 
@@ -218,7 +232,7 @@ def test_what_is_no_json(data: bytes, told: str) -> None:
 def test_long_things_are_told_shortly(hostile: str, place: str) -> None:
     body = json.dumps({"instances": [row() | {place: "HERE"}]}).replace('"HERE"', hostile)
     with pytest.raises(BadRequest) as error:
-        parse(load(body.encode()), INTEGERS, LIMITS)
+        parse(load(body.encode(), MOST_PARTS), INTEGERS, LIMITS)
     assert len(str(error.value)) < 250
 
 
@@ -228,12 +242,12 @@ def test_what_can_just_be_read_is_not_too_deep_to_be_told() -> None:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            load(b'{"instances": [%s%s]}' % (b"[" * middle, b"]" * middle))
+            load(b'{"instances": [%s%s]}' % (b"[" * middle, b"]" * middle), MANY)
             low = middle
         except BadRequest:
             high = middle
     assert low > 100
-    body = load(b'{"instances": [%s%s]}' % (b"[" * low, b"]" * low))
+    body = load(b'{"instances": [%s%s]}' % (b"[" * low, b"]" * low), MANY)
     with pytest.raises(BadRequest, match=r"instances\[0\] must be an object. Received: a list of 1."):
         parse(body, STRINGS, LIMITS)
 
@@ -243,3 +257,65 @@ def test_ties_are_by_place_in_long_lists_too() -> None:
     logits = np.tile(np.array([0, 1], np.float32), 50)
     request = Predict("rank", False, [Instance([], [str(place) for place in range(100)])])
     assert answer(request, [logits])["outputs"]["places"] == [*range(1, 100, 2), *range(0, 100, 2)]
+
+
+class Counted(str):
+    """A text that counts how often any of its kind is compared with another."""
+
+    __slots__ = ()
+    count = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.count += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_repeated_key_is_found_without_comparing_each_with_all() -> None:
+    Counted.count = 0
+    pairs: list[tuple[str, Any]] = [(Counted(number), 1) for number in range(2_000)]
+    with pytest.raises(BadRequest, match='must have each key once. Received: "1999".'):
+        _without_repeats([*pairs, (Counted(1_999), 2)])
+    assert Counted.count < 50  # looked up by hash; 2 million where each is compared with all
+
+
+def test_lists_objects_and_keys_have_a_bound() -> None:
+    """As many as the largest allowed request has, and not one more."""
+    features = {name: [1] for name in STRINGS.item_features}
+    whole = row(history_features=features, candidate_features=features, k=1)
+    body = json.dumps({"signature_name": "score", "instances": [whole] * LIMITS.max_instances}).encode()
+    assert load(body, MOST_PARTS)
+    for unit in (b"[],", b"{},", b'{"a":1},', b'[{"":[]}],'):
+        data = b"[" + unit * 100 + b"1]"
+        with pytest.raises(BadRequest, match=f"must have at most {MOST_PARTS} lists, objects and keys. Received: more"):
+            load(data, MOST_PARTS)
+
+
+def parts_of(value: Any) -> int:
+    if isinstance(value, list):
+        return 1 + sum(map(parts_of, value))
+    if isinstance(value, dict):
+        return 1 + sum(1 + parts_of(inner) for inner in value.values())
+    return 0
+
+
+TEXTS = st.text(st.sampled_from('[{:"\\,a\u00e9\U0001f600\n'), max_size=6)
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(
+    value=st.recursive(
+        TEXTS | st.integers() | st.none(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+        max_leaves=20,
+    ),
+    ascii_only=st.booleans(),
+)
+def test_ids_may_have_brackets_and_colons(value: Any, ascii_only: bool) -> None:
+    """What is counted is the structure, whatever stands in strings."""
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    assert load(body, parts_of(value)) == value
+    if parts_of(value):
+        with pytest.raises(BadRequest):
+            load(body, parts_of(value) - 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from din_dist.errors import InputError
-from din_dist.serving.http.server import listen
+from din_dist.serving.http.listener import listen
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
 from din_dist.serving.manifest import MANIFEST
@@ -23,6 +23,9 @@ from din_dist.serving.manifest import MANIFEST
         ({"model_name": ""}, "--model_name: must be of letters"),
         ({"port": 65536}, "--port: must be a port, or 0. Received: 65536."),
         ({"port": -1}, "--port: must be a port, or 0. Received: -1."),
+        ({"health_port": -2}, "--health_port: must be a port, 0 or -1. Received: -2."),
+        ({"health_host": "127.0.0.1"}, "--health_host: is for --health_port. Received: '127.0.0.1'."),
+        ({"max_buffered_bytes": 1000}, "--max_buffered_bytes: must be at least --max_body_bytes"),
         ({"batch_timeout_ms": -1.0}, "--batch_timeout_ms: must be from 0 to 10000. Received: -1.0."),
         ({"max_body_bytes": 0}, "--max_body_bytes: must be at least 1. Received: 0. For example 1048576."),
         ({"max_queue_requests": -5}, "--max_queue_requests: must be at least 1. Received: -5. For example 256."),
