@@ -23,6 +23,7 @@ from din_dist.config import Config, DataConfig, JobConfig, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
 from din_dist.files import write_text
+from din_dist.serving.manifest import DIGEST_HELP
 from din_dist.training.asked import ALL, AUTO, NONE, Asked
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _OVERRIDES: Mapping[type, Sequence[str]] = {
 
 define_path("output_dir", "", "The job's --output_dir. Default: runs/latest, or none with --export_dir.")
 define_path("export_dir", "", "Evaluate this export in place of a checkpoint, on its own job's data.")
+flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
 flags.DEFINE_integer(
     "checkpoint_step", 0, "The update whose weights are evaluated. Default: the best by validation, or the newest."
 )
@@ -141,6 +143,8 @@ def _asked() -> Asked:
     step: int = values.checkpoint_step
     require(step >= 0, "must be at least 0", "checkpoint_step", step, "For example 1000.")
     alone = not (values.export_dir and step)
+    digest = values.expect_digest
+    require(bool(values.export_dir) or not digest, "is for an export", "expect_digest", digest, "Give --export_dir.")
     require(alone, "an export has the weights of one update", "checkpoint_step", step, "Drop it, or --export_dir.")
     return Asked(
         evaluation_split=values.evaluation_split,
@@ -170,7 +174,7 @@ def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bu
         return given, None
     from din_dist.serving.bundle import Bundle
 
-    bundle = Bundle.open(export_dir)
+    bundle = Bundle.open(export_dir, flags.FLAGS.expect_digest)
     if given is None:
         return said_anew(config_from_text(bundle.manifest.flags, export_dir), _OVERRIDES), bundle
     if found := differences(dict(bundle.manifest.settings), given.to_json()):

@@ -20,6 +20,7 @@ from din_dist.config import LogFormat, require
 from din_dist.data.sources import find_files
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError, Interrupted
+from din_dist.serving.manifest import DIGEST_HELP, read_manifest
 from din_dist.training.terminal import duration
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from din_dist.serving.predict import Histories, Question
 
 EXPORT_DIR = define_path("export_dir", "", "The export to score with, made by din_dist.cli.export.")
+EXPECT_DIGEST = flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
 INPUT = define_path(
     "input", "", "Rows to score: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob."
 )
@@ -79,10 +81,8 @@ LOG_FORMAT = flags.DEFINE_enum(
 def main() -> None:
     started = time.perf_counter()
     files, folder = _checked_flags()
-    from din_dist.serving.manifest import read_manifest
-
     export = Path(EXPORT_DIR.value)
-    read_manifest(export)
+    digest = read_manifest(export, EXPECT_DIGEST.value).digest
     job = said_anew(config_of(Path(USER_HISTORIES.value)), WHERE_DATA_LIES) if USER_HISTORIES.value else None
     requests = entry.Requests("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
     cores = claim_cores()
@@ -101,7 +101,7 @@ def main() -> None:
     claim_devices(runtime, len(cores))
     lock = plan = None
     with runtime.together():
-        bundle = Bundle.open(export)
+        bundle = Bundle.open(export, digest)
         manifest = bundle.manifest
         users_are_integers = data = None
         histories: Histories = GivenHistories(manifest.max_history_length)

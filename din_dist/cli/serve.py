@@ -43,7 +43,7 @@ def main() -> None:
     given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(ServeConfig)}
     config = ServeConfig(**given)
     folder, version = find_export(Path(config.export_dir))
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, config.expect_digest)
     from din_dist.serving.http.listener import listen
 
     _allow_open_files(config.max_connections + _OTHER_FILES + _OF_THE_MODEL)
@@ -59,7 +59,7 @@ def main() -> None:
     from din_dist.serving.http.server import Served, Server
     from din_dist.versions import build_info
 
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, manifest.digest)
     vocabulary = Vocabulary(manifest.item_id_type, manifest.item_features, manifest.max_history_length)
     warm_up(bundle, vocabulary)
     version = manifest.step if version is None else version

@@ -29,13 +29,17 @@ class Bundle:
         self._signatures = loaded.signatures
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Loads the export in `folder`.
+    def open(cls, folder: Path, expect_digest: str = "") -> Self:
+        """Loads the export in `folder`, which is a program: see the README beside this file.
+
+        Args:
+            expect_digest: the SHA-256 that its manifest must have, if any.
 
         Raises:
-            InputError: there is none, it is of another version, or a file is not as it was published.
+            InputError: there is none, it is of another version or has another digest, or a file is not as it was
+                published.
         """
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, expect_digest)
         check_files(folder, manifest)
         return cls(manifest, tf.saved_model.load(str(folder)))
 

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
-import json
-from collections.abc import Mapping
-from pathlib import Path
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
+from din_dist.config import require
 from din_dist.errors import InputError
+from din_dist.text import parse_json, printable, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # where TensorFlow keeps what is not its own
 FORMAT_VERSION = 1
+DIGEST_HELP = (
+    "SHA-256 of the export's assets.extra/manifest.json, the digest that cli.export prints: any other export is "
+    "refused before it is loaded."
+)
+_MOST_BYTES = 4 << 20  # of a manifest
+_FOLDERS = ("variables", "assets", "debug")  # of a SavedModel
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("item_features", "feature_inputs", "settings", "versions", "files"), dict),
+    **dict.fromkeys(("item_id_type", "flags", "data_fingerprint", "compared_split"), str),
+    **dict.fromkeys(("max_history_length", "num_items", "embedding_width", "step", "num_compared"), int),
+    "max_difference": (int, float),
+    "summary": (dict, NoneType),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +79,44 @@ class Manifest:
         return fields
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the export in `folder`; its files are not looked at.
+def check_digest(digest: str) -> None:
+    """Checks a digest that was given, before it is compared with anything.
 
     Raises:
-        InputError: there is no export, or one of another version.
+        InputError: it is none.
     """
+    require(
+        not digest or re.fullmatch("[0-9a-fA-F]{64}", digest) is not None,
+        "must be the SHA-256 of a manifest, 64 hexadecimal digits",
+        "expect_digest",
+        digest,
+        "cli.export prints it; so does sha256sum EXPORT_DIR/assets.extra/manifest.json.",
+    )
+
+
+def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
+    """Returns the manifest of the export in `folder`; its files are not looked at.
+
+    Args:
+        expect_digest: the manifest must have this SHA-256, if any.
+
+    Raises:
+        InputError: there is no export, or one of another version, or it is another one.
+    """
+    check_digest(expect_digest)
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
-        fields = json.loads(content)
+        with _open_regular(path) as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        digest = hashlib.sha256(content).hexdigest()
+        if expect_digest and digest != expect_digest.lower():
+            raise InputError(
+                f"--expect_digest: must be the SHA-256 of {path}. Received: {expect_digest}, and a manifest with "
+                f"{digest}. Name the export that is meant, or its digest."
+            )
+        fields = parse_json(content)
         version = fields["format_version"]
     except FileNotFoundError as error:
         raise InputError(
@@ -76,44 +125,118 @@ def read_manifest(folder: Path) -> Manifest:
             if folder.is_dir()
             else f"{folder}: must be an export. Received: no such folder. Make one by python -m din_dist.cli.export."
         ) from error
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: must be as it was published. Received: {_reason(error)}. {_AGAIN}") from error
+        raise _changed(path, _reason(error)) from error
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path}: must be an export of version {FORMAT_VERSION}. Received: version {version!r}. {_AGAIN}"
+            f"{path}: must be an export of version {FORMAT_VERSION}. Received: version {shown(version)}. {_AGAIN}"
         )
     try:
-        return Manifest(**fields, digest=hashlib.sha256(content).hexdigest())
+        manifest = Manifest(**fields, digest=digest)
     except TypeError as error:
-        raise InputError(f"{path}: must be as it was published. Received: {_reason(error)}. {_AGAIN}") from error
+        raise _changed(path, _reason(error)) from error
+    if wrong := _wrong(manifest):
+        raise _changed(path, wrong)
+    return manifest
+
+
+def _wrong(manifest: Manifest) -> str:
+    """Returns what in a manifest cannot be; nothing where all can."""
+    for name, kinds in _KINDS.items():
+        if not isinstance(getattr(manifest, name), kinds):
+            return f"another kind of {name}"
+    for kind in (manifest.item_id_type, *manifest.item_features.values()):
+        if kind not in ("string", "integer"):
+            return f"ids of type {shown(kind)}"
+    if manifest.feature_inputs.keys() != manifest.item_features.keys():
+        return "other features among feature_inputs than among item_features"
+    for name, digest in manifest.files.items():
+        path = PurePosixPath(name)
+        leads_out = path.is_absolute() or ".." in path.parts or name != path.as_posix() or name == "."
+        if leads_out or not name.isprintable():
+            return f"a file named {shown(name)}"
+        if not isinstance(digest, str):
+            return f"no digest of {name}"
+    return ""
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compares the files of an export with what was published.
+    """Compares the files of an export with what was published, all that TensorFlow may read.
 
     Raises:
-        InputError: one is missing or has changed.
+        InputError: one is missing, has changed, or was added.
     """
     for name, digest in manifest.files.items():
         path = folder / name
         try:
             found = digest_of_file(path)
         except OSError as error:
-            raise InputError(f"{path}: must be as it was published. Received: {_reason(error)}. {_AGAIN}") from error
+            raise _changed(path, _reason(error)) from error
         if found != digest:
-            raise InputError(f"{path}: must be as it was published. Received: other content. {_AGAIN}")
+            raise _changed(path, "other content")
+    try:
+        added = next(_unlisted(folder, manifest), None)
+    except OSError as error:
+        raise _changed(folder, _reason(error)) from error
+    if added:
+        raise InputError(
+            f"{folder}: must have no files for TensorFlow but those that its manifest names. "
+            f"Received: {shown(added)}. Remove it, or copy the export again."
+        )
+
+
+def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yields what stands beside the manifest's files where TensorFlow looks: files, and folders without any of its."""
+    files = {PurePosixPath(name) for name in manifest.files}
+    folders = {parent for file in files for parent in file.parents} | {PurePosixPath(name) for name in _FOLDERS}
+    for inside in sorted(folders):
+        if inside.parts[:1] == MANIFEST.parts[:1]:
+            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / inside) as entries:
+            for entry in entries:
+                path = inside / entry.name
+                if path not in files and path not in folders and (inside.parts or _is_read(entry.name)):
+                    yield str(path)
+
+
+def _is_read(name: str) -> bool:
+    """Tells whether TensorFlow or Keras would read a file beside the folders."""
+    return name.startswith("saved_model.") or name in ("fingerprint.pb", "keras_metadata.pb")
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256, in hexadecimal digits."""
-    with path.open("rb") as file:
+    """Returns the SHA-256 of a regular file, in hexadecimal digits."""
+    with _open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Opens a file. A pipe would wait for somebody to write to it, and a device may have no end."""
+    _check_regular(path.stat())  # before it is opened, which some devices take for an order
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "what is no regular file")
 
 
 _AGAIN = "Copy or export it again."
 
 
+def _changed(path: Path, received: str) -> InputError:
+    return InputError(f"{path}: must be as it was published. Received: {received}. {_AGAIN}")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0])[:200]

@@ -194,6 +194,8 @@ def test_lists_of_the_default_are_no_longer_than_there_are_candidates(job: Path,
         (("--split=temporal",), "Unknown command line flag 'split'"),
         (("--data_path=/nowhere.parquet",), "/nowhere.parquet"),
         (("--export_dir=/nowhere",), "/nowhere: must be an export. Received: no such folder"),
+        (("--export_dir=x", "--expect_digest=abc"), "--expect_digest: must be the SHA-256 of a manifest, 64 hex"),
+        ((f"--expect_digest={'0' * 64}",), "--expect_digest: is for an export. Received: '000"),
     ],
 )
 def test_what_it_refuses(job: Path, commands: Preloaded, flags: tuple[str, ...], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import resource
@@ -267,7 +268,9 @@ def test_no_rows_give_no_rows(job: Job, tmp_path: Path) -> None:
     pq.write_table(
         rows_of(job, 0).cast(pa.schema({"user_id": pa.string(), "item_id": pa.string()})), tmp_path / "rows.parquet"
     )
-    done = job.predict(*job.by_user(tmp_path / "rows.parquet", tmp_path / "out")).wait()
+    digest = hashlib.sha256((job.folder / "export" / "assets.extra" / "manifest.json").read_bytes()).hexdigest()
+    words = job.by_user(tmp_path / "rows.parquet", tmp_path / "out")
+    done = job.predict(*words, f"--expect_digest={digest}").wait()
     assert done.returncode == 0, done.stderr
     assert "the input has no rows, and so has the result" in done.stderr
     (path,) = results(tmp_path / "out")
@@ -288,6 +291,8 @@ def test_no_rows_give_no_rows(job: Job, tmp_path: Path) -> None:
         (("--item_column=a", "--candidates_column=b"), "--item_column: not with --candidates_column"),
         (("--user_histories=", "--user_column=u"), "--user_column: is for users whose histories are elsewhere"),
         (("--user_histories=", "--before_column=t"), "--before_column: is for users whose histories are elsewhere"),
+        (("--expect_digest=abc",), "--expect_digest: must be the SHA-256 of a manifest, 64 hexadecimal digits. Rec"),
+        ((f"--expect_digest={'0' * 64}",), "manifest.json. Received: " + "0" * 64 + ", and a manifest with "),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_fit(job: Job, tmp_path: Path, words: tuple[str, ...], message: str) -> None:

@@ -19,16 +19,17 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import tensorflow as tf
 
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.manifest import read_manifest
+from din_dist.serving.manifest import MANIFEST, digest_of_file, read_manifest
 from tests.cli.test_commands import assert_one_line
 from tests.preloaded import Preloaded, Running, preloaded
 from tests.programs import free_port
@@ -176,6 +177,44 @@ def test_what_it_refuses(commands: Preloaded, versions: Path, served: Served, tm
         file.write(b"!")
     done = commands.run("serve", f"--export_dir={changed}", "--port=0")
     assert_one_line(done, "saved_model.pb: must be as it was published. Received: other content.")
+
+
+def test_another_export_than_expected_is_refused(commands: Preloaded, versions: Path, tmp_path: Path) -> None:
+    """Before any of it is loaded: an export is a program."""
+    digest = read_manifest(versions / "10").digest
+    for wrong in ("abc", f"{digest}0", f"{digest[:-1]}g"):
+        done = commands.run("serve", f"--export_dir={versions}", "--port=0", f"--expect_digest={wrong}")
+        assert_one_line(done, "--expect_digest: must be the SHA-256 of a manifest, 64 hexadecimal digits. Rec")
+    evil = write_program(versions / "10", tmp_path / "evil", writes=tmp_path / "written")
+    told = f"--expect_digest: must be the SHA-256 of {evil / MANIFEST}. Received: {digest}, and a manifest with "
+    assert_one_line(commands.run("serve", f"--export_dir={evil}", "--port=0", f"--expect_digest={digest}"), told)
+    assert not (tmp_path / "written").exists()
+    with serving(commands, "clicks", f"--export_dir={versions}", f"--expect_digest={digest.upper()}") as server:
+        assert server.is_ready()
+    commands.start("serve", f"--export_dir={evil}", "--port=0")  # without the digest it does what it likes
+    wait_until((tmp_path / "written").exists)
+
+
+def write_program(export: Path, folder: Path, writes: Path) -> Path:
+    """Something that looks like an export, down to its digests, and writes a file whenever it is loaded."""
+
+    class Writer(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self) -> tf.Tensor:
+            return tf.raw_ops.VarHandleOp(dtype=tf.int32, shape=[], shared_name="writer")
+
+        def _initialize(self) -> None:
+            tf.io.write_file(str(writes), "written")
+
+    module = tf.Module()
+    module.writer = Writer()
+    tf.saved_model.save(module, str(folder))
+    writes.unlink(missing_ok=True)
+    manifest = json.loads((export / MANIFEST).read_text())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    manifest["files"] = {str(path.relative_to(folder)): digest_of_file(path) for path in files}
+    (folder / MANIFEST).parent.mkdir()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
 
 
 def test_probes_have_a_port_of_their_own(commands: Preloaded, versions: Path) -> None:
@@ -349,3 +388,10 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout == "stopped\n"
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)

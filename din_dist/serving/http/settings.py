@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 from din_dist.config import path_setting, require, require_numbers_that_fit, resolve_paths, setting
+from din_dist.serving.manifest import DIGEST_HELP, check_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ServeConfig:
         "0: a free one, see stderr; -1: none.",
     )
     health_host: str = setting("", "Address for --health_port. Default: that of --host.")
+    expect_digest: str = setting("", DIGEST_HELP)
     batch_timeout_ms: float = setting(
         0.0,
         "How long a request waits for others to be scored with, in milliseconds. Those that arrive while the model is "
@@ -83,6 +85,7 @@ class ServeConfig:
             self.health_host,
             "Give --health_port, too.",
         )
+        check_digest(self.expect_digest)
         require(
             0 <= self.batch_timeout_ms <= 10_000,
             "must be from 0 to 10000",

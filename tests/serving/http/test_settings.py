@@ -25,6 +25,7 @@ from din_dist.serving.manifest import MANIFEST
         ({"port": -1}, "--port: must be a port, or 0. Received: -1."),
         ({"health_port": -2}, "--health_port: must be a port, 0 or -1. Received: -2."),
         ({"health_host": "127.0.0.1"}, "--health_host: is for --health_port. Received: '127.0.0.1'."),
+        ({"expect_digest": "abc"}, "--expect_digest: must be the SHA-256 of a manifest, 64 hexadecimal digits. Rec"),
         ({"max_buffered_bytes": 1000}, "--max_buffered_bytes: must be at least --max_body_bytes"),
         ({"batch_timeout_ms": -1.0}, "--batch_timeout_ms: must be from 0 to 10000. Received: -1.0."),
         ({"max_body_bytes": 0}, "--max_body_bytes: must be at least 1. Received: 0. For example 1048576."),
