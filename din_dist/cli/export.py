@@ -17,6 +17,7 @@ from din_dist.cli.flags import define_path
 from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, require
 from din_dist.files import read_text
+from din_dist.text import parse_json
 
 OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
 EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder.")
@@ -80,7 +81,7 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
 def _summary_of(path: Path) -> dict[str, Any] | None:
     """None where the job is not finished, or its last words cannot be read: the weights do not depend on them."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (OSError, ValueError):
         return None
 

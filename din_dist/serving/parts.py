@@ -22,6 +22,7 @@ from din_dist.data.sources import check_unchanged, fingerprint_files
 from din_dist.errors import InputError
 from din_dist.files import read_text, write_text
 from din_dist.serving.tables import Survey, open_table
+from din_dist.text import parse_json, printable
 from din_dist.training.output_dir import to_json
 
 PLAN = "plan.json"
@@ -142,12 +143,14 @@ class PartsFolder:
     def _resumed(self, files: Sequence[Path], rows_per_part: int, settings: Mapping[str, Any]) -> Plan:
         path = self.folder / PLAN
         try:
-            fields = json.loads(read_text(path))
+            fields = parse_json(read_text(path))
             if fields["version"] != _VERSION:
                 raise ValueError(f"version {fields['version']}")
             plan = Plan.from_json(fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: must be of this version. Received: {error}. {_BEGIN_ANEW}") from error
+            raise InputError(
+                f"{path}: must be of this version. Received: {printable(str(error))}. {_BEGIN_ANEW}"
+            ) from error
         before = {**plan.settings, "--rows_per_part": plan.rows_per_part}
         now = {**settings, "--rows_per_part": rows_per_part}
         for name in now:

@@ -40,7 +40,7 @@ from din_dist.data.formats import (
     reading,
 )
 from din_dist.errors import InputError
-from din_dist.text import parse_json, shown
+from din_dist.text import parse_json, printable, shown
 
 BATCH_BYTES = 8 << 20  # about what a batch of rows may take, as it is read
 MOST_ROWS = 8192  # in a batch
@@ -562,7 +562,7 @@ class _JsonLines(_TextTable):
         fields = _loaded(line)
         if not isinstance(fields, dict):
             remedy = "Correct the line; if the file was cut off, write it again."
-            raise self._reject(row, "each line must be one JSON object", line[:100], remedy)
+            raise self._reject(row, "each line must be one JSON object", printable(line[:100]), remedy)
         return fields
 
     def ids(self, rows: pa.Table, first_row: int, fields: Sequence[Field]) -> list[Ids]:
@@ -618,9 +618,10 @@ class _JsonLines(_TextTable):
             named = pc.match_substring(lines, json.dumps(column.name))
             for line in lines.filter(named).to_pylist() if pc.any(named).as_py() else ():
                 if column.name in self._object(line.decode(), 0):
+                    row = printable(line.decode()[:100])
                     raise InputError(
-                        f"{self.path}: {column.name!r} is to be added. Received: the row {line.decode()[:100]}. "
-                        "Rename or drop what it has."
+                        f"{self.path}: {column.name!r} is to be added. Received: the row {row}. Rename or drop what it "
+                        "has."
                     )
 
 

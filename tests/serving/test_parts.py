@@ -95,6 +95,8 @@ def test_another_command_does_not(tmp_path: Path) -> None:
     assert "a.csv: this file has changed since" in refusal()
     (parts.folder / PLAN).write_text('{"version": 0}')
     assert "must be of this version. Received: version 0" in refusal()
+    (parts.folder / PLAN).write_text("[" * 100_000)
+    assert "must be of this version. Received: lists or objects nested too deeply" in refusal()
     (parts.folder / PLAN).unlink()
     assert "must be for these predictions alone" in refusal()
     kept = parts.folder / "notes.txt"

@@ -205,6 +205,9 @@ def refused(path: Path, *fields: Field, separator: str = "") -> str:
         ('{"i": "a"} {"i": "a"}', Field("i", False), "row 1: each line must be one JSON object"),
         ('{"i": "a"}\n{"i": "a"} {"i": "a"}', Field("i", False), "row 2: each line must be one JSON object"),
         ('["i"]', Field("i", False), "row 1: each line must be one JSON object"),
+        ('{"i": "a", "x": ' + "[" * 100_000, Field("i", False), "row 1: each line must be one JSON object"),
+        ('{"i": "a"}\n{"i": ' + "[" * 100_000, Field("i", False), "row 2: each line must be one JSON object"),
+        ('{"i": "a"}\n\x1b[31m', Field("i", False), r"row 2: each line must be one JSON object. Received: \x1b[31m."),
     ],
 )  # fmt: skip
 def test_what_json_lines_must_keep(tmp_path: Path, text: str, field: Field, message: str) -> None:
