@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from typing import Any, TextIO, cast
@@ -27,7 +28,7 @@ def open_standard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, TolerantStream):
-            if name == "stdout":
+            if name == "stdout" and isinstance(stream, io.TextIOWrapper):  # a test's may be another
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")
             setattr(sys, name, TolerantStream(stream))
 
