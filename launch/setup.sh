@@ -31,8 +31,10 @@ version=$("$base_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 stamp=$venv/din_dist_setup
 digest=$(
   cd "$root"
-  sha256sum setup.cfg pyproject.toml launch/{constraints.txt,build_horovod.sh,build_kernels.sh,recursive_doubling.h,setup.sh} din_dist/kernels/*.{cc,h} |
-    sha256sum | cut -c -16
+  {
+    sha256sum setup.cfg pyproject.toml launch/{constraints.txt,build_horovod.sh,build_kernels.sh,setup.sh} din_dist/kernels/*.{cc,h}
+    find launch/horovod -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+  } | sha256sum | cut -c -16
 )
 made_from="$venv from $root python$version $digest $device"
 exit_if_done() {

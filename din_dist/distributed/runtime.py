@@ -168,7 +168,7 @@ class HorovodRuntime(Runtime):
 
     def __init__(self) -> None:
         # Milliseconds between two looks at what a message waits for. A step waits for some twenty messages; where none
-        # is under way our build does not look (see launch/build_horovod.sh).
+        # is under way our build does not look (see launch/horovod/).
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
         self._hvd = importlib.import_module("horovod.tensorflow")

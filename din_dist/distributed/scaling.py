@@ -4,7 +4,7 @@ Arithmetic only. Weak scaling: each worker keeps the batch that was measured, so
 workers. Parts do not overlap: Horovod works off its messages one after the other, and a step waits for each.
 
 Source of the message counts: Horovod 0.28.1 with Gloo (`horovod/common/controller.cc`, `gloo_controller.cc`,
-`response_cache.cc`; gloo's `allreduce.cc`, `allgatherv.cc`, `alltoallv.cc`), as launch/build_horovod.sh changes it:
+`response_cache.cc`; gloo's `allreduce.cc`, `allgatherv.cc`, `alltoallv.cc`), as launch/horovod/ changes it:
 all-gathers and all-reduces of many bytes are rings; those of few, and by which the workers agree on what is ready,
 double; in an all-to-all each speaks to all others at once. How rows travel: `gradients.py`.
 """
@@ -21,7 +21,7 @@ from din_dist.errors import InputError
 # From so many workers on rows are summed by their owners: to gather all of them takes more bytes then, if each row is
 # touched by few workers, and many more, if by many. Each worker also sums fewer rows.
 FEWEST_TO_SUM_AT_OWNERS = 4
-MOST_BYTES_TO_DOUBLE = 16384  # as in launch/recursive_doubling.h
+MOST_BYTES_TO_DOUBLE = 16384  # as in recursive_doubling.h of launch/horovod/
 TCP_PAYLOAD_SHARE = 1448 / 1538  # of Ethernet with an MTU of 1500: the rest is headers and gaps between frames
 
 
@@ -114,7 +114,7 @@ class Prediction:
 
 
 def doubling_steps(world_size: int) -> int:
-    """Of an all-reduce of few bytes (see launch/recursive_doubling.h)."""
+    """Of an all-reduce of few bytes (see recursive_doubling.h in launch/horovod/)."""
     steps = world_size.bit_length() - 1
     return steps if world_size == 2**steps else steps + 2  # the ranks above the power of two are heard first, told last
 

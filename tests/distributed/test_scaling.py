@@ -127,7 +127,8 @@ def test_hops(world_size: int, doubled: int, in_a_ring: int, gather_hops: int) -
 
 
 def test_few_bytes_are_what_the_build_takes_for_few() -> None:
-    header = Path(__file__).parents[2] / "launch" / "recursive_doubling.h"
+    folder = Path(__file__).parents[2] / "launch" / "horovod" / "files" / "third_party" / "gloo" / "gloo"
+    header = folder / "recursive_doubling.h"
     assert f"kMostBytesToDouble = {MOST_BYTES_TO_DOUBLE};" in header.read_text()
 
 

@@ -56,26 +56,7 @@ while [[ $1 != --wheel-dir ]]; do shift; done
 env | grep -E '^(HOROVOD|MAKEFLAGS|CXXFLAGS|LDFLAGS)' >"$FAKE_BUILD_ENV"
 [[ ! ${HOROVOD_NCCL_LIB:-} ]] || echo "libnccl.so -> $(readlink "$HOROVOD_NCCL_LIB/libnccl.so")" >>"$FAKE_BUILD_ENV"
 grep -x 'set(CMAKE_SKIP_RPATH ON)' "$3/CMakeLists.txt" >>"$FAKE_BUILD_ENV" || true
-if grep xla_mpi_ops "$3/horovod/tensorflow/CMakeLists.txt"; then exit 1; fi
-gloo=$3/third_party/gloo/gloo
-[[ $(grep -A 2 "(!lock)" "$gloo/transport/tcp/pair.cc") == *sched_yield*return* ]] || exit 1
-[[ $(grep -c 'under_way{rx_.ubuf}' "$gloo/transport/tcp/pair.cc") == 1 ]] || exit 1
-[[ $(grep -A 1 "out->recv" "$gloo/allgatherv.cc") == *"out->send"* ]] || exit 1
-[[ $(grep -A 1 'UNSPECIFIED:$' "$gloo/allreduce.cc") == *'totalBytes <= kMostBytesToDouble'* ]] || exit 1
-[[ -f $gloo/recursive_doubling.h && $(grep -c 'recursive_doubling' "$gloo/allreduce.cc") == 1 ]] || exit 1
-grep -Eqx "__version__ = '0.28.1.din.[0-9]+'" "$3/horovod/__init__.py" || exit 1
-operations=$3/horovod/common/operations.cc
-[[ $(grep -c 'catch (const std::exception& error)' "$operations") == 1 ]] || exit 1
-[[ $(grep -A 1 '^  }$' "$operations") == *rethrow_exception* ]] || exit 1
-[[ $(grep -c 'initialization_failed = false' "$operations") == 2 ]] || exit 1
-[[ $(grep -c 'TellOfTensors();$' "$3/horovod/common/tensor_queue.cc") == 2 ]] || exit 1
-[[ $(grep -cE 'bool HasTensors|WaitForTensors|<chrono>' "$3/horovod/common/tensor_queue.h") == 3 ]] || exit 1
-if grep sleep_for "$operations"; then exit 1; fi
-[[ $(grep -c 'WaitForTensors(sleep_duration)' "$operations") == 1 ]] || exit 1
-[[ $(grep -A 1 'else if (fixed_values_' "$3/horovod/common/parameter_manager.cc") == *BestValue* ]] || exit 1
-grep -q 'SetEnv(HOROVOD_RANK, "-1");' "$3/horovod/common/gloo/gloo_context.cc" || exit 1
-grep -qx '  gloo_context = GlooContext();' "$3/horovod/common/process_set.cc" || exit 1
-grep -q 'return .*platform_specific_handle' "$3/horovod/tensorflow/mpi_ops.cc" || exit 1
+[[ ! ${FAKE_SOURCES:-} ]] || cp -R "$3" "$FAKE_SOURCES"
 echo half >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
 sleep ${FAKE_PIP_SECONDS:-0}
 if [[ ${FAKE_BUILD_ERROR:-} ]]; then echo "$FAKE_BUILD_ERROR"; exit 1; fi

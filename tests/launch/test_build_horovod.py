@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -12,125 +14,67 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import HOROVOD, FakeCheckout, finished, path_without, pinned
+from tests.launch.fake_checkout import HOROVOD, ROOT, FakeCheckout, finished, path_without, pinned
 from tests.launch.packages import make_sdist, make_wheel
 
-XLA_LINE = 'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")\n'
-
-PAIR = """#include <array>
-
-#include <errno.h>
-
-void Pair::handleEvents(int events) {
-  std::unique_lock<std::mutex> lock(m_, std::try_to_lock);
-  if (!lock) {
-    return;
-  }
-}
-  // Loop through posted send operations.
-"""
-
-ALLGATHERV = """    if (i == 0) {
-      out->send(sendRank, slot, byteOffsets[sendIndex], byteCounts[sendIndex]);
-      out->recv(recvRank, slot, byteOffsets[recvIndex], byteCounts[recvIndex]);
-      continue;
-    }
-"""
-
-OPERATIONS = """
-  Status status;
-  try {
-  } catch (const std::exception& ex) {
-    status = Status::UnknownError(ex.what());
-  }
-  if (!status.in_progress()) {
-    for (auto& e : entries) {
-    }
-  }
-}
-  {
-    global_gloo_context.Initialize(ParseGlooIface());
-  }
-  if (state.control_operation == LibType::GLOO) {
-    state.process_set_table.Initialize(global_gloo_context);
-  }
-    horovod_global.initialization_done = false;
-    horovod_global.initialization_done = false;
-  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
-    std::this_thread::sleep_for(sleep_duration);
-  }
-"""
-ALLREDUCE = """#include "gloo/types.h"
-  switch (opts.algorithm) {
-    case detail::AllreduceOptionsImpl::UNSPECIFIED:
-    case detail::AllreduceOptionsImpl::RING:
-      ring(opts, reduceInputs, broadcastOutputs);
-"""
+# A Horovod of two files, and a series that changes one of them twice.
 INIT = f"__version__ = '{HOROVOD}'\n"
-TENSOR_QUEUE = """#include "logging.h"
+OPERATIONS = "".join(f"line {number}\n" for number in range(1, 10))
+SERIES = {
+    "01-one.patch": """Changes one line.
 
-// Add a TensorTableEntry as well as its message to the queue.
-  return Status::OK();
-  return Status::OK();
-"""
-TENSOR_QUEUE_H = """#include <mutex>
-  TensorQueue() = default;
-"""
-PARAMETER_MANAGER = """
-  if (fixed) {
-    fixed_values_[variable] = value;
-  } else {
-    Eigen::VectorXd v = TunableParameter::BestValue();
-    v[index_[variable]] = value;
-  }
-"""
-GLOO_CONTEXT = "      // Signals that this host is not part of the job\n"
-PROCESS_SET = "  gloo_context.Finalize();\n"
-MPI_OPS = """
-GpuStreamHandle AsGpuStreamValue(Stream* stream);
-#include "tensorflow/compiler/xla/stream_executor/stream.h"
-"""
+--- a/horovod/operations.cc
++++ b/horovod/operations.cc
+@@ -2,7 +2,7 @@
+ line 2
+ line 3
+ line 4
+-line 5
++line five
+ line 6
+ line 7
+ line 8
+""",
+    "02-other.patch": """Changes another, beside it.
+
+--- a/horovod/operations.cc
++++ b/horovod/operations.cc
+@@ -3,7 +3,7 @@
+ line 3
+ line 4
+ line five
+-line 6
++line six
+ line 7
+ line 8
+ line 9
+""",
+}
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> FakeCheckout:
     checkout = FakeCheckout(tmp_path)
     checkout.env["FAKE_BUILD_ENV"] = str(tmp_path / "build_env")
-    serve_sdist(checkout, tmp_path, f"first line\n{XLA_LINE}last line\n")
+    checkout.env["FAKE_SOURCES"] = str(tmp_path / "sources")
+    series = checkout.root / "launch" / "horovod"
+    shutil.rmtree(series)
+    (series / "files" / "horovod" / "ours").mkdir(parents=True)
+    (series / "files" / "horovod" / "ours" / "new.h").write_text("ours\n")
+    for name, text in SERIES.items():
+        (series / name).write_text(text)
+    serve_sdist(checkout, tmp_path)
     return checkout
 
 
-def serve_sdist(
-    checkout: FakeCheckout,
-    folder: Path,
-    cmake_lists: str,
-    pair: str = PAIR,
-    allgatherv: str = ALLGATHERV,
-    allreduce: str = ALLREDUCE,
-    operations: str = OPERATIONS,
-    tensor_queue: str = TENSOR_QUEUE,
-    parameter_manager: str = PARAMETER_MANAGER,
-    process_set: str = PROCESS_SET,
-    mpi_ops: str = MPI_OPS,
-    init: str = INIT,
-) -> None:
+def serve_sdist(checkout: FakeCheckout, folder: Path, operations: str = OPERATIONS, init: str = INIT) -> None:
     """Has pip download a Horovod with these files, and the script trust it."""
     sdist = folder / "sdist.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         for path, text in (
             ("CMakeLists.txt", "project(horovod CXX)\n"),
-            ("horovod/tensorflow/CMakeLists.txt", cmake_lists),
-            ("third_party/gloo/gloo/transport/tcp/pair.cc", pair),
-            ("third_party/gloo/gloo/allgatherv.cc", allgatherv),
-            ("third_party/gloo/gloo/allreduce.cc", allreduce),
             ("horovod/__init__.py", init),
-            ("horovod/common/operations.cc", operations),
-            ("horovod/common/gloo/gloo_context.cc", GLOO_CONTEXT),
-            ("horovod/common/tensor_queue.cc", tensor_queue),
-            ("horovod/common/tensor_queue.h", TENSOR_QUEUE_H),
-            ("horovod/common/parameter_manager.cc", parameter_manager),
-            ("horovod/common/process_set.cc", process_set),
-            ("horovod/tensorflow/mpi_ops.cc", mpi_ops),
+            ("horovod/operations.cc", operations),
         ):
             entry = tarfile.TarInfo(f"horovod-{HOROVOD}/{path}")
             entry.size = len(text)
@@ -279,85 +223,46 @@ def test_an_altered_source_is_refused_before_it_runs(checkout: FakeCheckout, tmp
     assert wheels(checkout) == []
 
 
-@pytest.mark.parametrize("cmake_lists", ["no such line\n", XLA_LINE * 2])
-def test_the_line_to_drop_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, cmake_lists: str) -> None:
-    serve_sdist(checkout, tmp_path, cmake_lists)
+def test_what_is_built_is_horovod_with_our_changes(checkout: FakeCheckout, tmp_path: Path) -> None:
+    assert checkout.run("build_horovod.sh").returncode == 0
+    built = tmp_path / "sources" / "horovod"
+    assert (built / "operations.cc").read_text() == OPERATIONS.replace("5", "five").replace("6", "six")
+    assert (built / "ours" / "new.h").read_text() == "ours\n"
+    assert re.fullmatch(r"__version__ = '0\.28\.1\+din\.[0-9]+'\n", (built / "__init__.py").read_text())
+    assert not list(built.glob("*.orig"))
+
+
+@pytest.mark.parametrize("other", ["line 5", "line 2", "line 8"])
+def test_another_horovod_than_a_change_is_made_for(checkout: FakeCheckout, tmp_path: Path, other: str) -> None:
+    """Also where only a neighbouring line differs: what was right beside the one may be wrong beside the other."""
+    serve_sdist(checkout, tmp_path, OPERATIONS.replace(other, "another line"))
     assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/tensorflow/CMakeLists.txt must name xla_mpi_ops.cc on one line. "
-        "Adapt launch/build_horovod.sh to this Horovod."
+        "build_horovod.sh: launch/horovod/01-one.patch must apply to Horovod 0.28.1 as it is. Adapt it. "
+        f"Log: {checkout.cache}/wheels/{checkout.key()}/build.log"
     )
+    assert wheels(checkout) == []
 
 
-def test_a_gloo_that_tells_of_lost_connections_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, PAIR.replace("posted send", "all"))
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: third_party/gloo/gloo/transport/tcp/pair.cc must loop through posted send operations once. "
-        "Adapt launch/build_horovod.sh to this Horovod."
-    )
+def test_a_change_that_is_there_already(checkout: FakeCheckout, tmp_path: Path) -> None:
+    serve_sdist(checkout, tmp_path, OPERATIONS.replace("line 5", "line five"))
+    assert "launch/horovod/01-one.patch must apply" in checkout.error("build_horovod.sh")
 
 
-@pytest.mark.parametrize("pair", ["", PAIR.replace("    return;", "    wait();"), PAIR + PAIR])
-def test_the_lock_to_yield_at_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, pair: str) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, pair)
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: third_party/gloo/gloo/transport/tcp/pair.cc must return at once where it fails to lock. "
-        "Adapt launch/build_horovod.sh to this Horovod."
-    )
-
-
-@pytest.mark.parametrize(
-    "allgatherv", ["", ALLGATHERV.replace("      out->recv", "      wait();\n      out->recv"), ALLGATHERV * 2]
-)
-def test_what_all_gathers_do_first_must_be_there_once(checkout: FakeCheckout, tmp_path: Path, allgatherv: str) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, allgatherv=allgatherv)
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: third_party/gloo/gloo/allgatherv.cc must send and receive on two lines, one after the "
-        "other. Adapt launch/build_horovod.sh to this Horovod."
-    )
-
-
-@pytest.mark.parametrize("allreduce", ["", ALLREDUCE.replace("UNSPECIFIED", "ANY"), ALLREDUCE * 2])
-def test_where_an_all_reduce_is_chosen_must_be_there_once(
-    checkout: FakeCheckout, tmp_path: Path, allreduce: str
-) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, allreduce=allreduce)
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: third_party/gloo/gloo/allreduce.cc must choose an algorithm in one place. Adapt "
-        "launch/build_horovod.sh to this Horovod."
-    )
+@pytest.mark.parametrize("patch", sorted((ROOT / "launch" / "horovod").glob("*.patch")), ids=lambda patch: patch.name)
+def test_each_change_says_why(patch: Path) -> None:
+    """What it does on the first line, and why below."""
+    head = patch.read_text().partition("\n--- a/")[0].splitlines()
+    assert re.fullmatch(r"[A-Z].{1,100}\.", head[0])
+    assert head[1] == ""
+    assert any(head[2:])
+    assert re.match(r"[0-9]{2}-", patch.name), "the order in which they are made"
 
 
 def test_a_horovod_of_another_version_than_it_says(checkout: FakeCheckout, tmp_path: Path) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, init="__version__ = '0.1'\n")
+    serve_sdist(checkout, tmp_path, init="__version__ = '0.1'\n")
     assert checkout.error("build_horovod.sh") == (
         f"build_horovod.sh: horovod/__init__.py must give the version, {HOROVOD}. Adapt launch/build_horovod.sh to "
         "this Horovod."
-    )
-
-
-def test_another_horovod_that_starts_up_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, operations="void BackgroundThreadLoop() {}\n")
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/common must initialize Gloo in operations.cc and notice removed hosts in "
-        "gloo_context.cc. Adapt launch/build_horovod.sh to this Horovod."
-    )
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"tensor_queue": TENSOR_QUEUE.replace("  return Status::OK();\n", "", 1)},
-        {"operations": OPERATIONS.replace("sleep_for", "sleep_until")},
-        {"operations": OPERATIONS.replace("sleep_duration >", "0 <")},
-    ],
-)
-def test_another_horovod_that_looks_for_messages_otherwise(
-    checkout: FakeCheckout, tmp_path: Path, other: dict[str, str]
-) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, **other)
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/common must add tensors in tensor_queue.cc and sleep in operations.cc once. Adapt "
-        "launch/build_horovod.sh to this Horovod."
     )
 
 
@@ -391,41 +296,3 @@ def test_two_builds_at_once_make_one(checkout: FakeCheckout) -> None:
     assert [build.returncode for build in builds] == [0, 0]
     assert builds[0].stdout == builds[1].stdout != ""
     assert sum(call.startswith("pip wheel") for call in checkout.pip_calls()) == 1
-
-
-def test_another_horovod_that_passes_messages_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, operations=OPERATIONS.replace("  Status status;", "  Status said;"))
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/common/operations.cc must catch what a message throws in one place. Adapt "
-        "launch/build_horovod.sh to this Horovod."
-    )
-
-
-def test_another_horovod_that_ends_process_sets_otherwise(checkout: FakeCheckout, tmp_path: Path) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, process_set="  context.Finalize();\n")
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/common/process_set.cc must finalize Gloo's context in one place. Adapt "
-        "launch/build_horovod.sh to this Horovod."
-    )
-
-
-@pytest.mark.parametrize(
-    "parameter_manager", ["", PARAMETER_MANAGER.replace("v = ", "values = "), PARAMETER_MANAGER + PARAMETER_MANAGER]
-)
-def test_another_horovod_that_sets_parameters_otherwise(
-    checkout: FakeCheckout, tmp_path: Path, parameter_manager: str
-) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, parameter_manager=parameter_manager)
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/common/parameter_manager.cc must set parameters that are not fixed in one place. "
-        "Adapt launch/build_horovod.sh to this Horovod."
-    )
-
-
-@pytest.mark.parametrize("mpi_ops", [MPI_OPS.replace("Stream*", "Stream&"), MPI_OPS + MPI_OPS])
-def test_another_horovod_that_asks_for_streams_otherwise(checkout: FakeCheckout, tmp_path: Path, mpi_ops: str) -> None:
-    serve_sdist(checkout, tmp_path, XLA_LINE, mpi_ops=mpi_ops)
-    assert checkout.error("build_horovod.sh") == (
-        "build_horovod.sh: horovod/tensorflow/mpi_ops.cc must declare AsGpuStreamValue once. Adapt "
-        "launch/build_horovod.sh to this Horovod."
-    )

@@ -26,7 +26,7 @@ def with_wheel(checkout: FakeCheckout) -> FakeCheckout:
     return checkout
 
 
-@pytest.mark.parametrize("command", ["g++", "make"])
+@pytest.mark.parametrize("command", ["g++", "make", "patch"])
 def test_missing_compiler(checkout: FakeCheckout, tmp_path: Path, command: str) -> None:
     error = checkout.error("setup.sh", PATH=path_without(tmp_path / "bin", command))
     assert error == (
@@ -37,7 +37,7 @@ def test_missing_compiler(checkout: FakeCheckout, tmp_path: Path, command: str) 
 
 
 def test_no_compiler_is_needed_with_a_cached_wheel(with_wheel: FakeCheckout, tmp_path: Path) -> None:
-    assert with_wheel.run("setup.sh", PATH=path_without(tmp_path / "bin", "g++", "make")).returncode == 0
+    assert with_wheel.run("setup.sh", PATH=path_without(tmp_path / "bin", "g++", "make", "patch")).returncode == 0
 
 
 def test_missing_nvcc(checkout: FakeCheckout, tmp_path: Path) -> None:
@@ -168,7 +168,9 @@ def test_again_it_does_nothing_at_once(with_wheel: FakeCheckout) -> None:
     assert with_wheel.pip_calls() == calls
 
 
-@pytest.mark.parametrize("file", ["setup.cfg", "launch/constraints.txt", "launch/build_horovod.sh"])
+@pytest.mark.parametrize(
+    "file", ["setup.cfg", "launch/constraints.txt", "launch/horovod/01-leave-out-xla-operations.patch"]
+)
 def test_again_after_a_change(with_wheel: FakeCheckout, file: str) -> None:
     with_wheel.run("setup.sh")
     with (with_wheel.root / file).open("a") as changed:

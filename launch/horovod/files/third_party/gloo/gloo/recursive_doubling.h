@@ -1,5 +1,5 @@
-// For Gloo's allreduce.cc, which launch/build_horovod.sh gives this to: all-reduces of few bytes, whose time is that of the
-// steps between two ranks, in log2(N) of them where a ring takes 2 (N - 1).
+// For Gloo's allreduce.cc: all-reduces of few bytes, whose time is that of the steps between two ranks, in log2(N) of them
+// where a ring takes 2 (N - 1).
 //
 // Source: Thakur, Rabenseifner, Gropp, Optimization of collective communication operations in MPICH, 2005, section 4.5.
 #pragma once
