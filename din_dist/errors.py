@@ -33,5 +33,9 @@ def is_lost_peer(error: BaseException) -> bool:
     return "HorovodInternalError" in names or ("OpError" in names and "horovod" in str(error).lower())
 
 
+class CannotJoin(Exception):
+    """This rank did not get into connection with the others; the text says why."""
+
+
 class FailedElsewhere(Exception):
     """Another rank reports what went wrong; this one leaves without a word of its own."""

@@ -46,7 +46,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(pinned_version tensorflow)
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
-declare -A revision=([cpu]=8 [gpu]=9)
+declare -A revision=([cpu]=9 [gpu]=10)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
 
@@ -124,6 +124,7 @@ sed -i "s/^__version__ = .*/__version__ = '$horovod_version+din.${revision[$devi
 
 # What is ours in it: files, and changes to its own, each with its reason at its head.
 cp -R "$root/launch/horovod/files/." "$source_tree"
+cp "$root/din_dist/bounded_server.py" "$source_tree/horovod/runner/http" # which serves metrics here, and the store there
 for patch in "$root"/launch/horovod/*.patch; do
   patch --directory="$source_tree" -p1 --fuzz=0 --batch --forward --no-backup-if-mismatch --input="$patch" >>"$log" 2>&1 ||
     die "launch/horovod/$(basename "$patch") must apply to Horovod $horovod_version as it is. Adapt it. Log: $log"

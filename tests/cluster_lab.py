@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 NETNS_ETC = Path("/etc/netns")  # `ip netns exec NAME` lays what is in /etc/netns/NAME over /etc
+_NOBODY = "10.77.0.254"
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client"}
 
 
@@ -73,6 +74,11 @@ class Host:
         self.cable.stdin.write(f"{delay_ms / 2:g} {loss}\n")
         self.cable.stdin.flush()
 
+    def rename_card(self, before: str, after: str) -> None:
+        """Gives the network card another name: `eth0`, by which the lab knows it, is to come back."""
+        for change in (["down"], ["name", after], ["up"]):
+            _run(["ip", "-n", self.namespace, "link", "set", after if change == ["up"] else before, *change])
+
     def unplug(self) -> None:
         """Cuts this host off; `plug_in` brings it back."""
         _run(["ip", "-n", self.switch, "link", "set", self.namespace, "down"])
@@ -103,10 +109,11 @@ def horovodrun(hosts: Sequence[Host], command: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def hosts(num_hosts: int, *, our_cables: bool = False) -> Iterator[list[Host]]:
+def hosts(num_hosts: int, *, our_cables: bool = False, own_names: bool = True) -> Iterator[list[Host]]:
     """Builds the lab and takes it down, whatever happens in between; what a killed one left, the next takes down.
 
     `our_cables`: a process carries the packets of each host (see `cluster_cable`), slower than the kernel would.
+    `own_names`: each host knows an address for the name of the machine; else nobody does, and the name server is away.
 
     Raises:
         LabError: this machine cannot have one.
@@ -131,19 +138,20 @@ def hosts(num_hosts: int, *, our_cables: bool = False) -> Iterator[list[Host]]:
         if our_cables:
             found = [dataclasses.replace(host, cable=stack.enter_context(_cable(host))) for host in found]
         for host in found:
-            _add(host, found, folder)
+            _add(host, found, folder, own_names)
         for host in found:
             stack.enter_context(_sshd(host, folder))
         yield found
 
 
-def _add(host: Host, all_hosts: Sequence[Host], folder: Path) -> None:
+def _add(host: Host, all_hosts: Sequence[Host], folder: Path, own_names: bool) -> None:
     etc = NETNS_ETC / host.namespace
     (etc / "ssh").mkdir(parents=True)
-    # Gloo looks up the machine's own name and must get an address that the other hosts reach.
     names = [f"{other.address} host{number}" for number, other in enumerate(all_hosts)]
-    own = f"{host.address} {socket.gethostname()}"
-    (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", own, *names, ""]))
+    own = [f"{host.address} {socket.gethostname()}"] if own_names else []
+    (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", *own, *names, ""]))
+    if not own_names:
+        (etc / "resolv.conf").write_text(f"nameserver {_NOBODY}\noptions timeout:1 attempts:1\n")
     (etc / "ssh" / "ssh_config").write_text(
         f"IdentityFile {folder}/user_key\nUserKnownHostsFile /dev/null\nStrictHostKeyChecking no\nLogLevel ERROR\n"
     )

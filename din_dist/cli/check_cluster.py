@@ -24,6 +24,11 @@ flags.adopt_module_key_flags(settings)  # for --help
 HOSTS = flags.DEFINE_string("hosts", "", "HOST or HOST:SLOTS, comma-separated.", short_name="H")
 HOSTS_FILE = settings.define_path("hosts_file", "", "Instead: a file with a line HOST or HOST:SLOTS for each host.")
 SSH_PORT = flags.DEFINE_integer("ssh_port", None, "Port of sshd on the hosts. Default: what ssh takes.")
+CARD = flags.DEFINE_string(
+    "network_interface",
+    "",
+    "Network card by which the workers reach each other. Default: on each host the one towards this machine.",
+)
 ELASTIC = flags.DEFINE_boolean("elastic", False, "The job will be elastic: all hosts must share --output_dir.")
 
 
@@ -40,7 +45,7 @@ def main() -> None:
     config = settings.config_from_flags()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it has put somewhere is taken away
     hosts = parse_hosts(HOSTS.value) if HOSTS.value else read_hosts_file(HOSTS_FILE.value)
-    findings = check_hosts(hosts, config, port, elastic=ELASTIC.value)
+    findings = check_hosts(hosts, config, port, elastic=ELASTIC.value, card=CARD.value)
     print(render(hosts, findings), flush=True)
     if wrong := {finding.host: None for finding in findings if finding.fatal}:
         raise InputError(

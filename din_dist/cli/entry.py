@@ -24,6 +24,7 @@ from din_dist.errors import (
     EXIT_INPUT_ERROR,
     EXIT_RETRY,
     EXIT_SIGINT,
+    CannotJoin,
     FailedElsewhere,
     InputError,
     Interrupted,
@@ -122,6 +123,8 @@ def _exit_code(main: Callable[[], None]) -> int:
         _leave(EXIT_RETRY, str(stop), level="stopped")
     except FailedElsewhere:
         return 1
+    except CannotJoin as error:
+        _leave(1, f"rank {_rank()} must reach the other workers. Received: {error}. See launch/README.md.")
     except FloatingPointError as error:
         _leave(1, str(error))
     except Exception as error:

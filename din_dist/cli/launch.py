@@ -19,8 +19,9 @@ from din_dist import environment, streams
 from din_dist.cli import flags as settings
 from din_dist.config import require
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
-from din_dist.files import read_text
+from din_dist.launcher.addresses import card_towards, loopback_card, own_address
 from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
+from din_dist.launcher.link import FIND_CARD_VARIABLE
 from din_dist.launcher.supervisor import Supervisor
 from din_dist.text import printable
 
@@ -30,6 +31,7 @@ _OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # which Kubernetes' MPI 
 _OPERATORS_SLOTS = "OMPI_MCA_orte_set_default_slots"  # which it gives the launcher, for its script names none
 _SLURM = "slurm"
 _TELL_HOSTS = "tell_hosts"
+_PASS_ENVIRONMENT = "HOROVOD_PASS_ENVIRONMENT"  # of our Horovod
 _WORKERS_WITHOUT_GPU = 2
 _LONGEST_COOLDOWN = 30  # times --host_cooldown_seconds
 
@@ -76,7 +78,18 @@ settings.define_path(
 _define("wait_for_hosts_seconds", "0", "How long to wait until the ssh servers of all hosts answer.")
 settings.define_path("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.", _FLAGS)
 _define("ssh_port", "22", "Port of the hosts' ssh servers.")
-_define("network_interface", "", "Network card by which the workers reach each other. Default: Horovod finds one.")
+_define(
+    "network_interface",
+    "",
+    "Network card by which the workers reach each other, of that name on every host. Default: on each host the card "
+    "towards the launcher, whatever its name.",
+)
+_define(
+    "pass_environment",
+    "",
+    "Further variables of the environment for workers on other hosts, comma-separated. They get those that such a job "
+    "needs (see launch/README.md), and no others.",
+)
 _define(
     "stall_timeout_seconds",
     "60",
@@ -128,10 +141,12 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["DIN_DIST_PROGRESS_TTY"] = os.ttyname(sys.stderr.fileno())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
+    _pass_environment()
+    card, address = _card(hosts, only_here)
     agent = [sys.executable, "-m", "din_dist.launcher.agent", *trainer_flags]
     alone = numbers["num_workers"] == 1 and only_here and not _FLAGS.elastic and not _FLAGS.log_dir
     if _FLAGS.dry_run:
-        words = agent if alone else [*_horovodrun(numbers, hosts, only_here, Path("HOSTS", "hosts")), *agent]
+        words = agent if alone else [*_horovodrun(numbers, hosts, only_here, card, Path("HOSTS", "hosts")), *agent]
         print(shlex.join(words))
         return 0
     # Also checks every flag: a wrong one gives its one line here, not one from each worker.
@@ -141,6 +156,7 @@ def main(arguments: Sequence[str]) -> int:
     if code == 0 and hosts and not only_here and _FLAGS.preflight:
         where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
         where += ["--elastic"] if _FLAGS.elastic else []
+        where += [f"--network_interface={_FLAGS.network_interface}"] if _FLAGS.network_interface else []
         code = _run_first("check_cluster", [*where, *trainer_flags])
     if code:
         return code
@@ -151,9 +167,9 @@ def main(arguments: Sequence[str]) -> int:
         if _FLAGS.elastic:
             _write_discovery(current_hosts)
         return Supervisor(
-            agent if alone else [*_horovodrun(numbers, hosts, only_here, current_hosts), *agent],
+            agent if alone else [*_horovodrun(numbers, hosts, only_here, card, current_hosts), *agent],
             horovod=not alone,
-            local=only_here,
+            address=address,
             stall_timeout_seconds=stall_timeout,
             hosts=discovered if _FLAGS.elastic else None,
             log_dir=_log_dir(),
@@ -269,8 +285,42 @@ def _hosts(default_slots: int) -> list[HostSlots]:
     return parse_hosts(_FLAGS.hosts, default_slots) if _FLAGS.hosts else []
 
 
+def _pass_environment() -> None:
+    """Tells Horovod which variables the user wants on other hosts.
+
+    Raises:
+        InputError: one of them is not set.
+    """
+    names = [name.strip() for name in str(_FLAGS.pass_environment).split(",") if name.strip()]
+    for name in names:
+        require(
+            name in os.environ,
+            "must name variables that are set, comma-separated",
+            "pass_environment",
+            name,
+            "Set it, or leave it out.",
+        )
+    os.environ[_PASS_ENVIRONMENT] = ",".join(names)
+
+
+def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
+    """The network card of this machine by which workers reach it, and its address.
+
+    Raises:
+        InputError: it is not there, or has no address.
+    """
+    if card := str(_FLAGS.network_interface):
+        pass
+    elif only_here:
+        card = loopback_card()
+    else:
+        card = card_towards([host.name for host in hosts if not is_local(host.name)])
+        os.environ[FIND_CARD_VARIABLE] = "1"  # on other hosts it may have another name
+    return card, own_address(card)
+
+
 def _horovodrun(
-    numbers: Mapping[str, float], hosts: Sequence[HostSlots], only_here: bool, current_hosts: Path
+    numbers: Mapping[str, float], hosts: Sequence[HostSlots], only_here: bool, card: str, current_hosts: Path
 ) -> list[str]:
     """Horovod's launcher and its flags, before the worker's command."""
     timeout = str(round(numbers["stall_timeout_seconds"]))
@@ -279,9 +329,7 @@ def _horovodrun(
     words += ["-np", str(int(numbers["num_workers"]))]
     if not only_here:
         words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # it would remember hosts that were reached once
-    alone = "lo" if only_here else _default_interface()  # which is what Horovod takes then
-    if interface := _FLAGS.network_interface or (_FLAGS.elastic and len(hosts) == 1 and alone):
-        words += ["--network-interface", interface]  # without, an elastic job waits for a second host to compare with
+    words += ["--network-interface", card]
     if _FLAGS.elastic:
         cooldown = int(numbers["host_cooldown_seconds"])
         script = str(current_hosts.with_name(_TELL_HOSTS))
@@ -298,15 +346,6 @@ def _write_discovery(current_hosts: Path) -> None:
     script = current_hosts.with_name(_TELL_HOSTS)
     script.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n", encoding="utf-8")
     script.chmod(0o755)
-
-
-def _default_interface() -> str:
-    """The network card of the default route."""
-    for line in read_text(Path("/proc/net/route")).splitlines()[1:]:
-        interface, destination, *_ = line.split()
-        if destination == "00000000":
-            return interface
-    return "lo"
 
 
 def _run_first(name: str, arguments: Sequence[str]) -> int:

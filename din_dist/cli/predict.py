@@ -93,7 +93,7 @@ def main() -> None:
     from din_dist.distributed.runtime import claim_devices, open_runtime
     from din_dist.serving.bundle import Bundle
     from din_dist.serving.histories import GivenHistories, UserHistories, check_item_types
-    from din_dist.serving.parts import PartsFolder
+    from din_dist.serving.parts import PartsFolder, Plan
     from din_dist.serving.predict import Predictor, Stopped, check_columns
     from din_dist.training.output_dir import claim_output_dir, to_json
 
@@ -121,7 +121,7 @@ def main() -> None:
                 OVERWRITE.value,
                 lambda plan: check_columns(plan, question),
             )
-    plan = runtime.broadcast_object(plan)
+    plan = Plan.from_json(runtime.broadcast_object(plan.to_json() if plan else None))
     predictor = Predictor(bundle, histories, question, parts, lambda: requests.stop, LogFormat(LOG_FORMAT.value))
     begun = time.perf_counter()
     stopped = False

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,9 +20,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist.errors import FailedElsewhere, InputError, Left, is_lost_peer
+from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, is_lost_peer
 
 _JOIN_AGAIN_SECONDS = 0.2
+_MOST_FAILED_JOINS = 10  # in a row, each within `_AT_ONCE_SECONDS`: what is wrong is not that others come and go
+_AT_ONCE_SECONDS = 2.0
 _SEVERAL_ON_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"  # of NCCL itself, which else refuses ranks that share a GPU
 
 
@@ -118,7 +122,7 @@ class Runtime(InGraph):
         """Gives every rank the values that rank `root` has."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """The `value` of rank `root`, on every rank."""
+        """The `value` of rank `root`, on every rank. It travels as JSON: tuples become lists."""
         return value
 
     def barrier(self) -> None:
@@ -176,7 +180,15 @@ class HorovodRuntime(Runtime):
         self._join()
 
     def _join(self) -> None:
-        self._hvd.init()
+        """
+        Raises:
+            CannotJoin: the other workers were not reached.
+        """
+        try:
+            self._hvd.init()
+        except ValueError as error:  # as it says that init failed
+            problem = str(error).removeprefix("Horovod initialization failed: ")
+            raise CannotJoin(re.sub(r"^\[[^\]]*\] *", "", problem)) from error  # which names a line of C++
         self.rank, self.world_size = self._hvd.rank(), self._hvd.size()
         self.local_rank, self.local_size = self._hvd.local_rank(), self._hvd.local_size()
 
@@ -211,7 +223,12 @@ class HorovodRuntime(Runtime):
             variable.assign(self._hvd.broadcast(variable, root_rank=root, name=f"initial_{place}"))
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=root, name="host_object")
+        # Not Horovod's own function of that name, which unpickles what comes.
+        text = np.frombuffer(json.dumps(value).encode() if self.rank == root else b"", np.uint8)
+        size = self._hvd.broadcast(tf.constant([len(text)]), root_rank=root, name="host_object_size").numpy()[0]
+        text = text if self.rank == root else np.zeros(size, np.uint8)
+        told = self._hvd.broadcast(tf.constant(text), root_rank=root, name="host_object").numpy()
+        return json.loads(told.tobytes())
 
     def barrier(self) -> None:
         self.sum(np.zeros(1, np.float32))
@@ -252,13 +269,18 @@ class ElasticRuntime(HorovodRuntime):
 
     def _join(self) -> None:
         """Tries again when a worker is lost while all join: that fails on every rank."""
+        failed_joins = 0
         while True:
+            started = time.monotonic()
             try:
                 super()._join()
-            except ValueError as error:  # as it says that init failed
+            except CannotJoin as error:
                 self._hvd.shutdown()
                 if _libc_environment("HOROVOD_RANK") == "-1":
                     raise Left("because its host was taken from the job") from error
+                failed_joins = failed_joins + 1 if time.monotonic() - started < _AT_ONCE_SECONDS else 0
+                if failed_joins > _MOST_FAILED_JOINS:
+                    raise
                 time.sleep(_JOIN_AGAIN_SECONDS)
             else:
                 os.environ["HOROVOD_RANK"] = str(self.rank)  # which Horovod sets at the start only

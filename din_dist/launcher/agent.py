@@ -7,7 +7,6 @@ launcher how it ended. It needs no shared files, so it serves on any host.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -20,10 +19,21 @@ from collections.abc import Sequence
 from typing import IO
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
-from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE, Address, Lines, encode
+from din_dist.launcher.addresses import card_of
+from din_dist.launcher.link import (
+    BEAT_SECONDS,
+    BEATS_VARIABLE,
+    FIND_CARD_VARIABLE,
+    KEY_VARIABLE,
+    Address,
+    Lines,
+    Seal,
+    introduce,
+)
 from din_dist.launcher.processes import die_with_parent, exit_code
 
 _CONNECT_SECONDS = 10.0
+_JOIN_SECONDS = 30.0  # in which many may connect to the launcher at once
 _LONGEST_LINE = 1 << 20  # bytes that are waited for
 _GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
 _LAST_WORDS_SECONDS = 0.5  # at least, for a trainer to say itself that another was lost
@@ -32,11 +42,11 @@ _LAST_WORDS_SECONDS = 0.5  # at least, for a trainer to say itself that another 
 class Agent:
     """One trainer and the link to the launcher."""
 
-    def __init__(self, launcher: socket.socket, stall_timeout_seconds: float) -> None:
+    def __init__(self, launcher: socket.socket, seal: Seal, lines: Lines, stall_timeout_seconds: float) -> None:
         self._launcher: socket.socket | None = launcher
+        self._seal, self._launcher_lines, self._trainer_lines = seal, lines, Lines()
         self._stall_timeout_seconds = stall_timeout_seconds
         self._selector = selectors.DefaultSelector()
-        self._launcher_lines, self._trainer_lines = Lines(), Lines()
         self._heard_launcher = time.monotonic()
         self._heard_trainer: float | None = None  # None: it is not ready for signals yet
         self._stop_level = 0  # of SIGINTs that the trainer has to get, and got
@@ -61,6 +71,7 @@ class Agent:
         self._selector.register(here, selectors.EVENT_READ, lambda: self._hear_signals(here))
         pumps = self._start(command)
         assert self._trainer
+        self._heed(b"")  # what came together with the launcher's first word
         next_beat = 0.0
         while self._trainer.poll() is None:
             for key, _ in self._selector.select(timeout=max(0.0, next_beat - time.monotonic())):
@@ -84,7 +95,7 @@ class Agent:
         is_static_follower = os.environ.get("HOROVOD_RANK", "0") != "0" and "HOROVOD_ELASTIC" not in os.environ
         self._trainer = subprocess.Popen(
             command,
-            env={**os.environ, BEATS_VARIABLE: str(trainers_end)},
+            env={**os.environ, **self._cards(), BEATS_VARIABLE: str(trainers_end)},
             pass_fds=[trainers_end],
             # Through this process: where ssh broke off, writing to what it left behind would be the trainer's end.
             stdout=subprocess.PIPE if under_horovodrun else None,
@@ -112,9 +123,17 @@ class Agent:
         if not piece:
             self._part_from_launcher()
             return
+        self._heed(piece)
+
+    def _heed(self, piece: bytes) -> None:
+        """Does what the launcher says. Where a line is not its own, or has changed on its way, the link is broken."""
+        try:
+            messages = [self._seal.decode(line) for line in self._launcher_lines.add(piece)]
+        except ValueError:
+            self._part_from_launcher()
+            return
         self._heard_launcher = time.monotonic()
-        for line in self._launcher_lines.add(piece):
-            message = json.loads(line)
+        for message in messages:
             if message.get("given_up"):  # heard late, as by a host that had hung: others have its place
                 self._kill(EXIT_HUNG)
             self._ask_to_stop(message.get("stop", 0))
@@ -183,6 +202,7 @@ class Agent:
     def _part_from_launcher(self) -> None:
         """Without a launcher there is no job. This worker may also be the one that was cut off from all others."""
         assert self._launcher
+        self._tell({"parted": True})  # it may hear this worker, and not be heard
         self._selector.unregister(self._launcher)
         self._launcher.close()
         self._launcher = None
@@ -198,7 +218,20 @@ class Agent:
     def _tell(self, message: dict[str, int]) -> None:
         if self._launcher:
             with contextlib.suppress(OSError):  # `_hear_launcher` and `_check` find out
-                self._launcher.send(encode(message))
+                self._launcher.send(self._seal.encode(message))
+
+    def _cards(self) -> dict[str, str]:
+        """The variables that name this host's own card, where nobody named one: that towards the launcher.
+
+        Horovod gives the name of the launcher's, which may be another here.
+        """
+        assert self._launcher
+        if FIND_CARD_VARIABLE not in os.environ or not (card := card_of(self._launcher.getsockname()[0])):
+            return {}
+        variables = {"HOROVOD_GLOO_IFACE": card}
+        if os.environ.get("NCCL_SOCKET_IFNAME") == os.environ.get("HOROVOD_GLOO_IFACE"):  # not the user's
+            variables["NCCL_SOCKET_IFNAME"] = card
+        return variables
 
 
 def pump(source: IO[bytes], target: int) -> None:
@@ -225,28 +258,29 @@ def _say(text: str) -> None:
         os.write(2, line.encode())
 
 
-def _join() -> tuple[socket.socket, float]:
-    """A link to the launcher, introduced."""
+def _join() -> tuple[socket.socket, Seal, Lines, float]:
+    """A link to the launcher, which knows this agent, and after how long its silence counts."""
     address = Address.from_environment()
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while True:
-        try:
-            link = socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS)
-            break
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                _say(f"the launcher at {address.host}:{address.port} must be reachable. Received: {error}")
-                sys.exit(EXIT_RETRY)
-            time.sleep(0.5)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     hello = {
-        "token": address.token,
         "host": os.environ.get("HOROVOD_HOSTNAME", ""),
         "local_rank": int(os.environ.get("HOROVOD_LOCAL_RANK", "0")),
         "rank": int(os.environ.get("HOROVOD_RANK", "0")),
     }
-    link.sendall(encode(hello))
-    return link, address.stall_timeout_seconds
+    started = time.monotonic()
+    while True:
+        link = None
+        try:
+            link = socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            seal, lines = introduce(link, os.environ[KEY_VARIABLE], hello)
+            return link, seal, lines, address.stall_timeout_seconds
+        except (OSError, ValueError) as error:
+            if link:
+                link.close()
+            if time.monotonic() - started >= (_JOIN_SECONDS if link else _CONNECT_SECONDS):
+                _say(f"the launcher at {address.host}:{address.port} must be reachable. Received: {error}")
+                sys.exit(EXIT_RETRY)
+            time.sleep(0.5)
 
 
 def main(trainer_flags: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Self
 
 from din_dist.errors import InputError
 from din_dist.files import read_text
-from din_dist.launcher.probe import is_own
+from din_dist.launcher.addresses import is_own
 from din_dist.launcher.slurm import hosts_of_slurm
 
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"

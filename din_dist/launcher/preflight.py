@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,24 +25,16 @@ from typing import Any, Self, TypeVar
 
 from din_dist.config import Config, DataConfig, list_text
 from din_dist.errors import InputError
+from din_dist.launcher.addresses import card_towards, own_address
 from din_dist.launcher.hosts import HostSlots, is_local
-from din_dist.launcher.probe import (
-    CONNECT_SECONDS,
-    Facts,
-    Question,
-    addresses_of,
-    find_facts,
-    is_loopback,
-    listen,
-    source_address,
-)
+from din_dist.launcher.probe import CONNECT_SECONDS, Facts, Question, find_facts, listen
 
 MAX_SKEW_SECONDS = 2.0
 _FACTS_SECONDS = 30.0  # ssh and Python start in it, from a slow disk too
 _REACH_SECONDS = CONNECT_SECONDS + 7.0
 _SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oStrictHostKeyChecking=no", "-oLogLevel=ERROR")
 _NO_FOLDER, _NO_PYTHON = 81, 82  # exit codes that neither ssh nor Python gives
-_INHERITED = ("PATH", "PYTHONPATH", "DIN_DIST_DEVICE")  # of the environment, which Horovod hands to all workers
+_INHERITED = ("PATH", "PYTHONPATH", "DIN_DIST_DEVICE")  # of what Horovod hands to workers on other hosts
 _PYTHON = str(Path(sys.prefix, "bin", "python"))
 _SSH_CHECK = "ssh"
 _HERE = "this machine"  # where that is none of the hosts
@@ -73,7 +64,7 @@ class Answer:
 
 
 def check_hosts(
-    hosts: Sequence[HostSlots], config: Config, ssh_port: int | None = None, *, elastic: bool = False
+    hosts: Sequence[HostSlots], config: Config, ssh_port: int | None = None, *, elastic: bool = False, card: str = ""
 ) -> list[Finding]:
     """Looks at all hosts, within seconds however many they are; what is wrong, in the order of the hosts.
 
@@ -83,6 +74,7 @@ def check_hosts(
     Args:
         elastic: the job will be: any host may come to write checkpoints, and it can begin without those that do not
             answer.
+        card: the network card by which workers reach each other; empty: on each host the one towards this machine.
 
     Raises:
         InputError: a host is named twice, or a setting is wrong on this machine already.
@@ -95,13 +87,13 @@ def check_hosts(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(max(1, len(hosts))))
         probes = list(pool.map(lambda host: stack.enter_context(_Probe(host, ssh_port)), hosts))
-        question = stack.enter_context(_question(config))  # takes a second, in which they start
+        question = stack.enter_context(_question(config, _own_address(hosts, card), card))  # takes a second, meanwhile
         here = find_facts(question)
         answers = _ask_all(pool, probes, findings, lambda probe: probe.meet(question, config.job.metrics_port))
-        peers = _peers(hosts, answers)
+        peers = {name: (found.facts.address, found.port) for name, found in answers.items() if found.facts.address}
         if answers and not any(probe.is_local for probe in probes):  # workers must reach Horovod's driver as well
-            listener = stack.enter_context(listen())
-            peers[_HERE] = (_address_towards(next(iter(answers))), listener.getsockname()[1])
+            listener = stack.enter_context(listen(question.launcher))
+            peers[_HERE] = (question.launcher, listener.getsockname()[1])
         met = [probe for probe in probes if probe.host.name in answers]
         unreached = _ask_all(pool, met, findings, lambda probe: probe.reach(peers))
     findings += compare(hosts, here, answers, config, elastic=elastic)
@@ -136,7 +128,6 @@ def compare(
     hosts: Sequence[HostSlots], here: Facts, answers: Mapping[str, Answer], config: Config, *, elastic: bool = False
 ) -> list[Finding]:
     """What is wrong by what the hosts, and this machine (`here`), tell of themselves."""
-    several = _are_several(hosts, answers)
     any_gpu = any(answer.facts.num_gpus for answer in answers.values())
     fingerprints = [here.fingerprint, *(answer.facts.fingerprint for answer in answers.values())]
     fingerprint = next((found for found in fingerprints if found), None)
@@ -146,8 +137,7 @@ def compare(
         if answer := answers.get(host.name):
             facts = answer.facts
             findings += _environment(host, facts, here)
-            if several:
-                findings += _own_name(host, facts)
+            findings += _address(host, facts)
             findings += _data(host, facts, fingerprint, config.data)
             findings += _processors(host, facts, any_gpu)
             findings += _metrics_ports(host, facts, first_names.setdefault(facts.machine, host.name), config)
@@ -163,30 +153,21 @@ def compare_links(peers: Mapping[str, tuple[str, int]], unreached: Mapping[str, 
         missed = [f"{other} ({reasons[name]})" for other, reasons in unreached.items() if name in reasons]
         if missed:
             remedy = f"Let all hosts connect to {address} on every TCP port: look for a firewall or a security group."
-            if name != _HERE:
-                remedy += f" If they reach it elsewhere, say so in /etc/hosts on {name}, in the line of its own name."
+            remedy += " If they reach each other by another network card, name it: --network_interface."
             findings.append(Finding(name, "network", f"not reached at {address} by {_shorten(missed)}", remedy))
     return findings
 
 
-def _are_several(hosts: Sequence[HostSlots], answers: Mapping[str, Answer]) -> bool:
-    """Whether these are more than one machine; who does not answer is taken for another."""
-    return len({answer.facts.machine for answer in answers.values()}) + len(hosts) - len(answers) > 1
+def _own_address(hosts: Sequence[HostSlots], card: str) -> str:
+    """Of this machine, at which the hosts would reach Horovod's driver.
 
-
-def _peers(hosts: Sequence[HostSlots], answers: Mapping[str, Answer]) -> dict[str, tuple[str, int]]:
-    """Where the others will look for each host: at the address that its own name stands for there."""
-    several = _are_several(hosts, answers)
-    peers = {}
-    for name, answer in answers.items():
-        own = answer.facts.address
-        peers[name] = (name if own is None or (several and is_loopback(own)) else own, answer.port)
-    return peers
-
-
-def _address_towards(host: str) -> str:
-    """Of this machine, as seen from another one."""
-    return next(filter(None, map(source_address, addresses_of(host))), socket.gethostname())
+    Raises:
+        InputError: the card that was named has none.
+    """
+    elsewhere = [host.name for host in hosts if not is_local(host.name)]
+    if not elsewhere:
+        return "127.0.0.1"
+    return own_address(card or card_towards(elsewhere))
 
 
 def _environment(host: HostSlots, facts: Facts, here: Facts) -> Iterator[Finding]:
@@ -205,21 +186,11 @@ def _environment(host: HostSlots, facts: Facts, here: Facts) -> Iterator[Finding
         yield Finding(host.name, "sources", found, f"Bring what is in {Path.cwd()} here to the same folder there.")
 
 
-def _own_name(host: HostSlots, facts: Facts) -> Iterator[Finding]:
-    """Gloo looks up the name of the machine that it runs on, and tells the others to connect to what it gets."""
-    if facts.address and not is_loopback(facts.address):
-        return
-    own = facts.host_name
-    outer = next((address for address in addresses_of(host.name) if not is_loopback(address)), "ADDRESS")
-    remedy = f"In /etc/hosts there, add the line `{outer} {own}`"
-    if facts.addresses:
-        found = f"its own name, {own}, is {facts.addresses[0]} there"
-        remedy += f" and take {own} from the line of {facts.addresses[0]}"
-    else:
-        found = f"its own name, {own}, is unknown there"
-    if outer == "ADDRESS":
-        remedy += "; ADDRESS is where the other hosts reach it"
-    yield Finding(host.name, "own name", found, f"{remedy}.")
+def _address(host: HostSlots, facts: Facts) -> Iterator[Finding]:
+    if facts.address is None:
+        remedy = "See `ip -brief address` and `ip route` there. Without --network_interface, the card is the one that "
+        remedy += "leads to the launcher."
+        yield Finding(host.name, "network card", "no card of that name with an IPv4 address, or no way here", remedy)
 
 
 def _data(host: HostSlots, facts: Facts, fingerprint: str | None, data: DataConfig) -> Iterator[Finding]:
@@ -294,7 +265,7 @@ def _shorten(parts: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _question(config: Config) -> Iterator[Question]:
+def _question(config: Config, launcher: str, card: str) -> Iterator[Question]:
     """What hosts are asked; meanwhile a file lies in the output folder, by which they know it again.
 
     Raises:
@@ -315,7 +286,7 @@ def _question(config: Config) -> Iterator[Question]:
             "Name another one."
         ) from error
     try:
-        yield Question(str(data_folder), str(folder), token.name, config.job.metrics_host, ())
+        yield Question(str(data_folder), str(folder), token.name, launcher, card, config.job.metrics_host, ())
     finally:
         token.unlink(missing_ok=True)
         for path in made:
@@ -356,11 +327,14 @@ class _Probe:
 
     def __init__(self, host: HostSlots, ssh_port: int | None) -> None:
         self.host = host
-        environment = [f"{name}={os.environ[name]}" for name in _INHERITED if name in os.environ]
+        # The shell reads the variables from its input, which is the probe's afterwards: nothing that a user's shell has
+        # set stands in a command line.
+        variables = [f"{name}={shlex.quote(os.environ[name])}" for name in _INHERITED if name in os.environ]
+        settings = " ".join(["export DIN_DIST_PROBE=1", *(each for each in variables if "\n" not in each)])
         folder, python = shlex.quote(str(Path.cwd())), shlex.quote(_PYTHON)
         script = (
             f"cd {folder} || exit {_NO_FOLDER}; [ -x {python} ] || exit {_NO_PYTHON}; "
-            f"exec env {shlex.join(environment)} {python} -m din_dist.launcher.probe"
+            f'IFS= read -r settings && eval "$settings" && exec {python} -m din_dist.launcher.probe'
         )
         self.is_local = is_local(host.name)
         self._port = ["-p", str(ssh_port)] if ssh_port else []
@@ -377,6 +351,9 @@ class _Probe:
                 encoding="utf-8",
                 errors="replace",
             )
+            assert self._process.stdin
+            with contextlib.suppress(BrokenPipeError):  # `_explain` says why it has ended
+                print(settings, file=self._process.stdin, flush=True)
         except FileNotFoundError as error:
             raise InputError(
                 f"Other hosts are reached by ssh. Received: {host.name}, and no ssh here. Install openssh-client."

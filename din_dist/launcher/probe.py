@@ -7,7 +7,7 @@ Each question on stdin is answered on stdout, both an object of JSON on a line: 
     time    its clock
     reach   {"peers": {NAME: [ADDRESS, PORT], ...}} -> the ones whose port cannot be connected to, and why
 
-It listens on a free port of its own, for the others to reach, and ends when stdin closes. It must start in an instant:
+It listens where a worker would, for the others to reach, and ends when stdin closes. It must start in an instant:
 no TensorFlow, nothing that imports it.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import ipaddress
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +34,7 @@ from typing import Any
 
 from din_dist import __version__, schema
 from din_dist.files import read_text
+from din_dist.launcher.addresses import address_of_card, source_address
 from din_dist.versions import commit
 
 PACKAGE = Path(__file__).parents[1]
@@ -50,6 +51,8 @@ class Question:
     data_folder: str  # of the prepared version
     output_dir: str
     token: str  # a file that the caller has put there
+    launcher: str  # its address
+    card: str  # the network card that was named; empty: whichever leads to the launcher
     metrics_host: str
     metrics_ports: Sequence[int]
 
@@ -59,9 +62,7 @@ class Facts:
     """What a host is and has."""
 
     machine: str  # the same for two names of one machine
-    host_name: str
-    addresses: Sequence[str]  # that its own name resolves to, there
-    address: str | None  # the first of them that is its own: what Gloo takes
+    address: str | None  # at which workers there would listen: of the card that was named, else of that to the launcher
     commit: str
     versions: Mapping[str, str]
     sources: Mapping[str, str]  # of the package: path -> digest
@@ -76,14 +77,11 @@ class Facts:
 
 def find_facts(question: Question) -> Facts:
     """Looks at this machine."""
-    addresses = addresses_of(socket.gethostname())
     fingerprint, data_problem = _fingerprint(Path(question.data_folder))
     output_shared, output_problem = _output(Path(question.output_dir), question.token)
     return Facts(
         machine=_machine(),
-        host_name=socket.gethostname(),
-        addresses=addresses,
-        address=next(filter(is_own, addresses), None),
+        address=address_of_card(question.card) if question.card else source_address(question.launcher),
         commit=commit(),  # for people: `sources` decide
         versions=_versions(),
         sources={
@@ -100,32 +98,18 @@ def find_facts(question: Question) -> Facts:
     )
 
 
-def addresses_of(name: str) -> list[str]:
-    """What a name stands for, in the order in which Gloo tries it."""
-    try:
-        return [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    except OSError:
-        return []
-
-
-def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
-
-
-def source_address(address: str) -> str | None:
-    """Where from this machine sends to an address; None where it knows no way."""
+def listen(address: str) -> socket.socket:
+    """Listens on a free port of one address, and hangs up on whoever connects."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # of a datagram socket: nothing is sent
-        return str(probe.getsockname()[0])
-    return None
+    listener = socket.create_server((address, 0), family=family, backlog=1024)
+    threading.Thread(target=_hang_up_on_all, args=(listener,), daemon=True).start()
+    return listener
 
 
-def listen() -> socket.socket:
-    """On a free port of all addresses; the kernel accepts."""
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=1024)
+def _hang_up_on_all(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it was closed
+        while True:
+            listener.accept()[0].close()
 
 
 def unreached(peers: Mapping[str, tuple[str, int]]) -> dict[str, str]:
@@ -139,13 +123,15 @@ def main() -> None:
     signal.alarm(_LIFETIME_SECONDS)
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what anyone else prints must not be taken for an answer
-    with listen() as listener:
+    with contextlib.ExitStack() as stack:
         for line in sys.stdin:
             question: dict[str, Any] = json.loads(line)
             match question.pop("ask"):
                 case "facts":
                     facts = find_facts(Question(**question))
-                    answer = {"port": listener.getsockname()[1], **dataclasses.asdict(facts)}
+                    listener = stack.enter_context(listen(facts.address)) if facts.address else None
+                    port = listener.getsockname()[1] if listener else 0
+                    answer = {"port": port, **dataclasses.asdict(facts)}
                 case "time":
                     answer = {"time": time.time()}
                 case "reach":
@@ -161,11 +147,6 @@ def _why_unreached(address: str, port: int) -> str:
     except OSError as error:
         return (error.strerror or str(error)).lower()
     return ""
-
-
-def is_own(address: str) -> bool:
-    """Whether it is this machine's: it is from there, then, that it sends to there."""
-    return is_loopback(address) or source_address(address) == address
 
 
 def _machine() -> str:

@@ -7,13 +7,14 @@ back, and who falls silent is ended: Horovod itself would wait for it on and on.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,14 +27,16 @@ import psutil
 
 from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.launcher.hosts import HostList
-from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, Address, encode
+from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, KEY_VARIABLE, LONGEST_LINE, Address, Seal, new_nonce
 from din_dist.launcher.processes import die_with_parent, exit_code
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
 _LAST_WORDS_SECONDS = 5.0  # in which an agent that has ended is heard to its last word
 _HELLO_SECONDS = 10.0
-_HOST = re.compile(r"\bHOROVOD_HOSTNAME=(\S+)")
+_MOST_STRANGERS = 64  # that have connected and not yet introduced themselves: the oldest gives way to a new one
+_ACCEPTED_AT_ONCE = 16
+_LOOPBACK = "127.0.0.1"
 _NOISE = b"Horovod background loop uncaught exception"
 _PREFIX = re.compile(rb"\[(\d+)\]<(stdout|stderr)>:(.*)", re.DOTALL)
 
@@ -46,11 +49,13 @@ class _Worker:
     local_rank: int
     rank: int
     writer: asyncio.StreamWriter
+    seal: Seal
     heard: float
+    has_ended: bool = False  # as it has said itself
 
     def tell(self, message: dict[str, int | bool]) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # that it is gone, the reader finds out
-            self.writer.write(encode(message))
+            self.writer.write(self.seal.encode(message))
 
 
 class Supervisor:
@@ -61,22 +66,25 @@ class Supervisor:
         command: Sequence[str],
         *,
         horovod: bool,
-        local: bool,
+        address: str,
         stall_timeout_seconds: float,
         hosts: HostList | None = None,
         log_dir: Path | None = None,
     ) -> None:
         """`command`: that starts the agents: `horovodrun ...`, or an agent itself without `horovod`.
 
-        `local`: all workers are on this machine. `hosts`: of an elastic job, and only there; refreshed while it runs.
-        `log_dir`: for a file of each rank's output; only with `horovod`.
+        `address`: of this machine, at which all agents reach it, and nobody else need. `hosts`: of an elastic job, and
+        only there; refreshed while it runs. `log_dir`: for a file of each rank's output; only with `horovod`.
         """
-        self._command, self._horovod, self._local = command, horovod, local
+        self._command, self._horovod, self._address = command, horovod, address
         self._stall_timeout_seconds, self._hosts = stall_timeout_seconds, hosts
         self._elastic = hosts is not None
         self._log_dir = log_dir
-        self._token = secrets.token_hex(16)
+        self._key = secrets.token_hex(32)
+        self._strangers: collections.OrderedDict[asyncio.StreamWriter, None] = collections.OrderedDict()
+        self._chores: set[asyncio.Task[None]] = set()
         self._workers: set[_Worker] = set()
+        self._out_of_reach = False  # the workers that are left, of whom none said why it left
         self._failures: list[tuple[int, int]] = []  # rank and exit code, in the order in which they came
         self._stop_level = 0
         self._gave_up = self._killed = self._done = False
@@ -91,14 +99,21 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, self._stop, signal.SIGINT)
-        server = await asyncio.start_server(self._serve, "127.0.0.1" if self._local else "0.0.0.0", 0)
-        port = server.sockets[0].getsockname()[1]
-        address = Address("127.0.0.1" if self._local else "", port, self._token, self._stall_timeout_seconds)
+        listener = socket.create_server((self._address, 0))
+        # Asyncio takes in as many at once as may wait, and only then looks at any: far fewer than there are files.
+        server = await asyncio.start_server(self._serve, sock=listener, backlog=_ACCEPTED_AT_ONCE, limit=LONGEST_LINE)
+        listener.listen(1024)
+        address = Address(self._address, listener.getsockname()[1], self._stall_timeout_seconds)
         if self._hosts:
             await self._refresh_hosts(self._hosts, set())
         self._process = subprocess.Popen(
             self._command,
-            env={**os.environ, **address.to_environment(), JOB_VARIABLE: secrets.token_hex(8)},
+            env={
+                **os.environ,
+                **address.to_environment(),
+                KEY_VARIABLE: self._key,
+                JOB_VARIABLE: secrets.token_hex(8),
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._horovod else None,
             stderr=subprocess.PIPE if self._horovod else None,
@@ -107,16 +122,16 @@ class Supervisor:
             preexec_fn=die_with_parent if self._horovod else None,
         )
         pumps = self._start_pumps()
-        chores = [asyncio.create_task(self._beat())]
+        self._chores.add(asyncio.create_task(self._beat()))
         if self._hosts:
-            chores.append(asyncio.create_task(self._keep_hosts(self._hosts)))
+            self._chores.add(asyncio.create_task(self._keep_hosts(self._hosts)))
         code = exit_code(await asyncio.to_thread(self._process.wait))
         if not self._killed:
             # That a process ended may be known here before what it said last on another way.
             await self._wait_for_workers(_LAST_WORDS_SECONDS)
             if self._workers and not self._done:
                 await self._end_orphans()
-        for chore in chores:
+        for chore in self._chores:
             chore.cancel()
         for pump in pumps:
             await asyncio.to_thread(pump.join, 10)
@@ -127,26 +142,54 @@ class Supervisor:
         """Of one agent, to the end of its link."""
         worker: _Worker | None = None
         try:
-            async with asyncio.timeout(_HELLO_SECONDS):
-                hello = json.loads(await reader.readline())
-                if not secrets.compare_digest(hello["token"], self._token):
-                    return
-            worker = _Worker(hello["host"], hello["local_rank"], hello["rank"], writer, time.monotonic())
+            worker = await self._meet(reader, writer)
             self._workers.add(worker)
-            if self._stop_level:
-                worker.tell({"stop": self._stop_level})
+            self._out_of_reach = False
+            worker.tell({"stop": self._stop_level} if self._stop_level else {})
             while line := await reader.readline():
+                message = worker.seal.decode(line)
                 worker.heard = time.monotonic()
-                if "ended" in (message := json.loads(line)):
+                if "ended" in message:
                     self._note_end(worker, message["ended"])
+                if "parted" in message:
+                    self._note_silence(worker)
         except (OSError, ValueError, KeyError, TypeError, TimeoutError, asyncio.CancelledError):
             pass  # broken off, a stranger, or the job is at its end
         finally:
             if worker:
                 self._workers.discard(worker)
+                if not worker.has_ended:
+                    self._chores.add(asyncio.create_task(self._end_left_over(worker)))
             writer.close()
 
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Worker:
+        """Waits until an agent has introduced itself.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError, TimeoutError: it is a stranger, or was late.
+        """
+        self._strangers[writer] = None
+        if len(self._strangers) > _MOST_STRANGERS:
+            oldest, _ = self._strangers.popitem(last=False)
+            oldest.transport.abort()
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                challenge = new_nonce()
+                writer.write(challenge + b"\n")
+                seal = Seal("launcher", self._key, challenge, (await reader.readline()).strip())
+                hello = seal.decode(await reader.readline())
+        finally:
+            self._strangers.pop(writer, None)
+        return _Worker(hello["host"], hello["local_rank"], hello["rank"], writer, seal, time.monotonic())
+
+    def _note_silence(self, worker: _Worker) -> None:
+        """Of a worker that does not hear this launcher, or is not heard: its agent stops its trainer."""
+        self._workers.discard(worker)
+        self._out_of_reach = not self._workers and self._address != _LOOPBACK
+
     def _note_end(self, worker: _Worker, code: int) -> None:
+        worker.has_ended = True
+        self._out_of_reach = False
         if code:
             self._failures.append((worker.rank, code))
         else:
@@ -164,7 +207,7 @@ class Supervisor:
             for worker in list(self._workers):
                 worker.tell({})
                 if time.monotonic() - worker.heard > self._stall_timeout_seconds:
-                    self._workers.discard(worker)
+                    self._note_silence(worker)
                     worker.tell({"given_up": True})
                     await asyncio.to_thread(self._end_silent, worker)
                     worker.writer.close()
@@ -179,12 +222,26 @@ class Supervisor:
         if not self._horovod:
             self._kill()
             return
-        wanted = {f"HOROVOD_HOSTNAME={worker.host}", f"HOROVOD_LOCAL_RANK={worker.local_rank}"}
+        _end(self._processes_of(worker))
+
+    async def _end_left_over(self, worker: _Worker) -> None:
+        """Ends what the driver still has of a worker whose link broke, when its agent has had the time to stop it.
+
+        The driver would wait for the ssh to a host that is no more.
+        """
+        if self._horovod:
+            processes = await asyncio.to_thread(self._processes_of, worker)
+            await asyncio.sleep(_ENDING_SECONDS)
+            await asyncio.to_thread(_end, processes)
+
+    def _processes_of(self, worker: _Worker) -> list[psutil.Process]:
+        """A shell comes before what it runs, on whose end it would remark."""
+        found = []
         for process in _descendants(self._process.pid):
             with contextlib.suppress(psutil.Error):
-                if wanted <= set(" ".join(process.cmdline()).split()):
-                    for each in [process, *_descendants(process.pid)]:  # the shell first: it would remark on it
-                        each.kill()
+                if _slot_of(process) == (worker.host, str(worker.local_rank)):
+                    found.append(process)
+        return found
 
     def _stop(self, number: int) -> None:
         """By a signal: the workers finish their step and save. A second Ctrl-C: at once."""
@@ -277,6 +334,12 @@ class Supervisor:
             if not self._killed:
                 self._repeat_horovodrun()  # why it left its workers
             return EXIT_RETRY
+        if code and self._out_of_reach and not self._done:
+            _say(
+                f"no worker was heard of for {self._stall_timeout_seconds:g} s: this machine is cut off from them, and "
+                "they save and stop. The same command goes on from there."
+            )
+            return EXIT_RETRY
         if self._elastic and (code == 0 or self._done):
             return 0  # whoever failed was not needed; also in the last moment, when Horovod takes it for the job's end
         if self._failures:
@@ -311,13 +374,26 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def _end(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def _hosts_of_workers(driver: int) -> set[str]:
     """Those for whose workers Horovod's driver has a process: the worker, or the ssh to it."""
     found = set()
     for process in _descendants(driver):
         with contextlib.suppress(psutil.Error):
-            found.update(_HOST.findall(" ".join(process.cmdline())))
+            host, _ = _slot_of(process)
+            found.update([host] if host else [])
     return found
+
+
+def _slot_of(process: psutil.Process) -> tuple[str, str]:
+    """The host and local rank that Horovod's driver started a process for, from its environment."""
+    variables = process.environ()
+    return variables.get("HOROVOD_HOSTNAME", ""), variables.get("HOROVOD_LOCAL_RANK", "")
 
 
 def _say(text: str) -> None:

@@ -1,22 +1,21 @@
 """Serves a registry to Prometheus over HTTP or HTTPS, to anyone or to those who know a password.
 
-`prometheus_client.start_http_server` has no basic authentication, and a client that never ends its TLS handshake holds
-up all the others there.
+`prometheus_client.start_http_server` has no basic authentication, keeps silent clients for good, and one that never
+ends its TLS handshake holds up all the others there.
 """
 
 from __future__ import annotations
 
 import base64
 import hmac
-import socket
 import ssl
 import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import MetricsHandler
 
+from din_dist.bounded_server import BoundedServer
 from din_dist.config import JobConfig
 from din_dist.errors import InputError
 
@@ -47,14 +46,8 @@ class MetricsServer:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-        class Server(ThreadingHTTPServer):
-            address_family = socket.AF_INET6 if ":" in job.metrics_host else socket.AF_INET
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                """Scanners and broken-off scrapes are no news of the job."""
-
         try:
-            self._server = Server((job.metrics_host, port), Handler.factory(registry))
+            self._server = BoundedServer((job.metrics_host, port), Handler.factory(registry))
         except OSError as error:
             raise InputError(
                 f"--metrics_port: each rank of a machine needs a free port on {job.metrics_host}. Received: {port}, "

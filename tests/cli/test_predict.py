@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+from horovod.runner.http import authentication
 from horovod.runner.http.http_server import RendezvousServer
 
 from tests.cli.test_commands import assert_one_line
@@ -215,11 +217,14 @@ def test_stopped_or_killed_it_goes_on_and_ends_the_same(job: Job, tmp_path: Path
 
 def together(job: Job, *words: str) -> list[subprocess.CompletedProcess[str]]:
     """Two processes, as `horovodrun -np 2` would start them."""
+    key = authentication.make_key()
     rendezvous = RendezvousServer()
-    port = rendezvous.start()
+    with mock.patch.dict(os.environ, {authentication.KEY_VARIABLE: key}):
+        port = rendezvous.start("127.0.0.1")
     slots = get_host_assignments(parse_hosts("localhost:2"), 2)
     rendezvous.init(slots)
-    shared = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+    shared = {authentication.KEY_VARIABLE: key,
+              "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
               "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": "lo"}  # fmt: skip
     try:
         ranks = [

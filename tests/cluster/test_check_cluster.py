@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import socket
 import subprocess
@@ -127,17 +128,45 @@ def test_a_hosts_file_and_a_launcher_that_is_no_host(lab: list[Host], prepared: 
     assert done.returncode == 2
 
 
-def test_own_name_is_loopback(lab: list[Host], prepared: Config) -> None:
+def test_the_card_that_was_named_is_on_one_host_only(lab: list[Host], prepared: Config) -> None:
+    lab[1].rename_card("eth0", "other0")
+    try:
+        assert check_lab(lab, prepared).returncode == 0, "by default each host takes its own"
+        what, found, _ = only_row(check_lab(lab, prepared, "--network_interface=eth0"), SECOND)
+    finally:
+        lab[1].rename_card("other0", "eth0")
+    assert (what, found) == ("network card", "no card of that name with an IPv4 address, or no way here")
+
+
+def test_the_own_name_is_of_no_account(lab: list[Host], prepared: Config) -> None:
     etc_hosts = cluster_lab.NETNS_ETC / lab[1].namespace / "hosts"
     before = etc_hosts.read_text()
-    etc_hosts.write_text(before.replace(f"{SECOND} {OWN_NAME}", f"127.0.0.1 {OWN_NAME}"))
-    try:
-        done = check_lab(lab, prepared)
-    finally:
-        etc_hosts.write_text(before)
-    what, found, remedy = only_row(done, SECOND)
-    assert (what, found) == ("own name", f"its own name, {OWN_NAME}, is 127.0.0.1 there")
-    assert f"add the line `{SECOND} {OWN_NAME}` and take {OWN_NAME} from the line of 127.0.0.1." in remedy
+    for name_line in (f"127.0.0.1 {OWN_NAME}", ""):
+        etc_hosts.write_text(before.replace(f"{SECOND} {OWN_NAME}", name_line))
+        try:
+            assert check_lab(lab, prepared).returncode == 0
+        finally:
+            etc_hosts.write_text(before)
+
+
+def test_probes_listen_to_the_job_alone_and_say_nothing_of_it(lab: list[Host], prepared: Config) -> None:
+    """At one address each, while they ask; their variables are in no command line."""
+    secret = "/planted/in/the/path"
+    script = "import pathlib; print(*(p.read_bytes() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')))"
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:{secret}"}
+    command = [sys.executable, "-m", "din_dist.cli.check_cluster", f"--output_dir={prepared.job.output_dir}"]
+    command += [f"--{name}={getattr(prepared.data, name)}" for name in ("dataset", "data_path", "data_dir")]
+    command = lab[0].command([*command, "--metrics_port=-1", f"-H={FIRST}:1,{SECOND}:1"])
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as job:
+        listened: set[str] = set()
+        while job.poll() is None:
+            found = subprocess.run(lab[1].command(["ss", "-Hltn"]), capture_output=True, text=True, check=True).stdout
+            listened |= {line.split()[3] for line in found.splitlines()}
+            words = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+            assert secret not in words
+    assert job.returncode == 0
+    assert {address.rpartition(":")[0] for address in listened} == {SECOND}
+    assert len(listened) > 1, "sshd's and the probe's"
 
 
 def test_unplugged(lab: list[Host], prepared: Config) -> None:
@@ -331,7 +360,7 @@ def test_a_port_is_free_although_a_connection_has_just_ended_there() -> None:
 
 
 def port_problems(port: int) -> Mapping[str, str]:
-    return find_facts(Question("/nowhere", "/nowhere", "token", "127.0.0.1", [port])).taken_ports
+    return find_facts(Question("/nowhere", "/nowhere", "token", "127.0.0.1", "", "127.0.0.1", [port])).taken_ports
 
 
 # --- The comparison, on answers made by hand. ---
@@ -339,8 +368,6 @@ def port_problems(port: int) -> Mapping[str, str]:
 HOSTS = [HostSlots(FIRST, 2), HostSlots(SECOND, 2)]
 FACTS = Facts(
     machine="one",
-    host_name="gpu1",
-    addresses=[FIRST],
     address=FIRST,
     commit="1234",
     versions={"python": "3.11.7", "keras": "3.15.1"},
@@ -357,7 +384,7 @@ FACTS = Facts(
 
 def findings(elastic: bool = False, skew: float = 0.0, margin: float = 0.0, **changes: object) -> list[Finding]:
     """What is wrong when only the second host, on a machine of its own, is made different."""
-    changes = {"machine": "two", "host_name": "gpu2", "addresses": [SECOND], "address": SECOND, **changes}
+    changes = {"machine": "two", "address": SECOND, **changes}
     other = Answer(dataclasses.replace(FACTS, **changes), skew_seconds=skew, margin_seconds=margin)  # type: ignore[arg-type]
     found = compare(HOSTS, FACTS, {FIRST: Answer(FACTS), SECOND: other}, Config(), elastic=elastic)
     return [finding for finding in found if finding.host == SECOND or finding.fatal]
@@ -410,12 +437,10 @@ def test_other_events() -> None:
     assert finding.remedy.endswith("--overwrite_prepared")
 
 
-def test_an_own_name_that_nobody_knows_or_that_is_another_machines() -> None:
-    (finding,) = findings(addresses=[], address=None)
-    assert finding.found == "its own name, gpu2, is unknown there"
-    assert finding.remedy == f"In /etc/hosts there, add the line `{SECOND} gpu2`."
-    (finding,) = findings(addresses=[FIRST], address=None)
-    assert finding.found == f"its own name, gpu2, is {FIRST} there"
+def test_a_card_that_is_not_there() -> None:
+    (finding,) = findings(address=None)
+    assert (finding.check, finding.fatal) == ("network card", True)
+    assert finding.found == "no card of that name with an IPv4 address, or no way here"
 
 
 def test_output_dir_that_cannot_be_written() -> None:

@@ -84,6 +84,7 @@ class FakeCheckout:
         }
         for name in ("launch", "din_dist/kernels"):
             shutil.copytree(ROOT / name, self.root / name)
+        shutil.copy(ROOT / "din_dist" / "bounded_server.py", self.root / "din_dist")
         for name in ("setup.cfg", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root / name)
         self.write_python()
@@ -105,7 +106,7 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        revision = {"cpu": 8, "gpu": 9}[device]
+        revision = {"cpu": 9, "gpu": 10}[device]
         return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:

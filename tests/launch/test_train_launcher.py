@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from din_dist.launcher.addresses import card_towards
 from tests.launch.fake_checkout import ROOT, finished, write_commands, write_script
 
 SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
@@ -60,6 +61,7 @@ while codes:  # another rank fails: this one hangs, as in a collective, deaf to 
 print(json.dumps({"world_size": int(size), "long": "x" * 5000}), flush=True)
 """
 _NOT_OURS = ("DIN_DIST_", "HOROVOD_", "SLURM_", "CUDA_")
+OUTER_CARD = card_towards(["203.0.113.7"])  # nobody's address, by RFC 5737
 
 
 class Launcher:
@@ -277,15 +279,16 @@ def horovodruns_words(launcher: Launcher, *flags: str) -> list[str]:
 
 def test_workers_on_named_hosts(launcher: Launcher) -> None:
     assert horovodruns_words(launcher, "--hosts=localhost:2,127.0.0.1:2", "--num_workers=4") == [
-        *("--gloo", "--gloo-timeout-seconds", "60", "-np", "4", "-H", "localhost:2,127.0.0.1:2")
+        *("--gloo", "--gloo-timeout-seconds", "60", "-np", "4", "--network-interface", "lo"),
+        *("-H", "localhost:2,127.0.0.1:2"),
     ]
 
 
 def test_workers_on_hosts_elsewhere(launcher: Launcher) -> None:
-    flags = ("--hosts=203.0.113.7:2", "--num_workers=2", "--nopreflight", "--ssh_port=2222", "--network_interface=eth7")
+    flags = ("--hosts=203.0.113.7:2", "--num_workers=2", "--nopreflight", "--ssh_port=2222", "--network_interface=lo")
     assert horovodruns_words(launcher, *flags) == [
         *("--gloo", "--gloo-timeout-seconds", "60", "-np", "2", "-p", "2222", "--disable-cache"),
-        *("--network-interface", "eth7", "-H", "203.0.113.7:2"),
+        *("--network-interface", "lo", "-H", "203.0.113.7:2"),
     ]
 
 
@@ -310,7 +313,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(launcher: Launcher) -> 
     (line,) = done.stdout.splitlines()
     words = shlex.split(line)
     assert words[0] == f"{launcher.root}/.venv/bin/horovodrun"
-    assert words[1:-4] == [*horovodrun, "-H", "203.0.113.7:2"]
+    assert words[1:-4] == [*horovodrun, "--network-interface", OUTER_CARD, "-H", "203.0.113.7:2"]
     assert words[-3:] == ["-m", "din_dist.launcher.agent", "--data_path=with space"]
     assert "prepare got" not in done.stderr
     assert list(launcher.work.iterdir()) == []
@@ -403,8 +406,19 @@ def test_elastic_settings(launcher: Launcher) -> None:
     script = words.pop(words.index("--host-discovery-script") + 1)
     assert not Path(script).exists(), "gone with the job"
     assert words == [
-        *("--gloo", "--gloo-timeout-seconds", "45", "-np", "3", "--min-np", "2", "--host-discovery-script"),
-        *("--elastic-timeout", "86400", "--blacklist-cooldown-range", "5", "150", "--max-np", "4"),
+        *("--gloo", "--gloo-timeout-seconds", "45", "-np", "3", "--network-interface", "lo"),
+        *(
+            "--min-np",
+            "2",
+            "--host-discovery-script",
+            "--elastic-timeout",
+            "86400",
+            "--blacklist-cooldown-range",
+            "5",
+            "150",
+            "--max-np",
+            "4",
+        ),
     ]
 
 
@@ -416,11 +430,30 @@ def test_an_elastic_job_whose_chief_is_done_is_done(launcher: Launcher) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_elastic_on_one_host_needs_no_second_to_find_the_network(launcher: Launcher) -> None:
+def test_the_card_is_that_by_which_the_hosts_are_reached(launcher: Launcher) -> None:
     hosts = launcher.work / "hosts"
-    hosts.write_text("203.0.113.7:2\n")
+    hosts.write_text("localhost:1\n203.0.113.7:2\n")
     words = horovodruns_words(launcher, "--elastic", f"--hosts_file={hosts}", "--nopreflight")
-    assert words[words.index("--network-interface") + 1] in {path.name for path in Path("/sys/class/net").iterdir()}
+    assert words[words.index("--network-interface") + 1] == OUTER_CARD
+
+
+def test_a_card_that_is_not_there(launcher: Launcher) -> None:
+    done = launcher.run("--network_interface=eth7")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "train.sh: --network_interface: must be a network card of this machine that has an IPv4 address. Received: "
+        "'eth7'. See `ip -brief address`."
+    )
+    assert "prepare got" not in done.stderr
+
+
+def test_a_variable_that_is_to_be_passed_and_is_not_set(launcher: Launcher) -> None:
+    done = launcher.run("--pass_environment=PATH,NO_SUCH_VARIABLE")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "train.sh: --pass_environment: must name variables that are set, comma-separated. Received: "
+        "'NO_SUCH_VARIABLE'. Set it, or leave it out."
+    )
 
 
 def test_elastic_on_this_machine_alone(launcher: Launcher) -> None:

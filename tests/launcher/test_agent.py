@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,10 +17,11 @@ import pytest
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.launcher.agent import pump
-from din_dist.launcher.link import Address, Lines, encode
+from din_dist.launcher.link import KEY_VARIABLE, Address, Lines, Seal, new_nonce
 from tests.launch.fake_checkout import write_commands
 
 STALL_TIMEOUT_SECONDS = 2.0
+KEY = "k" * 64
 
 # Its ways: by the first argument.
 TRAINER = """
@@ -73,21 +73,28 @@ class AgentUnderTest:
         self.folder = folder
         write_commands(folder / "fakes", train=TRAINER)
         server = socket.create_server(("127.0.0.1", 0))
-        address = Address("127.0.0.1", server.getsockname()[1], "token", STALL_TIMEOUT_SECONDS)
+        address = Address("127.0.0.1", server.getsockname()[1], STALL_TIMEOUT_SECONDS)
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", AGENT, way],
             cwd=folder,
-            env={**clean, "PYTHONPATH": str(folder / "fakes"), **address.to_environment(), **variables},
+            env={
+                **{**clean, "PYTHONPATH": str(folder / "fakes"), KEY_VARIABLE: KEY},
+                **{**address.to_environment(), **variables},
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         server.settimeout(20)
         self.link, _ = server.accept()
-        self.link.settimeout(0.5)
+        challenge = new_nonce()
+        self.link.sendall(challenge + b"\n")
         self._lines = Lines()
-        self.heard: list[dict] = []
+        self.seal = Seal("launcher", KEY, challenge, self._lines.read_one(self.link))
+        self.heard = [self.seal.decode(self._lines.read_one(self.link))]
+        self.tell({})
+        self.link.settimeout(0.5)
 
     def wait_for(self, name: str) -> None:
         deadline = time.monotonic() + 20
@@ -109,13 +116,13 @@ class AgentUnderTest:
     def hear(self) -> None:
         try:
             while piece := self.link.recv(65536):
-                self.heard += map(json.loads, self._lines.add(piece))
+                self.heard += map(self.seal.decode, self._lines.add(piece))
         except OSError:
             pass
 
     def tell(self, message: dict) -> None:
         with contextlib.suppress(OSError):
-            self.link.sendall(encode(message))
+            self.link.sendall(self.seal.encode(message))
 
     def ended(self) -> list[int]:
         return [message["ended"] for message in self.heard if "ended" in message]
@@ -145,7 +152,7 @@ def test_it_introduces_itself_and_gives_signs_of_life(start: Start) -> None:
         assert time.monotonic() < deadline
         agent.tell({})
         agent.hear()
-    assert agent.heard[0] == {"token": "token", "host": "gpu7", "local_rank": 3, "rank": 11}
+    assert agent.heard[0] == {"host": "gpu7", "local_rank": 3, "rank": 11}
     assert agent.heard[1:3] == [{}, {}]
 
 

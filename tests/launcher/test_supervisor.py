@@ -13,23 +13,22 @@ from din_dist.launcher.supervisor import Supervisor
 # Its child has the link after it. What the child does: by the first argument.
 AGENT = """
 import os, pathlib, socket, sys, time
-from din_dist.launcher.link import Address, encode
+from din_dist.launcher.link import KEY_VARIABLE, Address, introduce
 address = Address.from_environment()
 link = socket.create_connection((address.host, address.port))
-link.sendall(encode({"token": address.token, "host": "", "local_rank": 0, "rank": 0}))
-link.recv(1)  # by which it is known there
+seal, _ = introduce(link, os.environ[KEY_VARIABLE], {"host": "", "local_rank": 0, "rank": 0})
 if os.fork():
     os._exit(int(sys.argv[2]))
 if sys.argv[1] == "ends":
     time.sleep(.5)
-    link.sendall(encode({"ended": int(sys.argv[2])}))
+    link.sendall(seal.encode({"ended": int(sys.argv[2])}))
 elif sys.argv[1] == "goes_on":
     heard = b""
     while b"stop" not in heard:
         heard += link.recv(4096)
     pathlib.Path("stopped").touch()
 elif sys.argv[1] == "has_ended":
-    link.sendall(encode({"ended": 0}))
+    link.sendall(seal.encode({"ended": 0}))
     while link.recv(4096):
         pass
 """
@@ -37,7 +36,7 @@ elif sys.argv[1] == "has_ended":
 
 def run(way: str, code: int) -> int:
     command = [sys.executable, "-c", AGENT, way, str(code)]
-    return Supervisor(command, horovod=False, local=True, stall_timeout_seconds=60).run()
+    return Supervisor(command, horovod=False, address="127.0.0.1", stall_timeout_seconds=60).run()
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])

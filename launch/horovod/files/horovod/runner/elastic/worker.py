@@ -1,0 +1,74 @@
+"""How a worker of an elastic job learns that hosts came or went: it asks the job's store, and waits for the answer.
+
+Replaces Horovod's own, by which each worker served anyone, and unpickled what came.
+"""
+
+import json
+import os
+import threading
+import time
+from enum import IntFlag
+
+from horovod.runner.http.http_client import StoreClient
+
+HOROVOD_GLOO_RENDEZVOUS_ADDR = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+HOROVOD_GLOO_RENDEZVOUS_PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"
+HOROVOD_HOSTNAME = "HOROVOD_HOSTNAME"
+HOROVOD_LOCAL_RANK = "HOROVOD_LOCAL_RANK"
+
+GET_HOST_UPDATES = "host_updates"
+ANSWER_SECONDS = 60.0  # more than a server waits for something to tell
+TRY_AGAIN_SECONDS = 1.0
+
+
+class HostUpdateResult(IntFlag):
+    no_update = 0
+    removed = 1
+    added = 2
+    mixed = removed | added
+
+
+class WorkerNotificationManager:
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._thread = None
+        self._listeners = set()
+
+    def init(self, rendezvous_addr=None, rendezvous_port=None, hostname=None, local_rank=None):
+        """Asks from now on, in a thread of its own; does nothing without a rendezvous server."""
+        with self._lock:
+            if self._thread:
+                return
+            rendezvous_addr = rendezvous_addr or os.environ.get(HOROVOD_GLOO_RENDEZVOUS_ADDR)
+            if not rendezvous_addr:
+                return
+            rendezvous_port = rendezvous_port or int(os.environ[HOROVOD_GLOO_RENDEZVOUS_PORT])
+            hostname = hostname or os.environ[HOROVOD_HOSTNAME]
+            local_rank = os.environ[HOROVOD_LOCAL_RANK] if local_rank is None else local_rank
+            client = StoreClient(rendezvous_addr, rendezvous_port)
+            slot = f"{hostname}:{local_rank}"
+            self._thread = threading.Thread(target=self._watch, args=(client, slot), daemon=True)
+            self._thread.start()
+
+    def register_listener(self, listener):
+        self._listeners.add(listener)
+
+    def remove_listener(self, listener):
+        self._listeners.remove(listener)
+
+    def handle_hosts_updated(self, timestamp, update_res):
+        for listener in list(self._listeners):
+            listener.on_hosts_updated(timestamp, update_res)
+
+    def _watch(self, client, slot):
+        number = ""
+        while True:
+            try:
+                answer = client.request("GET", GET_HOST_UPDATES, f"{slot}:{number}", timeout=ANSWER_SECONDS)
+                update = json.loads(answer) if answer else {}
+            except (OSError, ValueError):  # the launcher may be out of reach for a while; its agent minds if for long
+                time.sleep(TRY_AGAIN_SECONDS)
+                continue
+            number = update.get("number", number)
+            if "result" in update:
+                self.handle_hosts_updated(update["timestamp"], HostUpdateResult(update["result"]))
