@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from tests.programs import missing
 pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
-SECRET = "planted-cloud-secret"
+SECRET = f"planted-{secrets.token_hex(8)}"
 OPEN_FILES = 256
 FLAGS = (
     "--dataset=synthetic",
@@ -234,7 +235,7 @@ def beset(stranger: Host, hosts: Sequence[Host], trap: Path) -> Iterator[set[tup
                         attacker.stdin.write(f"{host.address} {port}\n")
                         attacker.stdin.flush()
 
-    command = ["prlimit", "--nofile=100000:100000", sys.executable, "-c", ATTACKER, str(trap)]
+    command = [sys.executable, "-c", ATTACKER, str(trap)]
     with subprocess.Popen(stranger.command(command), stdin=subprocess.PIPE, text=True) as attacker:
         teller = threading.Thread(target=tell, args=(attacker,))
         teller.start()
@@ -260,26 +261,24 @@ def agents(job: Job) -> list[dict[str, str]]:
     return sorted(found, key=lambda variables: variables["HOROVOD_RANK"])
 
 
-def check_that_nobody_saw(seen: list[str], key: str) -> None:
-    commands = [line for line in seen if line.startswith("cmdline")]
-    assert any("din_dist.launcher.agent" in line for line in commands), "the watcher was awake"
-    assert any("sh -s" in line for line in commands)
-    for secret in (SECRET, key):
-        assert not [line for line in seen if secret in line]
-    assert not [line for line in commands if "HOROVOD_RANK" in line or "AWS_REGION" in line]
+def check_that_nobody_saw(seen: list[str], key: str, job: Job) -> None:
+    """Neither secrets nor any variable, though the watcher saw all that runs."""
+    of_job = [line for line in seen if line.startswith("cmdline") and str(job.output) in line]
+    assert any("din_dist.launcher.agent" in line for line in of_job)
+    assert any("horovodrun" in line for line in of_job)
+    assert any("sh -s" in line for line in seen)
+    for hidden in (SECRET, key):
+        assert not [line for line in seen if hidden in line]
+    assert not [line for line in of_job if "HOROVOD_" in line or "somewhere" in line]
 
 
-@pytest.mark.parametrize("passed", [(), ("--pass_environment=AWS_REGION",)], ids=["none", "named"])
-def test_a_static_job_shows_nothing_and_lets_nobody_in(
-    lab: list[Host], tmp_path: Path, watched: list[str], passed: tuple[str, ...]
-) -> None:
+def test_a_static_job_shows_nothing_and_lets_nobody_in(lab: list[Host], tmp_path: Path, watched: list[str]) -> None:
     first, second, stranger = lab
     hosts = f"--hosts={first.address}:1,{second.address}:1"
-    with running(first, tmp_path, hosts, "--stall_timeout_seconds=20", *passed) as job:
-        job.wait_for_steps(5)
+    flags = (hosts, "--stall_timeout_seconds=20", "--pass_environment=AWS_REGION")
+    with beset(stranger, [first, second], tmp_path / "sprung") as found, running(first, tmp_path, *flags) as job:
+        job.wait_for_steps(40)  # with the stranger at each port from its first moment on
         here, there = agents(job)
-        with beset(stranger, [first, second], tmp_path / "sprung") as found:
-            job.wait_for_steps(60)
         assert len(found) >= 4, "the launcher's link, the store, and the metrics of two ranks"
         own = {(address, port) for host in (first, second) for address, port in listeners(host)}
         outside = {port for address, port in own if address in ("0.0.0.0", "*", "[::]")}
@@ -292,8 +291,8 @@ def test_a_static_job_shows_nothing_and_lets_nobody_in(
     assert len(key) == 64
     assert here["AWS_SECRET_ACCESS_KEY"] == SECRET, "a worker on this host is the user's own"
     assert "AWS_SECRET_ACCESS_KEY" not in there
-    assert ("AWS_REGION" in there) == bool(passed)
-    check_that_nobody_saw(watched, key)
+    assert there["AWS_REGION"] == "somewhere", "it was named"
+    check_that_nobody_saw(watched, key, job)
 
 
 def targets(job: Job) -> list[str]:
@@ -318,7 +317,7 @@ def test_an_elastic_job_goes_on_among_strangers(lab: list[Host], tmp_path: Path,
         assert len(found) > 4, "also those that ranks open to meet"
         job.stop()
     assert not (tmp_path / "sprung").exists()
-    check_that_nobody_saw(watched, key)
+    check_that_nobody_saw(watched, key, job)
     assert most.files < OPEN_FILES - 20
     assert most.threads_gained < 150
     assert most.megabytes_gained < 300
@@ -374,9 +373,8 @@ def measured(job: Job) -> Iterator[Most]:
         watcher.join()
 
 
-def test_an_elastic_job_whose_name_server_is_away_while_a_worker_comes_back(lab: list[Host], tmp_path: Path) -> None:
-    """Here it was never there: see `lab`. On one machine, with the flags of anybody."""
-    (first, *_) = lab
-    with running(first, tmp_path, "--num_workers=2") as job:
+def test_a_machine_whose_name_nobody_knows(lab: list[Host], tmp_path: Path) -> None:
+    """With the flags of anybody. (The elastic job above took a worker in on such hosts.)"""
+    with running(lab[0], tmp_path, "--num_workers=2") as job:
         job.wait_for_steps(5)
         job.stop()
