@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.cluster_cable import Condition
 
 NETNS_ETC = Path("/etc/netns")  # `ip netns exec NAME` lays what is in /etc/netns/NAME over /etc
 _NOBODY = "10.77.0.254"
@@ -67,12 +70,21 @@ class Host:
                 burst = max(16_000, bits_per_second(rate) // 8 // 1000)
                 _run([*tc, "add", "dev", card, "root", "tbf", "rate", rate, "burst", str(burst), "latency", "100ms"])
 
-    def disturb(self, delay_ms: float = 0.0, loss: float = 0.0) -> None:
-        """Lets a cable of ours deliver late, or lose a share of the frames; without arguments it is good again."""
+    def disturb(self, delay_ms: float = 0.0, loss: float = 0.0, changed: float = 0.0, cut: str = "") -> int:
+        """Makes a cable of ours bad, or good again without arguments; returns how many frames it has changed so far.
+
+        Args:
+            delay_ms: as of `limit`.
+            loss: the share of the frames that get lost.
+            changed: the share, of those that carry data over TCP, in which a bit changes that TCP does not notice.
+            cut: `from` loses what this host sends, `to` what it is sent.
+        """
         assert self.cable, "Only cables of ours can be made bad: give hosts() our_cables=True."
         assert self.cable.stdin
-        self.cable.stdin.write(f"{delay_ms / 2:g} {loss}\n")
-        self.cable.stdin.flush()
+        assert self.cable.stdout
+        condition = Condition(delay_ms=delay_ms / 2, loss=loss, changed=changed, cut=cut)
+        print(json.dumps(dataclasses.asdict(condition)), file=self.cable.stdin, flush=True)
+        return int(self.cable.stdout.readline())
 
     def rename_card(self, before: str, after: str) -> None:
         """Gives the network card another name: `eth0`, by which the lab knows it, is to come back."""

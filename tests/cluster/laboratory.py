@@ -368,6 +368,15 @@ def delay_packets(job: Job) -> None:
     host.disturb()
 
 
+def change_bytes(job: Job) -> None:
+    """Until a worker was lost by it, as by a broken link: by the time that TCP does not notice, all others do."""
+    host = job.host_of(job.any_trainer())
+    resets, before = len(job.records("elastic")), host.disturb(changed=0.02)
+    job.wait("the workers to part", lambda: len(job.records("elastic")) > resets)
+    if host.disturb() == before:
+        raise FaultError("no byte has changed")
+
+
 def take_host_and_add_it(job: Job) -> None:
     """The list of hosts shrinks and grows: an orderly change."""
     trainer = job.any_trainer()
@@ -437,6 +446,29 @@ def stop_job(job: Job) -> None:
     _restart(job)
 
 
+def _cut_off_launcher(job: Job, direction: str) -> None:
+    """For longer than `--stall_timeout_seconds`: the workers save and stop by themselves."""
+    before, said = job.step(), len(job.log)
+    job.laboratory.launcher.disturb(cut=direction)
+    code = job.process.wait(timeout=job.laboratory.stall_timeout_seconds + 90)
+    job.laboratory.launcher.disturb()
+    words = "".join(job.log[said:])
+    if code != 75 or "Traceback" in words:
+        raise FaultError(f"a launcher that is cut off must end with code 75 and a line. Received: {code}\n{words}")
+    _restart(job)
+    saved = max(int(path.name.removeprefix("step-")) for path in (job.output / "checkpoints").glob("step-*"))
+    if saved < before:
+        raise FaultError(f"the workers must save where they stand. Received: step {saved} after step {before}")
+
+
+def do_not_hear_launcher(job: Job) -> None:
+    _cut_off_launcher(job, "from")
+
+
+def do_not_let_launcher_hear(job: Job) -> None:
+    _cut_off_launcher(job, "to")
+
+
 def kill_all_workers(job: Job) -> None:
     """A power cut of all hosts but the launcher's."""
     for trainer in job.trainers():
@@ -455,6 +487,7 @@ FAULTS_OF_WORKERS: dict[str, Callable[[Job], None]] = {
     "a cable is out for seconds": cut_cable_briefly,
     "packet loss 5 %": lose_packets,
     "delay 50 ms": delay_packets,
+    "bytes change on a cable": change_bytes,
     "a host is taken and added": take_host_and_add_it,
     "disk full": fill_disk,
 }
@@ -463,6 +496,8 @@ FAULTS_OF_JOBS: dict[str, Callable[[Job], None]] = {  # after which the job has 
     "SIGKILL of the driver": kill_driver,
     "SIGKILL of the launcher": kill_launcher,
     "SIGKILL of all workers": kill_all_workers,
+    "the launcher is not heard": do_not_hear_launcher,
+    "the launcher does not hear": do_not_let_launcher_hear,
 }
 FAULTS = FAULTS_OF_JOBS | FAULTS_OF_WORKERS
 
