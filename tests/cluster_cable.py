@@ -26,6 +26,7 @@ _CLONE_NEWNET = 0x40000000
 _LONGEST_FRAME = 65536
 _ETHERNET_BYTES = 14
 _IPV4, _TCP = 0x0800, 6
+_SSH = (22).to_bytes(2, "big")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Condition:
 def change(frame: bytes, randomness: random.Random) -> bytes | None:
     """Returns a frame with another bit in the data that it carries over TCP, as a broken card makes that sums up again.
 
-    None where it carries none.
+    None where it carries none, and for ssh, which has a check of its own.
     """
     if int.from_bytes(frame[12:14], "big") != _IPV4 or frame[_ETHERNET_BYTES + 9] != _TCP:
         return None
@@ -49,7 +50,7 @@ def change(frame: bytes, randomness: random.Random) -> bytes | None:
     tcp = (packet[0] & 15) * 4
     end = int.from_bytes(packet[2:4], "big")
     data = tcp + (packet[tcp + 12] >> 4) * 4
-    if data >= end:
+    if data >= end or _SSH in (packet[tcp : tcp + 2], packet[tcp + 2 : tcp + 4]):
         return None
     packet[randomness.randrange(data, end)] ^= 1 << randomness.randrange(8)
     packet[tcp + 16 : tcp + 18] = b"\0\0"

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,21 +122,27 @@ class Supervisor:
             preexec_fn=die_with_parent if self._horovod else None,
         )
         pumps = self._start_pumps()
-        self._chores.add(asyncio.create_task(self._beat()))
+        self._begin(self._beat())
         if self._hosts:
-            self._chores.add(asyncio.create_task(self._keep_hosts(self._hosts)))
+            self._begin(self._keep_hosts(self._hosts))
         code = exit_code(await asyncio.to_thread(self._process.wait))
         if not self._killed:
             # That a process ended may be known here before what it said last on another way.
             await self._wait_for_workers(_LAST_WORDS_SECONDS)
             if self._workers and not self._done:
                 await self._end_orphans()
-        for chore in self._chores:
+        for chore in list(self._chores):
             chore.cancel()
         for pump in pumps:
             await asyncio.to_thread(pump.join, 10)
         server.close()
         return self._verdict(code)
+
+    def _begin(self, chore: Coroutine[None, None, None]) -> None:
+        """Has something done beside, to the end of the job at most."""
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Of one agent, to the end of its link."""
@@ -158,8 +164,8 @@ class Supervisor:
         finally:
             if worker:
                 self._workers.discard(worker)
-                if not worker.has_ended:
-                    self._chores.add(asyncio.create_task(self._end_left_over(worker)))
+                if not worker.has_ended and self._process.poll() is None:
+                    self._begin(self._end_left_over(worker))
             writer.close()
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Worker:

@@ -17,7 +17,7 @@ import pytest
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.launcher.agent import pump
-from din_dist.launcher.link import KEY_VARIABLE, Address, Lines, Seal, new_nonce
+from din_dist.launcher.link import FIND_CARD_VARIABLE, KEY_VARIABLE, Address, Lines, Seal, new_nonce
 from tests.launch.fake_checkout import write_commands
 
 STALL_TIMEOUT_SECONDS = 2.0
@@ -45,6 +45,9 @@ if way == "finds_out":
     sys.exit(1)
 if way == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
+if way == "names_cards":
+    pathlib.Path("cards").write_text(os.environ["HOROVOD_GLOO_IFACE"] + " " + os.environ["NCCL_SOCKET_IFNAME"])
+    sys.exit(0)
 if way == "talks":
     print("on stdout", flush=True)
     print("on stderr", file=sys.stderr, flush=True)
@@ -204,6 +207,32 @@ def test_without_a_launcher_the_trainer_stops_too(start: Start, tmp_path: Path) 
     assert (tmp_path / "stopped_by").read_text() == "SIGINT"
     assert agent.process.stderr
     assert "the launcher is gone or out of reach: stopping after this step" in agent.process.stderr.read()
+
+
+def test_a_line_that_is_not_the_launchers_breaks_the_link(start: Start, tmp_path: Path) -> None:
+    """Or that changed on its way. It says so before it parts, to who may hear it."""
+    agent = start("obeys")
+    agent.wait_for("ready")
+    agent.link.sendall(agent.seal.encode({"stop": 2}).replace(b"2", b"1"))
+    assert agent.end() == EXIT_RETRY
+    assert (tmp_path / "stopped_by").read_text() == "SIGINT", "as without a launcher"
+    assert {"parted": True} in agent.heard
+
+
+@pytest.mark.parametrize(
+    ("variables", "cards"),
+    [
+        ({}, "eth7 eth7"),  # which somebody named
+        ({FIND_CARD_VARIABLE: "1"}, "lo lo"),
+        ({FIND_CARD_VARIABLE: "1", "NCCL_SOCKET_IFNAME": "ib0"}, "lo ib0"),
+    ],
+)
+def test_the_card_is_that_towards_the_launcher(
+    start: Start, tmp_path: Path, variables: dict[str, str], cards: str
+) -> None:
+    agent = start("names_cards", **{"HOROVOD_GLOO_IFACE": "eth7", "NCCL_SOCKET_IFNAME": "eth7", **variables})
+    assert agent.end() == 0
+    assert (tmp_path / "cards").read_text() == cards
 
 
 def test_a_launcher_that_is_silent_is_gone(start: Start, tmp_path: Path) -> None:

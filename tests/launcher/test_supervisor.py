@@ -15,6 +15,17 @@ AGENT = """
 import os, pathlib, socket, sys, time
 from din_dist.launcher.link import KEY_VARIABLE, Address, introduce
 address = Address.from_environment()
+if sys.argv[1] == "beset":
+    strangers = [socket.create_connection((address.host, address.port)) for _ in range(300)]
+    for stranger in strangers[::2]:
+        try:
+            stranger.sendall(b"0" * 32)  # of a nonce, which never ends
+        except OSError:
+            pass
+    before = 0
+    while before != (before := len(os.listdir(f"/proc/{os.getppid()}/fd"))):
+        time.sleep(.5)
+    pathlib.Path("files").write_text(str(before))
 link = socket.create_connection((address.host, address.port))
 seal, _ = introduce(link, os.environ[KEY_VARIABLE], {"host": "", "local_rank": 0, "rank": 0})
 if os.fork():
@@ -27,6 +38,11 @@ elif sys.argv[1] == "goes_on":
     while b"stop" not in heard:
         heard += link.recv(4096)
     pathlib.Path("stopped").touch()
+elif sys.argv[1] == "parts":
+    link.sendall(seal.encode({"parted": True}))
+elif sys.argv[1] == "is_changed_on_its_way":
+    link.sendall(seal.encode({"ended": 0}).replace(b"0}", b"1}"))
+    link.recv(4096)
 elif sys.argv[1] == "has_ended":
     link.sendall(seal.encode({"ended": 0}))
     while link.recv(4096):
@@ -34,9 +50,9 @@ elif sys.argv[1] == "has_ended":
 """
 
 
-def run(way: str, code: int) -> int:
+def run(way: str, code: int, address: str = "127.0.0.1") -> int:
     command = [sys.executable, "-c", AGENT, way, str(code)]
-    return Supervisor(command, horovod=False, address="127.0.0.1", stall_timeout_seconds=60).run()
+    return Supervisor(command, horovod=False, address=address, stall_timeout_seconds=60).run()
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
@@ -59,3 +75,28 @@ def test_a_job_that_is_done_is_done_whatever_link_is_left(capfd: pytest.CaptureF
     """As to a host that was cut off in the last moment."""
     assert run("has_ended", 0) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_an_agent_gets_in_among_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert run("beset", 75) == 75
+    assert int(Path("files").read_text()) - before < 64 + 30
+
+
+def test_a_line_that_changed_on_its_way_is_not_heeded(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("is_changed_on_its_way", 3) == 3
+    assert "exit code 1" not in capfd.readouterr().err
+
+
+def test_a_job_whose_launcher_was_cut_off_can_be_run_again(capfd: pytest.CaptureFixture[str]) -> None:
+    """All workers have said that they do not hear it; what Horovod's driver makes of that is another matter."""
+    assert run("parts", 1, address="127.0.0.2") == EXIT_RETRY
+    assert capfd.readouterr().err == (
+        "train.sh: no worker was heard of for 60 s: this machine is cut off from them, and they save and stop. The "
+        "same command goes on from there.\n"
+    )
+
+
+def test_on_one_machine_nothing_is_cut_off() -> None:
+    assert run("parts", 1) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ def main() -> None:
         assert runtime.sum(np.array([number + runtime.rank])).tolist() == [expected]
     for size in SUMMED:
         check_sum(runtime, size)
+    check_objects(runtime)
     sizes = [200_000 * (2 + rank) for rank in range(runtime.world_size)]  # more bytes than a socket holds
     parts = [np.arange(size, dtype=np.int64) for size in sizes]
     for late in (0, 1):
@@ -98,6 +100,15 @@ def check_order(runtime: Runtime) -> None:
     seconds = [each for each in operations if "Allreduce" in each.type and "second" in each.name]
     assert seconds
     assert all(first in each.control_inputs for each in seconds)
+
+
+def check_objects(runtime: Runtime) -> None:
+    """From each rank to all, whatever it is that JSON can say."""
+    for root in range(runtime.world_size):
+        for value in (None, True, 2**64 - 1, 0.1, -math.inf, "ä", [], {"a": [1, None]}, "x" * 100_000):
+            told = runtime.broadcast_object(value if runtime.rank == root else "of another", root=root)
+            assert told == value
+    assert runtime.broadcast_object((1, (2, 3))) == [1, [2, 3]]
 
 
 def check_rows(runtime: Runtime, wire_dtype: WireDtype, most_rows: int, error: float) -> None:

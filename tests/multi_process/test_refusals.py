@@ -75,6 +75,25 @@ def test_a_lost_worker_is_one_line_from_the_other(tmp_path: Path) -> None:
     assert len(rest) == 2
 
 
+def test_a_card_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    """Where the launcher has it, and another host has not."""
+    horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "2"]
+    done = subprocess.run(
+        [*horovodrun, "env", "HOROVOD_GLOO_IFACE=eth7", *command("train", tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    said = {line for line in done.stderr.splitlines() if "must reach the other workers" in line}
+    assert {re.sub(r"^\[[01]\]<stderr>:error: rank [01]", "", line) for line in said} == {
+        " must reach the other workers. Received: ifa != nullptr. Unable to find address for: eth7. See "
+        "launch/README.md."
+    }, done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith("[") and "Traceback" in line]
+
+
 def worker_of(rank: int, folder: Path) -> int:
     """Its process id, found as an operator would."""
     for _ in range(100):
