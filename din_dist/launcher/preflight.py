@@ -32,7 +32,7 @@ from din_dist.launcher.probe import CONNECT_SECONDS, Facts, Question, find_facts
 MAX_SKEW_SECONDS = 2.0
 _FACTS_SECONDS = 30.0  # ssh and Python start in it, from a slow disk too
 _REACH_SECONDS = CONNECT_SECONDS + 7.0
-_SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oStrictHostKeyChecking=no", "-oLogLevel=ERROR")
+_SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oStrictHostKeyChecking=accept-new", "-oLogLevel=ERROR")
 _NO_FOLDER, _NO_PYTHON = 81, 82  # exit codes that neither ssh nor Python gives
 _INHERITED = ("PATH", "PYTHONPATH", "DIN_DIST_DEVICE")  # of what Horovod hands to workers on other hosts
 _PYTHON = str(Path(sys.prefix, "bin", "python"))

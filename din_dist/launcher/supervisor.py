@@ -32,6 +32,7 @@ from din_dist.launcher.processes import die_with_parent, exit_code
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
+_LEFT_OVER_SECONDS = 25.0  # in which an agent without a link stops its trainer
 _LAST_WORDS_SECONDS = 5.0  # in which an agent that has ended is heard to its last word
 _HELLO_SECONDS = 10.0
 _MOST_STRANGERS = 64  # that have connected and not yet introduced themselves: the oldest gives way to a new one
@@ -237,7 +238,7 @@ class Supervisor:
         """
         if self._horovod:
             processes = await asyncio.to_thread(self._processes_of, worker)
-            await asyncio.sleep(_ENDING_SECONDS)
+            await asyncio.sleep(_LEFT_OVER_SECONDS)
             await asyncio.to_thread(_end, processes)
 
     def _processes_of(self, worker: _Worker) -> list[psutil.Process]:

@@ -338,6 +338,25 @@ def freeze_host(job: Job) -> None:
     trainer.signal(signal.SIGCONT, agent_too=True)  # the machine goes on at last: what is left over must end by itself
 
 
+def reset_host(job: Job) -> None:
+    """Everything on it is gone without a word, and it answers again soon: but of old connections it knows nothing."""
+    trainer = job.any_trainer()
+    host = job.host_of(trainer)
+
+    def reset() -> None:
+        forget = "echo 1 >/proc/sys/net/ipv4/tcp_orphan_retries"  # connections go with their processes, as on a reset
+        subprocess.run(host.command(["sh", "-c", forget]), check=True)
+        host.unplug()
+        for pid in _pids_in(host):
+            with contextlib.suppress(OSError):
+                if not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sshd: /usr/sbin/sshd"):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(job.laboratory.stall_timeout_seconds / 2)
+        host.plug_in()
+
+    _lose(job, trainer, reset)
+
+
 def cut_cable(job: Job) -> None:
     """For longer than `--stall_timeout_seconds`."""
     trainer = job.any_trainer()
@@ -483,6 +502,7 @@ FAULTS_OF_WORKERS: dict[str, Callable[[Job], None]] = {
     "SIGTERM of a worker": evict,
     "SIGSTOP of a worker": stop_worker,
     "a host freezes": freeze_host,
+    "a host is reset": reset_host,
     "a host is cut off, and back": cut_cable,
     "a cable is out for seconds": cut_cable_briefly,
     "packet loss 5 %": lose_packets,
