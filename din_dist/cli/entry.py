@@ -124,7 +124,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except FailedElsewhere:
         return 1
     except CannotJoin as error:
-        _leave(1, f"rank {_rank()} must reach the other workers. Received: {error}. See launch/README.md.")
+        _leave(1, f"rank {environment.rank()} must reach the other workers. Received: {error}. See launch/README.md.")
     except FloatingPointError as error:
         _leave(1, str(error))
     except Exception as error:
