@@ -304,7 +304,7 @@ def _pass_environment() -> None:
 
 
 def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
-    """The network card of this machine by which workers reach it, and its address.
+    """Returns the network card by which workers reach this machine, and its address.
 
     Raises:
         InputError: it is not there, or has no address.
@@ -314,7 +314,7 @@ def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
     elif only_here:
         card = loopback_card()
     else:
-        card = card_towards([host.name for host in hosts if not is_local(host.name)])
+        card = card_towards(host.name for host in hosts if not is_local(host.name))
         os.environ[FIND_CARD_VARIABLE] = "1"  # on other hosts it may have another name
     return card, own_address(card)
 

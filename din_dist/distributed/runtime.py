@@ -180,9 +180,10 @@ class HorovodRuntime(Runtime):
         self._join()
 
     def _join(self) -> None:
-        """
+        """Joins the other workers.
+
         Raises:
-            CannotJoin: the other workers were not reached.
+            CannotJoin: they were not reached.
         """
         try:
             self._hvd.init()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 from din_dist.errors import InputError
 from din_dist.files import read_text
+
+_HOSTS_TO_TRY = 3
 
 
 def addresses_of(name: str) -> list[str]:
@@ -86,12 +89,13 @@ def loopback_card() -> str:
     return card
 
 
-def card_towards(hosts: Sequence[str]) -> str:
+def card_towards(hosts: Iterable[str]) -> str:
     """Returns the card by which this machine reaches the first of the hosts elsewhere that it knows a way to.
 
-    Without any it is the card of the default route.
+    Without any it is the card of the default route. A few are tried: each may take a name server's time-out.
     """
-    for address in (address for host in hosts for address in addresses_of(host)):
+    few = itertools.islice(hosts, _HOSTS_TO_TRY)
+    for address in (address for host in few for address in addresses_of(host)):
         source = source_address(address)
         if source and ":" not in source and not is_own(address) and (card := card_of(source)):
             return card

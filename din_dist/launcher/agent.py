@@ -221,9 +221,9 @@ class Agent:
                 self._launcher.send(self._seal.encode(message))
 
     def _cards(self) -> dict[str, str]:
-        """The variables that name this host's own card, where nobody named one: that towards the launcher.
+        """Returns the variables that name this host's card towards the launcher, where nobody named one.
 
-        Horovod gives the name of the launcher's, which may be another here.
+        Horovod gives the name of the launcher's own, which may be another here.
         """
         assert self._launcher
         if FIND_CARD_VARIABLE not in os.environ or not (card := card_of(self._launcher.getsockname()[0])):
@@ -259,7 +259,7 @@ def _say(text: str) -> None:
 
 
 def _join() -> tuple[socket.socket, Seal, Lines, float]:
-    """A link to the launcher, which knows this agent, and after how long its silence counts."""
+    """Joins the launcher; returns the link to it, and after how many seconds its silence counts."""
     address = Address.from_environment()
     hello = {
         "host": os.environ.get("HOROVOD_HOSTNAME", ""),

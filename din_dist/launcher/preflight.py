@@ -159,7 +159,7 @@ def compare_links(peers: Mapping[str, tuple[str, int]], unreached: Mapping[str, 
 
 
 def _own_address(hosts: Sequence[HostSlots], card: str) -> str:
-    """Of this machine, at which the hosts would reach Horovod's driver.
+    """Returns the address at which the hosts would reach Horovod's driver here.
 
     Raises:
         InputError: the card that was named has none.
@@ -206,7 +206,7 @@ def _data(host: HostSlots, facts: Facts, fingerprint: str | None, data: DataConf
 def _data_flags(data: DataConfig) -> str:
     from din_dist.data.prepared import data_dir
 
-    # In full: workers get the environment of the launcher, and with it the home folder; who logs in there does not.
+    # In full: workers get the launcher's HOME; who logs in there does not.
     data = dataclasses.replace(data, data_dir=str(data_dir(data)))
     given = []
     for field in dataclasses.fields(data):

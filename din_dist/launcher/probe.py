@@ -46,7 +46,7 @@ _PACKAGES = ("keras", "numpy", "horovod", "tensorflow-datasets")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What to look at. Paths from the root on: Horovod gives workers the launcher's environment, its HOME included."""
+    """What to look at. Paths from the root on: Horovod gives workers the launcher's HOME, which is not theirs."""
 
     data_folder: str  # of the prepared version
     output_dir: str

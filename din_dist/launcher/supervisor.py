@@ -140,7 +140,7 @@ class Supervisor:
         return self._verdict(code)
 
     def _begin(self, chore: Coroutine[None, None, None]) -> None:
-        """Has something done beside, to the end of the job at most."""
+        """Starts something that goes on beside, to the end of the job at most."""
         task = asyncio.create_task(chore)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
@@ -190,7 +190,7 @@ class Supervisor:
         return _Worker(hello["host"], hello["local_rank"], hello["rank"], writer, seal, time.monotonic())
 
     def _note_silence(self, worker: _Worker) -> None:
-        """Of a worker that does not hear this launcher, or is not heard: its agent stops its trainer."""
+        """Notes that a worker does not hear this launcher, or is not heard: its agent stops its trainer."""
         self._workers.discard(worker)
         self._out_of_reach = not self._workers and self._address != _LOOPBACK
 
@@ -242,7 +242,7 @@ class Supervisor:
             await asyncio.to_thread(_end, processes)
 
     def _processes_of(self, worker: _Worker) -> list[psutil.Process]:
-        """A shell comes before what it runs, on whose end it would remark."""
+        """Finds what the driver has of a worker here. A shell comes before what it runs: it would remark on its end."""
         found = []
         for process in _descendants(self._process.pid):
             with contextlib.suppress(psutil.Error):
@@ -398,7 +398,7 @@ def _hosts_of_workers(driver: int) -> set[str]:
 
 
 def _slot_of(process: psutil.Process) -> tuple[str, str]:
-    """The host and local rank that Horovod's driver started a process for, from its environment."""
+    """Returns the host and local rank that Horovod's driver started a process for."""
     variables = process.environ()
     return variables.get("HOROVOD_HOSTNAME", ""), variables.get("HOROVOD_LOCAL_RANK", "")
 

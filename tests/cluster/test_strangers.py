@@ -23,6 +23,7 @@ import pytest
 
 from tests import cluster_lab
 from tests.cluster_lab import Host
+from tests.k8s.overlays import render
 from tests.programs import missing
 
 pytestmark = pytest.mark.timeout(600)
@@ -284,6 +285,7 @@ def test_a_static_job_shows_nothing_and_lets_nobody_in(lab: list[Host], tmp_path
         outside = {port for address, port in own if address in ("0.0.0.0", "*", "[::]")}
         metrics = {int(line.split(":")[-1]) for line in targets(job)}
         assert outside == metrics, "which --metrics_host=0.0.0.0 asks for"
+        assert all(any(low <= port <= high for low, high in let_through()) for _, port in found)
         job.stop()
     assert not (tmp_path / "sprung").exists()
     key = here["HOROVOD_SECRET_KEY"]
@@ -293,6 +295,13 @@ def test_a_static_job_shows_nothing_and_lets_nobody_in(lab: list[Host], tmp_path
     assert "AWS_SECRET_ACCESS_KEY" not in there
     assert there["AWS_REGION"] == "somewhere", "it was named"
     check_that_nobody_saw(watched, key, job)
+
+
+def let_through() -> list[tuple[int, int]]:
+    """The ports at which Kubernetes' pods of a job reach each other, by their NetworkPolicy."""
+    (policy,) = (each for each in render("smoke-cpu") if each["kind"] == "NetworkPolicy")
+    ports = policy["spec"]["ingress"][0]["ports"]
+    return [(port["port"], port.get("endPort", port["port"])) for port in ports]
 
 
 def targets(job: Job) -> list[str]:

@@ -102,6 +102,13 @@ def serving(home: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_the_jobs_own_ports_are_seen_in_its_network_only() -> None:
+    """NCCL's and the metrics' let in whoever reaches them."""
+    for name in ("worker", "launcher"):
+        assert "ports" not in COMPOSE["services"][name]
+        assert COMPOSE["services"][name]["networks"] == ["job"]
+
+
 def test_sshd_makes_keys_for_a_shared_volume_and_a_host_key_for_itself(tmp_path: Path) -> None:
     with serving(tmp_path / "first") as (_, variables):
         keys = Path(variables["HOME"]) / ".ssh"

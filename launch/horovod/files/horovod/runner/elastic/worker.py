@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from enum import IntFlag
+from typing import Protocol
 
 from horovod.runner.http.http_client import StoreClient
 
@@ -28,13 +29,25 @@ class HostUpdateResult(IntFlag):
     mixed = removed | added
 
 
-class WorkerNotificationManager:
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._thread = None
-        self._listeners = set()
+class Listener(Protocol):
+    """Who is told of changes of hosts."""
 
-    def init(self, rendezvous_addr=None, rendezvous_port=None, hostname=None, local_rank=None):
+    def on_hosts_updated(self, timestamp: int, update_res: HostUpdateResult) -> None: ...
+
+
+class WorkerNotificationManager:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._listeners: set[Listener] = set()
+
+    def init(
+        self,
+        rendezvous_addr: str | None = None,
+        rendezvous_port: int | None = None,
+        hostname: str | None = None,
+        local_rank: int | None = None,
+    ) -> None:
         """Asks from now on, in a thread of its own; does nothing without a rendezvous server."""
         with self._lock:
             if self._thread:
@@ -50,17 +63,17 @@ class WorkerNotificationManager:
             self._thread = threading.Thread(target=self._watch, args=(client, slot), daemon=True)
             self._thread.start()
 
-    def register_listener(self, listener):
+    def register_listener(self, listener: Listener) -> None:
         self._listeners.add(listener)
 
-    def remove_listener(self, listener):
+    def remove_listener(self, listener: Listener) -> None:
         self._listeners.remove(listener)
 
-    def handle_hosts_updated(self, timestamp, update_res):
+    def handle_hosts_updated(self, timestamp: int, update_res: HostUpdateResult) -> None:
         for listener in list(self._listeners):
             listener.on_hosts_updated(timestamp, update_res)
 
-    def _watch(self, client, slot):
+    def _watch(self, client: StoreClient, slot: str) -> None:
         number = ""
         while True:
             try:

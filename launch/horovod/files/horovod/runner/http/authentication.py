@@ -21,13 +21,13 @@ MOST_CLIENTS = 65536  # over the life of a job, each with one entry of a hundred
 _NONCE = re.compile(r"([0-9a-f]{32})-([0-9]{1,18})")
 
 
-def make_key():
-    """A new key, as text for an environment variable."""
+def make_key() -> str:
+    """Makes a key, as text for an environment variable."""
     return secrets.token_hex(32)
 
 
-def job_key():
-    """The key of the job that this process belongs to.
+def job_key() -> bytes:
+    """Returns the key of the job that this process belongs to.
 
     Raises:
         RuntimeError: there is none. Nothing is served or asked without.
@@ -41,8 +41,8 @@ def job_key():
     return key.encode()
 
 
-def digest_of(key, *parts):
-    """The HMAC-SHA256 of the parts, each preceded by its length, as hexadecimal text."""
+def digest_of(key: bytes, *parts: bytes) -> str:
+    """Returns the HMAC-SHA256 of the parts, each preceded by its length, as hexadecimal text."""
     digest = hmac.new(key, digestmod=hashlib.sha256)
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
@@ -50,15 +50,15 @@ def digest_of(key, *parts):
     return digest.hexdigest()
 
 
-def request_digest(key, method, path, nonce, body):
+def request_digest(key: bytes, method: str, path: str, nonce: str, body: bytes) -> str:
     return digest_of(key, b"request", method.encode(), path.encode(), nonce.encode(), body)
 
 
-def answer_digest(key, nonce, status, body):
+def answer_digest(key: bytes, nonce: str, status: int, body: bytes) -> str:
     return digest_of(key, b"answer", nonce.encode(), str(status).encode(), body)
 
 
-def is_same(one, other):
+def is_same(one: str, other: str) -> bool:
     """Compares in a time that does not depend on where the two differ."""
     return hmac.compare_digest(one.encode(), other.encode())
 
@@ -66,12 +66,12 @@ def is_same(one, other):
 class Nonces:
     """The nonces that a server has seen: of each client the last one, as clients count them."""
 
-    def __init__(self, most_clients=MOST_CLIENTS):
-        self._last = {}
+    def __init__(self, most_clients: int = MOST_CLIENTS) -> None:
+        self._last: dict[str, int] = {}
         self._lock = threading.Lock()
         self._most_clients = most_clients
 
-    def accept(self, nonce):
+    def accept(self, nonce: str) -> bool:
         """Notes a nonce and returns whether it is new. To be asked only after the digest was found right."""
         match = _NONCE.fullmatch(nonce)
         if not match:

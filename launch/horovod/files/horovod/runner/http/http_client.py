@@ -12,13 +12,13 @@ MOST_BYTES = 1 << 20  # of an answer
 class StoreClient:
     """Requests to one server, one at a time."""
 
-    def __init__(self, addr, port, key=None):
+    def __init__(self, addr: str, port: int, key: bytes | None = None) -> None:
         self._addr, self._port = addr, port
         self._key = key or authentication.job_key()
         self._name, self._numbers = secrets.token_hex(16), itertools.count()
 
-    def request(self, method, scope, key, body=b"", timeout=10):
-        """What is answered, as bytes; None where the server has nothing.
+    def request(self, method: str, scope: str, key: str, body: bytes = b"", timeout: float = 10) -> bytes | None:
+        """Asks, and returns the answer as bytes; None where the server has nothing.
 
         Raises:
             OSError: the server cannot be reached, refuses, or is not the job's own.

@@ -7,8 +7,11 @@ import collections
 import logging
 import re
 import threading
+from collections.abc import Collection
 from http.server import BaseHTTPRequestHandler
+from typing import BinaryIO
 
+from horovod.runner.common.util.hosts import SlotInfo
 from horovod.runner.http import authentication
 from horovod.runner.http.bounded_server import BoundedServer
 from horovod.runner.util.network import find_port
@@ -32,16 +35,16 @@ _PATH = re.compile(r"/([A-Za-z0-9_.-]{1,300})/([A-Za-z0-9_.:-]{1,300})")
 class Values:
     """Values by scope and key, bounded in number and size."""
 
-    def __init__(self):
-        self._scopes = collections.defaultdict(dict)
+    def __init__(self) -> None:
+        self._scopes: collections.defaultdict[str, dict[str, bytes]] = collections.defaultdict(dict)
         self._lock = threading.Lock()
         self._count = self._bytes = 0
 
-    def get(self, scope, key):
+    def get(self, scope: str, key: str) -> bytes | None:
         with self._lock:
             return self._scopes[scope].get(key) if scope in self._scopes else None
 
-    def put(self, scope, key, value):
+    def put(self, scope: str, key: str, value: bytes) -> bool:
         """Returns whether there was room for it."""
         with self._lock:
             before = self._scopes[scope].get(key) if scope in self._scopes else None
@@ -53,22 +56,22 @@ class Values:
             self._count, self._bytes = count, size
             return True
 
-    def remove(self, scope, key):
+    def remove(self, scope: str, key: str) -> None:
         with self._lock:
             self._forget([self._scopes[scope].pop(key)] if key in self._scopes.get(scope, {}) else [])
             if not self._scopes.get(scope, True):
                 del self._scopes[scope]
 
-    def remove_scope(self, scope):
+    def remove_scope(self, scope: str) -> None:
         with self._lock:
             self._forget(self._scopes.pop(scope, {}).values())
 
-    def clear(self):
+    def clear(self) -> None:
         with self._lock:
             self._scopes.clear()
             self._count = self._bytes = 0
 
-    def _forget(self, values):
+    def _forget(self, values: Collection[bytes]) -> None:
         self._count -= len(values)
         self._bytes -= sum(map(len, values))
 
@@ -76,20 +79,20 @@ class Values:
 class _Limited:
     """A stream of which no more than so many bytes are read; then it looks ended."""
 
-    def __init__(self, stream, left):
+    def __init__(self, stream: BinaryIO, left: int) -> None:
         self._stream = stream
         self.left = left
 
-    def readline(self, limit):
+    def readline(self, limit: int) -> bytes:
         return self._count(self._stream.readline(min(limit, self.left)))
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         return self._count(self._stream.read(min(size, self.left)))
 
-    def close(self):
+    def close(self) -> None:
         self._stream.close()
 
-    def _count(self, piece):
+    def _count(self, piece: bytes) -> bytes:
         self.left -= len(piece)
         return piece
 
@@ -99,15 +102,15 @@ class KVStoreHandler(BaseHTTPRequestHandler):
 
     timeout = 5  # seconds for which a client may say nothing
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         self.rfile = _Limited(self.rfile, MOST_HEADER_BYTES)
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         if place := self._authenticate(b""):
             self._answer(self._get(*place))
 
-    def do_PUT(self):
+    def do_PUT(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 9 or int(length) > MOST_BODY_BYTES:
             self._answer(TOO_LARGE)
@@ -117,15 +120,15 @@ class KVStoreHandler(BaseHTTPRequestHandler):
         if len(body) == int(length) and (place := self._authenticate(body)):
             self._answer(self._put(*place, body))
 
-    def do_DELETE(self):
+    def do_DELETE(self) -> None:
         if place := self._authenticate(b""):
             self._answer(self._delete(*place))
 
-    def log_message(self, format, *args):
+    def log_message(self, format: str, *args: object) -> None:
         """Says nothing: there are many requests, and strangers must not fill logs."""
 
-    def _authenticate(self, body):
-        """The scope and key that are asked for; None where the request was refused."""
+    def _authenticate(self, body: bytes) -> tuple[str, str] | None:
+        """Returns the scope and key that are asked for; None where the request was refused."""
         server = self.server
         self._nonce = self.headers.get(authentication.NONCE_HEADER, "")
         expected = authentication.request_digest(server.key, self.command, self.path, self._nonce, body)
@@ -139,10 +142,10 @@ class KVStoreHandler(BaseHTTPRequestHandler):
         if not match:
             self._answer(BAD_REQUEST)
             return None
-        return match.groups()
+        return match[1], match[2]
 
-    def _answer(self, answer):
-        """`answer`: a status, or the bytes of a value."""
+    def _answer(self, answer: int | bytes) -> None:
+        """Sends a status, or the bytes of a value."""
         status, body = (answer, b"") if isinstance(answer, int) else (OK, answer)
         self.send_response_only(status)
         self.send_header("Content-Length", str(len(body)))
@@ -152,20 +155,20 @@ class KVStoreHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _get(self, scope, key):
+    def _get(self, scope: str, key: str) -> int | bytes:
         value = self.server.values.get(scope, key)
         return NOT_FOUND if value is None else value
 
-    def _put(self, scope, key, value):
+    def _put(self, scope: str, key: str, value: bytes) -> int:
         return OK if self.server.values.put(scope, key, value) else FULL
 
-    def _delete(self, scope, key):
+    def _delete(self, scope: str, key: str) -> int:
         self.server.values.remove(scope, key)
         return OK
 
 
 class RendezvousHandler(KVStoreHandler):
-    def _delete(self, scope, key):
+    def _delete(self, scope: str, key: str) -> int:
         """Notes that a rank needs a scope no more. The values of a scope go with its last rank."""
         server = self.server
         if scope not in server.scope_size:  # it is not of the plan, but a client's own
@@ -179,7 +182,7 @@ class RendezvousHandler(KVStoreHandler):
 
 
 class RendezvousHTTPServer(BoundedServer):
-    def __init__(self, addr, handler, key):
+    def __init__(self, addr: tuple[str, int], handler: type[KVStoreHandler], key: bytes) -> None:
         self.key = key
         self.nonces = authentication.Nonces()
         self.values = Values()
@@ -188,7 +191,7 @@ class RendezvousHTTPServer(BoundedServer):
         self.scope_size = {}  # how many ranks a scope of the plan has
         super().__init__(addr, handler)
 
-    def init(self, host_alloc_plan):
+    def init(self, host_alloc_plan: list[SlotInfo]) -> None:
         self.values.clear()
         with self.finished_list_lock:
             self.finished_list.clear()
@@ -200,12 +203,12 @@ class RendezvousHTTPServer(BoundedServer):
 
 
 class RendezvousServer:
-    def __init__(self, verbose=0):
+    def __init__(self, verbose: int = 0) -> None:
         self._httpd = None
         self._listen_thread = None
         self._verbose = verbose
 
-    def start(self, address, handler_cls=RendezvousHandler):
+    def start(self, address: str, handler_cls: type[KVStoreHandler] = RendezvousHandler) -> int:
         """Serves at this address alone; returns the port. `init` is to follow.
 
         Raises:
@@ -218,9 +221,9 @@ class RendezvousServer:
         self._listen_thread = in_thread(target=self._httpd.serve_forever)
         return port
 
-    def init(self, host_alloc_plan):
+    def init(self, host_alloc_plan: list[SlotInfo]) -> None:
         self._httpd.init(host_alloc_plan)
 
-    def stop(self):
+    def stop(self) -> None:
         self._httpd.shutdown()
         self._listen_thread.join()
