@@ -80,6 +80,9 @@ class Agent:
                 next_beat = time.monotonic() + BEAT_SECONDS
                 self._tell({})
                 self._check()
+        # Python's end restores what signals do by default, and Horovod's driver may send one just then.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         code = self._verdict or exit_code(self._trainer.returncode)
         if not self._told:
             self._tell({"ended": code})
