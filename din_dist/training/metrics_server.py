@@ -7,7 +7,9 @@ ends its TLS handshake holds up all the others there.
 from __future__ import annotations
 
 import base64
+import errno
 import hmac
+import socket
 import ssl
 import threading
 from pathlib import Path
@@ -26,7 +28,7 @@ class MetricsServer:
     """Answers at `port` (0: a free one, see `port`) of `job.metrics_host` until it is closed.
 
     Raises:
-        InputError: the port is taken, or the files for TLS or authentication are of no use.
+        InputError: the port is taken, the host is not this machine, or the files for TLS or authentication are of no use.
     """
 
     def __init__(self, job: JobConfig, registry: CollectorRegistry, port: int) -> None:
@@ -49,6 +51,11 @@ class MetricsServer:
         try:
             self._server = BoundedServer((job.metrics_host, port), Handler.factory(registry))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise InputError(
+                    "--metrics_host: must be a name or address of this machine. Received: "
+                    f"{job.metrics_host}, {error.strerror or error}. For example 0.0.0.0 for all of its cards."
+                ) from error
             raise InputError(
                 f"--metrics_port: each rank of a machine needs a free port on {job.metrics_host}. Received: {port}, "
                 f"{error.strerror or error}. Choose another, or 0 for any free one."

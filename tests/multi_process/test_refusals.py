@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from din_dist.training.output_dir import claim_output_dir
 from tests.cli.test_commands import ROOT, assert_one_line, command, run
 
@@ -108,3 +110,9 @@ def worker_of(rank: int, folder: Path) -> int:
                 return int(entry.name)
         time.sleep(0.1)
     raise AssertionError(f"no worker {rank}")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "no-such-host.invalid"])
+def test_metrics_at_an_address_that_is_not_here(tmp_path: Path, host: str) -> None:
+    done = without_preparation(launch(tmp_path, "--metrics_port=0", f"--metrics_host={host}"))
+    assert_one_line(done, f"--metrics_host: must be a name or address of this machine. Received: {host}, ")
