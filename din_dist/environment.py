@@ -11,6 +11,7 @@ _SET = {
     "KERAS_BACKEND": "tensorflow",
     "KERAS_HOME": "/dev/null/keras",  # no keras.json there: its floatx and backend are not read
 }
+SEVERAL_ON_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"  # of NCCL itself, which else refuses ranks that share a GPU
 _REMOVED = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir", "TF_USE_LEGACY_KERAS")
 # What horovodrun gives a worker; all of these, or none.
 _PLACE = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")

@@ -18,11 +18,13 @@ from absl import flags
 from din_dist import environment, streams
 from din_dist.cli import flags as settings
 from din_dist.config import require
+from din_dist.environment import SEVERAL_ON_A_GPU
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.launcher.addresses import card_towards, loopback_card, own_address
 from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.launcher.link import FIND_CARD_VARIABLE
 from din_dist.launcher.supervisor import Supervisor
+from din_dist.machine import require_threads
 from din_dist.text import printable
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
@@ -255,7 +257,37 @@ def _numbers(hosts: Sequence[HostSlots]) -> dict[str, float]:
         f"{start}, with {low} and {high or 'no limit'}",
         "Correct one of them.",
     )
+    if not _FLAGS.elastic:
+        _require_room(int(start), hosts)
     return numbers
+
+
+def _require_room(num_workers: int, hosts: Sequence[HostSlots]) -> None:
+    """Checks that the hosts, or this machine, can take so many workers.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if hosts:
+        slots = sum(host.slots for host in hosts)
+        require(
+            num_workers <= slots,
+            "must be at most the sum of the hosts' slots",
+            "num_workers",
+            f"{num_workers}, and {slots} slot(s) on {', '.join(map(str, hosts))}",
+            "Start fewer, or name hosts as HOST:SLOTS with more slots.",
+        )
+        return
+    num_gpus = int(_FLAGS.num_gpus)
+    if num_gpus and os.environ.get(SEVERAL_ON_A_GPU) != "1":
+        require(
+            num_workers <= num_gpus,
+            "must be at most the GPUs of this machine",
+            "num_workers",
+            f"{num_workers}, and {num_gpus} GPU(s)",
+            f"Start fewer, or set {SEVERAL_ON_A_GPU}=1 to let several share one.",
+        )
+    require_threads(num_workers)
 
 
 def _hosts(default_slots: int) -> list[HostSlots]:

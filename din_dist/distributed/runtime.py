@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from din_dist.environment import SEVERAL_ON_A_GPU
 from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, is_lost_peer
 
 _JOIN_AGAIN_SECONDS = 0.2
 _MOST_FAILED_JOINS = 10  # in a row, each within `_AT_ONCE_SECONDS`: what is wrong is not that others come and go
 _AT_ONCE_SECONDS = 2.0
-_SEVERAL_ON_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"  # of NCCL itself, which else refuses ranks that share a GPU
 
 
 def after(last: tf.Tensor | None) -> contextlib.AbstractContextManager[None]:
@@ -316,14 +316,14 @@ def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None =
     """One GPU a process, and as many threads as cores. Must come before TensorFlow's first operation.
 
     Raises:
-        RuntimeError: there are GPUs, but fewer than processes on this machine, and NCCL was not told to bear that.
+        InputError: there are GPUs, but fewer than processes on this machine, and NCCL was not told to bear that.
     """
     gpus = tf.config.list_physical_devices("GPU") if gpus is None else gpus
     if gpus:
-        if runtime.local_size > len(gpus) and os.environ.get(_SEVERAL_ON_A_GPU) != "1":
-            raise RuntimeError(
+        if runtime.local_size > len(gpus) and os.environ.get(SEVERAL_ON_A_GPU) != "1":
+            raise InputError(
                 f"Each worker needs a GPU of its own. Received: {runtime.local_size} workers and {len(gpus)} GPU(s) on "
-                f"this machine. Start at most {len(gpus)} workers here; to try more, set {_SEVERAL_ON_A_GPU}=1."
+                f"this machine. Start at most {len(gpus)} workers here; to try more, set {SEVERAL_ON_A_GPU}=1."
             )
         mine = gpus[runtime.local_rank % len(gpus)]
         tf.config.set_visible_devices(mine, "GPU")

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist.distributed.runtime import Runtime, claim_devices, open_runtime
+from din_dist.errors import InputError
 
 
 def worker(local_rank: int, local_size: int) -> Runtime:
@@ -44,7 +45,7 @@ def test_each_worker_pins_the_gpu_of_its_local_rank(settings) -> None:
 
 
 def test_fewer_gpus_than_workers_is_an_error(settings) -> None:
-    with pytest.raises(RuntimeError, match=r"GPU of its own. Received: 2 workers and 1 GPU\(s\)"):
+    with pytest.raises(InputError, match=r"GPU of its own. Received: 2 workers and 1 GPU\(s\)"):
         claim_devices(worker(0, 2), 1, ["gpu:0"])
 
 

@@ -178,6 +178,27 @@ def test_wrong_num_workers(launcher: Launcher, flags: list[str]) -> None:
     ]
 
 
+def test_more_workers_than_slots(launcher: Launcher) -> None:
+    done = launcher.run("--hosts=localhost:2,127.0.0.1:1", "--num_workers=4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[1:] == [
+        "train.sh: --num_workers: must be at most the sum of the hosts' slots. Received: '4, and 3 slot(s) on "
+        "localhost:2, 127.0.0.1:1'. Start fewer, or name hosts as HOST:SLOTS with more slots."
+    ]
+
+
+def test_more_workers_than_gpus(launcher: Launcher, tmp_path: Path) -> None:
+    gpus = {"PATH": nvidia_smi(tmp_path, 2), "DIN_DIST_DEVICE": ""}
+    done = launcher.run("--num_workers=3", **gpus)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[1:] == [
+        "train.sh: --num_workers: must be at most the GPUs of this machine. Received: '3, and 2 GPU(s)'. Start fewer, "
+        "or set NCCL_MULTI_RANK_GPU_ENABLE=1 to let several share one."
+    ]
+    shared = launcher.run("--num_workers=3", "--dry_run", NCCL_MULTI_RANK_GPU_ENABLE="1", **gpus)
+    assert " -np 3 " in shared.stdout
+
+
 def test_a_wrong_device_is_named(launcher: Launcher) -> None:
     done = launcher.run(DIN_DIST_DEVICE="tpu")
     assert (done.returncode, done.stderr) == (2, "train.sh: DIN_DIST_DEVICE must be cpu or gpu. Received: 'tpu'.\n")
