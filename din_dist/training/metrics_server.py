@@ -28,7 +28,8 @@ class MetricsServer:
     """Answers at `port` (0: a free one, see `port`) of `job.metrics_host` until it is closed.
 
     Raises:
-        InputError: the port is taken, the host is not this machine, or the files for TLS or authentication are of no use.
+        InputError: the port is taken, the host is not this machine, or the files for TLS or authentication are of no
+            use.
     """
 
     def __init__(self, job: JobConfig, registry: CollectorRegistry, port: int) -> None:
