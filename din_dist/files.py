@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -76,6 +77,27 @@ def write_text(path: Path, text: str) -> None:
     """Publishes a file with `text`, encoded as UTF-8; see `published`."""
     with published(path) as stream:
         stream.write(text.encode("utf-8", errors="surrogateescape"))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a file to read. A pipe would wait for somebody to write to it, and a device may have no end.
+
+    Raises:
+        OSError: there is no such file, or it is no regular one.
+    """
+    _check_regular(path.stat())  # before it is opened, which some devices take for an order
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "what is no regular file")
 
 
 # --- Publishing. ---

@@ -126,7 +126,9 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
 
 def require_checkpoint(step: int, folder: Path) -> None:
     """Raises `InputError` where `folder`, of a job's checkpoints, has none of update `step`."""
-    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    from din_dist.training.checkpoint import published_steps
+
+    steps = published_steps(folder)
     if step not in steps:
         raise InputError(
             f"--checkpoint_step: must be one whose checkpoint was kept. Received: {step}. "

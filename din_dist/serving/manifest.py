@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
 from din_dist.config import require
 from din_dist.errors import InputError
+from din_dist.files import open_regular
 from din_dist.text import parse_json, printable, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # where TensorFlow keeps what is not its own
@@ -106,7 +104,7 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     check_digest(expect_digest)
     path = folder / MANIFEST
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES} bytes")
@@ -208,25 +206,8 @@ def _is_read(name: str) -> bool:
 
 def digest_of_file(path: Path) -> str:
     """Returns the SHA-256 of a regular file, in hexadecimal digits."""
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open_regular(path: Path) -> BufferedReader:
-    """Opens a file. A pipe would wait for somebody to write to it, and a device may have no end."""
-    _check_regular(path.stat())  # before it is opened, which some devices take for an order
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    try:
-        _check_regular(os.fstat(file.fileno()))
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def _check_regular(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "what is no regular file")
 
 
 _AGAIN = "Copy or export it again."

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.lib.format
@@ -23,11 +24,16 @@ import tensorflow as tf
 from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
-from din_dist.files import make_folder, publish_folder, read_text, write_text
+from din_dist.files import make_folder, open_regular, publish_folder, write_text
+from din_dist.text import parse_json, printable, shown
 from din_dist.training.state import TrainingState
 
 _MANIFEST = "manifest.json"
 _ABANDONED_AFTER_SECONDS = 600.0
+_MOST_MANIFEST_BYTES = 64 << 20
+_MOST_REASON = 300  # characters
+_FILE_NAME = re.compile(r"[^/\0]+\.npy")
+_FOLDER_NAME = re.compile(r"step-\d{12,}")
 
 
 class DamagedCheckpoint(InputError):
@@ -120,7 +126,8 @@ class CheckpointStore:
             for name, variable in variables.items():
                 path = _new_path(aside, name.replace("/", "."))
                 _write_array(path, variable.numpy())
-                files[name] = {"file": path.name, "digest": _digest(path)}
+                with path.open("rb") as file:
+                    files[name] = {"file": path.name, "digest": _digest(file)}
             manifest = {
                 "state": state.to_json(),
                 "config": self._config.to_json(),
@@ -160,13 +167,13 @@ class CheckpointStore:
             entry = manifest["variables"].get(name)
             path = folder / entry["file"] if entry else folder / name
             try:
-                if not entry or _digest(path) != entry["digest"]:
-                    raise ValueError("its content changed")
-                variable.assign(np.load(path, allow_pickle=False))
+                if not entry:
+                    raise ValueError("a manifest without it")
+                variable.assign(
+                    _read_array(path, entry["digest"], tuple(variable.shape), variable.dtype.as_numpy_dtype)
+                )
             except (OSError, ValueError) as error:
-                raise DamagedCheckpoint(
-                    f"{path}: must be as it was saved. Received: {str(error).splitlines()[0]}."
-                ) from error
+                raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {_reason(error)}.") from error
         return manifest["state"]
 
 
@@ -180,6 +187,11 @@ def latest_checkpoint(config: Config) -> Path | None:
     return folders[-1] if folders else None
 
 
+def published_steps(folder: Path) -> list[int]:
+    """Returns the updates after which checkpoints in `folder` were saved, in their order."""
+    return [int(path.name.removeprefix("step-")) for path in _published(folder)]
+
+
 def check_compatible(folder: Path, config: Config, data_fingerprint: str | None) -> dict[str, Any]:
     """Returns the manifest of a checkpoint that `config` may go on from.
 
@@ -191,11 +203,10 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str | None)
         DamagedCheckpoint: it cannot be read.
     """
     try:
-        manifest = json.loads(read_text(folder / _MANIFEST))
-        found = differences(manifest["config"], config.to_json())
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {error}.") from error
-    if found:
+        manifest = _read_manifest(folder / _MANIFEST)
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {_reason(error)}.") from error
+    if found := differences(manifest["config"], config.to_json()):
         raise InputError(
             f"{folder}: a checkpoint is resumed with the settings it was made with. Received: {'; '.join(found)}. "
             "Give the same settings, or another --output_dir."
@@ -208,8 +219,67 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str | None)
     return manifest
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest in `path`, each part of the kind that is written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no manifest of a checkpoint.
+    """
+    with open_regular(path) as file:
+        content = file.read(_MOST_MANIFEST_BYTES + 1)
+    if len(content) > _MOST_MANIFEST_BYTES:
+        raise ValueError(f"a manifest of more than {_MOST_MANIFEST_BYTES} bytes")
+    manifest = parse_json(content)
+    kinds = {"state": dict, "config": dict, "data_fingerprint": str, "variables": dict}
+    if not isinstance(manifest, dict):
+        raise ValueError(f"a manifest that is {shown(manifest)}")
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"a manifest whose {name} is {shown(manifest.get(name))}")
+    TrainingState.from_json(manifest["state"])
+    for room, settings in manifest["config"].items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"a manifest whose settings of {shown(room)} are {shown(settings)}")
+    for name, entry in manifest["variables"].items():
+        file_name, digest = (entry.get("file"), entry.get("digest")) if isinstance(entry, dict) else (None, None)
+        is_inside = isinstance(file_name, str) and _FILE_NAME.fullmatch(file_name) is not None
+        if not is_inside or not isinstance(digest, str):
+            raise ValueError(f"a manifest whose variable {shown(name)} is {shown(entry)}")
+    return manifest
+
+
+def _read_array(path: Path, digest: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns the array in `path`, which must have this digest, shape and type.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is another one.
+    """
+    with open_regular(path) as file:
+        if _digest(file) != digest:
+            raise ValueError("its content changed")
+        file.seek(0)
+        if numpy.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another format of arrays")
+        try:
+            found = numpy.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # NumPy reads it with Python's own parser, whose errors are of many kinds
+            raise ValueError("the head of its array cannot be read") from error
+        if found != (shape, False, np.dtype(dtype)):  # before memory is taken for it
+            raise ValueError(f"an array of {found[2]}{list(found[0])} for {np.dtype(dtype)}{list(shape)}")
+        file.seek(0)
+        return numpy.lib.format.read_array(file, allow_pickle=False)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable((str(error).splitlines() or [type(error).__name__])[0])[:_MOST_REASON]
+
+
 def _published(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*"))
+    return sorted(path for path in root.glob("step-*") if _FOLDER_NAME.fullmatch(path.name) and path.is_dir())
 
 
 def _folder_name(step: int) -> str:
@@ -234,6 +304,5 @@ def _write_array(path: Path, values: np.ndarray) -> None:
         file.write(values.data)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+def _digest(file: BinaryIO) -> str:
+    return hashlib.file_digest(file, "blake2b").hexdigest()[:32]  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+from din_dist.text import shown
+
 
 @dataclasses.dataclass
 class TrainingState:
@@ -69,5 +71,28 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainingState:
-        best = fields["best_validation"]
-        return cls(**{**fields, "best_validation": -math.inf if best is None else best})
+        """Returns the state that `to_json` wrote.
+
+        Raises:
+            ValueError: `fields` are no such state.
+        """
+        if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(f"a training state with {shown(unknown[0])}")
+        best = fields.get("best_validation")
+        fields = {**fields, "best_validation": -math.inf if best is None else best}
+        if wrong := [name for name, value in fields.items() if not _is_possible(name, value)]:
+            raise ValueError(f"a training state whose {wrong[0]} is {shown(fields[wrong[0]])}")
+        return cls(**fields)
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    if name == "epoch_records":
+        records = value if isinstance(value, list) else [None]
+        return all(isinstance(record, dict) and _is_count(record.get("examples")) for record in records)
+    if name in ("epoch_loss", "best_validation"):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return _is_count(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

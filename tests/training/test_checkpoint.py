@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ def make(
 
 
 def variables(value: float) -> dict[str, tf.Variable]:
-    return {"model/table": tf.Variable(tf.fill([3, 2], value)), "model/count": tf.Variable(int(value), dtype=tf.int64)}
+    return {"model/table": tf.Variable(tf.fill([3, 2], float(value))), "model/count": tf.Variable(int(value), dtype=tf.int64)}
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -135,6 +138,134 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: s
     shutil.rmtree(folder.parent / "step-000000000001")
     with pytest.raises(InputError, match=r"step-0+2.*Received: .*None of 1 can be read: name another --output_dir\."):
         store.restore(variables(0.0))
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+def with_part(manifest: dict, value: object, *names: str) -> str:
+    """Returns the text of `manifest` with another value at the end of the path `names`."""
+    manifest = json.loads(json.dumps(manifest))
+    part = manifest
+    for name in names[:-1]:
+        part = part[name]
+    part[names[-1]] = value
+    return json.dumps(manifest)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda manifest: "",
+        lambda manifest: "null",
+        lambda manifest: "[]",
+        lambda manifest: "{}",
+        lambda manifest: nested(100_000),
+        lambda manifest: "9" * 5000,
+        lambda manifest: '{"state": ' + nested(100_000) + "}",
+        lambda manifest: with_part(manifest, None, "state"),
+        lambda manifest: with_part(manifest, [], "state"),
+        lambda manifest: with_part(manifest, "two", "state", "step"),
+        lambda manifest: with_part(manifest, -1, "state", "step"),
+        lambda manifest: with_part(manifest, True, "state", "epoch"),
+        lambda manifest: with_part(manifest, [3], "state", "epoch_records"),
+        lambda manifest: with_part(manifest, 3, "state", "another"),
+        lambda manifest: with_part(manifest, "high", "state", "best_validation"),
+        lambda manifest: with_part(manifest, [], "config"),
+        lambda manifest: with_part(manifest, [], "config", "data"),
+        lambda manifest: with_part(manifest, 5, "data_fingerprint"),
+        lambda manifest: with_part(manifest, [], "variables"),
+        lambda manifest: with_part(manifest, {}, "variables"),
+        lambda manifest: with_part(manifest, None, "variables", "model/table"),
+        lambda manifest: with_part(manifest, 7, "variables", "model/table", "digest"),
+        lambda manifest: with_part(
+            manifest, "../step-000000000001/model.table.npy", "variables", "model/table", "file"
+        ),
+        lambda manifest: with_part(manifest, "/dev/zero", "variables", "model/table", "file"),
+        lambda manifest: with_part(manifest, "..", "variables", "model/table", "file"),
+        lambda manifest: with_part(manifest, "manifest.json", "variables", "model/table", "file"),
+        lambda manifest: with_part(manifest, "a\0.npy", "variables", "model/table", "file"),
+    ],
+    ids=map(str, itertools.count()),
+)
+def test_a_manifest_that_cannot_be(tmp_path: Path, write: Callable[[dict], str]) -> None:
+    config, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    store.save(variables(2.0), TrainingState(step=2))
+    folder = latest_checkpoint(config)
+    path = folder / "manifest.json"
+    path.write_text(write(json.loads(path.read_text())))
+    found = variables(0.0)
+    assert store.restore(found).step == 1
+    assert float(found["model/table"][0, 0]) == 1.0
+    (problem,) = store.damaged
+    assert re.search(r"step-0+2.*must be (as it was saved|a checkpoint)\. Received: .", problem)
+    assert len(problem) < 1000
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.table.npy"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling", "circle"])
+def test_a_checkpoint_with_what_is_no_file(tmp_path: Path, name: str, kind: str) -> None:
+    """Opening a pipe would wait for ever, and a device has no end."""
+    config, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    store.save(variables(2.0), TrainingState(step=2))
+    path = latest_checkpoint(config) / name
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "dangling":
+            path.symlink_to(tmp_path / "nowhere")
+        case _:
+            path.symlink_to(path)
+    assert store.restore(variables(0.0)).step == 1
+    assert len(store.damaged) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "received"),
+    [
+        ("3000000000000,", "an array of float32[3000000000000] for float32[3, 2]"),
+        ("3, 2, 'unended", "the head of its array cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_an_array_of_another_size(tmp_path: Path, head: str, received: str) -> None:
+    """One whose head asks for more memory than there is, and a manifest that vouches for it."""
+    config, store = make(tmp_path)
+    store.save(variables(1.0), TrainingState(step=1))
+    store.save(variables(2.0), TrainingState(step=2))
+    folder = latest_checkpoint(config)
+    content = (folder / "model.table.npy").read_bytes()
+    shape = f"({head}), }}".encode()
+    content = content.replace(b"(3, 2), }".ljust(len(shape)), shape) if head else content[:100]
+    (folder / "model.table.npy").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["variables"]["model/table"]["digest"] = hashlib.blake2b(content).hexdigest()[:32]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert store.restore(variables(0.0)).step == 1
+    assert received in store.damaged[0]
+
+
+def test_what_is_no_checkpoint_among_them(tmp_path: Path) -> None:
+    config, store = make(tmp_path, keep=1)
+    (tmp_path / "checkpoints" / "step-old").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000000000009").write_text("")
+    store.save(variables(1.0), TrainingState(step=1))
+    store.save(variables(2.0), TrainingState(step=2))
+    assert latest_checkpoint(config).name == "step-000000000002"
+    assert store.restore(variables(0.0)).step == 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000000000002",
+        "step-000000000009",
+        "step-old",
+    ]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
