@@ -368,9 +368,9 @@ class _Probe:
         ports = tuple(range(metrics_port, metrics_port + self.host.slots)) if metrics_port > 0 else ()
         question = dataclasses.replace(question, metrics_ports=ports)
         told = self._ask("facts", _FACTS_SECONDS, **dataclasses.asdict(question))
-        sent = time.time()
+        sent, started = time.time(), time.perf_counter()
         there = self._ask("time", _REACH_SECONDS)["time"]
-        half_trip = (time.time() - sent) / 2
+        half_trip = (time.perf_counter() - started) / 2
         try:
             port = told.pop("port")
             return Answer(Facts(**told), port, skew_seconds=there - sent - half_trip, margin_seconds=half_trip)

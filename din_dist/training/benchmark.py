@@ -21,6 +21,7 @@ from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS, allreduce_byte
 from din_dist.files import read_text
 from din_dist.models.flops import Product, forward_products, training_flops
 from din_dist.models.ranking_model import RankingModel
+from din_dist.training.step_report import Moment
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
 
 LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
@@ -68,7 +69,7 @@ class StepBenchmark:
         step: TrainStep,
         batches: Iterator[Batch],
         global_batch_size: int,
-        report: Callable[[Batch, StepResult, float, float], None] | None,
+        report: Callable[[Batch, StepResult, float, Moment], None] | None,
     ) -> None:
         """`report`: told, as in training, of each update: its batch, result, seconds of waiting and time of start."""
         self._step, self._batches, self._report = step, batches, report
@@ -92,15 +93,15 @@ class StepBenchmark:
         for _ in range(num_steps):
             started = time.perf_counter()
             batch = next(self._batches)
-            fetched, clock = time.perf_counter(), time.time()
+            fetched = Moment.now()
             self._count += 1
             result = self._step(batch, LEARNING_RATE, self._count, self._global_batch_size)
             float(result.loss)  # training reads it too
             known = time.perf_counter()
             if self._report:
-                self._report(batch, result, fetched - started, clock)
+                self._report(batch, result, fetched.steady - started, fetched)
             ended = time.perf_counter()
-            timed.append((batch, fetched - started, ended - fetched, ended - known))
+            timed.append((batch, fetched.steady - started, ended - fetched.steady, ended - known))
         tally = Tally()
         for entry in timed:  # afterwards: counting between updates would give the input pipeline time to hide in
             tally.add(*entry)

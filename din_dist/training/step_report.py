@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
 
 PARTS = ("input_wait", "compute", "exchange", "update")
+
+
+class Moment(NamedTuple):
+    """One moment by two clocks, in seconds: that of the graph, which may be set at any time, and one that may not."""
+
+    wall: float
+    steady: float
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(time.time(), time.perf_counter())
+
+    def seconds_between(self, marks: Sequence[float]) -> list[float]:
+        """Returns the seconds from here to the first mark, from each mark to the next, and from the last until now.
+
+        Their sum is right even where the wall clock is set meanwhile; how it is split is not, then.
+
+        Args:
+            marks: moments since, in their order, by the wall clock.
+        """
+        total = time.perf_counter() - self.steady
+        parts, reached = [], 0.0
+        for mark in marks:
+            until = min(max(mark - self.wall, reached), total)
+            parts.append(until - reached)
+            reached = until
+        return [*parts, total - reached]
 
 
 class StepReport(NamedTuple):

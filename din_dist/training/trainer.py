@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import resource
 import time
@@ -26,7 +25,7 @@ from din_dist.training.evaluator import Evaluator
 from din_dist.training.history import History, agree
 from din_dist.training.schedules import learning_rate
 from din_dist.training.state import TrainingState
-from din_dist.training.step_report import PARTS, StepReport
+from din_dist.training.step_report import PARTS, Moment, StepReport
 from din_dist.training.telemetry import Telemetry
 from din_dist.training.train_step import MessageSizes, Requests, StepResult, TrainStep, checksum_of
 
@@ -120,7 +119,7 @@ class Trainer:
 
     def _train_to_the_end(self) -> None:
         for batch, waited in self._batches():
-            started = time.time()
+            started = Moment.now()
             global_examples = self._next_examples()
             rate = learning_rate(self._config.optimizer, self.state.step + 1, self._steps_of_schedule)
             result = self._train_on(batch, rate, global_examples)
@@ -272,9 +271,9 @@ class Trainer:
         return f"the loss of {len(rows)} example(s) by itself: {named}"
 
     def _count(
-        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: float
+        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: Moment
     ) -> None:
-        """`waited`: seconds for the batch, until `started` by the wall clock."""
+        """`waited`: seconds for the batch, until `started`."""
         report = self.report(batch, result, rate, global_examples, waited, started)
         if self.seconds["training"]:  # the first update of a run is mostly tracing
             self._timed_examples += global_examples
@@ -291,13 +290,12 @@ class Trainer:
             self._history.add(self.state, result.values if _is_finite(result) else None, result.replaced)
 
     def report(
-        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: float
+        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: Moment
     ) -> StepReport:
         """What an update did and took, until now; arguments as of `_count`."""
         observed = [part.numpy() for part in result.observed]
         gradients_ready, exchange_ended, rows_sent, unique_rows, unknown_ids, computed_positions = observed
-        marks = [started, float(gradients_ready), float(exchange_ended), time.time()]
-        parts = [waited, *(max(0.0, end - begin) for begin, end in itertools.pairwise(marks))]
+        parts = [waited, *started.seconds_between([float(gradients_ready), float(exchange_ended)])]
         positions = batch[schema.HISTORY_ITEM_IDS].shape[0]
         return StepReport(
             loss=float(result.loss),
