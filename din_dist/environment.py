@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from din_dist.errors import InputError
 
@@ -43,6 +44,15 @@ def forget_place() -> None:
     """Removes what horovodrun gives its workers, so that those which are started from here do not inherit it."""
     for name in _OF_WORKERS:
         os.environ.pop(name, None)
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that ask this process to end.
+
+    SIGHUP, by which a terminal says that it closes, is one of them unless it was ignored at the start, as under nohup.
+    """
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *(() if is_ignored else (signal.SIGHUP,)))
 
 
 def rank() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import signal
 import subprocess
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def test_all_of_a_place_or_nothing(monkeypatch: pytest.MonkeyPatch, given: dict[
     assert environment.rank() == int(given.get("HOROVOD_RANK", "0"))
     environment.forget_place()
     assert not any(name.startswith("HOROVOD_") for name in os.environ)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_nohup_is_obeyed(monkeypatch: pytest.MonkeyPatch, ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        assert (signal.SIGHUP in environment.ending_signals()) is not ignored
+        assert {signal.SIGTERM, signal.SIGINT} <= set(environment.ending_signals())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

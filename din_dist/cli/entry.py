@@ -56,8 +56,8 @@ def run(main: Callable[[], None]) -> None:
 class Requests:
     """What signals ask of a training process.
 
-    SIGINT and SIGTERM ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT ends it
-    at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
+    SIGINT, SIGTERM and SIGHUP ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT
+    ends it at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
     They are heard by a thread, whatever the main one waits for; it also gives the worker's agent signs of life.
 
     Args:
@@ -73,7 +73,7 @@ class Requests:
         hear, tell = socket.socketpair()
         tell.setblocking(False)
         signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in environment.ending_signals():
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(hear, tell), daemon=True).start()
 

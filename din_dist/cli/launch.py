@@ -44,8 +44,8 @@ launch/train.sh --elastic --hosts_file FILE [--num_workers N] [--min_workers N] 
 launch/horovodrun.sh [--hosts HOST:SLOTS,... | --hosts_file FILE] [--num_workers N] [trainer flags]
 
 Without trainer flags it trains with launch/flags/quick.flags. The last line on stdout is the summary as JSON,
-everything else goes to stderr. SIGTERM and SIGINT let the workers finish their step and write a checkpoint. On several
-hosts, the checkout, the prepared data and --output_dir must be the same for all.
+everything else goes to stderr. SIGTERM, SIGINT and SIGHUP let the workers finish their step and write a checkpoint. On
+several hosts, the checkout, the prepared data and --output_dir must be the same for all.
 
 Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), else what the first failed worker
 gave.
@@ -391,7 +391,7 @@ def _run_first(name: str, arguments: Sequence[str]) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", f"din_dist.cli.{name}", *arguments], stdout=sys.stderr, start_new_session=True
     )
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in environment.ending_signals()}
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)

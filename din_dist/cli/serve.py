@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 
+from din_dist import environment
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
 from din_dist.errors import EXIT_SIGINT, InputError
@@ -29,7 +30,6 @@ from din_dist.serving.manifest import Manifest, read_manifest
 
 _OTHER_FILES = 128  # for probes, for connections that are just accepted or closed, and to spare
 _OF_THE_MODEL = 128  # at most, and what was open before
-_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 for _field in dataclasses.fields(ServeConfig):
@@ -82,7 +82,7 @@ def main() -> None:
         return await server.run(listener, lambda: print(url, flush=True), health_listener)
 
     answered = asyncio.run(serve())
-    for number in _ENDS:
+    for number in environment.ending_signals():
         signal.signal(number, signal.SIG_DFL if number is signal.SIGINT else signal.SIG_IGN)  # it is ending
     if not answered:
         entry.leave_at_once(1, f"not all was answered within {config.shutdown_timeout_seconds:g} seconds")
@@ -100,9 +100,8 @@ def _stop_on_signals(stop: Callable[[], None]) -> None:
             entry.say("ending after what was accepted; Ctrl-C twice ends at once")
         asked.add(number)
 
-    for number in _ENDS:
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            asyncio.get_running_loop().add_signal_handler(number, end, number)
+    for number in environment.ending_signals():
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
 
 
 def _url(listener: socket.socket) -> str:

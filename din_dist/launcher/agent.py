@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from din_dist import environment
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.launcher.addresses import card_of
 from din_dist.launcher.link import (
@@ -63,7 +64,7 @@ class Agent:
         here.setblocking(False)
         there.setblocking(False)
         signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (*environment.ending_signals(), signal.SIGCHLD):
             signal.signal(number, lambda *_: None)  # `_hear_signals` acts
         assert self._launcher
         self._launcher.setblocking(False)
@@ -81,7 +82,7 @@ class Agent:
                 self._tell({})
                 self._check()
         # Python's end restores what signals do by default, and Horovod's driver may send one just then.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in environment.ending_signals():
             signal.signal(number, signal.SIG_IGN)
         code = self._verdict or exit_code(self._trainer.returncode)
         if not self._told:
@@ -157,6 +158,8 @@ class Agent:
         numbers = here.recv(64)
         if signal.SIGINT in numbers:
             self._ask_to_stop(self._stop_level + 1)
+        elif signal.SIGHUP in numbers:
+            self._ask_to_stop(1)
         if signal.SIGTERM in numbers:
             self._terminate()
 

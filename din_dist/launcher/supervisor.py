@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 import psutil
 
+from din_dist import environment
 from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.launcher.hosts import HostList
 from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, KEY_VARIABLE, LONGEST_LINE, Address, Seal, new_nonce
@@ -98,8 +99,8 @@ class Supervisor:
 
     async def _run(self) -> int:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop, signal.SIGTERM)
-        loop.add_signal_handler(signal.SIGINT, self._stop, signal.SIGINT)
+        for number in environment.ending_signals():
+            loop.add_signal_handler(number, self._stop, number)
         listener = socket.create_server((self._address, 0))
         # Asyncio takes in as many at once as may wait, and only then looks at any: far fewer than there are files.
         server = await asyncio.start_server(self._serve, sock=listener, backlog=_ACCEPTED_AT_ONCE, limit=LONGEST_LINE)

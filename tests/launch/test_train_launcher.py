@@ -493,7 +493,9 @@ def test_hosts_that_do_not_answer_are_named_before_the_start(launcher: Launcher)
 
 
 @pytest.mark.parametrize(
-    ("stop", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"]
+    ("stop", "number"),
+    [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)],
+    ids=["SIGTERM", "Ctrl-C", "closed terminal"],
 )
 def test_workers_get_all_the_time_they_need_to_stop(
     launcher: Launcher, stop: Callable[[int, int], None], number: int
@@ -512,12 +514,13 @@ def test_one_worker_stops_too(launcher: Launcher) -> None:
     assert (launcher.work / "checkpoint.0").exists()
 
 
-def test_stopped_while_preparing(launcher: Launcher) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_stopped_while_preparing(launcher: Launcher, number: signal.Signals) -> None:
     process = launcher.start(FAKE_PREPARE_SECONDS="60")
     assert process.stderr is not None
     while "prepare got" not in process.stderr.readline():
         pass
-    process.terminate()
+    process.send_signal(number)
     told = time.monotonic()
     done = finished(process)
     assert time.monotonic() - told < 30

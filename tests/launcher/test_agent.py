@@ -167,6 +167,14 @@ def test_a_stop_reaches_the_trainer(start: Start, tmp_path: Path) -> None:
     assert (tmp_path / "stopped_by").read_text() == "SIGINT"
 
 
+def test_a_terminal_that_closes_stops_the_trainer(start: Start, tmp_path: Path) -> None:
+    agent = start("obeys")
+    agent.wait_for("ready")
+    agent.process.send_signal(signal.SIGHUP)
+    assert (agent.end(), agent.ended()) == (EXIT_RETRY, [EXIT_RETRY])
+    assert (tmp_path / "stopped_by").read_text() == "SIGINT"
+
+
 def test_a_stop_before_the_trainer_hears_signals_ends_it(start: Start) -> None:
     agent = start("slow_start")
     agent.wait_for("starting")
