@@ -164,8 +164,9 @@ def _table(summary: dict[str, Any]) -> str:
     lines = []
     if "test_gauc" in summary:
         rows = {"this model": {"gauc": summary["test_gauc"], "auc": summary["test_auc"]}, **summary["test_floors"]}
-        lines.append(f"  {'':<20} test GAUC      AUC")
-        lines += [f"  {name:<20} {metrics['gauc']:9.4f} {metrics['auc']:8.4f}" for name, metrics in rows.items()]
+        width = max(20, *map(len, rows))
+        lines.append(f"  {'':<{width}} test GAUC      AUC")
+        lines += [f"  {name:<{width}} {metrics['gauc']:9.4f} {metrics['auc']:8.4f}" for name, metrics in rows.items()]
     if summary["examples_per_second"]:
         lines.append(f"  {summary['examples_per_second']:,.0f} examples/s with {summary['world_size']} worker(s)")
     seconds = {name: value for name, value in summary["seconds"].items() if name != "total"}
