@@ -1,4 +1,4 @@
-"""The images, the compose file and the pods of the Indexed Job, for real.
+"""The images, the compose file and the pods of the Indexed Job, for real; and which ports each of them opens.
 
     python -m tests.docker.smoke [build] [compose] [pods] [gpu]         (default: all)
 
@@ -11,6 +11,8 @@ Debian 13 with CUDA 12.4, and the same g++ 13.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import ipaddress
 import json
 import os
 import re
@@ -36,6 +38,8 @@ DOCKERFILE = ROOT / "docker" / "Dockerfile"
 # By tag: what stands in for an image has another digest.
 BASES = dict(re.findall(r"^ARG (\w+_BASE)=([^@\n]+)", DOCKERFILE.read_text(), re.MULTILINE))
 PROMETHEUS_IMAGE, *_ = COMPOSE["services"]["prometheus"]["image"].split("@")
+SSH_PORT = 2222
+METRICS_PORTS = set(range(9400, 9408))
 # Of a machine that runs this as root but may not raise limits.
 RUN_FLAGS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
 PODMAN = ["podman", "--cgroup-manager=cgroupfs", "--runtime=/usr/sbin/runc"]
@@ -252,6 +256,56 @@ def container(service: str) -> str:
     return found
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Listener:
+    """A TCP port that something in a container listens on, and at which of its addresses."""
+
+    address: str
+    port: int
+
+    @property
+    def is_for_others(self) -> bool:
+        return not ipaddress.ip_address(self.address).is_loopback
+
+
+def listeners(name: str) -> list[Listener]:
+    """Returns what listens in a container, as its own kernel tells."""
+    text = subprocess.run(
+        [*PODMAN, "exec", name, "cat", "/proc/net/tcp", "/proc/net/tcp6"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    found = set()
+    for line in text.splitlines():
+        _, local, _, state, *_ = line.split()
+        if state != "0A":  # LISTEN
+            continue
+        packed, _, port = local.partition(":")
+        words = [bytes.fromhex(packed[at : at + 8])[::-1] for at in range(0, len(packed), 8)]  # each as the host has it
+        address = ipaddress.ip_address(b"".join(words))
+        found.add(Listener(str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)))
+    return sorted(found)
+
+
+def check_listeners(name: str, fixed: set[int], admitted: list[tuple[int, int]]) -> None:
+    """Holds what listens in a container against what its network lets in, and against launch/README.md.
+
+    Args:
+        fixed: the ports that have a number of their own; they may be open at every address. All others must be of the
+            system's own range, at the one address of the job's card.
+        admitted: the first and last port of each range that others are let in to.
+    """
+    found = listeners(name)
+    print(f"{name} listens on {', '.join(f'{listener.address}:{listener.port}' for listener in found)}")
+    low, high = map(int, run(*PODMAN, "exec", name, "cat", "/proc/sys/net/ipv4/ip_local_port_range").split())
+    own = set(run(*PODMAN, "exec", name, "hostname", "--all-ip-addresses").split())
+    for listener in found:
+        if not listener.is_for_others:
+            continue
+        assert any(first <= listener.port <= last for first, last in admitted), f"nobody is let in to {listener}"
+        if listener.port not in fixed:
+            assert low <= listener.port <= high and listener.address in own, f"{listener} is not at the job's card"
+    assert fixed & {listener.port for listener in found}, f"none of {sorted(fixed)} in {name}"
+
+
 def newest_summary() -> dict[str, Any]:
     newest = max(volume("din-dist_runs").glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(newest.read_text())
@@ -264,6 +318,9 @@ def compose() -> None:
     # all when one container ends.
     with composed(trainer_flags="--epochs=4"):
         print(run("podman", "ps", "--format", "{{.Names}} {{.Status}}"))
+        for service in ("launcher", "worker"):
+            assert not COMPOSE["services"][service].get("ports"), "a port of the job's is published"
+            check_listeners(container(service), {SSH_PORT, *METRICS_PORTS}, [(1024, 65535)])
         run("podman", "kill", container("worker"))
         wait("the job to go on without its worker", lambda: ask_prometheus("din_dist_world_size == 1"))
         run("podman", "start", container("worker"))
@@ -288,6 +345,13 @@ def compose() -> None:
     assert code == 0 and again["test_gauc"] > 0.85 and again != summary
     prepared = list((volume("din-dist_data") / "prepared").rglob("dataset_info.json"))
     assert len(prepared) == 1, "the second run has used what the first has prepared"
+
+
+def has_metrics(name: str) -> bool:
+    """Tells whether a trainer in a container serves its metrics, and so has got as far as training."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        return bool({listener.port for listener in listeners(name)} & METRICS_PORTS)
+    return False
 
 
 def pods() -> None:
@@ -338,9 +402,16 @@ def pods() -> None:
                 run(*start(initial, index, network))
                 run("podman", "rm", f"{name}-{index}")
             with subprocess.Popen(start(main, 1, network)) as worker:
-                launcher = subprocess.run(start(main, 0, network), check=False, stdout=subprocess.PIPE, text=True)
+                launcher = subprocess.Popen(start(main, 0, network), stdout=subprocess.PIPE, text=True)
+                wait("both ranks to train", lambda: all(has_metrics(f"{name}-{index}") for index in (0, 1)))
+                (policy,) = (found["spec"] for found in objects if found["kind"] == "NetworkPolicy")
+                each_other, *_ = policy["ingress"]
+                admitted = [(ports["port"], ports["endPort"]) for ports in each_other["ports"]]
+                for index in (0, 1):
+                    check_listeners(f"{name}-{index}", {SSH_PORT, *METRICS_PORTS}, admitted)
+                said, _ = launcher.communicate(timeout=1200)
                 assert launcher.returncode == 0, f"exit code {launcher.returncode}"
-                summary = json.loads(launcher.stdout.splitlines()[-1])
+                summary = json.loads(said.splitlines()[-1])
                 print(f"pods: test GAUC {summary['test_gauc']:.4f} with {summary['world_size']} workers")
                 assert summary["world_size"] == 2 and summary["test_gauc"] > 0.85
                 run("podman", "stop", f"{name}-1")  # as Kubernetes does when the first is done
