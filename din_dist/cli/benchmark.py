@@ -134,6 +134,7 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
     from din_dist.distributed.gradients import DenseExchange
     from din_dist.layers.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
     from din_dist.training.benchmark import LEARNING_RATE, StepBenchmark
+    from din_dist.training.step_report import Moment
     from din_dist.training.train_step import UnobservedTrainStep
 
     parts: dict[str, dict[str, Any]] = {
@@ -156,7 +157,7 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
     spread = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
     job = assembly.make_job(config, runtime, store, num_threads=num_threads, spread=spread, **parts.get(form, {}))
 
-    def report(batch: Any, result: Any, waited: float, started: float) -> None:
+    def report(batch: Any, result: Any, waited: float, started: Moment) -> None:
         global_batch_size = config.job.global_batch_size
         found = job.trainer.report(batch, result, LEARNING_RATE, global_batch_size, waited, started)
         job.trainer.state.advance(global_batch_size, found.loss)

@@ -211,7 +211,8 @@ def test_preparing_takes_no_notice_of_the_default_folder(tmp_path: Path) -> None
     assert run("prepare_data", tmp_path).returncode == 0
     checkpoint = tmp_path / "runs" / "latest" / "checkpoints" / "step-000000000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text('{"config": {}, "data_fingerprint": "of another"}')
+    manifest = {"state": {}, "config": {}, "data_fingerprint": "of another", "variables": {}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     words = [word for word in command("prepare_data", tmp_path) if not word.startswith("--output_dir")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for named, code in (((), 0), (("--output_dir=runs/latest",), 2)):

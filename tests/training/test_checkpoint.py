@@ -34,7 +34,10 @@ def make(
 
 
 def variables(value: float) -> dict[str, tf.Variable]:
-    return {"model/table": tf.Variable(tf.fill([3, 2], float(value))), "model/count": tf.Variable(int(value), dtype=tf.int64)}
+    return {
+        "model/table": tf.Variable(tf.fill([3, 2], float(value))),
+        "model/count": tf.Variable(int(value), dtype=tf.int64),
+    }
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
