@@ -113,7 +113,7 @@ def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda f
 
     Args:
         overwrite: build again even so. What was there before stays until the new data is complete.
-        check: is shown new data before it is published, and may raise `InputError` to refuse it.
+        check: is shown new data, with the chosen item features, before it is published; it may raise `InputError`.
 
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
@@ -185,7 +185,9 @@ def _build(config: DataConfig, folder: Path, check: Check = lambda facts: None) 
                     manual_dir=config.data_path or None, try_download_gcs=False
                 ),
             )
-        check(event_store.read_facts(Path(builder.data_path)))
+        facts = event_store.read_facts(Path(builder.data_path))
+        chosen = {name: facts.item_features[name] for name in _chosen_features(config, facts)}
+        check(dataclasses.replace(facts, item_features=chosen))
         publish_folder(Path(builder.data_path), folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -86,6 +86,14 @@ def test_prepared_once(config: DataConfig) -> None:
     assert same_arrays(first, second) and same_arrays(first, third)
 
 
+def test_new_data_is_checked_with_the_chosen_features_alone(tmp_path: Path) -> None:
+    """As a job will see it: numbers of widths, say, go by them."""
+    seen = []
+    config = DataConfig(dataset="synthetic", synthetic_num_users=20, data_dir=str(tmp_path), item_features=())
+    prepare(config, check=lambda facts: seen.append(facts.item_features))
+    assert seen == [{}]
+
+
 def test_the_default_data_dir_is_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert data_dir(DataConfig()) == Path("/cache/din_dist")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.errors import InputError
 
+ROOT = Path(__file__).parents[3]
 FEATURES = ("category_id", "department_id", "manufacturer_id", "brand")
 
 
@@ -24,6 +26,15 @@ FEATURES = ("category_id", "department_id", "manufacturer_id", "brand")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
     folder = tmp_path_factory.mktemp("complete_journey")
     return prepare(DataConfig(item_features=FEATURES, data_dir=str(folder)))
+
+
+def test_the_first_command_finds_nothing_prepared(tmp_path: Path) -> None:
+    """The flags of launch/train.sh choose one of the data's features, and a width for it."""
+    words = ["--flagfile=launch/flags/quick.flags", f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "din_dist.cli.prepare_data", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "item features: category_id 303\n" in done.stdout
 
 
 def test_counts(store: EventStore) -> None:
