@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
+def printable_line(text: str) -> str:
+    """Returns `text` as `printable` shows it, on one line."""
+    return " ".join(printable(text).split())
+
+
 def shown(value: Any, most: int = _MOST_SHOWN) -> str:
     """Returns the beginning of a value's `repr`, for an error's text."""
     text = repr(value)

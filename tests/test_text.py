@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from din_dist.text import NestedTooDeeply, parse_json, printable, shown
+from din_dist.text import NestedTooDeeply, parse_json, printable, printable_line, shown
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,10 @@ from din_dist.text import NestedTooDeeply, parse_json, printable, shown
 )
 def test_terminals_are_not_told_what_to_do(text: str, expected: str) -> None:
     assert printable(text) == expected
+
+
+def test_one_line() -> None:
+    assert printable_line("one\n two\t\x1b[2J\r\n") == r"one two \x1b[2J\r"
 
 
 def test_the_beginning_of_a_value() -> None:

@@ -32,6 +32,7 @@ from din_dist.launcher.link import (
     introduce,
 )
 from din_dist.launcher.processes import die_with_parent, exit_code
+from din_dist.text import printable_line
 
 _CONNECT_SECONDS = 10.0
 _JOIN_SECONDS = 30.0  # in which many may connect to the launcher at once
@@ -259,7 +260,8 @@ def pump(source: IO[bytes], target: int) -> None:
 
 
 def _say(text: str) -> None:
-    line = f"worker {os.environ.get('HOROVOD_RANK', '0')}: {text}\n"
+    """Prints a line. Errors in it may come from elsewhere, so a terminal must not obey them."""
+    line = printable_line(f"worker {os.environ.get('HOROVOD_RANK', '0')}: {text}") + "\n"
     with contextlib.suppress(OSError):
         os.write(2, line.encode())
 

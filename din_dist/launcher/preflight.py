@@ -28,6 +28,7 @@ from din_dist.errors import InputError
 from din_dist.launcher.addresses import card_towards, own_address
 from din_dist.launcher.hosts import HostSlots, is_local
 from din_dist.launcher.probe import CONNECT_SECONDS, Facts, Question, find_facts, listen
+from din_dist.text import printable_line
 
 MAX_SKEW_SECONDS = 2.0
 _FACTS_SECONDS = 30.0  # ssh and Python start in it, from a slow disk too
@@ -111,14 +112,17 @@ def check_hosts(
 
 
 def render(hosts: Sequence[HostSlots], findings: Sequence[Finding]) -> str:
-    """A line for each host that is fine, and a table of what is wrong with the others."""
+    """A line for each host that is fine, and a table of what is wrong with the others.
+
+    A terminal must not obey what those found.
+    """
     wrong = {finding.host for finding in findings}
     lines = [f"{host.name}: fine" for host in hosts if host.name not in wrong]
     if findings:
         rows = [("host", "check", "found", "what to do")]
         for finding in findings:
             check = finding.check if finding.fatal else f"{finding.check} (warning)"
-            rows.append((finding.host, check, finding.found, finding.remedy))
+            rows.append((finding.host, check, printable_line(finding.found), printable_line(finding.remedy)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines)

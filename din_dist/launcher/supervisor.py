@@ -30,6 +30,7 @@ from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETR
 from din_dist.launcher.hosts import HostList
 from din_dist.launcher.link import BEAT_SECONDS, JOB_VARIABLE, KEY_VARIABLE, LONGEST_LINE, Address, Seal, new_nonce
 from din_dist.launcher.processes import die_with_parent, exit_code
+from din_dist.text import printable, printable_line
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
 _ENDING_SECONDS = 30.0  # for agents to stop their trainers when Horovod's driver is gone
@@ -358,7 +359,7 @@ class Supervisor:
 
     def _repeat_horovodrun(self) -> None:
         for line in self._horovodrun_said:
-            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.write(printable(line.decode(errors="replace")).encode())
         sys.stderr.flush()
 
     def _verdict_of_workers(self) -> int:
@@ -405,4 +406,5 @@ def _slot_of(process: psutil.Process) -> tuple[str, str]:
 
 
 def _say(text: str) -> None:
-    print(f"train.sh: {text}", file=sys.stderr, flush=True)
+    """Prints a line. Names and errors in it may come from other hosts, so a terminal must not obey them."""
+    print(f"train.sh: {printable_line(text)}", file=sys.stderr, flush=True)

@@ -468,3 +468,8 @@ def test_the_table() -> None:
     ]
     with pytest.raises(InputError, match="Received: 'b' twice"):
         check_hosts([HostSlots("b"), HostSlots("b", 2)], Config())
+
+
+def test_a_terminal_does_not_obey_what_a_host_found() -> None:
+    *_, row = render([HostSlots("a")], [Finding("a", "probe", "\x1b[2Jone\ntwo\r", "Correct that.")]).splitlines()
+    assert row == r"a     probe  \x1b[2Jone two\r  Correct that."

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
-from din_dist.launcher.agent import pump
+from din_dist.launcher.agent import _say, pump
 from din_dist.launcher.link import FIND_CARD_VARIABLE, KEY_VARIABLE, Address, Lines, Seal, new_nonce
 from tests.launch.fake_checkout import write_commands
 
@@ -274,6 +274,11 @@ def test_a_worker_that_was_given_up_ends_at_once(start: Start) -> None:
     agent.wait_for("ready")
     agent.tell({"given_up": True})
     assert agent.end() == EXIT_HUNG
+
+
+def test_a_terminal_does_not_obey_what_it_repeats(capfd: pytest.CaptureFixture[str]) -> None:
+    _say("Received: \x1b[2Jone\ntwo")
+    assert capfd.readouterr().err == "worker 0: Received: \\x1b[2Jone two\n"
 
 
 def test_without_a_launcher_a_trainer_that_does_not_stop_is_killed(start: Start) -> None:

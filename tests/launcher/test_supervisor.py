@@ -27,7 +27,9 @@ if sys.argv[1] == "beset":
         time.sleep(.5)
     pathlib.Path("files").write_text(str(before))
 link = socket.create_connection((address.host, address.port))
-seal, _ = introduce(link, os.environ[KEY_VARIABLE], {"host": "", "local_rank": 0, "rank": 0})
+seal, _ = introduce(link, os.environ[KEY_VARIABLE], {"host": sys.argv[3], "local_rank": 0, "rank": 0})
+if sys.argv[1] == "is_silent":
+    time.sleep(60)
 if os.fork():
     os._exit(int(sys.argv[2]))
 if sys.argv[1] == "ends":
@@ -50,9 +52,9 @@ elif sys.argv[1] == "has_ended":
 """
 
 
-def run(way: str, code: int, address: str = "127.0.0.1") -> int:
-    command = [sys.executable, "-c", AGENT, way, str(code)]
-    return Supervisor(command, horovod=False, address=address, stall_timeout_seconds=60).run()
+def run(way: str, code: int, address: str = "127.0.0.1", host: str = "", stall_timeout_seconds: float = 60) -> int:
+    command = [sys.executable, "-c", AGENT, way, str(code), host]
+    return Supervisor(command, horovod=False, address=address, stall_timeout_seconds=stall_timeout_seconds).run()
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
@@ -96,6 +98,19 @@ def test_a_job_whose_launcher_was_cut_off_can_be_run_again(capfd: pytest.Capture
         "train.sh: no worker was heard of for 60 s: this machine is cut off from them, and they save and stop. The "
         "same command goes on from there.\n"
     )
+
+
+def test_a_terminal_does_not_obey_a_hosts_name(capfd: pytest.CaptureFixture[str]) -> None:
+    run("is_silent", 0, host="\x1b[2Jone\ntwo", stall_timeout_seconds=1)
+    said = "train.sh: worker 0 on \\x1b[2Jone two was not heard of for 1 s: it is given up\n"
+    assert capfd.readouterr().err.startswith(said)
+
+
+def test_what_horovodrun_said_is_repeated_for_people(capfd: pytest.CaptureFixture[str]) -> None:
+    script = r"import sys; sys.stderr.write('ssh: \x1b[2Jhost\n'); sys.exit(3)"
+    command = [sys.executable, "-c", script]
+    assert Supervisor(command, horovod=True, address="127.0.0.1", stall_timeout_seconds=60).run() == 3
+    assert capfd.readouterr().err == "ssh: \\x1b[2Jhost\n"
 
 
 def test_on_one_machine_nothing_is_cut_off() -> None:
