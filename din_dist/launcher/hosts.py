@@ -10,20 +10,22 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from din_dist.errors import InputError
 from din_dist.files import read_text
-from din_dist.launcher.addresses import is_own
+from din_dist.launcher.addresses import addresses_of, is_own
 from din_dist.launcher.slurm import hosts_of_slurm
 
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
 _SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
 _LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as MPI has it
 _PROBE_SECONDS = 3.0
+_LOOK_SECONDS = 0.01  # between two looks whether a name is found
 _NOTED_SECONDS = 3.0  # after which Horovod knows of the end of a worker
 
 
@@ -104,23 +106,59 @@ def _is_local(name: str) -> bool:
     return is_own(socket.gethostbyname(name))
 
 
+class _Lookup:
+    """Finds in a thread whether a host is this machine, and its addresses: name servers may be away."""
+
+    _pending: ClassVar[dict[str, _Lookup]] = {}  # one a name, whatever time the name server takes
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_done = self._is_local = False
+        self._addresses: list[str] = []
+        threading.Thread(target=self._run, daemon=True).start()  # nobody waits for it at the end
+
+    def _run(self) -> None:
+        self._is_local = is_local(self._name)
+        if not self._is_local:
+            self._addresses = addresses_of(self._name)
+        self._is_done = True
+
+    @staticmethod
+    async def of(name: str) -> tuple[bool, list[str]]:
+        """Returns whether the host is this machine, and otherwise its addresses, as far as they are known in time."""
+        lookup = _Lookup._pending.get(name) or _Lookup(name)
+        _Lookup._pending[name] = lookup
+        until = time.monotonic() + _PROBE_SECONDS
+        while not lookup._is_done and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_SECONDS)
+        if lookup._is_done:
+            _Lookup._pending.pop(name, None)
+        return lookup._is_local, lookup._addresses
+
+
 async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[str]:
     """Those of the hosts elsewhere on which no ssh server answers within so many seconds."""
     until = time.monotonic() + seconds
     silent = list(names)
     while True:
-        answered = await asyncio.gather(*(_answers(name, port) for name in silent))
-        silent = [name for name, answer in zip(silent, answered, strict=True) if not answer and not is_local(name)]
+        answered = await asyncio.gather(*(_is_ready(name, port) for name in silent))
+        silent = [name for name, answer in zip(silent, answered, strict=True) if not answer]
         if not silent or time.monotonic() >= until:
             return silent
         await asyncio.sleep(1)
 
 
-async def _answers(name: str, port: int) -> bool:
+async def _is_ready(name: str, port: int) -> bool:
+    """Says whether workers can be started on a host now. The event loop goes on meanwhile."""
+    here, addresses = await _Lookup.of(name)
+    return here or any(await asyncio.gather(*(_answers(address, port) for address in addresses)))
+
+
+async def _answers(address: str, port: int) -> bool:
     """An ssh server speaks first. A connection alone may be a proxy's, which takes it before there is a server."""
     with contextlib.suppress(OSError, EOFError, TimeoutError):
         async with asyncio.timeout(_PROBE_SECONDS):
-            reader, writer = await asyncio.open_connection(name, port)
+            reader, writer = await asyncio.open_connection(address, port)
             try:
                 return await reader.readexactly(4) == b"SSH-"
             finally:
@@ -181,5 +219,5 @@ class HostList:
         return [host for host in parsed if host]  # a line that is being written must not end the job
 
     async def _probe(self, name: str, now: float) -> None:
-        if is_local(name) or await _answers(name, self._ssh_port):
+        if await _is_ready(name, self._ssh_port):
             self._answered[name] = now

@@ -7,8 +7,10 @@ import contextlib
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -158,6 +160,36 @@ def test_a_name_that_is_not_known_yet_is_looked_up_again(monkeypatch: pytest.Mon
         assert not is_local("ip6-localhost.test")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
     assert is_local("ip6-localhost.test")
+
+
+def test_a_name_server_that_is_away_holds_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher gives signs of life meanwhile. Without them the workers would stop."""
+    asked = []
+
+    def wait_in_vain(name: str, *_: object, **__: object) -> NoReturn:
+        asked.append(name)
+        time.sleep(1)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "gethostbyname", wait_in_vain)
+    monkeypatch.setattr(socket, "getaddrinfo", wait_in_vain)
+    monkeypatch.setattr("din_dist.launcher.hosts._PROBE_SECONDS", 0.3)
+    hosts = host_list(tmp_path, "away1.test\naway2.test\n", port=1, patience_seconds=0.0)
+
+    async def refresh() -> float:
+        refreshing = [asyncio.create_task(hosts.refresh(set()))]
+        refreshing.append(asyncio.create_task(hosts.refresh(set())))
+        longest, before = 0.0, time.monotonic()
+        while not all(task.done() for task in refreshing):
+            await asyncio.sleep(0.01)
+            longest, before = max(longest, time.monotonic() - before), time.monotonic()
+        return longest
+
+    started = time.monotonic()
+    assert asyncio.run(refresh()) < 0.3
+    assert time.monotonic() - started < 2
+    assert hosts.silent == {"away1.test", "away2.test"}
+    assert sorted(asked) == ["away1.test", "away2.test"], "one question a name at a time"
 
 
 @pytest.mark.usefixtures("all_elsewhere")
