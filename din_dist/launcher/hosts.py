@@ -103,7 +103,8 @@ def is_local(name: str) -> bool:
 
 @functools.cache
 def _is_local(name: str) -> bool:
-    return is_own(socket.gethostbyname(name))
+    # RFC 6761 gives this name a meaning that no name server has to confirm.
+    return name == "localhost" or is_own(socket.gethostbyname(name))
 
 
 class _Lookup:

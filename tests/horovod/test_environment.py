@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing.synchronize
+import os
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from horovod.runner.common.util import safe_shell_exec
@@ -64,3 +71,35 @@ def test_what_is_read_by_a_command_stands_in_no_command_line(capfd: pytest.Captu
     assert "variable\n" in said
     assert said.count("variable") == said.count("script") == 1
     assert safe_shell_exec.execute("cat", env={"PATH": "/usr/bin:/bin"}) == 0, "without a script the input is empty"
+
+
+@pytest.fixture
+def no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose /dev/shm cannot be written to."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
+
+
+@pytest.mark.usefixtures("no_semaphores")
+def test_a_command_takes_no_semaphore() -> None:
+    assert safe_shell_exec.execute("exit 3") == 3
+
+
+@pytest.mark.usefixtures("no_semaphores")
+def test_a_command_ends_when_it_is_told(tmp_path: Path) -> None:
+    told, ready = threading.Event(), tmp_path / "ready"
+    codes: list[int] = []
+
+    def run() -> None:
+        codes.append(safe_shell_exec.execute(f"touch {ready}; exec sleep 60", events=[told]))
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    while runner.is_alive() and not ready.exists():
+        time.sleep(0.02)
+    told.set()
+    runner.join(timeout=20)
+    assert codes == [128 + signal.SIGTERM]

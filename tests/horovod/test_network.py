@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from typing import NoReturn
 
 import pytest
 from horovod.runner.util import network
 
 
 def test_a_host_is_found_while_the_name_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(name: str) -> str:
+    def away(name: str) -> NoReturn:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     with monkeypatch.context() as patched:
@@ -20,3 +21,11 @@ def test_a_host_is_found_while_the_name_server_is_away(monkeypatch: pytest.Monke
     assert network.filter_local_addresses(["own.test", "never.test"]) == ["never.test"]
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "203.0.113.7")
     assert network.resolve_host_address("own.test") == "203.0.113.7"
+
+
+def test_localhost_needs_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> NoReturn:
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "gethostbyname", unknown)
+    assert network.filter_local_addresses(["localhost"]) == []

@@ -15,6 +15,7 @@ from typing import NoReturn
 import pytest
 
 from din_dist.errors import InputError
+from din_dist.launcher import hosts as hosts_module
 from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 
 
@@ -58,6 +59,16 @@ def test_what_is_local() -> None:
     assert is_local("127.0.0.2")
     assert not is_local("203.0.113.7")  # of a network that is kept for examples
     assert not is_local("no.such.host.invalid")
+
+
+def test_localhost_needs_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> NoReturn:
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "gethostbyname", unknown)
+    monkeypatch.setattr("din_dist.launcher.hosts._is_local", hosts_module._is_local.__wrapped__)
+    assert is_local("localhost")
+    assert not is_local("other.test")
 
 
 @contextlib.contextmanager
