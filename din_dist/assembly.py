@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from din_dist import kernels, schema
+from din_dist import kernels, progress, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, OptimizerKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import Batch, read_ahead, training_batches
@@ -141,9 +141,10 @@ def make_job(
         InputError: a setting does not fit the data.
     """
     require_memory_for_tables(config, store.facts)
-    splits = split_examples(store, config.data)
-    examples = splits["train"]
-    trained = trained_items(store, config.data, splits)
+    with progress.at(f"reading data in {store.folder}"):
+        splits = split_examples(store, config.data)
+        examples = splits["train"]
+        trained = trained_items(store, config.data, splits)
     native = _is_native(config)
     in_graph = neighbours(runtime) if native and shared_memory else runtime
     model = make_model(
@@ -161,7 +162,8 @@ def make_job(
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     names = list(variables)
     tables = [weight.path for weight in model.lookup.trainable_weights]
-    row_counts = _row_counts(config, store, splits, trained, model.lookup)
+    with progress.at(f"reading data in {store.folder}"):
+        row_counts = _row_counts(config, store, splits, trained, model.lookup)
     optimizer = make_optimizer(
         config.optimizer, list(variables.values()), names, tables=tables, compiled=config.job.xla, native=native
     )

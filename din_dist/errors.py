@@ -4,7 +4,7 @@ EXIT_INPUT_ERROR = 2  # wrong input: running it again changes nothing
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint, run it again
 
 EXIT_GAVE_UP = 79  # of a worker to its launcher, which stops the elastic job and ends with EXIT_RETRY
-EXIT_HUNG = 80  # of a worker that was killed for want of signs of life
+EXIT_HUNG = 80  # of a worker that gave no sign of life, or whose disk did not answer
 EXIT_SIGINT = 130  # ended by Ctrl-C, as shells have it
 
 

@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
+from din_dist import progress
 from din_dist.errors import InputError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(/task/\d+)?/fd")
+_PART_BYTES = 64 << 20
 _MOST_LINKS = 40  # as the kernel has it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
@@ -224,6 +228,17 @@ def _exchange(one: Path, other: Path) -> bool:
 # --- The disk. ---
 
 
+def write_in_parts(file: BinaryIO, values: np.ndarray) -> None:
+    """Writes the bytes of an array; each part is on the disk before the next, so that a slow disk is seen to work."""
+    content = values.reshape(-1).view(np.uint8).data
+    for begin in range(0, len(content), _PART_BYTES):
+        file.write(content[begin : begin + _PART_BYTES])
+        if len(content) > _PART_BYTES:
+            file.flush()
+            os.fdatasync(file.fileno())
+        progress.note()
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it, as far as they are missing; their names are then on the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -237,6 +252,7 @@ def sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(root, name))
+            progress.note()
         sync(Path(root))
 
 

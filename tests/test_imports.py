@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
 LEAVES = {
-    *("bounded_server", "schema", "config", "environment", "errors", "files", "machine", "streams", "text", "versions"),
+    *("bounded_server", "schema", "config", "environment", "errors", "files", "machine", "progress", "streams", "text"),
+    "versions",
     "kernels",
 }
 MAY_IMPORT = {  # besides leaves and itself
@@ -38,6 +39,7 @@ MAY_IMPORT = {  # besides leaves and itself
     "errors": set(),
     "files": set(),
     "machine": set(),
+    "progress": set(),
     "streams": set(),
     "text": set(),
     "bounded_server": set(),

@@ -18,9 +18,10 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from din_dist import environment, streams
+from din_dist import environment, progress, streams
 from din_dist.config import LogFormat
 from din_dist.errors import (
+    EXIT_HUNG,
     EXIT_INPUT_ERROR,
     EXIT_RETRY,
     EXIT_SIGINT,
@@ -31,9 +32,11 @@ from din_dist.errors import (
     Left,
     is_lost_peer,
 )
-from din_dist.launcher.link import BEAT_SECONDS, BEATS_VARIABLE
+from din_dist.launcher.link import ADDRESS_VARIABLE, BEAT_SECONDS, BEATS_VARIABLE, Address
 from din_dist.machine import require_threads
 from din_dist.training.terminal import format_line
+
+_PRINTING_SECONDS = 2.0  # for the last line of a process that is stuck
 
 
 def run(main: Callable[[], None]) -> None:
@@ -58,7 +61,8 @@ class Requests:
 
     SIGINT, SIGTERM and SIGHUP ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT
     ends it at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
-    They are heard by a thread, whatever the main one waits for; it also gives the worker's agent signs of life.
+    They are heard by a thread, whatever the main one waits for. It also gives the worker's agent signs of life, and
+    ends the process when nothing goes on: a disk that does not answer holds up the others, and a request to stop too.
 
     Args:
         answer: what the chief says to the first of them.
@@ -80,11 +84,29 @@ class Requests:
     def _listen(self, hear: socket.socket, tell: socket.socket) -> None:
         """`tell`: kept open by this thread."""
         hear.settimeout(BEAT_SECONDS)
+        watch = progress.Watch(_patience_seconds())
         while True:
             _tell_agent(b".")
             with contextlib.suppress(TimeoutError):
                 for number in hear.recv(64):
                     self._note(number)
+            if self.stop or self.leave:
+                watch.stop()
+            self._look_for_what_is_stuck(watch)
+
+    def _look_for_what_is_stuck(self, watch: progress.Watch) -> None:
+        for stuck in watch.stuck():
+            asked = self.stop or self.leave
+            if stuck.essential:
+                rank, seconds = environment.rank(), f"{stuck.seconds:.0f} s"
+                what = f"nothing for {seconds} while rank {rank} was {stuck.what}" if stuck.what else ""
+                rule = "a disk must answer" if what else f"rank {rank} must end when it is asked to"
+                leave_at_once(
+                    EXIT_RETRY if asked else EXIT_HUNG,
+                    f"{rule}. Received: {what or f'no update for {seconds}'}. This process ends; the same "
+                    "command goes on from what is saved.",
+                    level="error",
+                )
 
     def _note(self, number: int) -> None:
         if self.stop and number == signal.SIGINT:
@@ -169,11 +191,22 @@ def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
     sys.exit(code)
 
 
-def leave_at_once(code: int, text: str) -> NoReturn:
+def leave_at_once(code: int, text: str, level: str = "stopped") -> NoReturn:
     """Ends the process from any thread, whatever the others wait for."""
-    _print(text, "stopped")
+    # Beside: where stderr is a file on a disk that does not answer, nobody can be told.
+    printing = threading.Thread(target=_print, args=(text, level), daemon=True)
+    printing.start()
+    printing.join(_PRINTING_SECONDS)
     _tell_end(code)
+    _tell_agent(b"\ngone\n")
     os._exit(code)
+
+
+def _patience_seconds() -> float:
+    """Returns for how long a disk may not answer: the launcher's `--stall_timeout_seconds`, where there is one."""
+    if ADDRESS_VARIABLE not in os.environ:
+        return progress.PATIENCE_SECONDS
+    return Address.from_environment().stall_timeout_seconds
 
 
 def _tell_agent(word: bytes) -> None:

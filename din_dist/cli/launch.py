@@ -47,8 +47,8 @@ Without trainer flags it trains with launch/flags/quick.flags. The last line on 
 everything else goes to stderr. SIGTERM, SIGINT and SIGHUP let the workers finish their step and write a checkpoint. On
 several hosts, the checkout, the prepared data and --output_dir must be the same for all.
 
-Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), else what the first failed worker
-gave.
+Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), 80 a worker hung or its disk did not
+answer, else what the first failed worker gave.
 Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
 """
 
@@ -95,8 +95,8 @@ _define(
 _define(
     "stall_timeout_seconds",
     "60",
-    "After how long a worker that gives no sign of life is treated as lost. Also how long the others wait for a new "
-    "one to start.",
+    "After how long a worker that gives no sign of life, or that waits for a disk, is treated as lost. Also how long "
+    "the others wait for a new one to start.",
 )
 flags.DEFINE_boolean(
     "elastic",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from din_dist import progress
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
@@ -103,7 +104,8 @@ def main() -> None:
             "metrics": exporter.values(),
         }
         if not job.trainer.seconds["training"]:
-            summary = _with_what_was_measured(summary, folder)
+            with progress.at(f"reading {folder / 'summary.json'}"):
+                summary = _with_what_was_measured(summary, folder)
         job.telemetry.say(_table(summary), summary=summary)
         text = to_json(summary)
         with job.telemetry.dispensable():

@@ -17,7 +17,7 @@ import numpy.lib.format
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from din_dist import schema
+from din_dist import progress, schema
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
 from din_dist.files import publish_folder, read_text, write_text
@@ -188,6 +188,11 @@ def open_store(folder: Path, features: Sequence[str]) -> EventStore:
     Raises:
         InputError: a file is missing, truncated, does not fit the others or was changed meanwhile.
     """
+    with progress.at(f"reading data in {folder}"):
+        return _open_store(folder, features)
+
+
+def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
     files: dict[Path, FileState] = {}  # before each is read, and compared when all are: so they belong together
     with _reading(folder / schema.FACTS_FILE) as path:
         files[path] = FileState.of(path)
@@ -319,6 +324,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
             kept_offsets, kept = create("touched_offsets", np.int64), create("touched_gaps", np.int32)
         kept_offsets.append(np.zeros(1))
         for block in blocks:
+            progress.note()
             if block.first_user != num_users:
                 raise InputError(
                     f"{folder.parent}: records must hold all users in order. Received: user {block.first_user} where "

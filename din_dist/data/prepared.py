@@ -22,7 +22,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from din_dist import schema
+from din_dist import progress, schema
 from din_dist.config import DataConfig, list_text
 from din_dist.data import event_store
 from din_dist.data.blocks import Block
@@ -155,14 +155,15 @@ def open_prepared(config: DataConfig) -> EventStore:
     Raises:
         InputError: it was not prepared, its source changed since, or its cache is damaged.
     """
-    folder = prepared_folder(config)
-    if not folder.exists():
-        raise InputError(
-            f"{folder}: the data must be prepared before. Received: nothing there. "
-            f"Run: python -m din_dist.cli.prepare_data {_flags(config)}"
-        )
-    facts = event_store.read_facts(folder)
-    _check_sources(config, facts)
+    with progress.at(f"reading data in {data_dir(config)}"):
+        folder = prepared_folder(config)
+        if not folder.exists():
+            raise InputError(
+                f"{folder}: the data must be prepared before. Received: nothing there. "
+                f"Run: python -m din_dist.cli.prepare_data {_flags(config)}"
+            )
+        facts = event_store.read_facts(folder)
+        _check_sources(config, facts)
     features = _chosen_features(config, facts)
     if not event_store.is_packed(folder, facts):
         with _writing(config):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from din_dist import progress
 from din_dist.environment import SEVERAL_ON_A_GPU
 from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, is_lost_peer
 
@@ -186,7 +187,8 @@ class HorovodRuntime(Runtime):
             CannotJoin: they were not reached.
         """
         try:
-            self._hvd.init()
+            with progress.pollers():
+                self._hvd.init()
         except ValueError as error:  # as it says that init failed
             problem = str(error).removeprefix("Horovod initialization failed: ")
             raise CannotJoin(re.sub(r"^\[[^\]]*\] *", "", problem)) from error  # which names a line of C++

@@ -38,6 +38,8 @@ _CONNECT_SECONDS = 10.0
 _JOIN_SECONDS = 30.0  # in which many may connect to the launcher at once
 _LONGEST_LINE = 1 << 20  # bytes that are waited for
 _GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
+_SILENCE_AFTER_STOP_SECONDS = 20.0  # of a trainer that was asked to stop
+_GONE_SECONDS = 10.0  # for the kernel to take a process away
 _LAST_WORDS_SECONDS = 0.5  # at least, for a trainer to say itself that another was lost
 
 
@@ -54,9 +56,11 @@ class Agent:
         self._stop_level = 0  # of SIGINTs that the trainer has to get, and got
         self._interrupts_sent = 0
         self._terminate_at: float | None = None
+        self._has_terminated = False
         self._kill_at: float | None = None
         self._verdict: int | None = None  # the exit code, where it is not the trainer's own
-        self._told = False
+        self._told: int | None = None  # what the trainer ends with, as it has said itself
+        self._gone_by: float | None = None
         self._trainer: subprocess.Popen[bytes] | None = None
 
     def run(self, command: Sequence[str]) -> int:
@@ -75,7 +79,7 @@ class Agent:
         assert self._trainer
         self._heed(b"")  # what came together with the launcher's first word
         next_beat = 0.0
-        while self._trainer.poll() is None:
+        while self._trainer.poll() is None and not self._is_left_behind():
             for key, _ in self._selector.select(timeout=max(0.0, next_beat - time.monotonic())):
                 key.data()
             if time.monotonic() >= next_beat:
@@ -85,8 +89,10 @@ class Agent:
         # Python's end restores what signals do by default, and Horovod's driver may send one just then.
         for number in environment.ending_signals():
             signal.signal(number, signal.SIG_IGN)
-        code = self._verdict or exit_code(self._trainer.returncode)
-        if not self._told:
+        code = self._verdict or self._told or EXIT_HUNG
+        if self._trainer.returncode is not None:
+            code = self._verdict or exit_code(self._trainer.returncode)
+        if self._told is None:
             self._tell({"ended": code})
         for pump in pumps:
             pump.join(timeout=5)  # whoever the trainer started may hold them open
@@ -102,6 +108,7 @@ class Agent:
             command,
             env={**os.environ, **self._cards(), BEATS_VARIABLE: str(trainers_end)},
             pass_fds=[trainers_end],
+            stdin=subprocess.DEVNULL,  # a trainer that cannot be ended must not hold the ssh session open
             # Through this process: where ssh broke off, writing to what it left behind would be the trainer's end.
             stdout=subprocess.PIPE if under_horovodrun else None,
             stderr=subprocess.PIPE if under_horovodrun else None,
@@ -151,8 +158,10 @@ class Agent:
         self._heard_trainer = time.monotonic()
         for line in self._trainer_lines.add(piece):
             if line.startswith(b"ends "):  # said before it is through with ending, which takes seconds
-                self._tell({"ended": int(line.split()[1])})
-                self._told = True
+                self._told = int(line.split()[1])
+                self._tell({"ended": self._told})
+            if line.strip() == b"gone":
+                self._gone_by = time.monotonic() + _GONE_SECONDS
         self._interrupt()
 
     def _hear_signals(self, here: socket.socket) -> None:
@@ -174,9 +183,14 @@ class Agent:
         if self._heard_trainer is None:
             self._kill(EXIT_RETRY)
         elif os.environ.get("HOROVOD_ELASTIC") == "1" or int(os.environ.get("HOROVOD_SIZE", "1")) == 1:
-            self._trainer.send_signal(signal.SIGTERM)
+            self._send_sigterm()
         else:
             self._terminate_at = time.monotonic() + _LAST_WORDS_SECONDS
+
+    def _send_sigterm(self) -> None:
+        assert self._trainer
+        self._trainer.send_signal(signal.SIGTERM)
+        self._has_terminated = True
 
     def _ask_to_stop(self, level: int) -> None:
         self._stop_level = max(self._stop_level, level)
@@ -197,14 +211,18 @@ class Agent:
             self._part_from_launcher()
         if self._terminate_at is not None and now >= self._terminate_at:
             self._terminate_at = None
-            self._trainer.send_signal(signal.SIGTERM)
-        hung = self._heard_trainer is not None and now - self._heard_trainer > self._stall_timeout_seconds
-        if hung and self._verdict is None:
-            _say(f"it gave no sign of life for {self._stall_timeout_seconds:g} s: it has hung and is killed")
-            self._kill(EXIT_HUNG)
+            self._send_sigterm()
+        asked = self._stop_level > 0 or self._has_terminated
+        patience = self._stall_timeout_seconds
+        if asked:
+            patience = min(patience, _SILENCE_AFTER_STOP_SECONDS)
+        hung = self._heard_trainer is not None and now - self._heard_trainer > patience
+        if hung and self._verdict is None and self._gone_by is None:
+            self._kill(EXIT_RETRY if asked else EXIT_HUNG)
+            _say(f"it gave no sign of life for {patience:g} s: it has hung and is killed")
         if self._kill_at is not None and now >= self._kill_at and self._verdict is None:
-            _say(f"it is killed: it did not stop within {_GRACE_SECONDS:g} s")
             self._kill(EXIT_RETRY)
+            _say(f"it is killed: it did not stop within {_GRACE_SECONDS:g} s")
 
     def _part_from_launcher(self) -> None:
         """Without a launcher there is no job. This worker may also be the one that was cut off from all others."""
@@ -221,6 +239,15 @@ class Agent:
         assert self._trainer
         self._verdict = verdict
         self._trainer.kill()
+        self._gone_by = time.monotonic() + _GONE_SECONDS
+
+    def _is_left_behind(self) -> bool:
+        """Tells whether the trainer has ended, and only the kernel keeps it because a disk does not answer."""
+        if self._gone_by is None or time.monotonic() < self._gone_by:
+            return False
+        assert self._trainer
+        _say(f"process {self._trainer.pid} cannot be ended before its disk answers: it is left behind")
+        return True
 
     def _tell(self, message: dict[str, int]) -> None:
         if self._launcher:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from din_dist.config import LogFormat
 from din_dist.errors import InputError
 from din_dist.files import published
+from din_dist.progress import at, each
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.histories import Encoded, encode
 from din_dist.serving.parts import Part, PartsFolder, Plan, in_turn
@@ -130,14 +131,15 @@ class Predictor:
             progress.close()
 
     def _write(self, table: Table, part: Part, rows_per_batch: int, progress: _Progress) -> None:
-        with published(self._folder.folder / part.name) as stream:
+        path = self._folder.folder / part.name
+        with at(f"writing {path}"), published(path) as stream:
             table.write(stream, self._results(table, part, rows_per_batch, progress), self._question.added)
 
     def _results(
         self, table: Table, part: Part, rows_per_batch: int, progress: _Progress
     ) -> Iterator[tuple[pa.Table, list[Added]]]:
         """The part's rows with what was found."""
-        for rows, scores in _ahead(self._read(table, part, rows_per_batch)):
+        for rows, scores in each(_ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
             yield rows, self._answer(scores)
             self.tally.rows += len(rows)
             self.tally.candidates += len(scores.candidates.values)

@@ -21,10 +21,11 @@ import numpy as np
 import numpy.lib.format
 import tensorflow as tf
 
+from din_dist import progress
 from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
-from din_dist.files import make_folder, open_regular, publish_folder, write_text
+from din_dist.files import make_folder, open_regular, publish_folder, write_in_parts, write_text
 from din_dist.text import parse_json, printable, shown
 from din_dist.training.state import TrainingState
 
@@ -63,8 +64,9 @@ class CheckpointStore:
         problem, num_bytes = None, 0
         if self._runtime.is_chief:
             try:
-                num_bytes = self._write(variables, state)
-                self._prune(state.best_step)
+                with progress.at(f"saving step {state.step} in {self._root}"):
+                    num_bytes = self._write(variables, state)
+                    self._prune(state.best_step)
             except OSError as error:
                 last = latest_checkpoint(self._config)
                 kept = f"The last good checkpoint is {last.name}." if last else "There is none before it."
@@ -83,8 +85,9 @@ class CheckpointStore:
         Raises:
             OSError: it could not be written.
         """
-        self._write(variables, state)
-        self._prune(state.best_step)
+        with progress.at(f"saving step {state.step} in {self._root}"):
+            self._write(variables, state)
+            self._prune(state.best_step)
 
     def restore(self, variables: Mapping[str, tf.Variable], step: int | None = None) -> TrainingState | None:
         """Loads the newest checkpoint, or that of `step`, into `variables`; None when there is none.
@@ -98,7 +101,8 @@ class CheckpointStore:
         problem, fields = None, None
         if self._runtime.is_chief:
             try:
-                fields = self._read(variables, step)
+                with progress.at(f"reading a checkpoint in {self._root}"):
+                    fields = self._read(variables, step)
             except InputError as error:
                 problem = str(error)
         problem, fields = self._runtime.broadcast_object((problem, fields))
@@ -111,7 +115,9 @@ class CheckpointStore:
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of `step`."""
-        return bool(self._runtime.broadcast_object((self._root / _folder_name(step)).exists()))
+        with progress.at(f"reading a checkpoint in {self._root}"):
+            found = (self._root / _folder_name(step)).exists()
+        return bool(self._runtime.broadcast_object(found))
 
     def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
         make_folder(self._root)
@@ -172,6 +178,7 @@ class CheckpointStore:
                 variable.assign(
                     _read_array(path, entry["digest"], tuple(variable.shape), variable.dtype.as_numpy_dtype)
                 )
+                progress.note()
             except (OSError, ValueError) as error:
                 raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {_reason(error)}.") from error
         return manifest["state"]
@@ -301,7 +308,7 @@ def _write_array(path: Path, values: np.ndarray) -> None:
     values = np.ascontiguousarray(values).reshape(values.shape)
     with path.open("wb") as file:
         numpy.lib.format.write_array_header_1_0(file, numpy.lib.format.header_data_from_array_1_0(values))
-        file.write(values.data)
+        write_in_parts(file, values)
 
 
 def _digest(file: BinaryIO) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
+from din_dist import progress, schema
 from din_dist.config import Config
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import evaluation_batches
@@ -77,7 +77,8 @@ class Evaluator:
         """`[num_examples]` uint8, in the order of the split."""
         examples = self._splits[split]
         if self._store.labels is not None:
-            return self._store.labels[examples.events()]
+            with progress.at(f"reading data in {self._store.folder}"):
+                return self._store.labels[examples.events()]
         return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
 
     def scores(self, split: str, score: Scorer) -> np.ndarray:
@@ -91,7 +92,7 @@ class Evaluator:
             shard_index=self._runtime.rank,
             num_shards=self._runtime.world_size,
         )
-        mine = [score(batch).numpy() for batch in batches]
+        mine = [score(batch).numpy() for batch in progress.each(batches, f"reading data in {self._store.folder}")]
         return self._runtime.gather(np.concatenate([*mine, np.zeros(0, np.float32)]))
 
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from din_dist import progress
 from din_dist.errors import InputError
 from din_dist.files import make_folder
 
@@ -30,7 +31,8 @@ class OutputDirLock:
         if not is_chief:
             self.release()
         elif self._lock is None:
-            self._lock = claim_output_dir(self._folder, self._job_id)
+            with progress.at(f"locking {self._folder}"):
+                self._lock = claim_output_dir(self._folder, self._job_id)
 
     def release(self) -> None:
         if self._lock:

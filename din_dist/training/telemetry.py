@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from din_dist import progress
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted, Left
@@ -56,9 +57,13 @@ class Telemetry:
         self._terminal = Terminal(self._job.log_format, self._num_steps, silent=not self._runtime.is_chief)
         self._reports = self._runtime.is_chief
         if self._reports:
-            make_folder(self._folder)
-            self._lines = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+            with self._at_records():
+                make_folder(self._folder)
+                self._lines = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._tensorboard = TensorBoard(self._folder / "tensorboard")
+
+    def _at_records(self) -> progress.at:
+        return progress.at(f"writing records to {self._folder}")
 
     def _close(self) -> None:
         self._terminal.close()
@@ -72,7 +77,8 @@ class Telemetry:
     def dispensable(self) -> Iterator[None]:
         """A block that writes what training does not need: where it fails, on a full disk say, that is told once."""
         try:
-            yield
+            with self._at_records():
+                yield
         except (OSError, tf.errors.OpError) as error:
             if not self._lost_records:
                 self.say(f"records of the job are lost from now on: {error}", level="warning")
@@ -85,7 +91,9 @@ class Telemetry:
         if self._reports != runtime.is_chief:
             self._close()
             self._open()
-        restarts = runtime.broadcast_object(_num_starts(self._folder) if runtime.is_chief and first else self._restarts)
+        with self._at_records():
+            restarts = _num_starts(self._folder) if runtime.is_chief and first else self._restarts
+        restarts = runtime.broadcast_object(restarts)
         if first:
             self.exporter.restarts.inc(restarts)
         else:
@@ -232,8 +240,9 @@ class Telemetry:
         asked = step + 1 == self._job.profile_at_step
         if step % self._job.log_every_steps == 0:
             request = self._folder / "profile"
-            asked = asked or request.exists()
-            request.unlink(missing_ok=True)
+            with self._at_records():
+                asked = asked or request.exists()
+                request.unlink(missing_ok=True)
         if asked and (problem := self._tensorboard.start_profile(step)):
             self.say(f"no profile: {problem}", level="warning")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
+from din_dist import progress, schema
 from din_dist.config import Config, digest_of
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BATCH_SIGNATURE, Batch, num_steps_per_epoch
@@ -162,7 +162,7 @@ class Trainer:
         Raises:
             InputError, FailedElsewhere: it failed and is `required`; or what it learned from has changed, at any time.
         """
-        with self._runtime.together():
+        with self._runtime.together(), progress.at(f"looking at {self._store.folder}"):
             self._store.check_unchanged()
         with self._phase("checkpoint"):
             started = time.perf_counter()
@@ -216,9 +216,9 @@ class Trainer:
         batches = iter(self._make_batches(self.state.step, self.num_steps))
         while True:
             started = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with progress.at(f"reading data in {self._store.folder}"):
+                batch = next(batches, None)
+            if batch is None:
                 return
             yield batch, time.perf_counter() - started
 

@@ -1,0 +1,103 @@
+"""Disks that do not answer, under jobs as users start them. With several hosts: tests/cluster/."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_commands import ROOT, command
+from tests.faulty_disk import FaultyDisk, NoFaultyDisk
+from tests.multi_process.test_refusals import environment, launcher
+from tests.programs import missing
+
+pytestmark = pytest.mark.timeout(300)
+ENDLESS = "--epochs=100000"
+BOUND_SECONDS = 90  # far more than it takes: the machine may be busy
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[FaultyDisk]:
+    try:
+        with FaultyDisk(tmp_path / "disk") as found:
+            yield found
+    except NoFaultyDisk as error:
+        missing(str(error))
+
+
+class Job:
+    """A command at work. Its output goes to a file: a process that cannot be ended holds a pipe open."""
+
+    def __init__(self, folder: Path, words: Sequence[str]) -> None:
+        self._log = folder / "job.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, words: str) -> None:
+        self.wait(lambda: words in self.said)
+
+    def wait(self, holds: Callable[[], bool], seconds: float = BOUND_SECONDS) -> None:
+        until = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < until, self.said
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        """Waits for its end, in a bounded time; the exit code."""
+        try:
+            return self.process.wait(timeout=BOUND_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(self.said) from None
+
+    def last_words(self) -> list[str]:
+        """The lines that are not of an update or an epoch."""
+        known = ("step ", "epoch ")
+        return [line for line in self.said.splitlines() if not line.startswith(known)]
+
+
+def on(disk: FaultyDisk, words: Sequence[str]) -> list[str]:
+    """A command whose data lie there."""
+    return [*words, f"--data_dir={disk.path / 'prepared'}"]
+
+
+def with_workers(folder: Path, count: int, *flags: str) -> list[str]:
+    words = [word for word in launcher(folder, *flags) if not word.startswith("--num_workers=")]
+    return [*words, f"--num_workers={count}"]
+
+
+def test_data_that_do_not_come(tmp_path: Path, disk: FaultyDisk) -> None:
+    """The worker that waits for them is ended, not one that waits for that worker."""
+    job = Job(tmp_path, on(disk, with_workers(tmp_path, 2, ENDLESS, "--stall_timeout_seconds=5")))
+    job.wait_for("step 20 of ")
+    disk.stick(killable=True)
+    assert job.end() == 80, job.said
+    (line,) = [line for line in job.last_words() if "error: a disk must answer" in line][:1]
+    assert "Received: nothing for " in line
+    assert f" was reading data in {disk.path / 'prepared'}" in line
+
+
+@pytest.mark.parametrize("killable", [True, False])
+def test_a_request_to_stop_that_waits_for_data(tmp_path: Path, disk: FaultyDisk, killable: bool) -> None:
+    """Without a launcher, and with one; long before `--stall_timeout_seconds`, though no signal may end the process."""
+    words = command("train", tmp_path, ENDLESS)
+    if killable:
+        assert subprocess.run(on(disk, command("prepare_data", tmp_path)), cwd=ROOT, check=False).returncode == 0
+    else:
+        words = with_workers(tmp_path, 1, ENDLESS, "--stall_timeout_seconds=1000")
+    job = Job(tmp_path, on(disk, words))
+    job.wait_for("step 20 of ")
+    disk.stick(killable=killable)
+    time.sleep(1)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75, job.said
+    assert "error: a disk must answer. Received: nothing for " in job.said
+    assert ("cannot be ended before its disk answers" in job.said) == (not killable)
