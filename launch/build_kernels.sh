@@ -58,7 +58,7 @@ if [[ ! -f $compiled/kernels.so ]]; then
       if [[ ${bfloat16[*]} ]]; then
         compile_passes avx512_bf16 16 "${bfloat16[@]}" -mavx512bf16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
       fi &&
-      for name in attention_ops batches messages neighbours rows updates variables vectors; do
+      for name in attention_ops batches mapped_files messages neighbours rows updates variables vectors; do
         g++ "${flags[@]}" "${bfloat16[@]}" "${of_tensorflow[@]}" -c "$sources/$name.cc" -o "$work/$name.o" || return
       done &&
       # Under the name by which TensorFlow itself has loaded it.

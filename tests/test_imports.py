@@ -8,7 +8,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
 LEAVES = {
-    *("bounded_server", "schema", "config", "environment", "errors", "files", "machine", "progress", "streams", "text"),
+    *(
+        "bounded_server",
+        "schema",
+        "config",
+        "environment",
+        "errors",
+        "files",
+        "machine",
+        "mapped_files",
+        "progress",
+        "streams",
+        "text",
+    ),
     "versions",
     "kernels",
 }
@@ -39,6 +51,7 @@ MAY_IMPORT = {  # besides leaves and itself
     "errors": set(),
     "files": set(),
     "machine": set(),
+    "mapped_files": set(),
     "progress": set(),
     "streams": set(),
     "text": set(),

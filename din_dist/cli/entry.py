@@ -18,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from din_dist import environment, progress, streams
+from din_dist import environment, mapped_files, progress, streams
 from din_dist.config import LogFormat
 from din_dist.errors import (
     EXIT_HUNG,
@@ -47,6 +47,10 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
     _quieten()
+    mapped_files.set_end(
+        lambda text: format_line(text, _log_format(), rank=environment.rank(), level="error"),
+        int(os.environ.get(BEATS_VARIABLE, "-1")),
+    )
     try:
         app.run(lambda _: _exit_code(main), flags_parser=_parse_flags)
     except SystemExit as end:

@@ -17,7 +17,7 @@ import numpy.lib.format
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from din_dist import progress, schema
+from din_dist import mapped_files, progress, schema
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
 from din_dist.files import publish_folder, read_text, write_text
@@ -273,6 +273,7 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
         mapped = np.load(path, mmap_mode="c", allow_pickle=False)
         if (end := mapped.offset + mapped.nbytes) != files[path].num_bytes:
             raise ValueError(f"its values end at byte {end} of {files[path].num_bytes}")
+    mapped_files.watch(mapped, path, f"Look after its disk. {_remedy(path)}, and start the command again")
     return mapped
 
 

@@ -370,7 +370,7 @@ class Supervisor:
         if code == 128 + signal.SIGKILL:
             _say(f"worker {rank} was killed (SIGKILL). Often memory ran out: use fewer workers or a smaller batch.")
         elif code == 128 + signal.SIGBUS:
-            _say(f"worker {rank} ended by SIGBUS: a file of the prepared data was cut short under it.")
+            _say(f"worker {rank} ended by SIGBUS: a mapped file was cut short, or its disk gave an error.")
         elif code not in (EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_HUNG) and not self._stop_level:
             _say(f"worker {rank} ended with exit code {code}, see above.")
         return code

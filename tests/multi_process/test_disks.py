@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_commands import ROOT, command
+from tests.cli.test_commands import ROOT, assert_one_line, command
 from tests.faulty_disk import FaultyDisk, NoFaultyDisk
 from tests.multi_process.test_refusals import environment, launcher
 from tests.programs import missing
@@ -101,3 +101,19 @@ def test_a_request_to_stop_that_waits_for_data(tmp_path: Path, disk: FaultyDisk,
     assert job.end() == 75, job.said
     assert "error: a disk must answer. Received: nothing for " in job.said
     assert ("cannot be ended before its disk answers" in job.said) == (not killable)
+
+
+def test_data_that_cannot_be_read(tmp_path: Path, disk: FaultyDisk) -> None:
+    """They are mapped into memory: the kernel has only a signal to say so."""
+    job = Job(tmp_path, on(disk, with_workers(tmp_path, 1, ENDLESS)))
+    job.wait_for("step 20 of ")
+    disk.fail("packed/item_ids.npy")
+    assert job.end() == 2, job.said
+    (line,) = [line for line in job.last_words() if "error" in line]
+    (file,) = (disk.path / "prepared").glob("event_log/*/1.0.0/packed/item_ids.npy")
+    assert line.startswith(f"error: {file}: must be readable. Received: an input/output error at byte ")
+    assert line.endswith("prepare_data --overwrite_prepared, and start the command again.")
+    again = subprocess.run(  # where it is found by reading
+        on(disk, command("train", tmp_path)), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert_one_line(again, f"{file}: cannot be read ([Errno 5] Input/output error)")

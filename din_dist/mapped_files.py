@@ -1,0 +1,86 @@
+"""Files that are mapped into memory: what happens when their disk gives an error, or somebody cuts them.
+
+The kernel then raises SIGBUS, which ends a process without a word. `kernels/mapped_files.cc` says one line and ends the
+process with code 2. Without our kernels it stays as the kernel has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_OFFSET, _TIME = "@the offset@", "@the time@"  # what stands for them in a line before it is known
+_IN_LINE = {_OFFSET: b"\x01", _TIME: b"\x02"}  # and in the handler's
+
+Format = Callable[[str], str]
+_format: Format = "error: {}".format
+_agent = -1
+
+
+def set_end(line_of: Format, agent: int = -1) -> None:
+    """Sets how this process ends.
+
+    Args:
+        line_of: puts the line that says why into form.
+        agent: the descriptor over which the agent of this process hears what it ends with; -1 without an agent.
+    """
+    global _format, _agent
+    _format, _agent = line_of, agent
+
+
+def watch(mapped: np.memmap, path: Path, remedy: str) -> None:
+    """Lets the process end in words when a page of an array cannot be read.
+
+    Args:
+        mapped: the array, as `np.load` has mapped it.
+        remedy: what to do about a damaged file.
+    """
+    if not (library := _library()) or mapped._mmap is None:  # type: ignore[attr-defined]
+        return
+    unreadable = f"{path}: must be readable. Received: an input/output error at byte {_OFFSET}. {remedy}."
+    cut = f"{path}: must stay as it is while it is in use. Received: a file that ends before byte {_OFFSET}. {remedy}."
+    # Its first byte lies somewhere in a page of the file.
+    begin = mapped.ctypes.data
+    place = library.din_dist_watch_file(
+        ctypes.c_void_p(begin - mapped.offset % _page_bytes()),
+        ctypes.c_uint64(mapped.nbytes + mapped.offset % _page_bytes()),
+        ctypes.c_int64(mapped.offset - mapped.offset % _page_bytes()),
+        os.fsencode(path),
+        _line(unreadable),
+        _line(cut),
+        _agent,
+    )
+    if place >= 0:
+        weakref.finalize(mapped._mmap, library.din_dist_forget_file, place)  # type: ignore[attr-defined]
+
+
+def _line(text: str) -> bytes:
+    """Returns a line in the format that was set, with the handler's marks."""
+    line = re.sub(r'("time": )[0-9.]+', rf"\g<1>{_TIME}", _format(text))
+    encoded = line.encode(errors="backslashreplace")
+    for name, mark in _IN_LINE.items():
+        encoded = encoded.replace(name.encode(), mark)
+    return encoded
+
+
+@functools.cache
+def _library() -> Any:
+    kernels = importlib.import_module("din_dist.kernels")  # here: it imports TensorFlow, and `entry` imports this
+    if not kernels.PATH.exists():
+        return None
+    kernels.library()  # brings TensorFlow, which it is linked to
+    return ctypes.CDLL(str(kernels.PATH))
+
+
+@functools.cache
+def _page_bytes() -> int:
+    return os.sysconf("SC_PAGESIZE")
