@@ -23,10 +23,12 @@ import numpy as np
 
 from din_dist import progress
 from din_dist.errors import InputError
+from din_dist.text import printable
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(/task/\d+)?/fd")
 _PART_BYTES = 64 << 20
+_MOST_RECORD_BYTES = 1 << 30
 _MOST_LINKS = 40  # as the kernel has it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
@@ -51,6 +53,13 @@ def local_path(text: str, flag: str) -> str:
                 "storage, or copy from and to a local folder."
             )
         return unquote(parts.path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--{flag}: must be a path in UTF-8. Received: {printable(text)}, by a shell whose locale has another "
+            "encoding, or none. Rename it, or set LC_ALL=C.UTF-8."
+        ) from error
     if "\0" in text:
         raise InputError(f"--{flag}: must be a path. Received: {text!r}, with a zero byte. Correct it.")
     if not text.startswith("~"):
@@ -66,7 +75,7 @@ def local_path(text: str, flag: str) -> str:
 
 def without_password(url: str) -> str:
     """Returns a URL as it may be shown: without the user and password that may stand before its host."""
-    return re.sub(r"//[^/?#]*@", "//", url)
+    return re.sub(r"^((?:[A-Za-z][A-Za-z0-9+.-]*:)?//)?[^/?#]*@", r"\1", url)
 
 
 # --- Text. ---
@@ -81,6 +90,20 @@ def write_text(path: Path, text: str) -> None:
     """Publishes a file with `text`, encoded as UTF-8; see `published`."""
     with published(path) as stream:
         stream.write(text.encode("utf-8", errors="surrogateescape"))
+
+
+def read_record(path: Path, *, errors: str = "strict") -> str:
+    """Returns the text of a file that this package wrote, and that others may have changed since.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than any of ours.
+        ValueError: it is not UTF-8.
+    """
+    with open_regular(path) as file:
+        content = file.read(_MOST_RECORD_BYTES + 1)
+    if len(content) > _MOST_RECORD_BYTES:
+        raise OSError(errno.EFBIG, f"more than {_MOST_RECORD_BYTES} bytes", str(path))
+    return content.decode("utf-8", errors=errors)
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from din_dist.text import is_count, is_integer, shown
 
 # 2: columns that folders' names give, and those of JSON lines that begin late.
 READER = 2
@@ -92,14 +94,33 @@ class DatasetFacts:
 
     @classmethod
     def from_json(cls, fields: Mapping) -> DatasetFacts:
-        """Returns the facts that `to_json` has written."""
+        """Returns the facts that `to_json` has written.
+
+        Raises:
+            ValueError, TypeError: `fields` are no such facts.
+        """
         facts = cls(**fields)
+        for name, is_possible in _POSSIBLE.items():
+            if not is_possible(getattr(facts, name)):
+                raise ValueError(f"{name} cannot be {shown(getattr(facts, name))}")
         return dataclasses.replace(facts, history_rule=HistoryRule(facts.history_rule))
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
 
 
+def _are_sources(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(source, Mapping) for source in value.values())
+
+
+_POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("num_users", "num_items", "num_events", "reader"), is_count),
+    **dict.fromkeys(("first_timestamp", "last_timestamp"), is_integer),
+    "has_labels": lambda value: isinstance(value, bool),
+    "fingerprint": lambda value: isinstance(value, str),
+    "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
+    "sources": _are_sources,
+}
 _FEATURE = "feature:"
 _OURS = {"item", "items", "user", "users", "events", "popularity"}
 

@@ -29,6 +29,16 @@ def shown(value: Any, most: int = _MOST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def is_integer(value: Any) -> bool:
+    """Tells whether a value of JSON is an integer of at most 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def is_count(value: Any) -> bool:
+    """Tells whether a value of JSON is an integer from 0, of at most 64 bits."""
+    return is_integer(value) and value >= 0
+
+
 def parse_json(text: str | bytes) -> Any:
     """Returns the value that `text` holds.
 

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from din_dist import mapped_files, progress, schema
+from din_dist.data import checksums
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
-from din_dist.files import publish_folder, read_text, write_text
+from din_dist.files import publish_folder, read_record, write_text
+from din_dist.text import parse_json, printable, shown
 
 PACKED_DIR = "packed"
 USERS = "users"  # names of vocabularies; see `vocabulary_of` for those of item features
@@ -151,7 +153,10 @@ def read_facts(folder: Path) -> schema.DatasetFacts:
         InputError: the file is missing or damaged.
     """
     with _reading(folder / schema.FACTS_FILE) as path:
-        return schema.DatasetFacts.from_json(json.loads(read_text(path)))
+        fields = parse_json(read_record(path))
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds {shown(fields)}")
+        return schema.DatasetFacts.from_json(fields)
 
 
 def write_facts(folder: Path, facts: schema.DatasetFacts) -> None:
@@ -174,6 +179,7 @@ def pack(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> N
     aside.mkdir()
     try:
         _write_arrays(aside, facts, blocks)
+        checksums.write_checksums(aside)
         publish_folder(aside, folder / PACKED_DIR)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -224,6 +230,7 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
     for name, num_ids in sizes.items():
         with _reading(vocabulary_path(folder, name)) as path:
             files[path] = FileState.of(path)
+            checksums.check(path)
             num_found = pq.read_metadata(path).num_rows
         if num_found != num_ids:
             raise InputError(f"{path}: must hold {num_ids} ids. Received: {num_found}. {_remedy(path)}.")
@@ -270,6 +277,7 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
     """
     with _reading(path):
         files[path] = FileState.of(path)
+        checksums.check(path)
         mapped = np.load(path, mmap_mode="c", allow_pickle=False)
         if (end := mapped.offset + mapped.nbytes) != files[path].num_bytes:
             raise ValueError(f"its values end at byte {end} of {files[path].num_bytes}")
@@ -407,5 +415,6 @@ def _reading(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, ValueError, TypeError, EOFError, pa.ArrowException) as error:
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        problem = printable((reason.splitlines() or [type(error).__name__])[0])
         raise InputError(f"{path}: cannot be read ({problem}). {_remedy(path)}.") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from din_dist.config import DataConfig, Split
+from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
 from din_dist.errors import InputError
 from din_dist.files import publish_folder
@@ -157,6 +158,7 @@ def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         for name, arrays in runs.items():
             for array, values in arrays.items():
                 np.save(aside / f"{name}-{array}.npy", values)
+        write_checksums(aside)
         publish_folder(aside, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster, with the same content

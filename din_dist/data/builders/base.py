@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from din_dist import schema
 from din_dist.data.blocks import Block, EventLog
+from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_of, vocabulary_path, write_facts
 
 BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
@@ -137,6 +138,9 @@ def _write_beside(folder: Path, log: EventLog, tally: _Tally, sources: Mapping[s
         path = item_feature_path(folder, name)
         path.parent.mkdir(exist_ok=True)
         np.save(path, feature.of_item.astype(np.int32, copy=False))
+    for written in (schema.VOCABULARY_DIR, schema.ITEM_FEATURES_DIR):
+        if (folder / written).is_dir():
+            write_checksums(folder / written)
     facts = schema.DatasetFacts(
         num_users=len(log.user_ids),
         num_items=len(log.item_ids),
