@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from absl import app, flags
@@ -34,8 +34,11 @@ from din_dist.errors import (
 )
 from din_dist.launcher.link import ADDRESS_VARIABLE, BEAT_SECONDS, BEATS_VARIABLE, Address
 from din_dist.machine import require_threads
+from din_dist.text import printable
 from din_dist.training.terminal import format_line
 
+_HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpshort", "helpfull", "helpxml")}
+_MOST_LAST_WORDS = 1 << 20  # bytes
 _PRINTING_SECONDS = 2.0  # for the last line of a process that is stuck
 
 
@@ -54,6 +57,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(lambda _: _exit_code(main), flags_parser=_parse_flags)
     except SystemExit as end:
+        if end.code == 1 and _HELP & set(sys.argv[1:]):
+            sys.exit(0)  # absl takes a question for a failure
         problem = streams.unwritten()
         if problem and not end.code:
             _leave(1, f"standard output must take the result. Received: {problem.strerror}. It is not complete.")
@@ -160,7 +165,7 @@ def _exit_code(main: Callable[[], None]) -> int:
             _leave(1, f"rank {rank} lost another worker{where} and cannot go on alone. The same command resumes.")
         if _log_format() is LogFormat.JSON:
             _leave(1, f"rank {rank} failed{where}: {error}", traceback=traceback.format_exc())
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         _leave(1, f"rank {rank} failed{where}: see the lines above")
     return 0
 
@@ -244,11 +249,41 @@ def import_tensorflow() -> None:
     with tempfile.TemporaryFile() as aside:
         os.dup2(aside.fileno(), 2)
         try:
-            importlib.import_module("tensorflow")
+            with _last_words(aside.fileno(), saved):
+                importlib.import_module("tensorflow")
         except BaseException:
-            aside.seek(0)
-            os.write(saved, aside.read())
+            os.write(saved, os.pread(aside.fileno(), _MOST_LAST_WORDS, 0))
             raise
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+@contextlib.contextmanager
+def _last_words(source: int, target: int) -> Iterator[None]:
+    """Lets another process copy `source` to `target` if this one ends in the block.
+
+    C++ ends a process without Python, for a setting that XLA does not know, say: then only another can tell why.
+    """
+    ends, tell = os.pipe()
+    try:
+        child = os.fork()
+    except OSError:  # too few processes: then nobody tells
+        child = -1
+    if child == 0:
+        try:
+            for number in environment.ending_signals():
+                signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches it too
+            os.close(tell)
+            if not os.read(ends, 1):
+                os.write(target, os.pread(source, _MOST_LAST_WORDS, 0))
+        finally:
+            os._exit(0)
+    try:
+        yield
+    finally:
+        os.write(tell, b".")
+        os.close(tell)
+        os.close(ends)
+        if child > 0:
+            os.waitpid(child, 0)

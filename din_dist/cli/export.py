@@ -16,7 +16,7 @@ from din_dist.cli import entry
 from din_dist.cli.flags import define_path
 from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, require
-from din_dist.files import read_text
+from din_dist.files import read_record
 from din_dist.text import parse_json
 
 OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
@@ -62,7 +62,7 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     split = next(name for name in ("test", "validation", "train") if splits[name].num_examples)
     examples = thin_out(splits[split], _MAX_COMPARED)
     job_dir = Path(config.job.output_dir)
-    flags_of_job, summary = read_text(job_dir / "flags.txt", errors="replace"), _summary_of(job_dir / "summary.json")
+    flags_of_job, summary = read_record(job_dir / "flags.txt", errors="replace"), _summary_of(job_dir / "summary.json")
     trained = Trained(model, store, config, step, flags_of_job, summary)
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
@@ -81,9 +81,10 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
 def _summary_of(path: Path) -> dict[str, Any] | None:
     """None where the job is not finished, or its last words cannot be read: the weights do not depend on them."""
     try:
-        return parse_json(read_text(path))
+        summary = parse_json(read_record(path))
     except (OSError, ValueError):
         return None
+    return summary if isinstance(summary, dict) else None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
-from din_dist.files import read_text, write_text
+from din_dist.files import read_record, write_text
 from din_dist.launcher.link import JOB_VARIABLE
 from din_dist.text import parse_json
 from din_dist.training.terminal import duration
@@ -153,12 +153,21 @@ class _Waiting:
 def _with_what_was_measured(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Returns the summary of a run that had nothing left to train, with the speed and times of the run that had."""
     try:
-        before = parse_json(read_text(folder / "summary.json"))
-        is_of_this_job = before["steps"] == summary["steps"] and before["examples_per_second"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = parse_json(read_record(folder / "summary.json"))
+    except (OSError, ValueError):
         return summary
     measured = ("examples_per_second", "world_size", "peak_memory_bytes", "seconds", "metrics")
-    return {**summary, **{name: before[name] for name in measured if name in before}} if is_of_this_job else summary
+    if not isinstance(before, dict) or before.get("steps") != summary["steps"] or not before.get("examples_per_second"):
+        return summary
+    found = {name: before[name] for name in measured if name in before}
+    return {**summary, **found} if all(_is_like(value, summary[name]) for name, value in found.items()) else summary
+
+
+def _is_like(value: Any, ours: Any) -> bool:
+    """Tells whether a value that was read is of the kind that is written: a number, or numbers by name."""
+    if isinstance(ours, dict):
+        return isinstance(value, dict) and all(isinstance(part, (int, float)) for part in value.values())
+    return isinstance(value, (int, float))
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.config import Config, DataConfig, JobConfig
 from din_dist.errors import InputError
-from din_dist.files import read_text
+from din_dist.files import read_record
 
 if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
@@ -58,7 +58,7 @@ def config_of(folder: Path) -> Config:
             f"{path}: holds the settings of a training job. Received: no such file. Give the --output_dir that the "
             "job was given."
         )
-    config = config_from_text(read_text(path, errors="replace"), path)
+    config = config_from_text(read_record(path, errors="replace"), path)
     return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(folder)))
 
 

@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from din_dist import __version__, schema
-from din_dist.files import read_text
+from din_dist.files import read_record, read_text
 from din_dist.launcher.addresses import address_of_card, source_address
+from din_dist.text import parse_json
 from din_dist.versions import commit
 
 PACKAGE = Path(__file__).parents[1]
@@ -177,7 +178,7 @@ def _num_gpus() -> int:
 def _fingerprint(folder: Path) -> tuple[str | None, str]:
     path = folder / schema.FACTS_FILE
     try:
-        return str(json.loads(read_text(path))["fingerprint"]), ""
+        return str(parse_json(read_record(path))["fingerprint"]), ""
     except FileNotFoundError:
         return None, f"nothing in {folder}"
     except (OSError, ValueError, KeyError, TypeError) as error:

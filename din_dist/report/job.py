@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from din_dist.errors import InputError
-from din_dist.files import read_text
+from din_dist.files import read_record, read_text
+from din_dist.text import is_integer, parse_json
 
 Line = dict[str, Any]
 
@@ -158,11 +159,13 @@ def read_job(folder: Path) -> JobRecord:
         )
     lines, num_unreadable = _read_lines(log)
     summary = _read_object(folder / "summary.json")
+    with _reading(flags):
+        flags_of_job = read_record(flags, errors="replace") if flags.is_file() else None
     return JobRecord(
         folder=folder,
         lines=lines,
         num_unreadable=num_unreadable,
-        flags=read_text(flags, errors="replace") if flags.is_file() else None,
+        flags=flags_of_job,
         summary=summary,
         status=_status(folder, lines, summary),
     )
@@ -171,7 +174,7 @@ def read_job(folder: Path) -> JobRecord:
 def number(line: Line, name: str) -> float | None:
     """The finite number of that name, if it is one."""
     value = line.get(name)
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = is_integer(value) or (isinstance(value, float) and math.isfinite(value))
     return value if ok else None
 
 
@@ -215,11 +218,23 @@ def _is_locked(lock: Path) -> bool:
     return any(words[1] == "FLOCK" and words[-3].rpartition(":")[2] == inode for words in locks if len(words) >= 8)
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: must be a file that can be read. Received: {error.strerror}. Give rights to read it."
+        ) from error
+
+
 def _read_lines(path: Path) -> tuple[list[Line], int]:
     lines, num_unreadable = [], 0
-    for text in read_text(path, errors="replace").splitlines() if path.is_file() else []:
+    with _reading(path):
+        content = read_record(path, errors="replace") if path.is_file() else ""
+    for text in content.splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             line = None
         if isinstance(line, dict):
@@ -231,7 +246,7 @@ def _read_lines(path: Path) -> tuple[list[Line], int]:
 
 def _read_object(path: Path) -> Line | None:
     try:
-        found = json.loads(read_text(path))
+        found = parse_json(read_record(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

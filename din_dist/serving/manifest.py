@@ -15,7 +15,7 @@ from typing import Any
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import open_regular
-from din_dist.text import parse_json, printable, shown
+from din_dist.text import is_count, parse_json, printable, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # where TensorFlow keeps what is not its own
 FORMAT_VERSION = 1
@@ -145,6 +145,11 @@ def _wrong(manifest: Manifest) -> str:
     for name, kinds in _KINDS.items():
         if not isinstance(getattr(manifest, name), kinds):
             return f"another kind of {name}"
+    for name in ("max_history_length", "num_items", "embedding_width", "step", "num_compared"):
+        if not is_count(getattr(manifest, name)):
+            return f"a {name} of {shown(getattr(manifest, name))}"
+    if not manifest.files:
+        return "no files"
     for kind in (manifest.item_id_type, *manifest.item_features.values()):
         if kind not in ("string", "integer"):
             return f"ids of type {shown(kind)}"

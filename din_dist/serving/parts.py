@@ -20,9 +20,9 @@ from typing import Any
 
 from din_dist.data.sources import check_unchanged, fingerprint_files
 from din_dist.errors import InputError
-from din_dist.files import read_text, write_text
+from din_dist.files import read_record, write_text
 from din_dist.serving.tables import Survey, open_table
-from din_dist.text import parse_json, printable
+from din_dist.text import is_count, parse_json, printable
 from din_dist.training.output_dir import to_json
 
 PLAN = "plan.json"
@@ -96,6 +96,9 @@ class Plan:
             path: Survey(tuple(survey["columns"]), survey["num_rows"], survey["num_bytes"])
             for path, survey in fields["files"].items()
         }
+        counts = [count for survey in files.values() for count in (survey.num_rows, survey.num_bytes)]
+        if not all(map(is_count, counts)) or not is_count(fields["rows_per_part"]) or not fields["rows_per_part"]:
+            raise ValueError("counts that cannot be")
         return cls(files, fields["fingerprints"], fields["rows_per_part"], fields["settings"])
 
 
@@ -143,11 +146,11 @@ class PartsFolder:
     def _resumed(self, files: Sequence[Path], rows_per_part: int, settings: Mapping[str, Any]) -> Plan:
         path = self.folder / PLAN
         try:
-            fields = parse_json(read_text(path))
+            fields = parse_json(read_record(path))
             if fields["version"] != _VERSION:
                 raise ValueError(f"version {fields['version']}")
             plan = Plan.from_json(fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: must be of this version. Received: {printable(str(error))}. {_BEGIN_ANEW}"
             ) from error

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from din_dist.text import shown
+from din_dist.text import is_count, is_integer, shown
 
 
 @dataclasses.dataclass
@@ -88,11 +88,9 @@ class TrainingState:
 def _is_possible(name: str, value: Any) -> bool:
     if name == "epoch_records":
         records = value if isinstance(value, list) else [None]
-        return all(isinstance(record, dict) and _is_count(record.get("examples")) for record in records)
+        return all(isinstance(record, dict) and is_count(record.get("examples")) for record in records)
     if name in ("epoch_loss", "best_validation"):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return _is_count(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, float) or is_integer(value)
+    if name == "example_checksum":
+        return isinstance(value, int) and 0 <= value < 2**64
+    return is_count(value)
