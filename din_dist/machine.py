@@ -26,6 +26,15 @@ def memory_bytes(cgroups: Path = _CGROUPS) -> int:
     return min(limits)
 
 
+def free_memory_bytes(cgroups: Path = _CGROUPS) -> int:
+    """Returns how much more memory this process may take now, without what the kernel can give up."""
+    free = [psutil.virtual_memory().available]
+    for folder in _own_groups(cgroups):
+        for most, now in zip(_number(folder / "memory.max"), _number(folder / "memory.current"), strict=False):
+            free.append(most - now + _inactive_file_bytes(folder))
+    return min(free)
+
+
 def threads_left(cgroups: Path = _CGROUPS) -> int | None:
     """Returns how many more threads this process may start; None where nothing limits them."""
     left = []
@@ -69,6 +78,14 @@ def _number(path: Path) -> list[int]:
     with contextlib.suppress(OSError, ValueError):
         return [int(read_text(path))]
     return []
+
+
+def _inactive_file_bytes(folder: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in read_text(folder / "memory.stat").splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
 
 
 def _threads_of_user(user: int) -> int:

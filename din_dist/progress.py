@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 Value = TypeVar("Value")
 
@@ -44,11 +44,12 @@ class at:
     def __init__(self, what: str, *, essential: bool = True) -> None:
         self.what, self.essential = what, essential
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._thread = threading.get_ident()
         self.since = time.monotonic()
         self._before = _places.get(self._thread)
         _places[self._thread] = self
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

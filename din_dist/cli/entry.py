@@ -82,6 +82,7 @@ class Requests:
     ) -> None:
         self.stop = self.leave = False
         self._answer = answer
+        self._told: set[str] = set()  # what else is stuck
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         hear, tell = socket.socketpair()
         tell.setblocking(False)
@@ -104,8 +105,9 @@ class Requests:
             self._look_for_what_is_stuck(watch)
 
     def _look_for_what_is_stuck(self, watch: progress.Watch) -> None:
-        for stuck in watch.stuck():
-            asked = self.stop or self.leave
+        found, asked = watch.stuck(), self.stop or self.leave
+        told = {stuck.what for stuck in found if not stuck.essential}
+        for stuck in found:
             if stuck.essential:
                 rank, seconds = environment.rank(), f"{stuck.seconds:.0f} s"
                 what = f"nothing for {seconds} while rank {rank} was {stuck.what}" if stuck.what else ""
@@ -116,6 +118,14 @@ class Requests:
                     "command goes on from what is saved.",
                     level="error",
                 )
+            if stuck.what not in self._told:
+                warn(
+                    f"a disk must answer. Received: nothing for {stuck.seconds:.0f} s while rank "
+                    f"{environment.rank()} was {stuck.what}. Training goes on without it."
+                )
+        for what in self._told - told:
+            say(f"the disk has answered: {what} goes on")
+        self._told = told
 
     def _note(self, number: int) -> None:
         if self.stop and number == signal.SIGINT:

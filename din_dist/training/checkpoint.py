@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +27,10 @@ from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
 from din_dist.files import make_folder, open_regular, publish_folder, write_in_parts, write_text
+from din_dist.machine import free_memory_bytes
 from din_dist.text import parse_json, printable, shown
 from din_dist.training.state import TrainingState
+from din_dist.training.writer import Writer
 
 _MANIFEST = "manifest.json"
 _ABANDONED_AFTER_SECONDS = 600.0
@@ -35,6 +38,9 @@ _MOST_MANIFEST_BYTES = 64 << 20
 _MOST_REASON = 300  # characters
 _FILE_NAME = re.compile(r"[^/\0]+\.npy")
 _FOLDER_NAME = re.compile(r"step-\d{12,}")
+_TRY_AGAIN_SECONDS = 1.0
+_COPY_SHARE = 0.5  # of the free memory, at most, for what waits to be written
+_PATIENCE_SECONDS = 5.0  # with a write that makes no progress, before updates go on without another
 
 
 class DamagedCheckpoint(InputError):
@@ -52,6 +58,8 @@ class CheckpointStore:
         self._config = config
         self._data_fingerprint = data_fingerprint
         self._runtime = runtime
+        self._writer = Writer("checkpoints", capacity=1)
+        self._is_stuck = False
         self.damaged: list[str] = []  # what the last `restore` passed over, on the chief
 
     def save(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
@@ -65,19 +73,77 @@ class CheckpointStore:
         if self._runtime.is_chief:
             try:
                 with progress.at(f"saving step {state.step} in {self._root}"):
-                    num_bytes = self._write(variables, state)
+                    num_bytes = self._write(_values(variables), state)
                     self._prune(state.best_step)
             except OSError as error:
-                last = latest_checkpoint(self._config)
-                kept = f"The last good checkpoint is {last.name}." if last else "There is none before it."
-                problem = (
-                    f"--output_dir: a checkpoint must fit. Received: {error.strerror or error} while saving step "
-                    f"{state.step} in {self._root}. {kept} Free some space."
-                )
+                problem = self._problem(error, state)
         problem, num_bytes = self._runtime.broadcast_object((problem, num_bytes))
         if problem:
             raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
         return num_bytes
+
+    def save_later(
+        self,
+        variables: Mapping[str, tf.Variable],
+        state: TrainingState,
+        tries: int,
+        saved: Callable[[TrainingState, float, int], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        """As `save`, while training goes on; by the chief alone. Where no memory is free for a copy, training waits.
+
+        A write before it that makes progress is waited for. With one that is stuck this one fails.
+
+        Args:
+            tries: how often it is tried, once a second.
+            saved: told by another thread of the state, the seconds and the bytes.
+            failed: told of each try in vain.
+        """
+        if not self._writer.wait(0 if self._is_stuck else _PATIENCE_SECONDS):
+            self._is_stuck = True
+            failed(
+                f"--output_dir: a checkpoint must be written before the next. Received: step {state.step}, and the "
+                f"disk of {self._root} does not answer."
+            )
+            return
+        self._is_stuck = False
+        size = sum(variable.dtype.size * int(np.prod(variable.shape)) for variable in variables.values())
+        fits = size <= _COPY_SHARE * free_memory_bytes()
+        what, state = f"saving step {state.step} in {self._root}", TrainingState.from_json(state.to_json())
+        values = [(name, np.array(value)) for name, value in _values(variables)] if fits else []
+
+        def write() -> None:
+            for further_tries in reversed(range(tries)):
+                started = time.perf_counter()
+                try:
+                    num_bytes = self._write(values if fits else _values(variables), state)
+                    self._prune(state.best_step)
+                except OSError as error:
+                    failed(self._problem(error, state))
+                    if further_tries:
+                        time.sleep(_TRY_AGAIN_SECONDS)
+                else:
+                    saved(state, time.perf_counter() - started, num_bytes)
+                    return
+
+        if fits:
+            self._writer.offer(what, write)
+        else:
+            with progress.at(what):
+                write()
+
+    def finish(self, patience_seconds: float = math.inf) -> bool:
+        """Waits for what `save_later` writes; False when nothing of it was written for so long."""
+        with progress.at(f"waiting for a checkpoint in {self._root}"):
+            return self._writer.wait(patience_seconds)
+
+    def _problem(self, error: OSError, state: TrainingState) -> str:
+        last = latest_checkpoint(self._config)
+        kept = f"The last good checkpoint is {last.name}." if last else "There is none before it."
+        return (
+            f"--output_dir: a checkpoint must fit. Received: {error.strerror or error} while saving step {state.step} "
+            f"in {self._root}. {kept} Free some space."
+        )
 
     def save_alone(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
         """As `save`, by this rank without a word to the others, which may be gone.
@@ -86,7 +152,7 @@ class CheckpointStore:
             OSError: it could not be written.
         """
         with progress.at(f"saving step {state.step} in {self._root}"):
-            self._write(variables, state)
+            self._write(_values(variables), state)
             self._prune(state.best_step)
 
     def restore(self, variables: Mapping[str, tf.Variable], step: int | None = None) -> TrainingState | None:
@@ -119,7 +185,7 @@ class CheckpointStore:
             found = (self._root / _folder_name(step)).exists()
         return bool(self._runtime.broadcast_object(found))
 
-    def _write(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> int:
+    def _write(self, values: Iterable[tuple[str, np.ndarray]], state: TrainingState) -> int:
         make_folder(self._root)
         for other in self._root.glob("writing-*"):
             # Of a process that was killed; a new one may be of a worker that was cut off and saves what it has.
@@ -129,9 +195,9 @@ class CheckpointStore:
         aside.chmod(0o755)  # as other folders, so that others may read the checkpoint
         try:
             files = {}
-            for name, variable in variables.items():
+            for name, value in values:
                 path = _new_path(aside, name.replace("/", "."))
-                _write_array(path, variable.numpy())
+                _write_array(path, value)
                 with path.open("rb") as file:
                     files[name] = {"file": path.name, "digest": _digest(file)}
             manifest = {
@@ -182,6 +248,12 @@ class CheckpointStore:
             except (OSError, ValueError) as error:
                 raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {_reason(error)}.") from error
         return manifest["state"]
+
+
+def _values(variables: Mapping[str, tf.Variable]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the values of variables, one after the other in memory."""
+    for name, variable in variables.items():
+        yield name, variable.numpy()
 
 
 def checkpoints_dir(config: Config) -> Path:

@@ -24,6 +24,10 @@ from din_dist.training.state import TrainingState
 from din_dist.training.step_report import PARTS, StepReport
 from din_dist.training.tensorboard import PROFILED_STEPS, TensorBoard
 from din_dist.training.terminal import Terminal
+from din_dist.training.writer import Writer
+
+_MOST_RECORDS = 1000  # that wait for the disk; a job makes some in a second
+_PATIENCE_SECONDS = 10.0  # at the end, with a disk that takes none
 
 
 class Reported(Protocol):
@@ -46,6 +50,8 @@ class Telemetry:
         exporter.steps_planned.set(num_steps)
         self._restarts: int | None = None
         self._lost_records = False
+        self._writer, self._num_dropped = Writer("records", _MOST_RECORDS), 0
+        self._profile_is_asked_for = False
         self._open()
 
     def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
@@ -68,17 +74,36 @@ class Telemetry:
     def _close(self) -> None:
         self._terminal.close()
         if self._reports:
-            with self.dispensable():
-                self._lines.close()
-            with self.dispensable():
-                self._tensorboard.close()
+            lines, tensorboard = self._lines, self._tensorboard
+            self._later(lines.close)
+            self._later(tensorboard.close)
+            if not self._writer.wait(_PATIENCE_SECONDS):
+                count = self._writer.num_waiting
+                self.say(f"the last {count:,} records of the job are lost: their disk does not answer", level="warning")
+
+    def _later(self, write: Callable[[], object]) -> None:
+        """Lets another thread write what training does not need. Where it fails, or is late, that is told once."""
+
+        def attempt() -> None:
+            with self._told_once():
+                write()
+
+        if self._writer.offer(f"writing records to {self._folder}", attempt):
+            return
+        if not self._num_dropped:
+            self.say("records of the job are dropped from now on: their disk takes none", level="warning")
+        self._num_dropped += 1
 
     @contextlib.contextmanager
     def dispensable(self) -> Iterator[None]:
         """A block that writes what training does not need: where it fails, on a full disk say, that is told once."""
+        with self._told_once(), self._at_records():
+            yield
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
         try:
-            with self._at_records():
-                yield
+            yield
         except (OSError, tf.errors.OpError) as error:
             if not self._lost_records:
                 self.say(f"records of the job are lost from now on: {error}", level="warning")
@@ -116,9 +141,9 @@ class Telemetry:
     def show_flags(self, flagfile: str) -> None:
         """Keeps the settings in force, to repeat the job, and with the curves that they gave."""
         if self._reports:
-            with self.dispensable():
-                write_text(self._folder / "flags.txt", flagfile)
-                self._tensorboard.text("flags", 0, flagfile)
+            tensorboard = self._tensorboard
+            self._later(lambda: write_text(self._folder / "flags.txt", flagfile))
+            self._later(lambda: tensorboard.text("flags", 0, flagfile))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -149,9 +174,9 @@ class Telemetry:
             left = (self._num_steps - state.step) * self._job.global_batch_size / max(rate, 1e-9)
             self._terminal.show_progress(state.step, found["loss"], rate, left, found)
         if self._job.histograms_every_steps and state.step % self._job.histograms_every_steps == 0:
-            with self.dispensable():
-                for name, values in histograms().items():
-                    self._tensorboard.histogram(name, state.step, values)
+            step, tensorboard = state.step, self._tensorboard
+            for name, values in histograms().items():
+                self._later(lambda name=name, values=values: tensorboard.histogram(name, step, values))  # type: ignore[misc]
             self._since_log.pause()
         self._profile_if_asked(state.step)
 
@@ -193,14 +218,19 @@ class Telemetry:
         """A line of metrics.jsonl, and points in TensorBoard."""
         if not self._reports:
             return
-        line = {"kind": kind, "time": time.time(), "step": state.step, **values}
-        with self.dispensable():
-            self._lines.write(to_json(line) + "\n")
-            self._lines.flush()
-            self._tensorboard.scalars(kind, state.step, values)
-            if self._lost_records:
-                self.say("records of the job are kept again")
-            self._lost_records = False
+        step, lines, tensorboard = state.step, self._lines, self._tensorboard
+        line = to_json({"kind": kind, "time": time.time(), "step": step, **values})
+
+        def write() -> None:
+            lines.write(line + "\n")
+            lines.flush()
+            tensorboard.scalars(kind, step, values)
+            if self._lost_records or self._num_dropped:
+                dropped = f"; {self._num_dropped:,} were dropped" if self._num_dropped else ""
+                self.say(f"records of the job are kept again{dropped}")
+            self._lost_records, self._num_dropped = False, 0
+
+        self._later(write)
 
     @contextlib.contextmanager
     def until_the_end(self, trainer: Reported) -> Iterator[None]:
@@ -225,8 +255,7 @@ class Telemetry:
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
         if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
             # Whoever watches shall miss those that broke down, not those that ended.
-            with self.dispensable():
-                write_text(self._folder / "targets.json", "[]")
+            self._later(lambda: write_text(self._folder / "targets.json", "[]"))
         if self._job.pushgateway and (problem := self.exporter.push()):
             self.say(problem, level="warning")
 
@@ -237,14 +266,18 @@ class Telemetry:
     def _profile_if_asked(self, step: int) -> None:
         if self._tensorboard.stop_profile_if_due(step):
             self.say(f"profile of {PROFILED_STEPS} updates: tensorboard --logdir {self._folder / 'tensorboard'}")
-        asked = step + 1 == self._job.profile_at_step
+        asked = step + 1 == self._job.profile_at_step or self._profile_is_asked_for
         if step % self._job.log_every_steps == 0:
-            request = self._folder / "profile"
-            with self._at_records():
-                asked = asked or request.exists()
-                request.unlink(missing_ok=True)
+            self._later(self._look_for_request)
+        self._profile_is_asked_for = False if asked else self._profile_is_asked_for
         if asked and (problem := self._tensorboard.start_profile(step)):
             self.say(f"no profile: {problem}", level="warning")
+
+    def _look_for_request(self) -> None:
+        request = self._folder / "profile"
+        if request.exists():
+            request.unlink(missing_ok=True)
+            self._profile_is_asked_for = True
 
     def _write_targets(self) -> None:
         """`targets.json`, by which Prometheus finds every rank (its file-based service discovery)."""
@@ -261,8 +294,8 @@ class Telemetry:
                 {"targets": [address], "labels": {**labels, "rank": str(rank)}}
                 for rank, address in enumerate(addresses)
             ]
-            with self.dispensable():
-                write_text(self._folder / "targets.json", json.dumps(targets, indent=1))
+            text = json.dumps(targets, indent=1)
+            self._later(lambda: write_text(self._folder / "targets.json", text))
             self.say(
                 f"metrics: {', '.join(f'{scheme}://{address}/metrics' for address in addresses)}", addresses=addresses
             )

@@ -31,7 +31,8 @@ from din_dist.training.train_step import MessageSizes, Requests, StepResult, Tra
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
 _NAMED_EXAMPLES = 10  # of each rank, in an error
-_FURTHER_TRIES, _TRY_AGAIN_SECONDS = 5, 1.0  # to save the best weights
+_FURTHER_TRIES = 5  # to save the best weights
+_PATIENCE_SECONDS = 5.0  # at the end, with a checkpoint that is still being written
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
@@ -115,6 +116,8 @@ class Trainer:
             self._train_to_the_end()
         except Exception as error:
             error.add_note(f"step {self.state.step + 1}")
+            if not self._runtime.elastic or isinstance(error, Left):
+                self._checkpoints.finish(_PATIENCE_SECONDS)  # this process is about to end
             raise
 
     def _train_to_the_end(self) -> None:
@@ -132,8 +135,7 @@ class Trainer:
                     f"{self.validation_metric.upper()}"
                 )
                 break
-        if self.state.step > self._saved_step:
-            self.save(required=True)
+        self._save_what_is_left()
 
     def test(self) -> dict[str, Any]:
         """Metrics of the test split with the best weights by validation, or the last ones where there is none."""
@@ -156,8 +158,8 @@ class Trainer:
     def save(self, *, required: bool = False, is_best: bool = False) -> None:
         """Publishes a checkpoint; all ranks are at the same step.
 
-        Where that fails, training goes on with the one before it. The best weights so far are gone with the next
-        update, so for them it is tried for some seconds more.
+        Unless it is `required`, it is written while training goes on. If it cannot be written, the failure is logged
+        and counted. The best weights are tried for some seconds more.
 
         Raises:
             InputError, FailedElsewhere: it failed and is `required`; or what it learned from has changed, at any time.
@@ -166,19 +168,32 @@ class Trainer:
             self._store.check_unchanged()
         with self._phase("checkpoint"):
             started = time.perf_counter()
-            for further_tries in reversed(range(1 + (_FURTHER_TRIES if is_best else 0))):
-                try:
-                    num_bytes = self._checkpoints.save(self._variables, self.state)
-                    break
-                except (InputError, FailedElsewhere) as error:
-                    if required:
-                        raise
-                    self._telemetry.checkpoint_failed(str(error))
-                    if not further_tries:
-                        return
-                    time.sleep(_TRY_AGAIN_SECONDS)
+            if not required:
+                if self._runtime.is_chief:
+                    tries = 1 + (_FURTHER_TRIES if is_best else 0)
+                    failed = self._telemetry.checkpoint_failed
+                    self._checkpoints.save_later(self._variables, self.state, tries, self._note_saved, failed)
+                return
+            num_bytes = self._checkpoints.save(self._variables, self.state)
             self._saved_step = self.state.step
             self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
+
+    def _note_saved(self, state: TrainingState, seconds: float, num_bytes: int) -> None:
+        self._saved_step = state.step
+        self._telemetry.after_checkpoint(state, seconds, num_bytes)
+
+    def _save_what_is_left(self) -> None:
+        """Publishes where the job stands, unless that was done; all ranks know the same then.
+
+        Raises:
+            InputError, FailedElsewhere: it failed.
+        """
+        if self._runtime.is_chief:
+            with self._phase("checkpoint"):
+                self._checkpoints.finish()
+        self._saved_step = int(self._runtime.broadcast_object(self._saved_step))
+        if self.state.step > self._saved_step:
+            self.save(required=True)
 
     def save_alone(self) -> None:
         """Publishes a checkpoint of where this rank's memory stands, when the others cannot be reached.
@@ -381,8 +396,7 @@ class Trainer:
         return bool(patience) and self.state.validations_without_gain >= patience
 
     def _stop(self) -> None:
-        if self.state.step > self._saved_step:
-            self.save(required=True)
+        self._save_what_is_left()
         raise Interrupted(
             f"on request, after the checkpoint of step {self.state.step}. The same command goes on from there."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -101,6 +102,41 @@ def test_a_request_to_stop_that_waits_for_data(tmp_path: Path, disk: FaultyDisk,
     assert job.end() == 75, job.said
     assert "error: a disk must answer. Received: nothing for " in job.said
     assert ("cannot be ended before its disk answers" in job.said) == (not killable)
+
+
+def test_an_output_folder_that_takes_nothing_for_a_while(tmp_path: Path, disk: FaultyDisk) -> None:
+    """Updates go on, and it is told; then so do checkpoints and records, and no example is lost or doubled."""
+    output = disk.path / "run"
+    flags = (ENDLESS, "--checkpoint_every_steps=20", "--stall_timeout_seconds=5", f"--output_dir={output}")
+    job = Job(tmp_path, with_workers(tmp_path, 2, *flags))
+    job.wait_for("step 50 of ")
+    disk.stick()
+    job.wait_for(f" while rank 0 was writing records to {output}. Training goes on without it.")
+    before = job.said.count("\nepoch ")
+    job.wait(lambda: job.said.count("\nepoch ") > before + 1)
+    assert "a checkpoint must be written before the next. Received: step " in job.said
+    disk.release()
+    job.wait_for("the disk has answered: ")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75, job.said
+    *_, saved = sorted((output / "checkpoints").glob("step-*"))
+    assert f"stopped: on request, after the checkpoint of step {int(saved.name.removeprefix('step-'))}." in job.said
+    epochs = json.loads((saved / "manifest.json").read_text())["state"]["epoch_records"]
+    assert len(epochs) > before + 1
+    assert len({(record["examples"], record["example_checksum"]) for record in epochs}) == 1
+
+
+def test_an_output_folder_that_takes_nothing_any_more(tmp_path: Path, disk: FaultyDisk) -> None:
+    """A request to stop cannot write its checkpoint: the job ends without."""
+    output = disk.path / "run"
+    flags = (ENDLESS, "--checkpoint_every_steps=20", f"--output_dir={output}")
+    job = Job(tmp_path, with_workers(tmp_path, 1, *flags))
+    job.wait_for("step 50 of ")
+    disk.stick()
+    job.wait_for("a checkpoint must be written before the next")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75, job.said
+    assert f" while rank 0 was waiting for a checkpoint in {output / 'checkpoints'}" in job.said
 
 
 def test_data_that_cannot_be_read(tmp_path: Path, disk: FaultyDisk) -> None:
