@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 
-DEBIAN_PACKAGES = {"promtool": "prometheus"}  # where the name is another
+DEBIAN_PACKAGES = {"promtool": "prometheus", "mkfs.ext4": "e2fsprogs"}  # where the name is another
 
 
 def program(name: str) -> str:

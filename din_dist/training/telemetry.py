@@ -17,7 +17,7 @@ from din_dist import progress
 from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted, Left
-from din_dist.files import make_folder, write_text
+from din_dist.files import make_folder, sync, write_text
 from din_dist.training.exporter import Exporter
 from din_dist.training.output_dir import to_json
 from din_dist.training.state import TrainingState
@@ -75,6 +75,7 @@ class Telemetry:
         self._terminal.close()
         if self._reports:
             lines, tensorboard = self._lines, self._tensorboard
+            self._later(lambda: sync(self._folder / "metrics.jsonl"))
             self._later(lines.close)
             self._later(tensorboard.close)
             if not self._writer.wait(_PATIENCE_SECONDS):

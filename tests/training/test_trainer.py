@@ -470,7 +470,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
         return write(*arguments)
 
     monkeypatch.setattr(CheckpointStore, "_write", fail_at_first)
-    monkeypatch.setattr("din_dist.training.trainer._TRY_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("din_dist.training.checkpoint._TRY_AGAIN_SECONDS", 0.0)
 
 
 def test_a_disk_that_is_full_for_a_moment_does_not_cost_the_best_weights(
