@@ -102,6 +102,13 @@ def test_what_other_projects_leave_in_the_environment(tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["epochs"] == 1
 
 
+def test_why_a_library_ended_the_process_is_told(tmp_path: Path) -> None:
+    """In C++, while it was imported, with its standard error held back."""
+    done = start("train", tmp_path, variables={"TF_XLA_FLAGS": "--nonsense"})
+    assert done.returncode == 1
+    assert "--nonsense" in done.stderr
+
+
 def test_a_worker_alone_with_the_variables_of_another_job(tmp_path: Path) -> None:
     assert_one_line(start("train", tmp_path, variables={"HOROVOD_RANK": "x"}), "Received: no HOROVOD_SIZE, beside")
 

@@ -16,7 +16,15 @@ import pytest
 
 from din_dist import files
 from din_dist.errors import InputError
-from din_dist.files import local_path, publish_folder, published, repair_publishing, write_text
+from din_dist.files import (
+    local_path,
+    publish_folder,
+    published,
+    read_record,
+    repair_publishing,
+    without_password,
+    write_text,
+)
 from tests.programs import missing
 
 
@@ -49,6 +57,7 @@ def test_a_path_of_this_machine(monkeypatch: pytest.MonkeyPatch, given: str, exp
         ("file://", "Received: 'file://'"),
         ("~nobody-of-this-name/x", "--output_dir: ~ stands for a home folder. Received: '~nobody-of-this-name/x'"),
         ("a\0b", "Received: 'a\\x00b', with a zero byte"),
+        ("runs/r\udcff", "--output_dir: must be a path in UTF-8. Received: runs/r\\udcff, by a shell"),
     ],
 )
 def test_what_is_no_path_of_this_machine(given: str, message: str) -> None:
@@ -191,3 +200,31 @@ def test_fsync_stands_in_one_place() -> None:
     package = Path(files.__file__).parent
     named = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "fsync" in path.read_text()}
     assert named == {"files.py"}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://gateway:9091", "http://gateway:9091"),
+        ("http://me:secret@gateway:9091/a@b", "http://gateway:9091/a@b"),
+        ("me:secret@gateway:80", "gateway:80"),
+        ("//me:secret@gateway", "//gateway"),
+        ("/a/b@c", "/a/b@c"),
+    ],
+)
+def test_urls_are_shown_without_their_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_record(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "record"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case _:
+            path.mkdir()
+    with pytest.raises(OSError, match="no regular file"):
+        read_record(path)

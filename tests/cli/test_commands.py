@@ -98,7 +98,8 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
     ):  # of the run that trained
         assert repeated[name] == summary[name], name
     assert repeated["seconds"]["training"] > 0
-    (tmp_path / "run" / "summary.json").unlink()  # then nobody knows: not a speed of 0
+    damaged = {**repeated, "seconds": [1]}  # then nobody knows: not a speed of 0
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(damaged))
     assert json.loads(run("train", tmp_path, "--epochs=1").stdout)["examples_per_second"] is None
     other = run("prepare_data", tmp_path, "--epochs=1", "--learning_rate=0.5")
     assert_one_line(
@@ -202,6 +203,7 @@ def test_a_source_that_changed_is_noticed_by_both_commands(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["train", "prepare_data"])
 def test_help_names_every_setting(tmp_path: Path, name: str) -> None:
     done = run(name, tmp_path, "--help")
+    assert done.returncode == 0
     for word in ("--dataset", "--negatives_per_positive", "--batch_norm", "--keep_checkpoints", "--metrics_port"):
         assert word in done.stdout.replace("--[no]", "--")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from din_dist.errors import InputError
+from din_dist.report import job
 from din_dist.report.job import Status, duration, number, read_job, timeline
 
 
@@ -38,6 +41,40 @@ def test_a_cut_last_line_is_left_out_and_counted(tmp_path: Path) -> None:
     record = read_job(tmp_path)
     assert [line["step"] for line in record.lines] == [1]
     assert record.num_unreadable == 1
+
+
+def test_what_another_has_written_into_a_job(tmp_path: Path) -> None:
+    """Numbers that no float holds, and nesting without end."""
+    write(tmp_path, train(1), summary={"steps": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"train","step":1' + "0" * 400 + ',"time":1}\n')
+        file.write("[" * 100_000 + "\n")
+    (tmp_path / "summary.json").write_text("[" * 100_000)
+    record = read_job(tmp_path)
+    assert record.num_unreadable == 1
+    assert record.summary is None
+    assert timeline(record.lines)
+
+
+def test_a_pipe_in_the_place_of_a_summary(tmp_path: Path) -> None:
+    write(tmp_path, train(1))
+    os.mkfifo(tmp_path / "summary.json")
+    assert read_job(tmp_path).summary is None
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "flags.txt"])
+def test_a_record_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write(tmp_path, train(1))
+    (tmp_path / "flags.txt").write_text("")
+
+    def denied(path: Path, *, errors: str = "strict") -> str:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return ""
+
+    monkeypatch.setattr(job, "read_record", denied)  # root may read all
+    with pytest.raises(InputError, match=rf"{name}: must be a file that can be read. Received: Permission denied\."):
+        read_job(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ def test_one_that_is_as_it_was_published(folder: Path) -> None:
         ({"item_features": []}, "Received: another kind of item_features."),
         ({"feature_inputs": {}}, "Received: other features among feature_inputs than among item_features."),
         ({"max_history_length": "10"}, "Received: another kind of max_history_length."),
+        *(
+            ({name: value}, f"Received: a {name} of {value}"[:60])
+            for name in ("max_history_length", "num_items", "embedding_width", "step", "num_compared")
+            for value in (-1, 10**400, True)
+        ),
         ({"summary": []}, "Received: another kind of summary."),
         ({"files": ["saved_model.pb"]}, "Received: another kind of files."),
         ({"files": {"saved_model.pb": 1}}, "Received: no digest of saved_model.pb."),

@@ -290,3 +290,13 @@ def test_a_pushgateway_that_is_not_there_does_not_fail_the_job(
     with job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
     assert "warning: --pushgateway: http://127.0.0.1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [("u:secret@host:80", "must be a URL"), ("http://u:secret@host:80", "must be without user and password")],
+)
+def test_no_password_of_a_gateway_is_shown(tmp_path: Path, url: str, rule: str) -> None:
+    with pytest.raises(InputError, match=f"--pushgateway: {rule}") as refused:
+        exporter_of(tmp_path, pushgateway=url)
+    assert "secret" not in str(refused.value)
