@@ -141,6 +141,8 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, nu
         assert process.stderr
         for line in process.stderr:
             if line.startswith("step 10 of "):
+                while number == signal.SIGKILL and not list(tmp_path.glob("run/checkpoints/step-*")):
+                    time.sleep(0.01)  # it is written beside the updates
                 process.send_signal(number)
                 break
         rest = process.stderr.read()
