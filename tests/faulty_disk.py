@@ -36,11 +36,15 @@ class NoFaultyDisk(Exception):
 
 
 class FaultyDisk:
-    """The file system from the outside; `folder` is made where it is missing."""
+    """The file system from the outside; `folder` is made where it is missing.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        path: where it is mounted; None: beside `folder`.
+    """
+
+    def __init__(self, folder: Path, path: Path | None = None) -> None:
         self._folder = folder
-        self.path = folder.with_name(f"{folder.name}-faulty")
+        self.path = path or folder.with_name(f"{folder.name}-faulty")
 
     def __enter__(self) -> Self:
         """

@@ -20,7 +20,10 @@ DEBIAN_PACKAGES = {"promtool": "prometheus", "mkfs.ext4": "e2fsprogs"}  # where 
 
 def program(name: str) -> str:
     """Its path. Without it, see `missing`."""
-    return shutil.which(name) or missing(f"{name} is not installed: apt-get install {DEBIAN_PACKAGES.get(name, name)}")
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    return shutil.which(name, path=path) or missing(
+        f"{name} is not installed: apt-get install {DEBIAN_PACKAGES.get(name, name)}"
+    )
 
 
 def missing(reason: str) -> NoReturn:

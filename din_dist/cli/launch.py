@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +37,7 @@ _SLURM = "slurm"
 _TELL_HOSTS = "tell_hosts"
 _PASS_ENVIRONMENT = "HOROVOD_PASS_ENVIRONMENT"  # of our Horovod
 _WORKERS_WITHOUT_GPU = 2
+_ENDING_SECONDS = 10.0  # of a command that was asked to end
 _LONGEST_COOLDOWN = 30  # times --host_cooldown_seconds
 
 _USAGE = """\
@@ -381,18 +384,28 @@ def _write_discovery(current_hosts: Path) -> None:
 
 
 def _run_first(name: str, arguments: Sequence[str]) -> int:
-    """Another of our commands, whose report goes to stderr; the exit code, 75 when a signal stopped it."""
-    stopped = []
+    """Another of our commands, whose report goes to stderr; the exit code, 75 when a signal stopped it.
+
+    A command that a signal does not end, because its disk does not answer, is killed, and not waited for.
+    """
+    stopped: list[float] = []
 
     def stop(number: int, frame: object) -> None:
-        stopped.append(number)
+        stopped.append(time.monotonic())
         process.terminate()
 
     process = subprocess.Popen(
         [sys.executable, "-m", f"din_dist.cli.{name}", *arguments], stdout=sys.stderr, start_new_session=True
     )
     before = {number: signal.signal(number, stop) for number in environment.ending_signals()}
-    code = process.wait()
+    code = None
+    while code is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=1)
+        if code is None and stopped and time.monotonic() - stopped[0] > _ENDING_SECONDS:
+            print(f"train.sh: {name} did not end within {_ENDING_SECONDS:g} s: it is killed", file=sys.stderr)
+            process.kill()
+            code = EXIT_RETRY
     for number, handler in before.items():
         signal.signal(number, handler)
     return EXIT_RETRY if stopped else code

@@ -363,6 +363,8 @@ class Supervisor:
         sys.stderr.flush()
 
     def _verdict_of_workers(self) -> int:
+        if self._elastic and self._stop_level and self._failures[-1][1] == EXIT_RETRY:
+            return EXIT_RETRY  # whoever failed before was not needed
         # The first to fail takes the others down; in an elastic job they went on, until the last. One that knows the
         # wrong input knows best.
         wrong_input = [failure for failure in self._failures if failure[1] == EXIT_INPUT_ERROR]

@@ -6,13 +6,15 @@
             summary = job.finish()
 
 Hosts are network namespaces with sshd (`tests/cluster_lab.py`). The launcher has one for itself, each worker another.
-`--output_dir` is a small file system that can be filled.
+`--output_dir` is a small file system that can be filled and frozen. Each worker reads the data from a disk of its own,
+which sticks or fails by order (`tests/faulty_disk.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -31,10 +33,13 @@ import psutil
 
 from tests import cluster_lab
 from tests.cluster_lab import Host
+from tests.faulty_disk import FaultyDisk
+from tests.programs import program
 
 ROOT = Path(__file__).parents[2]
 NUM_WORKERS = 3
 DISK_BYTES = 192 << 20
+_FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW of linux/fs.h
 EPOCHS = 8  # the faults take half of them at most: the job must not end before the last one has passed
 TRAINER_FLAGS = (
     "--dataset=event_log",
@@ -80,13 +85,46 @@ class Laboratory:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self.disk.mkdir(parents=True)
             # Before the hosts: each has its own view of the mounts, as of its beginning.
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", self.disk], check=True)
-            stack.callback(subprocess.run, ["umount", "--lazy", self.disk], check=False)
+            self._mount_disk(stack)
+            data = self.folder / "data"
+            disks = [
+                stack.enter_context(FaultyDisk(data, self.folder / f"data-of-{number}"))
+                for number in range(NUM_WORKERS)
+            ]
             self.launcher, *self.workers = stack.enter_context(cluster_lab.hosts(1 + NUM_WORKERS, our_cables=True))
+            self.data_disks = {host.address: disk for host, disk in zip(self.workers, disks, strict=True)}
+            for host in self.workers:
+                there = ["nsenter", f"--target={_sshd_of(host)}", "--mount"]
+                subprocess.run([*there, "mount", "--bind", self.data_disks[host.address].path, data], check=True)
             self._stack = stack.pop_all()
         return self
+
+    def _mount_disk(self, stack: contextlib.ExitStack) -> None:
+        """Mounts `disk`: of a kind that can be frozen, in a file in memory."""
+        memory = self.folder / "memory"
+        for folder in (self.disk, memory):
+            folder.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", memory], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", memory], check=False)
+        with (memory / "image").open("wb") as file:
+            file.truncate(DISK_BYTES)
+        subprocess.run([program("mkfs.ext4"), "-q", "-m", "0", memory / "image"], check=True)
+        subprocess.run(["mount", "-o", "loop", memory / "image", self.disk], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", self.disk], check=False)
+
+    @contextlib.contextmanager
+    def frozen_disk(self) -> Iterator[None]:
+        """A block in which nobody can write to `disk`: who tries waits, and cannot be killed."""
+        descriptor = os.open(self.disk, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _FREEZE, 0)
+            try:
+                yield
+            finally:
+                fcntl.ioctl(descriptor, _THAW, 0)
+        finally:
+            os.close(descriptor)
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
@@ -107,7 +145,8 @@ class Laboratory:
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[Job]:
         for old in self.disk.iterdir():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if old.name != "lost+found":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         job = Job(self, self.disk / name)
         try:
             job.start()
@@ -422,6 +461,46 @@ def fill_disk(job: Job) -> None:
         filler.unlink()
 
 
+def stick_output(job: Job) -> None:
+    """Until a checkpoint was given up and updates have gone on."""
+    said = len(job.log)
+
+    def words() -> str:
+        return "".join(job.log[said:])
+
+    with job.laboratory.frozen_disk():
+        job.wait("a checkpoint that is given up", lambda: "must be written before the next" in words())
+        lines = words().count("\nstep ")
+        job.wait("updates without a disk", lambda: words().count("\nstep ") > lines + 5)
+    job.wait("the disk to be heard of", lambda: "the disk has answered" in words() or "kept again" in words())
+
+
+def stick_data(job: Job) -> None:
+    """Of one host, whose worker may not even be killed before the disk answers."""
+    trainer, said = job.any_trainer(), len(job.log)
+    disk = job.laboratory.data_disks[trainer.host]
+    try:
+        _lose(job, trainer, lambda: disk.stick(killable=job.random.random() < 0.5))
+    finally:
+        disk.release()
+    if not any("a disk must answer" in line and "reading data in" in line for line in job.log[said:]):
+        raise FaultError(f"a worker must say that it waits for its data:\n{job.tail()}")
+
+
+def fail_data(job: Job) -> None:
+    """Of one host, which is left out for good: it comes back with the next start of the job."""
+    trainer, said = job.any_trainer(), len(job.log)
+    disk = job.laboratory.data_disks[trainer.host]
+    try:
+        _lose(job, trainer, lambda: disk.fail(".npy"))
+        job.wait("the host to be left out", lambda: any("is left out for good" in line for line in job.log[said:]))
+    finally:
+        disk.heal()
+    if not any("Received: an input/output error at byte " in line for line in job.log[said:]):
+        raise FaultError(f"a worker must say what it could not read:\n{job.tail()}")
+    stop_job(job)
+
+
 def _restart(job: Job) -> None:
     deadline = time.monotonic() + job.laboratory.stall_timeout_seconds + 45
     while job.running or job.trainers():
@@ -509,6 +588,8 @@ FAULTS_OF_WORKERS: dict[str, Callable[[Job], None]] = {
     "delay 50 ms": delay_packets,
     "bytes change on a cable": change_bytes,
     "a host is taken and added": take_host_and_add_it,
+    "the output disk sticks": stick_output,
+    "a host's data disk sticks": stick_data,
     "disk full": fill_disk,
 }
 FAULTS_OF_JOBS: dict[str, Callable[[Job], None]] = {  # after which the job has to be started again
@@ -518,6 +599,7 @@ FAULTS_OF_JOBS: dict[str, Callable[[Job], None]] = {  # after which the job has 
     "SIGKILL of all workers": kill_all_workers,
     "the launcher is not heard": do_not_hear_launcher,
     "the launcher does not hear": do_not_let_launcher_hear,
+    "a host's data cannot be read": fail_data,
 }
 FAULTS = FAULTS_OF_JOBS | FAULTS_OF_WORKERS
 
@@ -534,6 +616,13 @@ def seconds_to_go_on(job: Job, since: float) -> float:
             if since < change < update:
                 return update - since
     return max((later - earlier for earlier, later in itertools.pairwise([since, *updates])), default=0.0)
+
+
+def _sshd_of(host: Host) -> int:
+    for pid in _pids_in(host):
+        if Path(f"/proc/{pid}/comm").read_text() == "sshd\n":
+            return pid
+    raise FaultError(f"no sshd on {host.address}")
 
 
 def _descendant(pid: int, name: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.laboratory import FAULTS, Laboratory, check, seconds_to_go_on
 from tests.cluster_lab import LabError
+from tests.faulty_disk import NoFaultyDisk
 from tests.programs import missing
 
 pytestmark = pytest.mark.timeout(1200)
@@ -27,7 +28,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> I
             found = stack.enter_context(
                 Laboratory(folder, beauty, SEED, stall_timeout_seconds=8, disturbance_seconds=3)
             )
-        except LabError as error:
+        except (LabError, NoFaultyDisk) as error:
             missing(str(error))
         yield found
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cli.test_commands import ROOT, assert_one_line, command
@@ -153,3 +154,18 @@ def test_data_that_cannot_be_read(tmp_path: Path, disk: FaultyDisk) -> None:
         on(disk, command("train", tmp_path)), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
     assert_one_line(again, f"{file}: cannot be read ([Errno 5] Input/output error)")
+
+
+def test_a_request_to_stop_while_data_are_prepared(tmp_path: Path, disk: FaultyDisk) -> None:
+    disk.stick()
+    job = Job(tmp_path, on(disk, with_workers(tmp_path, 1)))
+
+    def waits_for_disk() -> bool:
+        found = psutil.Process(job.process.pid).children(recursive=True)
+        stacks = [stack.read_text() for child in found for stack in Path(f"/proc/{child.pid}/task").glob("*/stack")]
+        return any("fuse_" in stack for stack in stacks)
+
+    job.wait(waits_for_disk)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 75, job.said
+    assert "train.sh: prepare_data did not end within 10 s: it is killed" in job.said
