@@ -12,7 +12,7 @@ import pytest
 
 from din_dist import machine
 from din_dist.errors import InputError
-from din_dist.machine import memory_bytes, require_threads, threads_left
+from din_dist.machine import free_memory_bytes, memory_bytes, require_threads, threads_left
 
 Limit = Callable[..., Path]
 
@@ -32,6 +32,13 @@ def limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
         return tmp_path
 
     return write
+
+
+def test_free_memory(limit: Limit) -> None:
+    """What the kernel keeps of files counts as free, since it gives that up."""
+    folder = limit(job_memory_max="3000", job_memory_current="2500", job_memory_stat="anon 1\ninactive_file 400")
+    assert free_memory_bytes(folder) == 900
+    assert free_memory_bytes(limit(job_memory_max="max")) > 3000
 
 
 def test_memory(limit: Limit) -> None:

@@ -300,3 +300,21 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     manifest = json.loads((latest_checkpoint(config) / "manifest.json").read_text(), parse_constant=pytest.fail)
     assert manifest["state"]["best_validation"] is None  # no NaN or Infinity, which JSON does not know
     assert manifest["config"]["optimizer"]["learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize("free_bytes", [1 << 40, 0])
+def test_what_is_written_later_is_as_it_was_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int
+) -> None:
+    """Whatever an update changes meanwhile; without memory for a copy, training waits."""
+    monkeypatch.setattr("din_dist.training.checkpoint.free_memory_bytes", lambda: free_bytes)
+    _, store = make(tmp_path)
+    trained, state, steps = variables(4.0), TrainingState(step=4), []
+    store.save_later(trained, state, 1, lambda saved, seconds, num_bytes: steps.append(saved.step), pytest.fail)
+    trained["model/table"].assign(tf.fill([3, 2], 5.0))
+    state.step = 5
+    assert store.finish(60)
+    assert steps == [4]
+    loaded = variables(0.0)
+    assert store.restore(loaded) == TrainingState(step=4)
+    np.testing.assert_array_equal(loaded["model/table"], np.full([3, 2], 4.0))
