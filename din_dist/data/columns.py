@@ -25,7 +25,8 @@ from din_dist.data.sources import partition_of
 from din_dist.errors import InputError
 from din_dist.text import shown
 
-_ENDS_WITH_ZONE = re.compile(r"(Z|[+-][0-9]{2}:?[0-9]{2})$")
+_ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
+_DIGITS = r"^[+-]?[0-9]+(\.0*)?$"
 _LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
 
 
@@ -192,7 +193,7 @@ class _Column(abc.ABC):
 
     def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
         """The error for the first of the rows where `bad` is true."""
-        index = int(np.argmax(bad.to_numpy(zero_copy_only=False)))
+        index = _first(bad)
         received = f"{self.name}={_shown(column[index])}" if column[index].is_valid else f"no {self.name}"
         return self._rows.reject(self._rows.count + index, rule, received, remedy)
 
@@ -200,6 +201,15 @@ class _Column(abc.ABC):
         if column.null_count:
             rule = f"every event needs a {self.name}"
             raise self.reject(column.is_null(), column, rule, "Fill it in, or drop the row.")
+
+    def require_utf8(self, column: pa.Array) -> None:
+        """Checks text; Arrow believes files that say they hold UTF-8."""
+        if is_utf8(column):
+            return
+        index = next(index for index in range(len(column)) if not is_utf8(column.slice(index, 1)))
+        received = f"{self.name}={shown(column[index].as_buffer().to_pybytes())}"
+        row = self._rows.count + index
+        raise self._rows.reject(row, "text must be UTF-8", received, "Write the file anew, as UTF-8.")
 
 
 class _IdColumn(_Column):
@@ -212,8 +222,7 @@ class _IdColumn(_Column):
         self._chunks: list[pa.DictionaryArray | int] = []  # a number: of rows without a value
 
     def add(self, column: pa.Array) -> None:
-        if pa.types.is_dictionary(column.type):  # its order and unused entries are an accident of the file
-            column = column.dictionary_decode()
+        column = _plain(column)
         if pa.types.is_floating(column.type) and pc.all(pc.is_nan(_widened(column))).as_py() is not False:
             column = pa.nulls(len(column))  # as pandas writes a column without any value
         if not self._nullable:
@@ -231,12 +240,13 @@ class _IdColumn(_Column):
         if self._value_type not in (None, value_type):
             rule = f"all ids of a column must be of one type, {self._value_type} so far"
             raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
-        self._value_type = value_type
-        if pa.types.is_string_view(column.type):
-            column = column.cast(value_type)
-        if is_text(column.type) and not is_utf8(column):
-            raise self._not_utf8(column)
+        if is_text(column.type):
+            self.require_utf8(column)
         encoded = column.dictionary_encode()
+        if is_text(column.type) and pc.index(encoded.dictionary, "").as_py() >= 0:
+            self.add(without_empty(column))
+            return
+        self._value_type = value_type
         try:
             values = encoded.dictionary.cast(value_type)
         except pa.ArrowInvalid as error:
@@ -244,12 +254,6 @@ class _IdColumn(_Column):
             rule = "integer ids must fit 64 bits, signed"
             raise self.reject(too_large, column, rule, "Make them strings.") from error
         self._chunks.append(pa.DictionaryArray.from_arrays(encoded.indices, values))
-
-    def _not_utf8(self, column: pa.Array) -> InputError:
-        index = next(index for index in range(len(column)) if not is_utf8(column.slice(index, 1)))
-        received = f"{self.name}={shown(column[index].as_buffer().to_pybytes())}"
-        row = self._rows.count + index
-        return self._rows.reject(row, "text must be UTF-8", received, "Write the file anew, as UTF-8.")
 
     def finish(self, from_text: bool) -> tuple[np.ndarray, pa.Array]:
         """Codes int32 `[E]` and the ids; ids `from_text` become integers if each is written as one."""
@@ -272,32 +276,39 @@ class _IdColumn(_Column):
 
 
 class TimeColumn(_Column):
-    """Integers as they are; dates and times become microseconds since 1970, UTC."""
+    """Integers as they are; dates and times become microseconds since 1970, UTC.
 
-    def __init__(self, name: str, rows: Rows) -> None:
+    All must be of one kind; if there was a column `before`, also of its kind.
+    """
+
+    def __init__(self, name: str, rows: Rows, before: TimeColumn | None = None) -> None:
         super().__init__(name, rows)
         self._chunks: list[np.ndarray] = []
-        self._dates = False
+        self._dates: bool | None = before._dates if before else None  # None before the first one
+        self._zoned: bool | None = before._zoned if before else None  # likewise: whether dates have a time zone
 
     def add(self, column: pa.Array) -> None:
+        column = _plain(column)
         self.require_values(column)
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        dates = pa.types.is_temporal(column.type) and not pa.types.is_time(column.type)
-        text = is_text(column.type)
-        if text:
-            numbers = pc.match_substring_regex(column, r"^[+-]?[0-9]+(\.0*)?$")
+        kind = column.type
+        dates = pa.types.is_temporal(kind) and not pa.types.is_time(kind) and not pa.types.is_duration(kind)
+        numbers = pc.match_substring_regex(column, _DIGITS) if is_text(kind) else None
+        if numbers is not None and not pc.all(numbers).as_py():
+            self.require_utf8(column)
+            self.require_values(without_empty(column))
             dates = not pc.any(numbers).as_py()
-        if self._chunks and dates is not self._dates:
+        if self._dates is not None and dates is not self._dates:
             rule = f"all timestamps must be of one kind, {'dates' if self._dates else 'integers'} so far"
             raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
         self._dates = dates
         if dates:
             values = self._microseconds(column)
-        elif text:
-            values = self._cast(pc.replace_substring_regex(column, r"^\+|\.0*$", ""), column)
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
-            values = self._cast(_widened(column), column)
+        elif numbers is not None:
+            values = self._integers_in_text(column, numbers)
+        elif pa.types.is_floating(kind):
+            values = self._integers_in_floats(column)
+        elif pa.types.is_integer(kind) or pa.types.is_decimal(kind):
+            values = self._cast(column, column)
         else:
             raise self._not_integer(pc.is_valid(column), column)
         self._chunks.append(values.to_numpy())
@@ -307,16 +318,46 @@ class TimeColumn(_Column):
         return _joined(self._chunks)
 
     def _microseconds(self, column: pa.Array) -> pa.Array:
-        zone = column.type.tz if pa.types.is_timestamp(column.type) else None
-        if is_text(column.type) and _ENDS_WITH_ZONE.search(column[0].as_py()):
-            zone = "UTC"
-        kind = pa.timestamp("us", zone)
-        rounds = is_text(column.type) or (pa.types.is_timestamp(column.type) and column.type.unit == "ns")
+        if is_text(column.type):
+            first_zoned = _ENDS_WITH_ZONE.search(column[0].as_py()) is not None
+        else:
+            first_zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
+        if self._zoned is None:
+            self._zoned = first_zoned
+        elif self._zoned is not first_zoned and not is_text(column.type):
+            raise self._other_zone(pc.is_valid(column), column)
+        kind = column.type if pa.types.is_timestamp(column.type) else None
+        to = pa.timestamp("us", kind.tz if kind else "UTC" if self._zoned else None)
+        rounds = is_text(column.type) or (kind is not None and kind.unit == "ns")
         try:
-            return column.cast(kind, safe=not rounds).cast(pa.int64())  # a time that does not fit must not wrap
+            return column.cast(to, safe=not rounds).cast(pa.int64())  # a time that does not fit must not wrap
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            bad = [not _is_cast(value, kind) for value in column]
-            raise self._not_integer(pa.array(bad), column) from error
+            bad = pa.array([not _is_cast(value, to) for value in column])
+            other = pa.timestamp("us", None if self._zoned else "UTC")
+            if is_text(column.type) and _is_cast(column[_first(bad)], other):
+                raise self._other_zone(bad, column) from error
+            raise self._not_integer(bad, column) from error
+
+    def _other_zone(self, bad: pa.Array, column: pa.Array) -> InputError:
+        """The error for a date with a time zone where others have none, or the reverse."""
+        so_far = "one" if self._zoned else "none"
+        rule = f"all timestamps must have a time zone, or none of them; those before have {so_far}"
+        return self.reject(bad, column, rule, "Write all of them with a zone, or all without.")
+
+    def _integers_in_text(self, column: pa.Array, numbers: pa.Array) -> pa.Array:
+        if not pc.all(numbers).as_py():  # Arrow would take 0x10 for 16
+            raise self._not_integer(pc.invert(numbers), column)
+        return self._cast(pc.replace_substring_regex(column, r"^\+|\.0*$", ""), column)
+
+    def _integers_in_floats(self, column: pa.Array) -> pa.Array:
+        """Floats from 2^53 on (float32: 2^24) are the neighbours of the integers that were meant."""
+        limit = 2.0 ** {16: 11, 32: 24, 64: 53}[column.type.bit_width]
+        numbers = _widened(column).cast(pa.float64())
+        large = pc.and_(pc.greater_equal(pc.abs(numbers), limit), pc.is_finite(numbers))
+        if pc.any(large).as_py():
+            rule = f"a timestamp that is a {column.type} must be below {limit:.0f}, from where on digits are lost"
+            raise self.reject(large, column, rule, "Write integers.")
+        return self._cast(numbers, column)
 
     def _cast(self, column: pa.Array, original: pa.Array) -> pa.Array:
         try:
@@ -338,22 +379,26 @@ class _LabelColumn(_Column):
         self._chunks: list[np.ndarray] = []
 
     def add(self, column: pa.Array) -> None:
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
+        column = _plain(column)
         if pa.types.is_boolean(column.type):
             ones, zeros = column, pc.invert(column)
         elif is_text(column.type):
-            words = pc.utf8_lower(column)
+            words = pc.ascii_lower(column)
             zeros, ones = (pc.is_in(words, pa.array(_LABEL_WORDS[label], words.type)) for label in (0, 1))
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+        elif pa.types.is_decimal(column.type):
+            zeros, ones = (_decimals_equal(column, label) for label in (0, 1))
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
             numbers = _widened(column)
             zeros, ones = (pc.equal(numbers, pa.scalar(label, numbers.type)) for label in (0, 1))
         else:
             zeros = ones = pa.array(np.zeros(len(column), bool))
         known = pc.fill_null(pc.or_(zeros, ones), False)
         if not pc.all(known).as_py():
+            if is_text(column.type):
+                self.require_utf8(column)
+                column = without_empty(column)
             bad = pc.invert(known)
-            missing = not column[int(np.argmax(bad.to_numpy(zero_copy_only=False)))].is_valid
+            missing = not column[_first(bad)].is_valid
             fill_in = "Fill it in, drop the row, or give --label_column= to take every event for a positive."
             raise self.reject(bad, column, "a label must be 0 or 1", fill_in if missing else "Correct the row.")
         self._chunks.append(ones.cast(pa.uint8()).to_numpy())
@@ -411,14 +456,37 @@ def _joined(chunks: list[np.ndarray]) -> np.ndarray:
 def _shown(value: pa.Scalar) -> str:
     try:
         return shown(value.as_py())
-    except (ValueError, OverflowError):  # a date that Python does not know
-        return f"{value.type} {value.value}"
+    except (ValueError, OverflowError):  # a date that Python does not know, or a list of text that is no UTF-8
+        return f"{value.type} {value.value}" if hasattr(value, "value") else f"{value.type}"
+
+
+def _first(bad: pa.Array) -> int:
+    """Returns where an array of booleans is true for the first time."""
+    return int(np.argmax(bad.fill_null(False).to_numpy(zero_copy_only=False)))
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Returns a column without a dictionary, whose order and unused entries are an accident of the file."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+
+
+def without_empty(column: pa.Array) -> pa.Array:
+    """Returns text with nulls in place of empty values: they are no values."""
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
 
 
 def _widened(column: pa.Array) -> pa.Array:
-    """Returns numbers of kinds that Arrow cannot compute with as float64, others as they are."""
-    narrow = pa.types.is_float16(column.type) or pa.types.is_decimal(column.type)
-    return column.cast(pa.float64()) if narrow else column
+    """Returns float16, with which Arrow cannot compute, as float64, and other numbers as they are."""
+    return column.cast(pa.float64()) if pa.types.is_float16(column.type) else column
+
+
+def _decimals_equal(column: pa.Array, number: int) -> pa.Array:
+    """Compares exactly; as floats, 1.00000000000000000001 would be 1."""
+    encoded = column.dictionary_encode()
+    equal = [value.as_py() == number for value in encoded.dictionary]
+    return pa.array(equal, pa.bool_()).take(encoded.indices)
 
 
 def is_utf8(column: pa.Array) -> bool:

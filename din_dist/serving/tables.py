@@ -112,6 +112,7 @@ class Table(abc.ABC):
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._held: list[pa.RecordBatch] = []
         self._position = 0
+        self._times_before: TimeColumn | None = None
 
     suffix: str  # of what is written
 
@@ -151,8 +152,9 @@ class Table(abc.ABC):
         rows = Rows()
         rows.begin(self.path)
         rows.advance(first_row)
-        times = TimeColumn(name, rows)
+        times = TimeColumn(name, rows, self._times_before)
         times.add(column)
+        self._times_before = times
         return times.finish()
 
     @abc.abstractmethod
@@ -581,12 +583,25 @@ class _JsonLines(_TextTable):
 
     def times(self, rows: pa.Table, first_row: int, name: str) -> np.ndarray:
         lines = _whole(rows.column(self._LINE))
-        try:
-            found = _parse_json(lines, pa.schema({name: pa.int64()}))
-        except pa.ArrowException:  # dates
-            with reading(self.path, Format.JSON_LINES):
-                found = _parse_json(lines, pa.schema({name: pa.string()}))
-        return self._times(_whole(found.column(name)), first_row, name)
+        for kind in (pa.int64(), pa.float64(), pa.string()):  # text: dates
+            with contextlib.suppress(pa.ArrowException):
+                found = _parse_json(lines, pa.schema({name: kind}))
+                return self._times(_whole(found.column(name)), first_row, name)
+        raise self._rejected_times(lines, first_row, name)
+
+    def _rejected_times(self, lines: pa.Array, first_row: int, name: str) -> InputError:
+        """Slowly: which of the lines Arrow did not take."""
+        first: type | None = None
+        for row, line in enumerate(lines.to_pylist(), start=first_row):
+            value = self._object(line, row).get(name)
+            if value is None:
+                continue
+            kind = str if isinstance(value, str) else float
+            if type(value) not in (str, int, float) or not is_64_bits(value) or kind is not (first or kind):
+                rule = "a timestamp must be an integer (64 bits, any unit) or a date, the same in all rows"
+                return self._reject(row, rule, f"{name}={shown(value)}")
+            first = kind
+        return self._reject(first_row, "from here on each line must be one JSON object", "another text")
 
     def _rejected_lines(
         self, lines: pa.Array, first_row: int, fields: Sequence[Field], error: pa.ArrowException

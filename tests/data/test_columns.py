@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import datetime
+import decimal
 import gzip
 import json
 import lzma
@@ -375,6 +376,14 @@ def test_ids_beyond_64_bits(tmp_path: Path) -> None:
     assert f"row 2: integer ids must fit 64 bits, signed. Received: user_id={2**63}." in text
 
 
+def test_ids_beyond_64_bits_beside_a_null(tmp_path: Path) -> None:
+    categories = pa.array([None, 2, 2**63], pa.uint64())
+    table = pa.table({"user_id": [1] * 3, "item_id": [1, 2, 3], "timestamp": [1] * 3, "category_id": categories})
+    pq.write_table(table, tmp_path / "log.parquet")
+    text = message([tmp_path / "log.parquet"])
+    assert f"row 3: integer ids must fit 64 bits, signed. Received: category_id={2**63}." in text
+
+
 def test_ids_of_two_types(tmp_path: Path) -> None:
     files = [write(tmp_path, events(user_id=["u"]), "a.parquet"), write(tmp_path, events(user_id=[1]), "b.parquet")]
     assert "row 1: all ids of a column must be of one type, large_string so far. Received: user_id=1." in message(files)
@@ -559,13 +568,34 @@ def test_a_line_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
-@pytest.mark.parametrize("column", ["user_id", "item_id", "category_id"])
-def test_parquet_text_that_is_not_utf8(tmp_path: Path, kind: pa.DataType, column: str) -> None:
-    raw = pa.array([b"ok", b"ok", b"\xff\x1b[2J"], pa.binary())
-    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers()).cast(kind)
-    table = {"user_id": ["u"] * 3, "item_id": ["i"] * 3, "category_id": ["c"] * 3, "timestamp": [1] * 3, column: text}
+@pytest.mark.parametrize(
+    ("column", "good"),
+    [
+        ("user_id", [b"ok", b"ok"]),
+        ("item_id", [b"ok", b"ok"]),
+        ("category_id", [b"ok", b"ok"]),
+        ("timestamp", [b"1", b"2"]),
+        ("timestamp", [b"2020-01-01", b"2020-01-02"]),
+        ("timestamp", []),
+        ("label", [b"1", b"0"]),
+        ("label", []),
+    ],
+)
+def test_parquet_text_that_is_not_utf8(tmp_path: Path, kind: pa.DataType, column: str, good: list[bytes]) -> None:
+    raw = pa.array([*good, b"\xff\x1b[2J"], pa.binary())
+    rows = len(raw)
+    text = pa.Array.from_buffers(pa.string(), rows, raw.buffers()).cast(kind)
+    table = {"user_id": ["u"] * rows, "item_id": ["i"] * rows, "timestamp": [1] * rows, column: text}
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
-    assert rf"row 3: text must be UTF-8. Received: {column}=b'\xff\x1b[2J'." in message([tmp_path / "log.parquet"])
+    received = rf"row {rows}: text must be UTF-8. Received: {column}=b'\xff\x1b[2J'. Write the file anew, as UTF-8."
+    assert received in message([tmp_path / "log.parquet"])
+
+
+def test_text_in_lists_that_is_not_utf8(tmp_path: Path) -> None:
+    raw = pa.array([b"\xff\x1b[2J"], pa.binary())
+    text = pa.ListArray.from_arrays([0, 1], pa.Array.from_buffers(pa.string(), 1, raw.buffers()))
+    pq.write_table(pa.table({"user_id": text, "item_id": [1], "timestamp": [1]}), tmp_path / "log.parquet")
+    assert "row 1: ids must be strings or integers, not list<" in message([tmp_path / "log.parquet"])
 
 
 @pytest.mark.parametrize(
@@ -601,6 +631,160 @@ def test_labels_and_times_of_rare_types(tmp_path: Path, values: pa.Array) -> Non
     pq.write_table(table, tmp_path / "log.parquet")
     block = only_block(read_log([tmp_path / "log.parquet"], Columns()))
     assert block.labels.tolist() == [0, 1] and block.timestamps.tolist() == [0, 1]
+
+
+BIG = 1_700_000_000_000_000_001  # nanoseconds; no float64 is near
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.decimal128(19), pa.decimal128(38, 2), pa.decimal256(60, 0), pa.decimal64(18)], ids=str
+)
+def test_times_in_decimals_keep_every_digit(tmp_path: Path, kind: pa.DataType) -> None:
+    big = BIG if kind.precision > 18 else BIG // 10
+    values = pa.array([decimal.Decimal(big + n) for n in (0, 2, 1)], kind)
+    assert times_of(tmp_path, values) == [big, big + 1, big + 2]
+
+
+@pytest.mark.parametrize("odd", ["1.00000000000000000001", "0.5", f"{10**30}"])
+@pytest.mark.parametrize("column", ["timestamp", "label"])
+def test_decimals_that_are_no_integers(tmp_path: Path, column: str, odd: str) -> None:
+    values = pa.array([decimal.Decimal(1), decimal.Decimal(odd)], pa.decimal256(60, 20))
+    table = {"user_id": ["u"] * 2, "item_id": ["i"] * 2, "timestamp": [1, 2], column: values}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    rule = "a timestamp must be an integer" if column == "timestamp" else "a label must be 0 or 1"
+    text = message([tmp_path / "log.parquet"])
+    assert f"row 2: {rule}" in text and f"Received: {column}=Decimal('{odd}" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [(np.float16, 2**11), (np.float32, 2**24), (np.float64, 2**53)], ids=lambda kind: str(kind)
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_times_in_floats_that_have_lost_digits(tmp_path: Path, kind: type, limit: int, sign: int) -> None:
+    whole = pa.array(np.array([1, sign * (limit - 1)], kind))
+    assert times_of(tmp_path, whole) == sorted([1, sign * (limit - 1)])
+    pq.write_table(log_with(pa.array(np.array([1, sign * limit], kind))), tmp_path / "log.parquet")
+    text = message([tmp_path / "log.parquet"])
+    assert (
+        f" must be below {limit}, from where on digits are lost. Received: timestamp={float(sign * limit)!r}." in text
+    )
+    assert "log.parquet, row 2: a timestamp that is a " in text
+
+
+def test_json_times_of_which_the_first_is_a_float(tmp_path: Path) -> None:
+    path = write(tmp_path, events(timestamp=[1.0, 3, 2]), "log.jsonl")
+    assert only_block(read_log([path], Columns())).timestamps.tolist() == [1, 2, 3]
+    path = write(tmp_path, events(timestamp=[1.0, BIG]), "log.jsonl")
+    assert "log.jsonl, row 2: a timestamp that is a double must be below 9007199254740992," in message([path])
+
+
+def test_csv_times_keep_every_digit(tmp_path: Path) -> None:
+    path = write(tmp_path, events(timestamp=[f"{BIG}.0", f"{BIG + 1}"]), "log.csv")
+    assert only_block(read_log([path], Columns())).timestamps.tolist() == [BIG, BIG + 1]
+
+
+@pytest.mark.parametrize("value", ["0x10", "1e9"])
+def test_other_ways_to_write_integers(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, events(timestamp=["5", value]), "log.csv")
+    assert f"row 2: a timestamp must be an integer (64 bits, any unit) or a date. Received: timestamp='{value}'." in (
+        message([path])
+    )
+
+
+def log_with(timestamps: pa.Array) -> pa.Table:
+    return pa.table({"user_id": ["u"] * len(timestamps), "item_id": ["i"] * len(timestamps), "timestamp": timestamps})
+
+
+def times_of(folder: Path, timestamps: pa.Array) -> list[int]:
+    pq.write_table(log_with(timestamps), folder / "log.parquet")
+    return only_block(read_log([folder / "log.parquet"], Columns())).timestamps.tolist()
+
+
+NAIVE, ZONED = "2020-01-01T00:00:00", "2020-01-01T00:00:00+05:00"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["zone first", "zone last"])
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl"])
+@pytest.mark.parametrize("zoned", [ZONED, "2020-01-01T00:00:00Z", "2020-01-01 00:00+0100", "2020-01-01 00:00+01"])
+def test_all_times_have_a_zone_or_none(tmp_path: Path, name: str, zoned: str, first: bool) -> None:
+    """In one file, and over files."""
+    values = [zoned, NAIVE] if first else [NAIVE, zoned]
+    rule = f": all timestamps must have a time zone, or none of them; those before have {'one' if first else 'none'}. "
+    received = f"Received: timestamp={values[1]!r}. Write all of them with a zone, or all without."
+    assert f"log{Path(name).suffix}, row 2{rule}{received}" in message(
+        [write(tmp_path, events(timestamp=values), name)]
+    )
+    files = [write(tmp_path, events(timestamp=[values[n]] * 2), f"{n}{Path(name).suffix}") for n in (0, 1)]
+    assert f"1{Path(name).suffix}, row 1{rule}{received}" in message(files)
+    assert len(only_block(read_log(files[:1], Columns())).timestamps) == 2
+
+
+def test_typed_times_have_a_zone_or_none(tmp_path: Path) -> None:
+    for name, zone in (("a", "UTC"), ("b", None), ("c", "Europe/Paris")):
+        pq.write_table(log_with(pa.array([1], pa.timestamp("us", zone))), tmp_path / f"{name}.parquet")
+    a, b, c = (tmp_path / f"{name}.parquet" for name in "abc")
+    assert only_block(read_log([a, c], Columns())).timestamps.tolist() == [1, 1]
+    assert (
+        "b.parquet, row 1: all timestamps must have a time zone, or none of them; those before have one. "
+        in message([a, b])
+    )
+    pq.write_table(log_with(pa.array([NAIVE])), b)
+    assert "b.parquet, row 1: all timestamps must have a time zone" in message([a, b])
+
+
+def test_a_time_that_is_none_among_those_with_a_zone(tmp_path: Path) -> None:
+    path = write(tmp_path, events(timestamp=[ZONED, "soon", NAIVE]), "log.csv")
+    assert (
+        "row 2: a timestamp must be an integer (64 bits, any unit) or a date. Received: timestamp='soon'."
+        in message([path])
+    )
+
+
+# --- Empty text is no value. ---
+
+
+def write_empty(folder: Path, name: str, column: str, others: list) -> Path:
+    """Writes a log whose second row has nothing in `column`; a name without a suffix is that of a folder."""
+    if name == "partition":
+        (folder / f"{column}=").mkdir(exist_ok=True)
+        rows = [{key: value for key, value in row.items() if key != column} for row in events(item_id=["i", "j"])]
+        return write(folder / f"{column}=", rows, "log.csv")
+    rows = events(**{"item_id": ["i", "j", "k"], column: [others[0], "", others[1]]})
+    return write(folder, rows, name)
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl", "partition"])
+def test_an_empty_feature_is_unknown(tmp_path: Path, name: str) -> None:
+    path = write_empty(tmp_path, name, "category_id", ["red", "blue"])
+    feature = read_log([path], Columns()).item_features["category_id"]
+    known = [] if name == "partition" else ["red", "blue"]
+    assert feature.ids.to_pylist() == known
+    assert feature.of_item.tolist() == ([0, 1, 0, 2] if known else [0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv", "log.jsonl", "partition"])
+@pytest.mark.parametrize(
+    ("column", "others", "rule"),
+    [
+        ("user_id", ["u", "v"], "every event needs a user_id"),
+        ("item_id", ["i", "j"], "every event needs a item_id"),
+        ("timestamp", ["1", "2"], "every event needs a timestamp"),
+        ("timestamp", ["2020-01-01", "2020-01-02"], "every event needs a timestamp"),
+        ("label", ["1", "0"], "a label must be 0 or 1"),
+    ],
+)
+def test_an_empty_value_that_must_be_there(tmp_path: Path, name: str, column: str, others: list, rule: str) -> None:
+    row = 1 if name == "partition" else 2
+    text = message([write_empty(tmp_path, name, column, others)])
+    assert f", row {row}: {rule}. Received: no {column}. Fill it in" in text
+
+
+def test_a_file_of_empty_features_agrees_with_integers(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path, events(item_id=["i"], category_id=[""]), "a.parquet"),
+        write(tmp_path, events(item_id=["j"], category_id=[3]), "b.parquet"),
+    ]
+    assert read_log(files, Columns()).item_features["category_id"].ids.to_pylist() == [3]
 
 
 @pytest.mark.parametrize(

@@ -342,3 +342,50 @@ def test_nothing_is_published_that_is_not_whole(tmp_path: Path) -> None:
         stream.write(b"whole")
         assert not (tmp_path / "a").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# --- Times. ---
+
+
+def times(path: Path, first_row: int = 0, num_rows: int = 2) -> list[int]:
+    table = open_table(path)
+    return [time for rows in table.read(first_row, num_rows, 1) for time in table.times(rows, first_row, "t").tolist()]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl"])
+def test_times(tmp_path: Path, name: str) -> None:
+    assert times(write(tmp_path / name, [{"t": 5}, {"t": 6}])) == [5, 6]
+    assert times(write(tmp_path / name, [{"t": 5.0}, {"t": 6.0}])) == [5, 6]
+    assert times(write(tmp_path / name, [{"t": "1970-01-01"}, {"t": "1970-01-01 00:00:01"}])) == [0, 1_000_000]
+
+
+@pytest.mark.parametrize("good", [b"1", b"2020-01-01", b"\xff"])
+def test_times_that_are_no_utf8(tmp_path: Path, good: bytes) -> None:
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array([good, b"\xff\x1b[2J"], pa.binary()).buffers())
+    pq.write_table(pa.table({"t": text}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet, row \d: text must be UTF-8\. Received: t=b'\\xff"):
+        times(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl"])
+def test_empty_times(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"row 1: every event needs a t\. Received: no t\."):
+        times(write(tmp_path / name, [{"t": ""}, {"t": "2020-01-01"}]))
+
+
+def test_times_of_other_kinds_in_json(tmp_path: Path) -> None:
+    for value in (True, [1], "6"):
+        path = write(tmp_path / "t.jsonl", [{"t": 5}, {"t": value}])
+        table = open_table(path)
+        (rows,) = table.read(0, 2, 2)
+        with pytest.raises(InputError, match=r"t\.jsonl, row 2: a timestamp must be .* Received: t=.*\. Correct it"):
+            table.times(rows, 0, "t")
+
+
+def test_all_times_of_a_table_have_a_zone_or_none(tmp_path: Path) -> None:
+    """Whatever the batches."""
+    path = write(tmp_path / "t.csv", [{"t": "2020-01-01T00:00:00Z"}, {"t": "2020-01-01T00:00:00"}])
+    with pytest.raises(
+        InputError, match=r"all timestamps must have a time zone, or none of them; those before have one"
+    ):
+        times(path)
