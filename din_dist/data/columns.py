@@ -60,7 +60,7 @@ class Columns:
             if count != 1:
                 raise InputError(
                     f"{file}: column {name!r} {'occurs more than once' if count else 'is missing'}. "
-                    f"Received: columns {', '.join(layout.names)}. "
+                    f"Received: {formats.shown_names(layout.names)} "
                     "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
                     "--label_column, --item_features)."
                 )
@@ -88,7 +88,7 @@ class Layout:
     late: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, file: Path, form: Format, wanted: Sequence[str]) -> Layout | None:
+    def of(cls, file: Path, form: Format, wanted: Columns) -> Layout | None:
         """Returns the layout of a file; None where it has no rows that could tell it.
 
         Raises:
@@ -103,8 +103,10 @@ class Layout:
                 case Format.CSV:
                     names = formats.csv_names(file)
                 case Format.JSON_LINES:
-                    types, late = formats.json_types(file, wanted)
+                    types, late = formats.json_types(file, wanted.names)
                     names = list(types)
+                    if types.get(wanted.label) == pa.int64():
+                        types[wanted.label] = pa.float64()  # 1 and 1.0 are one kind
         if not names and form is Format.JSON_LINES:
             return None
         partition = {name: value for name, value in partition_of(file).items() if name not in names}
@@ -120,7 +122,7 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
         InputError: the files break one of the rules; the text names file, row (from 1, without the header) and value.
     """
     form = form or format_of(files[0]) or Format.PARQUET
-    found = {file: Layout.of(file, form, columns.names) for file in files}
+    found = {file: Layout.of(file, form, columns) for file in files}
     layouts = {file: layout for file, layout in found.items() if layout}
     columns = columns.chosen(layouts) if layouts else columns
     rows = Rows()
@@ -469,7 +471,11 @@ def _plain(column: pa.Array) -> pa.Array:
     """Returns a column without a dictionary, whose order and unused entries are an accident of the file."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.large_string())
+    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # which Arrow cannot compare or convert
+        return column.cast(pa.decimal128(38, column.type.scale))
+    return column
 
 
 def without_empty(column: pa.Array) -> pa.Array:
@@ -526,9 +532,9 @@ def _batches_inside(file: Path, form: Format, layout: Layout, names: list[str]) 
             with reading(file, form), pq.ParquetFile(file) as parquet:
                 yield from parquet.iter_batches(formats.ROWS_PER_BATCH, columns=names)
         case Format.CSV:
-            with reading(file, form, lambda: formats.csv_row_of_wrong_width(file, names)):
+            with reading(file, form, lambda: formats.csv_fault(file, names)):
                 yield from formats.csv_reader(file, names)
         case Format.JSON_LINES:
             types = {name: layout.json_types[name] for name in names}
-            with reading(file, form, lambda: formats.json_row_of_wrong_type(file, types)):
+            with reading(file, form, lambda: formats.json_fault(file, types)):
                 yield from formats.json_reader(file, types)

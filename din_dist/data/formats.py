@@ -10,6 +10,7 @@ import csv
 import enum
 import json
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +31,12 @@ MOST_LINE_BYTES = 64 << 20
 _MOST_HEADER_BYTES = 1 << 20
 HEAD_ROWS = 1000  # of JSON lines, all of whose fields are noted
 _BLOCK_BYTES = 4 << 20
+_TEXT = pa.string()
 INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"  # as logs of integers write them: 007 is another id than 7
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# A name in which an ASCII character has an escape; the bounds keep the search linear.
+_ESCAPED_KEY = re.compile(rb'\\u00[2-7][0-9a-fA-F][^"\\]{0,200}(?:\\.[^"\\]{0,200}){0,20}"\s*:')
 
 
 class Format(enum.StrEnum):
@@ -67,7 +72,11 @@ def compression_of(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
-    """Turns whatever a reader raises about a damaged file into one line; `locate` finds the row, once it is needed."""
+    """Turns whatever a reader raises about a damaged file into one line.
+
+    `locate` finds the row, once it is needed: it returns the row as a piece of the text, or raises an `InputError` that
+    says more.
+    """
     try:
         if not file.stat().st_size:
             raise InputError(f"{file}: a log must have events. Received: an empty file. Give another, or delete it.")
@@ -78,6 +87,8 @@ def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterat
         if isinstance(error, InputError):
             raise
         detail = " ".join(str(error).split())[:300]
+        if form is Format.JSON_LINES:
+            detail = re.sub(r",? in row \d+", "", detail)  # Arrow counts from 0, in each of its blocks
         raise InputError(
             f"{file}{locate()}: must be {form} from end to end. Received: {detail}. "
             "Correct the row; if the file was cut off, write it again."
@@ -88,11 +99,18 @@ def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterat
 
 
 def open_stream(file: Path) -> pa.NativeFile:
-    """Opens a file's content, decompressed and without a byte order mark."""
+    """Opens a file's content, decompressed and without a byte order mark.
+
+    Raises:
+        InputError: it is UTF-16.
+    """
     stream = _decompressed(file)
-    if stream.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK:
+    head = stream.read(len(_BYTE_ORDER_MARK))
+    if head == _BYTE_ORDER_MARK:
         return stream
     stream.close()
+    if head.startswith(_UTF_16_MARKS) or b"\0" in head[:2]:
+        raise InputError(f"{file}: text must be UTF-8. Received: UTF-16. Write the file anew, as UTF-8.")
     return _decompressed(file)
 
 
@@ -130,48 +148,104 @@ def csv_names(file: Path) -> list[str]:
     """Returns the columns that a CSV file's header names.
 
     Raises:
-        ValueError: the header is no text, or too long.
+        InputError: there is no header, or it is not UTF-8.
+        ValueError: it is too long.
     """
     with open_stream(file) as stream:
         head = stream.read(_MOST_HEADER_BYTES)
     line, found, _ = head.partition(b"\n")
     if not found and len(head) == _MOST_HEADER_BYTES:
         raise ValueError(f"a header of more than {_MOST_HEADER_BYTES >> 20} MiB")
-    return next(csv.reader([line.decode()]), [])
+    if not line.strip():
+        received = "an empty first line" if head.strip() else "an empty file"
+        raise InputError(f"{file}: the first line must name the columns. Received: {received}. Correct the file.")
+    try:
+        return next(csv.reader([line.decode()]), [])
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{file}, the first line", line, error) from error
 
 
-def csv_reader(file: Path, names: Sequence[str], threads: bool = True, **options: Any) -> Iterator[pa.RecordBatch]:
+def shown_names(names: Sequence[str]) -> str:
+    """Returns columns' names as a sentence for an error's text, in which tabs, ends of lines and blanks are seen."""
+    told = ", ".join(name if name.isprintable() and name == name.strip() and name else repr(name) for name in names)
+    separator = next((sign for sign in "\t;|" if len(names) == 1 and sign in names[0]), None)
+    comma = f" Columns of CSV must be separated by commas, not by {separator!r}." if separator else ""
+    return f"columns {told or 'none'}.{comma}"
+
+
+def _not_utf8(place: str, text: bytes, error: UnicodeDecodeError) -> InputError:
+    received = shown(text[max(0, error.start - 20) : error.start + 20])
+    return InputError(f"{place}: text must be UTF-8. Received: {received}. Write the file anew, as UTF-8.")
+
+
+def csv_reader(
+    file: Path, names: Sequence[str], threads: bool = True, kind: pa.DataType = _TEXT, **options: Any
+) -> Iterator[pa.RecordBatch]:
     """Reads every column as text: what a file's first rows look like is no promise about the rest."""
-    return pyarrow.csv.open_csv(
-        open_stream(file),
-        pyarrow.csv.ReadOptions(block_size=BYTES_PER_BATCH, use_threads=threads),
-        pyarrow.csv.ParseOptions(newlines_in_values=True, **options),
-        pyarrow.csv.ConvertOptions(
-            include_columns=list(names),
-            column_types=dict.fromkeys(names, pa.string()),
-            strings_can_be_null=True,
-            null_values=[""],
-        ),
-    )
+    try:
+        return pyarrow.csv.open_csv(
+            open_stream(file),
+            pyarrow.csv.ReadOptions(block_size=BYTES_PER_BATCH, use_threads=threads),
+            pyarrow.csv.ParseOptions(newlines_in_values=True, **options),
+            pyarrow.csv.ConvertOptions(
+                include_columns=list(names),
+                column_types=dict.fromkeys(names, kind),
+                strings_can_be_null=True,
+                null_values=[""],
+            ),
+        )
+    except pa.ArrowInvalid:
+        if _is_header_only(file):
+            return iter(())
+        raise
 
 
-def csv_row_of_wrong_width(file: Path, names: Sequence[str]) -> str:
-    """Finds the row that made a reader fail, as a piece of an error's text."""
+def _is_header_only(file: Path) -> bool:
+    """Tells whether a header without an end of line is all; Arrow takes that for no CSV."""
+    with open_stream(file) as stream:
+        head = stream.read(_MOST_HEADER_BYTES)
+    return b"\n" not in head and b"\r" not in head and len(head) < _MOST_HEADER_BYTES
+
+
+def csv_fault(file: Path, names: Sequence[str]) -> str:
+    """Finds the row of wrong width that made a reader fail, as a piece of an error's text.
+
+    Raises:
+        InputError: instead, a row is not UTF-8.
+    """
     found: list[int] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
         found.append(row.number)
         return "error"
 
+    rows = 0
     with contextlib.suppress(pa.ArrowException, OSError, EOFError):
-        for _ in csv_reader(file, names, threads=False, invalid_row_handler=note):
-            pass
+        for batch in csv_reader(file, names, threads=False, kind=pa.binary(), invalid_row_handler=note):
+            for name in names:
+                _require_utf8(file, rows, name, batch.column(name))
+            rows += len(batch)
     return f", row {found[0] - 1}" if found and found[0] else ""  # Arrow counts the header
+
+
+def _require_utf8(file: Path, rows_before: int, name: str, column: pa.Array) -> None:
+    try:
+        column.cast(pa.string())
+    except pa.ArrowInvalid:
+        for row, value in enumerate(column.to_pylist(), start=rows_before + 1):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{file}, row {row}: text must be UTF-8. Received: {name}={shown(value)}. Write the file anew, as "
+                    "UTF-8."
+                ) from error
 
 
 # --- JSON lines. ---
 
 _ARROW_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64(), type(None): pa.null()}
+_KINDS = {pa.string(): "text", pa.bool_(): "true or false", pa.int64(): "integers", pa.float64(): "numbers"}
 _PYTHON_TYPES: dict[pa.DataType, list[type]] = {
     pa.string(): [str],
     pa.bool_(): [bool],
@@ -187,7 +261,7 @@ def json_types(file: Path, wanted: Sequence[str]) -> tuple[dict[str, pa.DataType
     Also returns which of these are in none of the first rows.
 
     Raises:
-        InputError: a line is no JSON object.
+        InputError: a line is no JSON object, or not UTF-8.
         ValueError: a line is too long, or the file cannot be decompressed.
     """
     types: dict[str, pa.DataType] = {}
@@ -213,14 +287,16 @@ def _lines_to_look_at(file: Path, missing: Callable[[], list[str]]) -> Iterator[
         keys = _written(missing())
         if number >= HEAD_ROWS and not keys:
             return
-        if number >= HEAD_ROWS and not any(key in block for key in keys):
+        escapes = b"\\u00" in block and _ESCAPED_KEY.search(block) is not None
+        if number >= HEAD_ROWS and not escapes and not any(key in block for key in keys):
             number += _num_rows(block)
             continue
         for line in block.split(b"\n"):
             if not line.strip():
                 continue
             number += 1
-            if number <= HEAD_ROWS or any(key in line for key in keys):
+            looked_at = number <= HEAD_ROWS or any(key in line for key in keys)
+            if looked_at or (escapes and _ESCAPED_KEY.search(line)):
                 yield number, line
                 keys = _written(missing())
 
@@ -243,25 +319,16 @@ def _written(names: Sequence[str]) -> list[bytes]:
     return [key.encode(errors="surrogatepass") for key in dict.fromkeys(keys)]
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields each row, from 1, and its fields; slowly. Blank lines are no rows."""
-    number = 0
-    for block in blocks_of_lines(file):
-        for line in block.split(b"\n"):
-            if line.strip():
-                number += 1
-                yield number, json_fields(file, number, line)
-
-
 def json_fields(file: Path, number: int, line: bytes) -> dict[str, Any]:
     """Returns what is in a line.
 
     Raises:
-        InputError: it is no JSON object.
+        InputError: it is no JSON object, or not UTF-8.
     """
-    received = line.decode(errors="replace").strip()[:100]
+    text = _json_text(file, number, line)
+    received = text.strip()[:100]
     try:
-        fields = parse_json(line)
+        fields = parse_json(text)
     except NestedTooDeeply as error:
         fields, received = None, str(error)
     except ValueError:
@@ -274,6 +341,19 @@ def json_fields(file: Path, number: int, line: bytes) -> dict[str, Any]:
     return fields
 
 
+def _json_text(file: Path, number: int, line: bytes) -> str:
+    if line.lstrip().startswith(_BYTE_ORDER_MARK):
+        received = r"\ufeff" + line.decode(errors="replace").strip()[1:100]
+        raise InputError(
+            f"{file}, row {number}: a byte order mark may only stand at the start of a file. Received: {received}. "
+            "Remove it."
+        )
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{file}, row {number}", line, error) from error
+
+
 def json_reader(file: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
     """Reads the fields that `types` names."""
     return pyarrow.json.open_json(
@@ -283,16 +363,64 @@ def json_reader(file: Path, types: dict[str, pa.DataType]) -> Iterator[pa.Record
     )
 
 
-def json_row_of_wrong_type(file: Path, types: dict[str, pa.DataType]) -> str:
-    """Finds the row that made a reader fail, as a piece of an error's text."""
-    with contextlib.suppress(OSError, EOFError, lzma.LZMAError):  # cut off: there is no such row
-        for row, fields in json_rows(file):
-            for name, kind in types.items():
-                value = fields.get(name)
-                fits = type(value) in _PYTHON_TYPES.get(kind, [])
-                if value is not None and not (fits and is_64_bits(value)):
-                    return f", row {row} ({name}={shown(value)})"
+def json_fault(file: Path, types: dict[str, pa.DataType]) -> str:
+    """Finds, slowly, the row that made a reader fail.
+
+    Raises:
+        InputError: naming it; nothing is raised if there is none, as where the file was cut off.
+    """
+    number = 0
+    with contextlib.suppress(OSError, EOFError, lzma.LZMAError):
+        for block in blocks_of_lines(file):
+            for line in block.split(b"\n"):
+                if line.strip():
+                    number += 1
+                    _check_json_row(file, number, line, types)
     return ""
+
+
+def _check_json_row(file: Path, number: int, line: bytes, types: dict[str, pa.DataType]) -> None:
+    place = f"{file}, row {number}"
+    fields = json_fields(file, number, line)
+    _check_what_python_takes(place, line.decode().strip(), list(types))
+    for name, kind in types.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if type(value) not in _PYTHON_TYPES.get(kind, []):
+            rule = f"all values of {name} must be {_KINDS.get(kind, 'text, numbers, or true or false')}"
+            alike = ", as the first one is" if kind in _KINDS else ""
+            raise InputError(f"{place}: {rule}{alike}. Received: {name}={shown(value)}. Write them alike.")
+        if kind == pa.int64() and not is_64_bits(value):
+            raise InputError(f"{place}: integers must fit 64 bits. Received: {name}={shown(value)}. Make ids strings.")
+
+
+def _check_what_python_takes(place: str, text: str, columns: list[str]) -> None:
+    """Checks what Python's parser lets pass, and Arrow's does not."""
+    outermost: list[tuple[str, Any]] = []
+    large: list[str] = []
+
+    def note_number(digits: str) -> float:
+        if math.isinf(float(digits)):
+            large.append(digits)
+        return 0.0
+
+    def note_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        outermost[:] = pairs  # the last call is that of the outermost object
+        return dict(pairs)
+
+    fields = json.loads(text, object_pairs_hook=note_names, parse_float=note_number)
+    names = [name for name, _ in outermost]
+    twice = next((name for name in columns if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{place}: a row must name a column once. Received: {twice!r} twice. Remove one.")
+    if large:
+        raise InputError(f"{place}: numbers must fit a float64. Received: {shown(large[0])}. Correct the row.")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        received = f"half a surrogate pair, in {text[:100]}"
+        raise InputError(f"{place}: text must be whole characters. Received: {received}. Correct the row.") from error
 
 
 def is_64_bits(value: object) -> bool:

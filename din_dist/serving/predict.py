@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist.config import LogFormat
+from din_dist.data.formats import shown_names
 from din_dist.errors import InputError
 from din_dist.files import published
 from din_dist.progress import at, each
@@ -323,7 +324,7 @@ def check_columns(plan: Plan, question: Question) -> None:
             if columns.count(name) != 1 and columns:
                 what = "occurs more than once" if name in columns else "is missing"
                 raise InputError(
-                    f"{path}: column {name!r} {what}. Received: columns {', '.join(columns)}. Correct the file, or "
+                    f"{path}: column {name!r} {what}. Received: {shown_names(columns)} Correct the file, or "
                     "name your column (--history_column, --user_column, --item_column, --candidates_column, "
                     "--before_column)."
                 )

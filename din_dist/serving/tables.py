@@ -32,9 +32,9 @@ from din_dist.data.formats import (
     Format,
     blocks_of_lines,
     compression_of,
+    csv_fault,
     csv_names,
     csv_reader,
-    csv_row_of_wrong_width,
     format_of,
     is_64_bits,
     reading,
@@ -456,7 +456,7 @@ class _Csv(_TextTable):
             raise InputError(
                 f"{self.path}: columns must have different names. Received: {', '.join(names)}. Correct the header."
             )
-        with reading(self.path, Format.CSV, lambda: csv_row_of_wrong_width(self.path, names)):
+        with reading(self.path, Format.CSV, lambda: csv_fault(self.path, names)):
             yield from csv_reader(self.path, names)
 
     def _open(self, first_row: int) -> tuple[int, Iterator[pa.RecordBatch]]:

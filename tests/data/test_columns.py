@@ -434,10 +434,51 @@ def test_a_csv_row_of_the_wrong_width(tmp_path: Path) -> None:
     )
 
 
-def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
+def test_csv_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.csv"
-    path.write_bytes(b"user_id,item_id,timestamp\n\xff,i,1\n")
-    assert "invalid UTF8" in message([path])
+    path.write_bytes(b"user_id,item_id,timestamp\n" + b'u,"i\nj",1\n' * 20 + b"u\xe9,i,1\n")
+    assert r"row 21: text must be UTF-8. Received: user_id=b'u\xe9'. Write the file anew, as UTF-8." in message([path])
+    monkeypatch.setattr(formats, "BYTES_PER_BATCH", 64)
+    assert r"row 21: text must be UTF-8. Received: user_id=b'u\xe9'." in message([path])
+    path.write_bytes(b"us\xe9,user_id,item_id,timestamp\nu,u,i,1\n")
+    assert r"log.csv, the first line: text must be UTF-8. Received: b'us\xe9,user_id,item" in message([path])
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
+def test_utf_16(tmp_path: Path, name: str, encoding: str) -> None:
+    path = write(tmp_path, ROWS, name)
+    path.write_bytes(path.read_text().encode(encoding))
+    assert f"{name}: text must be UTF-8. Received: UTF-16. Write the file anew, as UTF-8." in message([path])
+
+
+@pytest.mark.parametrize(("separator", "shown"), [("\t", r"\t"), (";", ";"), ("|", "|")])
+def test_csv_with_other_separators(tmp_path: Path, separator: str, shown: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,i,1\n".replace(",", separator))
+    names = f"user_id{shown}item_id{shown}timestamp"
+    names = f"'{names}'" if separator == "\t" else names
+    assert f"Received: columns {names}. Columns of CSV must be separated by commas, not by '{shown}'. " in message(
+        [path]
+    )
+
+
+def test_names_whose_blanks_are_not_seen(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id, item_id,timestamp\x1b[2J\nu,i,1\n")
+    assert (
+        r"column 'item_id' is missing. Received: columns user_id, ' item_id', 'timestamp\x1b[2J'. Correct"
+        in message([path])
+    )
+    pq.write_table(pa.table({}), tmp_path / "log.parquet")
+    assert "Received: columns none. Correct" in message([tmp_path / "log.parquet"])
+
+
+def test_a_csv_header_without_an_end(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user_id,item_id,timestamp")
+    assert "a log must have events. Received: no rows in 1 file(s)." in message([tmp_path / "a.csv"])
+    full = write(tmp_path, events(user_id=["u"]), "b.csv")
+    assert len(only_block(read_log([tmp_path / "a.csv", full], Columns())).item_ids) == 1
 
 
 @pytest.mark.parametrize(
@@ -445,16 +486,74 @@ def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
     [
         ('{"user_id": "u", "item_id": "i", "timest', "row 3: each line must be one JSON object. Received: "),
         ("[1]", "row 3: each line must be one JSON object. Received: [1]."),
-        ('{"user_id": 5, "item_id": "i", "timestamp": 1}', "row 3 (user_id=5): must be JSON lines from end to end."),
-        ('{"user_id": "u", "item_id": "i", "timestamp": 1.5}', "row 3 (timestamp=1.5): must be JSON lines from"),
+        (
+            '{"user_id": 5, "item_id": "i", "timestamp": 1}',
+            "row 3: all values of user_id must be text, as the first one is. Received: user_id=5.",
+        ),
+        (
+            '{"user_id": "u", "item_id": "i", "timestamp": 1.5}',
+            "row 3: all values of timestamp must be integers, as the first one is. Received: timestamp=1.5.",
+        ),
+        ('{"user_id": ["u"], "item_id": "i", "timestamp": 1}', "row 3: all values of user_id must be text, as the"),
+        (
+            '{"user_id": "u", "item_id": "i", "item_id": "j"}',
+            "row 3: a row must name a column once. Received: 'item_id'",
+        ),
+        ('{"user_id": "u", "item_id": "i", "x": [1e400]}', "row 3: numbers must fit a float64. Received: '1e400'."),
+        (
+            r'{"user_id": "u", "item_id": "i", "x": ["\ud800"]}',
+            "row 3: text must be whole characters. Received: half a",
+        ),
+        (
+            '\ufeff{"user_id": "u", "item_id": "i", "timestamp": 1}',
+            "row 3: a byte order mark may only stand at the start",
+        ),
     ],
 )
 @pytest.mark.parametrize("typed", [1, 1000])
 def test_malformed_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: str, typed: int) -> None:
     monkeypatch.setattr(formats, "HEAD_ROWS", typed)
     path = tmp_path / "log.jsonl"
-    path.write_text('{"user_id": "u", "item_id": "i", "timestamp": 1}\n' * 2 + line + "\n")
+    path.write_text('{"user_id": "u", "item_id": "i", "timestamp": 1}\n\n' * 2 + line + "\n")
     assert expected in message([path])
+    assert re.findall(r"row \d+", message([path])) == ["row 3"]
+
+
+def test_json_whose_first_value_is_none_that_can_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path, events(user_id=[["u"]]), "log.jsonl")
+    assert "row 1: all values of user_id must be text, numbers, or true or false. Received: user_id=['u']." in message(
+        [path]
+    )
+
+
+@pytest.mark.parametrize("typed", [1, 1000])
+def test_json_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: int) -> None:
+    monkeypatch.setattr(formats, "HEAD_ROWS", typed)
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"user_id": "u", "item_id": "i", "timestamp": 1}\n' * 2 + b'{"user_id": "\xe9", "item_id": "i"}')
+    assert "row 3: text must be UTF-8. Received: " in message([path])
+
+
+@pytest.mark.parametrize("values", [[1, 0.0, 1.0, 0], [1.0, 0], [0, 1.0], [True, False], ["1", "0.0", "true"]], ids=str)
+def test_json_labels_of_one_kind(tmp_path: Path, values: list) -> None:
+    log = read_log([write(tmp_path, events(label=values), "log.jsonl")], Columns())
+    assert only_block(log).labels.tolist() == [int(value in (1, "1", "true")) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 0.0, True], "numbers"),
+        ([1.0, 0, "1"], "numbers"),
+        ([True, False, 1], "true or false"),
+        (["1", "0", 1], "text"),
+    ],
+    ids=str,
+)
+def test_json_labels_of_several_kinds(tmp_path: Path, values: list, kind: str) -> None:
+    text = message([write(tmp_path, events(label=values), "log.jsonl")])
+    assert f"row 3: all values of label must be {kind}, as the first one is. Received: label={values[2]!r}." in text
+    assert re.findall(r"row \d+", text) == ["row 3"]
 
 
 # --- Nothing is decided by a file's first rows, and what is read is bounded. ---
@@ -479,6 +578,15 @@ def test_compressed_text(tmp_path: Path, name: str, suffix: str) -> None:
     assert only_block(log).timestamps.tolist() == [10, 30, 30, 20]
     path.write_bytes(COMPRESS[suffix](content)[:-9])
     assert "from end to end" in message([path])
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_csv_without_a_first_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"log.csv{suffix}"
+    path.write_bytes(COMPRESS[suffix](b""))
+    assert f"log.csv{suffix}: the first line must name the columns. Received: an empty file." in message([path])
+    path.write_bytes(COMPRESS[suffix](b"\n\nuser_id,item_id,timestamp\nu,i,1\n"))
+    assert "the first line must name the columns. Received: an empty first line. Correct the file." in message([path])
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "log.csv"])
@@ -507,6 +615,20 @@ def test_json_columns_that_begin_late(
     assert log.item_features[column].of_item.tolist() == [0, *[0] * 9, 1]
     assert log.late_columns == (column,)
     assert read_log([path], Columns(item_features=())).late_columns == ()
+
+
+@pytest.mark.parametrize(
+    "key", [r'"la\u0062el"', r'"\u006cabel" ', r'"\u006C\u0061bel"', r'"\u006c\u0061\u0062\u0065\u006c"']
+)
+def test_late_names_in_which_any_letter_has_an_escape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    monkeypatch.setattr(formats, "_BLOCK_BYTES", 100)
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps(row)[:-1] + r', "x": "a\u0026b\u0027"}' for row in events(item_id=list("abcdef"))]
+    path.write_text("\n".join(lines[:-1]) + f"\n{lines[-1][:-1]}, {key}: 1}}\n")
+    assert "log.jsonl, row 1: a label must be 0 or 1. Received: no label. " in message([path])
 
 
 def test_labels_that_begin_late_are_missed_in_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +662,7 @@ def test_json_of_blank_lines(tmp_path: Path, content: str) -> None:
 def test_json_ids_beyond_64_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int, typed: int) -> None:
     monkeypatch.setattr(formats, "HEAD_ROWS", typed)
     path = write(tmp_path, events(user_id=[1, 2, value]), "log.jsonl")
-    assert f"log.jsonl, row 3 (user_id={value}): must be JSON lines from end to end." in message([path])
+    assert f"log.jsonl, row 3: integers must fit 64 bits. Received: user_id={value}. Make" in message([path])
 
 
 def test_deeply_nested_json(tmp_path: Path) -> None:
@@ -623,7 +745,11 @@ def test_a_column_without_any_value_agrees_with_every_type(
 
 @pytest.mark.parametrize(
     "values",
-    [pa.array([1, 0], pa.float16()), pa.array([1, 0], pa.decimal128(3, 1)), pa.array([1, 0], pa.uint64())],
+    [
+        pa.array([1, 0], pa.float16()),
+        pa.array([1, 0], pa.uint64()),
+        *(pa.array([1, 0], kind) for kind in (pa.decimal128(3, 1), pa.decimal32(3, 1), pa.decimal64(3, 1))),
+    ],
     ids=lambda values: str(values.type),
 )
 def test_labels_and_times_of_rare_types(tmp_path: Path, values: pa.Array) -> None:

@@ -272,7 +272,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     for name, text in (("t.csv", b"user\nu1\n\xff\xfe\n"), ("t.jsonl", b'{"user": "u1"}\n{"user": "\xff"}\n')):
         path = tmp_path / name
         path.write_bytes(text)
-        assert ("UTF-8" if "json" in name else "invalid UTF8") in refused(path, FIELDS[0])
+        assert "row 2: text must be UTF-8. Received: " in refused(path, FIELDS[0])
     zipped = tmp_path / "t.jsonl.gz"
     zipped.write_bytes(gzip.compress(b'{"user": "u1"}\n' * 1000)[:-10])
     assert "must be JSON lines from end to end" in refused(zipped, FIELDS[0])
@@ -371,6 +371,14 @@ def test_times_that_are_no_utf8(tmp_path: Path, good: bytes) -> None:
 def test_empty_times(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"row 1: every event needs a t\. Received: no t\."):
         times(write(tmp_path / name, [{"t": ""}, {"t": "2020-01-01"}]))
+
+
+def test_utf_16(tmp_path: Path) -> None:
+    for name in ("t.csv", "t.jsonl"):
+        path = tmp_path / name
+        path.write_bytes((tmp_path / write(tmp_path / name).name).read_text(encoding="utf-8").encode("utf-16"))
+        with pytest.raises(InputError, match=r"text must be UTF-8\. Received: UTF-16\. Write the file anew, as UTF-8"):
+            open_table(path).survey()
 
 
 def test_times_of_other_kinds_in_json(tmp_path: Path) -> None:
