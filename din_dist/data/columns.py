@@ -109,7 +109,8 @@ class Layout:
                         types[wanted.label] = pa.float64()  # 1 and 1.0 are one kind
         if not names and form is Format.JSON_LINES:
             return None
-        partition = {name: value for name, value in partition_of(file).items() if name not in names}
+        told = partition_of(file, [name for name in wanted.names if name not in names])
+        partition = {name: value for name, value in told.items() if name not in names}
         return cls((*names, *partition), partition, types, tuple(late))
 
 
@@ -133,7 +134,7 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
         rows.begin(file)
         for batch in filter(len, _batches(file, form, layout, columns.names)):
             for column in (users, items, times, *([labels] if columns.label else []), *features):
-                column.add(batch.column(column.name))
+                column.add(batch.column(column.name), column.name in layout.partition)
             rows.advance(batch.num_rows)
     if not rows.count:
         raise InputError(f"{files[0]}: a log must have events. Received: no rows in {len(files)} file(s). Give others.")
@@ -190,8 +191,12 @@ class _Column(abc.ABC):
         self._rows = rows
 
     @abc.abstractmethod
-    def add(self, column: pa.Array) -> None:
-        """Takes the next batch's column; raises `InputError` for a value that breaks a rule."""
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        """Takes the next batch's column, `from_folder` if a folder's name gives it.
+
+        Raises:
+            InputError: a value breaks a rule.
+        """
 
     def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
         """The error for the first of the rows where `bad` is true."""
@@ -222,8 +227,9 @@ class _IdColumn(_Column):
         self._nullable = nullable
         self._value_type: pa.DataType | None = None
         self._chunks: list[pa.DictionaryArray | int] = []  # a number: of rows without a value
+        self._from_folders: dict[int, int] = {}  # chunks with what folders tell, and their first row
 
-    def add(self, column: pa.Array) -> None:
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = _plain(column)
         if pa.types.is_floating(column.type) and pc.all(pc.is_nan(_widened(column))).as_py() is not False:
             column = pa.nulls(len(column))  # as pandas writes a column without any value
@@ -239,16 +245,19 @@ class _IdColumn(_Column):
         if column.null_count == len(column):  # what has no value agrees with every type
             self._chunks.append(len(column))
             return
-        if self._value_type not in (None, value_type):
+        if not from_folder and self._value_type not in (None, value_type):
             rule = f"all ids of a column must be of one type, {self._value_type} so far"
             raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
         if is_text(column.type):
             self.require_utf8(column)
         encoded = column.dictionary_encode()
         if is_text(column.type) and pc.index(encoded.dictionary, "").as_py() >= 0:
-            self.add(without_empty(column))
+            self.add(without_empty(column), from_folder)
             return
-        self._value_type = value_type
+        if from_folder:
+            self._from_folders[len(self._chunks)] = self._rows.count
+        else:
+            self._value_type = value_type
         try:
             values = encoded.dictionary.cast(value_type)
         except pa.ArrowInvalid as error:
@@ -259,6 +268,7 @@ class _IdColumn(_Column):
 
     def finish(self, from_text: bool) -> tuple[np.ndarray, pa.Array]:
         """Codes int32 `[E]` and the ids; ids `from_text` become integers if each is written as one."""
+        self._settle_folders()
         known = [chunk for chunk in self._chunks if not isinstance(chunk, int)]
         unified = iter(pa.chunked_array(known).unify_dictionaries().chunks if known else [])
         ids = pa.array([], pa.large_string())
@@ -272,9 +282,31 @@ class _IdColumn(_Column):
                 ids = encoded.dictionary  # the same for all
         self._chunks.clear()
         codes = np.concatenate(parts)
-        if from_text and len(ids) and pc.all(pc.match_substring_regex(ids, formats.INTEGER)).as_py():
+        if (
+            from_text
+            and len(ids)
+            and is_text(ids.type)
+            and pc.all(pc.match_substring_regex(ids, formats.INTEGER)).as_py()
+        ):
             ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
         return codes, ids
+
+    def _settle_folders(self) -> None:
+        """Reads what folders tell as integers, where files have integers: a folder's name has no type."""
+        if self._value_type != pa.int64():
+            return
+        for place, row in self._from_folders.items():
+            chunk = self._chunks[place]
+            assert not isinstance(chunk, int)
+            (text,) = chunk.dictionary.to_pylist()
+            if not re.match(formats.INTEGER, text):
+                raise self._rows.reject(
+                    row,
+                    "all ids of a column must be of one type, int64 in other files",
+                    f"{self.name}={shown(text)}, from the name of a folder",
+                    "Rename the folder, or make all of them strings.",
+                )
+            self._chunks[place] = pa.DictionaryArray.from_arrays(chunk.indices, pa.array([int(text)], pa.int64()))
 
 
 class TimeColumn(_Column):
@@ -289,7 +321,7 @@ class TimeColumn(_Column):
         self._dates: bool | None = before._dates if before else None  # None before the first one
         self._zoned: bool | None = before._zoned if before else None  # likewise: whether dates have a time zone
 
-    def add(self, column: pa.Array) -> None:
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = _plain(column)
         self.require_values(column)
         kind = column.type
@@ -380,7 +412,7 @@ class _LabelColumn(_Column):
         super().__init__(name, rows)
         self._chunks: list[np.ndarray] = []
 
-    def add(self, column: pa.Array) -> None:
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = _plain(column)
         if pa.types.is_boolean(column.type):
             ones, zeros = column, pc.invert(column)

@@ -15,9 +15,12 @@ from urllib.parse import unquote
 from din_dist.data.formats import KNOWN, format_of
 from din_dist.errors import InputError
 from din_dist.files import local_path
+from din_dist.text import printable, shown
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
+_NOWHERE: frozenset[tuple[int, int]] = frozenset()
+_UNKNOWN_SIGN = "\ufffd"  # in place of bytes that are not UTF-8
 _MOST_NAMED = 5  # of the files that were passed over
 _PARTITION = re.compile(r"([^=]+)=(.*)")
 
@@ -70,6 +73,7 @@ def find_files(source: str, flag: str = "--data_path", table: str = "log") -> Fo
             raise InputError(f"{source}: no such file, folder, or match of a glob. Correct {flag}.")
     search.add_all(matches)
     files = sorted(search.files)
+    search.refuse_tables_above(files)
     passed_over = sorted(other.relative_to(root).as_posix() for other in search.passed_over)
     if not files:
         raise InputError(f"{source}: no file of a supported type there ({KNOWN}). Correct {flag}.")
@@ -105,23 +109,33 @@ class _Search:
                 self._add_tree(path, found)
             links = found
 
-    def _add_tree(self, path: Path, links: list[Path]) -> None:
-        """Adds what is at `path`, without following the `links` below it, which it notes."""
-        if not _is_dir(path):
-            self._add(path)
-            return
-        if self._is_known(path):
-            self.passed_over.append(path)
-            return
-        entries = self._entries(path)
-        self._refuse_tables(path, {entry.name for entry in entries})
-        for entry in entries:
-            if entry.name[0] in "._":
-                self.passed_over.append(entry)
-            elif self._is_link(entry):
-                links.append(entry)
+    def _add_tree(self, top: Path, links: list[Path]) -> None:
+        """Adds what is at `top`, without following the `links` below it, which it notes."""
+        pending = [top]  # a stack: folders may be nested deeper than functions
+        while pending:
+            path = pending.pop()
+            if path is not top and path.name[0] in "._":
+                self.passed_over.append(path)
+            elif path is not top and self._is_link(path):
+                links.append(path)
+            elif not _is_dir(path):
+                self._add(path)
+            elif self._is_known(path):
+                self.passed_over.append(path)
             else:
-                self._add_tree(entry, links)
+                entries = self._entries(path)
+                self._refuse_tables(path, {entry.name for entry in entries})
+                pending.extend(reversed(entries))
+
+    def refuse_tables_above(self, files: Iterable[Path]) -> None:
+        """Refuses files of folders and globs that lie within a table, wherever its log is."""
+        seen: set[Path] = set()
+        for file in files:
+            for folder in file.parents:
+                if folder in seen:
+                    break
+                seen.add(folder)
+                self._refuse_tables(folder, {name for name in (*_TABLES, "metadata") if _is_dir(folder / name)})
 
     def _refuse_tables(self, folder: Path, names: set[str]) -> None:
         """Refuses tables whose folder keeps files of earlier versions: which are of today, a log of theirs tells."""
@@ -139,6 +153,7 @@ class _Search:
         if path.name[0] in "._" or format_of(path) is None:
             self.passed_over.append(path)
             return
+        self._require_name(path)
         self._require_readable(path)
         if self._is_known(path):
             self.passed_over.append(path)
@@ -165,11 +180,22 @@ class _Search:
         Raises:
             InputError: it cannot be read, or its type is none of ours.
         """
+        self._require_name(path)
         self._require_readable(path)
         if format_of(path) is None:
             raise InputError(
                 f"{path}: a {self._table}'s file must be one of {KNOWN}. Received: another type. Convert or rename it."
             )
+
+    def _require_name(self, path: Path) -> None:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{printable(str(path))}: names of files and folders must be UTF-8. Received: "
+                f"{os.fsencode(str(path)[error.start : error.end])!r} in one. Rename it, or give {self._flag} a glob "
+                "that leaves it out."
+            ) from error
 
     def _require_readable(self, path: Path) -> None:
         try:
@@ -224,30 +250,34 @@ class _Search:
             InputError: one cannot.
         """
         fixed = _fixed_parts(pattern)
-        found = dict.fromkeys(self._matches(Path(*fixed), pattern.parts[len(fixed) :], ()))
+        found = dict.fromkeys(self._matches(Path(*fixed), pattern.parts[len(fixed) :]))
         return sorted(found, key=lambda path: (path.resolve() != path, path))  # a file's own name first
 
-    def _matches(self, base: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iterator[Path]:
-        """`above`: the real folders that `**` has come through, so that a link does not lead in a circle."""
-        if not parts:
-            if self._is_there(base):
-                yield base
-            return
-        part, rest = parts[0], parts[1:]
-        if not _is_magic(part):
-            yield from self._matches(base / part, rest, above)
-        elif _is_dir(base):
-            if part == "**":
-                if (real := base.resolve()) in above:
-                    return
-                above = (*above, real)
-                yield from self._matches(base, rest, above)
-            for entry in self._entries(base):
+    def _matches(self, base: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+        """Yields what `parts` match below `base`, in any order."""
+        pending = [(base, parts, _NOWHERE)]  # and the folders that `**` has come through: links may lead in a circle
+        while pending:
+            base, parts, above = pending.pop()
+            if not parts:
+                if self._is_there(base):
+                    yield base
+                continue
+            part, rest = parts[0], parts[1:]
+            if not _is_magic(part):
+                pending.append((base / part, rest, above))
+            elif _is_dir(base):
                 if part == "**":
-                    if entry.name[0] != "." and _is_dir(entry):
-                        yield from self._matches(entry, parts, above)
-                elif fnmatch.fnmatchcase(entry.name, part) and (entry.name[0] != "." or part[0] == "."):
-                    yield from self._matches(entry, rest, above)
+                    status = base.stat()
+                    if (key := (status.st_dev, status.st_ino)) in above:
+                        continue
+                    above = above | {key}
+                    pending.append((base, rest, above))
+                for entry in self._entries(base):
+                    if part == "**":
+                        if entry.name[0] != "." and _is_dir(entry):
+                            pending.append((entry, parts, above))
+                    elif fnmatch.fnmatchcase(entry.name, part) and (entry.name[0] != "." or part[0] == "."):
+                        pending.append((entry, rest, above))
 
 
 def _is_dir(path: Path) -> bool:
@@ -267,14 +297,27 @@ def _fixed_parts(pattern: Path) -> tuple[str, ...]:
     return parts[: next((place for place, part in enumerate(parts) if _is_magic(part)), len(parts))]
 
 
-def partition_of(file: Path) -> dict[str, str | None]:
-    """Returns the columns that the names of a file's folders give, as Hive, Spark and pandas write them: NAME=VALUE."""
+def partition_of(file: Path, wanted: Sequence[str] = ()) -> dict[str, str | None]:
+    """Returns the columns that the names of a file's folders give, as Hive, Spark and pandas write them: NAME=VALUE.
+
+    Raises:
+        InputError: of a `wanted` column there are two values, or one that is not UTF-8.
+    """
     found: dict[str, str | None] = {}
-    for part in file.parts[:-1]:
-        if match := _PARTITION.fullmatch(part):
-            name, value = (unquote(text) for text in match.groups())
-            found[name] = None if value == _NULL_PARTITION else value
-    return found
+    for folder in (file.parent, *file.parent.parents):
+        if not (match := _PARTITION.fullmatch(folder.name)):
+            continue
+        name, value = (unquote(text) for text in match.groups())
+        if name in wanted and _UNKNOWN_SIGN in value and _UNKNOWN_SIGN not in folder.name:
+            raise InputError(f"{folder}: {name} must be UTF-8. Received: {match[2]!r}. Rename the folder.")
+        told = None if value == _NULL_PARTITION else value
+        if name in wanted and found.get(name, told) != told:
+            raise InputError(
+                f"{folder}: folders must give a column one value. Received: {name}={shown(told)}, and "
+                f"{name}={shown(found[name])} below it. Rename one of the two."
+            )
+        found.setdefault(name, told)  # the innermost
+    return dict(reversed(found.items()))
 
 
 def fingerprint_files(files: Iterable[Path], columns: Sequence[str] = ()) -> dict[str, dict[str, int | str]]:

@@ -957,3 +957,41 @@ def test_a_label_of_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "label=maybe").mkdir()
     path = write(tmp_path / "label=maybe", events(user_id=["u", "u"]))
     assert "row 1: a label must be 0 or 1. Received: label='maybe'." in message([path])
+
+
+def test_folders_that_give_a_column_two_values(tmp_path: Path) -> None:
+    folder = tmp_path / "label=0" / "run=3" / "label=1" / "run=4"  # nobody asks for the run
+    folder.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"label=0: folders must give a column one value\. Received: label='0', and"):
+        read_log([write(folder, events(user_id=["u"]), "log.csv")], Columns())
+    assert read_log([write(folder, events(label=[1]), "log.csv")], Columns()).has_labels  # the file's own comes first
+
+
+def partitioned(folder: Path, value: str, rows: list[dict], name: str = "a.parquet") -> Path:
+    (folder / f"user_id={value}").mkdir()
+    return write(folder / f"user_id={value}", [{k: v for k, v in row.items() if k != "user_id"} for row in rows], name)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["b.parquet", "b.jsonl"])
+def test_a_folder_tells_integers_where_other_files_do(tmp_path: Path, first: bool, name: str) -> None:
+    files = [
+        partitioned(tmp_path, "7", events(timestamp=[1, 2]), name),
+        write(tmp_path, events(user_id=[7, 8], timestamp=[3, 4]), name),
+        partitioned(tmp_path, "9", events(timestamp=[5]), name),
+    ]
+    log = read_log(files if first else files[1:] + files[:1], Columns())
+    assert log.user_ids.to_pylist() == ([7, 8, 9])
+    assert only_block(log).timestamps.tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("value", ["007", "x", "9" * 19])
+def test_a_folder_that_tells_no_integer_where_other_files_do(tmp_path: Path, value: str) -> None:
+    files = [write(tmp_path, events(user_id=[7, 8])), partitioned(tmp_path, value, events(timestamp=[1, 2]))]
+    expected = "a.parquet, row 1: all ids of a column must be of one type, int64 in other files. Received: user_id="
+    assert f"{expected}'{value}', from the name of a folder." in message(files)
+
+
+def test_a_folder_tells_text_where_other_files_do(tmp_path: Path) -> None:
+    files = [partitioned(tmp_path, "7", events(timestamp=[1])), write(tmp_path, events(user_id=["x"]))]
+    assert read_log(files, Columns()).user_ids.to_pylist() == ["7", "x"]

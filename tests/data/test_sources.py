@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,64 @@ def test_columns_that_folders_name(path: str, expected: dict[str, str | None]) -
     assert partition_of(Path(path)) == expected
 
 
+def test_folders_that_give_a_column_two_values() -> None:
+    path = Path("/log/label=0/day=3/label=1/a.csv")
+    assert partition_of(path) == {"day": "3", "label": "1"}
+    with pytest.raises(InputError) as caught:
+        partition_of(path, ["label"])
+    assert str(caught.value) == (
+        "/log/label=0: folders must give a column one value. Received: label='0', and label='1' below it. "
+        "Rename one of the two."
+    )
+    assert partition_of(path, ["day"])["day"] == "3"
+    assert partition_of(Path("/log/label=1/label=1/a.csv"), ["label"]) == {"label": "1"}
+    nothing = Path("/log/label=1/label=__HIVE_DEFAULT_PARTITION__/a.csv")
+    with pytest.raises(InputError, match=r"/log/label=1: .* Received: label='1', and label=None below it"):
+        partition_of(nothing, ["label"])
+
+
+def test_a_value_of_a_folder_that_is_not_utf8() -> None:
+    path = Path("/log/user_id=%FF%1B/a.csv")
+    with pytest.raises(InputError, match=r"/log/user_id=%FF%1B: user_id must be UTF-8\. Received: '%FF%1B'\. Rename"):
+        partition_of(path, ["user_id"])
+    assert partition_of(Path("/log/user_id=%EF%BF%BD\ufffd/a.csv"), ["user_id"]) == {"user_id": "\ufffd\ufffd"}
+
+
+@pytest.mark.parametrize("name", [b"r\xff\x1b.csv", b"d\xff/a.csv", b"label=\xff/a.csv"])
+def test_a_name_that_is_not_utf8(tmp_path: Path, name: bytes) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("user_id,item_id,timestamp\nu,i,1\n")
+    for source in (tmp_path, tmp_path / "*", tmp_path / "**", path):
+        with pytest.raises(InputError) as caught:
+            find_files(str(source))
+        assert r"\udcff" in str(caught.value) and str(caught.value).isprintable()
+        assert r": names of files and folders must be UTF-8. Received: b'\xff' in one. Rename it, or" in str(
+            caught.value
+        )
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
+    path.rename(other)
+    touch(tmp_path, "a.csv")
+    assert found(tmp_path) == ["a.csv"]
+
+
+@pytest.fixture
+def deep_folder(tmp_path: Path) -> Iterator[Path]:
+    """One with a file 1200 folders below it; Python's own cannot delete that."""
+    with contextlib.chdir(tmp_path):
+        for _ in range(1200):
+            Path("d").mkdir()
+            os.chdir("d")
+        Path("a.csv").touch()
+    yield tmp_path
+    subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.csv", "*"])
+def test_folders_nested_deeper_than_functions(deep_folder: Path, pattern: str) -> None:
+    assert found(deep_folder / pattern) == ["a.csv"]
+
+
 def test_a_partition_is_part_of_what_a_file_is(tmp_path: Path) -> None:
     touch(tmp_path, "label=1/day=3/a.csv")
     file = tmp_path / "label=1" / "day=3" / "a.csv"
@@ -216,8 +275,9 @@ def test_a_partition_is_part_of_what_a_file_is(tmp_path: Path) -> None:
 )
 def test_tables_with_files_of_earlier_versions(tmp_path: Path, name: str, kind: str) -> None:
     """Rows that were deleted from them are still in their files."""
-    touch(tmp_path, "table/a.parquet", f"table/{name}")
-    for source in (tmp_path, tmp_path / "table", tmp_path / "*"):
+    touch(tmp_path, "table/a.parquet", "table/day=1/b.parquet", f"table/{name}")
+    globs = ("*", "table/*", "table/*.parquet", "**/*.parquet", "*/day=1/b.parquet", "table/day=*")
+    for source in (tmp_path, tmp_path / "table", tmp_path / "table" / "day=1", *(tmp_path / glob for glob in globs)):
         with pytest.raises(InputError, match=rf"/table: a log is files, all of which count\. Received: {kind}"):
             find_files(str(source))
 
