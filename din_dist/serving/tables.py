@@ -38,6 +38,7 @@ from din_dist.data.formats import (
     format_of,
     is_64_bits,
     reading,
+    shown_names,
 )
 from din_dist.errors import InputError
 from din_dist.text import parse_json, printable, shown
@@ -454,7 +455,7 @@ class _Csv(_TextTable):
     def _all(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         if len(set(names)) < len(names):
             raise InputError(
-                f"{self.path}: columns must have different names. Received: {', '.join(names)}. Correct the header."
+                f"{self.path}: columns must have different names. Received: {shown_names(names)} Correct the header."
             )
         with reading(self.path, Format.CSV, lambda: csv_fault(self.path, names)):
             yield from csv_reader(self.path, names)
