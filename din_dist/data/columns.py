@@ -380,7 +380,11 @@ class TimeColumn(_Column):
 
     def _integers_in_text(self, column: pa.Array, numbers: pa.Array) -> pa.Array:
         if not pc.all(numbers).as_py():  # Arrow would take 0x10 for 16
-            raise self._not_integer(pc.invert(numbers), column)
+            bad = pc.invert(numbers)
+            if any(_is_cast(column[_first(bad)], pa.timestamp("us", zone)) for zone in (None, "UTC")):
+                rule = "all timestamps must be of one kind, and other rows have integers"
+                raise self.reject(bad, column, rule, "Convert the column.")
+            raise self._not_integer(bad, column)
         return self._cast(pc.replace_substring_regex(column, r"^\+|\.0*$", ""), column)
 
     def _integers_in_floats(self, column: pa.Array) -> pa.Array:
