@@ -251,7 +251,7 @@ class _IdColumn(_Column):
         if is_text(column.type):
             self.require_utf8(column)
         encoded = column.dictionary_encode()
-        if is_text(column.type) and pc.index(encoded.dictionary, "").as_py() >= 0:
+        if is_text(column.type) and pc.min(pc.binary_length(encoded.dictionary)).as_py() == 0:
             self.add(without_empty(column), from_folder)
             return
         if from_folder:
