@@ -251,7 +251,7 @@ class _IdColumn(_Column):
         if is_text(column.type):
             self.require_utf8(column)
         encoded = column.dictionary_encode()
-        if is_text(column.type) and pc.min(pc.binary_length(encoded.dictionary)).as_py() == 0:
+        if is_text(column.type) and has_empty(encoded.dictionary):
             self.add(without_empty(column), from_folder)
             return
         if from_folder:
@@ -514,8 +514,14 @@ def _plain(column: pa.Array) -> pa.Array:
     return column
 
 
+def has_empty(column: pa.Array) -> bool:
+    return pc.min(pc.binary_length(column)).as_py() == 0
+
+
 def without_empty(column: pa.Array) -> pa.Array:
     """Returns text with nulls in place of empty values: they are no values."""
+    if not has_empty(column):
+        return column
     return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
 
 
