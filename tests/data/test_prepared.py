@@ -203,7 +203,7 @@ def test_a_source_that_changes_while_it_is_read(config: DataConfig) -> None:
     ("changes", "expected"),
     [
         ({"user_column": "who"}, "column 'who' is missing"),
-        ({"item_features": ("users",)}, "--item_features: 'users' is a name that we use ourselves"),
+        ({"item_features": ("brand",), "item_features_required": True}, "column 'brand' is missing"),
         ({"data_path": "/no/such/log.csv"}, "/no/such/log.csv: no such file"),
     ],
 )
