@@ -33,6 +33,17 @@ _NOBODY = "10.77.0.254"
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client"}
 
 
+SMALL_JOB = (  # flags of a trainer
+    "--dataset=synthetic",
+    "--synthetic_num_users=300",
+    "--synthetic_events_per_user=20",
+    "--synthetic_num_items=100",
+    "--embedding_dim=8",
+    "--attention_hidden_units=8",
+    "--hidden_units=8",
+)
+
+
 class LabError(Exception):
     """This machine cannot have the lab. One line: what is missing, what to do."""
 

@@ -15,13 +15,7 @@ from tests.programs import missing
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
-    "--dataset=synthetic",
-    "--synthetic_num_users=300",
-    "--synthetic_events_per_user=20",
-    "--synthetic_num_items=100",
-    "--embedding_dim=8",
-    "--attention_hidden_units=8",
-    "--hidden_units=8",
+    *cluster_lab.SMALL_JOB,
     "--global_batch_size=512",
     "--epochs=1",
     "--noxla",

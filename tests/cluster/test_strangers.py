@@ -32,13 +32,7 @@ ROOT = Path(__file__).parents[2]
 SECRET = f"planted-{secrets.token_hex(8)}"
 OPEN_FILES = 256
 FLAGS = (
-    "--dataset=synthetic",
-    "--synthetic_num_users=300",
-    "--synthetic_events_per_user=20",
-    "--synthetic_num_items=100",
-    "--embedding_dim=8",
-    "--attention_hidden_units=8",
-    "--hidden_units=8",
+    *cluster_lab.SMALL_JOB,
     "--global_batch_size=64",
     "--epochs=100000",
     "--noxla",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
 from din_dist.errors import InputError
+from tests import special_files
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with_labels", "without"])
@@ -66,22 +66,12 @@ def test_any_byte_of_any_file(prepared: DataConfig, store: EventStore) -> None:
     opened(prepared)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling"])
+@pytest.mark.parametrize("kind", special_files.KINDS)
 def test_what_is_no_file(prepared: DataConfig, store: EventStore, kind: str) -> None:
-    """Opening a pipe would wait for ever, and a device has no end."""
     paths = [path for path in store.folder.rglob("*") if path.suffix in (".npy", ".parquet")]
     for path in (*paths, store.folder / schema.FACTS_FILE, store.folder / "packed" / CHECKSUMS_FILE):
         content = path.read_bytes()
-        path.unlink()
-        match kind:
-            case "pipe":
-                os.mkfifo(path)
-            case "device":
-                path.symlink_to("/dev/zero")
-            case "folder":
-                path.mkdir()
-            case _:
-                path.symlink_to(path.with_name("nowhere"))
+        special_files.put(kind, path)
         if kind != "dangling" or path.name != CHECKSUMS_FILE:  # without them data is taken as it is
             with pytest.raises(InputError, match=rf"^{re.escape(str(store.folder))}/.*: cannot be read \("):
                 opened(prepared)

@@ -22,6 +22,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from din_dist.training.state import TrainingState
+from tests import special_files
 from tests.programs import missing
 
 
@@ -212,25 +213,13 @@ def test_a_manifest_that_cannot_be(tmp_path: Path, write: Callable[[dict], str])
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.table.npy"])
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling", "circle"])
+@pytest.mark.parametrize("kind", special_files.KINDS)
 def test_a_checkpoint_with_what_is_no_file(tmp_path: Path, name: str, kind: str) -> None:
-    """Opening a pipe would wait for ever, and a device has no end."""
     config, store = make(tmp_path)
     store.save(variables(1.0), TrainingState(step=1))
     store.save(variables(2.0), TrainingState(step=2))
     path = latest_checkpoint(config) / name
-    path.unlink()
-    match kind:
-        case "pipe":
-            os.mkfifo(path)
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "folder":
-            path.mkdir()
-        case "dangling":
-            path.symlink_to(tmp_path / "nowhere")
-        case _:
-            path.symlink_to(path)
+    special_files.put(kind, path)
     assert store.restore(variables(0.0)).step == 1
     assert len(store.damaged) == 1
 
