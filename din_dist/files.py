@@ -16,14 +16,15 @@ import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
-
-import numpy as np
 
 from din_dist import progress
 from din_dist.errors import InputError
 from din_dist.text import printable
+
+if TYPE_CHECKING:
+    import numpy as np  # which starts threads: not before a worker has its cores
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(/task/\d+)?/fd")
@@ -253,7 +254,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def write_in_parts(file: BinaryIO, values: np.ndarray) -> None:
     """Writes the bytes of an array; each part is on the disk before the next, so that a slow disk is seen to work."""
-    content = values.reshape(-1).view(np.uint8).data
+    content = values.reshape(-1).view("u1").data
     for begin in range(0, len(content), _PART_BYTES):
         file.write(content[begin : begin + _PART_BYTES])
         if len(content) > _PART_BYTES:

@@ -24,6 +24,7 @@ from din_dist.data import blocks as blocks_module
 from din_dist.data import event_store
 from din_dist.data.blocks import Block, SortedBlocks
 from din_dist.data.builders.base import _Tally, _write_beside
+from din_dist.data.checksums import CHECKSUMS_FILE, write_checksums
 from din_dist.data.columns import Columns, read_log
 from din_dist.data.event_store import EventStore, open_store, pack
 from din_dist.errors import InputError
@@ -223,7 +224,8 @@ def test_a_store_knows_all_its_files(store_with: MakeStore) -> None:
     for log, names in FILES.items():
         store = store_with(log)
         assert sorted(str(path.relative_to(store.folder)) for path in store.files) == sorted(names)
-        in_folder = {path for path in store.folder.rglob("*") if path.is_file() and path.name != "log.parquet"}
+        others = ("log.parquet", CHECKSUMS_FILE)
+        in_folder = {path for path in store.folder.rglob("*") if path.is_file() and path.name not in others}
         assert in_folder == set(store.files)
 
 
@@ -262,6 +264,7 @@ def test_arrays_that_are_too_short_and_say_so(store_with: MakeStore, log: str, n
     store = store_with(log)
     path = store.folder / name
     np.save(path, np.load(path)[:-1])
+    write_checksums(path.parent)  # as a fault of ours would
     with pytest.raises(InputError, match=rf"{path}: must hold \d values of \w+\. Received: .* {remedy(path)}\.$"):
         open_store(store.folder, ["category_id"])
 
@@ -275,6 +278,7 @@ def test_damaged_vocabularies(store_with: MakeStore, name: str) -> None:
     with pytest.raises(InputError, match=rf"^{path}: cannot be read \(.*\)\. Give .* --overwrite_prepared\.$"):
         store.vocabulary(name)
     pq.write_table(pa.table({"id": ["a", "b", "c", "d", "e"]}), path)
+    write_checksums(path.parent)
     with pytest.raises(InputError, match=rf"{path}: must hold \d ids\. Received: 5\. Give .* --overwrite_prepared\.$"):
         open_store(store.folder, ["category_id"])
 
@@ -366,10 +370,12 @@ def test_arrays_of_another_log(tmp_path: Path) -> None:
     store, longer = store_of(ROWS, tmp_path / "a", 99), store_of([*ROWS, ROWS[0]], tmp_path / "b", 99)
     path = store.folder / "packed" / "item_ids.npy"
     path.write_bytes((longer.folder / "packed" / "item_ids.npy").read_bytes())
+    write_checksums(path.parent)
     with pytest.raises(InputError, match=r"item_ids.npy: must hold 3 values of int32. Received: \(4,\) of int32"):
         open_store(store.folder, [])
     offsets = store.folder / "packed" / "user_offsets.npy"
     np.save(offsets, np.array([0, 2, 4]))
+    write_checksums(path.parent)
     with pytest.raises(InputError, match=r"user_offsets.npy: must end with 3. Received: 4"):
         open_store(store.folder, [])
 

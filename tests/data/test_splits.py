@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from din_dist.config import DataConfig, Split
+from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, item_counts, split_examples
@@ -55,14 +56,20 @@ def test_splits_follow_the_rules(tmp_path: Path, split: Split, labels: bool) -> 
             assert examples.user_of_example().tolist() == np.repeat(users, draws).tolist()
 
 
+def save(file: Path, values: np.ndarray) -> None:
+    """Another array, with its checksum: as a fault of ours would."""
+    np.save(file, values)
+    write_checksums(file.parent)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda file: file.unlink(), "No such file"),
         (lambda file: file.write_bytes(file.read_bytes()[:-3]), "cannot be read"),
         (lambda file: file.write_bytes(b""), "cannot be read"),
-        (lambda file: np.save(file, np.load(file)[:-1]), "Received: arrays of different lengths"),
-        (lambda file: np.save(file.with_name("train-row_ends.npy"), np.load(file) + 1), "the splits must hold"),
+        (lambda file: save(file, np.load(file)[:-1]), "Received: arrays of different lengths"),
+        (lambda file: save(file, np.load(file) + 1), "the splits must hold"),
     ],
     ids=["missing", "cut", "empty", "shorter", "of other data"],
 )

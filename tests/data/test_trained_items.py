@@ -11,6 +11,7 @@ import pytest
 
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data import trained_items as module
+from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import ITEMS, EventStore
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import split_examples
@@ -93,6 +94,7 @@ def test_it_is_found_once_and_mapped_then(tmp_path: Path, monkeypatch: pytest.Mo
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     (kept,) = store.folder.glob("packed/trained-leave_one_out")
     np.save(kept / "trained-occur.npy", found.occur[:-1])
+    write_checksums(kept)
     with pytest.raises(InputError, match=rf"{kept}: the arrays must be those of 10 items and 5 users. Received: len"):
         find(config)
 

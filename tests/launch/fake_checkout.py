@@ -106,7 +106,11 @@ class FakeCheckout:
 
     def key(self, device: str = "cpu") -> str:
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        revision = {"cpu": 9, "gpu": 10}[device]
+        revisions = re.search(
+            r"revision=\(\[cpu\]=(\d+) \[gpu\]=(\d+)\)", (ROOT / "launch" / "build_horovod.sh").read_text()
+        )
+        assert revisions
+        revision = revisions[1 if device == "cpu" else 2]
         return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:
