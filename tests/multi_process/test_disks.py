@@ -153,7 +153,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, disk: FaultyDisk) -> None:
     again = subprocess.run(  # where it is found by reading
         on(disk, command("train", tmp_path)), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
-    assert_one_line(again, f"{file}: cannot be read ([Errno 5] Input/output error)")
+    assert_one_line(again, f"{file}: cannot be read (Input/output error)")
 
 
 def test_a_request_to_stop_while_data_are_prepared(tmp_path: Path, disk: FaultyDisk) -> None:
