@@ -7,6 +7,7 @@ import contextlib
 import socket
 import socketserver
 import threading
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,10 +177,11 @@ def test_a_name_that_is_not_known_yet_is_looked_up_again(monkeypatch: pytest.Mon
 def test_a_name_server_that_is_away_holds_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher gives signs of life meanwhile. Without them the workers would stop."""
     asked = []
+    is_back = threading.Event()
 
     def wait_in_vain(name: str, *_: object, **__: object) -> NoReturn:
         asked.append(name)
-        time.sleep(1)
+        is_back.wait(60)
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "gethostbyname", wait_in_vain)
@@ -196,9 +198,8 @@ def test_a_name_server_that_is_away_holds_up_nothing_else(tmp_path: Path, monkey
             longest, before = max(longest, time.monotonic() - before), time.monotonic()
         return longest
 
-    started = time.monotonic()
-    assert asyncio.run(refresh()) < 0.3
-    assert time.monotonic() - started < 2
+    assert asyncio.run(refresh()) < 30
+    is_back.set()
     assert hosts.silent == {"away1.test", "away2.test"}
     assert sorted(asked) == ["away1.test", "away2.test"], "one question a name at a time"
 
