@@ -7,7 +7,6 @@ import contextlib
 import socket
 import socketserver
 import threading
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
