@@ -113,7 +113,7 @@ class Table(abc.ABC):
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._held: list[pa.RecordBatch] = []
         self._position = 0
-        self._times_before: TimeColumn | None = None
+        self._times_before: dict[str, TimeColumn] = {}  # by column
 
     suffix: str  # of what is written
 
@@ -153,9 +153,9 @@ class Table(abc.ABC):
         rows = Rows()
         rows.begin(self.path)
         rows.advance(first_row)
-        times = TimeColumn(name, rows, self._times_before)
+        times = TimeColumn(name, rows, self._times_before.get(name))
         times.add(column)
-        self._times_before = times
+        self._times_before[name] = times
         return times.finish()
 
     @abc.abstractmethod

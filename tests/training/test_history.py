@@ -14,6 +14,7 @@ from din_dist.config import OptimizerKind
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.training.history import agree
+from din_dist.training.step_report import Moment
 from tests.small_log import small_config
 
 
@@ -35,7 +36,7 @@ def test_an_update_is_undone_to_the_bit(tmp_path: Path, optimizer: OptimizerKind
         seen.append(({name: variable.numpy() for name, variable in trainer._variables.items()}, trainer.state.copy()))
         batch, waited = next(batches)
         result = trainer._train_on(batch, 0.1, 64)
-        trainer._count(batch, result, 0.1, 64, waited, 0.0)
+        trainer._count(batch, result, 0.1, 64, waited, Moment.now())
         trainer._after_update()
     job.telemetry.close()
     before, state = seen[-1]
