@@ -200,7 +200,8 @@ def test_a_name_server_that_is_away_holds_up_nothing_else(tmp_path: Path, monkey
     assert asyncio.run(refresh()) < 30
     is_back.set()
     assert hosts.silent == {"away1.test", "away2.test"}
-    assert sorted(asked) == ["away1.test", "away2.test"], "one question a name at a time"
+    names = sorted(name for name in asked if name.endswith(".test"))  # other threads of this process may ask too
+    assert names == ["away1.test", "away2.test"], "one question a name at a time"
 
 
 @pytest.mark.usefixtures("all_elsewhere")
