@@ -129,7 +129,7 @@ def test_data_that_a_job_was_trained_on_is_not_replaced_by_what_it_cannot_go_on_
     assert not list(facts.parent.parent.glob("*.incomplete"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, number: signal.Signals) -> None:
     """SIGKILL between two checkpoints; the others after their own checkpoint, with the code for a retry."""
     flags = ("--epochs=2", "--checkpoint_every_steps=7", "--dropout=0.2", "--resample_negatives", "--activation=dice")
