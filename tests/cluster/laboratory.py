@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -468,10 +469,13 @@ def stick_output(job: Job) -> None:
     def words() -> str:
         return "".join(job.log[said:])
 
+    def updates() -> int:
+        return len(re.findall(r"^(?:\[\d+\])? ?step ", words(), re.MULTILINE))  # the chief may be any rank by now
+
     with job.laboratory.frozen_disk():
         job.wait("a checkpoint that is given up", lambda: "must be written before the next" in words())
-        lines = words().count("\nstep ")
-        job.wait("updates without a disk", lambda: words().count("\nstep ") > lines + 5)
+        lines = updates()
+        job.wait("updates without a disk", lambda: updates() > lines + 5)
     job.wait("the disk to be heard of", lambda: "the disk has answered" in words() or "kept again" in words())
 
 
