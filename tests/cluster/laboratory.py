@@ -463,7 +463,7 @@ def fill_disk(job: Job) -> None:
 
 
 def stick_output(job: Job) -> None:
-    """Until a checkpoint was given up and updates have gone on."""
+    """Until a checkpoint was given up and updates have gone on, and the next one was saved."""
     said = len(job.log)
 
     def words() -> str:
@@ -476,7 +476,8 @@ def stick_output(job: Job) -> None:
         job.wait("a checkpoint that is given up", lambda: "must be written before the next" in words())
         lines = updates()
         job.wait("updates without a disk", lambda: updates() > lines + 5)
-    job.wait("the disk to be heard of", lambda: "the disk has answered" in words() or "kept again" in words())
+    saved = len(job.records("checkpoint"))
+    job.wait("a checkpoint on the disk that answers again", lambda: len(job.records("checkpoint")) > saved)
 
 
 def stick_data(job: Job) -> None:
