@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.fake_checkout import ROOT
+from tests.programs import missing
 
 OTHER_USER = 54321  # has no process, which are counted by user
 LAUNCHERS = [
@@ -41,7 +42,7 @@ def start(launcher: Path, limit: int, *flags: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_user_who_may_start_too_few(launch: Path, name: str) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can be a user of whom no process runs")
+        missing("only root can be a user of whom no process runs")
     done = start(launch / name, 20)
     assert (done.returncode, done.stdout) == (2, "")
     name = "train.sh" if name in ("elastic.sh", "horovodrun.sh") else name  # which these begin with
@@ -66,7 +67,7 @@ def group_of_processes(limit: int) -> Iterator[Path]:
         group.mkdir()
         (group / "pids.max").write_text(str(limit))
     except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
+        missing(f"no control group can be made here: {error}")
     try:
         yield group
     finally:
