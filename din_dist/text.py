@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-_MOST_SHOWN = 100  # characters
+_MOST_SHOWN, _MOST_REASON = 100, 300  # characters
 # Control characters, half surrogate pairs, and what turns the direction of writing: a terminal obeys them.
 _UNSHOWN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -37,6 +37,13 @@ def is_integer(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Tells whether a value of JSON is an integer from 0, of at most 64 bits."""
     return is_integer(value) and value >= 0
+
+
+def reason(error: Exception) -> str:
+    """Returns why something failed, as one short line for an error's text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable((str(error).splitlines() or [type(error).__name__])[0])[:_MOST_REASON]
 
 
 def parse_json(text: str | bytes) -> Any:

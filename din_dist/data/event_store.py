@@ -22,7 +22,7 @@ from din_dist.data import checksums
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
 from din_dist.files import publish_folder, read_record, write_text
-from din_dist.text import parse_json, printable, shown
+from din_dist.text import parse_json, reason, shown
 
 PACKED_DIR = "packed"
 USERS = "users"  # names of vocabularies; see `vocabulary_of` for those of item features
@@ -415,6 +415,4 @@ def _reading(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, ValueError, TypeError, EOFError, pa.ArrowException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        problem = printable((reason.splitlines() or [type(error).__name__])[0])
-        raise InputError(f"{path}: cannot be read ({problem}). {_remedy(path)}.") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)}). {_remedy(path)}.") from error

@@ -15,7 +15,7 @@ from typing import Any
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import open_regular
-from din_dist.text import is_count, parse_json, printable, shown
+from din_dist.text import is_count, parse_json, reason, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # where TensorFlow keeps what is not its own
 FORMAT_VERSION = 1
@@ -126,7 +126,7 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _changed(path, _reason(error)) from error
+        raise _changed(path, reason(error)) from error
     if version != FORMAT_VERSION:
         raise InputError(
             f"{path}: must be an export of version {FORMAT_VERSION}. Received: version {shown(version)}. {_AGAIN}"
@@ -134,7 +134,7 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     try:
         manifest = Manifest(**fields, digest=digest)
     except TypeError as error:
-        raise _changed(path, _reason(error)) from error
+        raise _changed(path, reason(error)) from error
     if wrong := _wrong(manifest):
         raise _changed(path, wrong)
     return manifest
@@ -174,13 +174,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         try:
             found = digest_of_file(path)
         except OSError as error:
-            raise _changed(path, _reason(error)) from error
+            raise _changed(path, reason(error)) from error
         if found != digest:
             raise _changed(path, "other content")
     try:
         added = next(_unlisted(folder, manifest), None)
     except OSError as error:
-        raise _changed(folder, _reason(error)) from error
+        raise _changed(folder, reason(error)) from error
     if added:
         raise InputError(
             f"{folder}: must have no files for TensorFlow but those that its manifest names. "
@@ -218,9 +218,3 @@ _AGAIN = "Copy or export it again."
 
 def _changed(path: Path, received: str) -> InputError:
     return InputError(f"{path}: must be as it was published. Received: {received}. {_AGAIN}")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return printable((str(error).splitlines() or [type(error).__name__])[0])[:200]

@@ -28,14 +28,13 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
 from din_dist.files import make_folder, open_regular, publish_folder, write_in_parts, write_text
 from din_dist.machine import free_memory_bytes
-from din_dist.text import parse_json, printable, shown
+from din_dist.text import parse_json, reason, shown
 from din_dist.training.state import TrainingState
 from din_dist.training.writer import Writer
 
 _MANIFEST = "manifest.json"
 _ABANDONED_AFTER_SECONDS = 600.0
 _MOST_MANIFEST_BYTES = 64 << 20
-_MOST_REASON = 300  # characters
 _FILE_NAME = re.compile(r"[^/\0]+\.npy")
 _FOLDER_NAME = re.compile(r"step-\d{12,}")
 _TRY_AGAIN_SECONDS = 1.0
@@ -246,7 +245,7 @@ class CheckpointStore:
                 )
                 progress.note()
             except (OSError, ValueError) as error:
-                raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {_reason(error)}.") from error
+                raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {reason(error)}.") from error
         return manifest["state"]
 
 
@@ -284,7 +283,7 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str | None)
     try:
         manifest = _read_manifest(folder / _MANIFEST)
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {_reason(error)}.") from error
+        raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {reason(error)}.") from error
     if found := differences(manifest["config"], config.to_json()):
         raise InputError(
             f"{folder}: a checkpoint is resumed with the settings it was made with. Received: {'; '.join(found)}. "
@@ -349,12 +348,6 @@ def _read_array(path: Path, digest: str, shape: tuple[int, ...], dtype: np.dtype
             raise ValueError(f"an array of {found[2]}{list(found[0])} for {np.dtype(dtype)}{list(shape)}")
         file.seek(0)
         return numpy.lib.format.read_array(file, allow_pickle=False)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return printable((str(error).splitlines() or [type(error).__name__])[0])[:_MOST_REASON]
 
 
 def _published(root: Path) -> list[Path]:
