@@ -46,7 +46,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 tensorflow_version=$(pinned_version tensorflow)
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 # To be raised with every change to what is built.
-declare -A revision=([cpu]=12 [gpu]=13)
+declare -A revision=([cpu]=13 [gpu]=14)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
 

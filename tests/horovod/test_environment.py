@@ -103,3 +103,9 @@ def test_a_command_ends_when_it_is_told(tmp_path: Path) -> None:
     told.set()
     runner.join(timeout=20)
     assert codes == [128 + signal.SIGTERM]
+
+
+def test_the_exit_code_of_an_ended_command_is_kept() -> None:
+    with subprocess.Popen(["sleep", "60"]) as command:
+        safe_shell_exec.terminate_executor_shell_and_children(command)
+        assert command.wait(timeout=20) == -signal.SIGTERM
