@@ -100,11 +100,20 @@ def read_record(path: Path, *, errors: str = "strict") -> str:
         OSError: it cannot be read, is no regular file, or is larger than any of ours.
         ValueError: it is not UTF-8.
     """
+    return read_bounded(path, _MOST_RECORD_BYTES).decode("utf-8", errors=errors)
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """Returns the content of a file of at most `most_bytes`.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger.
+    """
     with open_regular(path) as file:
-        content = file.read(_MOST_RECORD_BYTES + 1)
-    if len(content) > _MOST_RECORD_BYTES:
-        raise OSError(errno.EFBIG, f"more than {_MOST_RECORD_BYTES} bytes", str(path))
-    return content.decode("utf-8", errors=errors)
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"more than {most_bytes} bytes", str(path))
+    return content
 
 
 def open_regular(path: Path) -> BufferedReader:

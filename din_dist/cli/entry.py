@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags
@@ -41,6 +41,8 @@ _HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "
 _MOST_LAST_WORDS = 1 << 20  # bytes
 _PRINTING_SECONDS = 2.0  # for the last line of a process that is stuck
 
+_signals_are_heard = threading.Event()  # by `Requests`, which looks at disks too
+
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main` and exits: 0 done, 2 wrong input, 75 stopped on request (run it again), else 1."""
@@ -54,6 +56,7 @@ def run(main: Callable[[], None]) -> None:
         lambda text: format_line(text, _log_format(), rank=environment.rank(), level="error"),
         int(os.environ.get(BEATS_VARIABLE, "-1")),
     )
+    threading.Thread(target=_watch_disks, daemon=True).start()
     try:
         app.run(lambda _: _exit_code(main), flags_parser=_parse_flags)
     except SystemExit as end:
@@ -82,13 +85,14 @@ class Requests:
     ) -> None:
         self.stop = self.leave = False
         self._answer = answer
-        self._told: set[str] = set()  # what else is stuck
+        self._told = _Told("Training goes on without it.")
         self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         hear, tell = socket.socketpair()
         tell.setblocking(False)
         signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
         for number in environment.ending_signals():
             signal.signal(number, lambda *_: None)
+        _signals_are_heard.set()
         threading.Thread(target=self._listen, args=(hear, tell), daemon=True).start()
 
     def _listen(self, hear: socket.socket, tell: socket.socket) -> None:
@@ -106,7 +110,6 @@ class Requests:
 
     def _look_for_what_is_stuck(self, watch: progress.Watch) -> None:
         found, asked = watch.stuck(), self.stop or self.leave
-        told = {stuck.what for stuck in found if not stuck.essential}
         for stuck in found:
             if stuck.essential:
                 rank, seconds = environment.rank(), f"{stuck.seconds:.0f} s"
@@ -118,14 +121,7 @@ class Requests:
                     "command goes on from what is saved.",
                     level="error",
                 )
-            if stuck.what not in self._told:
-                warn(
-                    f"a disk must answer. Received: nothing for {stuck.seconds:.0f} s while rank "
-                    f"{environment.rank()} was {stuck.what}. Training goes on without it."
-                )
-        for what in self._told - told:
-            say(f"the disk has answered: {what} goes on")
-        self._told = told
+        self._told.tell(found)
 
     def _note(self, number: int) -> None:
         if self.stop and number == signal.SIGINT:
@@ -136,6 +132,37 @@ class Requests:
         if not self.stop and _is_chief():
             say(self._answer)
         self.stop = True
+
+
+class _Told:
+    """Says once that a disk does not answer, and once that it has answered.
+
+    Args:
+        consequence: a sentence about what happens meanwhile.
+    """
+
+    def __init__(self, consequence: str) -> None:
+        self._consequence = consequence
+        self._stuck: set[str] = set()
+
+    def tell(self, found: Sequence[progress.Stuck]) -> None:
+        for stuck in found:
+            if stuck.what not in self._stuck:
+                warn(
+                    f"a disk must answer. Received: nothing for {stuck.seconds:.0f} s while rank "
+                    f"{environment.rank()} was {stuck.what}. {self._consequence}"
+                )
+        now = {stuck.what for stuck in found}
+        for what in self._stuck - now:
+            say(f"the disk has answered: {what} goes on")
+        self._stuck = now
+
+
+def _watch_disks() -> None:
+    """Says what the process waits for; until `Requests` hears signals, the user can end it."""
+    watch, told = progress.Watch(_patience_seconds()), _Told("It waits; Ctrl-C ends it.")
+    while not _signals_are_heard.wait(BEAT_SECONDS):
+        told.tell(watch.stuck())
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -118,11 +118,12 @@ def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda f
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
     """
-    if overwrite or _is_due(config, prepared_folder(config)):
-        with _writing(config) as folder:
-            if overwrite or _is_due(config, folder):  # another process may have been faster
-                _build(config, folder, check)
-    return open_prepared(config)
+    with progress.at(f"preparing data in {data_dir(config)}"):
+        if overwrite or _is_due(config, prepared_folder(config)):
+            with _writing(config) as folder:
+                if overwrite or _is_due(config, folder):  # another process may have been faster
+                    _build(config, folder, check)
+        return open_prepared(config)
 
 
 def _is_due(config: DataConfig, folder: Path) -> bool:

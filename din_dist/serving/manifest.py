@@ -14,7 +14,7 @@ from typing import Any
 
 from din_dist.config import require
 from din_dist.errors import InputError
-from din_dist.files import open_regular
+from din_dist.files import open_regular, read_bounded
 from din_dist.text import is_count, parse_json, reason, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # where TensorFlow keeps what is not its own
@@ -104,10 +104,7 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     check_digest(expect_digest)
     path = folder / MANIFEST
     try:
-        with open_regular(path) as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        content = read_bounded(path, _MOST_BYTES)
         digest = hashlib.sha256(content).hexdigest()
         if expect_digest and digest != expect_digest.lower():
             raise InputError(

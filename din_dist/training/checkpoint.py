@@ -26,7 +26,7 @@ from din_dist import progress
 from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
-from din_dist.files import make_folder, open_regular, publish_folder, write_in_parts, write_text
+from din_dist.files import make_folder, open_regular, publish_folder, read_bounded, write_in_parts, write_text
 from din_dist.machine import free_memory_bytes
 from din_dist.text import parse_json, reason, shown
 from din_dist.training.state import TrainingState
@@ -304,11 +304,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no manifest of a checkpoint.
     """
-    with open_regular(path) as file:
-        content = file.read(_MOST_MANIFEST_BYTES + 1)
-    if len(content) > _MOST_MANIFEST_BYTES:
-        raise ValueError(f"a manifest of more than {_MOST_MANIFEST_BYTES} bytes")
-    manifest = parse_json(content)
+    manifest = parse_json(read_bounded(path, _MOST_MANIFEST_BYTES))
     kinds = {"state": dict, "config": dict, "data_fingerprint": str, "variables": dict}
     if not isinstance(manifest, dict):
         raise ValueError(f"a manifest that is {shown(manifest)}")

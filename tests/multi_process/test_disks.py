@@ -169,3 +169,16 @@ def test_a_request_to_stop_while_data_are_prepared(tmp_path: Path, disk: FaultyD
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 75, job.said
     assert "train.sh: prepare_data did not end within 10 s: it is killed" in job.said
+
+
+def test_data_that_are_prepared_without_a_launcher(tmp_path: Path, disk: FaultyDisk) -> None:
+    """The command waits, says once for what, and goes on when the disk answers."""
+    impatient = "import runpy; from din_dist import progress; progress.PATIENCE_SECONDS = 2; "
+    as_module = "runpy.run_module('din_dist.cli.prepare_data', run_name='__main__', alter_sys=True)"
+    python, _, _, *flags = on(disk, command("prepare_data", tmp_path))
+    disk.stick()
+    job = Job(tmp_path, [python, "-c", impatient + as_module, *flags])
+    job.wait_for(f"s while rank 0 was preparing data in {disk.path / 'prepared'}. It waits; Ctrl-C ends it.")
+    disk.release()
+    assert job.end() == 0, job.said
+    assert job.said.count("warning: a disk must answer. Received: nothing for ") == 1
