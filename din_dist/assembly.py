@@ -17,23 +17,23 @@ from din_dist.data.pipeline import Batch, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.neighbours import neighbours
 from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.shared_memory import neighbours
+from din_dist.evaluation.evaluator import Evaluator
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
+from din_dist.telemetry.prometheus import Exporter
+from din_dist.telemetry.reporter import Telemetry
 from din_dist.training.checkpoint import CheckpointStore
-from din_dist.training.evaluator import Evaluator
-from din_dist.training.exporter import Exporter
-from din_dist.training.history import History
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
-from din_dist.training.telemetry import Telemetry
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import MakeBatches, Trainer, num_updates
+from din_dist.training.undo import History
 
 
 class Job(NamedTuple):

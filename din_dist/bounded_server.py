@@ -1,6 +1,6 @@
 """An HTTP server that strangers cannot fill: it keeps few connections at a time, and each for a short time.
 
-Our Horovod has a copy (see launch/build_horovod.sh), so this imports nothing but the standard library.
+Our Horovod has a copy (see launch/horovod/build_horovod.sh), so this imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Text from outside: JSON that may be anything, and values that are shown to people."""
+"""Text from outside and for outside: JSON that may be anything, and values as people and programs read them."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -60,3 +61,26 @@ def parse_json(text: str | bytes) -> Any:
 
 class NestedTooDeeply(ValueError):
     """JSON that no parser should follow to its bottom."""
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Returns a line of JSON. JSON has no NaN: numbers that are not finite become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), allow_nan=False)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time span as people read it: 42 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -29,7 +29,7 @@ stop() {
   # Those that were started by this server: in a cluster's debugging modes a container sees the processes of others too.
   while read -r pid; do
     if grep -qszxF "DIN_DIST_SSHD=$own" "/proc/$pid/environ"; then agents+=("$pid"); fi
-  done < <(grep -lszx 'din_dist\.launcher\.agent' /proc/[0-9]*/cmdline | cut -d / -f 3)
+  done < <(grep -lszx 'din_dist\.cluster\.agent' /proc/[0-9]*/cmdline | cut -d / -f 3)
   if ((${#agents[@]})); then
     kill -TERM "${agents[@]}" 2>/dev/null || true
     while kill -0 "${agents[@]}" 2>/dev/null; do sleep 0.2; done

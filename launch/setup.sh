@@ -32,7 +32,7 @@ stamp=$venv/din_dist_setup
 digest=$(
   cd "$root"
   {
-    sha256sum setup.cfg pyproject.toml launch/{constraints.txt,build_horovod.sh,build_kernels.sh,setup.sh} din_dist/{bounded_server.py,kernels/*.{cc,h}}
+    sha256sum setup.cfg pyproject.toml launch/{common.sh,constraints.txt,build_kernels.sh,setup.sh} din_dist/{bounded_server.py,kernels/*.{cc,h}}
     find launch/horovod -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
   } | sha256sum | cut -c -16
 )
@@ -59,7 +59,7 @@ for present in "$venv"/lib/python3.*; do
 done
 build_flags=()
 [[ $device == cpu ]] || build_flags+=(--gpu)
-PYTHON=$base_python "$root/launch/build_horovod.sh" "${build_flags[@]}" --check
+PYTHON=$base_python "$root/launch/horovod/build_horovod.sh" "${build_flags[@]}" --check
 PYTHON=$base_python "$root/launch/build_kernels.sh" --check
 
 mkdir -p "$venv"
@@ -93,7 +93,7 @@ if "$python" -m pip show "$other" >/dev/null 2>&1; then
   run_pip "$python" "$log" uninstall --yes tensorflow tensorflow-cpu horovod
 fi
 run_pip "$python" "$log" install "${pip_flags[@]}" "$tensorflow" setuptools
-wheel=$(PYTHON=$python "$root/launch/build_horovod.sh" "${build_flags[@]}")
+wheel=$(PYTHON=$python "$root/launch/horovod/build_horovod.sh" "${build_flags[@]}")
 # Its version says nothing of the TensorFlow that it was built for, so pip must not take the installed one for the same.
 run_pip "$python" "$log" install --force-reinstall --no-deps --no-build-isolation "$wheel" --editable "$root"
 # All that setup.cfg asks for, with this Horovod: pip would build another from its index.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import missing
+from tests.support.programs import missing
 
 
 @pytest.fixture(scope="session")

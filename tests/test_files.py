@@ -25,8 +25,8 @@ from din_dist.files import (
     without_password,
     write_text,
 )
-from tests import special_files
-from tests.programs import missing
+from tests.support import special_files
+from tests.support.programs import missing
 
 
 @pytest.mark.parametrize(

@@ -8,60 +8,26 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
 LEAVES = {
-    *(
-        "bounded_server",
-        "schema",
-        "config",
-        "environment",
-        "errors",
-        "files",
-        "machine",
-        "mapped_files",
-        "progress",
-        "streams",
-        "text",
-    ),
-    "versions",
-    "kernels",
+    *("background_writer", "bounded_server", "config", "environment", "errors", "files", "kernels", "machine"),
+    *("mapped_files", "progress", "schema", "streams", "text", "training_state", "versions"),
 }
-MAY_IMPORT = {  # besides leaves and itself
+MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leaves and itself
     "layers": set(),
     "metrics": set(),
-    "data": set(),
+    "tables": set(),
+    "data": {"tables"},
     "models": {"layers"},
     "distributed": {"layers"},
-    "training": {"distributed", "metrics", "models", "layers", "data"},
-    "launcher": {"data"},
-    "report": {"training", "distributed", "models", "layers", "metrics", "data"},
-    "serving": {"training", "distributed", "models", "layers", "metrics", "data"},
-    "assembly": {"training", "distributed", "models", "layers", "metrics", "data"},
-    "cli": {
-        "assembly",
-        "launcher",
-        "report",
-        "serving",
-        "training",
-        "distributed",
-        "models",
-        "layers",
-        "metrics",
-        "data",
-    },
-    "environment": set(),
-    "errors": set(),
-    "files": set(),
-    "machine": set(),
-    "mapped_files": set(),
-    "progress": set(),
-    "streams": set(),
-    "text": set(),
-    "bounded_server": set(),
-    "schema": set(),
-    "config": set(),
-    "versions": set(),
-    "kernels": set(),
-    "__init__": set(),
+    "cluster": {"data", "tables"},
 }
+MAY_IMPORT["telemetry"] = {"distributed", "layers", "data", "tables"}
+MAY_IMPORT["evaluation"] = {"distributed", "metrics", "models", "layers", "data", "tables"}
+MAY_IMPORT["training"] = {"evaluation", "telemetry", *MAY_IMPORT["evaluation"]}
+MAY_IMPORT["benchmark"] = {"training", *MAY_IMPORT["training"]}
+MAY_IMPORT["report"] = {"training", *MAY_IMPORT["training"]}
+MAY_IMPORT["serving"] = {"training", *MAY_IMPORT["training"]}
+MAY_IMPORT["assembly"] = {"training", *MAY_IMPORT["training"]}
+MAY_IMPORT["cli"] = {"assembly", "benchmark", "cluster", "report", "serving", "training", *MAY_IMPORT["training"]}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob(".ci/run"), *ROOT.glob("docker/*.sh")]
+    for path in [*ROOT.glob("launch/**/*.sh"), *ROOT.glob(".ci/run"), *ROOT.glob("docker/*.sh")]
 )
 
 

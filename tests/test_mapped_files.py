@@ -14,7 +14,7 @@ import pytest
 
 from din_dist import kernels
 from din_dist.data.event_store import map_array
-from tests.programs import missing
+from tests.support.programs import missing
 
 ROOT = Path(__file__).parents[1]
 PAGE = os.sysconf("SC_PAGESIZE")

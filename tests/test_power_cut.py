@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_commands import command
-from tests.preloaded import Preloaded, preloaded
-from tests.programs import missing, program
+from tests.support.preloaded import Preloaded, preloaded
+from tests.support.programs import missing, program
 
 pytestmark = pytest.mark.timeout(600)
 IMAGE_BYTES = 64 << 20

@@ -16,7 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from din_dist.cli import entry, sweep
+from din_dist.benchmark import sweep
+from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.config import ComputeDtype, Config, require
 from din_dist.distributed.cores import claim_cores
@@ -90,14 +91,15 @@ def main() -> None:
             settings.to_flagfile().splitlines(),
             own,
             config.job.global_batch_size,
+            entry.say,
         )
         return
     cores = claim_cores()
     entry.import_tensorflow()
+    from din_dist.benchmark.step import report, seconds_since_process_start
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.training.benchmark import report, seconds_since_process_start
-    from din_dist.training.output_dir import to_json
+    from din_dist.text import to_json
     from din_dist.training.trainer import peak_memory_bytes
 
     runtime = open_runtime()
@@ -131,10 +133,10 @@ def main() -> None:
 def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int) -> tuple[Any, Any]:
     """A benchmark of one form, nothing run yet, and its model."""
     from din_dist import assembly
+    from din_dist.benchmark.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
+    from din_dist.benchmark.step import LEARNING_RATE, StepBenchmark
     from din_dist.distributed.gradients import DenseExchange
-    from din_dist.layers.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
-    from din_dist.training.benchmark import LEARNING_RATE, StepBenchmark
-    from din_dist.training.step_report import Moment
+    from din_dist.telemetry.step_report import Moment
     from din_dist.training.train_step import UnobservedTrainStep
 
     parts: dict[str, dict[str, Any]] = {

@@ -14,10 +14,10 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.cluster.hosts import parse_hosts, read_hosts_file
+from din_dist.cluster.preflight import check_hosts, render
 from din_dist.config import require
 from din_dist.errors import InputError
-from din_dist.launcher.hosts import parse_hosts, read_hosts_file
-from din_dist.launcher.preflight import check_hosts, render
 
 settings.define_flags()
 flags.adopt_module_key_flags(settings)  # for --help

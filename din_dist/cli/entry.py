@@ -19,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist import environment, mapped_files, progress, streams
+from din_dist.cluster.link import ADDRESS_VARIABLE, BEAT_SECONDS, BEATS_VARIABLE, Address
 from din_dist.config import LogFormat
 from din_dist.errors import (
     EXIT_HUNG,
@@ -32,10 +33,9 @@ from din_dist.errors import (
     Left,
     is_lost_peer,
 )
-from din_dist.launcher.link import ADDRESS_VARIABLE, BEAT_SECONDS, BEATS_VARIABLE, Address
 from din_dist.machine import require_threads
+from din_dist.telemetry.terminal import format_line
 from din_dist.text import printable
-from din_dist.training.terminal import format_line
 
 _HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpshort", "helpfull", "helpxml")}
 _MOST_LAST_WORDS = 1 << 20  # bytes

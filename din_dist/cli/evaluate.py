@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.evaluation_table import table
 from din_dist.cli.flags import define_path
-from din_dist.cli.trained import config_from_text, config_of, define_anew, said_anew, trained_model
+from din_dist.cli.saved_job import config_from_text, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, DataConfig, JobConfig, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
+from din_dist.evaluation.request import ALL, AUTO, NONE, Asked
+from din_dist.evaluation.table import table
 from din_dist.files import write_text
 from din_dist.serving.manifest import DIGEST_HELP
-from din_dist.training.asked import ALL, AUTO, NONE, Asked
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
     from din_dist.data.event_store import EventStore
     from din_dist.distributed.runtime import Runtime
+    from din_dist.evaluation.retrieval import CandidateScorer
     from din_dist.serving.bundle import Bundle
-    from din_dist.training.retrieval import CandidateScorer
 
 _OVERRIDES: Mapping[type, Sequence[str]] = {
     DataConfig: ("data_path", "data_dir", "evaluation_negatives_per_positive"),
@@ -84,9 +84,9 @@ def main() -> None:
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import split_examples
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.training.evaluation import rank_split, score_split
-    from din_dist.training.evaluator import Evaluator
-    from din_dist.training.output_dir import to_json
+    from din_dist.evaluation.evaluator import Evaluator
+    from din_dist.evaluation.summary import rank_split, score_split
+    from din_dist.text import to_json
     from din_dist.versions import build_info
 
     runtime = open_runtime()
@@ -200,8 +200,8 @@ def _what_scores(
     import tensorflow as tf
 
     from din_dist.data.pipeline import BATCH_SIGNATURE
+    from din_dist.evaluation.retrieval import ModelScorer
     from din_dist.serving.scorer import ExportScorer
-    from din_dist.training.retrieval import ModelScorer
 
     if bundle:
         scorer = ExportScorer(bundle, store)

@@ -14,7 +14,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
-from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
 from din_dist.config import Config, require
 from din_dist.files import read_record
 from din_dist.text import parse_json
@@ -51,8 +51,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     from din_dist.data.splits import split_examples
     from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
-    from din_dist.serving.export import Trained, check_target, export
-    from din_dist.training.evaluator import Evaluator
+    from din_dist.evaluation.evaluator import Evaluator
+    from din_dist.serving.export.writer import Trained, check_target, export
 
     check_target(folder, OVERWRITE.value)  # before what takes long
     tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself

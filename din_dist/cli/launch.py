@@ -19,13 +19,13 @@ from absl import flags
 
 from din_dist import environment, streams
 from din_dist.cli import flags as settings
+from din_dist.cluster.addresses import card_towards, loopback_card, own_address
+from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
+from din_dist.cluster.link import FIND_CARD_VARIABLE
+from din_dist.cluster.supervisor import Supervisor
 from din_dist.config import require
 from din_dist.environment import SEVERAL_ON_A_GPU
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
-from din_dist.launcher.addresses import card_towards, loopback_card, own_address
-from din_dist.launcher.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
-from din_dist.launcher.link import FIND_CARD_VARIABLE
-from din_dist.launcher.supervisor import Supervisor
 from din_dist.machine import require_threads
 from din_dist.text import printable
 
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str]) -> int:
     only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
     _pass_environment()
     card, address = _card(hosts, only_here)
-    agent = [sys.executable, "-m", "din_dist.launcher.agent", *trainer_flags]
+    agent = [sys.executable, "-m", "din_dist.cluster.agent", *trainer_flags]
     alone = numbers["num_workers"] == 1 and only_here and not _FLAGS.elastic and not _FLAGS.log_dir
     if _FLAGS.dry_run:
         words = agent if alone else [*_horovodrun(numbers, hosts, only_here, card, Path("HOSTS", "hosts")), *agent]

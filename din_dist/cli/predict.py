@@ -15,17 +15,17 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
-from din_dist.cli.trained import WHERE_DATA_LIES, config_of, define_anew, said_anew
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, define_anew, said_anew
 from din_dist.config import LogFormat, require
-from din_dist.data.sources import find_files
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError, Interrupted
 from din_dist.serving.manifest import DIGEST_HELP, read_manifest
-from din_dist.training.terminal import duration
+from din_dist.tables.sources import find_files
+from din_dist.text import duration
 
 if TYPE_CHECKING:
+    from din_dist.serving.batch.predictor import Histories, Question
     from din_dist.serving.manifest import Manifest
-    from din_dist.serving.predict import Histories, Question
 
 EXPORT_DIR = define_path("export_dir", "", "The export to score with, made by din_dist.cli.export.")
 EXPECT_DIGEST = flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
@@ -91,11 +91,12 @@ def main() -> None:
 
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.serving.batch.histories import GivenHistories, UserHistories, check_item_types
+    from din_dist.serving.batch.parts import PartsFolder, Plan
+    from din_dist.serving.batch.predictor import Predictor, Stopped, check_columns
     from din_dist.serving.bundle import Bundle
-    from din_dist.serving.histories import GivenHistories, UserHistories, check_item_types
-    from din_dist.serving.parts import PartsFolder, Plan
-    from din_dist.serving.predict import Predictor, Stopped, check_columns
-    from din_dist.training.output_dir import claim_output_dir, to_json
+    from din_dist.text import to_json
+    from din_dist.training.output_dir import claim_output_dir
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
@@ -206,8 +207,8 @@ def _checked_flags() -> tuple[list[Path], Path]:
 
 def _question(manifest: Manifest, users_are_integers: bool | None, files: Sequence[Path]) -> Question:
     """What the flags ask of each row."""
-    from din_dist.serving.predict import Question
-    from din_dist.serving.tables import Field, open_table
+    from din_dist.serving.batch.predictor import Question
+    from din_dist.tables.table import Field, open_table
 
     integers = manifest.item_id_type == "integer"
     if users_are_integers is None:

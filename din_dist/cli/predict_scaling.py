@@ -1,7 +1,7 @@
 """Predicts training speed on more workers: `python -m din_dist.cli.predict_scaling --measured=one_worker.json ...`.
 
 `--measured` holds the last line on stdout of `python -m din_dist.cli.benchmark`, run with one worker. Prints a table to
-stderr and, as the last line on stdout, the same numbers as JSON. `din_dist/distributed/scaling.py` has the model.
+stderr and, as the last line on stdout, the same numbers as JSON. `din_dist/benchmark/scaling_model.py` has the model.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from absl import flags
 
+from din_dist.benchmark.scaling_model import Cluster, Measured, Prediction, predict
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
 from din_dist.config import require
-from din_dist.distributed.scaling import Cluster, Measured, Prediction, predict
 from din_dist.errors import InputError
 from din_dist.files import read_text
 

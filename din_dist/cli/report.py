@@ -14,7 +14,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
-from din_dist.cli.trained import config_of, trained_model
+from din_dist.cli.saved_job import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import write_text
@@ -60,9 +60,9 @@ def _find(record: JobRecord, most: int) -> Findings:
     from din_dist.data.splits import item_counts, split_examples
     from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
+    from din_dist.evaluation.evaluator import Evaluator
     from din_dist.report import attention, scoring
     from din_dist.report.page import Data, Findings
-    from din_dist.training.evaluator import Evaluator
 
     tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
     found = Findings(record)

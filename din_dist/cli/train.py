@@ -15,12 +15,11 @@ from absl import flags
 from din_dist import progress
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.cluster.link import JOB_VARIABLE
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
 from din_dist.files import read_record, write_text
-from din_dist.launcher.link import JOB_VARIABLE
-from din_dist.text import parse_json
-from din_dist.training.terminal import duration
+from din_dist.text import duration, parse_json
 
 if TYPE_CHECKING:
     from din_dist.training.trainer import Trainer
@@ -43,9 +42,10 @@ def main() -> None:
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.elastic import run_elastic
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.training.exporter import Exporter
-    from din_dist.training.output_dir import OutputDirLock, to_json
-    from din_dist.training.projector import write_projector
+    from din_dist.telemetry.projector import write_projector
+    from din_dist.telemetry.prometheus import Exporter
+    from din_dist.text import to_json
+    from din_dist.training.output_dir import OutputDirLock
     from din_dist.training.trainer import peak_memory_bytes
     from din_dist.versions import build_info
 

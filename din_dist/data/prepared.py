@@ -31,12 +31,12 @@ from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.builders.complete_journey import CompleteJourney
 from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
 from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
-from din_dist.data.columns import Columns
 from din_dist.data.event_store import EventStore
-from din_dist.data.formats import Format, format_of
-from din_dist.data.sources import check_unchanged, find_files, partition_text
+from din_dist.data.log_reader import Columns
 from din_dist.errors import InputError
 from din_dist.files import make_folder, publish_folder, repair_publishing
+from din_dist.tables.formats import Format, format_of
+from din_dist.tables.sources import check_unchanged, find_files, partition_text
 
 Check = Callable[[schema.DatasetFacts], None]
 

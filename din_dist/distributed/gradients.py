@@ -9,10 +9,10 @@ import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.config import WireDtype
+from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import InGraph
-from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
-from din_dist.layers.fused import round_up
 from din_dist.layers.packed import padded, segment_sum
+from din_dist.layers.xla import round_up
 
 NO_ROW = -1  # padding
 

@@ -1,4 +1,4 @@
-// The passes of attention.h as TensorFlow operations. Called by layers/native_attention.py and layers/native_dense.py
+// The passes of attention.h as TensorFlow operations. Called by layers/native/attention.py and layers/native/dense.py
 // alone.
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -1,5 +1,5 @@
 // What the workers of one machine tell each other through memory that they share, as TensorFlow operations. Called by
-// distributed/neighbours.py alone, which makes the memory and lets no two run at once, nor in another order elsewhere.
+// distributed/shared_memory.py alone, which makes the memory and lets no two run at once, nor in another order elsewhere.
 //
 // The memory begins with two lines of 64 bytes for each worker: its process id, and how many turns it has taken. Then
 // come two times a buffer for each. Two are enough: a worker begins its next turn but one only when all have ended this

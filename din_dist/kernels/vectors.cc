@@ -1,5 +1,5 @@
 // Vectors of items, for TensorFlow: embeddings side by side, and what the head sees of two vectors; with their gradients.
-// Called by layers/native_vectors.py alone.
+// Called by layers/native/vectors.py alone.
 #include <algorithm>
 #include <cstdint>
 #include <vector>

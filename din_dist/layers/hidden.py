@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist.config import Activation
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
-from din_dist.layers.native_dense import Stage
+from din_dist.layers.native.dense import Stage
 from din_dist.layers.standardize import SumOverRanks
 
 

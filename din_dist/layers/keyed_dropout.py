@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from din_dist.layers.fused import fused
+from din_dist.layers.xla import fused
 
 
 @keras.saving.register_keras_serializable("din_dist")

@@ -10,10 +10,10 @@ import keras
 import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization
-from din_dist.layers.fused import fused
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.packed import pool, rows_of, segment_softmax
 from din_dist.layers.standardize import SumOverRanks
+from din_dist.layers.xla import fused
 
 
 class LocalActivationUnit(keras.layers.Layer):

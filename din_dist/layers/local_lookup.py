@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from din_dist.layers.fused import on_host
-from din_dist.layers.native_vectors import Part, side_by_side
+from din_dist.layers.native.vectors import Part, side_by_side
+from din_dist.layers.xla import on_host
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
 _ITEM, _ITEM_BIAS = "item", "item_bias"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from din_dist import kernels
-from din_dist.layers.fused import fused
+from din_dist.layers.xla import fused
 
 
 def segment_ids(lengths: tf.Tensor, native: bool = False) -> tf.Tensor:

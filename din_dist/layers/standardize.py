@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from din_dist import kernels
-from din_dist.layers.fused import fused
+from din_dist.layers.xla import fused
 
 SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers
 

@@ -13,8 +13,8 @@ from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.native_attention import NativeActivationUnit
-from din_dist.layers.native_vectors import beside_product
+from din_dist.layers.native.attention import NativeActivationUnit
+from din_dist.layers.native.vectors import beside_product
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.standardize import SumOverRanks
 from din_dist.models.ranking_model import RankingModel, items_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from din_dist.layers.fused import fused
 from din_dist.layers.packed import segment_sum
+from din_dist.layers.xla import fused
 from din_dist.models.ranking_model import RankingModel
 
 

@@ -12,13 +12,13 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
-from din_dist.layers.fused import round_up
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.native_dense import Stage, run_stages
-from din_dist.layers.native_vectors import vectors_and_candidates
+from din_dist.layers.native.dense import Stage, run_stages
+from din_dist.layers.native.vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.standardize import BatchNormalization, SumOverRanks
+from din_dist.layers.xla import round_up
 
 
 class RankingModel(keras.Model):
@@ -31,7 +31,7 @@ class RankingModel(keras.Model):
         lookup: turns item ids into vectors; the model does not know where the tables live.
         config: sizes, activations and normalisation.
         sum_over_ranks: for batch statistics of the global batch; the identity when alone.
-        compiled: runs training through XLA, but for lookups and matrix products (see `layers/fused.py`).
+        compiled: runs training through XLA, but for lookups and matrix products (see `layers/xla.py`).
         native: runs what it can of training in kernels of our own (`kernels/`), on CPUs.
         in_bfloat16: those round the factors of matrix products.
     """

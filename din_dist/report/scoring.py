@@ -14,12 +14,12 @@ from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.data.splits import Examples
+from din_dist.evaluation.evaluator import Evaluator, Scorer
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
 from din_dist.metrics.ranking import auc, gauc, log_loss
 from din_dist.metrics.slices import Slice, largest_parts, range_names, slices
 from din_dist.models.ranking_model import RankingModel
-from din_dist.training.evaluator import Evaluator, Scorer
 
 MODEL = "model"  # its name among the rankings, where the others are floors
 _HISTORY_BINS, _POPULARITY_BINS, _LARGEST_CATEGORIES = 8, 10, 12

@@ -15,7 +15,7 @@ _PAIRS = 100_000  # (candidate, behaviour) pairs at once
 
 
 class ExportScorer:
-    """Scores of packed batches, and as of `training/retrieval.py: CandidateScorer`."""
+    """Scores of packed batches, and as of `evaluation/retrieval.py: CandidateScorer`."""
 
     def __init__(self, bundle: Bundle, store: EventStore) -> None:
         self._bundle, self._num_items = bundle, store.facts.num_items

@@ -23,14 +23,14 @@ import numpy.lib.format
 import tensorflow as tf
 
 from din_dist import progress
+from din_dist.background_writer import Writer
 from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
 from din_dist.files import make_folder, open_regular, publish_folder, read_bounded, write_in_parts, write_text
 from din_dist.machine import free_memory_bytes
 from din_dist.text import parse_json, reason, shown
-from din_dist.training.state import TrainingState
-from din_dist.training.writer import Writer
+from din_dist.training_state import TrainingState
 
 _MANIFEST = "manifest.json"
 _ABANDONED_AFTER_SECONDS = 600.0

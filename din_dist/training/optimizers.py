@@ -16,7 +16,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import Gradient, RowGradients
-from din_dist.layers.fused import fused
+from din_dist.layers.xla import fused
 
 RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import math
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from din_dist import progress
 from din_dist.errors import InputError
@@ -100,16 +98,3 @@ def _is_at(lock: TextIO, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     return False
-
-
-def to_json(values: dict[str, Any]) -> str:
-    """One line of JSON, which knows no NaN: what is not finite becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(part) for name, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(part) for part in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(values), allow_nan=False)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient, RowGradients
-from din_dist.layers.fused import fused
+from din_dist.layers.xla import fused
 from din_dist.training.optimizers import Values
 
 # A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.

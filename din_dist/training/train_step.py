@@ -13,11 +13,11 @@ from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE, Batch
 from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
-from din_dist.layers.fused import fused, on_host
+from din_dist.layers.xla import fused, on_host
 from din_dist.models.ranking_model import RankingModel
-from din_dist.training.history import History
 from din_dist.training.optimizers import Optimizer
 from din_dist.training.regularization import Regularization, clip
+from din_dist.training.undo import History
 
 
 class Observed(NamedTuple):

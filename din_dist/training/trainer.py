@@ -19,15 +19,15 @@ from din_dist.data.pipeline import BATCH_SIGNATURE, Batch, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
+from din_dist.evaluation.evaluator import Evaluator
 from din_dist.models.ranking_model import RankingModel
+from din_dist.telemetry.reporter import Telemetry
+from din_dist.telemetry.step_report import PARTS, Moment, StepReport
 from din_dist.training.checkpoint import CheckpointStore
-from din_dist.training.evaluator import Evaluator
-from din_dist.training.history import History, agree
 from din_dist.training.schedules import learning_rate
-from din_dist.training.state import TrainingState
-from din_dist.training.step_report import PARTS, Moment, StepReport
-from din_dist.training.telemetry import Telemetry
 from din_dist.training.train_step import MessageSizes, Requests, StepResult, TrainStep, checksum_of
+from din_dist.training.undo import History, agree
+from din_dist.training_state import TrainingState
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
 _NAMED_EXAMPLES = 10  # of each rank, in an error

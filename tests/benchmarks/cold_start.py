@@ -41,7 +41,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
-from din_dist.cli.trained import config_of, trained_model
+from din_dist.cli.saved_job import config_of, trained_model
 from din_dist.config import DataConfig, Split, UnknownItem, require
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ def evaluate(output_dir: Path, name: str, with_floors: bool) -> _Rows:
     from din_dist.data.splits import split_examples
     from din_dist.data.trained_items import trained_items
     from din_dist.distributed.runtime import Runtime
+    from din_dist.evaluation.evaluator import Evaluator
     from din_dist.report.scoring import MODEL, score
-    from din_dist.training.evaluator import Evaluator
 
     config = config_of(output_dir)
     features = config.data.unknown_item is UnknownItem.FEATURES

@@ -26,13 +26,13 @@ from typing import Any
 
 from absl import flags
 
+from din_dist.benchmark.scaling_model import Cluster, Measured, predict
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.config import require
-from din_dist.distributed.scaling import Cluster, Measured, predict
 from din_dist.errors import InputError
-from tests import cluster_lab
-from tests.cluster_lab import Host
+from tests.support import host_lab
+from tests.support.host_lab import Host
 
 JOB_SECONDS = 1800  # no job takes longer
 
@@ -84,13 +84,13 @@ def main() -> None:
         except ValueError as error:
             raise InputError(f"--rates: {error}") from None
     try:
-        with tempfile.TemporaryDirectory() as folder, cluster_lab.hosts(values.hosts) as hosts:
-            if values.delay_ms and not cluster_lab.has_netem():
+        with tempfile.TemporaryDirectory() as folder, host_lab.hosts(values.hosts) as hosts:
+            if values.delay_ms and not host_lab.has_netem():
                 raise InputError("--delay_ms: this kernel cannot delay packets (CONFIG_NET_SCH_NETEM). Leave it out.")
             flagfile = Path(folder, "trainer.flags")
             flagfile.write_text(settings.to_flagfile())
             found = _measure(hosts, flagfile)
-    except cluster_lab.LabError as error:
+    except host_lab.LabError as error:
         raise InputError(str(error)) from None
     entry.say(_table(found))
     print(json.dumps(found), flush=True)
@@ -171,7 +171,7 @@ def _all_together(hosts: Sequence[Host], flagfile: Path) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     pick = f"echo {' '.join(map(str, cores))} | cut -d ' ' -f $((HOROVOD_RANK % {len(cores)} + 1))"
     wrapper = ["sh", "-c", f'exec taskset -c "$({pick})" "$0" "$@"']
-    command = cluster_lab.horovodrun(hosts, [*wrapper, *_benchmark(flagfile, num_workers=len(hosts))])
+    command = host_lab.horovodrun(hosts, [*wrapper, *_benchmark(flagfile, num_workers=len(hosts))])
     done = subprocess.run(hosts[0].command(command), capture_output=True, text=True, timeout=JOB_SECONDS, check=False)
     return _last_json(done.returncode, done.stdout, done.stderr)
 
@@ -213,7 +213,7 @@ def _latency_seconds(hosts: Sequence[Host]) -> float:
 
 
 def _bits_per_second(rate: str) -> float:
-    return math.inf if rate == "unlimited" else cluster_lab.bits_per_second(rate)
+    return math.inf if rate == "unlimited" else host_lab.bits_per_second(rate)
 
 
 def _median(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.trained import config_of
-from din_dist.data.formats import Format, format_of
+from din_dist.cli.saved_job import config_of
+from din_dist.tables.formats import Format, format_of
 
 EXPORT_DIR = flags.DEFINE_string("export_dir", None, "The export.", required=True)
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "The job whose data has the users.", required=True)

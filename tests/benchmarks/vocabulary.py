@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from din_dist.serving.vocabulary import Vocabulary
+from din_dist.serving.export.vocabulary import Vocabulary
 
 LOOKED_UP = 100_000  # ids at once
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.small_log import write_log
+from tests.support.small_log import write_log
 
 ROOT = Path(__file__).parents[2]
 

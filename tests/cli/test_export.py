@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from din_dist.serving.bundle import Bundle
-from tests.serving.trained_job import write_job
-from tests.small_log import small_config
+from tests.support.small_log import small_config
+from tests.support.trained_job import write_job
 
 ROOT = Path(__file__).parents[2]
 FLAGS_OF_JOB = "flags.txt"

@@ -26,8 +26,8 @@ from horovod.runner.http import authentication
 from horovod.runner.http.http_server import RendezvousServer
 
 from tests.cli.test_commands import assert_one_line
-from tests.preloaded import Preloaded, Running, preloaded
-from tests.small_log import write_log
+from tests.support.preloaded import Preloaded, Running, preloaded
+from tests.support.small_log import write_log
 
 LONGEST = 10
 
@@ -90,7 +90,7 @@ def trainer_logits(job: Job, histories: list[list[str]], candidates: list[str]) 
     import tensorflow as tf
 
     from din_dist import schema
-    from din_dist.cli.trained import config_of, trained_model
+    from din_dist.cli.saved_job import config_of, trained_model
     from din_dist.data.prepared import open_prepared
 
     config = config_of(job.folder / "run")

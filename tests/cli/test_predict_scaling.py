@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmark.test_scaling_model import report
 from tests.cli.test_commands import ROOT, assert_one_line
-from tests.distributed.test_scaling import report
 
 LINK = ("--bandwidth_gbits=25", "--latency_us=50")
 

@@ -18,8 +18,8 @@ import pytest
 from matplotlib import image
 
 from tests.cli.test_commands import ROOT, assert_one_line, command, run
-from tests.report.chromium import open_page, screenshot
-from tests.small_log import write_log
+from tests.support.chromium import open_page, screenshot
+from tests.support.small_log import write_log
 
 RAN = "a string from data ran"
 SCRIPT = f"<script>document.title='{RAN}'</script>"

@@ -31,9 +31,9 @@ import tensorflow as tf
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, digest_of_file, read_manifest
 from tests.cli.test_commands import assert_one_line
-from tests.preloaded import Preloaded, Running, preloaded
-from tests.programs import free_port
-from tests.small_log import write_log
+from tests.support.preloaded import Preloaded, Running, preloaded
+from tests.support.programs import free_port
+from tests.support.small_log import write_log
 
 HISTORIES = [["i1", "i2", "i3"], [], ["never seen"], [f"i{number % 30}" for number in range(25)]]
 CANDIDATES = ["i4", "i5", "i6", "never seen"]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.laboratory import FAULTS, FAULTS_OF_JOBS, Job, Laboratory, check, seconds_to_go_on, wrong_epochs
+from tests.support.fault_lab import FAULTS, FAULTS_OF_JOBS, Job, Laboratory, check, seconds_to_go_on, wrong_epochs
 
 _RARE = 0.25  # the chance, against the others, of faults that the job has to be started again for
 _LAST_STEPS = 30  # of a job: none is begun then

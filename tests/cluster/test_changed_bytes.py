@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from din_dist.distributed.runtime import open_runtime
-from tests import cluster_lab
-from tests.cluster_cable import change, internet_checksum
-from tests.programs import missing
+from tests.support import host_lab
+from tests.support.cable import change, internet_checksum
+from tests.support.programs import missing
 
 ROOT = Path(__file__).parents[2]
 SUMS = 2000
@@ -71,10 +71,10 @@ def test_the_cable_changes_one_bit_and_the_checksum() -> None:
 def test_a_changed_message_is_a_lost_one() -> None:
     with contextlib.ExitStack() as stack:
         try:
-            hosts = stack.enter_context(cluster_lab.hosts(2, our_cables=True))
-        except cluster_lab.LabError as error:
+            hosts = stack.enter_context(host_lab.hosts(2, our_cables=True))
+        except host_lab.LabError as error:
             missing(str(error))
-        job = cluster_lab.horovodrun(hosts, [sys.executable, "-m", "tests.cluster.test_changed_bytes"])
+        job = host_lab.horovodrun(hosts, [sys.executable, "-m", "tests.cluster.test_changed_bytes"])
         process = stack.enter_context(
             subprocess.Popen(
                 hosts[0].command(job), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pytest
 
+from din_dist.cluster import preflight
+from din_dist.cluster.hosts import HostSlots
+from din_dist.cluster.preflight import Answer, Finding, check_hosts, compare, compare_links, render
+from din_dist.cluster.probe import Facts, Question, find_facts
 from din_dist.config import Config
 from din_dist.data.prepared import prepare
 from din_dist.errors import InputError
-from din_dist.launcher import preflight
-from din_dist.launcher.hosts import HostSlots
-from din_dist.launcher.preflight import Answer, Finding, check_hosts, compare, compare_links, render
-from din_dist.launcher.probe import Facts, Question, find_facts
-from tests import cluster_lab
 from tests.cli.test_commands import ROOT, assert_one_line
-from tests.cluster_lab import Host
-from tests.programs import missing
-from tests.small_log import small_config
+from tests.support import host_lab
+from tests.support.host_lab import Host
+from tests.support.programs import missing
+from tests.support.small_log import small_config
 
 OWN_NAME = socket.gethostname()
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"  # the lab's addresses
@@ -36,9 +36,9 @@ FIRST, SECOND = "10.77.0.1", "10.77.0.2"  # the lab's addresses
 @pytest.fixture(scope="module")
 def lab() -> Iterator[list[Host]]:
     try:
-        with cluster_lab.hosts(2) as hosts:
+        with host_lab.hosts(2) as hosts:
             yield hosts
-    except cluster_lab.LabError as error:
+    except host_lab.LabError as error:
         missing(str(error))
 
 
@@ -139,7 +139,7 @@ def test_the_card_that_was_named_is_on_one_host_only(lab: list[Host], prepared: 
 
 
 def test_the_own_name_is_of_no_account(lab: list[Host], prepared: Config) -> None:
-    etc_hosts = cluster_lab.NETNS_ETC / lab[1].namespace / "hosts"
+    etc_hosts = host_lab.NETNS_ETC / lab[1].namespace / "hosts"
     before = etc_hosts.read_text()
     for name_line in (f"127.0.0.1 {OWN_NAME}", ""):
         etc_hosts.write_text(before.replace(f"{SECOND} {OWN_NAME}", name_line))
@@ -276,8 +276,8 @@ def test_wrong_input_is_one_line(prepared: Config, words: tuple[str, ...], messa
 def test_nothing_imports_tensorflow(prepared: Config) -> None:
     """The launcher calls it before every start."""
     script = (
-        "import sys; from din_dist.config import Config; from din_dist.launcher.hosts import HostSlots; "
-        "from din_dist.launcher.preflight import check_hosts; check_hosts([HostSlots('localhost')], Config()); "
+        "import sys; from din_dist.config import Config; from din_dist.cluster.hosts import HostSlots; "
+        "from din_dist.cluster.preflight import check_hosts; check_hosts([HostSlots('localhost')], Config()); "
         "sys.exit('tensorflow' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
@@ -322,7 +322,7 @@ def test_stopped_it_leaves_nothing_behind(prepared: Config, fake_ssh: Path, tmp_
     [
         ("echo Permission denied >&2; exit 255", "ssh", "Permission denied"),
         ("exec sleep 60", "ssh", "no answer within 0.5 s"),
-        ("echo No module named din_dist.launcher >&2; exit 1", "probe", "No module named din_dist.launcher"),
+        ("echo No module named din_dist.cluster >&2; exit 1", "probe", "No module named din_dist.cluster"),
         ("exit 7", "probe", "exit code 7"),
         ('while read line; do echo \'{"answer": {"time": 1}}\'; done', "sources", "another version of din_dist"),
     ],
@@ -337,7 +337,7 @@ def test_ssh_or_the_probe_fail(
 
 
 def test_the_probe_ends_with_its_stdin_and_keeps_to_itself_what_others_print() -> None:
-    script = "from din_dist.launcher import probe; probe.unreached = lambda peers: print('noise') or {}; probe.main()"
+    script = "from din_dist.cluster import probe; probe.unreached = lambda peers: print('noise') or {}; probe.main()"
     question = '{"ask": "reach", "peers": {}}\n{"ask": "time"}\n'
     done = subprocess.run(
         [sys.executable, "-c", script], input=question, capture_output=True, text=True, timeout=60, check=True

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.laboratory import FAULTS, Laboratory, check, seconds_to_go_on
-from tests.cluster_lab import LabError
-from tests.faulty_disk import NoFaultyDisk
-from tests.programs import missing
+from tests.support.fault_lab import FAULTS, Laboratory, check, seconds_to_go_on
+from tests.support.faulty_disk import NoFaultyDisk
+from tests.support.host_lab import LabError
+from tests.support.programs import missing
 
 pytestmark = pytest.mark.timeout(1200)
 SEED = 20181

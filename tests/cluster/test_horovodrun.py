@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import cluster_lab
-from tests.programs import missing
+from tests.support import host_lab
+from tests.support.programs import missing
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
-    *cluster_lab.SMALL_JOB,
+    *host_lab.SMALL_JOB,
     "--global_batch_size=512",
     "--epochs=1",
     "--noxla",
@@ -28,7 +28,7 @@ def test_two_hosts(tmp_path: Path) -> None:
     # Reaches the workers, as every other variable: the log of each says at this level that Horovod has started.
     variables["HOROVOD_LOG_LEVEL"] = "info"
     try:
-        with cluster_lab.hosts(2) as (first, second):
+        with host_lab.hosts(2) as (first, second):
             flags = [
                 f"--hosts={first.address},{second.address}",
                 "--network_interface=eth0",
@@ -43,7 +43,7 @@ def test_two_hosts(tmp_path: Path) -> None:
                 check=False,
                 timeout=240,
             )
-    except cluster_lab.LabError as error:
+    except host_lab.LabError as error:
         missing(str(error))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 2

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import cluster_lab
-from tests.cluster_lab import Host
-from tests.k8s.overlays import render
-from tests.programs import missing
+from tests.support import host_lab
+from tests.support.host_lab import Host
+from tests.support.overlays import render
+from tests.support.programs import missing
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 SECRET = f"planted-{secrets.token_hex(8)}"
 OPEN_FILES = 256
 FLAGS = (
-    *cluster_lab.SMALL_JOB,
+    *host_lab.SMALL_JOB,
     "--global_batch_size=64",
     "--epochs=100000",
     "--noxla",
@@ -99,10 +99,10 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def lab() -> Iterator[list[Host]]:
     try:
-        with cluster_lab.hosts(3, own_names=False) as hosts:
+        with host_lab.hosts(3, own_names=False) as hosts:
             hosts[1].rename_card("eth0", "wan0")
             yield hosts
-    except cluster_lab.LabError as error:
+    except host_lab.LabError as error:
         missing(str(error))
 
 
@@ -251,7 +251,7 @@ def agents(job: Job) -> list[dict[str, str]]:
     for pid in job.processes():
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"din_dist.launcher.agent" in words and b"python" in words[0] and "HOROVOD_RANK" in variables_of(pid):
+            if b"din_dist.cluster.agent" in words and b"python" in words[0] and "HOROVOD_RANK" in variables_of(pid):
                 found.append(variables_of(pid))
     return sorted(found, key=lambda variables: variables["HOROVOD_RANK"])
 
@@ -259,7 +259,7 @@ def agents(job: Job) -> list[dict[str, str]]:
 def check_that_nobody_saw(seen: list[str], key: str, job: Job) -> None:
     """Neither secrets nor any variable, though the watcher saw all that runs."""
     of_job = [line for line in seen if line.startswith("cmdline") and str(job.output) in line]
-    assert any("din_dist.launcher.agent" in line for line in of_job)
+    assert any("din_dist.cluster.agent" in line for line in of_job)
     assert any("horovodrun" in line for line in of_job)
     assert any("sh -s" in line for line in seen)
     for hidden in (SECRET, key):

@@ -17,7 +17,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
 from din_dist.errors import InputError
-from tests import special_files
+from tests.support import special_files
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with_labels", "without"])

@@ -25,8 +25,8 @@ from din_dist.data import event_store
 from din_dist.data.blocks import Block, SortedBlocks
 from din_dist.data.builders.base import _Tally, _write_beside
 from din_dist.data.checksums import CHECKSUMS_FILE, write_checksums
-from din_dist.data.columns import Columns, read_log
 from din_dist.data.event_store import EventStore, open_store, pack
+from din_dist.data.log_reader import Columns, read_log
 from din_dist.errors import InputError
 
 

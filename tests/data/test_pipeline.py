@@ -28,7 +28,7 @@ from din_dist.data.pipeline import (
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.data.trained_items import trained_items
-from tests.small_log import small_config, write_log
+from tests.support.small_log import small_config, write_log
 
 
 @pytest.fixture(params=[False, True], ids=["no_labels", "labels"])

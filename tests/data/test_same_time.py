@@ -20,11 +20,11 @@ from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import SPLITS
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
-from din_dist.serving.histories import UserHistories
-from din_dist.serving.tables import Ids
+from din_dist.serving.batch.histories import UserHistories
+from din_dist.tables.table import Ids
 from din_dist.training.checkpoint import CheckpointStore
-from din_dist.training.state import TrainingState
-from tests.small_log import small_config
+from din_dist.training_state import TrainingState
+from tests.support.small_log import small_config
 
 PAGES_PER_USER, ITEMS_PER_PAGE = 12, 5
 NUM_CATEGORIES, ITEMS_PER_CATEGORY = 30, 8

@@ -18,8 +18,8 @@ from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import deal, num_steps_per_epoch, share, training_batches
 from din_dist.data.splits import Examples
-from din_dist.training.history import History, agree
-from din_dist.training.state import TrainingState
+from din_dist.training.undo import History, agree
+from din_dist.training_state import TrainingState
 
 SEED = 7
 Taken = list[tuple[int, int]]  # of each example its id, and the number from which all that is random about it comes

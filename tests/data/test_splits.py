@@ -14,7 +14,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.errors import InputError
-from tests.small_log import small_config, write_log
+from tests.support.small_log import small_config, write_log
 
 
 def expected_events(store: EventStore, split: Split, cuts: tuple[int, int]) -> dict[str, list[int]]:

@@ -17,7 +17,7 @@ from din_dist.data.prepared import prepare
 from din_dist.data.splits import split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.errors import InputError
-from tests.small_log import small_config, write_log
+from tests.support.small_log import small_config, write_log
 
 # The last of each is tested; without labels the first is no example, and user 3 and 4 train on nothing.
 HISTORIES = ["abc", "abd", "fgh", "ie", "j"]

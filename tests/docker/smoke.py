@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from tests.k8s.overlays import render
+from tests.support.overlays import render
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILE = ROOT / "docker" / "docker-compose.yml"

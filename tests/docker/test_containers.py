@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launch.fake_checkout import write_script
-from tests.programs import free_port, missing
+from tests.support.fake_checkout import write_script
+from tests.support.programs import free_port, missing
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -123,14 +123,14 @@ def test_sshd_makes_keys_for_a_shared_volume_and_a_host_key_for_itself(tmp_path:
 
 def test_a_container_that_is_stopped_lets_its_workers_end_first(tmp_path: Path) -> None:
     """With a stand-in for the agent, which takes a second to end."""
-    agent = tmp_path / "din_dist" / "launcher" / "agent.py"
+    agent = tmp_path / "din_dist" / "cluster" / "agent.py"
     agent.parent.mkdir(parents=True)
     agent.write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit()))\n"
         "print('ready', flush=True)\nsignal.pause()\n"
     )
-    command = [sys.executable, "-m", "din_dist.launcher.agent"]
+    command = [sys.executable, "-m", "din_dist.cluster.agent"]
     with contextlib.ExitStack() as stack:
         process, variables = stack.enter_context(serving(tmp_path / "home"))
         (own,) = Path(variables["HOME"]).glob("tmp.*")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import ROOT, write_script
+from tests.support.fake_checkout import ROOT, write_script
 
 DEBIAN, CUDA, PROMETHEUS = (
     f"docker.io/{image}"

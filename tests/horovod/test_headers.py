@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import ROOT
-from tests.programs import missing
+from tests.support.fake_checkout import ROOT
+from tests.support.programs import missing
 
 HEADERS = ROOT / "launch" / "horovod" / "files" / "third_party" / "gloo"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.k8s.overlays import OVERLAYS, ROOT, kubectl, render
-from tests.launch.fake_checkout import path_without, write_script
-from tests.programs import program
+from tests.support.fake_checkout import path_without, write_script
+from tests.support.overlays import OVERLAYS, ROOT, kubectl, render
+from tests.support.programs import program
 
 # Of several answers to calls that begin alike, each call takes the next, and the last one stays.
 KUBECTL = """#!{python}

@@ -20,10 +20,10 @@ from absl import flags
 
 from din_dist.cli import launch
 from din_dist.cli.flags import config_from_flags, define_flags
+from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
-from din_dist.launcher.hosts import read_hosts_file
-from tests.k8s.overlays import OVERLAYS, ROOT, Object, render
-from tests.programs import missing
+from tests.support.overlays import OVERLAYS, ROOT, Object, render
+from tests.support.programs import missing
 
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 FLAGS_FOLDER = "/etc/din_dist"

@@ -1,4 +1,4 @@
-"""launch/build_horovod.sh: its settings, its errors, its cache. A real build made the Horovod that runs these tests."""
+"""launch/horovod/build_horovod.sh: settings, errors, cache. A real build made the Horovod that runs these tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import HOROVOD, ROOT, FakeCheckout, finished, path_without, pinned
-from tests.launch.packages import make_sdist, make_wheel
+from tests.support.fake_checkout import HOROVOD, ROOT, FakeCheckout, finished, path_without, pinned
+from tests.support.packages import make_sdist, make_wheel
 
 # A Horovod of two files, and a series that changes one of them twice.
 INIT = f"__version__ = '{HOROVOD}'\n"
@@ -58,7 +58,9 @@ def checkout(tmp_path: Path) -> FakeCheckout:
     checkout.env["FAKE_BUILD_ENV"] = str(tmp_path / "build_env")
     checkout.env["FAKE_SOURCES"] = str(tmp_path / "sources")
     series = checkout.root / "launch" / "horovod"
-    shutil.rmtree(series)
+    for patch in series.glob("*.patch"):
+        patch.unlink()
+    shutil.rmtree(series / "files")
     (series / "files" / "horovod" / "ours").mkdir(parents=True)
     (series / "files" / "horovod" / "ours" / "new.h").write_text("ours\n")
     for name, text in SERIES.items():
@@ -88,23 +90,23 @@ def wheels(checkout: FakeCheckout) -> list[Path]:
 
 
 def test_builds_once_and_prints_the_wheel_last(checkout: FakeCheckout) -> None:
-    done = checkout.run("build_horovod.sh")
+    done = checkout.run("horovod/build_horovod.sh")
     assert done.returncode == 0, done.stderr
     wheel = checkout.cache / "wheels" / checkout.key() / f"horovod-{HOROVOD}-cp311-cp311-linux_x86_64.whl"
     assert done.stdout == f"{wheel}\n"
     assert wheel.read_text() == "whole\n"
     calls = checkout.pip_calls()
-    again = checkout.run("build_horovod.sh")
+    again = checkout.run("horovod/build_horovod.sh")
     assert (again.stdout, again.stderr) == (done.stdout, "")
     assert checkout.pip_calls() == calls
 
 
 def test_settings_of_the_build(checkout: FakeCheckout, tmp_path: Path) -> None:
-    checkout.run("build_horovod.sh")
+    checkout.run("horovod/build_horovod.sh")
     settings = (tmp_path / "build_env").read_text().splitlines()
     assert "HOROVOD_WITHOUT_MPI=1" in settings
     assert "CXXFLAGS= -include cstdint -include stdexcept -include string" in settings, "or g++ 13 refuses Horovod"
-    assert set(checkout.run("build_horovod.sh", "--print_env").stdout.splitlines()) < set(settings)
+    assert set(checkout.run("horovod/build_horovod.sh", "--print_env").stdout.splitlines()) < set(settings)
     assert any(line.startswith("HOROVOD_CMAKE=") for line in settings), (
         "not the system's cmake, nor one fetched by setup.py"
     )
@@ -113,7 +115,7 @@ def test_settings_of_the_build(checkout: FakeCheckout, tmp_path: Path) -> None:
 def test_key_tells_cpu_from_gpu(checkout: FakeCheckout) -> None:
     assert checkout.put_wheel("cpu") != checkout.put_wheel("gpu")
     for flags, device in ([], "cpu"), (["--gpu"], "gpu"):
-        wheel = Path(checkout.run("build_horovod.sh", *flags).stdout.rstrip("\n"))
+        wheel = Path(checkout.run("horovod/build_horovod.sh", *flags).stdout.rstrip("\n"))
         assert wheel.parent.name == checkout.key(device)
 
 
@@ -121,8 +123,8 @@ def test_key_follows_tensorflow(checkout: FakeCheckout) -> None:
     checkout.put_wheel()
     constraints = checkout.root / "launch" / "constraints.txt"
     constraints.write_text(constraints.read_text().replace("\ntensorflow==", "\ntensorflow==9."))
-    checkout.run("build_horovod.sh", "--check")
-    assert "must have the TensorFlow" in checkout.error("build_horovod.sh"), (
+    checkout.run("horovod/build_horovod.sh", "--check")
+    assert "must have the TensorFlow" in checkout.error("horovod/build_horovod.sh"), (
         "the cached wheel is for another TensorFlow"
     )
 
@@ -130,14 +132,16 @@ def test_key_follows_tensorflow(checkout: FakeCheckout) -> None:
 def test_default_cache_is_in_the_home_folder(checkout: FakeCheckout, tmp_path: Path) -> None:
     del checkout.env["DIN_DIST_CACHE"]
     checkout.env.pop("XDG_CACHE_HOME", None)
-    done = checkout.run("build_horovod.sh", HOME=str(tmp_path / "home"))
+    done = checkout.run("horovod/build_horovod.sh", HOME=str(tmp_path / "home"))
     assert done.stdout.startswith(f"{tmp_path}/home/.cache/din_dist/wheels/")
-    done = checkout.run("build_horovod.sh", XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    done = checkout.run("horovod/build_horovod.sh", XDG_CACHE_HOME=str(tmp_path / "xdg"))
     assert done.stdout.startswith(f"{tmp_path}/xdg/din_dist/wheels/")
 
 
 def test_cpu_build_has_gloo_and_no_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
-    done = checkout.run("build_horovod.sh", "--print_env", PATH=path_without(tmp_path / "bin", "g++", "make", "nvcc"))
+    done = checkout.run(
+        "horovod/build_horovod.sh", "--print_env", PATH=path_without(tmp_path / "bin", "g++", "make", "nvcc")
+    )
     settings = done.stdout.splitlines()
     assert {"HOROVOD_WITH_TENSORFLOW=1", "HOROVOD_WITH_GLOO=1", "HOROVOD_WITHOUT_MPI=1"} <= set(settings)
     assert not any("NCCL" in line or "GPU" in line or "CUDA" in line for line in settings)
@@ -156,7 +160,7 @@ def fake_cuda_and_nccl(folder: Path, nccl_in: str = "nccl") -> tuple[Path, Path]
 def test_gpu_build_has_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
     cuda, nccl = fake_cuda_and_nccl(tmp_path)
     homes = {"HOROVOD_CUDA_HOME": str(cuda), "HOROVOD_NCCL_HOME": str(nccl)}
-    settings = set(checkout.run("build_horovod.sh", "--gpu", "--print_env", **homes).stdout.splitlines())
+    settings = set(checkout.run("horovod/build_horovod.sh", "--gpu", "--print_env", **homes).stdout.splitlines())
     expected = {
         "HOROVOD_GPU=CUDA",
         "HOROVOD_GPU_OPERATIONS=NCCL",
@@ -165,13 +169,13 @@ def test_gpu_build_has_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
         f"HOROVOD_NCCL_HOME={nccl}",
     }
     assert expected <= settings
-    assert checkout.run("build_horovod.sh", "--gpu", **homes).returncode == 0
+    assert checkout.run("horovod/build_horovod.sh", "--gpu", **homes).returncode == 0
     assert expected <= set((tmp_path / "build_env").read_text().splitlines())
 
 
 def test_the_nccl_of_pip_is_found_again_at_run_time(checkout: FakeCheckout, tmp_path: Path) -> None:
     cuda, nccl = fake_cuda_and_nccl(tmp_path, "site-packages/nvidia/nccl")
-    assert checkout.run("build_horovod.sh", "--gpu", HOROVOD_CUDA_HOME=str(cuda)).returncode == 0
+    assert checkout.run("horovod/build_horovod.sh", "--gpu", HOROVOD_CUDA_HOME=str(cuda)).returncode == 0
     settings = (tmp_path / "build_env").read_text().splitlines()
     assert f"HOROVOD_NCCL_HOME={nccl}" in settings
     assert f"libnccl.so -> {nccl}/lib/libnccl.so.2" in settings
@@ -184,14 +188,16 @@ def test_cuda_is_found_by_its_compiler(checkout: FakeCheckout, tmp_path: Path) -
     cuda, nccl = fake_cuda_and_nccl(tmp_path)
     path = f"{cuda}/bin:{os.environ['PATH']}"
     done = checkout.run(
-        "build_horovod.sh", "--gpu", "--print_env", PATH=path, CUDA_HOME="/no", HOROVOD_NCCL_HOME=str(nccl)
+        "horovod/build_horovod.sh", "--gpu", "--print_env", PATH=path, CUDA_HOME="/no", HOROVOD_NCCL_HOME=str(nccl)
     )
     assert f"HOROVOD_CUDA_HOME={cuda}" in done.stdout.splitlines()
 
 
 def test_missing_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
     cuda, _ = fake_cuda_and_nccl(tmp_path)
-    assert checkout.error("build_horovod.sh", "--gpu", HOROVOD_CUDA_HOME=str(cuda), HOROVOD_NCCL_HOME="/no/nccl") == (
+    assert checkout.error(
+        "horovod/build_horovod.sh", "--gpu", HOROVOD_CUDA_HOME=str(cuda), HOROVOD_NCCL_HOME="/no/nccl"
+    ) == (
         "build_horovod.sh: NCCL is not in /no/nccl: no include/nccl.h there. "
         "Run launch/setup.sh --gpu, or set HOROVOD_NCCL_HOME to a folder with include/ and lib/."
     )
@@ -199,12 +205,12 @@ def test_missing_nccl(checkout: FakeCheckout, tmp_path: Path) -> None:
 
 def test_another_tensorflow(checkout: FakeCheckout) -> None:
     checkout.write_python(tensorflow="2.15.1")
-    assert "Found: 2.15.1. Run launch/setup.sh." in checkout.error("build_horovod.sh")
+    assert "Found: 2.15.1. Run launch/setup.sh." in checkout.error("horovod/build_horovod.sh")
 
 
 def test_no_python(checkout: FakeCheckout) -> None:
     del checkout.env["PYTHON"]
-    assert checkout.error("build_horovod.sh") == (
+    assert checkout.error("horovod/build_horovod.sh") == (
         f"build_horovod.sh: there is no Python at {checkout.venv}/bin/python. Run launch/setup.sh first, or set PYTHON."
     )
 
@@ -218,14 +224,14 @@ def test_an_altered_source_is_refused_before_it_runs(checkout: FakeCheckout, tmp
     planted = tmp_path / "planted"
     make_sdist(index, "horovod", HOROVOD, first=f"open({str(planted)!r}, 'w')")
     env = {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
-    error = checkout.error("build_horovod.sh", PYTHON=sys.executable, **env)
+    error = checkout.error("horovod/build_horovod.sh", PYTHON=sys.executable, **env)
     assert error.startswith(f"build_horovod.sh: horovod=={HOROVOD} must have a SHA-256 of launch/constraints.txt. ")
     assert not planted.exists()
     assert wheels(checkout) == []
 
 
 def test_what_is_built_is_horovod_with_our_changes(checkout: FakeCheckout, tmp_path: Path) -> None:
-    assert checkout.run("build_horovod.sh").returncode == 0
+    assert checkout.run("horovod/build_horovod.sh").returncode == 0
     built = tmp_path / "sources" / "horovod"
     assert (built / "operations.cc").read_text() == OPERATIONS.replace("5", "five").replace("6", "six")
     assert (built / "ours" / "new.h").read_text() == "ours\n"
@@ -237,7 +243,7 @@ def test_what_is_built_is_horovod_with_our_changes(checkout: FakeCheckout, tmp_p
 def test_another_horovod_than_a_change_is_made_for(checkout: FakeCheckout, tmp_path: Path, other: str) -> None:
     """Also where only a neighbouring line differs: what was right beside the one may be wrong beside the other."""
     serve_sdist(checkout, tmp_path, OPERATIONS.replace(other, "another line"))
-    assert checkout.error("build_horovod.sh") == (
+    assert checkout.error("horovod/build_horovod.sh") == (
         "build_horovod.sh: launch/horovod/01-one.patch must apply to Horovod 0.28.1 as it is. Adapt it. "
         f"Log: {checkout.cache}/wheels/{checkout.key()}/build.log"
     )
@@ -246,7 +252,7 @@ def test_another_horovod_than_a_change_is_made_for(checkout: FakeCheckout, tmp_p
 
 def test_a_change_that_is_there_already(checkout: FakeCheckout, tmp_path: Path) -> None:
     serve_sdist(checkout, tmp_path, OPERATIONS.replace("line 5", "line five"))
-    assert "launch/horovod/01-one.patch must apply" in checkout.error("build_horovod.sh")
+    assert "launch/horovod/01-one.patch must apply" in checkout.error("horovod/build_horovod.sh")
 
 
 @pytest.mark.parametrize("patch", sorted((ROOT / "launch" / "horovod").glob("*.patch")), ids=lambda patch: patch.name)
@@ -261,15 +267,15 @@ def test_each_change_says_why(patch: Path) -> None:
 
 def test_a_horovod_of_another_version_than_it_says(checkout: FakeCheckout, tmp_path: Path) -> None:
     serve_sdist(checkout, tmp_path, init="__version__ = '0.1'\n")
-    assert checkout.error("build_horovod.sh") == (
-        f"build_horovod.sh: horovod/__init__.py must give the version, {HOROVOD}. Adapt launch/build_horovod.sh to "
-        "this Horovod."
+    assert checkout.error("horovod/build_horovod.sh") == (
+        f"build_horovod.sh: horovod/__init__.py must give the version, {HOROVOD}. Adapt "
+        "launch/horovod/build_horovod.sh to this Horovod."
     )
 
 
 def test_a_failed_build_names_the_compilers_error(checkout: FakeCheckout) -> None:
     error = checkout.error(
-        "build_horovod.sh", FAKE_BUILD_ERROR="operations.cc:7: fatal error: farmhash.h: No such file"
+        "horovod/build_horovod.sh", FAKE_BUILD_ERROR="operations.cc:7: fatal error: farmhash.h: No such file"
     )
     assert error == (
         "build_horovod.sh: Horovod did not build: operations.cc:7: fatal error: farmhash.h: No such file. "
@@ -279,7 +285,7 @@ def test_a_failed_build_names_the_compilers_error(checkout: FakeCheckout) -> Non
 
 
 def test_a_build_that_was_cut_off_leaves_no_wheel(checkout: FakeCheckout, tmp_path: Path) -> None:
-    process = checkout.start("build_horovod.sh", FAKE_PIP_SECONDS="2")
+    process = checkout.start("horovod/build_horovod.sh", FAKE_PIP_SECONDS="2")
     while not (tmp_path / "build_env").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -287,12 +293,13 @@ def test_a_build_that_was_cut_off_leaves_no_wheel(checkout: FakeCheckout, tmp_pa
     os.killpg(process.pid, signal.SIGKILL)
     finished(process)
     assert wheels(checkout) == []
-    assert checkout.run("build_horovod.sh").returncode == 0
+    assert checkout.run("horovod/build_horovod.sh").returncode == 0
 
 
 def test_two_builds_at_once_make_one(checkout: FakeCheckout) -> None:
     builds = [
-        finished(process) for process in [checkout.start("build_horovod.sh", FAKE_PIP_SECONDS="0.5") for _ in range(2)]
+        finished(process)
+        for process in [checkout.start("horovod/build_horovod.sh", FAKE_PIP_SECONDS="0.5") for _ in range(2)]
     ]
     assert [build.returncode for build in builds] == [0, 0]
     assert builds[0].stdout == builds[1].stdout != ""

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist import kernels
-from tests.launch.fake_checkout import FakeCheckout, path_without, write_script
+from tests.support.fake_checkout import FakeCheckout, path_without, write_script
 
 
 @pytest.fixture

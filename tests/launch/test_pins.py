@@ -13,8 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.launch.fake_checkout import ROOT, FakeCheckout
-from tests.launch.packages import digest, index, make_sdist, make_wheel
+from tests.support.fake_checkout import ROOT, FakeCheckout
+from tests.support.packages import digest, index, make_sdist, make_wheel
 
 # As in launch/setup.sh (test_setup.py has the command lines).
 INSTALL = 'install --require-hashes -c "$constraints" --no-build-isolation'
@@ -86,7 +86,7 @@ def test_no_setuptools_with_known_vulnerabilities_is_pinned() -> None:
 def test_the_launchers_name_what_is_pinned() -> None:
     named = [
         name
-        for script in (ROOT / "launch").glob("*.sh")
+        for script in (ROOT / "launch").rglob("*.sh")
         for names in re.findall(r"\$\(pinned_version ([^)]+)\)|<\(pinned ([^)]+)\)", script.read_text())
         for name in " ".join(names).split()
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import ROOT, FakeCheckout
+from tests.support.fake_checkout import ROOT, FakeCheckout
 
 # For a quick end; otherwise a flag that there is not.
 FLAGS = {"test.sh": "--version", "train.sh": "--num_workers=0", "horovodrun.sh": "--num_workers=0"}

@@ -12,12 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import ROOT
-from tests.programs import missing
+from tests.support.fake_checkout import ROOT
+from tests.support.programs import missing
 
 OTHER_USER = 54321  # has no process, which are counted by user
 LAUNCHERS = [
-    *("build_horovod.sh", "build_kernels.sh", "elastic.sh", "horovodrun.sh", "k8s.sh", "pin.sh", "release_check.sh"),
+    *(
+        "horovod/build_horovod.sh",
+        "build_kernels.sh",
+        "elastic.sh",
+        "horovodrun.sh",
+        "k8s.sh",
+        "pin.sh",
+        "release_check.sh",
+    ),
     *("setup.sh", "test.sh", "train.sh"),
 ]
 
@@ -45,7 +53,7 @@ def test_a_user_who_may_start_too_few(launch: Path, name: str) -> None:
         missing("only root can be a user of whom no process runs")
     done = start(launch / name, 20)
     assert (done.returncode, done.stdout) == (2, "")
-    name = "train.sh" if name in ("elastic.sh", "horovodrun.sh") else name  # which these begin with
+    name = "train.sh" if name in ("elastic.sh", "horovodrun.sh") else Path(name).name  # which these begin with
     assert done.stderr == (
         f"{name}: this user must be allowed 32 more processes. "
         "Received: a limit of 20 (ulimit -u), 1 in use. Raise it.\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import ROOT, FakeCheckout, write_script
+from tests.support.fake_checkout import ROOT, FakeCheckout, write_script
 
 # uv pip compile ... --output-file FILE writes two pins.
 UV = """#!/usr/bin/env python3

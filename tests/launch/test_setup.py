@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_checkout import FakeCheckout, finished, path_without
+from tests.support.fake_checkout import FakeCheckout, finished, path_without
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from din_dist.launcher.addresses import card_towards
-from tests.launch.fake_checkout import ROOT, finished, write_commands, write_script
+from din_dist.cluster.addresses import card_towards
+from tests.support.fake_checkout import ROOT, finished, write_commands, write_script
 
 SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
 PREPARE = """
@@ -294,7 +294,7 @@ def horovodruns_words(launcher: Launcher, *flags: str) -> list[str]:
     assert done.returncode == 3, done.stderr
     words = done.stderr.splitlines()
     words = words[words.index("--gloo") :]
-    assert words[-3:] == ["-m", "din_dist.launcher.agent", "--epochs=1"]
+    assert words[-3:] == ["-m", "din_dist.cluster.agent", "--epochs=1"]
     return words[: words.index("-m") - 1]
 
 
@@ -335,7 +335,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(launcher: Launcher) -> 
     words = shlex.split(line)
     assert words[0] == f"{launcher.root}/.venv/bin/horovodrun"
     assert words[1:-4] == [*horovodrun, "--network-interface", OUTER_CARD, "-H", "203.0.113.7:2"]
-    assert words[-3:] == ["-m", "din_dist.launcher.agent", "--data_path=with space"]
+    assert words[-3:] == ["-m", "din_dist.cluster.agent", "--data_path=with space"]
     assert "prepare got" not in done.stderr
     assert list(launcher.work.iterdir()) == []
 
@@ -391,7 +391,7 @@ def test_gpu_nodes_of_slurm(launcher: Launcher) -> None:
     started = on_a_gpu_node(launcher, "--epochs=1", **SLURM)
     assert " -np 16 " in started
     assert " -H gpu203.invalid:8,gpu204.invalid:8 " in started
-    assert started.endswith(" -m din_dist.launcher.agent --epochs=1\n")
+    assert started.endswith(" -m din_dist.cluster.agent --epochs=1\n")
 
 
 def test_a_gpu_node_alone(launcher: Launcher, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import tensorflow as tf
 from numpy.testing import assert_allclose
 
 from din_dist.layers.dice import Dice
-from tests.reference import padded_din
-from tests.reference.compare import randomise, weights_of
+from tests.support.reference import padded_din
+from tests.support.reference.compare import randomise, weights_of
 
 
 def built(width, **kwargs):

@@ -5,8 +5,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist.config import Activation
 from din_dist.layers.hidden import HiddenLayers, make_activation
-from tests.reference import padded_din
-from tests.reference.compare import assert_same_gradients, randomise, weights_of
+from tests.support.reference import padded_din
+from tests.support.reference.compare import assert_same_gradients, randomise, weights_of
 
 
 def built(width, *args, **kwargs):

@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist.config import Activation, AttentionNormalization
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.packed import segment_ids
-from tests.reference import padded_din
-from tests.reference.compare import assert_same_gradients, randomise, weights_of
+from tests.support.reference import padded_din
+from tests.support.reference.compare import assert_same_gradients, randomise, weights_of
 
 SOFTMAX, NONE = AttentionNormalization
 

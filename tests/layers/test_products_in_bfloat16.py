@@ -11,10 +11,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
-from din_dist.layers.native_attention import NativeActivationUnit
-from tests.layers.test_native_attention import built, large_inputs, run, with_padding
-from tests.layers.test_native_dense import Head
-from tests.programs import missing
+from din_dist.layers.native.attention import NativeActivationUnit
+from tests.layers.native.test_attention import built, large_inputs, run, with_padding
+from tests.layers.native.test_dense import Head
+from tests.support.programs import missing
 
 pytestmark = pytest.mark.usefixtures("processor")
 

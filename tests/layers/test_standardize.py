@@ -5,9 +5,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.layers.standardize import BatchNormalization, Standardize
-from tests.reference import padded_din
-from tests.reference.compare import randomise, weights_of
-from tests.reference.ranks import ThreadedRanks
+from tests.support.reference import padded_din
+from tests.support.reference.compare import randomise, weights_of
+from tests.support.reference.ranks import ThreadedRanks
 
 SHRUNK = 4.001**-0.5  # 1 / sqrt(variance 4 + epsilon)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
-from tests.reference.compare import (
+from tests.support.reference.compare import (
     ITEM_FEATURES,
     RAGGED,
     assert_same_gradients,
@@ -17,7 +17,7 @@ from tests.reference.compare import (
     small_model,
     weights_of,
 )
-from tests.reference.padded_din import PaddedModel, attention_weights, central_differences, scope
+from tests.support.reference.padded_din import PaddedModel, attention_weights, central_differences, scope
 
 VARIANTS = [
     *itertools.product([ModelKind.DIN], Activation, AttentionNormalization),

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
-from tests.reference.compare import (
+from tests.support.reference.compare import (
     FACTS,
     ITEM_FEATURES,
     RAGGED,
@@ -19,7 +19,7 @@ from tests.reference.compare import (
     small_model,
     take,
 )
-from tests.reference.ranks import ThreadedRanks
+from tests.support.reference.ranks import ThreadedRanks
 
 pytestmark = pytest.mark.parametrize("kind", ModelKind)
 

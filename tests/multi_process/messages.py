@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from din_dist.config import WireDtype
 from din_dist.distributed.gradients import GradientExchange
+from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import HorovodRuntime, Runtime, open_runtime
-from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
 
 NUM_MESSAGES = 100
 # In float32: up to 16 KiB are summed in other steps than more is.

@@ -12,7 +12,7 @@ import pytest
 
 from din_dist.errors import EXIT_INPUT_ERROR
 from tests.multi_process.test_refusals import environment, launcher
-from tests.programs import missing
+from tests.support.programs import missing
 
 _NAMELESS = """
 hostname nowhere-abc

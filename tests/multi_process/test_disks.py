@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from tests.cli.test_commands import ROOT, assert_one_line, command
-from tests.faulty_disk import FaultyDisk, NoFaultyDisk
 from tests.multi_process.test_refusals import environment, launcher
-from tests.programs import missing
+from tests.support.faulty_disk import FaultyDisk, NoFaultyDisk
+from tests.support.programs import missing
 
 pytestmark = pytest.mark.timeout(300)
 ENDLESS = "--epochs=100000"

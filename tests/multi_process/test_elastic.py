@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
+from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from tests.cli.test_commands import run
 from tests.multi_process.test_refusals import environment, launcher, worker_of
 

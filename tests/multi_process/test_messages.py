@@ -1,10 +1,10 @@
-"""Messages between processes, over the Horovod that launch/build_horovod.sh builds."""
+"""Messages between processes, over the Horovod that launch/horovod/build_horovod.sh builds."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.multi_process.jobs import start
+from tests.support.jobs import start
 
 
 @pytest.mark.parametrize("world_size", [2, 5])

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from din_dist.cli.trained import trained_model
+from din_dist.cli.saved_job import trained_model
 from din_dist.data.hashing import hash64
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
+from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import Runtime
-from din_dist.distributed.scaling import FEWEST_TO_SUM_AT_OWNERS
+from din_dist.evaluation.evaluator import Evaluator
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.export import Trained, export
-from din_dist.training.evaluator import Evaluator
-from tests.multi_process.jobs import STEPS, assert_same_training, assert_same_weights, losses, records, train, weights
-from tests.multi_process.train_cases import CASES, config_of, data_config
-from tests.serving.trained_job import histories_of_tests
+from din_dist.serving.export.writer import Trained, export
+from tests.support.jobs import STEPS, assert_same_training, assert_same_weights, losses, records, train, weights
+from tests.support.train_cases import CASES, config_of, data_config
+from tests.support.trained_job import histories_of_tests
 
 
 @pytest.fixture(scope="module")

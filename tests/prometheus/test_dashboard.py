@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from din_dist.training.exporter import PHASES
-from din_dist.training.step_report import PARTS
-from tests.prometheus.exported import exported_metrics
-from tests.prometheus.promql import FOREIGN_METRICS, PROMETHEUS, asked_values, metric_names, promtool
+from din_dist.telemetry.prometheus import PHASES
+from din_dist.telemetry.step_report import PARTS
+from tests.support.exported_metrics import exported_metrics
+from tests.support.promql import FOREIGN_METRICS, PROMETHEUS, asked_values, metric_names, promtool
 
 GRAFANA = Path(__file__).parents[2] / "docker" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "din_dist.json").read_text())

@@ -47,7 +47,7 @@ def test_nobody_has_a_history() -> None:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory):
-    from tests.small_log import small_config
+    from tests.support.small_log import small_config
 
     config = small_config(tmp_path_factory.mktemp("log"), split=Split.LEAVE_TWO_OUT, max_history_length=24)
     store = prepare(config.data)

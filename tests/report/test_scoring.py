@@ -16,11 +16,11 @@ from din_dist.data.prepared import prepare
 from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.thinning import thin_out
 from din_dist.distributed.runtime import Runtime
+from din_dist.evaluation.evaluator import Evaluator
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.ranking import log_loss
 from din_dist.report.scoring import MODEL, Scored, evaluate, score
-from din_dist.training.evaluator import Evaluator
-from tests.small_log import small_config
+from tests.support.small_log import small_config
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from din_dist.config import Config, DataConfig, JobConfig, OptimizerConfig, Unkn
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
-from din_dist.training.state import TrainingState
-from tests import special_files
-from tests.programs import missing
+from din_dist.training_state import TrainingState
+from tests.support import special_files
+from tests.support.programs import missing
 
 
 def make(

@@ -20,22 +20,22 @@ import pytest
 import tensorflow as tf
 
 from din_dist import assembly, kernels
-from din_dist.cli.trained import trained_model
+from din_dist.cli.saved_job import trained_model
 from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem, WireDtype
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.neighbours import BUFFER_BYTES, Neighbours
 from din_dist.distributed.runtime import InGraph, Runtime
+from din_dist.distributed.shared_memory import BUFFER_BYTES, Neighbours
 from din_dist.errors import InputError, Interrupted
 from din_dist.layers.local_activation_unit import LocalActivationUnit
-from din_dist.layers.native_attention import NativeActivationUnit
+from din_dist.layers.native.attention import NativeActivationUnit
 from din_dist.schema import feature_label
+from din_dist.telemetry.projector import write_projector
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
-from din_dist.training.projector import write_projector
-from tests.programs import missing
-from tests.small_log import small_config, write_log
+from tests.support.programs import missing
+from tests.support.small_log import small_config, write_log
 
 
 def make(config: Config, **kwargs) -> assembly.Job:

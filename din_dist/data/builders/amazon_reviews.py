@@ -22,10 +22,10 @@ import tensorflow_datasets as tfds
 
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
-from din_dist.data.columns import Columns, read_log
-from din_dist.data.formats import Format
-from din_dist.data.sources import fingerprint_files
+from din_dist.data.log_reader import Columns, read_log
 from din_dist.errors import InputError
+from din_dist.tables.formats import Format
+from din_dist.tables.sources import fingerprint_files
 
 URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 CATEGORIES = (

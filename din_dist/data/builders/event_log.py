@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
-from din_dist.data.columns import Columns, read_log
-from din_dist.data.sources import absolute, check_unchanged, find_files, fingerprint_files
+from din_dist.data.log_reader import Columns, read_log
+from din_dist.tables.sources import absolute, check_unchanged, find_files, fingerprint_files
 
 
 @dataclasses.dataclass(eq=False)

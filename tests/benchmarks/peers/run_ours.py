@@ -1,6 +1,6 @@
 """Trains din_dist for its quality: FLAGS of the trainer and --job, as `stopwatch` describes it.
 
-Its speed is measured by `din_dist.cli.benchmark`. Here the loop is that of `training/benchmark.py` at the real rate.
+Its speed is measured by `din_dist.cli.benchmark`. Here the loop is that of `benchmark/step.py` at the real rate.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from din_dist import schema
 from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
-from din_dist.data.columns import Columns
+from din_dist.data.log_reader import Columns
 
 _FOLDER = tempfile.TemporaryDirectory()
 LOG = Path(_FOLDER.name, "log.csv")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from din_dist.serving.http.parse import RANK
-from tests.serving.http.stand_in import Running, ask, running
+from tests.support.stand_in_model import Running, ask, running
 
 PATH = "/v1/models/din_dist"
 ONE = {"instances": [{"history_item_ids": ["a"], "candidate_item_id": "x"}]}

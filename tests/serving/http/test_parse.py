@@ -21,7 +21,7 @@ from din_dist.serving.http.parse import (
     parse,
 )
 from din_dist.serving.http.settings import ServeConfig
-from tests.serving.http.stand_in import INTEGERS, STRINGS
+from tests.support.stand_in_model import INTEGERS, STRINGS
 
 LIMITS = ServeConfig(
     export_dir="none",

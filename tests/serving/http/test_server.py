@@ -20,7 +20,7 @@ import pytest
 from hypothesis import strategies as st
 
 from din_dist.serving.http.parse import RANK
-from tests.serving.http.stand_in import INTEGERS, NO_NUMBER, POISON, Running, ask, logit, running
+from tests.support.stand_in_model import INTEGERS, NO_NUMBER, POISON, Running, ask, logit, running
 
 PATH = "/v1/models/din_dist"
 

@@ -1,0 +1,285 @@
+"""Where the time of an update goes, against what this machine's matrix products allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.benchmark.flops import Product, forward_products, training_flops
+from din_dist.benchmark.scaling_model import allreduce_bytes, row_bytes
+from din_dist.config import Config
+from din_dist.data.pipeline import Batch
+from din_dist.distributed.gradients import Gradient, RowGradients, merge_rows
+from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
+from din_dist.distributed.runtime import Runtime
+from din_dist.files import read_text
+from din_dist.models.ranking_model import RankingModel
+from din_dist.telemetry.step_report import Moment
+from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
+
+LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a number of updates took and did, on this rank."""
+
+    steps: int = 0
+    examples: int = 0
+    positions: int = 0
+    items: int = 0
+    wait_seconds: float = 0.0
+    step_seconds: float = 0.0  # what reporting takes included
+    report_seconds: float = 0.0
+
+    def add(self, batch: Batch, waited: float, seconds: float, report_seconds: float) -> None:
+        self.steps += 1
+        self.examples += len(batch[schema.CANDIDATE_ITEM_IDS])
+        self.positions += len(batch[schema.HISTORY_ITEM_IDS])
+        self.items += len(batch[schema.DISTINCT_ITEM_IDS])
+        self.wait_seconds += waited
+        self.step_seconds += seconds
+        self.report_seconds += report_seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.wait_seconds + self.step_seconds
+
+    def mean_sizes(self) -> tuple[int, int, int]:
+        """Examples, positions and distinct items of an update."""
+        return (
+            round(self.examples / self.steps),
+            round(self.positions / self.steps),
+            round(self.items / self.steps),
+        )
+
+
+class StepBenchmark:
+    """Trains for real, on this rank's share of real batches, and takes the times."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        batches: Iterator[Batch],
+        global_batch_size: int,
+        report: Callable[[Batch, StepResult, float, Moment], None] | None,
+    ) -> None:
+        """`report`: told, as in training, of each update: its batch, result, seconds of waiting and time of start."""
+        self._step, self._batches, self._report = step, batches, report
+        self._global_batch_size = global_batch_size
+        self._count = 0
+        self._rate = tf.constant(LEARNING_RATE, tf.float32)
+        self._parts = [
+            tf.function(part, autograph=False, reduce_retracing=True)  # shapes vary from batch to batch
+            for part in (step.local_gradients, self._exchange, step.update)
+        ]
+
+    def _exchange(
+        self, gradients: list[Any], loss: tf.Tensor, global_examples: tf.Tensor
+    ) -> tuple[list[Any], tf.Tensor]:
+        merged, summed = self._step.exchange(gradients, loss[None], global_examples)
+        return merged, summed[0]
+
+    def run(self, num_steps: int) -> Tally:
+        """Whole updates, as training runs them."""
+        timed = []
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            batch = next(self._batches)
+            fetched = Moment.now()
+            self._count += 1
+            result = self._step(batch, LEARNING_RATE, self._count, self._global_batch_size)
+            float(result.loss)  # training reads it too
+            known = time.perf_counter()
+            if self._report:
+                self._report(batch, result, fetched.steady - started, fetched)
+            ended = time.perf_counter()
+            timed.append((batch, fetched.steady - started, ended - fetched.steady, ended - known))
+        tally = Tally()
+        for entry in timed:  # afterwards: counting between updates would give the input pipeline time to hide in
+            tally.add(*entry)
+        return tally
+
+    def run_in_parts(self, num_steps: int) -> tuple[dict[str, float], list[Any], list[Any]]:
+        """Median seconds of forward and backward, exchange, and update, each run by itself.
+
+        And the gradients of one of these updates, those of this rank and those of all.
+        """
+        seconds = []
+        gradients: list[Any] = []
+        merged: list[Any] = []
+        global_examples = tf.constant(self._global_batch_size, tf.float32)
+        local_gradients, exchange, update = self._parts  # some are compiled for new lengths on the way: hence medians
+        for _ in range(num_steps):
+            batch = next(self._batches)
+            self._count += 1
+            marks = [_now()]
+            gradients, loss, _ = local_gradients(batch, global_examples)
+            marks.append(_now())
+            merged, loss = exchange(gradients, loss, global_examples)
+            marks.append(_now())
+            update(merged, loss, self._rate, tf.constant(self._count, tf.int64))
+            marks.append(_now())
+            seconds.append(np.diff(marks))
+        names = ("forward_backward", "exchange", "update")
+        return dict(zip(names, np.median(seconds, axis=0).tolist(), strict=True)), gradients, merged
+
+
+def _now() -> float:
+    tf.test.experimental.sync_devices()
+    return time.perf_counter()
+
+
+def matrix_seconds(products: Sequence[Product], repeats: int = 5) -> float:
+    """What these products and their two gradients take here by themselves, the best of `repeats` runs of each."""
+    return sum(sum(_best_seconds(run, repeats) for run in _runs(product)) for product in products)
+
+
+def _runs(product: Product) -> list[Callable[[], tf.Tensor]]:
+    rows, inner, columns = product
+    left, right, out = (tf.random.normal(shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
+    return [
+        lambda: tf.matmul(left, right),
+        lambda: tf.matmul(out, right, transpose_b=True),
+        lambda: tf.matmul(left, out, transpose_a=True),
+    ]
+
+
+def _best_seconds(run: Callable[[], Any], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        started = _now()
+        run()
+        times.append(_now() - started)
+    return min(times)
+
+
+def message_sizes(
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+    merged: Sequence[Gradient],
+    variables: Sequence[tf.Variable],
+    statistics_widths: Sequence[int],
+    wire_bytes: int,
+    native: bool,
+) -> dict[str, int]:
+    """What a rank has to say in an update, in bytes and in messages that it waits for.
+
+    `summed_row_bytes` is what the rows take that any rank has touched, and `table_bytes` what they would, were every
+    row of every table touched.
+
+    Args:
+        gradients: this rank's.
+        merged: those of all ranks, or this one's part of them.
+        variables: those of the gradients.
+        statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
+        wire_bytes: of one value of a row gradient; its id takes 4.
+        native: whether rows travel as our kernels pack them.
+    """
+    tables = [pair for pair in zip(gradients, variables, strict=True) if isinstance(pair[0], tf.IndexedSlices)]
+    dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
+    bytes_of_a_row = [4 + wire_bytes * int(np.prod(table.shape[1:])) for _, table in tables]
+    touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
+    by_any = [int(each.num_rows_of_all()) for each in merged if isinstance(each, RowGradients)]
+
+    num_gathers = (1 if native else 2) * bool(tables)  # ids and rows, which our kernels put into one message
+
+    def in_bytes(num_rows: Sequence[int]) -> int:
+        return sum(number * size for number, size in zip(num_rows, bytes_of_a_row, strict=True))
+
+    return {
+        "dense_gradient_bytes": 4 * sum(int(tf.size(gradient)) for gradient in dense),
+        "row_gradient_bytes": in_bytes(touched),
+        "summed_row_bytes": in_bytes(by_any),
+        "table_bytes": in_bytes([table.shape[0] for _, table in tables]),
+        "statistics_bytes": statistics_bytes(statistics_widths),
+        "num_gradient_messages": (2 if native else 1) + num_gathers,  # of dense ones, some go before the others
+        "num_gather_messages": num_gathers,
+        "num_statistics_messages": 2 * len(statistics_widths),
+    }
+
+
+def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], native: bool, repeats: int = 5) -> float:
+    """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
+
+    As part of those of several ranks, which are summed by one call.
+
+    Args:
+        native: in kernels of our own.
+    """
+    num_ranks = 8
+    tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
+    row_ids = [tf.tile(tf.cast(table.indices, tf.int32), [num_ranks]) for table in tables]
+    rows = [tf.tile(table.values, [num_ranks, 1]) for table in tables]
+
+    @tf.function(autograph=False)
+    def merge() -> list[RowGradients]:
+        return [merge_rows(*of_table, native=native) for of_table in zip(row_ids, rows, strict=True)]
+
+    return _best_seconds(merge, repeats) / num_ranks if tables else 0.0
+
+
+def bytes_sent(sizes: Mapping[str, int], world_size: int, owners_sum_rows: bool) -> dict[str, int]:
+    """Bytes that a rank sends in an update over Horovod (see `benchmark/scaling_model.py`)."""
+    at_owners = owners_sum_rows and world_size >= FEWEST_TO_SUM_AT_OWNERS
+    rows = row_bytes(sizes["row_gradient_bytes"], sizes["summed_row_bytes"], world_size, at_owners)
+    statistics = allreduce_bytes(sizes["statistics_bytes"], world_size, sizes["num_statistics_messages"])
+    return {
+        "dense": round(allreduce_bytes(sizes["dense_gradient_bytes"], world_size)),
+        "statistics": round(statistics),
+        "sparse": round(rows),
+    }
+
+
+def seconds_since_process_start() -> float:
+    fields = read_text(Path("/proc/self/stat")).rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def report(
+    config: Config,
+    runtime: Runtime,
+    model: RankingModel,
+    tally: Tally,
+    parts: dict[str, float],
+    gradients: Sequence[Any],
+    merged: Sequence[Any],
+) -> dict[str, Any]:
+    """The numbers of a job; rates are summed over the ranks, the rest is the chief's. All ranks must call it."""
+    totals = runtime.sum(np.array([tally.examples, tally.positions], np.float64) / tally.seconds)
+    products = forward_products(config.model, model.lookup.width, *tally.mean_sizes())
+    flops = training_flops(products)
+    # All ranks at once, as in training.
+    runtime.barrier()
+    by_itself = matrix_seconds(products)
+    per_step = tally.seconds / tally.steps
+    model_variables = [weight.value for weight in model.trainable_weights]
+    wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
+    sizes = message_sizes(gradients, merged, model_variables, model.statistics_widths, wire_bytes, model.native)
+    return {
+        "world_size": runtime.world_size,
+        "global_batch_size": config.job.global_batch_size,
+        "examples_per_second": float(totals[0]),
+        "positions_per_second": float(totals[1]),
+        "positions_per_step": tally.positions / tally.steps,
+        "step_seconds": per_step,
+        "report_seconds": tally.report_seconds / tally.steps,
+        "input_wait_seconds": tally.wait_seconds / tally.steps,
+        **{f"{name}_seconds": value for name, value in parts.items()},
+        **sizes,
+        "row_merge_seconds": row_merge_seconds(gradients, model.native),
+        "owners_sum_rows": model.native,
+        "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size, owners_sum_rows=model.native),
+        "flops_per_example": flops / tally.mean_sizes()[0],
+        "matrix_flops_per_second": flops / by_itself,
+        "achieved_flops_per_second": flops / per_step,
+        "share_of_matrix_rate": by_itself / per_step,
+    }

@@ -1,0 +1,224 @@
+"""The hosts of a job: how they are written down, and which of them answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import ClassVar, Self
+
+from din_dist.cluster.addresses import addresses_of, is_own
+from din_dist.cluster.slurm import hosts_of_slurm
+from din_dist.errors import InputError
+from din_dist.files import read_text
+
+_NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
+_SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
+_LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as MPI has it
+_PROBE_SECONDS = 3.0
+_LOOK_SECONDS = 0.01  # between two looks whether a name is found
+_NOTED_SECONDS = 3.0  # after which Horovod knows of the end of a worker
+
+
+@dataclasses.dataclass(frozen=True)
+class HostSlots:
+    """A host and how many workers it may have."""
+
+    name: str
+    slots: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.slots}"
+
+    @classmethod
+    def parse(cls, text: str, default_slots: int = 1) -> Self | None:
+        """Of HOST, HOST:SLOTS or HOST slots=SLOTS; None: it is something else."""
+        match = _SHORT.fullmatch(text) or _LONG.fullmatch(text)
+        return cls(match[1], int(match[2] or default_slots)) if match else None
+
+
+def parse_hosts(text: str, default_slots: int = 1) -> list[HostSlots]:
+    """Of `--hosts`: HOST:SLOTS,HOST:SLOTS,... or slurm.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if text == "slurm":
+        return [HostSlots(name, slots) for name, slots in hosts_of_slurm(os.environ, default_slots)]
+    found = [HostSlots.parse(part.strip(), default_slots) for part in text.split(",")]
+    if None in found:
+        raise InputError(
+            f"--hosts: must be HOST or HOST:SLOTS, comma-separated, or slurm. Received: {text!r}. Correct it."
+        )
+    return [host for host in found if host]
+
+
+def read_hosts_file(path: str, default_slots: int = 1) -> list[HostSlots]:
+    """Of `--hosts_file`: a line HOST, HOST:SLOTS or HOST slots=SLOTS each; # begins a comment.
+
+    Raises:
+        InputError: it cannot be read, has another line, or none.
+    """
+    try:
+        lines = read_text(Path(path)).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--hosts_file: must be a file with a line HOST:SLOTS for each host. Received: {path!r}, which cannot be "
+            "read. Correct the path."
+        ) from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if text := line.partition("#")[0].strip():
+            host = HostSlots.parse(text, default_slots)
+            if host is None:
+                raise InputError(
+                    f"--hosts_file: must have a line HOST or HOST:SLOTS for each host. Received: {path}, line "
+                    f"{number}: {text}. Correct it."
+                )
+            found.append(host)
+    if not found:
+        raise InputError(
+            f"--hosts_file: must have a line HOST or HOST:SLOTS for each host. Received: {path}, which names none. "
+            "Add one."
+        )
+    return found
+
+
+def is_local(name: str) -> bool:
+    """Whether a host is this machine, as Horovod has it: it starts workers there without ssh."""
+    try:
+        return _is_local(name)
+    except OSError:
+        return False  # not remembered: a container may learn its own name late
+
+
+@functools.cache
+def _is_local(name: str) -> bool:
+    # RFC 6761 gives this name a meaning that no name server has to confirm.
+    return name == "localhost" or is_own(socket.gethostbyname(name))
+
+
+class _Lookup:
+    """Finds in a thread whether a host is this machine, and its addresses: name servers may be away."""
+
+    _pending: ClassVar[dict[str, _Lookup]] = {}  # one a name, whatever time the name server takes
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_done = self._is_local = False
+        self._addresses: list[str] = []
+        threading.Thread(target=self._run, daemon=True).start()  # nobody waits for it at the end
+
+    def _run(self) -> None:
+        self._is_local = is_local(self._name)
+        if not self._is_local:
+            self._addresses = addresses_of(self._name)
+        self._is_done = True
+
+    @staticmethod
+    async def of(name: str) -> tuple[bool, list[str]]:
+        """Returns whether the host is this machine, and otherwise its addresses, as far as they are known in time."""
+        lookup = _Lookup._pending.get(name) or _Lookup(name)
+        _Lookup._pending[name] = lookup
+        until = time.monotonic() + _PROBE_SECONDS
+        while not lookup._is_done and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_SECONDS)
+        if lookup._is_done:
+            _Lookup._pending.pop(name, None)
+        return lookup._is_local, lookup._addresses
+
+
+async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[str]:
+    """Those of the hosts elsewhere on which no ssh server answers within so many seconds."""
+    until = time.monotonic() + seconds
+    silent = list(names)
+    while True:
+        answered = await asyncio.gather(*(_is_ready(name, port) for name in silent))
+        silent = [name for name, answer in zip(silent, answered, strict=True) if not answer]
+        if not silent or time.monotonic() >= until:
+            return silent
+        await asyncio.sleep(1)
+
+
+async def _is_ready(name: str, port: int) -> bool:
+    """Says whether workers can be started on a host now. The event loop goes on meanwhile."""
+    here, addresses = await _Lookup.of(name)
+    return here or any(await asyncio.gather(*(_answers(address, port) for address in addresses)))
+
+
+async def _answers(address: str, port: int) -> bool:
+    """An ssh server speaks first. A connection alone may be a proxy's, which takes it before there is a server."""
+    with contextlib.suppress(OSError, EOFError, TimeoutError):
+        async with asyncio.timeout(_PROBE_SECONDS):
+            reader, writer = await asyncio.open_connection(address, port)
+            try:
+                return await reader.readexactly(4) == b"SSH-"
+            finally:
+                writer.close()
+    return False
+
+
+class HostList:
+    """The hosts that an elastic job may use now: of those in the file or the cluster, the ones that answer.
+
+    Horovod takes a host that is listed for one that works, and the whole job waits while it tries to reach it.
+    """
+
+    def __init__(
+        self, discover: Sequence[str], path: Path, ssh_port: int, patience_seconds: float, default_slots: int = 1
+    ) -> None:
+        """`discover`: a command that prints them all. `path`: the file that Horovod is told."""
+        self._discover, self._path, self._ssh_port, self._default_slots = discover, path, ssh_port, default_slots
+        self._patience_seconds = patience_seconds
+        self._answered: dict[str, float] = {}  # when last
+        self._had_workers: dict[str, float] = {}  # when last
+        self._told: set[str] = set()
+        self.silent: set[str] = set()
+        self.refused: set[str] = set()  # left out for good; to be added to
+
+    async def refresh(self, at_work: Collection[str], with_workers: Collection[str] = ()) -> None:
+        """Asks anew. `at_work`: hosts of workers that have just been heard of; `with_workers`: that Horovod waits for.
+
+        Raises:
+            InputError: nobody says which hosts there are. What was known of them stays.
+        """
+        now = time.monotonic()
+        listed = await self._listed()
+        await asyncio.gather(*(self._probe(host.name, now) for host in listed if host.name not in at_work))
+        for name in at_work:
+            self._answered[name] = now
+        # One that answered a moment ago may be busy; who takes it from the list ends its workers.
+        recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
+        self.silent = {host.name for host in listed} - recent
+        # Of a host that comes back Horovod would take the end of the workers that it had before for the end of those
+        # that it starts there now, and the job for done. So it is told when they have ended and Horovod has noted that.
+        self._had_workers |= dict.fromkeys({*at_work, *with_workers}, now)
+        lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
+        told = [host for host in listed if host.name in recent - self.refused - lingering]
+        self._told = {host.name for host in told}
+        aside = self._path.with_suffix(".new")
+        aside.write_text("".join(f"{host}\n" for host in told), encoding="utf-8")
+        aside.replace(self._path)
+
+    async def _listed(self) -> list[HostSlots]:
+        process = await asyncio.create_subprocess_exec(*self._discover, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, errors = await process.communicate()
+        if process.returncode:
+            said = errors.decode(errors="replace").strip().rpartition("\n")[2] or f"exit code {process.returncode}"
+            raise InputError(f"{self._discover[0]} must print the hosts. Received: {said}. Correct that.")
+        lines = output.decode(errors="replace").splitlines()
+        parsed = [HostSlots.parse(line.strip(), self._default_slots) for line in lines]
+        return [host for host in parsed if host]  # a line that is being written must not end the job
+
+    async def _probe(self, name: str, now: float) -> None:
+        if await _is_ready(name, self._ssh_port):
+            self._answered[name] = now

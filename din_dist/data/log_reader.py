@@ -1,0 +1,209 @@
+"""Reads a log of events; the rules that its columns must keep together are checked here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
+from din_dist.errors import InputError
+from din_dist.tables import formats
+from din_dist.tables.columns import IdColumn, LabelColumn, Rows, TimeColumn
+from din_dist.tables.formats import Format, format_of, reading
+from din_dist.tables.sources import partition_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which columns to read, and which of them may be absent; as in `DataConfig`."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str = "timestamp"
+    label: str = "label"  # empty: the log has none
+    label_required: bool = False
+    item_features: tuple[str, ...] = ("category_id",)
+    item_features_required: bool = False
+    presorted: bool = False
+
+    def chosen(self, layouts: Mapping[Path, Layout]) -> Columns:
+        """Returns them without the optional columns that no file has.
+
+        Raises:
+            InputError: a file lacks a column that is required, or that another file has.
+        """
+        anywhere = set().union(*(layout.names for layout in layouts.values()))
+        columns = dataclasses.replace(
+            self,
+            label=self.label if self.label_required or self.label in anywhere else "",
+            item_features=tuple(name for name in self.item_features if self.item_features_required or name in anywhere),
+        )
+        for (file, layout), name in itertools.product(layouts.items(), columns.names):
+            count = layout.names.count(name)
+            if count != 1:
+                raise InputError(
+                    f"{file}: column {name!r} {'occurs more than once' if count else 'is missing'}. "
+                    f"Received: {formats.shown_names(layout.names)} "
+                    "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
+                    "--label_column, --item_features)."
+                )
+        return columns
+
+    @property
+    def names(self) -> list[str]:
+        label = [self.label] if self.label else []
+        return [self.user, self.item, self.timestamp, *label, *self.item_features]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The columns of a file, and where they come from.
+
+    Attributes:
+        names: of all columns; one that a file has twice is there twice.
+        partition: those that the names of its folders give, with their value; see `partition_of`.
+        json_types: of JSON lines, as `late`: columns that begin after the first rows.
+    """
+
+    names: tuple[str, ...]
+    partition: Mapping[str, str | None]
+    json_types: Mapping[str, pa.DataType]
+    late: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, file: Path, form: Format, wanted: Columns) -> Layout | None:
+        """Returns the layout of a file; None where it has no rows that could tell it.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        types: dict[str, pa.DataType] = {}
+        late: list[str] = []
+        with reading(file, form):
+            match form:
+                case Format.PARQUET:
+                    names = pq.read_schema(file).names
+                case Format.CSV:
+                    names = formats.csv_names(file)
+                case Format.JSON_LINES:
+                    types, late = formats.json_types(file, wanted.names)
+                    names = list(types)
+                    if types.get(wanted.label) == pa.int64():
+                        types[wanted.label] = pa.float64()  # 1 and 1.0 are one kind
+        if not names and form is Format.JSON_LINES:
+            return None
+        told = partition_of(file, [name for name in wanted.names if name not in names])
+        partition = {name: value for name, value in told.items() if name not in names}
+        return cls((*names, *partition), partition, types, tuple(late))
+
+
+def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None) -> EventLog:
+    """Reads the files, one after the other, and sorts each user's events by time; equal times keep the files' order.
+
+    `form` is the format of all of them, by default the one that the first file's name promises.
+
+    Raises:
+        InputError: the files break one of the rules; the text names file, row (from 1, without the header) and value.
+    """
+    form = form or format_of(files[0]) or Format.PARQUET
+    found = {file: Layout.of(file, form, columns) for file in files}
+    layouts = {file: layout for file, layout in found.items() if layout}
+    columns = columns.chosen(layouts) if layouts else columns
+    rows = Rows()
+    users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
+    times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
+    features = [IdColumn(name, rows, nullable=True) for name in columns.item_features]
+    for file, layout in layouts.items():
+        rows.begin(file)
+        for batch in filter(len, _batches(file, form, layout, columns.names)):
+            for column in (users, items, times, *([labels] if columns.label else []), *features):
+                column.add(batch.column(column.name), column.name in layout.partition)
+            rows.advance(batch.num_rows)
+    if not rows.count:
+        raise InputError(f"{files[0]}: a log must have events. Received: no rows in {len(files)} file(s). Give others.")
+    from_partition = set().union(*(layout.partition for layout in layouts.values()))
+    is_text = {name: form is Format.CSV or name in from_partition for name in columns.names}
+    user_of, user_ids = users.finish(is_text[users.name])
+    item_of, item_ids = items.finish(is_text[items.name])
+    item_features = {}
+    for feature in features:
+        codes, ids = feature.finish(is_text[feature.name])
+        of_item = _one_value_per_item(codes, ids, item_of, item_ids, feature.name, rows)
+        item_features[feature.name] = ItemFeature(of_item, ids)
+    timestamps = times.finish()
+    if columns.presorted:
+        order = np.argsort(user_of, kind="stable")
+        _check_sorted(user_of, timestamps, order, rows)
+    else:
+        order = np.lexsort((timestamps, user_of))
+    blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
+    late = set().union(*(layout.late for layout in layouts.values()))
+    return EventLog(user_ids, item_ids, item_features, bool(columns.label), blocks, tuple(sorted(late)))
+
+
+def _one_value_per_item(
+    codes: np.ndarray, ids: pa.Array, item_of: np.ndarray, item_ids: pa.Array, name: str, rows: Rows
+) -> np.ndarray:
+    """int32 `[I + 1]`: each item's dense id of the feature; rows that say nothing (-1) agree with all others."""
+    told = np.flatnonzero(codes >= 0)
+    of_item = np.full(len(item_ids), -1, np.int32)
+    of_item[item_of[told[::-1]]] = codes[told[::-1]]  # the last assignment stays: that of the first row
+    differing = told[of_item[item_of[told]] != codes[told]]
+    if len(differing):
+        second = differing[0]
+        item = item_of[second]
+        first = told[np.argmax(item_of[told] == item)]
+        file, number = rows.place(first)
+        raise rows.reject(
+            second,
+            f"an item must have one {name}",
+            f"item {item_ids[item].as_py()!r} as {ids[codes[first]].as_py()!r} ({file}, row {number}) "
+            f"and here as {ids[codes[second]].as_py()!r}",
+            "Correct one of the two rows.",
+        )
+    return np.concatenate([[0], of_item + 1]).astype(np.int32)
+
+
+def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:
+    sorted_times = timestamps[order]
+    earlier = (np.diff(sorted_times) < 0) & (np.diff(users[order]) == 0)
+    if earlier.any():
+        index = np.flatnonzero(earlier)
+        index = index[np.argmin(order[index + 1])]  # the first in the files' order
+        file, number = rows.place(order[index])
+        raise rows.reject(
+            order[index + 1],
+            "with --presorted each user's events must be in time order",
+            f"timestamp {sorted_times[index + 1]} after {sorted_times[index]} ({file}, row {number})",
+            "Sort the log, or drop --presorted.",
+        )
+
+
+def _batches(file: Path, form: Format, layout: Layout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields the columns `names`, those that a file has in its folders' names as text."""
+    inside = [name for name in names if name not in layout.partition]
+    for batch in _batches_inside(file, form, layout, inside):
+        for name in names:
+            if name in layout.partition:
+                batch = batch.append_column(name, pa.repeat(pa.scalar(layout.partition[name], pa.string()), len(batch)))
+        yield batch
+
+
+def _batches_inside(file: Path, form: Format, layout: Layout, names: list[str]) -> Iterator[pa.RecordBatch]:
+    match form:
+        case Format.PARQUET:
+            with reading(file, form), pq.ParquetFile(file) as parquet:
+                yield from parquet.iter_batches(formats.ROWS_PER_BATCH, columns=names)
+        case Format.CSV:
+            with reading(file, form, lambda: formats.csv_fault(file, names)):
+                yield from formats.csv_reader(file, names)
+        case Format.JSON_LINES:
+            types = {name: layout.json_types[name] for name in names}
+            with reading(file, form, lambda: formats.json_fault(file, types)):
+                yield from formats.json_reader(file, types)

@@ -1,0 +1,315 @@
+"""Where each chosen item stands among all items, or among some that were drawn: retrieval metrics of a split.
+
+A query is one positive event of the split: its item, the target, among candidates, given the history before it.
+Rows with a negative label are none. Scores on a candidate list of one size are not comparable to those on another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist.data.event_store import EventStore, touched_gaps
+from din_dist.data.hashing import hash64
+from din_dist.data.negatives import distinct_untouched_items
+from din_dist.data.pipeline import share
+from din_dist.data.splits import Examples
+from din_dist.data.thinning import evenly_spaced, of_segments
+from din_dist.distributed.runtime import Runtime
+from din_dist.errors import FailedElsewhere
+from din_dist.evaluation.catalogue import CatalogueScorer
+from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
+from din_dist.models.ranking_model import RankingModel
+
+_RANKING = 5  # stream of random numbers, apart from those of `data/pipeline.py`
+_SCORES_BYTES = 256 * 2**20  # of a block of queries: logits of all their candidates
+_PAIRS = 200_000  # (candidate, behaviour) pairs of a block of queries with candidates of their own
+_ROWS = 256  # queries whose places are looked up at once
+_REPORT_SECONDS = 10.0
+
+Tick = Callable[[float], None]  # told now and then which share of the work is done
+
+
+class CandidateScorer(Protocol):
+    """Whatever gives logits: a model, an export, or a floor."""
+
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
+        """`[B, I]` for B histories, end to end; column i belongs to item i + 1. The caller may change it."""
+
+    def of_some(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        candidate_item_ids: np.ndarray,
+        candidate_counts: np.ndarray,
+    ) -> np.ndarray:
+        """`[C]`: as of `RankingModel.score_candidates`."""
+
+
+class ModelScorer:
+    """A model with the weights that it has when this is made."""
+
+    def __init__(self, model: RankingModel, num_items: int) -> None:
+        self._catalogue = CatalogueScorer(model, num_items)
+        self._score = tf.function(
+            model.score_candidates, input_signature=[tf.TensorSpec([None], tf.int32)] * 4, autograph=False
+        )
+
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
+        return self._catalogue.logits(history_item_ids, history_lengths, tick)
+
+    def of_some(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        candidate_item_ids: np.ndarray,
+        candidate_counts: np.ndarray,
+    ) -> np.ndarray:
+        arrays = (history_item_ids, history_lengths, candidate_item_ids, candidate_counts)
+        return self._score(*(tf.constant(array, tf.int32) for array in arrays)).numpy()
+
+
+class PopularityScorer:
+    """The floor: what was chosen most often in training (`counts` `[I + 1]`) stands first, whoever asks."""
+
+    def __init__(self, counts: np.ndarray) -> None:
+        self._counts = counts
+
+    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
+        return np.tile(self._counts[1:].astype(np.float32), (len(history_lengths), 1))
+
+    def of_some(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        candidate_item_ids: np.ndarray,
+        candidate_counts: np.ndarray,
+    ) -> np.ndarray:
+        return self._counts[candidate_item_ids]
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """E positive events of a split, user by user. Their histories are windows of `EventStore.history_item_ids`."""
+
+    events: np.ndarray
+    users: np.ndarray
+    targets: np.ndarray
+    seen_starts: np.ndarray  # all that the user did before, of which the history is the newest part
+    history_starts: np.ndarray
+    history_ends: np.ndarray
+    num_in_split: int
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __getitem__(self, part: slice) -> Queries:
+        names = [field.name for field in dataclasses.fields(self) if field.name != "num_in_split"]
+        return dataclasses.replace(self, **{name: getattr(self, name)[part] for name in names})
+
+
+def queries_of(store: EventStore, examples: Examples, max_history_length: int, most: int) -> Queries:
+    """The positive events of `examples`; at most `most`, of whole users evenly spaced."""
+    rows = dataclasses.replace(examples, draws_per_row=1)
+    sizes = rows.rows_per_user()
+    if store.labels is not None:
+        segments = np.repeat(np.arange(len(sizes)), sizes)
+        sizes = np.bincount(segments, store.labels[rows.events()], len(sizes)).astype(np.int64)
+    rows = of_segments(rows, evenly_spaced(sizes, most))
+    events, users = rows.events(), rows.user_of_example()
+    if store.labels is not None:
+        positive = store.labels[events] == 1
+        events, users = events[positive], users[positive]
+    ends = events if store.history_ends is None else store.history_ends[events]
+    seen_starts = store.history_offsets[users]
+    return Queries(
+        events=events,
+        users=users,
+        targets=store.item_ids[events],
+        seen_starts=seen_starts,
+        history_starts=np.maximum(seen_starts, ends - max_history_length),
+        history_ends=ends,
+        num_in_split=int(sizes.sum()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the targets are ranked against.
+
+    Attributes:
+        num_negatives: so many items that the user never touched (all of them, where there are fewer), drawn by (seed,
+            event) without repetition; 0: all items of the catalogue.
+        exclude_history: of all items, leave those out that the user had before; never the target.
+    """
+
+    num_negatives: int
+    exclude_history: bool
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Of each query: `greater` and `tied` as of `metrics/retrieval.py`, how many candidates there were, and the first
+    ones `[E, k]`, ties by item id; 0 where there are fewer."""
+
+    greater: np.ndarray
+    tied: np.ndarray
+    num_candidates: np.ndarray
+    top_items: np.ndarray
+
+
+def rank(
+    store: EventStore,
+    queries: Queries,
+    task: Task,
+    scorer: CandidateScorer,
+    num_top: int,
+    runtime: Runtime,
+    progress: Callable[[float, float], None] = lambda share, seconds: None,
+) -> Places:
+    """The places of all targets, equal on all ranks; each rank takes its run of the queries.
+
+    Args:
+        progress: told now and then which share of this rank's queries is done, and in how many seconds.
+
+    Raises:
+        FloatingPointError: on the chief, when logits are not numbers; FailedElsewhere on the others.
+    """
+    first, end = share(len(queries), runtime.rank, runtime.world_size)
+    num_top = min(num_top, store.facts.num_items)
+    found = [np.zeros((0, 3 + num_top), np.int64)]
+    started = reported = time.perf_counter()
+    all_numbers = True
+    place = first
+    while place < end:
+        block = queries[place : min(place + _block_size(queries[place:end], task, store.facts.num_items), end)]
+
+        def tick(share: float, done: int = place - first, size: int = len(block)) -> None:
+            nonlocal reported
+            if (now := time.perf_counter()) - reported > _REPORT_SECONDS:
+                reported = now
+                progress((done + share * size) / (end - first), now - started)
+
+        candidates, scores = _score(store, block, task, scorer, tick)
+        all_numbers &= not np.isnan(scores).any()
+        for row in range(0, len(block), _ROWS):
+            part = slice(row, row + _ROWS)
+            of_part = candidates if len(candidates) == 1 else candidates[part]
+            found.append(_places(block[part], task, of_part, scores[part], num_top))
+        tick(1.0)
+        place += len(block)
+    if runtime.sum(np.array([all_numbers], np.int64))[0] < runtime.world_size:
+        if not runtime.is_chief:
+            raise FailedElsewhere
+        raise FloatingPointError("The logits of all candidates must be numbers. Received: NaN. Use another checkpoint.")
+    columns = runtime.gather(np.concatenate(found))
+    return Places(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
+
+
+def _block_size(queries: Queries, task: Task, num_items: int) -> int:
+    """How many of the first queries to score at once: by the memory that their candidates take."""
+    if not task.num_negatives:
+        return max(1, _SCORES_BYTES // (4 * num_items))
+    lengths = queries.history_ends - queries.history_starts
+    pairs = np.cumsum((1 + task.num_negatives) * np.maximum(lengths[:_PAIRS], 1))
+    return max(1, int(np.searchsorted(pairs, _PAIRS, side="right")))
+
+
+def _score(
+    store: EventStore, queries: Queries, task: Task, scorer: CandidateScorer, tick: Tick
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates `[B, C]`, or `[1, C]` where they are the same for all, and scores `[B, C]`; -inf: is no candidate."""
+    lengths = queries.history_ends - queries.history_starts
+    histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
+    if not task.num_negatives:
+        scores = scorer.of_all(histories, lengths, tick)
+        if task.exclude_history:
+            num_seen = queries.history_ends - queries.seen_starts
+            seen = store.history_item_ids[_windows(queries.seen_starts, num_seen)]
+            rows = np.arange(len(queries))
+            targets = scores[rows, queries.targets - 1]
+            scores[np.repeat(rows, num_seen), seen - 1] = -np.inf
+            scores[rows, queries.targets - 1] = targets
+        return np.arange(1, store.facts.num_items + 1)[None], scores
+    negatives, counts = drawn_negatives(store, queries, task)
+    real = np.arange(1 + task.num_negatives) <= counts[:, None]  # the target, then its negatives
+    candidates = np.zeros(real.shape, np.int64)
+    candidates[:, 0] = queries.targets
+    candidates[:, 1:][real[:, 1:]] = negatives
+    scores = np.full(real.shape, -np.inf, np.float32)
+    scores[real] = scorer.of_some(histories, lengths, candidates[real], counts + 1)
+    return candidates, scores
+
+
+def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """The negatives of each query end to end, and how many `[B]`: the same in whatever block a query stands."""
+    users, user_of = np.unique(queries.users, return_inverse=True)
+    begins = store.user_offsets[users]
+    num_events = store.user_offsets[users + 1] - begins
+    events = _windows(begins, num_events)
+    offsets = np.concatenate([[0], np.cumsum(num_events)])
+    touched_offsets, gaps = touched_gaps(offsets, store.item_ids[events], store.facts.num_items)
+    begins, ends = touched_offsets[:-1][user_of], touched_offsets[1:][user_of]
+    counts = np.minimum(task.num_negatives, store.facts.num_items - (ends - begins))
+    keys = hash64(task.seed, _RANKING, tf.constant(queries.events, tf.int64))
+    negatives = distinct_untouched_items(keys, counts, begins, ends, tf.constant(gaps, tf.int32), store.facts.num_items)
+    return negatives.numpy(), counts
+
+
+def _places(queries: Queries, task: Task, candidates: np.ndarray, scores: np.ndarray, num_top: int) -> np.ndarray:
+    """`[B, 3 + num_top]`: the columns of `Places`."""
+    column = np.zeros(len(queries), np.int64) if task.num_negatives else queries.targets - 1
+    of_target = scores[np.arange(len(queries)), column][:, None]
+    counts = [(scores > of_target).sum(axis=1), (scores == of_target).sum(axis=1) - 1, (scores > -np.inf).sum(axis=1)]
+    if task.num_negatives:  # by item id, as the ties among all items
+        order = np.argsort(candidates, axis=1)
+        candidates, scores = (np.take_along_axis(values, order, axis=1) for values in (candidates, scores))
+    highest, columns = tf.math.top_k(scores, min(num_top, scores.shape[1]))
+    items = np.take_along_axis(np.broadcast_to(candidates, scores.shape), columns.numpy(), axis=1)
+    top_items = np.zeros((len(queries), num_top), np.int64)
+    top_items[:, : items.shape[1]] = np.where(np.isneginf(highest.numpy()), 0, items)
+    return np.concatenate([np.stack(counts, axis=1), top_items], axis=1)
+
+
+def _windows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of all windows, end to end."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+
+
+def by_user(
+    queries: Queries, places: Places, popularity: np.ndarray, ks: Sequence[int]
+) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """What each of the K users among `queries` adds to numerator and denominator of each metric, `[K]` each.
+
+    Over events: recall, NDCG and the reciprocal rank; over users: the hit rate, whether any of a user's events is a
+    hit; over what stands in the lists: how often it was chosen in training (`popularity` `[I + 1]`).
+    """
+    users, user_of = np.unique(queries.users, return_inverse=True)
+    num_events = np.bincount(user_of, minlength=len(users))
+
+    def per_event(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.bincount(user_of, values, len(users)), num_events
+
+    parts = {"mrr": per_event(reciprocal_rank(places.greater, places.tied))}
+    for k in ks:
+        recall = recall_at(k, places.greater, places.tied)
+        listed = places.top_items[:, :k]
+        parts[f"recall@{k}"] = per_event(recall)
+        parts[f"ndcg@{k}"] = per_event(ndcg_at(k, places.greater, places.tied))
+        parts[f"hit_rate@{k}"] = (hit_rate_by_user(recall, queries.users)[1], np.ones(len(users)))
+        parts[f"mean_popularity@{k}"] = (
+            per_event(np.where(listed > 0, popularity[listed], 0).sum(axis=1))[0],
+            per_event((listed > 0).sum(axis=1))[0],
+        )
+    return parts
+
+
+def coverages(places: Places, num_items: int, ks: Sequence[int]) -> dict[str, float]:
+    return {f"coverage@{k}": coverage(places.top_items[:, :k], num_items) for k in ks}

@@ -1,0 +1,79 @@
+"""What `cli/evaluate.py` found, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from din_dist.text import duration
+
+_ROWS = {"recall": ".4f", "ndcg": ".4f", "hit_rate": ".4f", "coverage": ".4f", "mean_popularity": ",.1f"}
+_WIDTH = 17
+
+
+def table(found: Mapping[str, Any]) -> str:
+    lines = [*_scores(found)]
+    if retrieval := found.get("retrieval"):
+        lines += _retrieval(retrieval, found["split"])
+    seconds = {name: value for name, value in found["seconds"].items() if name != "total"}
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    workers = f"{found['world_size']} worker{'s' if found['world_size'] > 1 else ''}"
+    return "\n".join([*lines, f"  {duration(found['seconds']['total'])} in all with {workers}: {parts}"])
+
+
+def _scores(found: Mapping[str, Any]) -> list[str]:
+    names = {"gauc": "GAUC", "auc": "AUC", "log_loss": "log loss", "pairwise_gauc": "pairwise GAUC"}
+    intervals = found.get("intervals", {})
+    heading = f"95 % interval ({found['bootstrap_samples']} samples of users)" if intervals else ""
+    lines = [
+        f"  {found['num_examples']:,} examples, {found['num_users']:,} users ({found['num_users_skipped']:,} more with "
+        "one label only)",
+        f"  {'':<20} {'':>9}  {heading}".rstrip(),
+    ]
+    for name, words in names.items():
+        if name in found:
+            lines.append(f"  {words:<20} {found[name]:9.4f}  {_interval(intervals.get(name), '.4f')}".rstrip())
+    lines.append(f"  {'GAUC / AUC of floors:':<20}")
+    lines += [f"  {name:<20} {floor['gauc']:9.4f} {floor['auc']:8.4f}" for name, floor in found["floors"].items()]
+    return lines
+
+
+def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
+    if not found["num_events"]:
+        return [f"  no positive event in the {split} split to rank"]
+    against = found["ranked_against"]
+    if found["exclude_history"]:
+        against += " but those of the user's history"
+    lines = [
+        f"  {found['num_events']:,} of {found['num_events_in_split']:,} events, each ranked against {against}; "
+        "comparable only with figures so ranked",
+    ]
+    if found["num_events_of_repeats"]:
+        share = found["num_events_of_repeats"] / found["num_events"]
+        lines.append(
+            f"  {share:.1%} of them are of an item that the user had before"
+            + ("; with many, --noexclude_history is the fairer task" if found["exclude_history"] else "")
+        )
+    metrics, floor = found["metrics"], found["floors"]["popularity"]
+    intervals = found.get("intervals", {})
+    ks = found["ks"]
+    lines.append(f"  {'':<20}" + "".join(f"{f'@{k}':>{_WIDTH}}" for k in ks))
+    for name, form in _ROWS.items():
+        keys = [f"{name}@{k}" for k in ks]
+        lines.append(f"  {name.replace('_', ' '):<20}" + "".join(f"{metrics[key]:>{_WIDTH}{form}}" for key in keys))
+        if all(key in intervals for key in keys):
+            bounds = [f"{_interval(intervals[key], form):>{_WIDTH}}" for key in keys]
+            lines.append(f"  {'  95 % interval':<20}" + "".join(bounds))
+        lines.append(f"  {'  popularity has':<20}" + "".join(f"{floor[key]:>{_WIDTH}{form}}" for key in keys))
+    lines.append(
+        f"  {'mean 1 / place':<20} {metrics['mrr']:9.4f}  {_interval(intervals.get('mrr'), '.4f')}".rstrip()
+        + f"  (popularity {floor['mrr']:.4f})"
+    )
+    rate, whole = found["events_per_second"], found["seconds_for_all_events"]
+    thinned = found["num_events"] < found["num_events_in_split"]
+    lines.append(f"  {rate:,.1f} events/s" + (f"; all would take about {duration(whole)}" if thinned else ""))
+    return lines
+
+
+def _interval(bounds: tuple[float, float] | None, form: str) -> str:
+    return f"{bounds[0]:{form}} – {bounds[1]:{form}}" if bounds else ""

@@ -1,0 +1,142 @@
+"""The local activation unit in kernels of its own: the same function, and a fraction of the memory traffic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from din_dist import kernels
+from din_dist.config import AttentionNormalization
+from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.layers.native.dense import Gate, Gated, dense, dense_gradient
+
+
+class NativeActivationUnit(LocalActivationUnit):
+    """In training some tens of pairs at a time go through all of a pass while they are in the cache.
+
+    A pass ends where a layer's statistics must be known of all pairs of all ranks: forward the first product; each
+    activation with the product that follows; the last activation with softmax and pooling; and the same backward.
+    Between passes only each layer's inputs are kept. Gradients are written out by hand (`kernels/attention.cc`).
+    """
+
+    needs_few_lengths = False
+
+    def __init__(self, *args: Any, in_bfloat16: bool = False, **kwargs: Any) -> None:
+        """`in_bfloat16`: rounds the factors of matrix products in training; the rest as of `LocalActivationUnit`."""
+        super().__init__(*args, **kwargs)
+        self.in_bfloat16 = in_bfloat16
+
+    def call(
+        self,
+        candidate: tf.Tensor,
+        keys: tf.Tensor,
+        candidate_of: tf.Tensor,
+        key_of: tf.Tensor,
+        training: bool = False,
+        num_pairs: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        if not training:
+            return super().call(candidate, keys, candidate_of, key_of, training, num_pairs)
+        scorer = self.scorer
+        sources = [candidate, keys, *self.first_terms()]
+        sources += [scorer.output_layer.kernel.value, scorer.output_layer.bias.value]
+        widths = [dense.units for dense in scorer.dense_layers]
+        gates = [Gate.of(*pair) for pair in zip(scorer.activations, widths, strict=True)]
+        sources += [gate.alpha for gate in gates]
+        sources += [dense.kernel.value for dense in scorer.dense_layers[1:]]
+        sources += [dense.bias.value for dense in scorer.dense_layers[1:]]
+        sources = [*map(tf.convert_to_tensor, sources)]
+        update = _Update(self, gates, candidate_of, key_of, [*map(tf.stop_gradient, sources)])
+        interest = update.interest()
+
+        @tf.custom_gradient
+        def differentiable(*_: tf.Tensor) -> Any:
+            return interest, update.gradients
+
+        return differentiable(*sources)
+
+
+class _Update:
+    """One update's passes. All tensors may be what the batch made them; no gradient flows but by `gradients`."""
+
+    def __init__(
+        self,
+        unit: NativeActivationUnit,
+        gates: Sequence[Gate],
+        candidate_of: tf.Tensor,
+        key_of: tf.Tensor,
+        sources: Sequence[tf.Tensor],
+    ) -> None:
+        self._sources = sources
+        depth = len(gates)
+        self._candidate, self._keys, *self._first, first_bias, output, self._bias = sources[:8]
+        self._first_bias, self._output = first_bias, tf.squeeze(output, axis=1)
+        alphas, weights = sources[8 : 8 + depth], sources[8 + depth :]
+        self._gates = [gate._replace(alpha=alpha) for gate, alpha in zip(gates, alphas, strict=True)]
+        self._kernels, self._biases = weights[: depth - 1], weights[depth - 1 :]
+        softmax = unit.normalization is AttentionNormalization.SOFTMAX
+        self._divisor = tf.constant(math.sqrt(self._keys.shape[-1]) if softmax else 1.0)
+        self._in_bfloat16 = unit.in_bfloat16
+        self._ops = kernels.library()
+        self._pairs = {"candidate_of": candidate_of, "key_of": key_of, "num_threads": kernels.num_threads()}
+        self._last = {"activation": gates[-1].kind, "softmax": softmax, **self._pairs}
+        self._layers: list[Gated] = []
+
+    def interest(self) -> tf.Tensor:
+        """`[C, H]`."""
+        candidate, keys = self._candidate, self._keys
+        inputs, sums = self._ops.din_dist_first(
+            candidate,
+            keys,
+            *self._first,
+            self._first_bias,
+            self._gates[0].centre,
+            in_bfloat16=self._in_bfloat16,
+            **self._pairs,
+        )
+        self._layers = [self._gates[0].before(inputs, sums)]
+        for kernel, bias, above in zip(self._kernels, self._biases, self._gates[1:], strict=True):
+            self._layers.append(dense(self._layers[-1], kernel, bias, above, in_bfloat16=self._in_bfloat16))
+        top = self._layers[-1]
+        interest, self._weights = self._ops.din_dist_pool(
+            top.inputs, self._output, self._bias, *top.known, keys, tf.shape(candidate)[0], self._divisor, **self._last
+        )
+        interest.set_shape([None, keys.shape[-1]])
+        return interest
+
+    def gradients(self, upstream: tf.Tensor) -> list[tf.Tensor]:
+        """Of the sources, in their order, given that of the interest."""
+        top = self._layers[-1]
+        held, of_output, of_bias, of_standardised, of_alpha = self._ops.din_dist_pool_gradient(
+            top.inputs, self._output, *top.known, self._keys, self._weights, upstream, self._divisor, **self._last
+        )
+        of_alphas = [of_alpha]
+        of_kernels: list[tf.Tensor] = []
+        of_biases: list[tf.Tensor] = []
+        for place in reversed(range(1, len(self._layers))):
+            layer, below, kernel = self._layers[place], self._layers[place - 1], self._kernels[place - 1]
+            statistics = layer.statistics(of_standardised)
+            of_dense = dense_gradient(below, kernel, statistics, layer.inputs, held, in_bfloat16=self._in_bfloat16)
+            held, of_standardised = of_dense.held, of_dense.of_standardised
+            of_alphas, of_kernels = [of_dense.of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
+            of_biases = [of_dense.of_bias, *of_biases]
+        first = self._layers[0]
+        of_first = self._ops.din_dist_first_gradient(
+            self._candidate,
+            self._keys,
+            *self._first,
+            first.inputs,
+            *first.statistics(of_standardised),
+            held,
+            self._weights,
+            upstream,
+            in_bfloat16=self._in_bfloat16,
+            **self._pairs,
+        )
+        found = [*of_first, of_output[:, None], of_bias, *of_alphas, *of_kernels, *of_biases]
+        for gradient, source in zip(found, self._sources, strict=True):
+            gradient.set_shape(source.shape)
+        return found

@@ -1,0 +1,153 @@
+"""Ids of a batch on their way to the model: each different one becomes a tensor's value once.
+
+Letters of shapes: R rows of a batch, V ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+from din_dist.data.event_store import ITEMS, USERS, EventStore
+from din_dist.errors import InputError
+from din_dist.tables.table import Ids
+
+_OTHER_UNIT = 500  # times as large, or as small, as any time of the log: milliseconds for seconds, or dates for numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Ids `[V]`: `distinct[codes]`."""
+
+    distinct: tf.Tensor
+    codes: np.ndarray
+
+    def part(self, start: int, end: int) -> tf.Tensor:
+        return tf.gather(self.distinct, self.codes[start:end])
+
+
+def encode(ids: pa.Array) -> Encoded:
+    """Strings become Python objects on their way to TensorFlow, which takes its time: only different ones do."""
+    encoded = ids.dictionary_encode()
+    return Encoded(ids_tensor(encoded.dictionary), encoded.indices.to_numpy())
+
+
+def ids_tensor(ids: pa.Array | pa.ChunkedArray) -> tf.Tensor:
+    if pa.types.is_integer(ids.type):
+        return tf.constant(np.asarray(ids), tf.int64)
+    words = ids.cast(pa.large_binary())
+    return tf.constant(
+        words.to_numpy() if isinstance(ids, pa.ChunkedArray) else words.to_numpy(zero_copy_only=False), tf.string
+    )
+
+
+def newest(starts: np.ndarray, ends: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the last `most` values of each run, end to end, and how many each has: `[V]` and `[R]`."""
+    lengths = np.minimum(ends - starts, most)
+    row_starts = np.cumsum(lengths) - lengths
+    places = np.arange(lengths.sum()) + np.repeat(ends - lengths - row_starts, lengths)
+    return places, lengths
+
+
+class GivenHistories:
+    """The rows bring them."""
+
+    num_unknown = num_too_early = num_timed = 0
+
+    def __init__(self, max_history_length: int) -> None:
+        self._most = max_history_length
+
+    def of(self, histories: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
+        """Item ids of all histories end to end, and lengths `[R]`."""
+        if histories.offsets is None or before is not None:
+            raise TypeError("histories are lists, without times")
+        places, lengths = newest(histories.offsets[:-1], histories.offsets[1:], self._most)
+        values = histories.values
+        return encode(values if len(places) == len(values) else values.take(pa.array(places))), lengths
+
+
+class UserHistories:
+    """All that a user acted on, as prepared data has it: the positive events, oldest first.
+
+    A user that it does not have has no history. The item ids are the log's own, so that the model may be one of
+    another day's data.
+    """
+
+    def __init__(self, store: EventStore, max_history_length: int) -> None:
+        self._store, self._most = store, max_history_length
+        users = store.vocabulary(USERS)
+        self.users_are_integers = pa.types.is_integer(users.type)
+        self._user_of = tf.lookup.StaticHashTable(
+            tf.lookup.KeyValueTensorInitializer(ids_tensor(users), tf.range(len(users), dtype=tf.int64)), -1
+        )
+        items = store.vocabulary(ITEMS)
+        self.items_are_integers = pa.types.is_integer(items.type)
+        self._item_ids = ids_tensor(items)
+        self.num_unknown = 0
+        self.num_timed = self.num_too_early = 0  # rows with a time and a history; those whose time is before all of it
+
+    def of(self, users: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
+        """Item ids of all histories end to end, and lengths `[R]`.
+
+        Args:
+            before: int64 `[R]`: only events of an earlier time.
+
+        Raises:
+            InputError: a time cannot be of the log's kind and unit.
+        """
+        if before is not None:
+            self._check_kind(before)
+        encoded = encode(users.values)
+        found = self._user_of.lookup(encoded.distinct).numpy()[encoded.codes]
+        known = found >= 0
+        self.num_unknown += int(np.count_nonzero(~known))
+        offsets = self._store.history_offsets
+        starts, ends = np.zeros((2, len(found)), np.int64)
+        starts[known], ends[known] = offsets[found[known]], offsets[found[known] + 1]
+        if before is not None:
+            timed = known & (starts < ends)
+            ends[known] = self._ends_before(found[known], before[known])
+            self.num_timed += int(np.count_nonzero(timed))
+            self.num_too_early += int(np.count_nonzero(timed & (starts == ends)))
+        places, lengths = newest(starts, ends, self._most)
+        return Encoded(self._item_ids, self._store.history_item_ids[places] - 1), lengths
+
+    def _check_kind(self, before: np.ndarray) -> None:
+        """Milliseconds where the log has seconds, or dates where it has numbers, would end all histories, or none."""
+        facts = self._store.facts
+        small, large = sorted(abs(float(time)) for time in (facts.first_timestamp, facts.last_timestamp))
+        sizes = np.abs(before.astype(np.float64))
+        wrong = np.flatnonzero((sizes > _OTHER_UNIT * max(large, 1.0)) | ((sizes > 0) & (sizes * _OTHER_UNIT < small)))
+        if len(wrong):
+            raise InputError(
+                "--before_column: must hold times of the log's kind and unit, which as prepared go from "
+                f"{facts.first_timestamp} to {facts.last_timestamp}. Received: {before[wrong[0]]}. Give times of the "
+                "same kind (integers or dates) and unit as the log has."
+            )
+
+    def _ends_before(self, users: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """Where in the positive events each user's end that are earlier, by halving all users' events at once."""
+        store = self._store
+        low, high = store.user_offsets[users], store.user_offsets[users + 1]
+        last = high
+        while (open_ := low < high).any():
+            middle = (low + high) // 2
+            earlier = store.timestamps[np.minimum(middle, last - 1)] < before
+            low, high = np.where(open_ & earlier, middle + 1, low), np.where(open_ & ~earlier, middle, high)
+        if store.history_ends is None:
+            return low
+        ends = store.history_ends[np.minimum(low, last - 1)]
+        return np.where(low < last, ends, store.history_offsets[users + 1])
+
+
+def check_item_types(histories: UserHistories, export_has_integers: bool, folder: str) -> None:
+    """Raises `InputError`: the data's items cannot be those of the export."""
+    if histories.items_are_integers != export_has_integers:
+        words = {True: "integers", False: "strings"}
+        raise InputError(
+            f"--user_histories: item ids must be of the same type as the export's, {words[export_has_integers]}. "
+            f"Received: {folder} with {words[histories.items_are_integers]}. Name the job of the export."
+        )

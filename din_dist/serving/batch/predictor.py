@@ -1,0 +1,336 @@
+"""Scores tables of any size with an export, a batch of rows at a time.
+
+Letters of shapes: R rows of a batch, C candidates of all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from din_dist.config import LogFormat
+from din_dist.errors import InputError
+from din_dist.files import published
+from din_dist.progress import at, each
+from din_dist.serving.batch.histories import Encoded, encode
+from din_dist.serving.batch.parts import Part, PartsFolder, Plan, in_turn
+from din_dist.serving.bundle import Bundle
+from din_dist.tables.formats import shown_names
+from din_dist.tables.table import Added, Field, Ids, Table, open_table
+from din_dist.telemetry.terminal import Terminal
+from din_dist.text import duration
+
+LOGIT, PROBABILITY, TOP_ITEMS = "logit", "click_probability", "top_items"
+PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough to stay near the cores, enough for them all
+_CALL_COST = 8  # pairs that a candidate takes as long as, beside those with its history
+_SHOW_SECONDS = 10.0
+
+_Value = TypeVar("_Value")
+
+
+class Stopped(Exception):
+    """This process, or another one of the job, was asked to stop."""
+
+
+class Histories(Protocol):
+    """Where rows have their histories from."""
+
+    num_unknown: int
+    num_timed: int
+    num_too_early: int
+
+    def of(self, column: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What to read of a row and what to say of it."""
+
+    history: Field  # the history, or the user who has one
+    candidates: Field
+    top_k: int = 0  # 0: all, as they stand
+    list_separator: str = ""
+    before: str = ""  # column of the time that a user's history ends at; empty: with the last event
+
+    @property
+    def columns(self) -> list[str]:
+        """Those to read."""
+        return [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
+
+    @property
+    def added(self) -> list[Added]:
+        """The columns to write, empty."""
+        offsets = np.zeros(1, np.int64) if self.candidates.is_list else None
+        columns = [Added(name, pa.array([], pa.float32()), offsets) for name in (LOGIT, PROBABILITY)]
+        if self.top_k:
+            columns.insert(
+                0, Added(TOP_ITEMS, pa.array([], pa.int64() if self.candidates.integers else pa.string()), offsets)
+            )
+        return columns
+
+
+@dataclasses.dataclass
+class Tally:
+    rows: int = 0
+    candidates: int = 0
+    parts: int = 0
+    seconds: float = 0.0  # from the first batch to the last
+
+
+class Predictor:
+    """Scores the parts of a plan, until all are there.
+
+    Args:
+        stop_requested: looked at between batches.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        histories: Histories,
+        question: Question,
+        folder: PartsFolder,
+        stop_requested: Callable[[], bool] = lambda: False,
+        log_format: LogFormat = LogFormat.TEXT,
+    ) -> None:
+        self._bundle, self._histories, self._question, self._folder = bundle, histories, question, folder
+        self._stop_requested, self._log_format = stop_requested, log_format
+        self.tally = Tally()
+
+    def run(self, plan: Plan, rank: int = 0, world_size: int = 1) -> None:
+        """Does the missing parts that no other process does.
+
+        Raises:
+            Stopped: on request, of this process or of another.
+            InputError: the input breaks a rule, or the folder cannot be written.
+        """
+        progress = _Progress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
+        started = time.perf_counter()
+        tables: dict[str, Table] = {}
+        try:
+            for part in in_turn(self._folder.missing(plan), rank, world_size):
+                if self._folder.has(part):
+                    continue
+                with self._folder.claimed(part) as mine:
+                    if mine:
+                        path = str(part.path)
+                        table = tables.get(path) or open_table(part.path, self._question.list_separator)
+                        tables = {path: table}  # one file is open at a time
+                        self._write(table, part, plan.files[path].rows_per_batch, progress)
+                        self.tally.parts += 1
+        except BaseException:
+            self._folder.stop_all()  # before the others do more
+            raise
+        finally:
+            self.tally.seconds = time.perf_counter() - started
+            progress.close()
+
+    def _write(self, table: Table, part: Part, rows_per_batch: int, progress: _Progress) -> None:
+        path = self._folder.folder / part.name
+        with at(f"writing {path}"), published(path) as stream:
+            table.write(stream, self._results(table, part, rows_per_batch, progress), self._question.added)
+
+    def _results(
+        self, table: Table, part: Part, rows_per_batch: int, progress: _Progress
+    ) -> Iterator[tuple[pa.Table, list[Added]]]:
+        """The part's rows with what was found."""
+        for rows, scores in each(_ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
+            yield rows, self._answer(scores)
+            self.tally.rows += len(rows)
+            self.tally.candidates += len(scores.candidates.values)
+            progress.show(self.tally)
+            if self._stop_requested() or self._folder.is_stopping():
+                raise Stopped
+
+    def _read(self, table: Table, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
+        first_row = part.first_row
+        fields = [self._question.history, self._question.candidates]
+        for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
+            history, candidates = table.ids(rows, first_row, fields)
+            before = table.times(rows, first_row, self._question.before) if self._question.before else None
+            items, lengths = self._histories.of(history, before)
+            yield rows, _Batch(items, lengths, candidates, encode(candidates.values))
+            first_row += len(rows)
+
+    def _answer(self, batch: _Batch) -> list[Added]:
+        logits = self._logits(batch)
+        ids, offsets = batch.candidates.values, batch.candidates.offsets
+        columns = []
+        if self._question.top_k and offsets is not None:
+            best, offsets = top_places(logits, offsets, self._question.top_k)
+            logits = logits[best]
+            columns.append(Added(TOP_ITEMS, ids.take(pa.array(best)), offsets))
+        probabilities = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+        columns += [Added(LOGIT, pa.array(logits), offsets), Added(PROBABILITY, pa.array(probabilities), offsets)]
+        return columns
+
+    def _logits(self, batch: _Batch) -> np.ndarray:
+        """float32 `[C]`."""
+        counts = batch.candidates.counts
+        positions = np.concatenate([[0], np.cumsum(batch.lengths)])
+        found = []
+        for call in calls(batch.lengths, counts, PAIRS_PER_CALL):
+            found.append(
+                self._bundle.rank_histories(
+                    batch.items.part(positions[call.first_row], positions[call.end_row]),
+                    batch.lengths[call.first_row : call.end_row],
+                    batch.encoded.part(call.first_candidate, call.end_candidate),
+                    call.counts,
+                )
+            )
+        logits = np.concatenate([np.zeros(0, np.float32), *found])
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("the model gives a logit that is not finite. Export a checkpoint that does not.")
+        return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    items: Encoded  # of the histories
+    lengths: np.ndarray  # int64 [R]
+    candidates: Ids
+    encoded: Encoded  # the candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one call to the model scores: candidates of some rows, of which the first and the last may be cut."""
+
+    first_row: int
+    end_row: int
+    first_candidate: int
+    end_candidate: int
+    counts: np.ndarray  # int64, of each of the rows
+
+
+def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[Call]:
+    """Divides a batch so that no call takes more than so many (candidate, history position) pairs, or one candidate.
+
+    Args:
+        lengths: int64 `[R]`, of the histories; `counts` int64 `[R]`, of the candidates.
+    """
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    each = lengths[row_of] + _CALL_COST
+    costs, largest = np.cumsum(each), int(each.max(initial=0))
+    ends = np.cumsum(counts)
+    first, done = 0, 0
+    while first < len(row_of):
+        left = int(costs[-1]) - done
+        share = min(most_pairs, left // -(-left // most_pairs) + largest)  # few calls of about the same size
+        end = max(first + 1, int(np.searchsorted(costs, done + share, side="right")))
+        low, high = int(row_of[first]), int(row_of[end - 1]) + 1
+        taken = counts[low:high].copy()
+        taken[0] = min(ends[low], end) - first
+        if high - low > 1:
+            taken[-1] = end - ends[high - 2]
+        yield Call(low, high, first, end, taken)
+        first, done = end, int(costs[end - 1])
+
+
+def top_places(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the `most` highest of each run, best first, equal ones as they stand; and their own offsets."""
+    counts = np.diff(offsets)
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((-logits, row_of))
+    kept = np.arange(len(logits)) - np.repeat(offsets[:-1], counts) < most
+    return order[kept], np.concatenate([[0], np.cumsum(np.minimum(counts, most))])
+
+
+def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
+    """The same, with the next one made by a thread while this one is used."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+    end = object()
+    stop = threading.Event()
+
+    def work() -> None:
+        last: object = end
+        try:
+            for value in values:
+                ready.put(value)
+                if stop.is_set():
+                    return
+        except BaseException as error:
+            last = error
+        ready.put(last)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (value := ready.get()) is not end:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may wait for room
+            try:
+                ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+
+class _Progress:
+    """What the chief shows: the rows of all processes' parts, and of its own as it goes."""
+
+    def __init__(
+        self, plan: Plan, folder: PartsFolder, log_format: LogFormat, world_size: int, *, silent: bool
+    ) -> None:
+        self._plan, self._folder, self._silent = plan, folder, silent
+        self._whose = " by this worker" if world_size > 1 else ""
+        self._terminal = Terminal(log_format, plan.num_rows, silent=silent, unit="row")
+        self._started = self._shown = time.perf_counter()
+        self._before = self._published()
+        self._at = self._before
+        self._terminal.go_to(self._at)
+
+    def _published(self) -> int:
+        if self._silent:
+            return 0
+        missing = sum(part.num_rows for part in self._folder.missing(self._plan))
+        return self._plan.num_rows - missing
+
+    def show(self, tally: Tally) -> None:
+        if self._silent:
+            return
+        now = time.perf_counter()
+        at = max(self._at, self._before + tally.rows)
+        if now - self._shown >= (1.0 if self._terminal.has_bar else _SHOW_SECONDS):
+            at = max(at, self._published())
+            self._shown = now
+            seconds = now - self._started
+            rate = tally.candidates / seconds
+            left = (self._plan.num_rows - at) * seconds / max(1, at - self._before)
+            found = f"{rate:,.0f} candidates/s{self._whose}"
+            line = f"row {at:,} of {self._plan.num_rows:,}: {found}, {duration(left)} left"
+            self._terminal.show(found, line, row=at, candidates_per_second=rate)
+        self._terminal.advance(at - self._at)
+        self._at = at
+
+    def close(self) -> None:
+        self._terminal.close()
+
+
+def check_columns(plan: Plan, question: Question) -> None:
+    """Raises `InputError`: a file lacks a column that is asked for, or has one that is to be written."""
+    for path, survey in plan.files.items():
+        columns = survey.columns
+        for name in question.columns:
+            if columns.count(name) != 1 and columns:
+                what = "occurs more than once" if name in columns else "is missing"
+                raise InputError(
+                    f"{path}: column {name!r} {what}. Received: {shown_names(columns)} Correct the file, or "
+                    "name your column (--history_column, --user_column, --item_column, --candidates_column, "
+                    "--before_column)."
+                )
+        for column in question.added:
+            if column.name in columns:
+                raise InputError(
+                    f"{path}: column {column.name!r} is to be added. Received: a table that has one. Rename or drop it."
+                )

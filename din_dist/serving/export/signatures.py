@@ -1,0 +1,344 @@
+"""The functions that a SavedModel offers: the log's own ids in, logits out.
+
+Letters of shapes, beside those of `schema`: C candidates of all histories; T positions of one history; M items.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.layers.packed import segment_ids
+from din_dist.models.ranking_model import RankingModel
+from din_dist.serving.export.vocabulary import Vocabulary
+
+Outputs = dict[str, tf.Tensor]
+
+HISTORY, LENGTHS, CANDIDATES = schema.HISTORY_ITEM_IDS, schema.HISTORY_LENGTHS, schema.CANDIDATE_ITEM_IDS
+COUNTS = "candidate_counts"
+BY_ITEM_ID = {tf.string: "", tf.int64: tf.int64.min}  # what stands for a feature that is looked up by the item id
+
+_PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about half a GB at 128 wide
+_CANDIDATE_COST = 8  # pairs that a candidate takes as much memory as, beside those with its history
+
+
+class Items(NamedTuple):
+    """Items of a request, each different one looked up once."""
+
+    vectors: tf.Tensor  # [U, H]
+    biases: tf.Tensor  # [U]
+    places: tf.Tensor  # int32 [M], where each of the request's items stands among those
+
+
+class Signatures:
+    """What a model can be asked in the log's own words.
+
+    Args:
+        item_ids: all ids of items, in the order of the dense ids; `feature_ids`, those of each item feature.
+        item_features: name -> `[num_items + 1]`, an item's dense id -> its feature's dense id.
+        folder: for the files of the vocabularies, which are needed until the SavedModel is written.
+    """
+
+    def __init__(
+        self,
+        model: RankingModel,
+        item_ids: pa.ChunkedArray,
+        feature_ids: Mapping[str, pa.ChunkedArray],
+        max_history_length: int,
+        folder: Path,
+    ) -> None:
+        self._model, self._max_history_length = model, max_history_length
+        self._items = Vocabulary(item_ids, folder / "item_ids.txt")
+        self._features = {
+            name: Vocabulary(ids, folder / f"feature_{place}.txt")
+            for place, (name, ids) in enumerate(feature_ids.items())
+        }
+        lookup = model.lookup
+        self._tables = [_named_to_save(table.value) for table in lookup.tables]
+        # Variables: constants would be part of the graph, which has a limit of 2 GB.
+        self._feature_of_item = [_variable(lookup.item_features[name]) for name in feature_ids]
+        self._row_of_item = None if lookup.row_of_item is None else _variable(lookup.row_of_item)
+
+    def save(self, folder: Path) -> None:
+        """Writes the SavedModel."""
+        root = tf.Module()  # holds what the functions use, and nothing of the model but its weights
+        tables = {id(table) for table in self._model.lookup.tables}
+        root.weights = [weight.value for weight in self._model.weights if id(weight) not in tables]
+        root.tables = self._tables
+        root.feature_of_item, root.row_of_item = self._feature_of_item, self._row_of_item
+        root.vocabularies = [self._items, *self._features.values()]
+        tf.saved_model.save(root, str(folder), signatures=self._functions())
+
+    def _functions(self) -> dict[str, Callable]:
+        ids = self._items.dtype
+        flat, lengths = tf.TensorSpec([None], ids), tf.TensorSpec([None], tf.int64)
+        packed = {HISTORY: flat, LENGTHS: lengths, CANDIDATES: flat}
+        one_history = {HISTORY: flat, CANDIDATES: flat, "k": tf.TensorSpec([], tf.int64)}
+        features = {
+            f"{side}_{name}": tf.TensorSpec([None], self._features[feature].dtype)
+            for feature, name in input_names(list(self._features)).items()
+            for side in ("history", "candidate")
+        }
+        functions: dict[str, tuple[Callable[..., Outputs], dict[str, tf.TensorSpec]]] = {
+            "score": (self.score, packed),
+            "score_padded": (self.score_padded, packed | {HISTORY: tf.TensorSpec([None, None], ids)}),
+            "rank": (self.rank, one_history),
+            "rank_histories": (self.rank_histories, packed | {COUNTS: lengths}),
+            "embed_items": (self.embed_items, {"item_ids": flat}),
+        }
+        if features:
+            functions["score_with_features"] = (self.score, packed | features)
+            functions["rank_with_features"] = (self.rank, one_history | features)
+        traced = {name: _traced(function, inputs) for name, (function, inputs) in functions.items()}
+        return {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: traced["score"], **traced}
+
+    def score(
+        self,
+        history_item_ids: tf.Tensor,
+        history_lengths: tf.Tensor,
+        candidate_item_ids: tf.Tensor,
+        **features: tf.Tensor,
+    ) -> Outputs:
+        """`[N]`, `[B]`, `[B]` -> `[B]`."""
+        given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
+        history_lengths = _of_same_size(history_lengths, candidate_item_ids, LENGTHS, CANDIDATES)
+        window, lengths = self._newest(history_item_ids, history_lengths)
+        num_candidates = tf.size(candidate_item_ids)
+        items = self._find(
+            tf.concat([candidate_item_ids, window(history_item_ids)], axis=0),
+            [
+                tf.concat([candidate, window(history)], axis=0)
+                for candidate, history in zip(given_of_candidate, given_of_history, strict=True)
+            ],
+        )
+        candidate_places, key_of = items.places[:num_candidates], items.places[num_candidates:]
+        return _with_probability(
+            self._model.logits(
+                tf.gather(items.vectors, candidate_places),
+                tf.gather(items.biases, candidate_places),
+                items.vectors,
+                segment_ids(lengths),
+                key_of,
+            )
+        )
+
+    def score_padded(
+        self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor, candidate_item_ids: tf.Tensor
+    ) -> Outputs:
+        """`[B, T]`, `[B]`, `[B]` -> `[B]`."""
+        shape = tf.shape(history_item_ids, tf.int64)
+        fits = tf.equal(shape[0], tf.size(history_lengths, tf.int64)) & tf.reduce_all(
+            (history_lengths >= 0) & (history_lengths <= shape[1])
+        )
+        rule = "history_lengths must be one a row of history_item_ids, from 0 to its width. Received:"
+        with tf.control_dependencies([tf.Assert(fits, [rule, history_lengths, "for the shape", shape])]):
+            real = tf.sequence_mask(history_lengths, shape[1])
+        return self.score(tf.boolean_mask(history_item_ids, real), history_lengths, candidate_item_ids)
+
+    def rank(
+        self, history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor, k: tf.Tensor, **features: tf.Tensor
+    ) -> Outputs:
+        """`[T]`, `[C]`, `[]` -> `[min(k, C)]`, best first."""
+        num_candidates = tf.size(candidate_item_ids, tf.int64)
+        with tf.control_dependencies([tf.Assert(k >= 0, ["k must be 0 or more. Received:", k])]):
+            wanted = tf.cast(tf.minimum(k, num_candidates), tf.int32)
+        logits = self._rank(
+            history_item_ids,
+            tf.size(history_item_ids, tf.int64)[None],
+            candidate_item_ids,
+            num_candidates[None],
+            *self._given(features, history_item_ids, candidate_item_ids),
+        )
+        best, places = tf.math.top_k(logits, wanted)  # of equal ones the first
+        outputs = _with_probability(best)
+        return {"item_ids": tf.gather(candidate_item_ids, places), "places": tf.cast(places, tf.int64), **outputs}
+
+    def rank_histories(
+        self,
+        history_item_ids: tf.Tensor,
+        history_lengths: tf.Tensor,
+        candidate_item_ids: tf.Tensor,
+        candidate_counts: tf.Tensor,
+    ) -> Outputs:
+        """`[N]`, `[B]`, `[C]`, `[B]` -> `[C]`."""
+        history_lengths = _of_same_size(history_lengths, candidate_counts, LENGTHS, COUNTS)
+        return _with_probability(
+            self._rank(history_item_ids, history_lengths, candidate_item_ids, candidate_counts, (), ())
+        )
+
+    def embed_items(self, item_ids: tf.Tensor) -> Outputs:
+        """`[M]` -> `[M, H]` and `[M]`."""
+        items = self._find(item_ids, ())
+        known = tf.not_equal(self._items.dense_ids(item_ids), schema.UNKNOWN_ID)
+        return {"embeddings": tf.gather(items.vectors, items.places), "known": known}
+
+    def _rank(
+        self,
+        history_item_ids: tf.Tensor,
+        history_lengths: tf.Tensor,
+        candidate_item_ids: tf.Tensor,
+        candidate_counts: tf.Tensor,
+        given_of_history: Sequence[tf.Tensor],
+        given_of_candidate: Sequence[tf.Tensor],
+    ) -> tf.Tensor:
+        """Logits `[C]`, computed for so many candidates at once that memory stays bounded.
+
+        Each part looks at its own histories only, so that a key is projected once a part.
+        """
+        counts = _checked_lengths(candidate_counts, candidate_item_ids, COUNTS, CANDIDATES)
+        window, lengths = self._newest(history_item_ids, history_lengths)
+        keys = self._find(window(history_item_ids), [window(feature) for feature in given_of_history])
+        candidates = self._find(candidate_item_ids, given_of_candidate)
+        history_of = segment_ids(counts)  # [C]
+        starts = tf.gather(tf.cumsum(lengths, exclusive=True), history_of)
+        ends = starts + tf.gather(lengths, history_of)
+        costs = tf.cumsum(tf.cast(ends - starts + _CANDIDATE_COST, tf.int64))
+        num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // _PAIRS_AT_ONCE + 1
+        bounds = tf.searchsorted((costs - 1) // _PAIRS_AT_ONCE, tf.range(num_parts + 1))
+        positions_from, positions_to = tf.concat([starts, [0]], axis=0), tf.concat([[0], ends], axis=0)
+
+        def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+            low, high = bounds[part], bounds[part + 1]
+            first_position = positions_from[low]
+            distinct, places = tf.unique(keys.places[first_position : positions_to[high]])
+            firsts, ends_of_part = starts[low:high] - first_position, ends[low:high] - first_position
+            candidate_places = candidates.places[low:high]
+            found = self._model.logits(
+                tf.gather(candidates.vectors, candidate_places),
+                tf.gather(candidates.biases, candidate_places),
+                tf.gather(keys.vectors, distinct),
+                segment_ids(ends_of_part - firsts),
+                tf.gather(places, tf.ragged.range(firsts, ends_of_part).values),
+            )
+            return part + 1, logits.write(tf.cast(part, tf.int32), found)
+
+        logits = tf.TensorArray(tf.float32, tf.cast(num_parts, tf.int32), element_shape=[None], infer_shape=False)
+        none_yet = tf.constant(0, tf.int64)
+        _, logits = tf.while_loop(
+            lambda part, _: part < num_parts, score_part, [none_yet, logits], parallel_iterations=1
+        )
+        return logits.concat()
+
+    def _find(self, ids: tf.Tensor, given: Sequence[tf.Tensor]) -> Items:
+        """Looks items up: by their ids `[M]` alone, or also by the features that were given, `[M]` each."""
+        dense_ids = self._items.dense_ids(ids)
+        if not given:
+            distinct, places = tf.unique(dense_ids)
+            features = [tf.gather(of_item, distinct) for of_item in self._feature_of_item]
+            return self._look_up(self._rows(distinct), features, places)
+        rows = self._rows(dense_ids)
+        features = [
+            tf.where(
+                tf.equal(values, BY_ITEM_ID[vocabulary.dtype]),
+                tf.gather(of_item, dense_ids),
+                vocabulary.dense_ids(values),
+            )
+            for values, vocabulary, of_item in zip(given, self._features.values(), self._feature_of_item, strict=True)
+        ]
+        _, places = tf.unique(rows)
+        for table, feature in zip(self._tables[1:], features, strict=True):
+            combined = tf.cast(places, tf.int64) * table.shape[0] + tf.cast(feature, tf.int64)
+            _, places = tf.unique(combined)
+        num_distinct = tf.reduce_max(tf.concat([places, [-1]], axis=0)) + 1
+        firsts = tf.math.unsorted_segment_min(tf.range(tf.size(places)), places, num_distinct)
+        return self._look_up(tf.gather(rows, firsts), [tf.gather(feature, firsts) for feature in features], places)
+
+    def _look_up(self, rows: tf.Tensor, features: Sequence[tf.Tensor], places: tf.Tensor) -> Items:
+        """Of different items, `[U]` each: what `LocalLookup` gives, whose care for gradients is not needed here."""
+        parts = [tf.gather(table, ids) for table, ids in zip(self._tables, [rows, *features], strict=True)]
+        biases = tf.squeeze(tf.gather(self._model.lookup.item_bias.value, rows), axis=1)
+        return Items(tf.concat(parts, axis=1), biases, places)
+
+    def _rows(self, dense_ids: tf.Tensor) -> tf.Tensor:
+        """In the item's table."""
+        return dense_ids if self._row_of_item is None else tf.gather(self._row_of_item, dense_ids)
+
+    def _newest(
+        self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor
+    ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
+        """What leaves of values `[N]` those of each history's newest positions, and how many those are, int32 `[B]`."""
+        lengths = _checked_lengths(history_lengths, history_item_ids, LENGTHS, HISTORY)
+        kept = tf.minimum(lengths, self._max_history_length)
+        ends = tf.cumsum(lengths)
+        all_short = tf.reduce_all(tf.equal(kept, lengths))
+
+        def window(values: tf.Tensor) -> tf.Tensor:
+            return tf.cond(
+                all_short,
+                lambda: values,
+                lambda: tf.gather(values, tf.ragged.range(ends - kept, ends).values),
+            )
+
+        return window, kept
+
+    def _given(
+        self, features: Mapping[str, tf.Tensor], history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """The features of history and candidates in the order of the tables; empty where none are given."""
+        if not features:
+            return [], []
+
+        def of(side: str, ids: tf.Tensor) -> list[tf.Tensor]:
+            names = [f"{side}_{name}" for name in input_names(list(self._features)).values()]
+            return [_of_same_size(features[name], ids, name, f"{side}_item_ids") for name in names]
+
+        return of("history", history_item_ids), of("candidate", candidate_item_ids)
+
+
+def input_names(features: Sequence[str]) -> dict[str, str]:
+    """What stands for each item feature in the names of inputs (`history_NAME`): its name, where that will do."""
+    taken = {"item_ids", "lengths", "counts"}
+    names = {}
+    for feature in features:
+        if re.fullmatch("[A-Za-z0-9_]+", feature) and feature.lower() not in taken:  # TensorFlow's rules
+            taken.add(feature.lower())
+            names[feature] = feature
+    for place, feature in enumerate(features):
+        if feature not in names:
+            name = f"feature_{place}"
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            names[feature] = name
+    return {feature: names[feature] for feature in features}
+
+
+def _checked_lengths(lengths: tf.Tensor, values: tf.Tensor, lengths_name: str, values_name: str) -> tf.Tensor:
+    """int32."""
+    num_values = tf.size(values, tf.int64)
+    fits = tf.reduce_all((lengths >= 0) & (lengths <= num_values)) & tf.equal(tf.reduce_sum(lengths), num_values)
+    rule = f"{lengths_name} must not be negative and must add up to the number of {values_name}. Received:"
+    with tf.control_dependencies([tf.Assert(fits, [rule, lengths, "for", num_values])]):
+        return tf.cast(lengths, tf.int32)
+
+
+def _of_same_size(values: tf.Tensor, ids: tf.Tensor, name: str, ids_name: str) -> tf.Tensor:
+    fits = tf.equal(tf.size(values), tf.size(ids))
+    rule = f"{name} and {ids_name} must be as many. Received:"
+    with tf.control_dependencies([tf.Assert(fits, [rule, tf.size(values), tf.size(ids)])]):
+        return tf.identity(values)
+
+
+def _with_probability(logits: tf.Tensor) -> Outputs:
+    return {"logits": logits, "click_probability": tf.sigmoid(logits)}
+
+
+def _named_to_save(table: tf.Variable) -> tf.Variable:
+    """A table is named by its item feature, in whatever language; TensorFlow saves plain names only."""
+    return table if re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_./-]*(:0)?", table.name) else _variable(table)
+
+
+def _variable(values: tf.Tensor) -> tf.Variable:
+    return tf.Variable(values, trainable=False)
+
+
+def _traced(function: Callable[..., Outputs], inputs: Mapping[str, tf.TensorSpec]) -> Callable:
+    specs = {name: tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in inputs.items()}
+    return tf.function(functools.partial(function), autograph=False).get_concrete_function(**specs)

@@ -1,0 +1,217 @@
+"""Writes an export aside, compares it with the trainer's own logits and publishes it by one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.config import Config
+from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
+from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.errors import InputError
+from din_dist.evaluation.evaluator import Evaluator
+from din_dist.files import locked, make_folder, publish_folder, repair_publishing, write_text
+from din_dist.models.ranking_model import RankingModel
+from din_dist.serving.export.signatures import Signatures, input_names
+from din_dist.serving.manifest import MANIFEST, Manifest, digest_of_file, read_manifest
+from din_dist.text import to_json
+from din_dist.versions import build_info
+
+LARGEST_DIFFERENCE = 1e-5  # of a logit, or relative to it where it is above 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What is exported: a model, with what it was trained on and how."""
+
+    model: RankingModel
+    store: EventStore
+    config: Config
+    step: int
+    flags: str
+    summary: Mapping[str, Any] | None
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Whether an export may go to `folder`.
+
+    Raises:
+        InputError: something is there.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    try:
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            return
+    except OSError as error:
+        raise InputError(
+            f"--export_dir: must be a folder that can be read. Received: {folder}, {error.strerror}. Name another one."
+        ) from error
+    if not (folder / MANIFEST).is_file() or folder.is_symlink():
+        raise InputError(
+            f"--export_dir: must be a new folder, or an export with --overwrite. Received: {folder}, which is there "
+            "and is no export. Name another one."
+        )
+    if not overwrite:
+        raise InputError(
+            f"--export_dir: must be a new folder, or an export with --overwrite. Received: {folder}, which holds an "
+            "export. Add --overwrite to replace it, or name another one."
+        )
+
+
+def export(trained: Trained, evaluator: Evaluator, split: str, folder: Path, *, overwrite: bool = False) -> Manifest:
+    """Publishes `trained` in `folder`.
+
+    Args:
+        evaluator: with the examples of `split`, on which the export is compared with the trainer's own logits.
+        overwrite: an export that is there is replaced.
+
+    Raises:
+        InputError: it cannot be written, or something is there.
+        FloatingPointError: its logits are not the trainer's; nothing was published.
+    """
+    check_target(folder, overwrite)
+    with _aside(folder) as aside:
+        with _writing(folder):
+            _write_saved_model(trained, aside)
+        largest, num_compared = largest_difference(trained, aside, evaluator, split)
+        with _writing(folder):
+            manifest = _write_manifest(trained, aside, split, largest, num_compared)
+            check_target(folder, overwrite)  # comparing took a while
+            publish_folder(aside, folder)
+    return manifest
+
+
+def largest_difference(trained: Trained, folder: Path, evaluator: Evaluator, split: str) -> tuple[float, int]:
+    """Between the trainer's logits and those of the SavedModel in `folder`, and on how many examples.
+
+    Raises:
+        FloatingPointError: it is too large.
+    """
+    loaded = tf.saved_model.load(str(folder))
+    vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
+
+    def own_ids(dense_ids: tf.Tensor) -> tf.Tensor:
+        ids = vocabulary.take(pa.array(dense_ids.numpy() - 1)).to_numpy(zero_copy_only=False)
+        return tf.constant(ids, tf.int64 if pa.types.is_integer(vocabulary.type) else tf.string)
+
+    def by_own_ids(batch: Mapping[str, tf.Tensor], name: str, **more: tf.Tensor) -> tf.Tensor:
+        return loaded.signatures[name](
+            history_item_ids=own_ids(batch[schema.HISTORY_ITEM_IDS]),
+            history_lengths=tf.cast(batch[schema.HISTORY_LENGTHS], tf.int64),
+            candidate_item_ids=own_ids(batch[schema.CANDIDATE_ITEM_IDS]),
+            **more,
+        )["logits"]
+
+    def one_by_one(batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        counts = tf.ones_like(batch[schema.HISTORY_LENGTHS], tf.int64)
+        return by_own_ids(batch, "rank_histories", candidate_counts=counts)
+
+    expected = evaluator.scores(
+        split,
+        tf.function(
+            lambda batch: trained.model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+        ),
+    ).astype(np.float64)
+    largest = 0.0
+    for scorer in (lambda batch: by_own_ids(batch, "score"), one_by_one):
+        differences = np.abs(evaluator.scores(split, scorer) - expected)
+        if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(expected))):  # NaN is not
+            raise FloatingPointError(
+                f"{folder}: an export must have the trainer's logits, within {LARGEST_DIFFERENCE:g}. Received: a "
+                f"difference of {differences.max():.3g} on {len(expected)} examples of the {split} split. Nothing was "
+                "published."
+            )
+        largest = max(largest, float(differences.max(initial=0.0)))
+    return largest, len(expected)
+
+
+def _write_saved_model(trained: Trained, folder: Path) -> None:
+    store = trained.store
+    with tempfile.TemporaryDirectory(dir=folder) as vocabularies:
+        signatures = Signatures(
+            trained.model,
+            store.vocabulary(ITEMS),
+            {name: store.vocabulary(vocabulary_of(name)) for name in store.item_features},
+            trained.config.data.max_history_length,
+            Path(vocabularies),
+        )
+        signatures.save(folder)
+
+
+def _write_manifest(trained: Trained, folder: Path, split: str, largest: float, num_compared: int) -> Manifest:
+    store = trained.store
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = Manifest(
+        item_id_type=_kind(store.vocabulary(ITEMS)),
+        item_features={name: _kind(store.vocabulary(vocabulary_of(name))) for name in store.item_features},
+        feature_inputs=input_names(list(store.item_features)),
+        max_history_length=trained.config.data.max_history_length,
+        num_items=store.facts.num_items,
+        embedding_width=trained.model.lookup.width,
+        step=trained.step,
+        flags=trained.flags,
+        settings=trained.config.to_json(),
+        data_fingerprint=store.facts.fingerprint,
+        summary=trained.summary,
+        compared_split=split,
+        num_compared=num_compared,
+        max_difference=largest,
+        versions=build_info(),
+        files={path.relative_to(folder).as_posix(): digest_of_file(path) for path in files},
+    )
+    path = folder / MANIFEST
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, to_json(manifest.to_json()) + "\n")
+    return read_manifest(folder)
+
+
+def _kind(ids: pa.ChunkedArray) -> str:
+    return "integer" if pa.types.is_integer(ids.type) else "string"
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise InputError(
+            f"--export_dir: must be a folder that can be written, with room for the model. Received: {folder}, "
+            f"{reason}. Make room or give rights there, or name another one."
+        ) from error
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which is gone at the end unless it was renamed.
+
+    Its lock tells the next export that it is in use; what a killed one left is swept.
+    """
+    prefix = f".{folder.name}.exporting-"
+    with _writing(folder):
+        make_folder(folder.parent)
+        repair_publishing(folder)
+        for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+            with contextlib.suppress(OSError), locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        with contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError):  # some disks know no locks: then nothing is swept there either
+                lock.enter_context(locked(aside))
+            aside.chmod(0o755)
+            yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

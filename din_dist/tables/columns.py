@@ -1,0 +1,385 @@
+"""Columns of ids, times and labels, read batch by batch; every rule that their values must keep is checked here.
+
+Arrow does the work: a batch's ids are dictionary-encoded as they come, and the dictionaries are unified at the end, so
+that strings are held once per batch at most. Dense ids follow first appearance in the files' order.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from din_dist.errors import InputError
+from din_dist.tables import formats
+from din_dist.text import shown
+
+_ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
+_DIGITS = r"^[+-]?[0-9]+(\.0*)?$"
+_LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
+
+
+class Rows:
+    """Where a row, counted over all files, stands; rows are added as batches are read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._files: list[Path] = []
+        self._starts: list[int] = []
+
+    def begin(self, file: Path) -> None:
+        self._files.append(file)
+        self._starts.append(self.count)
+
+    def advance(self, num_rows: int) -> None:
+        self.count += num_rows
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """File, and row in it from 1."""
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._files[index], int(row) - self._starts[index] + 1
+
+    def reject(self, row: int, rule: str, received: str, remedy: str) -> InputError:
+        file, number = self.place(row)
+        return InputError(f"{file}, row {number}: {rule}. Received: {received}. {remedy}")
+
+
+class Column(abc.ABC):
+    """One column of the log, added batch by batch."""
+
+    def __init__(self, name: str, rows: Rows) -> None:
+        self.name = name
+        self._rows = rows
+
+    @abc.abstractmethod
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        """Takes the next batch's column, `from_folder` if a folder's name gives it.
+
+        Raises:
+            InputError: a value breaks a rule.
+        """
+
+    def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
+        """The error for the first of the rows where `bad` is true."""
+        index = _first(bad)
+        received = f"{self.name}={_shown(column[index])}" if column[index].is_valid else f"no {self.name}"
+        return self._rows.reject(self._rows.count + index, rule, received, remedy)
+
+    def require_values(self, column: pa.Array) -> None:
+        if column.null_count:
+            rule = f"every event needs a {self.name}"
+            raise self.reject(column.is_null(), column, rule, "Fill it in, or drop the row.")
+
+    def require_utf8(self, column: pa.Array) -> None:
+        """Checks text; Arrow believes files that say they hold UTF-8."""
+        if is_utf8(column):
+            return
+        index = next(index for index in range(len(column)) if not is_utf8(column.slice(index, 1)))
+        received = f"{self.name}={shown(column[index].as_buffer().to_pybytes())}"
+        row = self._rows.count + index
+        raise self._rows.reject(row, "text must be UTF-8", received, "Write the file anew, as UTF-8.")
+
+
+class IdColumn(Column):
+    """Ids, strings or integers, to dense codes from 0 by first appearance; -1 where a null is allowed."""
+
+    def __init__(self, name: str, rows: Rows, nullable: bool = False) -> None:
+        super().__init__(name, rows)
+        self._nullable = nullable
+        self._value_type: pa.DataType | None = None
+        self._chunks: list[pa.DictionaryArray | int] = []  # a number: of rows without a value
+        self._from_folders: dict[int, int] = {}  # chunks with what folders tell, and their first row
+
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        column = _plain(column)
+        if pa.types.is_floating(column.type) and pc.all(pc.is_nan(_widened(column))).as_py() is not False:
+            column = pa.nulls(len(column))  # as pandas writes a column without any value
+        if not self._nullable:
+            self.require_values(column)
+        if pa.types.is_integer(column.type):
+            value_type = pa.int64()
+        elif is_text(column.type) or pa.types.is_null(column.type):
+            value_type = pa.large_string()
+        else:
+            rule = f"ids must be strings or integers, not {column.type}"
+            raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
+        if column.null_count == len(column):  # what has no value agrees with every type
+            self._chunks.append(len(column))
+            return
+        if not from_folder and self._value_type not in (None, value_type):
+            rule = f"all ids of a column must be of one type, {self._value_type} so far"
+            raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
+        if is_text(column.type):
+            self.require_utf8(column)
+        encoded = column.dictionary_encode()
+        if is_text(column.type) and has_empty(encoded.dictionary):
+            self.add(without_empty(column), from_folder)
+            return
+        if from_folder:
+            self._from_folders[len(self._chunks)] = self._rows.count
+        else:
+            self._value_type = value_type
+        try:
+            values = encoded.dictionary.cast(value_type)
+        except pa.ArrowInvalid as error:
+            too_large = pc.greater(column, pa.scalar(2**63 - 1, column.type))
+            rule = "integer ids must fit 64 bits, signed"
+            raise self.reject(too_large, column, rule, "Make them strings.") from error
+        self._chunks.append(pa.DictionaryArray.from_arrays(encoded.indices, values))
+
+    def finish(self, from_text: bool) -> tuple[np.ndarray, pa.Array]:
+        """Codes int32 `[E]` and the ids; ids `from_text` become integers if each is written as one."""
+        self._settle_folders()
+        known = [chunk for chunk in self._chunks if not isinstance(chunk, int)]
+        unified = iter(pa.chunked_array(known).unify_dictionaries().chunks if known else [])
+        ids = pa.array([], pa.large_string())
+        parts = []
+        for chunk in self._chunks:
+            if isinstance(chunk, int):
+                parts.append(np.full(chunk, -1, np.int32))
+            else:
+                encoded = next(unified)
+                parts.append(encoded.indices.fill_null(-1).to_numpy())
+                ids = encoded.dictionary  # the same for all
+        self._chunks.clear()
+        codes = np.concatenate(parts)
+        if (
+            from_text
+            and len(ids)
+            and is_text(ids.type)
+            and pc.all(pc.match_substring_regex(ids, formats.INTEGER)).as_py()
+        ):
+            ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
+        return codes, ids
+
+    def _settle_folders(self) -> None:
+        """Reads what folders tell as integers, where files have integers: a folder's name has no type."""
+        if self._value_type != pa.int64():
+            return
+        for place, row in self._from_folders.items():
+            chunk = self._chunks[place]
+            assert not isinstance(chunk, int)
+            (text,) = chunk.dictionary.to_pylist()
+            if not re.match(formats.INTEGER, text):
+                raise self._rows.reject(
+                    row,
+                    "all ids of a column must be of one type, int64 in other files",
+                    f"{self.name}={shown(text)}, from the name of a folder",
+                    "Rename the folder, or make all of them strings.",
+                )
+            self._chunks[place] = pa.DictionaryArray.from_arrays(chunk.indices, pa.array([int(text)], pa.int64()))
+
+
+class TimeColumn(Column):
+    """Integers as they are; dates and times become microseconds since 1970, UTC.
+
+    All must be of one kind; if there was a column `before`, also of its kind.
+    """
+
+    def __init__(self, name: str, rows: Rows, before: TimeColumn | None = None) -> None:
+        super().__init__(name, rows)
+        self._chunks: list[np.ndarray] = []
+        self._dates: bool | None = before._dates if before else None  # None before the first one
+        self._zoned: bool | None = before._zoned if before else None  # likewise: whether dates have a time zone
+
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        column = _plain(column)
+        self.require_values(column)
+        kind = column.type
+        dates = pa.types.is_temporal(kind) and not pa.types.is_time(kind) and not pa.types.is_duration(kind)
+        numbers = pc.match_substring_regex(column, _DIGITS) if is_text(kind) else None
+        if numbers is not None and not pc.all(numbers).as_py():
+            self.require_utf8(column)
+            self.require_values(without_empty(column))
+            dates = not pc.any(numbers).as_py()
+        if self._dates is not None and dates is not self._dates:
+            rule = f"all timestamps must be of one kind, {'dates' if self._dates else 'integers'} so far"
+            raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
+        self._dates = dates
+        if dates:
+            values = self._microseconds(column)
+        elif numbers is not None:
+            values = self._integers_in_text(column, numbers)
+        elif pa.types.is_floating(kind):
+            values = self._integers_in_floats(column)
+        elif pa.types.is_integer(kind) or pa.types.is_decimal(kind):
+            values = self._cast(column, column)
+        else:
+            raise self._not_integer(pc.is_valid(column), column)
+        self._chunks.append(values.to_numpy())
+
+    def finish(self) -> np.ndarray:
+        """int64 `[E]`."""
+        return _joined(self._chunks)
+
+    def _microseconds(self, column: pa.Array) -> pa.Array:
+        if is_text(column.type):
+            first_zoned = _ENDS_WITH_ZONE.search(column[0].as_py()) is not None
+        else:
+            first_zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
+        if self._zoned is None:
+            self._zoned = first_zoned
+        elif self._zoned is not first_zoned and not is_text(column.type):
+            raise self._other_zone(pc.is_valid(column), column)
+        kind = column.type if pa.types.is_timestamp(column.type) else None
+        to = pa.timestamp("us", kind.tz if kind else "UTC" if self._zoned else None)
+        rounds = is_text(column.type) or (kind is not None and kind.unit == "ns")
+        try:
+            return column.cast(to, safe=not rounds).cast(pa.int64())  # a time that does not fit must not wrap
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            bad = pa.array([not _is_cast(value, to) for value in column])
+            other = pa.timestamp("us", None if self._zoned else "UTC")
+            if is_text(column.type) and _is_cast(column[_first(bad)], other):
+                raise self._other_zone(bad, column) from error
+            raise self._not_integer(bad, column) from error
+
+    def _other_zone(self, bad: pa.Array, column: pa.Array) -> InputError:
+        """The error for a date with a time zone where others have none, or the reverse."""
+        so_far = "one" if self._zoned else "none"
+        rule = f"all timestamps must have a time zone, or none of them; those before have {so_far}"
+        return self.reject(bad, column, rule, "Write all of them with a zone, or all without.")
+
+    def _integers_in_text(self, column: pa.Array, numbers: pa.Array) -> pa.Array:
+        if not pc.all(numbers).as_py():  # Arrow would take 0x10 for 16
+            bad = pc.invert(numbers)
+            if any(_is_cast(column[_first(bad)], pa.timestamp("us", zone)) for zone in (None, "UTC")):
+                rule = "all timestamps must be of one kind, and other rows have integers"
+                raise self.reject(bad, column, rule, "Convert the column.")
+            raise self._not_integer(bad, column)
+        return self._cast(pc.replace_substring_regex(column, r"^\+|\.0*$", ""), column)
+
+    def _integers_in_floats(self, column: pa.Array) -> pa.Array:
+        """Floats from 2^53 on (float32: 2^24) are the neighbours of the integers that were meant."""
+        limit = 2.0 ** {16: 11, 32: 24, 64: 53}[column.type.bit_width]
+        numbers = _widened(column).cast(pa.float64())
+        large = pc.and_(pc.greater_equal(pc.abs(numbers), limit), pc.is_finite(numbers))
+        if pc.any(large).as_py():
+            rule = f"a timestamp that is a {column.type} must be below {limit:.0f}, from where on digits are lost"
+            raise self.reject(large, column, rule, "Write integers.")
+        return self._cast(numbers, column)
+
+    def _cast(self, column: pa.Array, original: pa.Array) -> pa.Array:
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            bad = [not _is_cast(value, pa.int64()) for value in column]
+            raise self._not_integer(pa.array(bad), original) from error
+
+    def _not_integer(self, bad: pa.Array, column: pa.Array) -> InputError:
+        rule = "a timestamp must be an integer (64 bits, any unit) or a date"
+        return self.reject(bad, column, rule, "Correct the row.")
+
+
+class LabelColumn(Column):
+    """0 or 1, as integers, floats, booleans or text."""
+
+    def __init__(self, name: str, rows: Rows) -> None:
+        super().__init__(name, rows)
+        self._chunks: list[np.ndarray] = []
+
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        column = _plain(column)
+        if pa.types.is_boolean(column.type):
+            ones, zeros = column, pc.invert(column)
+        elif is_text(column.type):
+            words = pc.ascii_lower(column)
+            zeros, ones = (pc.is_in(words, pa.array(_LABEL_WORDS[label], words.type)) for label in (0, 1))
+        elif pa.types.is_decimal(column.type):
+            zeros, ones = (_decimals_equal(column, label) for label in (0, 1))
+        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+            numbers = _widened(column)
+            zeros, ones = (pc.equal(numbers, pa.scalar(label, numbers.type)) for label in (0, 1))
+        else:
+            zeros = ones = pa.array(np.zeros(len(column), bool))
+        known = pc.fill_null(pc.or_(zeros, ones), False)
+        if not pc.all(known).as_py():
+            if is_text(column.type):
+                self.require_utf8(column)
+                column = without_empty(column)
+            bad = pc.invert(known)
+            missing = not column[_first(bad)].is_valid
+            fill_in = "Fill it in, drop the row, or give --label_column= to take every event for a positive."
+            raise self.reject(bad, column, "a label must be 0 or 1", fill_in if missing else "Correct the row.")
+        self._chunks.append(ones.cast(pa.uint8()).to_numpy())
+
+    def finish(self) -> np.ndarray:
+        """uint8 `[E]`."""
+        return _joined(self._chunks)
+
+
+def _joined(chunks: list[np.ndarray]) -> np.ndarray:
+    """One array of all, and the memory of the chunks given back."""
+    whole = np.concatenate(chunks)
+    chunks.clear()
+    return whole
+
+
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return shown(value.as_py())
+    except (ValueError, OverflowError):  # a date that Python does not know, or a list of text that is no UTF-8
+        return f"{value.type} {value.value}" if hasattr(value, "value") else f"{value.type}"
+
+
+def _first(bad: pa.Array) -> int:
+    """Returns where an array of booleans is true for the first time."""
+    return int(np.argmax(bad.fill_null(False).to_numpy(zero_copy_only=False)))
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Returns a column without a dictionary, whose order and unused entries are an accident of the file."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.large_string())
+    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # which Arrow cannot compare or convert
+        return column.cast(pa.decimal128(38, column.type.scale))
+    return column
+
+
+def has_empty(column: pa.Array) -> bool:
+    return pc.min(pc.binary_length(column)).as_py() == 0
+
+
+def without_empty(column: pa.Array) -> pa.Array:
+    """Returns text with nulls in place of empty values: they are no values."""
+    if not has_empty(column):
+        return column
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+
+
+def _widened(column: pa.Array) -> pa.Array:
+    """Returns float16, with which Arrow cannot compute, as float64, and other numbers as they are."""
+    return column.cast(pa.float64()) if pa.types.is_float16(column.type) else column
+
+
+def _decimals_equal(column: pa.Array, number: int) -> pa.Array:
+    """Compares exactly; as floats, 1.00000000000000000001 would be 1."""
+    encoded = column.dictionary_encode()
+    equal = [value.as_py() == number for value in encoded.dictionary]
+    return pa.array(equal, pa.bool_()).take(encoded.indices)
+
+
+def is_utf8(column: pa.Array) -> bool:
+    """Tells whether all of a column's text is; Arrow believes files that say so."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_cast(value: pa.Scalar, kind: pa.DataType) -> bool:
+    try:
+        value.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return False
+    return True

@@ -1,0 +1,258 @@
+"""One rank's Prometheus metrics."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import tensorflow as tf
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    ProcessCollector,
+    push_to_gateway,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import basic_auth_handler, default_handler
+from prometheus_client.registry import Collector
+
+from din_dist.config import JobConfig
+from din_dist.distributed.runtime import Runtime
+from din_dist.errors import InputError
+from din_dist.files import read_text
+from din_dist.telemetry.metrics_server import MetricsServer
+from din_dist.telemetry.step_report import StepReport
+from din_dist.training_state import TrainingState
+from din_dist.versions import build_info
+
+PHASES = ("starting", "training", "validation", "checkpoint", "test", "done", "stopped", "failed")
+_STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_CHECKPOINT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_PUSH_SECONDS = 10.0
+
+
+class Exporter:
+    """Metrics in a registry of their own, served at `/metrics` unless `job.metrics_port` is -1.
+
+    Raises:
+        InputError: the port is taken, or the files for TLS or authentication are of no use.
+    """
+
+    def __init__(self, job: JobConfig, runtime: Runtime) -> None:
+        self._job, self._rank = job, runtime.rank
+        self._login = _login(job.pushgateway_password_file) if job.pushgateway_password_file else None
+        self.registry = CollectorRegistry()
+        self._define(job)
+        self.world_size.set(runtime.world_size)
+        self.rank.set(runtime.rank)
+        self.enter_phase("starting")
+        self._server = None
+        self.address = ""  # where the metrics are, as a Prometheus elsewhere would reach them
+        if job.metrics_port >= 0:
+            self._server = MetricsServer(
+                job, self.registry, job.metrics_port + runtime.local_rank if job.metrics_port else 0
+            )
+            host = socket.gethostname() if job.metrics_host in ("0.0.0.0", "::") else job.metrics_host
+            self.address = f"[{host}]:{self._server.port}" if ":" in host else f"{host}:{self._server.port}"
+
+    def _define(self, job: JobConfig) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"din_dist_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"din_dist_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"din_dist_{name}", text, buckets=buckets, registry=self.registry)
+
+        self.examples = counter("examples", "Examples trained on by this rank.")
+        self.positions = counter("positions", "Positions of behaviour histories trained on by this rank.")
+        self.steps = counter("steps", "Updates made by this process.")
+        self.epochs = counter("epochs", "Epochs completed by this process.")
+        self.step = gauge("step", "Updates of the whole job so far.")
+        self.steps_planned = gauge("steps_planned", "Updates at which the job ends.")
+        self.epoch = gauge("epoch", "Epochs completed by the whole job.")
+        self.step_seconds = histogram("step_seconds", "One update with its wait for input.", _STEP_BUCKETS)
+        self.step_part_seconds = counter(
+            "step_part_seconds",
+            "Where that time went: input_wait, compute (forward and backward, batch statistics' messages included), "
+            "exchange (of gradients, beyond what ran beside compute), update.",
+            "part",
+        )
+        self.loss = gauge("loss", "Mean loss of the last global batch, in nats.")
+        self.gradient_norm = gauge("gradient_norm", "Global norm of the last gradient, before clipping.")
+        self.learning_rate = gauge("learning_rate", "Learning rate of the last update.")
+        self.nonfinite_steps = counter(
+            "nonfinite_steps", "Updates refused because loss or gradient was not a finite number."
+        )
+        self.unknown_ids_ratio = gauge(
+            "unknown_ids_ratio", "Share of the last batch's candidates and positions without a known id.", "table"
+        )
+        self.padding_ratio = gauge("padding_ratio", "Share of the positions of the last update that were padding.")
+        self.exchanged_bytes = counter(
+            "exchanged_bytes", "Bytes that this rank handed to the exchange between workers.", "kind"
+        )
+        self.unique_rows = gauge("unique_rows", "Rows of a table that the last update changed.", "table")
+        self.evaluated = {
+            "gauc": gauge("gauc", "Per-user AUC averaged by impressions, at the last evaluation.", "split"),
+            "auc": gauge("auc", "AUC at the last evaluation.", "split"),
+            "log_loss": gauge("log_loss", "Mean log loss at the last evaluation, in nats.", "split"),
+        }
+        self.global_batch_size = gauge("global_batch_size", "Examples per update over all ranks.")
+        self.global_batch_size.set(job.global_batch_size)
+        self.world_size = gauge("world_size", "Ranks in the job.")
+        self.rank = gauge("rank", "Number of this process among all ranks.")
+        self.elastic_resets = counter("elastic_resets", "Times the set of workers changed while this process lived.")
+        self.restarts = counter("restarts", "Times the job was started again in this output directory.")
+        if job.baseline_examples_per_second:
+            gauge("baseline_examples_per_second", "What one worker alone does, by --baseline_examples_per_second.").set(
+                job.baseline_examples_per_second
+            )
+        self.checkpoint_seconds = histogram(
+            "checkpoint_seconds", "Time to write and publish a checkpoint.", _CHECKPOINT_BUCKETS
+        )
+        self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the last checkpoint.")
+        self.checkpoint_time = gauge(
+            "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was published; 0 before the first."
+        )
+        self.checkpoint_failures = counter("checkpoint_failures", "Checkpoints that could not be written.")
+        gauge("start_timestamp_seconds", "When this process began.").set(time.time())
+        self.last_step_time = gauge("last_step_timestamp_seconds", "When the last update ended; 0 before the first.")
+        self.phase = gauge("phase", f"1 for what the job is doing now, of {', '.join(PHASES)}; else 0.", "phase")
+        Info("din_dist_build", "Versions.", registry=self.registry).info(build_info())
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.registry.register(_OutputFolder(job.output_dir))
+        if tf.config.list_physical_devices("GPU"):
+            self.registry.register(_GpuMemory())
+
+    def enter_phase(self, current: str) -> None:
+        for phase in PHASES:
+            self.phase.labels(phase).set(phase == current)
+
+    def show_position(self, state: TrainingState) -> None:
+        self.step.set(state.step)
+        self.epoch.set(state.epoch)
+
+    def after_step(self, state: TrainingState, report: StepReport) -> None:
+        self.examples.inc(report.examples)
+        self.positions.inc(report.positions)
+        self.steps.inc()
+        self.step.set(state.step)
+        self.step_seconds.observe(report.total_seconds)
+        for part, seconds in report.seconds.items():
+            self.step_part_seconds.labels(part).inc(seconds)
+        self.loss.set(report.loss)
+        self.gradient_norm.set(report.gradient_norm)
+        self.learning_rate.set(report.learning_rate)
+        self.padding_ratio.set(report.padding_ratio)
+        for kind, size in report.exchanged_bytes.items():
+            self.exchanged_bytes.labels(kind).inc(size)
+        for table, rows in report.unique_rows.items():
+            self.unique_rows.labels(table).set(rows)
+        for table, share in report.unknown_ids_ratio.items():
+            self.unknown_ids_ratio.labels(table).set(share)
+        self.last_step_time.set_to_current_time()
+
+    def after_evaluation(self, split: str, metrics: Mapping[str, float]) -> None:
+        for name, gauge in self.evaluated.items():
+            gauge.labels(split).set(metrics[name])
+
+    def after_checkpoint(self, seconds: float, size: int) -> None:
+        self.checkpoint_seconds.observe(seconds)
+        self.checkpoint_bytes.set(size)
+        self.checkpoint_time.set_to_current_time()
+
+    def values(self) -> dict[str, float]:
+        """What a scrape would find now, without the libraries' own and the buckets of histograms."""
+        return {
+            sample.name + "".join(f"{{{name}={value}}}" for name, value in sample.labels.items()): sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name.startswith("din_dist_") and not sample.name.endswith(("_bucket", "_created", "_info"))
+        }
+
+    def push(self) -> str | None:
+        """Leaves the metrics at `job.pushgateway`, for jobs that end before a scrape; says what went wrong."""
+        try:
+            push_to_gateway(
+                self._job.pushgateway,
+                "din_dist",
+                self.registry,
+                grouping_key={"run": self._job.output_dir, "rank": str(self._rank)},
+                timeout=_PUSH_SECONDS,
+                handler=self._authenticated if self._login else default_handler,
+            )
+        except (OSError, ValueError) as error:
+            return f"--pushgateway: {self._job.pushgateway} did not take the metrics: {error}"
+        return None
+
+    def _authenticated(
+        self, url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
+    ) -> Callable[[], None]:
+        assert self._login
+        return basic_auth_handler(url, method, timeout, headers, data, *self._login)
+
+    def close(self) -> None:
+        if self._server:
+            self._server.close()
+            self._server = None
+
+
+def _login(path: str) -> tuple[str, str]:
+    """Returns the user and the password for a Pushgateway."""
+    try:
+        user, found, password = read_text(Path(path)).strip().partition(":")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--pushgateway_password_file: must be a file that can be read. Received: {path}, "
+            f"{getattr(error, 'strerror', None) or 'which is no text'}. Correct the path."
+        ) from error
+    if not (user and found) or "\n" in password:
+        raise InputError(
+            f"--pushgateway_password_file: must have one line user:password. Received: {path}, with another content. "
+            "Correct the file."
+        )
+    return user, password
+
+
+class _OutputFolder(Collector):
+    """The file system that checkpoints go to, looked at when asked."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []  # so that nobody collects in order to find the names: the folder is not there yet
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        try:
+            usage = shutil.disk_usage(self._folder)
+        except OSError:
+            return
+        yield GaugeMetricFamily(
+            "din_dist_output_free_bytes", "Free space where --output_dir is.", value=float(usage.free)
+        )
+        yield GaugeMetricFamily(
+            "din_dist_output_size_bytes", "All space where --output_dir is.", value=float(usage.total)
+        )
+
+
+class _GpuMemory(Collector):
+    """What TensorFlow holds of this process' GPU, looked at when asked."""
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("din_dist_gpu_memory_bytes", "GPU memory held by TensorFlow.", labels=["kind"])
+        for kind, size in tf.config.experimental.get_memory_info("GPU:0").items():
+            family.add_metric([kind], float(size))
+        yield family

@@ -1,0 +1,347 @@
+"""What a job says of itself while it runs: the terminal, metrics.jsonl, TensorBoard and Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from din_dist import progress
+from din_dist.background_writer import Writer
+from din_dist.config import JobConfig
+from din_dist.distributed.runtime import Runtime
+from din_dist.errors import Interrupted, Left
+from din_dist.files import make_folder, sync, write_text
+from din_dist.telemetry.prometheus import Exporter
+from din_dist.telemetry.step_report import PARTS, StepReport
+from din_dist.telemetry.tensorboard import PROFILED_STEPS, TensorBoard
+from din_dist.telemetry.terminal import Terminal
+from din_dist.text import to_json
+from din_dist.training_state import TrainingState
+
+_MOST_RECORDS = 1000  # that wait for the disk; a job makes some in a second
+_PATIENCE_SECONDS = 10.0  # at the end, with a disk that takes none
+
+
+class Reported(Protocol):
+    """What is asked of a trainer: where it stands, and what it spent its time on."""
+
+    state: TrainingState
+    seconds: dict[str, float]
+
+
+Histograms = Callable[[], Mapping[str, np.ndarray]]
+
+
+class Telemetry:
+    """Reports a job. Every rank exports its own metrics; only the chief prints and writes files."""
+
+    def __init__(self, job: JobConfig, runtime: Runtime, exporter: Exporter, num_steps: int) -> None:
+        self._job, self._runtime, self.exporter, self._num_steps = job, runtime, exporter, num_steps
+        self._folder = Path(job.output_dir)
+        self._since_log = _Interval()
+        exporter.steps_planned.set(num_steps)
+        self._restarts: int | None = None
+        self._lost_records = False
+        self._writer, self._num_dropped = Writer("records", _MOST_RECORDS), 0
+        self._profile_is_asked_for = False
+        self._open()
+
+    def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
+        """One line for people, from the chief."""
+        self._terminal.say(text, level=level, **fields)
+
+    def _open(self) -> None:
+        """What only the chief has, which may be another rank than before."""
+        self._terminal = Terminal(self._job.log_format, self._num_steps, silent=not self._runtime.is_chief)
+        self._reports = self._runtime.is_chief
+        if self._reports:
+            with self._at_records():
+                make_folder(self._folder)
+                self._lines = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._tensorboard = TensorBoard(self._folder / "tensorboard")
+
+    def _at_records(self) -> progress.at:
+        return progress.at(f"writing records to {self._folder}")
+
+    def _close(self) -> None:
+        self._terminal.close()
+        if self._reports:
+            lines, tensorboard = self._lines, self._tensorboard
+            self._later(lambda: sync(self._folder / "metrics.jsonl"))
+            self._later(lines.close)
+            self._later(tensorboard.close)
+            if not self._writer.wait(_PATIENCE_SECONDS):
+                count = self._writer.num_waiting
+                self.say(f"the last {count:,} records of the job are lost: their disk does not answer", level="warning")
+
+    def _later(self, write: Callable[[], object]) -> None:
+        """Lets another thread write what training does not need. Where it fails, or is late, that is told once."""
+
+        def attempt() -> None:
+            with self._told_once():
+                write()
+
+        if self._writer.offer(f"writing records to {self._folder}", attempt):
+            return
+        if not self._num_dropped:
+            self.say("records of the job are dropped from now on: their disk takes none", level="warning")
+        self._num_dropped += 1
+
+    @contextlib.contextmanager
+    def dispensable(self) -> Iterator[None]:
+        """A block that writes what training does not need: where it fails, on a full disk say, that is told once."""
+        with self._told_once(), self._at_records():
+            yield
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            if not self._lost_records:
+                self.say(f"records of the job are lost from now on: {error}", level="warning")
+            self._lost_records = True
+
+    def started(self, state: TrainingState) -> None:
+        """Training is about to begin, or to go on, from `state`, with the ranks that there are now."""
+        runtime = self._runtime
+        first = self._restarts is None
+        if self._reports != runtime.is_chief:
+            self._close()
+            self._open()
+        with self._at_records():
+            restarts = _num_starts(self._folder) if runtime.is_chief and first else self._restarts
+        restarts = runtime.broadcast_object(restarts)
+        if first:
+            self.exporter.restarts.inc(restarts)
+        else:
+            self.exporter.elastic_resets.inc()
+        self.exporter.world_size.set(runtime.world_size)
+        self.exporter.rank.set(runtime.rank)
+        self.exporter.enter_phase("training")
+        self.exporter.show_position(state)
+        self._since_log.pause()
+        self._terminal.go_to(state.step)
+        if first:
+            self.record("start", state, {"world_size": runtime.world_size, "restarts": restarts})
+        else:
+            workers = f"{runtime.world_size} worker(s) from step {state.step} on"
+            self.record("elastic", state, {"world_size": runtime.world_size, "event": workers})
+            self.say(workers, world_size=runtime.world_size, step=state.step)
+        self._restarts = restarts
+        self._write_targets()
+
+    def show_flags(self, flagfile: str) -> None:
+        """Keeps the settings in force, to repeat the job, and with the curves that they gave."""
+        if self._reports:
+            tensorboard = self._tensorboard
+            self._later(lambda: write_text(self._folder / "flags.txt", flagfile))
+            self._later(lambda: tensorboard.text("flags", 0, flagfile))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A block that is no training: kept out of its rate."""
+        self.exporter.enter_phase(name)
+        self._since_log.pause()
+        try:
+            yield
+        finally:
+            self.exporter.enter_phase("training")
+
+    def after_step(self, state: TrainingState, report: StepReport, histograms: Histograms) -> None:
+        """Counts an update; `histograms` is called when some are due."""
+        self.exporter.after_step(state, report)
+        if not self._reports:
+            return
+        self._terminal.advance()
+        self._since_log.add(report)
+        if state.step % self._job.log_every_steps == 0:
+            found = {
+                "epoch": state.epoch + 1,
+                "examples": state.examples,
+                **self._since_log.close(),
+                "world_size": self._runtime.world_size,
+            }
+            self.record("train", state, found)
+            rate = found["examples_per_second"]
+            left = (self._num_steps - state.step) * self._job.global_batch_size / max(rate, 1e-9)
+            self._terminal.show_progress(state.step, found["loss"], rate, left, found)
+        if self._job.histograms_every_steps and state.step % self._job.histograms_every_steps == 0:
+            step, tensorboard = state.step, self._tensorboard
+            for name, values in histograms().items():
+                self._later(lambda name=name, values=values: tensorboard.histogram(name, step, values))  # type: ignore[misc]
+            self._since_log.pause()
+        self._profile_if_asked(state.step)
+
+    def refused_step(self, loss: float, gradient_norm: float) -> None:
+        """The weights were not updated, for one of these is not finite."""
+        self.exporter.nonfinite_steps.inc()
+        self.exporter.loss.set(loss)
+        self.exporter.gradient_norm.set(gradient_norm)
+
+    def after_epoch(self, state: TrainingState, record: dict[str, Any]) -> None:
+        self.exporter.epochs.inc()
+        self.exporter.show_position(state)
+        self.record("epoch", state, record)
+        self.say(f"epoch {record['epoch']}: {record['examples']:,} examples, loss {record['loss']:.4f}", **record)
+
+    def after_evaluation(self, split: str, state: TrainingState, metrics: dict[str, Any], seconds: float) -> None:
+        self.exporter.after_evaluation(split, metrics)
+        self.record(split, state, {**metrics, "seconds": seconds})
+        self.say(
+            f"{split}: GAUC {metrics['gauc']:.4f}, AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}",
+            **{"split": split, **metrics},
+        )
+        if math.isnan(metrics["gauc"]):
+            self.say(
+                f"{split}: GAUC is not defined, since none of {metrics['num_users_skipped']:,} users has examples of "
+                "both labels here; AUC decides. --split=temporal keeps more examples of a user together."
+            )
+
+    def after_checkpoint(self, state: TrainingState, seconds: float, size: int) -> None:
+        self.exporter.after_checkpoint(seconds, size)
+        self.record("checkpoint", state, {"seconds": seconds, "bytes": size})
+
+    def checkpoint_failed(self, problem: str) -> None:
+        if self._runtime.is_chief:  # who writes it
+            self.exporter.checkpoint_failures.inc()
+            self.say(f"{problem} Training goes on without it.", level="warning")
+
+    def record(self, kind: str, state: TrainingState, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, and points in TensorBoard."""
+        if not self._reports:
+            return
+        step, lines, tensorboard = state.step, self._lines, self._tensorboard
+        line = to_json({"kind": kind, "time": time.time(), "step": step, **values})
+
+        def write() -> None:
+            lines.write(line + "\n")
+            lines.flush()
+            tensorboard.scalars(kind, step, values)
+            if self._lost_records or self._num_dropped:
+                dropped = f"; {self._num_dropped:,} were dropped" if self._num_dropped else ""
+                self.say(f"records of the job are kept again{dropped}")
+            self._lost_records, self._num_dropped = False, 0
+
+        self._later(write)
+
+    @contextlib.contextmanager
+    def until_the_end(self, trainer: Reported) -> Iterator[None]:
+        """The life of a job: leaves its last words however it ends, and closes."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        except Left:
+            outcome = "left"
+            raise
+        except Interrupted:
+            outcome = "stopped"
+            raise
+        finally:
+            if outcome != "left":
+                self._end(trainer, outcome)
+            self.close()
+
+    def _end(self, trainer: Reported, outcome: str) -> None:
+        self.exporter.enter_phase(outcome)
+        self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
+        if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
+            # Whoever watches shall miss those that broke down, not those that ended.
+            self._later(lambda: write_text(self._folder / "targets.json", "[]"))
+        if self._job.pushgateway and (problem := self.exporter.push()):
+            self.say(problem, level="warning")
+
+    def close(self) -> None:
+        self._close()
+        self.exporter.close()
+
+    def _profile_if_asked(self, step: int) -> None:
+        if self._tensorboard.stop_profile_if_due(step):
+            self.say(f"profile of {PROFILED_STEPS} updates: tensorboard --logdir {self._folder / 'tensorboard'}")
+        asked = step + 1 == self._job.profile_at_step or self._profile_is_asked_for
+        if step % self._job.log_every_steps == 0:
+            self._later(self._look_for_request)
+        self._profile_is_asked_for = False if asked else self._profile_is_asked_for
+        if asked and (problem := self._tensorboard.start_profile(step)):
+            self.say(f"no profile: {problem}", level="warning")
+
+    def _look_for_request(self) -> None:
+        request = self._folder / "profile"
+        if request.exists():
+            request.unlink(missing_ok=True)
+            self._profile_is_asked_for = True
+
+    def _write_targets(self) -> None:
+        """`targets.json`, by which Prometheus finds every rank (its file-based service discovery)."""
+        if self._job.metrics_port < 0:
+            return
+        address = np.zeros((1, 256), np.uint8)
+        encoded = self.exporter.address.encode()
+        address[0, : len(encoded)] = list(encoded)
+        addresses = [bytes(row[row > 0]).decode() for row in self._runtime.gather(address)]
+        if self._runtime.is_chief:
+            scheme = "https" if self._job.metrics_tls_certificate else "http"
+            labels = {"job": "din_dist", "run": self._job.output_dir, "__scheme__": scheme}
+            targets = [
+                {"targets": [address], "labels": {**labels, "rank": str(rank)}}
+                for rank, address in enumerate(addresses)
+            ]
+            text = json.dumps(targets, indent=1)
+            self._later(lambda: write_text(self._folder / "targets.json", text))
+            self.say(
+                f"metrics: {', '.join(f'{scheme}://{address}/metrics' for address in addresses)}", addresses=addresses
+            )
+
+
+def _num_starts(folder: Path) -> int:
+    """How often a job has begun or gone on in this folder."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+        return sum(line.startswith('{"kind": "start"') for line in lines)
+
+
+class _Interval:
+    """What happened since the last log line."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None  # when the last update ended, unless something else came between
+        self._clear()
+
+    def add(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds += now - self._last
+            self._timed_examples += report.global_examples
+        self._last = now
+        self._reports.append(report)
+
+    def pause(self) -> None:
+        self._last = None
+
+    def close(self) -> dict[str, float]:
+        """Examples per second, mean loss, mean times of an update; counting starts afresh."""
+        reports = self._reports
+        examples = sum(report.global_examples for report in reports)
+        found = {
+            "loss": sum(report.loss * report.global_examples for report in reports) / examples,
+            "gradient_norm": reports[-1].gradient_norm,
+            "learning_rate": reports[-1].learning_rate,
+            "examples_per_second": self._timed_examples / self._seconds if self._seconds else 0.0,
+            "step_seconds": sum(report.total_seconds for report in reports) / len(reports),
+        }
+        for part in PARTS:
+            found[f"{part}_seconds"] = sum(report.seconds[part] for report in reports) / len(reports)
+        self._clear()
+        return found
+
+    def _clear(self) -> None:
+        self._seconds, self._timed_examples = 0.0, 0
+        self._reports: list[StepReport] = []

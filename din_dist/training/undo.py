@@ -1,0 +1,93 @@
+"""The last updates, kept so that they can be undone: after a loss, workers agree on where they stand."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from din_dist.distributed.gradients import RowGradients
+from din_dist.training_state import TrainingState
+
+# Each update ends in an exchange that needs every rank, so no rank is more than one ahead of another.
+_KEPT = 2
+
+
+@dataclasses.dataclass
+class _Position:
+    """Where training stood after an update."""
+
+    reached: TrainingState  # before what was due then: validation, checkpoint, end of an epoch
+    finished: TrainingState | None  # after it, once it is done
+    values: Sequence[tf.Tensor]  # of the small variables
+    replaced: Sequence[RowGradients]  # by this update, of the large ones
+
+
+class History:
+    """Undoes updates in memory, at next to no cost.
+
+    A copy of the weights would walk whole tables. But an update reads the rows that it replaces: to put them aside
+    takes little. And a variable that is assigned gets new memory: to hold on to the old one takes nothing.
+
+    Args:
+        tables: variables that change by rows; of each update the rows before it are kept.
+        others: variables that are kept whole.
+    """
+
+    def __init__(self, tables: Sequence[tf.Variable], others: Sequence[tf.Variable]) -> None:
+        self.tables, self.others = list(tables), list(others)
+        self._positions: collections.deque[_Position] = collections.deque(maxlen=_KEPT)
+
+    def clear(self) -> None:
+        """The variables are about to become others than training's."""
+        self._positions.clear()
+
+    def begin(self, state: TrainingState, *, finished: bool) -> None:
+        """Nothing before this can be undone. `finished`: what was due after the last update is done."""
+        self.clear()
+        self._positions.append(_Position(state.copy(), state.copy() if finished else None, self._read(), []))
+
+    def add(self, state: TrainingState, values: Sequence[tf.Tensor] | None, replaced: Sequence[RowGradients]) -> None:
+        """After an update: `state`, the `others` as they are now and rows of the `tables` as they were before it.
+
+        Without `values`, which the update gave along, they are read.
+        """
+        self._positions.append(_Position(state.copy(), None, values or self._read(), replaced))
+
+    def _read(self) -> list[tf.Tensor]:
+        return [tf.identity(variable) for variable in self.others]
+
+    def finish(self, state: TrainingState) -> None:
+        """What was due after the newest update is done."""
+        self._positions[-1].finished = state.copy()
+
+    def newest(self) -> tuple[int, bool] | None:
+        """The newest update, and whether what was due after it is done; None where there is nothing to go back to."""
+        if not self._positions:
+            return None
+        return self._positions[-1].reached.step, self._positions[-1].finished is not None
+
+    def go_back(self, step: int, *, finished: bool) -> TrainingState:
+        """Makes all variables what they were after the update `step`, and returns the state then."""
+        kept = [position.reached.step for position in self._positions]
+        if step not in kept:
+            raise RuntimeError(f"Update {step} is not kept: only {kept} are.")
+        while self._positions[-1].reached.step > step:
+            undone = self._positions.pop()
+            for table, rows in zip(self.tables, undone.replaced, strict=True):
+                table.scatter_update(tf.IndexedSlices(rows.rows, rows.row_ids))
+        position = self._positions[-1]
+        # Always: an update that was broken off has moved the averages of batch statistics.
+        for variable, value in zip(self.others, position.values, strict=True):
+            variable.assign(value)
+        if not finished:
+            position.finished = None
+        return (position.finished or position.reached).copy()
+
+
+def agree(positions: Sequence[tuple[int, bool]]) -> tuple[int, bool]:
+    """Where all ranks can go on, from the newest update of each and whether what was due after it is done there."""
+    step = min(reached for reached, _ in positions)
+    return step, all(finished for reached, finished in positions if reached == step)

@@ -1,0 +1,30 @@
+"""Counts made by hand."""
+
+from __future__ import annotations
+
+from din_dist.benchmark.flops import Product, forward_products, training_flops
+from din_dist.config import ModelConfig, ModelKind
+
+
+def test_din_by_hand() -> None:
+    """H = 6, attention 4-3-1, head 5-1; 10 examples with 70 positions of 20 distinct items."""
+    config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,))
+    products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20)
+    assert products == [
+        Product(10, 6, 4),  # candidates: 480 flops
+        Product(20, 6, 4),  # items: 960
+        Product(70, 6, 4),  # pairs: 3,360
+        Product(70, 4, 3),  # 1,680
+        Product(70, 3, 1),  # 420
+        Product(10, 6, 6),  # projection: 720
+        Product(10, 18, 5),  # [interest, q, interest * q]: 1,800
+        Product(10, 5, 1),  # 100
+    ]
+    assert training_flops(products) == 3 * (480 + 960 + 3360 + 1680 + 420 + 720 + 1800 + 100)
+
+
+def test_mean_pooling_by_hand() -> None:
+    config = ModelConfig(model=ModelKind.MEAN_POOLING, hidden_units=(5,))
+    products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20)
+    assert products == [Product(10, 6, 6), Product(10, 12, 5), Product(10, 5, 1)]
+    assert training_flops(products) == 3 * (720 + 1200 + 100)

@@ -1,0 +1,68 @@
+"""All items at once have the logits that they have one by one."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy.testing import assert_allclose
+
+import din_dist.evaluation.catalogue
+from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
+from din_dist.evaluation.catalogue import CatalogueScorer
+from tests.support.reference.compare import small_model
+
+NUM_ITEMS = 12
+HISTORIES = [[3, 1, 4], [], [5], [9, 2, 6, 5], [3, 3, 3], [], [12, 1]]
+
+
+def one_by_one(model, histories):
+    lengths = [len(history) for history in histories]
+    flat = tf.constant([item for history in histories for item in history], tf.int32)
+    candidates = tf.tile(tf.range(1, NUM_ITEMS + 1), [len(histories)])
+    counts = tf.fill([len(histories)], NUM_ITEMS)
+    logits = model.score_candidates(flat, tf.constant(lengths, tf.int32), candidates, counts)
+    return logits.numpy().reshape(len(histories), NUM_ITEMS)
+
+
+def at_once(model, histories):
+    flat = np.array([item for history in histories for item in history], np.int32)
+    return CatalogueScorer(model, NUM_ITEMS).logits(flat, np.array([len(history) for history in histories]))
+
+
+def far_from_the_start(model):
+    """Weights, moving averages and item biases that all matter."""
+    random = np.random.default_rng(5)
+    for weight in model.weights:
+        noise = random.uniform(0.3, 1.0, weight.shape)
+        weight.assign(noise if "variance" in weight.path else weight + noise - 0.6)
+    return model
+
+
+@pytest.mark.parametrize("rows", [16_384, 5])
+@pytest.mark.parametrize("normalization", AttentionNormalization)
+@pytest.mark.parametrize("kind", ModelKind)
+def test_logits_are_those_of_one_by_one(kind, normalization, rows, monkeypatch):
+    """In blocks of any size; also of empty histories and of repeated items."""
+    monkeypatch.setattr(din_dist.evaluation.catalogue, "_ROWS", rows)
+    model = far_from_the_start(
+        small_model(model=kind, attention_normalization=normalization, activation=Activation.DICE)
+    )
+    expected = one_by_one(model, HISTORIES)
+    assert expected.std() > 0.1
+    assert_allclose(at_once(model, HISTORIES), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_any_activation_and_frozen_statistics(activation):
+    model = far_from_the_start(small_model(activation=activation, batch_norm=BatchNorm.FROZEN))
+    assert_allclose(at_once(model, HISTORIES), one_by_one(model, HISTORIES), rtol=1e-4, atol=1e-5)
+
+
+def test_large_blocks_are_cut_by_their_memory(monkeypatch):
+    monkeypatch.setattr(din_dist.evaluation.catalogue, "_SCORES_BYTES", 100)  # ten keys: two candidates at once
+    model = far_from_the_start(small_model())
+    assert_allclose(at_once(model, HISTORIES), one_by_one(model, HISTORIES), rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_asks():
+    assert at_once(small_model(), []).shape == (0, NUM_ITEMS)
+    assert at_once(small_model(), [[]]).shape == (1, NUM_ITEMS)

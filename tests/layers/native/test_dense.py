@@ -1,0 +1,143 @@
+"""Dense layers and their activations in kernels of our own, against the same layers by TensorFlow's operations."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy.testing import assert_allclose, assert_array_equal
+
+from din_dist import kernels
+from din_dist.config import Activation
+from din_dist.layers.hidden import HiddenLayers
+from din_dist.layers.native.dense import Stage, run_stages
+from din_dist.layers.standardize import BatchNormalization
+from tests.support.reference.compare import assert_same_gradients, randomise
+from tests.support.reference.ranks import ThreadedRanks
+
+KEYS = np.random.default_rng(0).integers(-(2**63), 2**63, 500)
+
+
+class Head:
+    """Batch normalisation, hidden layers and one output unit, by TensorFlow's operations or by kernels."""
+
+    def __init__(
+        self,
+        width,
+        units,
+        activation=Activation.DICE,
+        native=False,
+        frozen=False,
+        dropout=0.0,
+        in_bfloat16=False,
+        **settings,
+    ):
+        self.norm = BatchNormalization(frozen, name="norm", **settings)
+        self.hidden = HiddenLayers(units, activation, frozen=frozen, dropout=dropout, name="hidden", **settings)
+        self.native, self.in_bfloat16 = native, in_bfloat16
+        for layer in (self.norm, self.hidden):
+            layer.build((None, width))
+            randomise(layer)
+
+    def __call__(self, inputs, keys=None):
+        if not self.native:
+            return self.hidden(self.norm(inputs, training=True), keys, training=True)
+        stages = [Stage(self.norm, self.hidden.dense_layers[0]), *self.hidden.stages]
+        return tf.squeeze(run_stages(stages, inputs, keys, in_bfloat16=self.in_bfloat16), axis=1)
+
+    @property
+    def averages(self):
+        return [*self.norm.non_trainable_weights, *self.hidden.non_trainable_weights]
+
+    def run(self, inputs, direction, keys=None):
+        """Outputs, and the gradients of their product with `direction` by the inputs and each weight."""
+        weights = [*self.norm.trainable_weights, *self.hidden.trainable_weights]
+        watched = {weight.path: weight.value for weight in weights} | {"inputs": inputs}
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = self(inputs, keys)
+            total = tf.reduce_sum(outputs * direction)
+        found = tape.gradient(total, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return outputs.numpy(), {name: gradient.numpy() for name, gradient in found.items()}
+
+
+def assert_heads_agree(width, units, num_rows=200, keys=None, mean=3.0, **settings):
+    random = np.random.default_rng(width)
+    inputs = tf.constant(random.normal(mean, 2.0, (num_rows, width)), tf.float32)
+    direction = tf.constant(random.normal(size=num_rows), tf.float32)
+    theirs, ours = (Head(width, units, native=native, **settings) for native in (False, True))
+    for _ in range(2):  # the second time with moving averages that both have changed
+        expected_outputs, expected = theirs.run(inputs, direction, keys)
+        outputs, gradients = ours.run(inputs, direction, keys)
+        assert_allclose(outputs, expected_outputs, rtol=1e-4, atol=2e-6 * np.abs(expected_outputs).max(initial=50))
+        assert_same_gradients(gradients, expected)
+        for own, other in zip(ours.averages, theirs.averages, strict=True):
+            assert_allclose(own, other, rtol=1e-5, atol=1e-6, err_msg=own.path)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", Activation)
+def test_they_equal_tensorflows_operations(activation, frozen, num_threads, monkeypatch):
+    """For widths that are no multiple of anything and those of the paper, one layer and many."""
+    monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
+    for width, units in ((19, [20, 17, 9]), (384, [80, 40]), (1, [3]), (32, [16])):
+        assert_heads_agree(width, units, activation=activation, frozen=frozen)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 63, 64, 65, 500])
+def test_any_number_of_rows(num_rows):
+    assert_heads_agree(37, [20, 5], num_rows)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_same_units_are_left_out(compiled):
+    """After each activation, and none of the inputs."""
+    for activation, units in itertools.product((Activation.RELU, Activation.DICE), ([40], [17, 33])):
+        keys = tf.constant(KEYS[:200])
+        assert_heads_agree(19, units, keys=keys, activation=activation, dropout=0.4, compiled=compiled)
+
+
+def test_dropout_needs_keys():
+    with pytest.raises(ValueError, match="Pass example_keys in training"):
+        Head(4, [3], native=True, dropout=0.5)(tf.ones([2, 4]))
+
+
+def test_ranks_with_parts_of_the_rows_do_what_one_does_with_all():
+    random = np.random.default_rng(0)
+    inputs, direction = random.normal(1.0, 2.0, (100, 6)), random.normal(size=100)
+    as_tensor = functools.partial(tf.constant, dtype=tf.float32)
+    expected_outputs, expected = Head(6, [5, 4]).run(as_tensor(inputs), as_tensor(direction))
+    parts, ranks = [slice(0, 30), slice(30, 30), slice(30, 100)], ThreadedRanks(3)
+
+    def work(rank):
+        head = Head(6, [5, 4], native=True, sum_over_ranks=ranks.sum_over_ranks(rank))
+        return head.run(as_tensor(inputs[parts[rank]]), as_tensor(direction[parts[rank]]))
+
+    outputs, gradients = zip(*ranks.run(work), strict=True)
+    assert_allclose(np.concatenate(outputs), expected_outputs, rtol=1e-4, atol=1e-4)
+    found = {name: sum(each[name] for each in gradients) for name in expected if name != "inputs"}
+    found["inputs"] = np.concatenate([each["inputs"] for each in gradients])
+    assert_same_gradients(found, expected)
+
+
+def test_nan_and_infinity_show():
+    """A trainer stops at them, and so must hear of them."""
+    for value in (np.nan, np.inf):
+        inputs = tf.constant([[1.0, 2.0], [value, 0.0], [3.0, 1.0]])
+        outputs, gradients = Head(2, [3], native=True).run(inputs, tf.ones([3]))
+        assert not np.isfinite(outputs).all()
+        assert not np.isfinite(gradients["inputs"]).all()
+
+
+def test_a_layer_alone():
+    """(1, 2) minus the mean (2, 3), by 1 / sqrt(1 + .001), through the kernel ((1, 0), (1, 1)) and bias (0, 10)."""
+    norm, last = BatchNormalization(), Head(2, [2]).hidden.dense_layers[0]
+    norm.build((None, 2))
+    last.kernel.assign([[1.0, 0.0], [1.0, 1.0]])
+    last.bias.assign([0.0, 10.0])
+    outputs = run_stages([Stage(norm, last)], tf.constant([[1.0, 2.0], [3.0, 4.0]]))
+    n = 1 / np.sqrt(1.001)
+    assert_allclose(outputs, [[-2 * n, 10 - n], [2 * n, 10 + n]], rtol=1e-6)
+    assert_array_equal(outputs.shape, [2, 2])

@@ -1,0 +1,72 @@
+"""Jobs of `train_cases` in processes of their own, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.train_cases import CASES
+
+STEPS = 60
+ROOT = Path(__file__).parents[2]
+
+
+def train(
+    folder: Path,
+    run: str,
+    world_size: int,
+    max_steps: int = STEPS,
+    cases: tuple[str, ...] = tuple(CASES),
+    variables: Mapping[str, str] | None = None,
+) -> None:
+    """`variables`: of the environment, beside those of this process."""
+    start(world_size, "tests.support.train_cases", str(folder), run, str(max_steps), *cases, variables=variables)
+
+
+def start(world_size: int, module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
+    """Runs a module to its end, alone or under horovodrun, and returns what it printed; `variables` as of `train`."""
+    command = [sys.executable, "-m", module, *arguments]
+    if world_size > 1:
+        launcher = Path(sys.executable).with_name("horovodrun")
+        command = [str(launcher), "--gloo", "-np", str(world_size), *command]
+    environment = {**os.environ, **(variables or {})}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(folder: Path, run: str, case: str) -> np.ndarray:
+    return np.array([line["loss"] for line in records(folder, run, case, "train")])
+
+
+def records(folder: Path, run: str, case: str, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / run / case / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def weights(folder: Path, run: str, case: str) -> dict[str, np.ndarray]:
+    (checkpoint,) = (folder / run / case / "checkpoints").glob(f"step-{STEPS:012d}")
+    return {path.name: np.load(path) for path in checkpoint.glob("*.npy")}
+
+
+def assert_same_training(folder: Path, run: str, expected: str, case: str, loose: float = 1) -> None:
+    """The losses of all steps, and the weights after them."""
+    assert len(losses(folder, run, case)) == STEPS
+    np.testing.assert_allclose(losses(folder, run, case), losses(folder, expected, case), rtol=2e-4 * loose)
+    assert_same_weights(weights(folder, run, case), weights(folder, expected, case), tolerance=1e-3 * loose)
+
+
+def assert_same_weights(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """Equal relative to the largest weight of each variable."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        if "attention.scorer.output.bias" in name:
+            continue  # softmax cancels it: its gradient is rounding error, which Adam scales up to whole steps
+        scale = max(np.abs(weight).max(), 1e-3)
+        np.testing.assert_allclose(found[name] / scale, weight / scale, rtol=0, atol=tolerance, err_msg=name)

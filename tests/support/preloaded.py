@@ -1,0 +1,145 @@
+"""Commands as users run them, without the seconds that each spends on imports: forks of one process that has made them.
+
+As a program: reads a command a line as JSON, forks, and answers with the process id; answers again when it has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Running:
+    """A command at work."""
+
+    def __init__(self, pid: int, folder: Path, ends: dict[int, int]) -> None:
+        self.pid, self._folder, self._ends = pid, folder, ends
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        until = time.monotonic() + timeout
+        while self.pid not in self._ends:
+            assert time.monotonic() < until, self.stderr
+            time.sleep(0.01)
+        code = os.waitstatus_to_exitcode(self._ends[self.pid])
+        return subprocess.CompletedProcess([], code, (self._folder / "stdout").read_text(), self.stderr)
+
+
+class Preloaded:
+    """Starts commands; `folder` is for what they print."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self._process, self._folder = process, folder
+        self._count = 0
+        self._started: list[int] = []
+        self._ends: dict[int, int] = {}
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "started" in answer:
+                self._started.append(answer["started"])
+            else:
+                self._ends[answer["ended"]] = answer["status"]
+
+    def start(self, module: str, *words: str, environment: Mapping[str, str] | None = None) -> Running:
+        """`module` is that of a command, without `din_dist.cli`."""
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        order = {"module": f"din_dist.cli.{module}", "words": words, "folder": str(folder), "set": environment or {}}
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        until = time.monotonic() + 60
+        while len(self._started) < self._count:
+            assert time.monotonic() < until and self._process.poll() is None
+            time.sleep(0.01)
+        return Running(self._started[-1], folder, self._ends)
+
+    def run(self, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.start(module, *words).wait()
+
+
+@contextlib.contextmanager
+def preloaded(folder: Path) -> Iterator[Preloaded]:
+    folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.support.preloaded"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield Preloaded(process, folder)
+        finally:
+            process.kill()
+
+
+def _serve() -> None:
+    from din_dist.cli import entry
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    entry.import_tensorflow()
+    import din_dist.assembly
+    import din_dist.data.prepared  # noqa: F401
+
+    lock = threading.Lock()
+
+    def say(**answer: Any) -> None:
+        with lock:
+            print(json.dumps(answer), flush=True)
+
+    def tell_end(pid: int) -> None:
+        _, status = os.waitpid(pid, 0)
+        say(ended=pid, status=status)
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        with lock:  # else the child could find it taken
+            pid = os.fork()
+        if not pid:
+            _become(order["module"], order["words"], Path(order["folder"]), order["set"])
+        say(started=pid)
+        threading.Thread(target=tell_end, args=(pid,), daemon=True).start()
+
+
+def _become(module: str, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    import runpy
+
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(file, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [module, *words]
+    code: Any = 1
+    try:
+        runpy.run_module(module, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,117 @@
+"""Batches and weights in the two forms, the model's and the reference's, and what counts as equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from din_dist import schema
+from din_dist.assembly import make_model
+from din_dist.config import ModelConfig
+from din_dist.models.ranking_model import RankingModel
+from tests.support.reference.padded_din import PaddedBatch
+
+NUM_ITEMS = 12
+CATEGORY_OF = np.array([0, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4], np.int32)
+FACTS = schema.DatasetFacts(1, NUM_ITEMS, 1, False, {"category_id": 4}, 0, 0, "", {})
+RAGGED = (3, 0, 1, 7, 2, 12, 0, 5)  # history lengths: empty ones, one of length one, a longest one
+
+FeatureIds = Mapping[str, np.ndarray]
+ITEM_FEATURES: FeatureIds = {"category_id": CATEGORY_OF}
+
+
+def small_model(
+    seed: int = 0,
+    sum_over_ranks=tf.identity,
+    compiled: bool = False,
+    row_of_item=None,
+    native: bool = False,
+    **config,
+) -> RankingModel:
+    """Embeddings 3 + 2, hidden layers 5 and 4; every weight random, so that no zero hides a mistake."""
+    sizes = {"embedding_dim": (3, 2), "attention_hidden_units": (5, 4), "hidden_units": (5, 4)}
+    model = make_model(
+        ModelConfig(**{**sizes, **config}),
+        FACTS,
+        ITEM_FEATURES,
+        seed=seed,
+        row_of_item=row_of_item,
+        sum_over_ranks=sum_over_ranks,
+        compiled=compiled,
+        native=native,
+    )
+    randomise(model, seed)
+    return model
+
+
+def randomise(layer: keras.layers.Layer, seed: int = 0) -> None:
+    """Gives every weight of `layer` a random value; variances a positive one."""
+    random = np.random.default_rng(seed)
+    for weight in layer.weights:
+        values = random.normal(0.0, 0.6, weight.shape)
+        weight.assign(0.5 + np.abs(values) if weight.path.endswith(("variance", "gamma")) else values)
+
+
+def weights_of(layer: keras.layers.Layer, prefix: str = "") -> dict[str, np.ndarray]:
+    """By path, without `prefix`, in float64."""
+    return {w.path.removeprefix(prefix): w.numpy().astype(np.float64) for w in layer.weights}
+
+
+def padded_batch(lengths: Sequence[int], seed: int = 0) -> PaddedBatch:
+    """Random candidates, histories of `lengths` with random items in their padding too, and labels."""
+    random = np.random.default_rng(seed)
+    lengths = np.array(lengths, np.int64)
+    longest = max(lengths, default=0)
+    return PaddedBatch(
+        candidate_item_ids=random.integers(1, NUM_ITEMS + 1, len(lengths)),
+        history_item_ids=random.integers(0, NUM_ITEMS + 1, (len(lengths), longest)),
+        history_mask=np.arange(longest) < lengths[:, None],
+        labels=random.integers(0, 2, len(lengths)),
+    )
+
+
+def packed(batch: PaddedBatch) -> dict[str, tf.Tensor]:
+    """The same batch as the model takes it."""
+    num_examples = len(batch.labels)
+    return {
+        schema.CANDIDATE_ITEM_IDS: tf.constant(batch.candidate_item_ids, tf.int32),
+        schema.HISTORY_ITEM_IDS: tf.constant(batch.history_item_ids[batch.history_mask], tf.int32),
+        schema.HISTORY_LENGTHS: tf.constant(batch.history_mask.sum(axis=1), tf.int32),
+        schema.EXAMPLE_KEYS: tf.constant(np.random.default_rng(0).integers(0, 2**62, num_examples), tf.int64),
+        schema.LABELS: tf.constant(batch.labels, tf.float32),
+        schema.EXAMPLE_IDS: tf.range(num_examples, dtype=tf.int64),
+    }
+
+
+def take(batch: Mapping[str, tf.Tensor], examples: Sequence[int]) -> dict[str, tf.Tensor]:
+    """The packed batch of some of the examples of a packed batch, in this order."""
+    ends = np.cumsum(batch[schema.HISTORY_LENGTHS])
+    starts = ends - batch[schema.HISTORY_LENGTHS]
+    positions = np.concatenate([np.arange(starts[i], ends[i]) for i in examples] + [np.arange(0)]).astype(np.int32)
+    rows = {name: np.array(examples, np.int32) for name in batch} | {schema.HISTORY_ITEM_IDS: positions}
+    return {name: tf.gather(values, rows[name]) for name, values in batch.items()}
+
+
+def loss_and_gradients(
+    model: RankingModel, batch: Mapping[str, tf.Tensor], training: bool, num_examples: int | None = None
+) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+    """Logits, sum of losses / `num_examples` (of the whole batch, if this is a share of it) and dense gradients."""
+    labels = batch[schema.LABELS]
+    variables = {weight.path: weight.value for weight in model.trainable_weights}
+    with tf.GradientTape() as tape:
+        logits = model(batch, training=training)
+        losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
+        loss = tf.reduce_sum(losses) / (len(labels) if num_examples is None else num_examples)
+    gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return logits.numpy(), float(loss), {path: tf.convert_to_tensor(g).numpy() for path, g in gradients.items()}
+
+
+def assert_same_gradients(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Equal to float32 rounding, measured by the largest element of all: some are zero but for cancellation."""
+    assert set(actual) == set(expected)
+    largest = max(np.abs(gradient).max(initial=0.0) for gradient in expected.values())
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(actual[path], gradient, rtol=1e-3, atol=2e-5 * largest + 1e-9, err_msg=path)

@@ -1,0 +1,89 @@
+"""Trains every case in one process: `train_cases.py FOLDER RUN MAX_STEPS CASE...`, alone or under horovodrun.
+
+Results lie under FOLDER/RUN/CASE, as a job leaves them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tensorflow as tf
+
+from din_dist import assembly
+from din_dist.config import (
+    Activation,
+    AttentionNormalization,
+    BatchNorm,
+    DataConfig,
+    OptimizerKind,
+    UnknownItem,
+    WireDtype,
+)
+from din_dist.data.prepared import open_prepared
+from din_dist.distributed.cores import claim_cores
+from din_dist.distributed.runtime import claim_devices, open_runtime
+from din_dist.distributed.shared_memory import Neighbours, neighbours
+from tests.support.small_log import small_config
+
+CASES: dict[str, dict] = {
+    "sgd": {"optimizer": OptimizerKind.SGD, "learning_rate": 0.3, "clip_norm": 1.0, "batch_norm": BatchNorm.FROZEN},
+    "adagrad": {
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "adagrad_row_wise": True,
+        "attention_normalization": AttentionNormalization.NONE,
+        "l2": 0.01,
+    },
+    "lazy_adam": {
+        "optimizer": OptimizerKind.LAZY_ADAM,
+        "learning_rate": 0.01,
+        "activation": Activation.DICE,
+        "dropout": 0.2,
+        "embedding_l2": 0.01,
+        "mini_batch_aware_l2": 0.1,
+        "resample_negatives": True,
+        "unknown_item": UnknownItem.FEATURES,
+        "unknown_item_rate": 0.3,
+        "xla": True,
+    },
+    "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
+}
+BY_MESSAGES = {
+    "bfloat16",
+    "by_messages",
+    "at_owners",
+}  # cases and runs whose workers speak as those of several machines do
+
+
+def config_of(folder: Path, run: str, case: str, max_steps: int):
+    return small_config(
+        folder, output_dir=str(folder / run / case), max_steps=max_steps, epochs=100, log_every_steps=1, **CASES[case]
+    )
+
+
+def data_config(folder: Path) -> DataConfig:
+    """Of every case."""
+    return config_of(folder, "any", "lazy_adam", 1).data
+
+
+def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
+    cores = claim_cores()
+    runtime = open_runtime()
+    claim_devices(runtime, len(cores))
+    shares = runtime.world_size > 1 and not tf.config.get_visible_devices("GPU")
+    assert not shares or isinstance(neighbours(runtime), Neighbours)
+    for case in cases:
+        config = config_of(folder, run, case, max_steps)
+        shared_memory = BY_MESSAGES.isdisjoint({case, run})
+        job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
+        job.trainer.train()
+        if shared_memory and shares:
+            assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()
+        job.trainer.test()
+        job.telemetry.close()
+    runtime.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
