@@ -18,7 +18,7 @@ from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime
-from din_dist.distributed.shared_memory import neighbours
+from din_dist.distributed.shared_memory import share_memory
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
@@ -26,14 +26,14 @@ from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
-from din_dist.telemetry.prometheus import Exporter
+from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.reporter import Telemetry
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.optimizers import make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import MakeBatches, Trainer, num_updates
-from din_dist.training.undo import History
+from din_dist.training.undo import UndoLog
 
 
 class Job(NamedTuple):
@@ -117,14 +117,14 @@ def make_job(
     runtime: Runtime,
     store: EventStore,
     *,
-    exporter: Exporter | None = None,
+    prometheus_metrics: PrometheusMetrics | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     leave_requested: Callable[[], bool] = lambda: False,
     num_threads: int = 2,
     attention: type[LocalActivationUnit] | None = None,
     exchange: type[GradientExchange] = GradientExchange,
     train_step: type[TrainStep] = TrainStep,
-    spread: int = 1,
+    idle_rows_per_item: int = 1,
     shared_memory: bool = True,
 ) -> Job:
     """Wires a training job.
@@ -132,9 +132,9 @@ def make_job(
     Args:
         store: the prepared data; nothing is downloaded or built here.
         num_threads: for the input pipeline, this process' share of the cores.
-        exporter: this process' metrics; None: new ones, served by `config.job.metrics_port`.
+        prometheus_metrics: this process' metrics; None: new ones, served by `config.job.metrics_port`.
         attention, exchange, train_step: other forms of the same, for comparison.
-        spread: rows of the item's tables for each item, of which it takes the last: as if there were so many more.
+        idle_rows_per_item: rows of the item's tables for each item, which uses the last of them.
         shared_memory: whether workers of one machine may speak through it.
 
     Raises:
@@ -146,14 +146,19 @@ def make_job(
         examples = splits["train"]
         trained = trained_items(store, config.data, splits)
     native = _is_native(config)
-    in_graph = neighbours(runtime) if native and shared_memory else runtime
+    collectives = share_memory(runtime) if native and shared_memory else runtime
     model = make_model(
         config.model,
-        dataclasses.replace(store.facts, num_items=spread * store.facts.num_items),
-        {name: np.repeat(ids, spread)[spread - 1 :] for name, ids in store.item_features.items()},
+        dataclasses.replace(store.facts, num_items=idle_rows_per_item * store.facts.num_items),
+        {
+            name: np.repeat(ids, idle_rows_per_item)[idle_rows_per_item - 1 :]
+            for name, ids in store.item_features.items()
+        },
         seed=config.job.seed,
-        row_of_item=spread * np.repeat(trained.row_of_item, spread)[spread - 1 :] if trained else None,
-        sum_over_ranks=lambda sums: in_graph.sum_in_graph([sums])[0],
+        row_of_item=idle_rows_per_item * np.repeat(trained.row_of_item, idle_rows_per_item)[idle_rows_per_item - 1 :]
+        if trained
+        else None,
+        sum_over_ranks=lambda sums: collectives.all_reduce([sums])[0],
         compiled=config.job.xla,
         native=native,
         in_bfloat16=config.job.compute_dtype is ComputeDtype.BFLOAT16,
@@ -171,18 +176,18 @@ def make_job(
     saved = {**variables, **averages, **optimizer.state}
     by_rows = {id(variable) for variable in optimizer.changing_by_rows}
     can_go_back = runtime.elastic or config.job.skip_nonfinite_steps > 0
-    history = History(optimizer.changing_by_rows, [value for value in saved.values() if id(value) not in by_rows])
+    history = UndoLog(optimizer.changing_by_rows, [value for value in saved.values() if id(value) not in by_rows])
     step = train_step(
         model,
         optimizer,
-        exchange(in_graph, config.optimizer.wire_dtype, native),
+        exchange(collectives, config.optimizer.wire_dtype, native),
         Regularization(config.optimizer, row_counts, native, config.job.xla),
         config.optimizer,
         history if can_go_back else None,
     )
     evaluator = Evaluator(config, store, splits, runtime)
-    exporter = exporter or Exporter(config.job, runtime)
-    telemetry = Telemetry(config.job, runtime, exporter, num_updates(config, examples.num_examples))
+    prometheus_metrics = prometheus_metrics or PrometheusMetrics(config.job, runtime)
+    telemetry = Telemetry(config.job, runtime, prometheus_metrics, num_updates(config, examples.num_examples))
 
     def make_batches(first_step: int, end_step: int) -> Iterator[Batch]:
         batches = iter(
@@ -202,7 +207,11 @@ def make_job(
             )
         )
         items = schema.DISTINCT_ITEM_IDS
-        return read_ahead(batches if spread == 1 else ({**batch, items: batch[items] * spread} for batch in batches))
+        return read_ahead(
+            batches
+            if idle_rows_per_item == 1
+            else ({**batch, items: batch[items] * idle_rows_per_item} for batch in batches)
+        )
 
     trainer = Trainer(
         config,

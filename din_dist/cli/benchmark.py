@@ -156,8 +156,10 @@ def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int
         config = dataclasses.replace(config, job=dataclasses.replace(config.job, skip_nonfinite_steps=1))
     if form == "without_group_negatives":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_negatives=False))
-    spread = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
-    job = assembly.make_job(config, runtime, store, num_threads=num_threads, spread=spread, **parts.get(form, {}))
+    idle_rows_per_item = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
+    job = assembly.make_job(
+        config, runtime, store, num_threads=num_threads, idle_rows_per_item=idle_rows_per_item, **parts.get(form, {})
+    )
 
     def report(batch: Any, result: Any, waited: float, started: Moment) -> None:
         global_batch_size = config.job.global_batch_size

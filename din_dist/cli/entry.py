@@ -41,7 +41,7 @@ _HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "
 _MOST_LAST_WORDS = 1 << 20  # bytes
 _PRINTING_SECONDS = 2.0  # for the last line of a process that is stuck
 
-_signals_are_heard = threading.Event()  # by `Requests`, which looks at disks too
+_signals_are_heard = threading.Event()  # by `Signals`, which looks at disks too
 
 
 def run(main: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
-class Requests:
+class Signals:
     """What signals ask of a training process.
 
     SIGINT, SIGTERM and SIGHUP ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT
@@ -159,7 +159,7 @@ class _Told:
 
 
 def _watch_disks() -> None:
-    """Says what the process waits for; until `Requests` hears signals, the user can end it."""
+    """Says what the process waits for; until `Signals` hears signals, the user can end it."""
     watch, told = progress.Watch(_patience_seconds()), _Told("It waits; Ctrl-C ends it.")
     while not _signals_are_heard.wait(BEAT_SECONDS):
         told.tell(watch.stuck())

@@ -21,7 +21,7 @@ from din_dist.cli.saved_job import config_from_text, config_of, define_anew, sai
 from din_dist.config import Config, DataConfig, JobConfig, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
-from din_dist.evaluation.request import ALL, AUTO, NONE, Asked
+from din_dist.evaluation.request import ALL, AUTO, NONE, EvaluationRequest
 from din_dist.evaluation.table import table
 from din_dist.files import write_text
 from din_dist.serving.manifest import DIGEST_HELP
@@ -130,7 +130,7 @@ def main() -> None:
     runtime.shutdown()
 
 
-def _asked() -> Asked:
+def _asked() -> EvaluationRequest:
     """The flags, checked."""
     values = flags.FLAGS
     against: int | None = {ALL: 0, NONE: None}.get(values.rank_against, -1)
@@ -146,7 +146,7 @@ def _asked() -> Asked:
     digest = values.expect_digest
     require(bool(values.export_dir) or not digest, "is for an export", "expect_digest", digest, "Give --export_dir.")
     require(alone, "an export has the weights of one update", "checkpoint_step", step, "Drop it, or --export_dir.")
-    return Asked(
+    return EvaluationRequest(
         evaluation_split=values.evaluation_split,
         rank_against=against,
         exclude_history=values.exclude_history,

@@ -84,7 +84,7 @@ def main() -> None:
     export = Path(EXPORT_DIR.value)
     digest = read_manifest(export, EXPECT_DIGEST.value).digest
     job = said_anew(config_of(Path(USER_HISTORIES.value)), WHERE_DATA_LIES) if USER_HISTORIES.value else None
-    requests = entry.Requests("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
+    requests = entry.Signals("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     import numpy as np

@@ -33,7 +33,7 @@ flags.adopt_module_key_flags(settings)  # for --help
 def main() -> None:
     started = time.perf_counter()
     config = settings.config_from_flags()
-    requests = entry.Requests()
+    requests = entry.Signals()
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     import numpy as np
@@ -43,7 +43,7 @@ def main() -> None:
     from din_dist.distributed.elastic import run_elastic
     from din_dist.distributed.runtime import claim_devices, open_runtime
     from din_dist.telemetry.projector import write_projector
-    from din_dist.telemetry.prometheus import Exporter
+    from din_dist.telemetry.prometheus import PrometheusMetrics
     from din_dist.text import to_json
     from din_dist.training.output_dir import OutputDirLock
     from din_dist.training.trainer import peak_memory_bytes
@@ -55,13 +55,13 @@ def main() -> None:
     lock = OutputDirLock(folder, os.environ.get(JOB_VARIABLE, ""))
     with runtime.together():
         lock.hold(runtime.is_chief)
-        exporter = Exporter(config.job, runtime)
+        prometheus_metrics = PrometheusMetrics(config.job, runtime)
     store = open_prepared(config.data)
     job = assembly.make_job(
         config,
         runtime,
         store,
-        exporter=exporter,
+        prometheus_metrics=prometheus_metrics,
         stop_requested=lambda: requests.stop,
         leave_requested=lambda: requests.leave,
         num_threads=len(cores),
@@ -80,7 +80,7 @@ def main() -> None:
             if runtime.is_chief and config.job.projector_items:
                 with job.telemetry.dispensable():
                     write_projector(folder / "tensorboard", job.model.lookup, store, config.job.projector_items)
-        exporter.enter_phase("done")
+        prometheus_metrics.enter_phase("done")
         seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
         seconds["total"] = time.perf_counter() - started
         peak_memory = int(runtime.gather(np.array([peak_memory_bytes()])).max())
@@ -101,7 +101,7 @@ def main() -> None:
             "peak_memory_bytes": peak_memory,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "versions": build_info(),
-            "metrics": exporter.values(),
+            "metrics": prometheus_metrics.values(),
         }
         if not job.trainer.seconds["training"]:
             with progress.at(f"reading {folder / 'summary.json'}"):
@@ -125,7 +125,7 @@ def main() -> None:
 class _Waiting:
     """While this worker of an elastic job waits for the others: see `distributed.elastic.Waiting`."""
 
-    def __init__(self, folder: Path, trainer: Trainer, requests: entry.Requests, patience_seconds: float) -> None:
+    def __init__(self, folder: Path, trainer: Trainer, requests: entry.Signals, patience_seconds: float) -> None:
         self._folder, self._trainer, self._requests = folder, trainer, requests
         self.patience_seconds = patience_seconds
 

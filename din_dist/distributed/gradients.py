@@ -10,7 +10,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import WireDtype
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
-from din_dist.distributed.runtime import InGraph
+from din_dist.distributed.runtime import Collectives
 from din_dist.layers.packed import padded, segment_sum
 from din_dist.layers.xla import round_up
 
@@ -45,7 +45,7 @@ class GradientExchange:
     for machine learning, SC 2019.
     """
 
-    def __init__(self, ranks: InGraph, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
+    def __init__(self, ranks: Collectives, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
         """`native`: in kernels of our own, on CPUs, which ranks that share tables need."""
         self._ranks, self._native = ranks, native
         self._wire_dtype = wire_dtype if ranks.travels else WireDtype.FLOAT32
@@ -68,31 +68,31 @@ class GradientExchange:
 
     def sum_of_parts(self, value: tf.Tensor) -> tf.Tensor:
         """Of a number that each rank has found of its part of the rows, that of all."""
-        return self._ranks.sum_in_graph([value])[0] if self._tables else value
+        return self._ranks.all_reduce([value])[0] if self._tables else value
 
     def finish(self) -> None:
         """After an update: returns when no rank has rows left to update."""
         if self._tables:
-            self._ranks.finish_in_graph(self._tables)
+            self._ranks.fence(self._tables)
 
     def __call__(
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices],
         extra: tf.Tensor,
         scale: tf.Tensor,
-        known_early: Sequence[bool] | None = None,
+        early: Sequence[bool] | None = None,
     ) -> tuple[list[Gradient], tf.Tensor]:
         """The summed `gradients`, in their order, and the summed `extra` numbers, float32 `[K]`.
 
         Args:
             gradients: those of tables as `IndexedSlices` that name no row twice: lookups gather each row once.
-            known_early: which of the dense gradients are known while others are yet to be found, and with them the last
+            early: which of the dense gradients are known while others are yet to be found, and with them the last
                 batch statistics. None: none is.
             scale: about 1 / (size of a gradient): what 16-bit rows are multiplied by on the wire, against underflow.
         """
         kinds = [
             "rows" if isinstance(gradient, tf.IndexedSlices) else "early" if known and self._packs else "late"
-            for gradient, known in zip(gradients, known_early or [False] * len(gradients), strict=True)
+            for gradient, known in zip(gradients, early or [False] * len(gradients), strict=True)
         ]
         early, late, rows = (
             [gradient for gradient, its_kind in zip(gradients, kinds, strict=True) if its_kind == kind]
@@ -101,8 +101,8 @@ class GradientExchange:
         if early:
             # Behind the last batch statistics, for which the backward pass waits, and on its way while the rest runs.
             with self._ranks.after_sums():
-                early = self._ranks.sum_in_graph(early, "dense_early")
-        *late, extra = self._ranks.sum_in_graph([*late, extra], "dense")
+                early = self._ranks.all_reduce(early, "dense_early")
+        *late, extra = self._ranks.all_reduce([*late, extra], "dense")
         merged = self._gather([_as_rows(gradient) for gradient in rows], scale)
         results = {"early": iter(early), "late": iter(late), "rows": iter(merged)}
         return [next(results[kind]) for kind in kinds], extra
@@ -111,36 +111,36 @@ class GradientExchange:
         if not self._ranks.has_peers or not gradients:
             return list(gradients)
         if self._tables:
-            parts = self._ranks.reduce_rows_in_graph(
+            parts = self._ranks.reduce_scatter_rows(
                 *zip(*((each.row_ids, each.rows) for each in gradients), strict=True)
             )
             return [RowGradients(*part) for part in zip(*parts, strict=True)]
         if self.sums_at_owners:
             return self._sum_at_owners(gradients, scale)
         if self._packs:
-            return [merge_rows(*rows, native=True) for rows in self._tell(gradients, scale, "rows")]
+            return [merge_rows(*rows, native=True) for rows in self._broadcast_rows(gradients, scale, "rows")]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
-        row_ids = self._ranks.gather_in_graph([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
-        rows = self._ranks.gather_in_graph([self._pack(self._padded(each.rows), scale) for each in gradients], "rows")
+        row_ids = self._ranks.all_gather([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
+        rows = self._ranks.all_gather([self._pack(self._padded(each.rows), scale) for each in gradients], "rows")
         return [
             merge_rows(some_ids, self._unpack(some_rows, scale), native=self._native)
             for some_ids, some_rows in zip(row_ids, rows, strict=True)
         ]
 
     def _sum_at_owners(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
-        num_ranks = self._ranks.size_in_graph()
-        dealt = self._ranks.deal_in_graph(*self._message(gradients, scale, num_ranks), "rows_to_owners")
+        num_ranks = self._ranks.num_ranks()
+        dealt = self._ranks.all_to_all(*self._message(gradients, scale, num_ranks), "send_to_owners")
         own = [merge_rows(*rows, native=True) for rows in self._rows_of(dealt, gradients, scale)]
         of_sums = scale / tf.cast(num_ranks, tf.float32)  # a sum may be as many times as large
-        return [RowGradients(*rows) for rows in self._tell(own, of_sums, "sums_of_rows")]
+        return [RowGradients(*rows) for rows in self._broadcast_rows(own, of_sums, "sums_of_rows")]
 
-    def _tell(
+    def _broadcast_rows(
         self, gradients: Sequence[RowGradients], scale: tf.Tensor, name: str
     ) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """All ranks' rows, one after the other: ids `[R]` and rows `[R, D]` of each table."""
         message, _ = self._message(gradients, scale, num_parts=tf.constant(1))
-        (told,) = self._ranks.gather_in_graph([message], name)
+        (told,) = self._ranks.all_gather([message], name)
         return self._rows_of(told, gradients, scale)
 
     def _message(
@@ -166,7 +166,7 @@ class GradientExchange:
     def rows_sent(self, num_rows: tf.Tensor, num_summed: tf.Tensor) -> tf.Tensor:
         """How many rows this rank gives to others for so many that it touched, of `num_summed` that all touched."""
         if self.sums_at_owners:
-            return num_rows + num_summed // self._ranks.size_in_graph()
+            return num_rows + num_summed // self._ranks.num_ranks()
         return self._padded_length(num_rows)
 
     def _padded_length(self, num_rows: tf.Tensor) -> tf.Tensor:
@@ -219,6 +219,6 @@ class DenseExchange(GradientExchange):
         gradients: Sequence[tf.Tensor | tf.IndexedSlices],
         extra: tf.Tensor,
         scale: tf.Tensor,
-        known_early: Sequence[bool] | None = None,
+        early: Sequence[bool] | None = None,
     ) -> tuple[list[Gradient], tf.Tensor]:
         return super().__call__([tf.convert_to_tensor(gradient) for gradient in gradients], extra, scale)

@@ -35,7 +35,7 @@ def after(last: tf.Tensor | None) -> contextlib.AbstractContextManager[None]:
     return tf.control_dependencies([last] if known else [])
 
 
-class InGraph:
+class Collectives:
     """What the ranks tell each other within a graph; all must call in the same order. Here: a rank without peers."""
 
     travels = True  # whether what is told goes through Horovod: few bytes are worth work, and few lengths padding
@@ -46,11 +46,11 @@ class InGraph:
         """Whether there are other ranks, or may be some later."""
         return False
 
-    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
         """Sums each tensor over the ranks, in one message. Without a name, that of the tensor in its graph serves."""
         return list(tensors)
 
-    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
         return list(tensors)
 
@@ -58,11 +58,11 @@ class InGraph:
         """What is said within comes after all sums that were asked for before, in the same graph."""
         return contextlib.nullcontext()
 
-    def size_in_graph(self) -> tf.Tensor:
+    def num_ranks(self) -> tf.Tensor:
         """The number of ranks, int32: those that there are when it is asked, where it may change."""
         return tf.constant(self.world_size)
 
-    def deal_in_graph(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
+    def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
         """Gives each rank a part of this rank's `message`; joins what all ranks give this one, in their order.
 
         Args:
@@ -73,11 +73,11 @@ class InGraph:
     def share(self, variables: Sequence[tf.Variable]) -> bool:
         """Keeps `variables`, equal on all ranks, once for all of them, where they have memory in common.
 
-        Then what one rank writes all have, and each updates those rows that `reduce_rows_in_graph` gives it.
+        Then what one rank writes all have, and each updates those rows that `reduce_scatter_rows` gives it.
         """
         return False
 
-    def reduce_rows_in_graph(
+    def reduce_scatter_rows(
         self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
     ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
         """Sums the rows that ranks have for tables that they share, each row on the rank that is to update it.
@@ -91,11 +91,11 @@ class InGraph:
         """
         return list(row_ids), list(rows), [tf.size(ids) for ids in row_ids]
 
-    def finish_in_graph(self, variables: Sequence[tf.Variable]) -> None:
+    def fence(self, variables: Sequence[tf.Variable]) -> None:
         """Waits until all ranks have updated their rows of `variables`, which they share."""
 
 
-class Runtime(InGraph):
+class Runtime(Collectives):
     """A process on its own: every sum is its own value. Also the interface of `HorovodRuntime`."""
 
     rank = 0
@@ -195,7 +195,7 @@ class HorovodRuntime(Runtime):
         self.rank, self.world_size = self._hvd.rank(), self._hvd.size()
         self.local_rank, self.local_size = self._hvd.local_rank(), self._hvd.local_size()
 
-    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
         if len(tensors) == 1:
             summed = [self._hvd.allreduce(tensors[0], op=self._hvd.Sum, name=name)]
         else:
@@ -206,13 +206,13 @@ class HorovodRuntime(Runtime):
     def after_sums(self) -> contextlib.AbstractContextManager[None]:
         return after(self._last_sum)
 
-    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         return self._hvd.grouped_allgather(list(tensors), name=name)
 
-    def size_in_graph(self) -> tf.Tensor:
+    def num_ranks(self) -> tf.Tensor:
         return self._hvd.size_op()
 
-    def deal_in_graph(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
+    def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
         return self._hvd.alltoall(message, splits=lengths, name=name)[0]
 
     def sum(self, values: np.ndarray) -> np.ndarray:

@@ -18,14 +18,14 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels
-from din_dist.distributed.runtime import InGraph, Runtime, after
+from din_dist.distributed.runtime import Collectives, Runtime, after
 from din_dist.errors import FailedElsewhere, InputError
 
 BUFFER_BYTES = 1 << 20
 _LINE = 64  # bytes, as in kernels/neighbours.cc
 
 
-def neighbours(runtime: Runtime) -> InGraph:
+def share_memory(runtime: Runtime) -> Collectives:
     """What to speak through in an update; all ranks must call this together.
 
     Shared memory, where all ranks are on this machine for as long as the job runs; where they are not, or such memory
@@ -47,10 +47,10 @@ def neighbours(runtime: Runtime) -> InGraph:
         return runtime
     os.pwrite(files[0], os.getpid().to_bytes(8, "little"), runtime.rank * _LINE)
     runtime.barrier()
-    return Neighbours(runtime, files[0])
+    return SharedMemory(runtime, files[0])
 
 
-class Neighbours(InGraph):
+class SharedMemory(Collectives):
     """Speaks through `file`, which begins with the ranks' process ids (see kernels/neighbours.cc).
 
     An operation holds a thread of TensorFlow's while it waits, and all use the same memory: so they run one after the
@@ -71,16 +71,16 @@ class Neighbours(InGraph):
         }
         self._last: tf.Tensor | None = None
 
-    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
-        """As of `InGraph`, of float32 tensors of known shapes."""
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+        """As of `Collectives`, of float32 tensors of known shapes."""
         flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         with self._in_order():
             self._last = kernels.library().din_dist_neighbours_sum(flat, **self._place)
         parts = tf.split(self._last, [tensor.shape.num_elements() for tensor in tensors])
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """As of `InGraph`, of tensors that are all float32 or all int32."""
+    def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """As of `Collectives`, of tensors that are all float32 or all int32."""
         with self._in_order():
             gathered = kernels.library().din_dist_neighbours_gather(tensors, **self._place)
         self._last = gathered[0]
@@ -118,7 +118,7 @@ class Neighbours(InGraph):
                 moved = False
         return bool(self._runtime.gather(np.array([moved])).all())
 
-    def reduce_rows_in_graph(
+    def reduce_scatter_rows(
         self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
     ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
         with self._in_order():
@@ -130,7 +130,7 @@ class Neighbours(InGraph):
             of_table.set_shape([None, own.shape[1]])
         return summed_ids, sums, tf.unstack(tf.ensure_shape(self._last, [len(rows)]))
 
-    def finish_in_graph(self, variables: Sequence[tf.Variable]) -> None:
+    def fence(self, variables: Sequence[tf.Variable]) -> None:
         with self._in_order():
             kernels.library().din_dist_neighbours_finish([variable.handle for variable in variables], **self._place)
 

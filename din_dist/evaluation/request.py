@@ -18,7 +18,7 @@ AUTO_CANDIDATES = 30_000_000  # that --max_events=auto scores in all
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """What is to be told. Names are those of the flags.
 
     Attributes:
@@ -40,7 +40,7 @@ class Asked:
         least, value = "must be at least 0", self.bootstrap_samples
         require(value >= 0, least, "bootstrap_samples", value, "For example 1000.")
 
-    def fitted(self, config: Config, store: EventStore, splits: Mapping[str, Examples]) -> Asked:
+    def fitted(self, config: Config, store: EventStore, splits: Mapping[str, Examples]) -> EvaluationRequest:
         """Returns what can be told of the data.
 
         Raises:

@@ -14,7 +14,7 @@ from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.confidence import affordable_samples, intervals_of_scores, intervals_of_sums
 from din_dist.evaluation.evaluator import Evaluator, Scorer
-from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, Asked
+from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, EvaluationRequest
 from din_dist.evaluation.retrieval import (
     CandidateScorer,
     PopularityScorer,
@@ -29,7 +29,7 @@ from din_dist.text import duration
 
 
 def score_split(
-    asked: Asked,
+    asked: EvaluationRequest,
     evaluator: Evaluator,
     config: Config,
     store: EventStore,
@@ -52,7 +52,7 @@ def score_split(
 
 
 def rank_split(
-    asked: Asked,
+    asked: EvaluationRequest,
     config: Config,
     store: EventStore,
     splits: Mapping[str, Examples],

@@ -57,8 +57,8 @@ class DIN(RankingModel):
         return self.attention.needs_few_lengths
 
     @property
-    def known_last(self) -> list[keras.Variable]:
-        return [*super().known_last, *self.attention.scorer.dense_layers[0].trainable_weights]
+    def late_weights(self) -> list[keras.Variable]:
+        return [*super().late_weights, *self.attention.scorer.dense_layers[0].trainable_weights]
 
     def interest(
         self,

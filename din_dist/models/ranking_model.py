@@ -76,7 +76,7 @@ class RankingModel(keras.Model):
         return [weight.shape[0] for weight in means] if self.has_batch_statistics else []
 
     @property
-    def known_last(self) -> list[keras.Variable]:
+    def late_weights(self) -> list[keras.Variable]:
         """Weights whose gradients are found in the last pass of all, after the last batch statistics."""
         return self.lookup.trainable_weights
 
@@ -137,7 +137,7 @@ class RankingModel(keras.Model):
             candidate_of,
             key_of,
             num_pairs=num_pairs,
-            keys_of_dropout=batch.get(schema.EXAMPLE_KEYS),
+            dropout_seeds=batch.get(schema.EXAMPLE_KEYS),
             training=training,
         )
 
@@ -183,7 +183,7 @@ class RankingModel(keras.Model):
         key_of: tf.Tensor,
         *,
         num_pairs: tf.Tensor | None = None,
-        keys_of_dropout: tf.Tensor | None = None,
+        dropout_seeds: tf.Tensor | None = None,
         training: bool = False,
     ) -> tf.Tensor:
         """Logits `[C]` of items that were looked up before.
@@ -199,13 +199,11 @@ class RankingModel(keras.Model):
             run = functools.partial(run_stages, in_bfloat16=self.in_bfloat16)
             interest = run([Stage(self.interest_norm, self.interest_projection)], interest)
             stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
-            scores = tf.squeeze(
-                run(stages, self.head_inputs(interest, candidate, native=True), keys_of_dropout), axis=1
-            )
+            scores = tf.squeeze(run(stages, self.head_inputs(interest, candidate, native=True), dropout_seeds), axis=1)
         else:
             interest = self.interest_projection(self.interest_norm(interest, training=training))
             features = self.head_norm(self.head_inputs(interest, candidate), training=training)
-            scores = self.head(features, keys_of_dropout, training=training)
+            scores = self.head(features, dropout_seeds, training=training)
         return scores + biases
 
 

@@ -38,7 +38,7 @@ _CHECKPOINT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _PUSH_SECONDS = 10.0
 
 
-class Exporter:
+class PrometheusMetrics:
     """Metrics in a registry of their own, served at `/metrics` unless `job.metrics_port` is -1.
 
     Raises:

@@ -19,7 +19,7 @@ from din_dist.config import JobConfig
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted, Left
 from din_dist.files import make_folder, sync, write_text
-from din_dist.telemetry.prometheus import Exporter
+from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.step_report import PARTS, StepReport
 from din_dist.telemetry.tensorboard import PROFILED_STEPS, TensorBoard
 from din_dist.telemetry.terminal import Terminal
@@ -43,11 +43,11 @@ Histograms = Callable[[], Mapping[str, np.ndarray]]
 class Telemetry:
     """Reports a job. Every rank exports its own metrics; only the chief prints and writes files."""
 
-    def __init__(self, job: JobConfig, runtime: Runtime, exporter: Exporter, num_steps: int) -> None:
-        self._job, self._runtime, self.exporter, self._num_steps = job, runtime, exporter, num_steps
+    def __init__(self, job: JobConfig, runtime: Runtime, prometheus_metrics: PrometheusMetrics, num_steps: int) -> None:
+        self._job, self._runtime, self.prometheus_metrics, self._num_steps = job, runtime, prometheus_metrics, num_steps
         self._folder = Path(job.output_dir)
         self._since_log = _Interval()
-        exporter.steps_planned.set(num_steps)
+        prometheus_metrics.steps_planned.set(num_steps)
         self._restarts: int | None = None
         self._lost_records = False
         self._writer, self._num_dropped = Writer("records", _MOST_RECORDS), 0
@@ -121,13 +121,13 @@ class Telemetry:
             restarts = _num_starts(self._folder) if runtime.is_chief and first else self._restarts
         restarts = runtime.broadcast_object(restarts)
         if first:
-            self.exporter.restarts.inc(restarts)
+            self.prometheus_metrics.restarts.inc(restarts)
         else:
-            self.exporter.elastic_resets.inc()
-        self.exporter.world_size.set(runtime.world_size)
-        self.exporter.rank.set(runtime.rank)
-        self.exporter.enter_phase("training")
-        self.exporter.show_position(state)
+            self.prometheus_metrics.elastic_resets.inc()
+        self.prometheus_metrics.world_size.set(runtime.world_size)
+        self.prometheus_metrics.rank.set(runtime.rank)
+        self.prometheus_metrics.enter_phase("training")
+        self.prometheus_metrics.show_position(state)
         self._since_log.pause()
         self._terminal.go_to(state.step)
         if first:
@@ -149,16 +149,16 @@ class Telemetry:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A block that is no training: kept out of its rate."""
-        self.exporter.enter_phase(name)
+        self.prometheus_metrics.enter_phase(name)
         self._since_log.pause()
         try:
             yield
         finally:
-            self.exporter.enter_phase("training")
+            self.prometheus_metrics.enter_phase("training")
 
     def after_step(self, state: TrainingState, report: StepReport, histograms: Histograms) -> None:
         """Counts an update; `histograms` is called when some are due."""
-        self.exporter.after_step(state, report)
+        self.prometheus_metrics.after_step(state, report)
         if not self._reports:
             return
         self._terminal.advance()
@@ -183,18 +183,18 @@ class Telemetry:
 
     def refused_step(self, loss: float, gradient_norm: float) -> None:
         """The weights were not updated, for one of these is not finite."""
-        self.exporter.nonfinite_steps.inc()
-        self.exporter.loss.set(loss)
-        self.exporter.gradient_norm.set(gradient_norm)
+        self.prometheus_metrics.nonfinite_steps.inc()
+        self.prometheus_metrics.loss.set(loss)
+        self.prometheus_metrics.gradient_norm.set(gradient_norm)
 
     def after_epoch(self, state: TrainingState, record: dict[str, Any]) -> None:
-        self.exporter.epochs.inc()
-        self.exporter.show_position(state)
+        self.prometheus_metrics.epochs.inc()
+        self.prometheus_metrics.show_position(state)
         self.record("epoch", state, record)
         self.say(f"epoch {record['epoch']}: {record['examples']:,} examples, loss {record['loss']:.4f}", **record)
 
     def after_evaluation(self, split: str, state: TrainingState, metrics: dict[str, Any], seconds: float) -> None:
-        self.exporter.after_evaluation(split, metrics)
+        self.prometheus_metrics.after_evaluation(split, metrics)
         self.record(split, state, {**metrics, "seconds": seconds})
         self.say(
             f"{split}: GAUC {metrics['gauc']:.4f}, AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}",
@@ -207,12 +207,12 @@ class Telemetry:
             )
 
     def after_checkpoint(self, state: TrainingState, seconds: float, size: int) -> None:
-        self.exporter.after_checkpoint(seconds, size)
+        self.prometheus_metrics.after_checkpoint(seconds, size)
         self.record("checkpoint", state, {"seconds": seconds, "bytes": size})
 
     def checkpoint_failed(self, problem: str) -> None:
         if self._runtime.is_chief:  # who writes it
-            self.exporter.checkpoint_failures.inc()
+            self.prometheus_metrics.checkpoint_failures.inc()
             self.say(f"{problem} Training goes on without it.", level="warning")
 
     def record(self, kind: str, state: TrainingState, values: Mapping[str, Any]) -> None:
@@ -252,17 +252,17 @@ class Telemetry:
             self.close()
 
     def _end(self, trainer: Reported, outcome: str) -> None:
-        self.exporter.enter_phase(outcome)
+        self.prometheus_metrics.enter_phase(outcome)
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
         if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
             # Whoever watches shall miss those that broke down, not those that ended.
             self._later(lambda: write_text(self._folder / "targets.json", "[]"))
-        if self._job.pushgateway and (problem := self.exporter.push()):
+        if self._job.pushgateway and (problem := self.prometheus_metrics.push()):
             self.say(problem, level="warning")
 
     def close(self) -> None:
         self._close()
-        self.exporter.close()
+        self.prometheus_metrics.close()
 
     def _profile_if_asked(self, step: int) -> None:
         if self._tensorboard.stop_profile_if_due(step):
@@ -285,7 +285,7 @@ class Telemetry:
         if self._job.metrics_port < 0:
             return
         address = np.zeros((1, 256), np.uint8)
-        encoded = self.exporter.address.encode()
+        encoded = self.prometheus_metrics.address.encode()
         address[0, : len(encoded)] = list(encoded)
         addresses = [bytes(row[row > 0]).decode() for row in self._runtime.gather(address)]
         if self._runtime.is_chief:

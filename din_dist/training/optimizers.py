@@ -27,7 +27,7 @@ _Each = TypeVar("_Each")
 
 
 class _Change(NamedTuple):
-    """Of a variable, or of some rows of a table, and of what is held for them."""
+    """Changes a variable, or some rows of a table, and its slot variables."""
 
     gradient: tf.Tensor
     row_ids: tf.Tensor | None
@@ -36,7 +36,7 @@ class _Change(NamedTuple):
 
     @property
     def is_element_wise(self) -> bool:
-        """Whether there is as much of each that is held as of the weights."""
+        """Whether every slot variable has the shape of the weights."""
         return all(variable.shape == self.variables[0].shape for variable in self.variables)
 
 
@@ -51,7 +51,7 @@ class Optimizer(abc.ABC):
         native: in kernels of our own, on CPUs, which write to the rows of tables where they are.
     """
 
-    initial_state: ClassVar[Mapping[str, float]] = {}  # kind of what is held for each variable -> its first values
+    initial_state: ClassVar[Mapping[str, float]] = {}  # kind of slot variable -> its first values
     constants: ClassVar[Sequence[float]] = ()  # of our kernel's loop
 
     def __init__(
@@ -77,7 +77,7 @@ class Optimizer(abc.ABC):
 
     @property
     def changing_by_rows(self) -> list[tf.Variable]:
-        """Tables and what is held for them, in the order of `apply`'s result."""
+        """The tables and their slot variables, in the order of the result of `apply`."""
         return [
             changing
             for name, variable in zip(self.names, self.variables, strict=True)
@@ -127,14 +127,14 @@ class Optimizer(abc.ABC):
         return [RowGradients(ids, rows) for ids, rows in zip(row_ids, before, strict=True)]
 
     def _update(self, changes: Sequence[_Change], rate: tf.Tensor) -> None:
-        held = [list(values) for values in zip(*map(_before, changes), strict=True)]
+        slots = [list(values) for values in zip(*map(_before, changes), strict=True)]
         gradients = [change.gradient for change in changes]
-        updated = _update_all(self.update, rate, gradients, *held, compiled=self.compiled)
+        updated = _update_all(self.update, rate, gradients, *slots, compiled=self.compiled)
         for change, after in zip(changes, zip(*updated, strict=True), strict=True):
             _assign(change, after)
 
     def _update_rows(self, changes: Sequence[_Change], rate: tf.Tensor) -> list[tf.Tensor]:
-        """The rows before, of each change and what is held for it."""
+        """Returns the rows of each change and of its slots before the update."""
         before = [_before(change) for change in changes]
         for change, values in zip(changes, before, strict=True):
             _assign(change, self.update(change.gradient, rate, *values))
@@ -181,8 +181,8 @@ class Optimizer(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
-        """The new value, then what is held for it, as in `initial_state`; of a variable or of rows of a table."""
+    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *slots: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the new value of a variable or of rows of a table, then its slots in the order of `initial_state`."""
 
     def _rate(self, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         return learning_rate
@@ -192,7 +192,7 @@ class Sgd(Optimizer):
     """`w -= rate * g`."""
 
     @staticmethod
-    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
+    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *slots: tf.Tensor) -> list[tf.Tensor]:
         return [value - rate * gradient]
 
 
@@ -227,8 +227,8 @@ class Adagrad(Optimizer):
         return "RowWiseAdagrad" if self._rows_only else super()._rule_of_rows
 
     @staticmethod
-    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
-        (accumulator,) = held
+    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *slots: tf.Tensor) -> list[tf.Tensor]:
+        (accumulator,) = slots
         squares = tf.square(gradient)
         if accumulator.shape.rank < gradient.shape.rank:  # row-wise
             accumulator = accumulator + tf.reduce_mean(squares, axis=1)
@@ -245,8 +245,8 @@ class LazyAdam(Optimizer):
     constants = (BETA_1, 1.0 - BETA_1, BETA_2, 1.0 - BETA_2, EPSILON)
 
     @staticmethod
-    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *held: tf.Tensor) -> list[tf.Tensor]:
-        first, second = held
+    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *slots: tf.Tensor) -> list[tf.Tensor]:
+        first, second = slots
         first = LazyAdam.BETA_1 * first + (1.0 - LazyAdam.BETA_1) * gradient
         second = LazyAdam.BETA_2 * second + (1.0 - LazyAdam.BETA_2) * tf.square(gradient)
         return [value - rate * first / (tf.sqrt(second) + LazyAdam.EPSILON), first, second]
@@ -279,14 +279,14 @@ def _read(variable: tf.Variable, gradient: Gradient) -> tf.Tensor:
 
 
 def _before(change: _Change) -> list[tf.Tensor]:
-    """The values and what is held for them."""
-    _, *held = change.variables
+    """Returns the values and their slots."""
+    _, *slots = change.variables
     ids = change.row_ids
-    return [change.value, *(each.value() if ids is None else tf.gather(each, ids) for each in held)]
+    return [change.value, *(each.value() if ids is None else tf.gather(each, ids) for each in slots)]
 
 
 def _by_kind(of_changes: Sequence[Sequence[_Each]]) -> list[_Each]:
-    """All that is first of each change, then all that is second: the values, then all of each that is held for them."""
+    """Groups by kind: the values of all changes first, then all slots of the first kind, and so on."""
     return [each for of_kind in zip(*of_changes, strict=True) for each in of_kind]
 
 
@@ -300,8 +300,8 @@ def _assign(change: _Change, after: Sequence[tf.Tensor]) -> None:
 
 @fused
 def _update_all(
-    update: Callable[..., list[tf.Tensor]], rate: tf.Tensor, gradients: list[tf.Tensor], *held: list[tf.Tensor]
+    update: Callable[..., list[tf.Tensor]], rate: tf.Tensor, gradients: list[tf.Tensor], *slots: list[tf.Tensor]
 ) -> list[list[tf.Tensor]]:
-    """For each of `held` (the values first), what `update` makes of it, of every variable."""
-    updated = [update(gradient, rate, *own) for gradient, *own in zip(gradients, *held, strict=True)]
+    """Returns the new `slots` (the values first) of every variable, by `update`."""
+    updated = [update(gradient, rate, *own) for gradient, *own in zip(gradients, *slots, strict=True)]
     return [list(values) for values in zip(*updated, strict=True)]

@@ -17,7 +17,7 @@ from din_dist.layers.xla import fused, on_host
 from din_dist.models.ranking_model import RankingModel
 from din_dist.training.optimizers import Optimizer
 from din_dist.training.regularization import Regularization, clip
-from din_dist.training.undo import History
+from din_dist.training.undo import UndoLog
 
 
 class Observed(NamedTuple):
@@ -67,7 +67,7 @@ class TrainStep:
         exchange: GradientExchange,
         regularization: Regularization,
         config: OptimizerConfig,
-        history: History | None = None,
+        history: UndoLog | None = None,
     ) -> None:
         """`history`: what must be undone of an update at need; None: nothing."""
         self._history = history
@@ -165,9 +165,9 @@ class TrainStep:
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, global_examples: tf.Tensor
     ) -> tuple[list[Gradient], tf.Tensor]:
         """The gradient of the global batch, on every rank, or those of its rows that this one updates."""
-        known_last = {id(weight.value) for weight in self._model.known_last}
-        known_early = [id(variable) not in known_last for variable in self._optimizer.variables]
-        return self._exchange(gradients, extra, scale=global_examples, known_early=known_early)
+        late_weights = {id(weight.value) for weight in self._model.late_weights}
+        early = [id(variable) not in late_weights for variable in self._optimizer.variables]
+        return self._exchange(gradients, extra, scale=global_examples, early=early)
 
     def update(
         self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor

@@ -26,7 +26,7 @@ from din_dist.telemetry.step_report import PARTS, Moment, StepReport
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.schedules import learning_rate
 from din_dist.training.train_step import MessageSizes, Requests, StepResult, TrainStep, checksum_of
-from din_dist.training.undo import History, agree
+from din_dist.training.undo import UndoLog, agree
 from din_dist.training_state import TrainingState
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
@@ -52,7 +52,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointStore,
         telemetry: Telemetry,
-        history: History,
+        history: UndoLog,
         stop_requested: Callable[[], bool],
         leave_requested: Callable[[], bool],
         store: EventStore,

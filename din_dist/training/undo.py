@@ -25,7 +25,7 @@ class _Position:
     replaced: Sequence[RowGradients]  # by this update, of the large ones
 
 
-class History:
+class UndoLog:
     """Undoes updates in memory, at next to no cost.
 
     A copy of the weights would walk whole tables. But an update reads the rows that it replaces: to put them aside

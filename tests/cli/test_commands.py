@@ -229,7 +229,7 @@ def test_preparing_takes_no_notice_of_the_default_folder(tmp_path: Path) -> None
 def test_a_second_ctrl_c_ends_at_once() -> None:
     program = (
         "import time; from din_dist.cli import entry; "
-        "entry.run(lambda: (entry.Requests(), print('ready', flush=True), time.sleep(60)))"
+        "entry.run(lambda: (entry.Signals(), print('ready', flush=True), time.sleep(60)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -24,11 +24,11 @@ class TwoRanks(Runtime):
     def __init__(self) -> None:
         self.sent: dict[str, list[tf.Tensor]] = {}
 
-    def sum_in_graph(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
         self.sent[str(name)] = list(tensors)
         return [2 * tensor for tensor in tensors]
 
-    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         self.sent[name] = list(tensors)
         return [tf.concat([tensor, tensor], axis=0) for tensor in tensors]
 
@@ -110,11 +110,11 @@ class FourRanks(TwoRanks):
 
     world_size = 4
 
-    def deal_in_graph(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
+    def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
         self.sent[name] = [message, lengths]
         return tf.tile(tf.split(message[: sum(lengths.numpy())], lengths)[1], [4])
 
-    def gather_in_graph(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         self.sent[name] = list(tensors)
         return list(tensors)  # of this rank's part only
 
@@ -128,7 +128,7 @@ def test_an_owner_sums_what_all_have_for_its_rows(wire_dtype: WireDtype) -> None
     found, _ = exchange(gradients, tf.constant([3.0]), tf.constant(8.0))
     assert [each.row_ids.numpy().tolist() for each in found] == [[9, 1], [5]]
     assert [each.rows.numpy().tolist() for each in found] == [[[8.0], [12.0]], [[4.0, -8.0]]]
-    assert runtime.sent["rows_to_owners"][1].shape == [4]
+    assert runtime.sent["send_to_owners"][1].shape == [4]
     assert int(exchange.rows_sent(tf.constant(100), tf.constant(42))) == 110
 
 
@@ -282,11 +282,11 @@ class SharingRanks(TwoRanks):
         self.shared = list(variables)
         return True
 
-    def reduce_rows_in_graph(self, row_ids, rows):
+    def reduce_scatter_rows(self, row_ids, rows):
         sizes = [tf.size(ids) + 1 for ids in row_ids]
         return [ids[::2] for ids in row_ids], [2 * some[::2] for some in rows], sizes
 
-    def finish_in_graph(self, variables):
+    def fence(self, variables):
         self.finished = list(variables)
 
 

@@ -22,7 +22,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.distributed import shared_memory as module
 from din_dist.distributed.runtime import Runtime
-from din_dist.distributed.shared_memory import Neighbours, neighbours
+from din_dist.distributed.shared_memory import SharedMemory, share_memory
 from din_dist.errors import FailedElsewhere, InputError, is_lost_peer
 
 SMALL = 128  # bytes of a buffer: most messages take several turns
@@ -90,9 +90,9 @@ def test_many_messages_of_all_kinds_arrive(world_size: int, buffer: int, monkeyp
     kinds = ["sum", "ids", "rows", "sum", "rows", "sum"]
 
     def work(runtime: PlayedRank) -> list[list[list[np.ndarray]]]:
-        ranks = neighbours(runtime)
-        assert isinstance(ranks, Neighbours)
-        ways = {"sum": ranks.sum_in_graph, "ids": ranks.gather_in_graph, "rows": ranks.gather_in_graph}
+        ranks = share_memory(runtime)
+        assert isinstance(ranks, SharedMemory)
+        ways = {"sum": ranks.all_reduce, "ids": ranks.all_gather, "rows": ranks.all_gather}
         heard = []
         for turn in range(10):
             if turn % world_size == runtime.rank:
@@ -117,13 +117,13 @@ def test_many_messages_of_all_kinds_arrive(world_size: int, buffer: int, monkeyp
 def test_messages_of_a_graph_are_sent_in_the_order_of_the_calls() -> None:
     """Where nothing else orders them: else ranks would take one message for another."""
     (graph, other) = (tf.Graph(), tf.Graph())
-    ranks = Neighbours(PlayedRank(0, 2, Meeting(2)), file=0)
+    ranks = SharedMemory(PlayedRank(0, 2, Meeting(2)), file=0)
     for each in (graph, other):
         with each.as_default():
-            ranks.sum_in_graph([tf.constant(1.0)])
-            ranks.gather_in_graph([tf.constant([1])], "ids")
-            ranks.reduce_rows_in_graph([tf.constant([1])], [tf.constant([[1.0]])])
-            ranks.sum_in_graph([tf.constant(2.0)])
+            ranks.all_reduce([tf.constant(1.0)])
+            ranks.all_gather([tf.constant([1])], "ids")
+            ranks.reduce_scatter_rows([tf.constant([1])], [tf.constant([[1.0]])])
+            ranks.all_reduce([tf.constant(2.0)])
         sent = [operation for operation in each.get_operations() if operation.type.startswith("DinDistNeighbours")]
         assert [list(operation.control_inputs) for operation in sent] == [[], [sent[0]], [sent[1]], [sent[2]]]
 
@@ -145,8 +145,8 @@ def test_rows_come_to_who_updates_them(world_size: int, buffer: int, monkeypatch
         ]
 
     def work(runtime: PlayedRank) -> list[Any]:
-        ranks = neighbours(runtime)
-        return [ranks.reduce_rows_in_graph(*zip(*own(runtime.rank, turn), strict=True)) for turn in range(num_turns)]
+        ranks = share_memory(runtime)
+        return [ranks.reduce_scatter_rows(*zip(*own(runtime.rank, turn), strict=True)) for turn in range(num_turns)]
 
     found = play(world_size, work)
     for turn in range(num_turns):
@@ -170,7 +170,7 @@ def test_what_one_rank_writes_to_shared_tables_all_have() -> None:
     """And what was read before stays as it was."""
 
     def work(runtime: PlayedRank) -> tuple[Any, ...]:
-        ranks = neighbours(runtime)
+        ranks = share_memory(runtime)
         tables = [tf.Variable(tf.fill([4, 3], 1.0 + runtime.rank)), tf.Variable(tf.fill([5000], 7.0))]
         assert ranks.share(tables)
         before = [table.numpy() for table in tables]
@@ -182,7 +182,7 @@ def test_what_one_rank_writes_to_shared_tables_all_have() -> None:
             kernels.library().din_dist_update_rows(
                 1.0, tf.zeros([0]), rows[:1], [[2]], [tables[0].handle], B=0, rule=0, num_threads=1
             )
-        ranks.finish_in_graph(tables)
+        ranks.fence(tables)
         return *before, read.numpy(), tf.gather(tables[0], [2, 3]).numpy()
 
     for whole, other, read, after in play(3, work):
@@ -199,7 +199,7 @@ def test_a_shared_table_takes_memory_once() -> None:
         return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
     def work(runtime: PlayedRank) -> tuple[int, int, float]:
-        ranks = neighbours(runtime)
+        ranks = share_memory(runtime)
         table = tf.Variable(tf.fill([400_000, 64], float(runtime.rank)))  # 98 MiB
         table.assign_add(tf.ones(table.shape))  # now its memory is its own, whoever still holds its first values
         runtime.barrier()
@@ -234,12 +234,12 @@ def test_tables_that_are_no_longer_shared_are_noticed() -> None:
     """As after they were assigned: else each rank would have updates of its own part alone."""
 
     def work(runtime: PlayedRank) -> str:
-        ranks, table = neighbours(runtime), tf.Variable(tf.zeros([4, 3]))
+        ranks, table = share_memory(runtime), tf.Variable(tf.zeros([4, 3]))
         assert ranks.share([table])
-        ranks.finish_in_graph([table])
+        ranks.fence([table])
         table.assign(tf.ones([4, 3]))
         with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-            ranks.finish_in_graph([table])
+            ranks.fence([table])
         return caught.value.message
 
     for told in play(2, work):
@@ -268,12 +268,12 @@ def full(*_: Any) -> None:
 def test_without_memory_to_share_horovod_is_spoken_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, name, full)
     with pytest.warns(UserWarning, match="can have no memory in common, so that updates wait for Horovod"):
-        assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
+        assert play(2, lambda runtime: share_memory(runtime) is runtime) == [True, True]
 
 
 def test_where_tables_cannot_be_shared_each_rank_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(runtime: PlayedRank) -> tuple[bool, list[float]]:
-        ranks, table = neighbours(runtime), tf.Variable([1.0 + runtime.rank])
+        ranks, table = share_memory(runtime), tf.Variable([1.0 + runtime.rank])
         runtime.barrier()
         monkeypatch.setattr(os, "memfd_create", full)
         runtime.barrier()
@@ -286,7 +286,7 @@ def test_without_memory_for_tables_the_job_ends(monkeypatch: pytest.MonkeyPatch)
     """The others have let go of theirs by then."""
 
     def work(runtime: PlayedRank) -> tuple[type, str]:
-        ranks, table = neighbours(runtime), tf.Variable(tf.ones([101]))
+        ranks, table = share_memory(runtime), tf.Variable(tf.ones([101]))
         runtime.barrier()
         monkeypatch.setattr(os, "posix_fallocate", full)
         runtime.barrier()
@@ -314,7 +314,7 @@ def test_when_one_rank_cannot_open_it_none_uses_it(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.warns(UserWarning, match="no memory in common"):
-        assert play(3, lambda runtime: neighbours(runtime) is runtime) == [True] * 3
+        assert play(3, lambda runtime: share_memory(runtime) is runtime) == [True] * 3
     assert fails.is_set()
 
 
@@ -328,14 +328,14 @@ def test_containers_that_share_memory_but_no_process_ids(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.warns(UserWarning, match="no memory in common"):
-        assert play(2, lambda runtime: neighbours(runtime) is runtime) == [True, True]
+        assert play(2, lambda runtime: share_memory(runtime) is runtime) == [True, True]
 
 
 @pytest.mark.parametrize(("world_size", "local_size", "elastic"), [(1, 1, False), (4, 2, False), (2, 2, True)])
 def test_others_speak_through_horovod(world_size: int, local_size: int, elastic: bool) -> None:
     runtime = Runtime()
     runtime.world_size, runtime.local_size, runtime.elastic = world_size, local_size, elastic
-    assert neighbours(runtime) is runtime
+    assert share_memory(runtime) is runtime
 
 
 def wait_for(peer: int, path: str, buffer: int, result: Any) -> None:
@@ -345,7 +345,7 @@ def wait_for(peer: int, path: str, buffer: int, result: Any) -> None:
     runtime = Runtime()
     runtime.world_size = runtime.local_size = 2
     try:
-        Neighbours(runtime, file).sum_in_graph([tf.constant([1.0])])
+        SharedMemory(runtime, file).all_reduce([tf.constant([1.0])])
     except tf.errors.OpError as error:
         result.put((type(error).__name__, str(error), is_lost_peer(error)))
 

@@ -22,7 +22,7 @@ def main() -> None:
 
     @tf.function
     def tell(numbers: tf.Tensor, rows: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        return runtime.sum_in_graph([numbers, 2 * numbers], "sums"), runtime.gather_in_graph([rows, rows + 1], "rows")
+        return runtime.all_reduce([numbers, 2 * numbers], "sums"), runtime.all_gather([rows, rows + 1], "rows")
 
     own = tf.fill([1000], rank + 1.0), tf.fill([rank + 2, 3], float(rank))
     expected = np.concatenate([np.full([other + 2, 3], other) for other in range(size)])

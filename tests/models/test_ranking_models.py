@@ -91,11 +91,11 @@ def test_a_graph_traced_once_takes_every_batch(kind):
     model = small_model(model=kind, activation=Activation.DICE, batch_norm=BatchNorm.FROZEN, dropout=0.2)
     example = packed(padded_batch((1,)))
     signature = {name: tf.TensorSpec([None], values.dtype) for name, values in example.items()}
-    in_graph = tf.function(lambda batch: model(batch, training=True), input_signature=[signature])
+    collectives = tf.function(lambda batch: model(batch, training=True), input_signature=[signature])
     for lengths in (RAGGED, (0, 0), (1,), ()):
         batch = packed(padded_batch(lengths))
-        assert_allclose(in_graph(batch), model(batch, training=True), rtol=1e-5, atol=1e-6)
-    assert in_graph.experimental_get_tracing_count() == 1
+        assert_allclose(collectives(batch), model(batch, training=True), rtol=1e-5, atol=1e-6)
+    assert collectives.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.parametrize("batch_norm", BatchNorm)

@@ -71,7 +71,7 @@ def check_together(runtime: Runtime) -> None:
         told: list[tf.Tensor] = []
         for place, (name, length) in enumerate(lengths.items()):
             with tf.control_dependencies(told[-1:] if in_turn else []):
-                tell = runtime.sum_in_graph if length == 1000 else runtime.gather_in_graph
+                tell = runtime.all_reduce if length == 1000 else runtime.all_gather
                 told += tell([tf.fill([length], own + place)], name)
         return [tf.reduce_sum(each) for each in told]
 
@@ -89,9 +89,9 @@ def check_order(runtime: Runtime) -> None:
     def run() -> list[tf.Tensor]:
         one, two, three = (tf.constant([value]) for value in (1.0, 2.0, 3.0))
         with runtime.after_sums():
-            first = runtime.sum_in_graph([one], "first")
+            first = runtime.all_reduce([one], "first")
         with runtime.after_sums():
-            return [*first, *runtime.sum_in_graph([two, three], "second")]
+            return [*first, *runtime.all_reduce([two, three], "second")]
 
     assert [value.numpy().tolist() for value in run()] == [[total * runtime.world_size] for total in (1, 2, 3)]
     operations = run.get_concrete_function().graph.get_operations()

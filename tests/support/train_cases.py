@@ -23,7 +23,7 @@ from din_dist.config import (
 from din_dist.data.prepared import open_prepared
 from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.runtime import claim_devices, open_runtime
-from din_dist.distributed.shared_memory import Neighbours, neighbours
+from din_dist.distributed.shared_memory import SharedMemory, share_memory
 from tests.support.small_log import small_config
 
 CASES: dict[str, dict] = {
@@ -72,7 +72,7 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     shares = runtime.world_size > 1 and not tf.config.get_visible_devices("GPU")
-    assert not shares or isinstance(neighbours(runtime), Neighbours)
+    assert not shares or isinstance(share_memory(runtime), SharedMemory)
     for case in cases:
         config = config_of(folder, run, case, max_steps)
         shared_memory = BY_MESSAGES.isdisjoint({case, run})

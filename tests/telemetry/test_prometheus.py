@@ -23,13 +23,13 @@ from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.serving.http.metrics import ServingMetrics
-from din_dist.telemetry.prometheus import Exporter
+from din_dist.telemetry.prometheus import PrometheusMetrics
 from tests.support.programs import free_port, program, running
 from tests.support.small_log import small_config
 
 
-def exporter_of(folder: Path, **settings: object) -> Exporter:
-    return Exporter(small_config(folder, **{"metrics_port": 0, **settings}).job, Runtime())
+def exporter_of(folder: Path, **settings: object) -> PrometheusMetrics:
+    return PrometheusMetrics(small_config(folder, **{"metrics_port": 0, **settings}).job, Runtime())
 
 
 def train(config: Config) -> assembly.Job:
@@ -91,7 +91,7 @@ def test_positions_rows_and_unknown_ids_are_those_of_the_batches(tmp_path: Path)
     """Counted again from the batches, one epoch of one step."""
     config = small_config(tmp_path, metrics_port=0, epochs=1, global_batch_size=2000, negatives_per_positive=1)
     job = train(config)
-    found = scrape(f"http://{job.telemetry.exporter.address}/metrics")
+    found = scrape(f"http://{job.telemetry.prometheus_metrics.address}/metrics")
     job.telemetry.close()
     (batch,) = ({name: value.numpy() for name, value in batch.items()} for batch in job.make_batches(0, 1))
     items = set(batch["candidate_item_ids"]) | set(batch["history_item_ids"])
@@ -112,7 +112,7 @@ def test_unknown_features_are_counted_by_position(tmp_path: Path) -> None:
     events.to_parquet(log)
     config = small_config(tmp_path, metrics_port=0, epochs=1, global_batch_size=2000)
     job = train(config)
-    found = scrape(f"http://{job.telemetry.exporter.address}/metrics")
+    found = scrape(f"http://{job.telemetry.prometheus_metrics.address}/metrics")
     job.telemetry.close()
     (batch,) = job.make_batches(0, 1)
     feature = prepare(config.data).item_features["category_id"]
@@ -126,18 +126,21 @@ def test_unknown_features_are_counted_by_position(tmp_path: Path) -> None:
 def test_two_jobs_in_one_process_do_not_clash(tmp_path: Path) -> None:
     exporters = [exporter_of(tmp_path) for _ in range(2)]
     exporters[0].examples.inc(3)
-    found = [scrape(f"http://{exporter.address}/metrics")["din_dist_examples_total"] for exporter in exporters]
+    found = [
+        scrape(f"http://{prometheus_metrics.address}/metrics")["din_dist_examples_total"]
+        for prometheus_metrics in exporters
+    ]
     assert found == [3, 0]
-    for exporter in exporters:
-        exporter.close()
+    for prometheus_metrics in exporters:
+        prometheus_metrics.close()
 
 
 def test_names_follow_the_conventions_and_stand_in_the_readme(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     readme = "".join((root / name).read_text() for name in ("README.md", "din_dist/serving/README.md"))
     told = set(re.findall(r"din_dist_[a-z_]+", readme))
-    exporter = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)
-    registries = (exporter.registry, ServingMetrics({}, {}).registry)
+    prometheus_metrics = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)
+    registries = (prometheus_metrics.registry, ServingMetrics({}, {}).registry)
     collected = [family for registry in registries for family in registry.collect()]
     families = [family for family in collected if family.name.startswith("din_dist_")]
     assert len(families) > 45
@@ -170,8 +173,8 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_password_keeps_others_out(tmp_path: Path) -> None:
     logins = tmp_path / "logins"
     logins.write_text("prometheus:open sesame\nops:s3cret\n")
-    exporter = exporter_of(tmp_path, metrics_password_file=str(logins))
-    url = f"http://{exporter.address}/metrics"
+    prometheus_metrics = exporter_of(tmp_path, metrics_password_file=str(logins))
+    url = f"http://{prometheus_metrics.address}/metrics"
 
     def ask(login: str | None) -> dict[str, float]:
         token = base64.b64encode((login or "").encode()).decode()
@@ -186,7 +189,7 @@ def test_a_password_keeps_others_out(tmp_path: Path) -> None:
         for login in ("prometheus:open sesame", "ops:s3cret"):
             assert ask(login)["din_dist_world_size"] == 1
     finally:
-        exporter.close()
+        prometheus_metrics.close()
 
 
 def test_tls_serves_those_who_trust_and_is_not_held_up_by_the_silent(tmp_path: Path) -> None:
@@ -197,10 +200,10 @@ def test_tls_serves_those_who_trust_and_is_not_held_up_by_the_silent(tmp_path: P
         check=True,
         capture_output=True,
     )
-    exporter = exporter_of(tmp_path, metrics_tls_certificate=str(certificate), metrics_tls_key=str(key))
-    url = f"https://{exporter.address}/metrics"
+    prometheus_metrics = exporter_of(tmp_path, metrics_tls_certificate=str(certificate), metrics_tls_key=str(key))
+    url = f"https://{prometheus_metrics.address}/metrics"
     try:
-        host, _, port = exporter.address.partition(":")
+        host, _, port = prometheus_metrics.address.partition(":")
         with socket.create_connection((host, int(port))):  # says nothing, and stays
             trusting = ssl.create_default_context(cafile=certificate)
             assert scrape(url, context=trusting)["din_dist_world_size"] == 1
@@ -209,7 +212,7 @@ def test_tls_serves_those_who_trust_and_is_not_held_up_by_the_silent(tmp_path: P
         with pytest.raises(OSError):
             scrape(url.replace("https", "http"))
     finally:
-        exporter.close()
+        prometheus_metrics.close()
 
 
 GATEWAY = {"pushgateway": "http://127.0.0.1:9"}
@@ -275,8 +278,8 @@ def test_a_pushgateway_that_asks_for_a_password(tmp_path: Path) -> None:
     with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
         threading.Thread(target=gateway.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{gateway.server_address[1]}"
-        exporter = exporter_of(tmp_path, pushgateway=url, pushgateway_password_file=str(tmp_path / "login"))
-        assert exporter.push() is None
+        prometheus_metrics = exporter_of(tmp_path, pushgateway=url, pushgateway_password_file=str(tmp_path / "login"))
+        assert prometheus_metrics.push() is None
         assert "did not take the metrics" in str(exporter_of(tmp_path, pushgateway=url).push())
         gateway.shutdown()
     assert asked == [f"Basic {base64.b64encode(b'me:a:secret').decode()}", None]

@@ -99,7 +99,7 @@ def test_restarts_are_counted_and_outcomes_told(tmp_path: Path) -> None:
     assert [line["restarts"] for line in found["start"]] == [0, 1, 2]
     assert [line["step"] for line in found["start"]] == [0, 3, 6]
     assert [line["outcome"] for line in found["end"]] == ["stopped", "stopped", "done"]
-    values = job.telemetry.exporter.values()
+    values = job.telemetry.prometheus_metrics.values()
     assert values["din_dist_restarts_total"] == 2
     assert values["din_dist_phase{phase=done}"] == 1
     assert values["din_dist_steps_total"] == job.trainer.state.step - 6
@@ -122,7 +122,7 @@ def test_a_failure_leaves_its_targets_and_names_its_step(tmp_path: Path) -> None
     assert failure.value.__notes__ == ["step 4"]
     assert records(tmp_path / "run")["end"][0]["outcome"] == "failed"
     assert len(json.loads((tmp_path / "run" / "targets.json").read_text())) == 1
-    assert job.telemetry.exporter.values()["din_dist_phase{phase=failed}"] == 1
+    assert job.telemetry.prometheus_metrics.values()["din_dist_phase{phase=failed}"] == 1
 
 
 def test_a_refused_step_is_counted_and_shown(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_refused_step_is_counted_and_shown(tmp_path: Path) -> None:
     job = assembly.make_job(config, Runtime(), prepare(config.data))
     with pytest.raises(FloatingPointError), job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
-    values = job.telemetry.exporter.values()
+    values = job.telemetry.prometheus_metrics.values()
     assert values["din_dist_nonfinite_steps_total"] == 1
     assert not np.isfinite([values["din_dist_loss"], values["din_dist_gradient_norm"]]).all()
 

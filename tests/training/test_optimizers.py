@@ -245,9 +245,9 @@ def test_wrong_calls_of_the_kernel_are_refused():
 
 
 def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
-    table, held = tf.Variable(tf.ones([4, 3])), tf.Variable(tf.ones([4, 3]))
+    table, slots = tf.Variable(tf.ones([4, 3])), tf.Variable(tf.ones([4, 3]))
 
-    def refused(rows=(2, 3), row_ids=(0, 3), tables=(table, held), rule=1, kept=0):
+    def refused(rows=(2, 3), row_ids=(0, 3), tables=(table, slots), rule=1, kept=0):
         with pytest.raises(tf.errors.InvalidArgumentError) as caught:
             kernels.library().din_dist_update_rows(
                 0.1,
@@ -259,7 +259,7 @@ def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
                 rule=rule,
                 num_threads=1,
             )
-        for variable in (table, held):
+        for variable in (table, slots):
             assert_array_equal(variable, np.ones([4, 3]))
         return caught.value.message.partition("}} ")[2].partition(" [Op")[0]
 
@@ -270,8 +270,8 @@ def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
     assert refused(rows=[2, 2]) == a_table
     assert refused(tables=[table, tf.Variable(tf.ones([4, 2]))]) == a_table
     assert refused(tables=[table, tf.Variable(tf.ones([3, 3]))]) == a_table
-    assert refused(tables=[table, held], rule=3) == a_table
+    assert refused(tables=[table, slots], rule=3) == a_table
     assert refused(tables=[table, table]) == "no variable may be named twice"
     assert refused(kept=1) == "all rows must be kept, or none"
     assert refused(tables=[table]) == "each gradient must have its weights"
-    assert refused(tables=[table, held], rule=2) == "each gradient must have its weights"
+    assert refused(tables=[table, slots], rule=2) == "each gradient must have its weights"

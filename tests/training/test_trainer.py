@@ -26,8 +26,8 @@ from din_dist.data.prepared import prepare
 from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.runtime import InGraph, Runtime
-from din_dist.distributed.shared_memory import BUFFER_BYTES, Neighbours
+from din_dist.distributed.runtime import Collectives, Runtime
+from din_dist.distributed.shared_memory import BUFFER_BYTES, SharedMemory
 from din_dist.errors import InputError, Interrupted
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.native.attention import NativeActivationUnit
@@ -90,7 +90,7 @@ def test_only_what_is_known_last_waits_for_the_last_pass(tmp_path: Path) -> None
             waiting.add(each.name)
     late = {weight.path for weight, found in zip(weights, graph.outputs, strict=True) if found.op.name in waiting}
     # An item's bias is looked up with its vector, and is known early.
-    assert late == {weight.path for weight in job.model.known_last} - {"lookup/item_bias"}
+    assert late == {weight.path for weight in job.model.late_weights} - {"lookup/item_bias"}
     assert len(late) == 4
 
 
@@ -169,7 +169,7 @@ def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) ->
 def test_items_spread_over_a_larger_table_train_the_same(tmp_path: Path, unknown_item: UnknownItem) -> None:
     """With two idle rows before each: the losses are those of the small table with the same weights."""
     configs = [small_config(tmp_path, output_dir=f"{tmp_path}/{n}", unknown_item=unknown_item) for n in (1, 3)]
-    small, large = (make(config, spread=n) for config, n in zip(configs, (1, 3), strict=True))
+    small, large = (make(config, idle_rows_per_item=n) for config, n in zip(configs, (1, 3), strict=True))
     for one, other in zip(small.model.weights, large.model.weights, strict=True):
         if one.shape != other.shape:
             values = other.numpy()
@@ -296,7 +296,7 @@ def test_bad_updates_are_skipped_and_leave_no_trace(tmp_path: Path, capfd: pytes
     state = job.trainer.state
     assert (state.skipped_steps, state.step) == (2, with_it[2] - 1)
     assert state.examples_seen == 64 * state.step  # the skipped ones count: the epoch goes on behind them
-    assert job.telemetry.exporter.values()["din_dist_nonfinite_steps_total"] == 3
+    assert job.telemetry.prometheus_metrics.values()["din_dist_nonfinite_steps_total"] == 3
     assert "Skipped, 2 of at most 2." in capfd.readouterr().err
     for name, variable in job.trainer._variables.items():
         values = np.delete(variable.numpy(), item, axis=0) if name == "lookup/item" else variable.numpy()
@@ -480,8 +480,8 @@ def test_a_disk_that_is_full_for_a_moment_does_not_cost_the_best_weights(
     fill_disk(monkeypatch, writes=5)
     job.trainer.train()
     assert job.trainer.state.best_step == job.trainer.state.step
-    assert job.telemetry.exporter.values()["din_dist_checkpoint_failures_total"] == 5
-    assert job.telemetry.exporter.values()["din_dist_checkpoint_seconds_count"] == 1
+    assert job.telemetry.prometheus_metrics.values()["din_dist_checkpoint_failures_total"] == 5
+    assert job.telemetry.prometheus_metrics.values()["din_dist_checkpoint_seconds_count"] == 1
     job.telemetry.close()
 
 
@@ -492,8 +492,8 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     fill_disk(monkeypatch, writes=6)
     job.trainer.train()
     state = job.trainer.state
-    assert job.telemetry.exporter.values()["din_dist_checkpoint_failures_total"] == 6
-    assert job.telemetry.exporter.values()["din_dist_checkpoint_seconds_count"] == 2
+    assert job.telemetry.prometheus_metrics.values()["din_dist_checkpoint_failures_total"] == 6
+    assert job.telemetry.prometheus_metrics.values()["din_dist_checkpoint_seconds_count"] == 2
     assert "warning: --output_dir: a checkpoint must fit. Received: No space left" in (told := capfd.readouterr().err)
     assert "Training goes on without it." in told
     state.best_step = state.step // 3  # the one that was not saved
@@ -556,10 +556,10 @@ def test_tables_in_shared_memory_are_trained_the_same(tmp_path: Path) -> None:
         return Path("/proc/self/maps").read_text().count("memfd:din_dist-tables")
 
     class Sharing(GradientExchange):
-        def __init__(self, ranks: InGraph, wire_dtype: WireDtype, native: bool) -> None:
+        def __init__(self, ranks: Collectives, wire_dtype: WireDtype, native: bool) -> None:
             file = os.memfd_create("messages")
             os.ftruncate(file, 2 * (64 + BUFFER_BYTES))
-            super().__init__(Neighbours(Runtime(), file), wire_dtype, native)
+            super().__init__(SharedMemory(Runtime(), file), wire_dtype, native)
 
         def finish(self) -> None:
             super().finish()
