@@ -99,13 +99,19 @@ class FaultyDisk:
         """Gives no error any more."""
         self._order(order="heal")
 
-    def _order(self, **order: Any) -> None:
+    def num_waiting(self) -> int:
+        """Returns how many requests were taken from the kernel and not answered: who asked cannot be killed."""
+        return int(self._order(order="count"))
+
+    def _order(self, **order: Any) -> str:
+        """Returns the program's answer."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        if self._process.stdout.readline() != "done\n":
+        if not (answer := self._process.stdout.readline()):
             raise RuntimeError("the file system's program has failed")
+        return answer
 
 
 # --- The program that answers the kernel: include/uapi/linux/fuse.h has the numbers and structures. ---
@@ -204,6 +210,10 @@ class _Server:
                 threading.Thread(target=self._forget_pages, daemon=True).start()
             case "heal":
                 self._failing = None
+            case "count":
+                kinds = [_IN.unpack_from(request)[1] for request in self._held or []]
+                print(sum(kind not in (_FORGET, _BATCH_FORGET, _INTERRUPT) for kind in kinds), flush=True)
+                return
         print("done", flush=True)
 
     def _forget_pages(self) -> None:
