@@ -13,7 +13,7 @@ import tensorflow as tf
 from din_dist import kernels, progress, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, OptimizerKind, require
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import Batch, read_ahead, training_batches
+from din_dist.data.pipeline import read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
@@ -26,6 +26,7 @@ from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.reporter import Telemetry
 from din_dist.training.checkpoint import CheckpointStore
@@ -206,12 +207,11 @@ def make_job(
                 native=native,
             )
         )
-        items = schema.DISTINCT_ITEM_IDS
-        return read_ahead(
-            batches
-            if idle_rows_per_item == 1
-            else ({**batch, items: batch[items] * idle_rows_per_item} for batch in batches)
-        )
+        if idle_rows_per_item > 1:
+            batches = (
+                batch._replace(distinct_item_ids=batch.distinct_item_ids * idle_rows_per_item) for batch in batches
+            )
+        return read_ahead(batches)
 
     trainer = Trainer(
         config,

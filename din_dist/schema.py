@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from din_dist.text import is_count, is_integer, shown
 
@@ -19,15 +19,22 @@ READER = 2
 
 UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
 
-# --- A packed batch: flat arrays, nothing padded. Of an item whose own id is hidden, -id stands for the id. ---
-CANDIDATE_ITEM_IDS = "candidate_item_ids"  # int32 [B]
-HISTORY_ITEM_IDS = "history_item_ids"  # int32 [N], the histories end to end, each oldest first
-HISTORY_LENGTHS = "history_lengths"  # int32 [B], sum N
-EXAMPLE_KEYS = "example_keys"  # int64 [B], a number for (seed, epoch, example): what dropout draws from
-LABELS = "labels"  # float32 [B], 0 or 1
-DISTINCT_ITEM_IDS = "distinct_item_ids"  # int32 [U], the items of candidates and histories, each once
-ITEM_PLACES = "item_places"  # int32 [B + N], where each candidate and then each history position stands among those
-EXAMPLE_IDS = "example_ids"  # int64 [B], position among the split's examples
+
+class Batch(NamedTuple):
+    """A packed batch: flat arrays, nothing padded. If an item's own id is hidden, -id stands for the id.
+
+    Each field is a tensor, or its TensorSpec in a signature. Scoring needs the first three; None stands for the others.
+    """
+
+    candidate_item_ids: Any  # int32 [B]
+    history_item_ids: Any  # int32 [N], the histories concatenated, each oldest first
+    history_lengths: Any  # int32 [B], sum N
+    dropout_seeds: Any = None  # int64 [B], a number for (seed, epoch, example)
+    labels: Any = None  # float32 [B], 0 or 1
+    distinct_item_ids: Any = None  # int32 [U], the items of candidates and histories, each once
+    item_index: Any = None  # int32 [B + N], the place of each candidate and then each history position among those
+    example_ids: Any = None  # int64 [B], position among the split's examples
+
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---
 BLOCK_FIRST_USER = "first_user"  # int64, dense index (from 0) of the block's first user

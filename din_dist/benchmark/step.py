@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.benchmark.flops import Product, forward_products, training_flops
 from din_dist.benchmark.scaling_model import allreduce_bytes, row_bytes
 from din_dist.config import Config
-from din_dist.data.pipeline import Batch
 from din_dist.distributed.gradients import Gradient, RowGradients, merge_rows
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import Runtime
 from din_dist.files import read_text
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from din_dist.telemetry.step_report import Moment
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
 
@@ -42,9 +41,9 @@ class Tally:
 
     def add(self, batch: Batch, waited: float, seconds: float, report_seconds: float) -> None:
         self.steps += 1
-        self.examples += len(batch[schema.CANDIDATE_ITEM_IDS])
-        self.positions += len(batch[schema.HISTORY_ITEM_IDS])
-        self.items += len(batch[schema.DISTINCT_ITEM_IDS])
+        self.examples += len(batch.candidate_item_ids)
+        self.positions += len(batch.history_item_ids)
+        self.items += len(batch.distinct_item_ids)
         self.wait_seconds += waited
         self.step_seconds += seconds
         self.report_seconds += report_seconds

@@ -24,6 +24,7 @@ from din_dist.errors import InputError
 from din_dist.evaluation.request import ALL, AUTO, NONE, EvaluationRequest
 from din_dist.evaluation.table import table
 from din_dist.files import write_text
+from din_dist.schema import Batch
 from din_dist.serving.manifest import DIGEST_HELP
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _check_data(bundle: Bundle | None, store: EventStore) -> None:
 
 def _what_scores(
     config: Config, store: EventStore, runtime: Runtime, bundle: Bundle | None
-) -> tuple[Callable[[Mapping[str, tf.Tensor]], tf.Tensor], Callable[[], CandidateScorer], int]:
+) -> tuple[Callable[[Batch], tf.Tensor], Callable[[], CandidateScorer], int]:
     """What gives the logits of a batch, what makes a scorer of candidates, and the update whose weights they have."""
     import tensorflow as tf
 

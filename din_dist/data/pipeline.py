@@ -7,33 +7,32 @@ a window into its user's own events, and the arrays stay in the memory-mapped fi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from din_dist import kernels, schema
+from din_dist import kernels
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
+from din_dist.schema import Batch
 
-Batch = Mapping[str, tf.Tensor]
-
-BATCH_SIGNATURE = {
-    schema.CANDIDATE_ITEM_IDS: tf.TensorSpec([None], tf.int32),
-    schema.HISTORY_ITEM_IDS: tf.TensorSpec([None], tf.int32),
-    schema.HISTORY_LENGTHS: tf.TensorSpec([None], tf.int32),
-    schema.EXAMPLE_KEYS: tf.TensorSpec([None], tf.int64),
-    schema.LABELS: tf.TensorSpec([None], tf.float32),
-    schema.DISTINCT_ITEM_IDS: tf.TensorSpec([None], tf.int32),
-    schema.ITEM_PLACES: tf.TensorSpec([None], tf.int32),
-    schema.EXAMPLE_IDS: tf.TensorSpec([None], tf.int64),
-}
+BATCH_SIGNATURE = Batch(
+    candidate_item_ids=tf.TensorSpec([None], tf.int32),
+    history_item_ids=tf.TensorSpec([None], tf.int32),
+    history_lengths=tf.TensorSpec([None], tf.int32),
+    dropout_seeds=tf.TensorSpec([None], tf.int64),
+    labels=tf.TensorSpec([None], tf.float32),
+    distinct_item_ids=tf.TensorSpec([None], tf.int32),
+    item_index=tf.TensorSpec([None], tf.int32),
+    example_ids=tf.TensorSpec([None], tf.int64),
+)
 
 # Streams of random numbers that must not resemble each other.
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING = 1, 2, 3, 4
@@ -107,7 +106,7 @@ class BatchMaker:
         _, _, start, end = self._located(example_ids)
         return end - start
 
-    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
+    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> Batch:
         """The packed batch (see `schema`) of `example_ids`, int64 `[B]`."""
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         user, event, history_start, history_end = self._located(example_ids)
@@ -135,17 +134,17 @@ class BatchMaker:
         if self.hidden_rate:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # Which rows the step will want is found here, while the step before is at work.
-        distinct, places = self._distinct(candidate, history)
-        return {
-            schema.CANDIDATE_ITEM_IDS: candidate,
-            schema.HISTORY_ITEM_IDS: history,
-            schema.HISTORY_LENGTHS: history_lengths,
-            schema.EXAMPLE_KEYS: tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids, native=self.native), tf.int64),
-            schema.LABELS: labels,
-            schema.DISTINCT_ITEM_IDS: distinct,
-            schema.ITEM_PLACES: places,
-            schema.EXAMPLE_IDS: example_ids,
-        }
+        distinct, index = self._distinct(candidate, history)
+        return Batch(
+            candidate_item_ids=candidate,
+            history_item_ids=history,
+            history_lengths=history_lengths,
+            dropout_seeds=tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids, native=self.native), tf.int64),
+            labels=labels,
+            distinct_item_ids=distinct,
+            item_index=index,
+            example_ids=example_ids,
+        )
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
         """`values[begin:end]` of each, end to end."""
@@ -222,7 +221,7 @@ def training_batches(
     per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
     dealers = _dealers(shard_index, num_shards) if config.group_negatives else range(shard_index, shard_index + 1)
 
-    def make(step: tf.Tensor) -> dict[str, tf.Tensor]:
+    def make(step: tf.Tensor) -> Batch:
         epoch = step // per_epoch
         first = step % per_epoch * global_batch_size
         total = tf.minimum(num_examples - first, global_batch_size)
@@ -293,7 +292,7 @@ def evaluation_batches(
     maker = BatchMaker(store, examples, config.max_history_length, seed, _EVALUATION)
     first, end = share(examples.num_examples, shard_index, num_shards)
 
-    def make(start: tf.Tensor) -> dict[str, tf.Tensor]:
+    def make(start: tf.Tensor) -> Batch:
         return maker.batch(tf.range(start, tf.minimum(start + batch_size, end)), tf.constant(0, tf.int64))
 
     starts = tf.data.Dataset.range(first, end, batch_size)
@@ -312,9 +311,7 @@ def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _mapped(
-    dataset: tf.data.Dataset, make: Callable[[tf.Tensor], dict[str, tf.Tensor]], num_parallel_calls: int
-) -> tf.data.Dataset:
+def _mapped(dataset: tf.data.Dataset, make: Callable[[tf.Tensor], Batch], num_parallel_calls: int) -> tf.data.Dataset:
     options = tf.data.Options()
     # tf.data's rewrites would copy every captured array into the graph: at 200 million events, 800 MB a worker.
     options.experimental_optimization.apply_default_optimizations = False

@@ -16,8 +16,9 @@ from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.packed import segment_ids, segment_sum
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
+from din_dist.schema import Batch
 
-Scorer = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]  # a packed batch to one number an example, `[B]`
+Scorer = Callable[[Batch], tf.Tensor]  # a packed batch to one number an example, `[B]`
 
 
 class Evaluator:
@@ -96,14 +97,14 @@ class Evaluator:
         return self._runtime.gather(np.concatenate([*mine, np.zeros(0, np.float32)]))
 
 
-def _popularity(batch: Mapping[str, tf.Tensor], popularity_of: tf.Tensor) -> tf.Tensor:
-    return tf.gather(popularity_of, batch[schema.CANDIDATE_ITEM_IDS])
+def _popularity(batch: Batch, popularity_of: tf.Tensor) -> tf.Tensor:
+    return tf.gather(popularity_of, batch.candidate_item_ids)
 
 
-def _repeats(batch: Mapping[str, tf.Tensor], feature_of: tf.Tensor, popularity_of: tf.Tensor) -> tf.Tensor:
-    candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
-    candidate = tf.gather(feature_of, batch[schema.CANDIDATE_ITEM_IDS])
+def _repeats(batch: Batch, feature_of: tf.Tensor, popularity_of: tf.Tensor) -> tf.Tensor:
+    candidate_of = segment_ids(batch.history_lengths)
+    candidate = tf.gather(feature_of, batch.candidate_item_ids)
     wanted = tf.gather(candidate, candidate_of)
-    same = tf.equal(wanted, tf.gather(feature_of, batch[schema.HISTORY_ITEM_IDS])) & (wanted != schema.UNKNOWN_ID)
+    same = tf.equal(wanted, tf.gather(feature_of, batch.history_item_ids)) & (wanted != schema.UNKNOWN_ID)
     times = segment_sum(tf.cast(same, tf.float32), candidate_of, tf.size(candidate))
     return times + _popularity(batch, popularity_of)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
@@ -18,6 +16,7 @@ from din_dist.layers.native.vectors import beside_product
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.standardize import SumOverRanks
 from din_dist.models.ranking_model import RankingModel, items_of
+from din_dist.schema import Batch
 
 
 class DIN(RankingModel):
@@ -76,10 +75,10 @@ class DIN(RankingModel):
             return beside_product(interest, candidate)
         return tf.concat([interest, candidate, interest * candidate], axis=1)
 
-    def attention_weights(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    def attention_weights(self, batch: Batch) -> tf.Tensor:
         distinct, places = items_of(batch)
-        num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
+        num_candidates = tf.size(batch.candidate_item_ids)
         vectors, _ = self.lookup(distinct)
         candidate = tf.gather(vectors, places[:num_candidates])
-        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS])
+        candidate_of = segment_ids(batch.history_lengths)
         return self.attention.weights_of_pairs(candidate, vectors, candidate_of, places[num_candidates:])

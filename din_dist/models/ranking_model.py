@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
@@ -19,6 +17,7 @@ from din_dist.layers.native.vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.standardize import BatchNormalization, SumOverRanks
 from din_dist.layers.xla import round_up
+from din_dist.schema import Batch
 
 
 class RankingModel(keras.Model):
@@ -67,7 +66,7 @@ class RankingModel(keras.Model):
         """Makes every variable, by scoring one candidate without a history."""
         nothing = tf.zeros([0], tf.int32)
         one = tf.zeros([1], tf.int32)
-        self({schema.CANDIDATE_ITEM_IDS: one, schema.HISTORY_ITEM_IDS: nothing, schema.HISTORY_LENGTHS: one})
+        self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=one))
 
     @property
     def statistics_widths(self) -> list[int]:
@@ -108,14 +107,14 @@ class RankingModel(keras.Model):
     def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, native: bool = False) -> tf.Tensor:
         """`[C, H]` and `[C, H]` to what the head sees of them; `native`: in a kernel of our own, if it has one."""
 
-    def call(self, batch: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+    def call(self, batch: Batch, training: bool = False) -> tf.Tensor:
         """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
         # Where XLA compiles for each length, there are to be few.
         few_lengths = training and self.compiled and self.needs_few_lengths
         distinct, places = items_of(batch)
         native = self.native and training
-        candidate_of = segment_ids(batch[schema.HISTORY_LENGTHS], native=native)
-        num_candidates = tf.size(batch[schema.CANDIDATE_ITEM_IDS])
+        candidate_of = segment_ids(batch.history_lengths, native=native)
+        num_candidates = tf.size(batch.candidate_item_ids)
         candidate_places, key_of = places[:num_candidates], places[num_candidates:]
         if native:
             parts, biases = self.lookup.parts(distinct)
@@ -137,11 +136,11 @@ class RankingModel(keras.Model):
             candidate_of,
             key_of,
             num_pairs=num_pairs,
-            dropout_seeds=batch.get(schema.EXAMPLE_KEYS),
+            dropout_seeds=batch.dropout_seeds,
             training=training,
         )
 
-    def attention_weights(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+    def attention_weights(self, batch: Batch) -> tf.Tensor | None:
         """How much each history position of a packed batch counts, `[N]`; None where all count the same."""
         return None
 
@@ -207,11 +206,11 @@ class RankingModel(keras.Model):
         return scores + biases
 
 
-def items_of(batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+def items_of(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
     """`distinct_items` of a packed batch, which may bring them along."""
-    if schema.DISTINCT_ITEM_IDS in batch:
-        return batch[schema.DISTINCT_ITEM_IDS], batch[schema.ITEM_PLACES]
-    return distinct_items(batch[schema.CANDIDATE_ITEM_IDS], batch[schema.HISTORY_ITEM_IDS])
+    if batch.distinct_item_ids is not None:
+        return batch.distinct_item_ids, batch.item_index
+    return distinct_items(batch.candidate_item_ids, batch.history_item_ids)
 
 
 def distinct_items(candidate_item_ids: tf.Tensor, history_item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -196,11 +196,10 @@ def _examples(model: RankingModel, config: Config, store: EventStore, examples: 
     for batch in batches:
         weights = model.attention_weights(batch)
         clicks = probabilities(model(batch, training=False).numpy())
-        ends = np.cumsum(batch[schema.HISTORY_LENGTHS].numpy())
-        histories = np.split(batch[schema.HISTORY_ITEM_IDS].numpy(), ends[:-1])
+        ends = np.cumsum(batch.history_lengths.numpy())
+        histories = np.split(batch.history_item_ids.numpy(), ends[:-1])
         parts = [None] * len(histories) if weights is None else np.split(weights.numpy().astype(np.float64), ends[:-1])
-        fields = (schema.EXAMPLE_IDS, schema.CANDIDATE_ITEM_IDS, schema.LABELS)
-        columns = [batch[name].numpy().tolist() for name in fields]
+        columns = [field.numpy().tolist() for field in (batch.example_ids, batch.candidate_item_ids, batch.labels)]
         for place, candidate, label, probability, history, part in zip(
             *columns, clicks.tolist(), histories, parts, strict=True
         ):

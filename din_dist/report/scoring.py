@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.pipeline import BATCH_SIGNATURE
@@ -100,8 +99,8 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         rankings={name: evaluator.scores(split, scorer) for name, scorer in scorers.items()},
         labels=evaluator.labels(split),
         users=examples.user_of_example(),
-        candidates=evaluator.scores(split, lambda batch: batch[schema.CANDIDATE_ITEM_IDS]).astype(np.int64),
-        history_lengths=evaluator.scores(split, lambda batch: batch[schema.HISTORY_LENGTHS]).astype(np.int64),
+        candidates=evaluator.scores(split, lambda batch: batch.candidate_item_ids).astype(np.int64),
+        history_lengths=evaluator.scores(split, lambda batch: batch.history_lengths).astype(np.int64),
         draws_per_row=examples.draws_per_row,
     )
 

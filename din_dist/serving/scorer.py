@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.data.event_store import ITEMS, EventStore
+from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
 
 _PAIRS = 100_000  # (candidate, behaviour) pairs at once
@@ -23,10 +23,10 @@ class ExportScorer:
         kind = tf.string if bundle.manifest.item_id_type == "string" else tf.int64
         self._own_ids = tf.constant(own_ids, kind)
 
-    def of_batch(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    def of_batch(self, batch: Batch) -> tf.Tensor:
         """Logits `[B]` of a packed batch (see `schema`)."""
-        histories, candidates = batch[schema.HISTORY_ITEM_IDS], batch[schema.CANDIDATE_ITEM_IDS]
-        logits = self._bundle.score(self._own(histories), batch[schema.HISTORY_LENGTHS], self._own(candidates))
+        histories, candidates = batch.history_item_ids, batch.candidate_item_ids
+        logits = self._bundle.score(self._own(histories), batch.history_lengths, self._own(candidates))
         return tf.constant(logits)
 
     def of_all(

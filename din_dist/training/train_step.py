@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
-from din_dist.data.pipeline import BATCH_SIGNATURE, Batch
+from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
 from din_dist.layers.xla import fused, on_host
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from din_dist.training.optimizers import Optimizer
 from din_dist.training.regularization import Regularization, clip
 from din_dist.training.undo import UndoLog
@@ -101,7 +101,7 @@ class TrainStep:
             rate, global_examples, requests = in_float32[0], in_float32[2], in_float32[3:]
         own, loss, losses = self.local_gradients(batch, global_examples)
         with on_host():
-            others = tf.concat([requests, _as_bytes(tf.reduce_sum(hash64(batch[schema.EXAMPLE_IDS])))], axis=0)
+            others = tf.concat([requests, _as_bytes(tf.reduce_sum(hash64(batch.example_ids)))], axis=0)
         ready, parts = _time_after(own), [loss[None], others]
         with tf.control_dependencies([ready]):  # else a worker of one core may look at the clock after the exchange
             told = tf.concat(parts, axis=0)
@@ -115,8 +115,8 @@ class TrainStep:
             norm,
             requests=heard,
             checksum=checksum,
-            num_examples=tf.size(batch[schema.LABELS]),
-            nonfinite_examples=tf.boolean_mask(batch[schema.EXAMPLE_IDS], ~tf.math.is_finite(losses)),
+            num_examples=tf.size(batch.labels),
+            nonfinite_examples=tf.boolean_mask(batch.example_ids, ~tf.math.is_finite(losses)),
             observed=self.observe(batch, ready, own, gradients),
             values=[variable.read_value() for variable in self._history.others] if self._history else [],
             replaced=replaced,
@@ -135,8 +135,8 @@ class TrainStep:
         num_rows = [each.num_rows_of_all() for each in rows]
         with on_host():
             sent = [self._exchange.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
-            places = batch[schema.ITEM_PLACES]
-            unknown = self._model.lookup.unknown(batch[schema.DISTINCT_ITEM_IDS])
+            places = batch.item_index
+            unknown = self._model.lookup.unknown(batch.distinct_item_ids)
             num_items = tf.shape(unknown)[1]
             times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
             num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
@@ -146,7 +146,7 @@ class TrainStep:
                 tf.stack(sent),
                 tf.convert_to_tensor(num_rows or [0]),
                 num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
-                self._model.num_computed_positions(tf.size(batch[schema.HISTORY_ITEM_IDS])),
+                self._model.num_computed_positions(tf.size(batch.history_item_ids)),
             )
 
     def local_gradients(
@@ -156,7 +156,7 @@ class TrainStep:
         with tf.GradientTape() as tape:
             logits = self._model(batch, training=True)
             compiled = self._model.compiled and not self._model.native
-            losses = _cross_entropy(logits, batch[schema.LABELS], compiled=compiled)
+            losses = _cross_entropy(logits, batch.labels, compiled=compiled)
             loss = tf.reduce_sum(losses) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables
         return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss, losses

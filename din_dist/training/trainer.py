@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist import progress, schema
+from din_dist import progress
 from din_dist.config import Config, digest_of
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import BATCH_SIGNATURE, Batch, num_steps_per_epoch
+from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from din_dist.telemetry.reporter import Telemetry
 from din_dist.telemetry.step_report import PARTS, Moment, StepReport
 from din_dist.training.checkpoint import CheckpointStore
@@ -311,7 +312,7 @@ class Trainer:
         observed = [part.numpy() for part in result.observed]
         gradients_ready, exchange_ended, rows_sent, unique_rows, unknown_ids, computed_positions = observed
         parts = [waited, *started.seconds_between([float(gradients_ready), float(exchange_ended)])]
-        positions = batch[schema.HISTORY_ITEM_IDS].shape[0]
+        positions = batch.history_item_ids.shape[0]
         return StepReport(
             loss=float(result.loss),
             gradient_norm=float(result.gradient_norm),

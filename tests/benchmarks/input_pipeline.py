@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 
-from din_dist import schema
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 
@@ -46,8 +45,8 @@ def main() -> None:
     num_examples = num_positions = 0
     started = time.perf_counter()
     for batch in batches:
-        num_examples += len(batch[schema.LABELS])
-        num_positions += len(batch[schema.HISTORY_ITEM_IDS])
+        num_examples += len(batch.labels)
+        num_positions += len(batch.history_item_ids)
     seconds = time.perf_counter() - started
     print(json.dumps({"examples_per_second": num_examples / seconds, "positions_per_second": num_positions / seconds}))
 

@@ -89,20 +89,20 @@ def trainer_logits(job: Job, histories: list[list[str]], candidates: list[str]) 
     """What the model says that the trainer would go on with."""
     import tensorflow as tf
 
-    from din_dist import schema
     from din_dist.cli.saved_job import config_of, trained_model
     from din_dist.data.prepared import open_prepared
+    from din_dist.schema import Batch
 
     config = config_of(job.folder / "run")
     store = open_prepared(config.data)
     model, _ = trained_model(config, store)
     dense = {item: number for number, item in enumerate(store.vocabulary("items").to_pylist(), start=1)}
     kept = [history[-LONGEST:] for history in histories]
-    batch = {
-        schema.CANDIDATE_ITEM_IDS: tf.constant([dense.get(item, 0) for item in candidates], tf.int32),
-        schema.HISTORY_ITEM_IDS: tf.constant([dense.get(item, 0) for history in kept for item in history], tf.int32),
-        schema.HISTORY_LENGTHS: tf.constant([len(history) for history in kept], tf.int32),
-    }
+    batch = Batch(
+        candidate_item_ids=tf.constant([dense.get(item, 0) for item in candidates], tf.int32),
+        history_item_ids=tf.constant([dense.get(item, 0) for history in kept for item in history], tf.int32),
+        history_lengths=tf.constant([len(history) for history in kept], tf.int32),
+    )
     return model(batch, training=False).numpy()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from din_dist import kernels, schema
+from din_dist import kernels
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import (
@@ -28,6 +28,7 @@ from din_dist.data.pipeline import (
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.data.trained_items import trained_items
+from din_dist.schema import Batch
 from tests.support.small_log import small_config, write_log
 
 
@@ -69,21 +70,21 @@ def test_batches_hold_what_the_rules_say(prepared) -> None:
     examples = splits["train"]
     events = examples.events()
     for batch in train(prepared, steps=(0, num_steps_per_epoch(examples.num_examples, 50))):
-        ends = np.cumsum(batch[schema.HISTORY_LENGTHS])
-        histories = np.split(batch[schema.HISTORY_ITEM_IDS], ends[:-1])
-        for place, example in enumerate(batch[schema.EXAMPLE_IDS]):
+        ends = np.cumsum(batch.history_lengths)
+        histories = np.split(batch.history_item_ids, ends[:-1])
+        for place, example in enumerate(batch.example_ids):
             row, draw = divmod(int(example), examples.draws_per_row)
             event = events[row]
             user = np.searchsorted(store.user_offsets, event, side="right") - 1
             before = np.arange(store.user_offsets[user], event)
             if store.labels is not None:
                 before = before[store.labels[before] == 1]
-                assert batch[schema.LABELS][place] == store.labels[event]
+                assert batch.labels[place] == store.labels[event]
             else:
-                assert batch[schema.LABELS][place] == (draw == 0)
+                assert batch.labels[place] == (draw == 0)
             expected = store.item_ids[before][-config.max_history_length :]
             assert histories[place].tolist() == expected.tolist()
-            candidate = batch[schema.CANDIDATE_ITEM_IDS][place]
+            candidate = batch.candidate_item_ids[place]
             touched = store.item_ids[store.user_offsets[user] : store.user_offsets[user + 1]]
             if store.labels is None and draw:
                 assert 1 <= candidate <= store.facts.num_items
@@ -95,11 +96,10 @@ def test_batches_hold_what_the_rules_say(prepared) -> None:
 @pytest.mark.parametrize("native", [False, True])
 def test_ids_are_hidden_only_when_asked(prepared, native: bool) -> None:
     """To the bit what it was before they could be: the numbers were taken from the code before."""
-    names = (schema.CANDIDATE_ITEM_IDS, schema.HISTORY_ITEM_IDS, schema.DISTINCT_ITEM_IDS, schema.ITEM_PLACES)
     checksum = 0
     for batch in train(prepared, steps=(0, 12), native=native):
-        for name in names:
-            checksum = zlib.crc32(batch[name].astype("<i4").tobytes(), checksum)
+        for values in (batch.candidate_item_ids, batch.history_item_ids, batch.distinct_item_ids, batch.item_index):
+            checksum = zlib.crc32(values.astype("<i4").tobytes(), checksum)
     assert checksum == (3133498422 if prepared[1].labels is None else 1969495897)
 
 
@@ -128,9 +128,9 @@ def test_a_share_of_the_ids_is_hidden_by_example_and_item(hiding) -> None:
     shares = {"candidates": [], "positions": []}
     for epoch in range(2):
         for batch in train(hiding, steps=(epoch * per_epoch, (epoch + 1) * per_epoch)):
-            candidates = batch[schema.CANDIDATE_ITEM_IDS]
+            candidates = batch.candidate_item_ids
             shares["candidates"] += (candidates < 0).tolist()
-            shares["positions"] += (batch[schema.HISTORY_ITEM_IDS] < 0).tolist()
+            shares["positions"] += (batch.history_item_ids < 0).tolist()
             for example, candidate, label, _, history in examples_of(batch):
                 for item in {candidate, *history}:
                     assert hidden[epoch].setdefault((example, abs(item)), item < 0) == (item < 0)
@@ -163,13 +163,12 @@ def test_kernels_make_the_same_batches(hiding, rank: int) -> None:
     grouped = dataclasses.replace(config, group_negatives=store.labels is None), store, splits
     asked = {"world_size": 3, "rank": rank, "batch": 57, "steps": (0, splits["train"].num_examples // 57 + 1)}
     for theirs, ours in zip(train(grouped, **asked), train(grouped, native=True, **asked), strict=True):
-        assert theirs.keys() == ours.keys()
-        for name, values in theirs.items():
-            assert values.dtype == ours[name].dtype
-            np.testing.assert_array_equal(ours[name], values, err_msg=name)
+        for name, own, values in zip(Batch._fields, ours, theirs, strict=True):
+            assert values.dtype == own.dtype
+            np.testing.assert_array_equal(own, values, err_msg=name)
     empty = {**asked, "batch": 2, "steps": (0, 3)}
-    assert [[*map(len, batch.values())] for batch in train(grouped, native=True, **empty)] == [
-        [*map(len, batch.values())] for batch in train(grouped, **empty)
+    assert [[*map(len, batch)] for batch in train(grouped, native=True, **empty)] == [
+        [*map(len, batch)] for batch in train(grouped, **empty)
     ]
 
 
@@ -180,8 +179,8 @@ def test_evaluation_hides_nothing_and_takes_negatives_of_all_items(hiding) -> No
     (batch,) = evaluation_batches(
         store, splits["test"], config, seed=7, batch_size=9999, shard_index=0, num_shards=1
     ).as_numpy_iterator()
-    assert batch[schema.DISTINCT_ITEM_IDS].min() > 0
-    candidates = batch[schema.CANDIDATE_ITEM_IDS].reshape(-1, splits["test"].draws_per_row)
+    assert batch.distinct_item_ids.min() > 0
+    candidates = batch.candidate_item_ids.reshape(-1, splits["test"].draws_per_row)
     assert not trained.occur[candidates[:, -1]].all()
 
 
@@ -210,7 +209,7 @@ def test_every_example_exactly_once_an_epoch(prepared, world_size: int) -> None:
         for rank in range(world_size):
             steps = (epoch * per_epoch, (epoch + 1) * per_epoch)
             for batch in train(prepared, world_size=world_size, rank=rank, steps=steps):
-                seen.update(batch[schema.EXAMPLE_IDS].tolist())
+                seen.update(batch.example_ids.tolist())
         assert seen == Counter(range(num_examples))
 
 
@@ -224,13 +223,13 @@ def test_ranks_divide_the_same_global_batch_and_resume_anywhere(prepared) -> Non
 
 def examples_of(batch: dict[str, np.ndarray]) -> list[tuple]:
     """All that a batch says of each of its examples, with each item by way of the batch's distinct ones."""
-    items = np.concatenate([batch[schema.CANDIDATE_ITEM_IDS], batch[schema.HISTORY_ITEM_IDS]])
-    distinct = batch[schema.DISTINCT_ITEM_IDS]
+    items = np.concatenate([batch.candidate_item_ids, batch.history_item_ids])
+    distinct = batch.distinct_item_ids
     assert len(np.unique(distinct)) == len(distinct)
-    np.testing.assert_array_equal(distinct[batch[schema.ITEM_PLACES]], items)
-    histories = np.split(batch[schema.HISTORY_ITEM_IDS], np.cumsum(batch[schema.HISTORY_LENGTHS])[:-1])
-    names = (schema.EXAMPLE_IDS, schema.CANDIDATE_ITEM_IDS, schema.LABELS, schema.EXAMPLE_KEYS)
-    return list(zip(*(batch[name].tolist() for name in names), map(tuple, histories), strict=True))
+    np.testing.assert_array_equal(distinct[batch.item_index], items)
+    histories = np.split(batch.history_item_ids, np.cumsum(batch.history_lengths)[:-1])
+    columns = (batch.example_ids, batch.candidate_item_ids, batch.labels, batch.dropout_seeds)
+    return list(zip(*(column.tolist() for column in columns), map(tuple, histories), strict=True))
 
 
 def test_order_differs_by_epoch_and_seed_and_is_not_the_logs(prepared) -> None:
@@ -238,7 +237,7 @@ def test_order_differs_by_epoch_and_seed_and_is_not_the_logs(prepared) -> None:
 
     def order(epoch: int, seed: int = 7) -> list[int]:
         batches = train(prepared, steps=(epoch * per_epoch, (epoch + 1) * per_epoch), seed=seed)
-        return np.concatenate([batch[schema.EXAMPLE_IDS] for batch in batches]).tolist()
+        return np.concatenate([batch.example_ids for batch in batches]).tolist()
 
     orders = [order(0), order(1), order(0, seed=8), sorted(order(0))]
     assert order(0) == orders[0]
@@ -249,10 +248,7 @@ def test_the_last_batch_may_leave_ranks_without_examples(prepared) -> None:
     num_examples = prepared[2]["train"].num_examples
     batch_size = num_examples - 1  # the last batch has one example
     sizes = [
-        [
-            len(batch[schema.LABELS])
-            for batch in train(prepared, world_size=3, rank=rank, steps=(0, 2), batch=batch_size)
-        ]
+        [len(batch.labels) for batch in train(prepared, world_size=3, rank=rank, steps=(0, 2), batch=batch_size)]
         for rank in range(3)
     ]
     assert np.sum(sizes, axis=0).tolist() == [batch_size, 1]
@@ -268,9 +264,7 @@ def test_negatives_are_redrawn_each_epoch_only_when_asked(tmp_path: Path, resamp
 
     def negatives(epoch: int) -> dict[int, int]:
         batches = train(prepared, steps=(epoch * per_epoch, (epoch + 1) * per_epoch))
-        pairs = [
-            zip(b[schema.EXAMPLE_IDS], b[schema.CANDIDATE_ITEM_IDS], b[schema.LABELS], strict=True) for b in batches
-        ]
+        pairs = [zip(b.example_ids, b.candidate_item_ids, b.labels, strict=True) for b in batches]
         return {int(example): int(item) for batch in pairs for example, item, label in batch if not label}
 
     first, second = negatives(0), negatives(1)
@@ -290,7 +284,7 @@ def test_an_event_and_its_negatives_are_neighbours_only_when_asked(tmp_path: Pat
     def order(epoch: int) -> list[int]:
         steps = (epoch * per_epoch, (epoch + 1) * per_epoch)
         ranks = [train(prepared, world_size=3, rank=rank, steps=steps) for rank in range(3)]
-        return [int(e) for step in zip(*ranks, strict=True) for share in step for e in share[schema.EXAMPLE_IDS]]
+        return [int(e) for step in zip(*ranks, strict=True) for share in step for e in share.example_ids]
 
     first, second = order(0), order(1)
     assert sorted(first) == sorted(second) == list(range(num_examples))
@@ -315,13 +309,13 @@ def test_ranks_share_positions_as_well_as_examples(tmp_path: Path, world_size: i
     shares = [list(train(prepared, world_size=world_size, rank=rank, **asked)) for rank in range(world_size)]
     assert len(whole) > 1
     for update, of_ranks in zip(whole, zip(*shares, strict=True), strict=True):
-        ids = np.concatenate([batch[schema.EXAMPLE_IDS] for batch in of_ranks])
-        assert sorted(ids) == sorted(update[schema.EXAMPLE_IDS])
-        sizes = [len(batch[schema.EXAMPLE_IDS]) for batch in of_ranks]
+        ids = np.concatenate([batch.example_ids for batch in of_ranks])
+        assert sorted(ids) == sorted(update.example_ids)
+        sizes = [len(batch.example_ids) for batch in of_ranks]
         assert sizes == [e - b for b, e in (share(len(ids), rank, world_size) for rank in range(world_size))]
     first = next(zip(*shares, strict=True))[:8]  # of a whole batch, those that deal
-    lengths = np.array([len(batch[schema.HISTORY_ITEM_IDS]) for batch in first])
-    as_they_come = whole[0][schema.HISTORY_LENGTHS][: share(batch_size, len(first) - 1, world_size)[1]]
+    lengths = np.array([len(batch.history_item_ids) for batch in first])
+    as_they_come = whole[0].history_lengths[: share(batch_size, len(first) - 1, world_size)[1]]
     expected = np.array([part.sum() for part in np.array_split(as_they_come, len(first))])
     assert lengths.std() < expected.std() / 2
 
@@ -334,8 +328,8 @@ def test_evaluation_takes_each_example_once_in_order(prepared, world_size: int) 
         for batch in evaluation_batches(
             store, splits["test"], config, seed=7, batch_size=16, shard_index=rank, num_shards=world_size
         ).as_numpy_iterator():
-            ids += batch[schema.EXAMPLE_IDS].tolist()
-            candidates += batch[schema.CANDIDATE_ITEM_IDS].tolist()
+            ids += batch.example_ids.tolist()
+            candidates += batch.candidate_item_ids.tolist()
     assert ids == list(range(splits["test"].num_examples))
     draws = splits["test"].draws_per_row
     assert candidates[::draws] == store.item_ids[splits["test"].events()].tolist()

@@ -20,6 +20,7 @@ from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import SPLITS
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
+from din_dist.schema import Batch
 from din_dist.serving.batch.histories import UserHistories
 from din_dist.tables.table import Ids
 from din_dist.training.checkpoint import CheckpointStore
@@ -123,11 +124,11 @@ def test_training_and_scoring_by_time_are_one(tmp_path: Path, order: str) -> Non
         own_users = pa.array(store.own_ids(event_store.USERS, users + 1))
         items, lengths = by_time.of(Ids(own_users), store.timestamps[events])
         assert lengths.max() > 5
-        batch = {
-            schema.CANDIDATE_ITEM_IDS: store.item_ids[events],
-            schema.HISTORY_ITEM_IDS: dense(store, items.part(0, int(lengths.sum())).numpy()),
-            schema.HISTORY_LENGTHS: lengths.astype(np.int32),
-        }
+        batch = Batch(
+            candidate_item_ids=store.item_ids[events],
+            history_item_ids=dense(store, items.part(0, int(lengths.sum())).numpy()),
+            history_lengths=lengths.astype(np.int32),
+        )
         logits = job.model(batch, training=False).numpy()
         np.testing.assert_allclose(job.evaluator.scores(split, job.model), logits, atol=1e-6)
 

@@ -218,10 +218,7 @@ def test_batches_through_any_changes(job: Job, changes: list[Stretch]) -> None:
             )
             made = itertools.islice(batches.as_numpy_iterator(), num_updates)
             of_ranks.append(
-                [
-                    list(zip(batch[schema.EXAMPLE_IDS].tolist(), batch[schema.EXAMPLE_KEYS].tolist(), strict=True))
-                    for batch in made
-                ]
+                [list(zip(batch.example_ids.tolist(), batch.dropout_seeds.tolist(), strict=True)) for batch in made]
             )
         return [list(shares) for shares in zip(*of_ranks, strict=True)]
 

@@ -8,6 +8,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
+from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.models.ranking_model import items_of
+from din_dist.schema import Batch
 from tests.support.reference.compare import (
     FACTS,
     ITEM_FEATURES,
@@ -43,11 +46,11 @@ def test_score_candidates_equals_scoring_one_by_one(kind, normalization):
     model = small_model(model=kind, attention_normalization=normalization, activation=Activation.DICE)
     one_by_one = [
         model(
-            {
-                schema.CANDIDATE_ITEM_IDS: tf.constant([candidate]),
-                schema.HISTORY_ITEM_IDS: tf.constant(history, tf.int32),
-                schema.HISTORY_LENGTHS: tf.constant([len(history)]),
-            }
+            Batch(
+                candidate_item_ids=tf.constant([candidate]),
+                history_item_ids=tf.constant(history, tf.int32),
+                history_lengths=tf.constant([len(history)]),
+            )
         )[0]
         for history, candidates in zip(HISTORIES, CANDIDATES, strict=True)
         for candidate in candidates
@@ -89,13 +92,13 @@ def test_the_layers_are_created_once(kind):
 
 def test_a_graph_traced_once_takes_every_batch(kind):
     model = small_model(model=kind, activation=Activation.DICE, batch_norm=BatchNorm.FROZEN, dropout=0.2)
-    example = packed(padded_batch((1,)))
-    signature = {name: tf.TensorSpec([None], values.dtype) for name, values in example.items()}
-    collectives = tf.function(lambda batch: model(batch, training=True), input_signature=[signature])
+    in_graph = tf.function(lambda batch: model(batch, training=True), input_signature=[BATCH_SIGNATURE])
     for lengths in (RAGGED, (0, 0), (1,), ()):
         batch = packed(padded_batch(lengths))
-        assert_allclose(collectives(batch), model(batch, training=True), rtol=1e-5, atol=1e-6)
-    assert collectives.experimental_get_tracing_count() == 1
+        items, index = items_of(batch)
+        found = in_graph(batch._replace(distinct_item_ids=items, item_index=index))
+        assert_allclose(found, model(batch, training=True), rtol=1e-5, atol=1e-6)
+    assert in_graph.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.parametrize("batch_norm", BatchNorm)

@@ -6,16 +6,16 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from numpy.testing import assert_allclose
 
-from din_dist import assembly, schema
+from din_dist import assembly
 from din_dist.config import AttentionNormalization, ModelKind, Split
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import split_examples
 from din_dist.report import attention
 from din_dist.report.scoring import MODEL, Scored
+from din_dist.schema import Batch
 
 
 def scored(logits, labels, lengths, users=None) -> Scored:
@@ -54,7 +54,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory):
     return config, store, split_examples(store, config.data)["test"]
 
 
-def batch_of(parts) -> dict[str, tf.Tensor]:
+def batch_of(parts) -> Batch:
     """The whole split."""
     config, store, examples = parts
     (batch,) = evaluation_batches(
@@ -70,7 +70,7 @@ def test_what_is_shown_is_what_the_model_does(parts, normalization) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_normalization=normalization))
     model = assembly.make_model(config.model, store.facts, store.item_features, seed=3)
     batch = batch_of(parts)
-    lengths = batch[schema.HISTORY_LENGTHS].numpy()
+    lengths = batch.history_lengths.numpy()
     ends = np.cumsum(lengths)
     weights, logits = model.attention_weights(batch).numpy(), model(batch).numpy()
     longest, other, last = int(np.argmax(lengths)), int(np.flatnonzero(lengths > 1)[3]), len(lengths) - 1
@@ -78,10 +78,10 @@ def test_what_is_shown_is_what_the_model_does(parts, normalization) -> None:
     assert [example.kind for example in shown] == ["a", "a", "b"]
     for place, example in zip((longest, other, last), shown, strict=True):
         here = slice(ends[place] - lengths[place], ends[place])
-        history = store.own_ids("items", batch[schema.HISTORY_ITEM_IDS].numpy()[here])
-        assert example.item == store.own_ids("items", [batch[schema.CANDIDATE_ITEM_IDS].numpy()[place]])[0]
+        history = store.own_ids("items", batch.history_item_ids.numpy()[here])
+        assert example.item == store.own_ids("items", [batch.candidate_item_ids.numpy()[place]])[0]
         assert example.user == store.own_ids("users", [examples.user_of_example()[place] + 1])[0]
-        assert example.label == batch[schema.LABELS].numpy()[place]
+        assert example.label == batch.labels.numpy()[place]
         assert example.probability == pytest.approx(1 / (1 + np.exp(-logits[place])), abs=1e-6)
         assert example.history_length == len(history)
         for behaviour in example.behaviours:
@@ -135,7 +135,7 @@ def test_mean_pooling_shows_histories_without_weights(parts) -> None:
     config, store, examples = parts
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=ModelKind.MEAN_POOLING))
     model = assembly.make_model(config.model, store.facts, store.item_features, seed=3)
-    longest = int(np.argmax(batch_of(parts)[schema.HISTORY_LENGTHS]))
+    longest = int(np.argmax(batch_of(parts).history_lengths))
     (example,) = attention.show(model, config, store, examples, {"a": [longest]})
     assert {behaviour.weight for behaviour in example.behaviours} == {None}
     assert [behaviour.age for behaviour in example.behaviours] == list(range(1, 13))  # the newest

@@ -22,6 +22,7 @@ from din_dist.config import Config
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
+from din_dist.schema import Batch
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from tests.support.programs import free_port, program, running
@@ -93,9 +94,9 @@ def test_positions_rows_and_unknown_ids_are_those_of_the_batches(tmp_path: Path)
     job = train(config)
     found = scrape(f"http://{job.telemetry.prometheus_metrics.address}/metrics")
     job.telemetry.close()
-    (batch,) = ({name: value.numpy() for name, value in batch.items()} for batch in job.make_batches(0, 1))
-    items = set(batch["candidate_item_ids"]) | set(batch["history_item_ids"])
-    assert found["din_dist_positions_total"] == batch["history_lengths"].sum()
+    (batch,) = (Batch(*(value.numpy() for value in batch)) for batch in job.make_batches(0, 1))
+    items = set(batch.candidate_item_ids) | set(batch.history_item_ids)
+    assert found["din_dist_positions_total"] == batch.history_lengths.sum()
     assert found["din_dist_unique_rows{table=item}"] == found["din_dist_unique_rows{table=item_bias}"] == len(items)
     assert found["din_dist_unique_rows{table=category_id}"] == 5
     assert found["din_dist_unknown_ids_ratio{table=item}"] == 0
@@ -116,7 +117,7 @@ def test_unknown_features_are_counted_by_position(tmp_path: Path) -> None:
     job.telemetry.close()
     (batch,) = job.make_batches(0, 1)
     feature = prepare(config.data).item_features["category_id"]
-    ids = [*batch["candidate_item_ids"].numpy(), *batch["history_item_ids"].numpy()]
+    ids = [*batch.candidate_item_ids.numpy(), *batch.history_item_ids.numpy()]
     expected = sum(feature[item] == 0 for item in ids) / len(ids)
     assert 0.05 < expected < 0.5
     assert found["din_dist_unknown_ids_ratio{table=category_id}"] == pytest.approx(expected)

@@ -270,7 +270,7 @@ def test_examples_with_a_bad_loss_are_named(tmp_path: Path) -> None:
     job = make(small_config(tmp_path))
     poison(job, item=3)
     batch = next(job.make_batches(0, 1))
-    expected = batch["example_ids"].numpy()[batch["candidate_item_ids"].numpy() == 3].tolist()
+    expected = batch.example_ids.numpy()[batch.candidate_item_ids.numpy() == 3].tolist()
     assert 0 < len(expected) <= 10
     named = (
         rf"the loss of {len(expected)} example\(s\) by itself: on rank 0 of examples {', '.join(map(str, expected))}\."
@@ -285,7 +285,7 @@ def test_bad_updates_are_skipped_and_leave_no_trace(tmp_path: Path, capfd: pytes
     steps = job.trainer.num_steps
     item = 3
     with_it = [
-        step + 1 for step, batch in enumerate(job.make_batches(0, steps)) if item in batch["distinct_item_ids"].numpy()
+        step + 1 for step, batch in enumerate(job.make_batches(0, steps)) if item in batch.distinct_item_ids.numpy()
     ]
     assert len(with_it) > 2
     # Its vector, by which the batch statistics go bad as well.

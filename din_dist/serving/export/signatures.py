@@ -21,7 +21,7 @@ from din_dist.serving.export.vocabulary import Vocabulary
 
 Outputs = dict[str, tf.Tensor]
 
-HISTORY, LENGTHS, CANDIDATES = schema.HISTORY_ITEM_IDS, schema.HISTORY_LENGTHS, schema.CANDIDATE_ITEM_IDS
+HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate_item_ids"
 COUNTS = "candidate_counts"
 BY_ITEM_ID = {tf.string: "", tf.int64: tf.int64.min}  # what stands for a feature that is looked up by the item id
 

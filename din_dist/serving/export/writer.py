@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from din_dist import schema
 from din_dist.config import Config
 from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
 from din_dist.data.pipeline import BATCH_SIGNATURE
@@ -23,6 +22,7 @@ from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.files import locked, make_folder, publish_folder, repair_publishing, write_text
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from din_dist.serving.export.signatures import Signatures, input_names
 from din_dist.serving.manifest import MANIFEST, Manifest, digest_of_file, read_manifest
 from din_dist.text import to_json
@@ -106,16 +106,16 @@ def largest_difference(trained: Trained, folder: Path, evaluator: Evaluator, spl
         ids = vocabulary.take(pa.array(dense_ids.numpy() - 1)).to_numpy(zero_copy_only=False)
         return tf.constant(ids, tf.int64 if pa.types.is_integer(vocabulary.type) else tf.string)
 
-    def by_own_ids(batch: Mapping[str, tf.Tensor], name: str, **more: tf.Tensor) -> tf.Tensor:
+    def by_own_ids(batch: Batch, name: str, **more: tf.Tensor) -> tf.Tensor:
         return loaded.signatures[name](
-            history_item_ids=own_ids(batch[schema.HISTORY_ITEM_IDS]),
-            history_lengths=tf.cast(batch[schema.HISTORY_LENGTHS], tf.int64),
-            candidate_item_ids=own_ids(batch[schema.CANDIDATE_ITEM_IDS]),
+            history_item_ids=own_ids(batch.history_item_ids),
+            history_lengths=tf.cast(batch.history_lengths, tf.int64),
+            candidate_item_ids=own_ids(batch.candidate_item_ids),
             **more,
         )["logits"]
 
-    def one_by_one(batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        counts = tf.ones_like(batch[schema.HISTORY_LENGTHS], tf.int64)
+    def one_by_one(batch: Batch) -> tf.Tensor:
+        counts = tf.ones_like(batch.history_lengths, tf.int64)
         return by_own_ids(batch, "rank_histories", candidate_counts=counts)
 
     expected = evaluator.scores(

@@ -9,17 +9,16 @@ many events the user has before the example), `history_lengths` (the same, cut a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
 
-from din_dist import schema
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.errors import InputError
+from din_dist.schema import Batch
 
 settings.define_flags()
 flags.DEFINE_string("export_dir", None, "Where the arrays go.", required=True)
@@ -69,20 +68,20 @@ def main() -> None:
     print(json.dumps({"bytes": sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())}))
 
 
-def _in_order(batches: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _in_order(batches: Iterable[Batch]) -> dict[str, np.ndarray]:
     """The examples of packed batches, sorted by their ids."""
-    parts = [{name: column.numpy() for name, column in batch.items()} for batch in batches]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    lengths = columns[schema.HISTORY_LENGTHS]
+    parts = [[column.numpy() for column in batch] for batch in batches]
+    columns = Batch(*map(np.concatenate, zip(*parts, strict=True)))
+    lengths = columns.history_lengths
     starts = np.cumsum(lengths) - lengths
-    order = np.argsort(columns[schema.EXAMPLE_IDS])
+    order = np.argsort(columns.example_ids)
     lengths = lengths[order]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return {
-        "candidate_item_ids": columns[schema.CANDIDATE_ITEM_IDS][order],
-        "labels": columns[schema.LABELS][order],
+        "candidate_item_ids": columns.candidate_item_ids[order],
+        "labels": columns.labels[order],
         "history_lengths": lengths,
-        "history_item_ids": columns[schema.HISTORY_ITEM_IDS][np.repeat(starts[order], lengths) + within],
+        "history_item_ids": columns.history_item_ids[np.repeat(starts[order], lengths) + within],
     }
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import stopwatch
 from absl import flags
 
-from din_dist import schema
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.config import Config
@@ -63,7 +62,7 @@ def _train(config: Config) -> None:
     )
     with watch.running():
         for place, batch in enumerate(ours.make_batches(0, 2**40)):
-            num_examples = len(batch[schema.LABELS])
+            num_examples = len(batch.labels)
             result = ours.step(batch, config.optimizer.learning_rate, place + 1, num_examples)
             float(result.loss)  # training reads it too
             watch.after_step(num_examples)

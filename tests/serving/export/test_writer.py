@@ -16,13 +16,14 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose
 
-from din_dist import files, schema
+from din_dist import files
 from din_dist.data.event_store import ITEMS
 from din_dist.data.splits import split_examples
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.files import locked
+from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.export import writer as exporting
 from din_dist.serving.export.signatures import Signatures
@@ -122,11 +123,11 @@ def test_it_needs_nothing_but_tensorflow(trained: Trained, published: tuple[Path
     assert done.returncode == 0, done.stderr
     logits, names = json.loads(done.stdout.splitlines()[-1])
     ids = {own_id: place for place, own_id in enumerate(trained.store.vocabulary(ITEMS).to_pylist(), start=1)}
-    batch = {
-        schema.CANDIDATE_ITEM_IDS: tf.constant([ids["i1"], ids["i2"], 0]),
-        schema.HISTORY_ITEM_IDS: tf.constant([ids["i3"], ids["i7"], 0, ids["i3"]]),
-        schema.HISTORY_LENGTHS: tf.constant([3, 0, 1]),
-    }
+    batch = Batch(
+        candidate_item_ids=tf.constant([ids["i1"], ids["i2"], 0]),
+        history_item_ids=tf.constant([ids["i3"], ids["i7"], 0, ids["i3"]]),
+        history_lengths=tf.constant([3, 0, 1]),
+    )
     assert_allclose(logits, trained.model(batch), atol=1e-5)
     assert len(set(logits)) == 3
     assert {"score", "score_padded", "rank", "rank_histories", "embed_items", "rank_with_features"} < set(names)

@@ -12,6 +12,7 @@ from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import ModelConfig
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from tests.support.reference.padded_din import PaddedBatch
 
 NUM_ITEMS = 12
@@ -73,33 +74,35 @@ def padded_batch(lengths: Sequence[int], seed: int = 0) -> PaddedBatch:
     )
 
 
-def packed(batch: PaddedBatch) -> dict[str, tf.Tensor]:
+def packed(batch: PaddedBatch) -> Batch:
     """The same batch as the model takes it."""
     num_examples = len(batch.labels)
-    return {
-        schema.CANDIDATE_ITEM_IDS: tf.constant(batch.candidate_item_ids, tf.int32),
-        schema.HISTORY_ITEM_IDS: tf.constant(batch.history_item_ids[batch.history_mask], tf.int32),
-        schema.HISTORY_LENGTHS: tf.constant(batch.history_mask.sum(axis=1), tf.int32),
-        schema.EXAMPLE_KEYS: tf.constant(np.random.default_rng(0).integers(0, 2**62, num_examples), tf.int64),
-        schema.LABELS: tf.constant(batch.labels, tf.float32),
-        schema.EXAMPLE_IDS: tf.range(num_examples, dtype=tf.int64),
-    }
+    return Batch(
+        candidate_item_ids=tf.constant(batch.candidate_item_ids, tf.int32),
+        history_item_ids=tf.constant(batch.history_item_ids[batch.history_mask], tf.int32),
+        history_lengths=tf.constant(batch.history_mask.sum(axis=1), tf.int32),
+        dropout_seeds=tf.constant(np.random.default_rng(0).integers(0, 2**62, num_examples), tf.int64),
+        labels=tf.constant(batch.labels, tf.float32),
+        example_ids=tf.range(num_examples, dtype=tf.int64),
+    )
 
 
-def take(batch: Mapping[str, tf.Tensor], examples: Sequence[int]) -> dict[str, tf.Tensor]:
+def take(batch: Batch, examples: Sequence[int]) -> Batch:
     """The packed batch of some of the examples of a packed batch, in this order."""
-    ends = np.cumsum(batch[schema.HISTORY_LENGTHS])
-    starts = ends - batch[schema.HISTORY_LENGTHS]
+    ends = np.cumsum(batch.history_lengths)
+    starts = ends - batch.history_lengths
     positions = np.concatenate([np.arange(starts[i], ends[i]) for i in examples] + [np.arange(0)]).astype(np.int32)
-    rows = {name: np.array(examples, np.int32) for name in batch} | {schema.HISTORY_ITEM_IDS: positions}
-    return {name: tf.gather(values, rows[name]) for name, values in batch.items()}
+    rows = dict.fromkeys(Batch._fields, np.array(examples, np.int32)) | {"history_item_ids": positions}
+    return Batch(
+        *(None if values is None else tf.gather(values, rows[name]) for name, values in batch._asdict().items())
+    )
 
 
 def loss_and_gradients(
-    model: RankingModel, batch: Mapping[str, tf.Tensor], training: bool, num_examples: int | None = None
+    model: RankingModel, batch: Batch, training: bool, num_examples: int | None = None
 ) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
     """Logits, sum of losses / `num_examples` (of the whole batch, if this is a share of it) and dense gradients."""
-    labels = batch[schema.LABELS]
+    labels = batch.labels
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     with tf.GradientTape() as tape:
         logits = model(batch, training=training)
