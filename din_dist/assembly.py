@@ -1,10 +1,10 @@
-"""Settings and a runtime in, a ready trainer out: the one module that may import every room."""
+"""Puts the parts of a training job together, from settings and a runtime: the one module that may import every room."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,10 +17,10 @@ from din_dist.data.pipeline import read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.runtime import Collectives, Runtime
 from din_dist.distributed.shared_memory import share_memory
 from din_dist.evaluation.evaluator import Evaluator
-from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.execution import Execution, SumOverRanks
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
@@ -30,26 +30,16 @@ from din_dist.schema import Batch
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.reporter import Telemetry
 from din_dist.training.checkpoint import CheckpointStore
-from din_dist.training.optimizers import make_optimizer
+from din_dist.training.learner import Learner
+from din_dist.training.optimizers import Optimizer, make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.train_step import MessageSizes, TrainStep
-from din_dist.training.trainer import MakeBatches, Trainer, num_updates
+from din_dist.training.trainer import NoSignals, Signals, Trainer, TrainingData, num_updates
 from din_dist.training.undo import UndoLog
 
 
-class Job(NamedTuple):
-    """The parts of a training job."""
-
-    trainer: Trainer
-    step: TrainStep
-    make_batches: MakeBatches
-    evaluator: Evaluator
-    telemetry: Telemetry
-    model: RankingModel
-
-
 def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
-    """The item's table, then one for each item feature; row 0 of each is for unknown ids."""
+    """Returns the item's table, then one for each item feature; row 0 of each is for unknown ids."""
     sizes = {"item": facts.num_items}
     sizes |= {schema.feature_label(name): num_ids for name, num_ids in facts.item_features.items()}
     widths = config.embedding_dim * len(sizes) if len(config.embedding_dim) == 1 else config.embedding_dim
@@ -67,7 +57,7 @@ _SLOTS = {OptimizerKind.SGD: 0, OptimizerKind.ADAGRAD: 1, OptimizerKind.LAZY_ADA
 
 
 def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> None:
-    """Checks that this machine could hold the tables and what the optimizer keeps for them, once.
+    """Checks that this machine could hold the tables and their slots, once.
 
     Raises:
         InputError: it could not.
@@ -86,6 +76,10 @@ def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> Non
     )
 
 
+# Name -> the class of a model.
+MODELS: dict[str, type[RankingModel]] = {ModelKind.DIN: DIN, ModelKind.MEAN_POOLING: MeanPooling}
+
+
 def make_model(
     config: ModelConfig,
     facts: schema.DatasetFacts,
@@ -93,148 +87,230 @@ def make_model(
     *,
     seed: int,
     row_of_item: np.ndarray | None = None,
-    sum_over_ranks: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
-    compiled: bool = False,
-    native: bool = False,
-    in_bfloat16: bool = False,
-    attention: type[LocalActivationUnit] | None = None,
+    execution: Execution | None = None,
+    sum_over_ranks: SumOverRanks = tf.identity,
+    model_class: Callable[..., RankingModel] | None = None,
 ) -> RankingModel:
-    """A model with its variables made, the same for the same `seed`; `row_of_item` as of `LocalLookup`."""
+    """Makes a model and its variables, the same for the same `seed`.
+
+    Args:
+        config: sizes, activations and normalization.
+        facts: of the data set.
+        item_features: name -> int32 `[num_items + 1]`, the feature's id of each item.
+        seed: of the initial weights.
+        row_of_item: as of `LocalLookup`.
+        execution: how training is computed; None: by TensorFlow's operations.
+        sum_over_ranks: sums statistics of the global batch.
+        model_class: None: the one of `MODELS` that `config` names.
+    """
     keras.utils.set_random_seed(seed)
     lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, name="lookup")
-    match config.model:
-        case ModelKind.DIN:
-            model: RankingModel = DIN(
-                lookup, config, sum_over_ranks, compiled, native, in_bfloat16, attention, name="model"
-            )
-        case ModelKind.MEAN_POOLING:
-            model = MeanPooling(lookup, config, sum_over_ranks, compiled, native, in_bfloat16, name="model")
+    make = model_class or MODELS[config.model]
+    model = make(lookup, config, execution, sum_over_ranks, name="model")
     model.build_variables()
     return model
 
 
-def make_job(
-    config: Config,
-    runtime: Runtime,
-    store: EventStore,
-    *,
-    prometheus_metrics: PrometheusMetrics | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
-    leave_requested: Callable[[], bool] = lambda: False,
-    num_threads: int = 2,
-    attention: type[LocalActivationUnit] | None = None,
-    exchange: type[GradientExchange] = GradientExchange,
-    train_step: type[TrainStep] = TrainStep,
-    idle_rows_per_item: int = 1,
-    shared_memory: bool = True,
-) -> Job:
-    """Wires a training job.
+class Assembly:
+    """A training job. Each part is a property, made from those before it.
+
+    A form that only a benchmark wants is a subclass that overrides one property.
 
     Args:
+        config: all settings.
+        runtime: this rank's way to the others.
         store: the prepared data; nothing is downloaded or built here.
-        num_threads: for the input pipeline, this process' share of the cores.
         prometheus_metrics: this process' metrics; None: new ones, served by `config.job.metrics_port`.
-        attention, exchange, train_step: other forms of the same, for comparison.
-        idle_rows_per_item: rows of the item's tables for each item, which uses the last of them.
-        shared_memory: whether workers of one machine may speak through it.
+        signals: what this process was asked to do.
+        num_threads: for the input pipeline, this process' share of the cores.
 
     Raises:
         InputError: a setting does not fit the data.
     """
-    require_memory_for_tables(config, store.facts)
-    with progress.at(f"reading data in {store.folder}"):
-        splits = split_examples(store, config.data)
-        examples = splits["train"]
-        trained = trained_items(store, config.data, splits)
-    native = _is_native(config)
-    collectives = share_memory(runtime) if native and shared_memory else runtime
-    model = make_model(
-        config.model,
-        dataclasses.replace(store.facts, num_items=idle_rows_per_item * store.facts.num_items),
-        {
-            name: np.repeat(ids, idle_rows_per_item)[idle_rows_per_item - 1 :]
-            for name, ids in store.item_features.items()
-        },
-        seed=config.job.seed,
-        row_of_item=idle_rows_per_item * np.repeat(trained.row_of_item, idle_rows_per_item)[idle_rows_per_item - 1 :]
-        if trained
-        else None,
-        sum_over_ranks=lambda sums: collectives.all_reduce([sums])[0],
-        compiled=config.job.xla,
-        native=native,
-        in_bfloat16=config.job.compute_dtype is ComputeDtype.BFLOAT16,
-        attention=attention,
-    )
-    variables = {weight.path: weight.value for weight in model.trainable_weights}
-    names = list(variables)
-    tables = [weight.path for weight in model.lookup.trainable_weights]
-    with progress.at(f"reading data in {store.folder}"):
-        row_counts = _row_counts(config, store, splits, trained, model.lookup)
-    optimizer = make_optimizer(
-        config.optimizer, list(variables.values()), names, tables=tables, compiled=config.job.xla, native=native
-    )
-    averages = {weight.path: weight.value for weight in model.non_trainable_weights}
-    saved = {**variables, **averages, **optimizer.state}
-    by_rows = {id(variable) for variable in optimizer.changing_by_rows}
-    can_go_back = runtime.elastic or config.job.skip_nonfinite_steps > 0
-    history = UndoLog(optimizer.changing_by_rows, [value for value in saved.values() if id(value) not in by_rows])
-    step = train_step(
-        model,
-        optimizer,
-        exchange(collectives, config.optimizer.wire_dtype, native),
-        Regularization(config.optimizer, row_counts, native, config.job.xla),
-        config.optimizer,
-        history if can_go_back else None,
-    )
-    evaluator = Evaluator(config, store, splits, runtime)
-    prometheus_metrics = prometheus_metrics or PrometheusMetrics(config.job, runtime)
-    telemetry = Telemetry(config.job, runtime, prometheus_metrics, num_updates(config, examples.num_examples))
 
-    def make_batches(first_step: int, end_step: int) -> Iterator[Batch]:
-        batches = iter(
-            training_batches(
-                store,
-                examples,
-                config.data,
-                seed=config.job.seed,
-                global_batch_size=config.job.global_batch_size,
-                first_step=first_step,
-                end_step=end_step,
-                shard_index=runtime.rank,
-                num_shards=runtime.world_size,
-                num_parallel_calls=num_threads,
-                trained=trained,
-                native=native,
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        store: EventStore,
+        *,
+        prometheus_metrics: PrometheusMetrics | None = None,
+        signals: Signals | None = None,
+        num_threads: int = 2,
+    ) -> None:
+        require_memory_for_tables(config, store.facts)
+        self.config, self.runtime, self.store = config, runtime, store
+        self._prometheus_metrics, self._num_threads = prometheus_metrics, num_threads
+        self._signals = signals or NoSignals()
+        _ = self.trainer  # all ranks make their parts in one order: some are made together
+
+    @functools.cached_property
+    def splits(self) -> Mapping[str, Examples]:
+        """The examples of each split."""
+        with progress.at(f"reading data in {self.store.folder}"):
+            return split_examples(self.store, self.config.data)
+
+    @functools.cached_property
+    def trained_items(self) -> TrainedItems | None:
+        """The items that training sees, where others are scored by their features."""
+        with progress.at(f"reading data in {self.store.folder}"):
+            return trained_items(self.store, self.config.data, self.splits)
+
+    @functools.cached_property
+    def execution(self) -> Execution:
+        """How this process computes."""
+        return choose_execution(self.config)
+
+    @functools.cached_property
+    def collectives(self) -> Collectives:
+        """What the ranks use within an update."""
+        return share_memory(self.runtime) if self.execution.kernels else self.runtime
+
+    @property
+    def model_class(self) -> Callable[..., RankingModel]:
+        """What makes the model."""
+        return MODELS[self.config.model.model]
+
+    @functools.cached_property
+    def model(self) -> RankingModel:
+        """The model with its variables."""
+        return make_model(
+            self.config.model,
+            self.store.facts,
+            self.store.item_features,
+            row_of_item=self.trained_items.row_of_item if self.trained_items else None,
+            **self.model_arguments,
+        )
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What every form passes to `make_model`."""
+        return {
+            "seed": self.config.job.seed,
+            "execution": self.execution,
+            "sum_over_ranks": lambda sums: self.collectives.all_reduce([sums])[0],
+            "model_class": self.model_class,
+        }
+
+    @functools.cached_property
+    def row_counts(self) -> dict[str, np.ndarray]:
+        """In how many training events each row of each table occurs."""
+        with progress.at(f"reading data in {self.store.folder}"):
+            return _row_counts(self.config, self.store, self.splits, self.trained_items, self.model.lookup)
+
+    @functools.cached_property
+    def optimizer(self) -> Optimizer:
+        """The optimizer with its slots."""
+        weights = self.model.trainable_weights
+        return make_optimizer(
+            self.config.optimizer,
+            [weight.value for weight in weights],
+            [weight.path for weight in weights],
+            [weight.path for weight in self.model.lookup.trainable_weights],
+            self.execution,
+        )
+
+    @functools.cached_property
+    def exchange(self) -> GradientExchange:
+        """What sums gradients over the ranks."""
+        return GradientExchange(self.collectives, self.config.optimizer.wire_dtype, self.execution)
+
+    @functools.cached_property
+    def undo_log(self) -> UndoLog:
+        """The last updates, for jobs that may have to undo one."""
+        by_rows = {id(variable) for variable in self.optimizer.changing_by_rows}
+        others = [value for value in self.saved_variables.values() if id(value) not in by_rows]
+        return UndoLog(self.optimizer.changing_by_rows, others)
+
+    @functools.cached_property
+    def saved_variables(self) -> dict[str, tf.Variable]:
+        """All that a checkpoint keeps, by name."""
+        weights = [*self.model.trainable_weights, *self.model.non_trainable_weights]
+        return {**{weight.path: weight.value for weight in weights}, **self.optimizer.state}
+
+    @functools.cached_property
+    def step(self) -> TrainStep:
+        """One update."""
+        can_go_back = self.runtime.elastic or self.config.job.skip_nonfinite_steps > 0
+        return self.step_class(
+            self.model,
+            self.optimizer,
+            self.exchange,
+            Regularization(self.config.optimizer, self.row_counts, self.execution),
+            self.config.optimizer,
+            self.undo_log if can_go_back else None,
+        )
+
+    @property
+    def step_class(self) -> type[TrainStep]:
+        """What makes the update."""
+        return TrainStep
+
+    @functools.cached_property
+    def learner(self) -> Learner:
+        """All that learns."""
+        wire_bytes = tf.as_dtype(self.config.optimizer.wire_dtype.value).size
+        sizes = MessageSizes(self.model, self.optimizer, wire_bytes, self.runtime.has_peers)
+        return Learner(self.model, self.step, self.undo_log, self.saved_variables, sizes)
+
+    @functools.cached_property
+    def data(self) -> TrainingData:
+        """What is learned from."""
+        return TrainingData(self.store, self.splits["train"].num_examples, self.make_batches)
+
+    def make_batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
+        """Yields this rank's share of the batches of updates `first_step` to `end_step` - 1."""
+        return read_ahead(
+            iter(
+                training_batches(
+                    self.store,
+                    self.splits["train"],
+                    self.config.data,
+                    seed=self.config.job.seed,
+                    global_batch_size=self.config.job.global_batch_size,
+                    first_step=first_step,
+                    end_step=end_step,
+                    shard_index=self.runtime.rank,
+                    num_shards=self.runtime.world_size,
+                    num_parallel_calls=self._num_threads,
+                    trained=self.trained_items,
+                    native=self.execution.kernels,
+                )
             )
         )
-        if idle_rows_per_item > 1:
-            batches = (
-                batch._replace(distinct_item_ids=batch.distinct_item_ids * idle_rows_per_item) for batch in batches
-            )
-        return read_ahead(batches)
 
-    trainer = Trainer(
-        config,
-        runtime,
-        model,
-        step,
-        MessageSizes(model, optimizer, tf.as_dtype(config.optimizer.wire_dtype.value).size, runtime.has_peers),
-        saved,
-        make_batches,
-        examples.num_examples,
-        evaluator,
-        CheckpointStore(config, store.facts.fingerprint, runtime),
-        telemetry,
-        history,
-        stop_requested,
-        leave_requested,
-        store,
-    )
-    return Job(trainer, step, make_batches, evaluator, telemetry, model)
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """What scores the splits."""
+        return Evaluator(self.config, self.store, self.splits, self.runtime)
+
+    @functools.cached_property
+    def telemetry(self) -> Telemetry:
+        """What reports on the job."""
+        metrics = self._prometheus_metrics or PrometheusMetrics(self.config.job, self.runtime)
+        num_steps = num_updates(self.config, self.splits["train"].num_examples)
+        return Telemetry(self.config.job, self.runtime, metrics, num_steps)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The loop."""
+        learner, evaluator, telemetry = self.learner, self.evaluator, self.telemetry
+        checkpoints = CheckpointStore(self.config, self.store.facts.fingerprint, self.runtime)
+        return Trainer(self.config, self.runtime, learner, self.data, evaluator, checkpoints, telemetry, self._signals)
 
 
-def _is_native(config: Config) -> bool:
-    """Whether this process is to train in our kernels."""
+def choose_execution(config: Config) -> Execution:
+    """Returns how this process is to compute.
+
+    Raises:
+        InputError: the processor or the set-up lacks what the settings ask for.
+    """
+    in_bfloat16 = config.job.compute_dtype is ComputeDtype.BFLOAT16
+    return Execution(_uses_kernels(config), config.job.xla, in_bfloat16)
+
+
+def _uses_kernels(config: Config) -> bool:
+    """Tells whether this process is to train by our kernels."""
     in_bfloat16 = config.job.compute_dtype is ComputeDtype.BFLOAT16
     if not config.job.native or tf.config.get_visible_devices("GPU"):
         received = "a GPU" if config.job.native else "--nonative"
@@ -270,7 +346,7 @@ def _row_counts(
     trained: TrainedItems | None,
     lookup: LocalLookup,
 ) -> dict[str, np.ndarray]:
-    """By the name of each table, how often its rows occur in training; ones where nobody will ask."""
+    """Returns how often the rows of each table occur in training, by its name; zeros if no penalty asks."""
     of_items = np.zeros(store.facts.num_items + 1)
     if config.optimizer.mini_batch_aware_l2:
         of_items = item_counts(store, splits).astype(np.float64)

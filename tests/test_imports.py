@@ -8,7 +8,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "din_dist"
 LEAVES = {
-    *("background_writer", "bounded_server", "config", "environment", "errors", "files", "kernels", "machine"),
+    *(
+        "background_writer",
+        "bounded_server",
+        "config",
+        "environment",
+        "errors",
+        "execution",
+        "files",
+        "kernels",
+        "machine",
+    ),
     *("mapped_files", "progress", "schema", "streams", "text", "training_state", "versions"),
 }
 MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leaves and itself
@@ -23,10 +33,10 @@ MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leav
 MAY_IMPORT["telemetry"] = {"distributed", "layers", "data", "tables"}
 MAY_IMPORT["evaluation"] = {"distributed", "metrics", "models", "layers", "data", "tables"}
 MAY_IMPORT["training"] = {"evaluation", "telemetry", *MAY_IMPORT["evaluation"]}
-MAY_IMPORT["benchmark"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["report"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["serving"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["assembly"] = {"training", *MAY_IMPORT["training"]}
+MAY_IMPORT["benchmark"] = {"assembly", *MAY_IMPORT["assembly"]}
 MAY_IMPORT["cli"] = {"assembly", "benchmark", "cluster", "report", "serving", "training", *MAY_IMPORT["training"]}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
 

@@ -1,4 +1,4 @@
-"""The local activation unit as others compute it, with the same weights: for `cli/benchmark.py` to compare."""
+"""The local activation unit as others compute it, with the same weights, for `cli/benchmark.py` to compare."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ import math
 import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
+from din_dist.execution import INFERENCE, Mode
 from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.layers.pairs import Pairs
 
 
 class UnfactoredActivationUnit(LocalActivationUnit):
-    """Packed, but the four inputs of each pair are written side by side, `[P, 4H]`, and multiplied as one."""
+    """The packed form whose four inputs of each pair are concatenated to `[P, 4H]` and multiplied as one."""
 
-    def scores(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool,
-        num_pairs: tf.Tensor | None,
-    ) -> tf.Tensor:
-        pairs = side_by_side(tf.gather(candidate, candidate_of), tf.gather(keys, key_of))
-        return self.scorer(pairs, training=training)
+    def runs_by_kernels(self, mode: Mode) -> bool:
+        return False
+
+    def scores(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+        inputs = concatenated(tf.gather(candidate, pairs.candidate_of), tf.gather(behaviours, pairs.behaviour_of))
+        return self.scorer(inputs, mode=mode)
 
 
 class PaddedActivationUnit(LocalActivationUnit):
@@ -32,22 +29,18 @@ class PaddedActivationUnit(LocalActivationUnit):
     With Dice its batch statistics count the padding, as theirs do; every other setting gives our function.
     """
 
-    def call(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool = False,
-        num_pairs: tf.Tensor | None = None,
-    ) -> tf.Tensor:
+    def runs_by_kernels(self, mode: Mode) -> bool:
+        return False
+
+    def call(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode = INFERENCE) -> tf.Tensor:
         num_candidates, width = tf.shape(candidate)[0], candidate.shape[-1]
-        histories = tf.RaggedTensor.from_value_rowids(tf.gather(keys, key_of), candidate_of, num_candidates)
+        rows = tf.gather(behaviours, pairs.behaviour_of)
+        histories = tf.RaggedTensor.from_value_rowids(rows, pairs.candidate_of, num_candidates)
         padded = histories.to_tensor(shape=[None, None, width])  # [C, T, H]
         longest = tf.shape(padded)[1]
         mask = tf.sequence_mask(histories.row_lengths(), longest)
         repeated = tf.repeat(candidate, longest, axis=0)
-        scores = self.scorer(side_by_side(repeated, tf.reshape(padded, [-1, width])), training=training)
+        scores = self.scorer(concatenated(repeated, tf.reshape(padded, [-1, width])), mode=mode)
         scores = tf.reshape(scores, [num_candidates, longest])
         if self.normalization is AttentionNormalization.SOFTMAX:
             scores = tf.where(mask, scores / math.sqrt(width), -(2.0**31))
@@ -57,6 +50,6 @@ class PaddedActivationUnit(LocalActivationUnit):
         return tf.squeeze(tf.matmul(weights[:, None, :], padded), axis=1)
 
 
-def side_by_side(candidate: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
-    """[q, k, q - k, q * k]: twice `[P, H]` to `[P, 4H]`."""
-    return tf.concat([candidate, keys, candidate - keys, candidate * keys], axis=1)
+def concatenated(candidate: tf.Tensor, behaviours: tf.Tensor) -> tf.Tensor:
+    """Returns [q, k, q - k, q * k] of twice `[P, H]`, `[P, 4H]`."""
+    return tf.concat([candidate, behaviours, candidate - behaviours, candidate * behaviours], axis=1)

@@ -18,6 +18,7 @@ from din_dist.config import Config
 from din_dist.distributed.gradients import Gradient, RowGradients, merge_rows
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import Runtime
+from din_dist.execution import Execution
 from din_dist.files import read_text
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
@@ -168,7 +169,7 @@ def message_sizes(
     variables: Sequence[tf.Variable],
     statistics_widths: Sequence[int],
     wire_bytes: int,
-    native: bool,
+    packed: bool,
 ) -> dict[str, int]:
     """What a rank has to say in an update, in bytes and in messages that it waits for.
 
@@ -181,7 +182,7 @@ def message_sizes(
         variables: those of the gradients.
         statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
         wire_bytes: of one value of a row gradient; its id takes 4.
-        native: whether rows travel as our kernels pack them.
+        packed: whether rows travel as our kernels pack them.
     """
     tables = [pair for pair in zip(gradients, variables, strict=True) if isinstance(pair[0], tf.IndexedSlices)]
     dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
@@ -189,7 +190,7 @@ def message_sizes(
     touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
     by_any = [int(each.num_rows_of_all()) for each in merged if isinstance(each, RowGradients)]
 
-    num_gathers = (1 if native else 2) * bool(tables)  # ids and rows, which our kernels put into one message
+    num_gathers = (1 if packed else 2) * bool(tables)  # ids and rows, which our kernels put into one message
 
     def in_bytes(num_rows: Sequence[int]) -> int:
         return sum(number * size for number, size in zip(num_rows, bytes_of_a_row, strict=True))
@@ -200,19 +201,21 @@ def message_sizes(
         "summed_row_bytes": in_bytes(by_any),
         "table_bytes": in_bytes([table.shape[0] for _, table in tables]),
         "statistics_bytes": statistics_bytes(statistics_widths),
-        "num_gradient_messages": (2 if native else 1) + num_gathers,  # of dense ones, some go before the others
+        "num_gradient_messages": (2 if packed else 1) + num_gathers,  # of dense ones, some go before the others
         "num_gather_messages": num_gathers,
         "num_statistics_messages": 2 * len(statistics_widths),
     }
 
 
-def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], native: bool, repeats: int = 5) -> float:
+def row_merge_seconds(
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices], execution: Execution, repeats: int = 5
+) -> float:
     """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
 
     As part of those of several ranks, which are summed by one call.
 
     Args:
-        native: in kernels of our own.
+        execution: how they are summed.
     """
     num_ranks = 8
     tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
@@ -221,7 +224,7 @@ def row_merge_seconds(gradients: Sequence[tf.Tensor | tf.IndexedSlices], native:
 
     @tf.function(autograph=False)
     def merge() -> list[RowGradients]:
-        return [merge_rows(*of_table, native=native) for of_table in zip(row_ids, rows, strict=True)]
+        return [merge_rows(*of_table, execution) for of_table in zip(row_ids, rows, strict=True)]
 
     return _best_seconds(merge, repeats) / num_ranks if tables else 0.0
 
@@ -261,8 +264,9 @@ def report(
     by_itself = matrix_seconds(products)
     per_step = tally.seconds / tally.steps
     model_variables = [weight.value for weight in model.trainable_weights]
+    execution = model.training_mode.execution
     wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
-    sizes = message_sizes(gradients, merged, model_variables, model.statistics_widths, wire_bytes, model.native)
+    sizes = message_sizes(gradients, merged, model_variables, model.statistics_widths, wire_bytes, execution.kernels)
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,
@@ -274,9 +278,9 @@ def report(
         "input_wait_seconds": tally.wait_seconds / tally.steps,
         **{f"{name}_seconds": value for name, value in parts.items()},
         **sizes,
-        "row_merge_seconds": row_merge_seconds(gradients, model.native),
-        "owners_sum_rows": model.native,
-        "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size, owners_sum_rows=model.native),
+        "row_merge_seconds": row_merge_seconds(gradients, execution),
+        "owners_sum_rows": execution.kernels,
+        "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size, owners_sum_rows=execution.kernels),
         "flops_per_example": flops / tally.mean_sizes()[0],
         "matrix_flops_per_second": flops / by_itself,
         "achieved_flops_per_second": flops / per_step,

@@ -19,7 +19,7 @@ from absl import flags
 from din_dist.benchmark import sweep
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
-from din_dist.config import ComputeDtype, Config, require
+from din_dist.config import Config, require
 from din_dist.distributed.cores import claim_cores
 
 FORMS = (
@@ -132,38 +132,19 @@ def main() -> None:
 
 def _start(form: str, config: Config, runtime: Any, store: Any, num_threads: int) -> tuple[Any, Any]:
     """A benchmark of one form, nothing run yet, and its model."""
-    from din_dist import assembly
-    from din_dist.benchmark.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
+    from din_dist.benchmark.forms import assembly_of, config_of, with_idle_rows
     from din_dist.benchmark.step import LEARNING_RATE, StepBenchmark
-    from din_dist.distributed.gradients import DenseExchange
     from din_dist.telemetry.step_report import Moment
-    from din_dist.training.train_step import UnobservedTrainStep
+    from din_dist.training.trainer import Update
 
-    parts: dict[str, dict[str, Any]] = {
-        "without_metrics": {"train_step": UnobservedTrainStep},
-        "padded": {"attention": PaddedActivationUnit},
-        "unfactored": {"attention": UnfactoredActivationUnit},
-        "dense_allreduce": {"exchange": DenseExchange},
-        "without_shared_memory": {"shared_memory": False},
-    }
-    if form in ("padded", "unfactored", "without_xla", "without_native", "in_float32"):
-        config = dataclasses.replace(config, job=dataclasses.replace(config.job, compute_dtype=ComputeDtype.FLOAT32))
-    if form in ("padded", "unfactored", "without_xla"):
-        config = dataclasses.replace(config, job=dataclasses.replace(config.job, xla=False, native=False))
-    if form == "without_native":
-        config = dataclasses.replace(config, job=dataclasses.replace(config.job, native=False))
-    if form == "undoable":  # as whoever may skip an update must be able to
-        config = dataclasses.replace(config, job=dataclasses.replace(config.job, skip_nonfinite_steps=1))
-    if form == "without_group_negatives":
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_negatives=False))
+    config = config_of(form, config)
     idle_rows_per_item = max(1, flags.FLAGS.benchmark_item_rows // store.facts.num_items)
-    job = assembly.make_job(
-        config, runtime, store, num_threads=num_threads, idle_rows_per_item=idle_rows_per_item, **parts.get(form, {})
-    )
+    make = with_idle_rows(assembly_of(form), idle_rows_per_item)
+    job = make(config, runtime, store, num_threads=num_threads)
 
     def report(batch: Any, result: Any, waited: float, started: Moment) -> None:
         global_batch_size = config.job.global_batch_size
-        found = job.trainer.report(batch, result, LEARNING_RATE, global_batch_size, waited, started)
+        found = job.trainer.report(Update(batch, result, LEARNING_RATE, global_batch_size, waited, started))
         job.trainer.state.advance(global_batch_size, found.loss)
         job.trainer.keep(result)
         job.telemetry.after_step(job.trainer.state, found, dict)

@@ -38,7 +38,7 @@ def main() -> None:
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     import numpy as np
 
-    from din_dist import assembly
+    from din_dist.assembly import Assembly
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.elastic import run_elastic
     from din_dist.distributed.runtime import claim_devices, open_runtime
@@ -57,13 +57,12 @@ def main() -> None:
         lock.hold(runtime.is_chief)
         prometheus_metrics = PrometheusMetrics(config.job, runtime)
     store = open_prepared(config.data)
-    job = assembly.make_job(
+    job = Assembly(
         config,
         runtime,
         store,
         prometheus_metrics=prometheus_metrics,
-        stop_requested=lambda: requests.stop,
-        leave_requested=lambda: requests.leave,
+        signals=requests,
         num_threads=len(cores),
     )
     seconds = {"start": time.perf_counter() - started}

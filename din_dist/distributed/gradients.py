@@ -11,8 +11,8 @@ from din_dist import kernels
 from din_dist.config import WireDtype
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import Collectives
+from din_dist.execution import Execution, round_up
 from din_dist.layers.packed import padded, segment_sum
-from din_dist.layers.xla import round_up
 
 NO_ROW = -1  # padding
 
@@ -45,21 +45,22 @@ class GradientExchange:
     for machine learning, SC 2019.
     """
 
-    def __init__(self, ranks: Collectives, wire_dtype: WireDtype = WireDtype.FLOAT32, native: bool = False) -> None:
-        """`native`: in kernels of our own, on CPUs, which ranks that share tables need."""
-        self._ranks, self._native = ranks, native
+    def __init__(
+        self, ranks: Collectives, wire_dtype: WireDtype = WireDtype.FLOAT32, execution: Execution | None = None
+    ) -> None:
+        self._ranks, self._execution = ranks, execution or Execution()
         self._wire_dtype = wire_dtype if ranks.travels else WireDtype.FLOAT32
         self._tables: Sequence[tf.Variable] = ()  # that ranks share
 
     def share(self, tables: Sequence[tf.Variable]) -> None:
         """Before the first update: lets ranks that have memory in common update a part of the rows each, for all."""
-        if self._native and tables and self._ranks.share(tables):
+        if self._execution.kernels and tables and self._ranks.share(tables):
             self._tables = tables
 
     @property
     def _packs(self) -> bool:
         """Whether rows of all tables travel as one message, and their ids with them."""
-        return self._native and self._ranks.travels
+        return self._execution.kernels and self._ranks.travels
 
     @property
     def sums_at_owners(self) -> bool:
@@ -118,20 +119,20 @@ class GradientExchange:
         if self.sums_at_owners:
             return self._sum_at_owners(gradients, scale)
         if self._packs:
-            return [merge_rows(*rows, native=True) for rows in self._broadcast_rows(gradients, scale, "rows")]
+            return [merge_rows(*rows, self._execution) for rows in self._broadcast_rows(gradients, scale, "rows")]
         # A grouped gather takes one dtype: ids and rows travel as two messages, whatever the number of tables. Ids are
         # known from the batch, and so are under way while the gradient is computed.
         row_ids = self._ranks.all_gather([self._padded(each.row_ids, NO_ROW) for each in gradients], "row_ids")
         rows = self._ranks.all_gather([self._pack(self._padded(each.rows), scale) for each in gradients], "rows")
         return [
-            merge_rows(some_ids, self._unpack(some_rows, scale), native=self._native)
+            merge_rows(some_ids, self._unpack(some_rows, scale), self._execution)
             for some_ids, some_rows in zip(row_ids, rows, strict=True)
         ]
 
     def _sum_at_owners(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:
         num_ranks = self._ranks.num_ranks()
         dealt = self._ranks.all_to_all(*self._message(gradients, scale, num_ranks), "send_to_owners")
-        own = [merge_rows(*rows, native=True) for rows in self._rows_of(dealt, gradients, scale)]
+        own = [merge_rows(*rows, self._execution) for rows in self._rows_of(dealt, gradients, scale)]
         of_sums = scale / tf.cast(num_ranks, tf.float32)  # a sum may be as many times as large
         return [RowGradients(*rows) for rows in self._broadcast_rows(own, of_sums, "sums_of_rows")]
 
@@ -193,9 +194,9 @@ def _as_rows(gradient: tf.IndexedSlices) -> RowGradients:
     return RowGradients(tf.cast(gradient.indices, tf.int32), gradient.values)
 
 
-def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor, native: bool = False) -> RowGradients:
-    """Sums the rows `[R, D]` that share an id `[R]`, and leaves out those of `NO_ROW`."""
-    if native:
+def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor, execution: Execution | None = None) -> RowGradients:
+    """Sums the rows `[R, D]` that share an id, int32 `[R]`, and leaves out those of `NO_ROW`."""
+    if execution is not None and execution.kernels:
         ops, num_threads = kernels.library(), kernels.num_threads()
         distinct, merged = ops.din_dist_merge_rows(row_ids, rows, num_threads=num_threads)
         return RowGradients(tf.ensure_shape(distinct, [None]), tf.ensure_shape(merged, [None, rows.shape[1]]))

@@ -2,62 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from din_dist.config import Activation
+from din_dist.execution import INFERENCE, Mode
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
-from din_dist.layers.native.dense import Stage
-from din_dist.layers.standardize import SumOverRanks
+from din_dist.layers.stages import Stage, run_by_operations
+
+# Name -> what makes the layer `[M, W] -> [M, W]`, given whether its statistics are frozen and the layer's name.
+ACTIVATIONS: dict[str, Callable[[bool, str], keras.layers.Layer]] = {
+    Activation.DICE: lambda frozen, name: Dice(frozen, name=name),
+    Activation.PRELU: lambda frozen, name: keras.layers.PReLU(name=name),
+    Activation.SIGMOID: lambda frozen, name: keras.layers.Activation("sigmoid", name=name),
+    Activation.RELU: lambda frozen, name: keras.layers.Activation("relu", name=name),
+}
 
 
-def make_activation(
-    activation: Activation, *, frozen: bool, sum_over_ranks: SumOverRanks, compiled: bool, name: str
-) -> keras.layers.Layer:
-    """A layer `[M, W] -> [M, W]`."""
-    match activation:
-        case Activation.DICE:
-            return Dice(frozen, sum_over_ranks, compiled, name=name)
-        case Activation.PRELU:
-            return keras.layers.PReLU(name=name)
-        case Activation.SIGMOID | Activation.RELU:
-            return keras.layers.Activation(activation.value, name=name)
-    raise ValueError(f"Unknown activation {activation!r}")
-
-
+@keras.saving.register_keras_serializable("din_dist")
 class HiddenLayers(keras.layers.Layer):
-    """Dense, activation and dropout for each of `units`, then one output unit: `[M, W] -> [M]`."""
+    """Dense, activation and dropout for each of `units`, then one output unit: `[M, W] -> [M]`.
+
+    Args:
+        units: width of each hidden layer.
+        activation: a key of `ACTIVATIONS`.
+        frozen: batch statistics of the activations are never updated.
+        dropout: share of the hidden units left out in training.
+    """
 
     def __init__(
-        self,
-        units: Sequence[int],
-        activation: Activation,
-        *,
-        frozen: bool = False,
-        sum_over_ranks: SumOverRanks = tf.identity,
-        dropout: float = 0.0,
-        compiled: bool = False,
-        **kwargs: Any,
+        self, units: Sequence[int], activation: str, *, frozen: bool = False, dropout: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        self._settings = {"units": list(units), "activation": str(activation), "frozen": frozen, "dropout": dropout}
+        make = ACTIVATIONS[activation]
         self.dense_layers = [keras.layers.Dense(width, name=f"dense_{i}") for i, width in enumerate(units)]
-        self.activations = [
-            make_activation(
-                activation,
-                frozen=frozen,
-                sum_over_ranks=sum_over_ranks,
-                compiled=compiled,
-                name=f"activation_{i}",
-            )
-            for i in range(len(units))
-        ]
-        self.dropouts = [
-            KeyedDropout(dropout, stream=i, compiled=compiled, name=f"dropout_{i}") for i in range(len(units))
-        ]
+        self.activations = [make(frozen, f"activation_{i}") for i in range(len(units))]
+        self.dropouts = [KeyedDropout(dropout, stream=i, name=f"dropout_{i}") for i in range(len(units))]
         self.output_layer = keras.layers.Dense(1, name="output")
 
     def build(self, input_shape: tuple) -> None:
@@ -68,31 +53,32 @@ class HiddenLayers(keras.layers.Layer):
             activation.build((None, width))
         self.output_layer.build((None, width))
 
-    def call(self, inputs: tf.Tensor, keys: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
-        return self.after_first(self.dense_layers[0](inputs), keys, training)
+    def call(self, inputs: tf.Tensor, seeds: tf.Tensor | None = None, mode: Mode = INFERENCE) -> tf.Tensor:
+        """Returns one number a row, float32 `[M]`; `inputs` is `[M, W]`, `seeds` int64 `[M]` for dropout."""
+        return self.after_first(self.dense_layers[0](inputs), seeds, mode)
 
     @property
     def stages(self) -> list[Stage]:
-        """What follows the first Dense, for `run_stages`."""
+        """The stages behind the first Dense."""
         following = [*self.dense_layers[1:], self.output_layer]
         return [Stage(*each) for each in zip(self.activations, following, self.dropouts, strict=True)]
 
     def after_first(
         self,
         projected: tf.Tensor,
-        keys: tf.Tensor | None = None,
-        training: bool = False,
+        seeds: tf.Tensor | None = None,
+        mode: Mode = INFERENCE,
         num_rows: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """What follows the first Dense, for callers that have computed that one in a cheaper way.
+        """Returns one number a row `[M]`, for callers that have computed the first Dense in a cheaper way.
 
-        `num_rows`: how many of the M rows count, the first ones; None: all.
+        Args:
+            projected: float32 `[M, units[0]]`, the results of the first Dense.
+            seeds: int64 `[M]`, for dropout.
+            mode: of the pass.
+            num_rows: int32, how many of the M rows count, the first ones; None: all.
         """
-        hidden = projected
-        for place, activation in enumerate(self.activations):
-            if place:
-                hidden = self.dense_layers[place](hidden)
-            mode = {"num_rows": num_rows, "training": training} if isinstance(activation, Dice) else {}
-            hidden = activation(hidden, **mode)
-            hidden = self.dropouts[place](hidden, keys, training=training)
-        return tf.squeeze(self.output_layer(hidden), axis=-1)
+        return tf.squeeze(run_by_operations(self.stages, projected, seeds, mode, num_rows), axis=-1)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), **self._settings}

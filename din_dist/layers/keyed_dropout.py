@@ -7,59 +7,62 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from din_dist.layers.xla import fused
+from din_dist.execution import INFERENCE, Mode
 
 
 @keras.saving.register_keras_serializable("din_dist")
 class KeyedDropout(keras.layers.Layer):
-    """Leaves out a share `rate` of the units of `[B, W]`, which ones drawn from each example's own key.
+    """Leaves out a share `rate` of the units of `[B, W]`, drawn from each example's own seed.
 
-    `keras.layers.Dropout` draws for the rows of a batch, so that an example's mask would change with the worker that
-    got it. Here it depends on (key, stream, unit) alone: any number of workers trains the same function.
+    `keras.layers.Dropout` draws for the rows of a batch: an example's mask would change with the worker that got it.
+    Here the mask depends on (seed, stream, unit) alone, so any number of workers trains the same function.
+
+    Args:
+        rate: share of the units that are left out.
+        stream: layers with different streams draw different units.
     """
 
-    def __init__(self, rate: float, stream: int = 0, compiled: bool = False, **kwargs: Any) -> None:
+    def __init__(self, rate: float, stream: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.rate, self.stream, self.compiled = rate, stream, compiled
+        self.rate, self.stream = rate, stream
 
-    def call(self, inputs: tf.Tensor, keys: tf.Tensor | None, training: bool = False) -> tf.Tensor:
-        if not training or not self.rate:
+    def call(self, inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode = INFERENCE) -> tf.Tensor:
+        """Returns what is left of `inputs` `[B, W]`, scaled up; `seeds` is int64 `[B]`."""
+        if not mode.training or not self.rate:
             return inputs
-        return _drop(inputs, _required(keys), self.rate, self.stream, compiled=self.compiled)
+        return mode.fused(_drop)(inputs, _required(seeds), self.rate, self.stream)
 
-    def factors(self, keys: tf.Tensor | None, width: int) -> tf.Tensor:
-        """What the `width` units of each example of `keys` are multiplied by in training, `[B, width]`."""
-        return _factors(_required(keys), self.rate, self.stream, width, compiled=self.compiled)
+    def factors(self, seeds: tf.Tensor | None, width: int, mode: Mode) -> tf.Tensor:
+        """Returns the factors of the `width` units of each example in training, float32 `[B, width]`."""
+        return mode.fused(_factors)(_required(seeds), self.rate, self.stream, width)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "rate": self.rate, "stream": self.stream}
 
 
-def _required(keys: tf.Tensor | None) -> tf.Tensor:
-    if keys is None:
-        raise ValueError("Dropout draws from each example's key. Received: none. Pass example_keys in training.")
-    return keys
+def _required(seeds: tf.Tensor | None) -> tf.Tensor:
+    if seeds is None:
+        raise ValueError("Dropout draws from each example's seed. Received: none. Pass dropout_seeds in training.")
+    return seeds
 
 
-@fused
-def _drop(inputs: tf.Tensor, keys: tf.Tensor, rate: float, stream: int) -> tf.Tensor:
-    return tf.where(_kept(keys, rate, stream, inputs.shape[-1]), inputs / (1.0 - rate), 0.0)
+def _drop(inputs: tf.Tensor, seeds: tf.Tensor, rate: float, stream: int) -> tf.Tensor:
+    return tf.where(_kept(seeds, rate, stream, inputs.shape[-1]), inputs / (1.0 - rate), 0.0)
 
 
-@fused
-def _factors(keys: tf.Tensor, rate: float, stream: int, width: int) -> tf.Tensor:
-    return tf.where(_kept(keys, rate, stream, width), 1.0 / (1.0 - rate), 0.0)
+def _factors(seeds: tf.Tensor, rate: float, stream: int, width: int) -> tf.Tensor:
+    return tf.where(_kept(seeds, rate, stream, width), 1.0 / (1.0 - rate), 0.0)
 
 
-def _kept(keys: tf.Tensor, rate: float, stream: int, width: int) -> tf.Tensor:
+def _kept(seeds: tf.Tensor, rate: float, stream: int, width: int) -> tf.Tensor:
     units = tf.range(stream << 20, (stream << 20) + width, dtype=tf.int32)
-    low, high = tf.unstack(tf.bitcast(keys, tf.int32), axis=-1)
+    low, high = tf.unstack(tf.bitcast(seeds, tf.int32), axis=-1)
     bits = _mix32((low[:, None] ^ _mix32(units)) + high[:, None])
     return tf.cast(bits, tf.float32) >= rate * 2.0**32 - 2.0**31  # bits are uniform in [-2**31, 2**31)
 
 
 def _mix32(state: tf.Tensor) -> tf.Tensor:
-    """MurmurHash3's 32-bit finalizer, on int32 for want of unsigned arithmetic on GPUs."""
+    """Returns MurmurHash3's 32-bit finalizer, on int32 because GPUs lack unsigned arithmetic."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         state = _xor_shifted(state, shift) * tf.constant(factor - 2**32, tf.int32)
     return _xor_shifted(state, 16)

@@ -1,4 +1,4 @@
-"""The local activation unit: how much each past behaviour matters for this candidate."""
+"""The local activation unit: it weighs each past behaviour by its relevance to a candidate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import keras
 import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization
+from din_dist.execution import INFERENCE, Mode
 from din_dist.layers.hidden import HiddenLayers
+from din_dist.layers.native.attention import has_kernels, pool_by_kernels
 from din_dist.layers.packed import pool, rows_of, segment_softmax
-from din_dist.layers.standardize import SumOverRanks
-from din_dist.layers.xla import fused
+from din_dist.layers.pairs import Pairs
 
 
+@keras.saving.register_keras_serializable("din_dist")
 class LocalActivationUnit(keras.layers.Layer):
     """Pools packed behaviours by their relevance to a candidate.
 
@@ -26,106 +28,98 @@ class LocalActivationUnit(keras.layers.Layer):
     The first layer is applied in factored form. Its kernel W = [Wq; Wk; Wd; Wp] is one `[4H, units]` weight, as if the
     four inputs were concatenated, but W·[q, k, q-k, q*k] = (Wq+Wd)·q + (Wk-Wd)·k + Wp·(q*k): the first term is computed
     once a candidate, the second once a distinct behaviour, and only the third once a pair.
-    """
 
-    needs_few_lengths = True  # compiled, for XLA compiles anew for each number of pairs
+    Args:
+        hidden_units: width of each hidden layer of the scorer.
+        activation: of the hidden layers, a key of `hidden.ACTIVATIONS`.
+        normalization: of the scores over a history.
+        frozen: batch statistics of the activations are never updated.
+    """
 
     def __init__(
         self,
         hidden_units: Sequence[int] = (80, 40),
-        activation: Activation = Activation.SIGMOID,
+        activation: str = Activation.SIGMOID,
         normalization: AttentionNormalization = AttentionNormalization.SOFTMAX,
         *,
         frozen: bool = False,
-        sum_over_ranks: SumOverRanks = tf.identity,
-        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.normalization, self.compiled = normalization, compiled
-        self.scorer = HiddenLayers(
-            hidden_units, activation, frozen=frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="scorer"
-        )
+        self.normalization = AttentionNormalization(normalization)
+        self.scorer = HiddenLayers(hidden_units, activation, frozen=frozen, name="scorer")
+        self._settings = {
+            "hidden_units": list(hidden_units),
+            "activation": str(activation),
+            "normalization": str(self.normalization),
+            "frozen": frozen,
+        }
 
     def build(self, candidate_shape: tuple) -> None:
         self.scorer.build((None, 4 * candidate_shape[-1]))
 
-    def call(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool = False,
-        num_pairs: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        """The interest `[C, H]` that each candidate finds in its history; zeros where the history is empty.
+    def is_compiled(self, mode: Mode) -> bool:
+        """Tells whether `call` is compiled for each number of pairs anew, so that few numbers are wanted."""
+        return mode.training and mode.execution.xla and not self.runs_by_kernels(mode)
+
+    def runs_by_kernels(self, mode: Mode) -> bool:
+        """Tells whether our kernels compute `call`."""
+        return mode.kernels and has_kernels(self)
+
+    def call(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode = INFERENCE) -> tf.Tensor:
+        """Returns the interest that each candidate finds in its history, float32 `[C, H]`; zeros if that is empty.
 
         Args:
-            candidate: `[C, H]`.
-            keys: `[K, H]`, distinct behaviours: those that several pairs share are projected once.
-            candidate_of, key_of: int32 `[P]`, the candidate and the key of each pair; `candidate_of` ascends.
-            num_pairs: how many of the P pairs are real; the rest is padding, of candidate -1. None: all.
+            candidate: float32 `[C, H]`.
+            behaviours: float32 `[K, H]`, distinct: what several pairs share is projected once.
+            pairs: each candidate with the behaviours of its history.
+            mode: of the pass.
         """
-        compiled = self.compiled and training
-        scores = self.scores(candidate, keys, candidate_of, key_of, training, num_pairs)
+        if self.runs_by_kernels(mode):
+            return pool_by_kernels(self, candidate, behaviours, pairs, mode)
+        scores = self.scores(candidate, behaviours, pairs, mode)
         if self.normalization is AttentionNormalization.SOFTMAX:
             scores = scores / math.sqrt(candidate.shape[-1])
-            return _softmax_pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
-        return pool(scores, keys, candidate_of, key_of, candidate, compiled=compiled)
+            return mode.fused(_softmax_pool)(scores, behaviours, pairs, candidate)
+        return mode.fused(pool)(scores, behaviours, pairs, candidate)
 
-    def weights_of_pairs(
-        self, candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor
-    ) -> tf.Tensor:
-        """The attention weights `[P]` with which `call` pools outside training, for people to look at.
+    def weights_of_pairs(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs) -> tf.Tensor:
+        """Returns the attention weights `[P]` with which `call` pools in inference.
 
-        With `softmax` those of a candidate sum to 1; with `none` they may be of any size, and negative.
+        With `softmax` those of a candidate sum to 1. With `none` they may be of any size, and negative.
         """
-        scores = self.scores(candidate, keys, candidate_of, key_of, training=False, num_pairs=None)
+        scores = self.scores(candidate, behaviours, pairs, INFERENCE)
         if self.normalization is AttentionNormalization.SOFTMAX:
-            return segment_softmax(scores / math.sqrt(candidate.shape[-1]), candidate_of, tf.shape(candidate)[0])
+            return segment_softmax(scores / math.sqrt(candidate.shape[-1]), pairs.candidate_of, tf.shape(candidate)[0])
         return scores
 
-    def scores(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool,
-        num_pairs: tf.Tensor | None,
-    ) -> tf.Tensor:
-        """The unnormalised attention scores `[P]`."""
-        compiled = self.compiled and training
-        of_candidate, of_key, of_product, bias = self.first_terms()
-        by_candidate, by_key = tf.matmul(candidate, of_candidate) + bias, tf.matmul(keys, of_key)
-        products = _products(candidate, keys, candidate_of, key_of, compiled=compiled)  # [P, H]
+    def scores(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+        """Returns the attention scores `[P]` before normalization; arguments as of `call`."""
+        of_candidate, of_behaviour, of_product, bias = self.first_terms()
+        by_candidate, by_behaviour = tf.matmul(candidate, of_candidate) + bias, tf.matmul(behaviours, of_behaviour)
+        products = mode.fused(_products)(candidate, behaviours, pairs)  # [P, H]
         by_pair = tf.matmul(products, of_product)  # [P, units]
-        projected = _plus_rows(by_pair, by_candidate, by_key, candidate_of, key_of, compiled=compiled)
-        return self.scorer.after_first(projected, training=training, num_rows=num_pairs)
+        projected = mode.fused(_plus_rows)(by_pair, by_candidate, by_behaviour, pairs)
+        return self.scorer.after_first(projected, mode=mode, num_rows=pairs.num_real)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), **self._settings}
 
     def first_terms(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Of the first layer: the kernels of q, of k and of q * k, `[H, units]` each, and the bias `[units]`."""
+        """Returns the first layer's kernels of q, of k and of q * k, `[H, units]` each, and its bias `[units]`."""
         first = self.scorer.dense_layers[0]
-        of_candidate, of_key, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
-        return of_candidate + of_difference, of_key - of_difference, of_product, first.bias.value
+        of_candidate, of_behaviour, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
+        return of_candidate + of_difference, of_behaviour - of_difference, of_product, first.bias.value
 
 
-@fused
-def _products(candidate: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor) -> tf.Tensor:
-    return rows_of(candidate, candidate_of) * tf.gather(keys, key_of)
+def _products(candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs) -> tf.Tensor:
+    return rows_of(candidate, pairs.candidate_of) * tf.gather(behaviours, pairs.behaviour_of)
 
 
-@fused
-def _plus_rows(
-    by_pair: tf.Tensor, by_candidate: tf.Tensor, by_key: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor
-) -> tf.Tensor:
-    return by_pair + rows_of(by_candidate, candidate_of) + tf.gather(by_key, key_of)
+def _plus_rows(by_pair: tf.Tensor, by_candidate: tf.Tensor, by_behaviour: tf.Tensor, pairs: Pairs) -> tf.Tensor:
+    return by_pair + rows_of(by_candidate, pairs.candidate_of) + tf.gather(by_behaviour, pairs.behaviour_of)
 
 
-@fused
-def _softmax_pool(
-    scores: tf.Tensor, keys: tf.Tensor, candidate_of: tf.Tensor, key_of: tf.Tensor, candidate: tf.Tensor
-) -> tf.Tensor:
-    weights = segment_softmax(scores, candidate_of, tf.shape(candidate)[0])
-    return pool(weights, keys, candidate_of, key_of, candidate)
+def _softmax_pool(scores: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, candidate: tf.Tensor) -> tf.Tensor:
+    weights = segment_softmax(scores, pairs.candidate_of, tf.shape(candidate)[0])
+    return pool(weights, behaviours, pairs, candidate)

@@ -1,7 +1,8 @@
-"""Item ids to item vectors, from tables that this process holds whole."""
+"""Looks up item vectors in tables that this process holds whole."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from din_dist.layers.native.vectors import Part, side_by_side
-from din_dist.layers.xla import on_host
+from din_dist.execution import on_host
+from din_dist.layers.native.vectors import Part, concatenated
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
 _ITEM, _ITEM_BIAS = "item", "item_bias"
@@ -25,8 +26,9 @@ def _variable_name(feature: str) -> str:
     return feature
 
 
+@keras.saving.register_keras_serializable("din_dist")
 class LocalLookup(keras.layers.Layer):
-    """The embedding of an item and those of its features, side by side: H = the sum of the tables' widths.
+    """The embedding of an item and those of its features, concatenated: H is the sum of the tables' widths.
 
     This is the interface by which models reach embeddings, whoever holds them: `call`, `parts` and `width`.
 
@@ -47,6 +49,7 @@ class LocalLookup(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._seed = seed
         self.specs = tuple(tables)
         self.row_of_item = None if row_of_item is None else tf.constant(row_of_item, tf.int32)
         self.item_features = {name: tf.constant(ids, tf.int32) for name, ids in item_features.items()}
@@ -67,53 +70,69 @@ class LocalLookup(keras.layers.Layer):
         return sum(spec.width for spec in self.specs)
 
     def call(self, item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Vectors `[U, H]` and biases `[U]` of `item_ids` `[U]`, none of which may be named twice.
+        """Returns the vectors `[U, H]` and biases `[U]` of distinct `item_ids`, int32 `[U]`.
 
-        Nor is any row of a table gathered twice, so that the gradient of a table names each row once.
+        No row of a table is gathered twice, so the gradient of a table names each row once.
         """
         return self.rows(self.item_rows(item_ids), self.feature_ids(item_ids))
 
     def item_rows(self, item_ids: tf.Tensor) -> tf.Tensor:
-        """The row of each of `item_ids` `[U]` in the item's table."""
+        """Returns the row of each of `item_ids` `[U]` in the item's table."""
         if self.row_of_item is None:
             return item_ids
         with on_host():
             return tf.where(item_ids < 0, UNKNOWN_ID, tf.gather(self.row_of_item, tf.abs(item_ids)))
 
     def feature_ids(self, item_ids: tf.Tensor) -> list[tf.Tensor]:
-        """The features' ids of each of `item_ids` `[U]`, in the order of the tables."""
+        """Returns the features' ids of each of `item_ids` `[U]`, in the order of the tables."""
         with on_host():
             items = item_ids if self.row_of_item is None else tf.abs(item_ids)
             return [tf.gather(of_item, items) for of_item in self.item_features.values()]
 
     def rows(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        """As `call`, of items whose row of the item's table and ids of the features (in their order) are given, `[U]`.
+        """Returns what `call` returns, of items whose rows and feature ids are given.
 
-        For a gradient that names each row once, no row of the item's table may be named twice, unless items share rows.
+        Args:
+            item_rows: int32 `[U]`, rows of the item's table. The gradient names each row once if none stands twice here
+                or if items share rows.
+            feature_ids: int32 `[U]` each, in the order of the tables.
         """
         parts, biases = self._parts(item_rows, feature_ids)
-        return side_by_side(parts), biases
+        return concatenated(parts), biases
 
     def parts(self, item_ids: tf.Tensor) -> tuple[list[Part], tf.Tensor]:
-        """As `call`, the vectors in parts."""
+        """Returns the parts of the vectors of `item_ids` `[U]`, and their biases `[U]`."""
         return self._parts(self.item_rows(item_ids), self.feature_ids(item_ids))
 
     def _parts(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[list[Part], tf.Tensor]:
-        place_of = None
+        index_of = None
         if self.row_of_item is not None:
             with on_host():
-                item_rows, place_of = tf.unique(item_rows)
-        parts = [Part(tf.gather(self.tables[0].value, item_rows), place_of)]
+                item_rows, index_of = tf.unique(item_rows)
+        parts = [Part(tf.gather(self.tables[0].value, item_rows), index_of)]
         biases = tf.gather(self.item_bias.value, item_rows)
-        if place_of is not None:
-            biases = tf.gather(biases, place_of)
+        if index_of is not None:
+            biases = tf.gather(biases, index_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
             with on_host():
-                distinct, places = tf.unique(ids)
-            parts.append(Part(tf.gather(table.value, distinct), places))
+                distinct, index = tf.unique(ids)
+            parts.append(Part(tf.gather(table.value, distinct), index))
         return parts, tf.squeeze(biases, axis=1)
 
     def unknown(self, item_ids: tf.Tensor) -> tf.Tensor:
-        """Bool `[tables, U]`: which of `item_ids` `[U]` have no known id in a table; a hidden one is known."""
+        """Returns, bool `[tables, U]`, which of `item_ids` have no known id in a table. A hidden id is known."""
         items = item_ids if self.row_of_item is None else tf.abs(item_ids)
         return tf.stack([self.item_rows(items), *self.feature_ids(items)]) == UNKNOWN_ID
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "tables": [dataclasses.asdict(spec) for spec in self.specs],
+            "item_features": {name: ids.numpy().tolist() for name, ids in self.item_features.items()},
+            "seed": self._seed,
+            "row_of_item": None if self.row_of_item is None else self.row_of_item.numpy().tolist(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> LocalLookup:
+        return cls(**config | {"tables": [TableSpec(**spec) for spec in config["tables"]]})

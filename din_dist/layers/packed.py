@@ -8,15 +8,18 @@ from __future__ import annotations
 import tensorflow as tf
 
 from din_dist import kernels
-from din_dist.layers.xla import fused
+from din_dist.execution import INFERENCE, Mode
+from din_dist.layers.pairs import Pairs
 
 
-def segment_ids(lengths: tf.Tensor, native: bool = False) -> tf.Tensor:
-    """`[2, 0, 1] -> [0, 0, 2]`: which of B segments each of N rows belongs to, int32 `[N]`.
+def segment_ids(lengths: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
+    """Returns the segment of each of N rows, int32 `[N]`: `[2, 0, 1] -> [0, 0, 2]`.
 
-    `native`: by a kernel of our own, on CPUs, where TensorFlow's cumulative sums are slow.
+    Args:
+        lengths: int32 `[B]`, rows of each segment.
+        mode: of the pass. Our kernel is faster than TensorFlow's cumulative sums.
     """
-    if native:
+    if mode.kernels:
         ids = kernels.library().din_dist_segment_ids(lengths)
         ids.set_shape([None])
         return ids
@@ -26,18 +29,18 @@ def segment_ids(lengths: tf.Tensor, native: bool = False) -> tf.Tensor:
     return tf.cumsum(begun)[:-1] - 1
 
 
-def rows_of(rows: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
-    """`tf.gather`; for padding, whose place is -1, some row."""
-    return tf.gather(rows, tf.maximum(places, 0))
+def rows_of(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Returns `tf.gather(rows, index)`; padding, whose index is -1, gets some row."""
+    return tf.gather(rows, tf.maximum(index, 0))
 
 
 def segment_sum(values: tf.Tensor, segment_of: tf.Tensor, num_segments: tf.Tensor) -> tf.Tensor:
-    """`[N, ...] -> [num_segments, ...]`; an empty segment sums to 0."""
+    """Returns the sums of `values` `[N, ...]` over each segment, `[num_segments, ...]`; an empty one sums to 0."""
     return tf.math.unsorted_segment_sum(values, segment_of, num_segments)
 
 
 def segment_softmax(scores: tf.Tensor, segment_of: tf.Tensor, num_segments: tf.Tensor) -> tf.Tensor:
-    """Softmax of `scores` `[N]` within each segment: `[N]`."""
+    """Returns the softmax of `scores` `[N]` within each segment, `[N]`."""
     real = segment_of >= 0
     # The largest score only guards exp against overflow; it cancels out, in the gradient too.
     largest = tf.stop_gradient(tf.math.unsorted_segment_max(scores, segment_of, num_segments))
@@ -46,22 +49,25 @@ def segment_softmax(scores: tf.Tensor, segment_of: tf.Tensor, num_segments: tf.T
     return exponentials / tf.where(real, rows_of(sums, segment_of), 1.0)
 
 
-@fused
-def rows_at(rows: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
-    """`tf.gather`, whose gradient is one array instead of rows to be sorted later."""
-    return tf.gather(rows, places)
+def rows_at(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Returns `tf.gather(rows, index)`. Compiled, its gradient is one array instead of rows to be sorted later."""
+    return tf.gather(rows, index)
 
 
-@fused
-def pool(weights: tf.Tensor, keys: tf.Tensor, segment_of: tf.Tensor, key_of: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """Sum of `weights` `[P]` times the rows `key_of` `[P]` of `keys` `[K, H]` over each segment: `[C, H]`.
+def pool(weights: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, like: tf.Tensor) -> tf.Tensor:
+    """Returns the sum over each candidate's pairs of weight times behaviour, float32 `[C, H]`.
 
-    `like`: any `[C, ...]`, for the number of segments, which XLA must know when it compiles.
+    Args:
+        weights: float32 `[P]`.
+        behaviours: float32 `[K, H]`.
+        pairs: P pairs.
+        like: any `[C, ...]`: XLA must know the number of candidates when it compiles.
     """
-    return segment_sum(weights[:, None] * tf.gather(keys, key_of), segment_of, tf.shape(like)[0])
+    rows = tf.gather(behaviours, pairs.behaviour_of)
+    return segment_sum(weights[:, None] * rows, pairs.candidate_of, tf.shape(like)[0])
 
 
 def padded(rows: tf.Tensor, length: tf.Tensor, value: float = 0) -> tf.Tensor:
-    """`[N, ...] -> [length, ...]`."""
+    """Returns `rows` `[N, ...]` and padding behind them, `[length, ...]`."""
     paddings = [[0, length - tf.shape(rows)[0]], *[[0, 0]] * (rows.shape.rank - 1)]
     return tf.pad(rows, paddings, constant_values=tf.cast(value, rows.dtype))

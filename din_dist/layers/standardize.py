@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,39 +9,32 @@ import keras
 import tensorflow as tf
 
 from din_dist import kernels
-from din_dist.layers.xla import fused
+from din_dist.execution import INFERENCE, Mode
 
-SumOverRanks = Callable[[tf.Tensor], tf.Tensor]  # sums a tensor over all workers
-
-
-# (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W], what is done to each element
+# (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W], element by element.
 ElementWise = Callable[..., tf.Tensor]
 
 
 @keras.saving.register_keras_serializable("din_dist")
 class Standardize(keras.layers.Layer):
-    """`(x - mean) / sqrt(variance + epsilon)` for each of the W columns of `[M, W]`, and what follows from it.
+    """`(x - mean) / sqrt(variance + epsilon)` for each of the W columns of `[M, W]`, and a function of it.
 
-    In training the statistics are those of the global batch: `sum_over_ranks` is how this layer meets the other
-    workers (the identity when alone). In inference, or always when `frozen`, they are the moving averages; frozen ones
-    stay at mean 0 and variance 1, which is how the authors' TensorFlow 1 code ran (its updates were never executed).
+    In training the statistics are those of the global batch: `Mode.sum_over_ranks` sums them over the ranks. In
+    inference, and always if frozen, they are the moving averages. Frozen ones stay at mean 0 and variance 1. So the
+    authors' TensorFlow 1 code ran, because it never executed the updates of its averages.
 
     The gradient is written out, not traced through the statistics: one message to the other ranks forward and one
     backward, and no array of the size of `x` in between.
+
+    Args:
+        frozen: the moving averages are used in training too, and stay as they are.
+        momentum: share of the moving averages that an update keeps.
+        epsilon: added to the variance.
     """
 
-    def __init__(
-        self,
-        frozen: bool = False,
-        momentum: float = 0.99,
-        epsilon: float = 1e-3,
-        sum_over_ranks: SumOverRanks = tf.identity,
-        compiled: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, frozen: bool = False, momentum: float = 0.99, epsilon: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.frozen, self.momentum, self.epsilon, self.sum_over_ranks = frozen, momentum, epsilon, sum_over_ranks
-        self.compiled = compiled
+        self.frozen, self.momentum, self.epsilon = frozen, momentum, epsilon
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -51,8 +43,8 @@ class Standardize(keras.layers.Layer):
             shape=(width,), initializer="ones", trainable=False, name="moving_variance"
         )
 
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.then(_itself, inputs, training=training)
+    def call(self, inputs: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
+        return self.then(_itself, inputs, mode=mode)
 
     def then(
         self,
@@ -60,56 +52,60 @@ class Standardize(keras.layers.Layer):
         inputs: tf.Tensor,
         parameters: Sequence[tf.Tensor] = (),
         num_rows: tf.Tensor | None = None,
-        training: bool = False,
+        mode: Mode = INFERENCE,
     ) -> tf.Tensor:
-        """`function(inputs, standardised inputs, *parameters)`, all in one pass over `inputs` `[M, W]`.
+        """Returns `function(inputs, standardised inputs, *parameters)`, in one pass over `inputs`.
 
         Args:
             function: must be the same object at every call.
-            num_rows: how many of the M rows count, the first ones; the rest is padding. None: all.
+            inputs: float32 `[M, W]`.
+            parameters: float32 `[W]` each.
+            num_rows: int32, how many of the M rows count, the first ones; the rest is padding. None: all.
+            mode: of the pass.
         """
         parameters = [tf.convert_to_tensor(parameter) for parameter in parameters]
-        if not training or self.frozen:
-            compiled = self.compiled and training
-            return _apply(function, inputs, *self.moving_statistics, *parameters, compiled=compiled)
-        modes = {"compiled": self.compiled}
-        sums = _sums_about(tf.stop_gradient(inputs), self.moving_mean.value, num_rows, **modes)
-        mean, scale, count = self.statistics_of(sums)
+        apply = mode.fused(_apply)
+        if not mode.training or self.frozen:
+            return apply(function, inputs, *self.moving_statistics, *parameters)
+        sums = mode.fused(_sums_about)(tf.stop_gradient(inputs), self.moving_mean.value, num_rows)
+        mean, scale, count = self.statistics_of(sums, mode)
 
         @tf.custom_gradient
         def differentiable(inputs: tf.Tensor, *parameters: tf.Tensor) -> Any:
             known = (inputs, mean, scale)
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-                sums, *of_parameters = _gradient_sums(function, upstream, *known, *parameters, **modes)
-                sums = self.sum_over_ranks(sums)
-                of_inputs = _gradient_of_inputs(function, upstream, *known, sums, count, num_rows, *parameters, **modes)
+                sums, *of_parameters = mode.fused(_gradient_sums)(function, upstream, *known, *parameters)
+                sums = mode.sum_over_ranks(sums)
+                of_inputs = mode.fused(_gradient_of_inputs)(
+                    function, upstream, *known, sums, count, num_rows, *parameters
+                )
                 return [of_inputs, *of_parameters]
 
-            return _apply(function, *known, *parameters, **modes), gradient
+            return apply(function, *known, *parameters), gradient
 
         return differentiable(inputs, *parameters)
 
     @property
     def moving_statistics(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Mean and scale `[W]` out of training, or when frozen."""
+        """Mean and scale, float32 `[W]`, in inference or if frozen."""
         return self.moving_mean.value, tf.math.rsqrt(self.moving_variance.value + self.epsilon)
 
-    def statistics_of(self, sums: tf.Tensor, native: bool = False) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Mean `[W]`, scale `[W]` and number of rows `[1]`, at least 1, of the global batch; keeps the moving averages.
+    def statistics_of(self, sums: tf.Tensor, mode: Mode) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Updates the moving averages. Returns mean `[W]`, scale `[W]` and number of rows `[1]` of the global batch.
+
+        The number of rows is at least 1.
 
         Args:
-            sums: `[2W + 1]`, over this rank's rows: of x - `moving_mean`, of its square, and of 1. The moving mean is
-                equal on all ranks and near the true mean: far from it E[x^2] - E[x]^2 would lose float32 digits.
-            native: in a kernel of our own, on CPUs.
+            sums: float32 `[2W + 1]`, over this rank's rows: of x - `moving_mean`, of its square, and of 1. The moving
+                mean is equal on all ranks and near the true mean. Far from it E[x^2] - E[x]^2 would lose digits.
+            mode: of the pass.
         """
         width = self.moving_mean.shape[0]
         sums.set_shape([2 * width + 1])
-        sums = self.sum_over_ranks(sums)  # one message a layer
+        sums = mode.sum_over_ranks(sums)  # one message a layer
         averages = self.moving_mean.value, self.moving_variance.value
-        find = (
-            kernels.library().din_dist_statistics if native else functools.partial(_statistics, compiled=self.compiled)
-        )
+        find = kernels.library().din_dist_statistics if mode.kernels else mode.fused(_statistics)
         mean, scale, count, *new_averages = find(sums, *averages, tf.constant([self.momentum, self.epsilon]))
         for average, value in zip((self.moving_mean, self.moving_variance), new_averages, strict=True):
             value.set_shape(average.shape)
@@ -125,15 +121,9 @@ class Standardize(keras.layers.Layer):
 class BatchNormalization(keras.layers.Layer):
     """`Standardize`, then a learned scale and offset for each column of `[M, W]`."""
 
-    def __init__(
-        self,
-        frozen: bool = False,
-        sum_over_ranks: SumOverRanks = tf.identity,
-        compiled: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, frozen: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.standardize = Standardize(frozen, sum_over_ranks=sum_over_ranks, compiled=compiled, name="standardize")
+        self.standardize = Standardize(frozen, name="standardize")
 
     def build(self, input_shape: tuple) -> None:
         width = input_shape[-1]
@@ -141,11 +131,11 @@ class BatchNormalization(keras.layers.Layer):
         self.gamma = self.add_weight(shape=(width,), initializer="ones", name="gamma")
         self.beta = self.add_weight(shape=(width,), initializer="zeros", name="beta")
 
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        return self.standardize.then(_scaled, inputs, (self.gamma.value, self.beta.value), training=training)
+    def call(self, inputs: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
+        return self.standardize.then(_scaled, inputs, (self.gamma.value, self.beta.value), mode=mode)
 
     def affine(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Scale and offset `[W]`: out of training this layer is `scale * x + offset`."""
+        """Returns the scale and offset `[W]` by which this layer is `scale * x + offset` in inference."""
         scale = self.gamma.value * tf.math.rsqrt(self.standardize.moving_variance.value + self.standardize.epsilon)
         return scale, self.beta.value - self.standardize.moving_mean.value * scale
 
@@ -161,14 +151,12 @@ def _scaled(inputs: tf.Tensor, standardised: tf.Tensor, gamma: tf.Tensor, beta: 
     return standardised * gamma + beta
 
 
-@fused
 def _apply(
     function: Callable[..., tf.Tensor], inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, *parameters: tf.Tensor
 ) -> tf.Tensor:
     return function(inputs, (inputs - mean) * scale, *parameters)
 
 
-@fused
 def _sums_about(inputs: tf.Tensor, centre: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:
     """Sum and sum of squares of each column, and the number of rows: `[2W + 1]`."""
     shifted = _without_padding(inputs - centre, num_rows)
@@ -176,7 +164,6 @@ def _sums_about(inputs: tf.Tensor, centre: tf.Tensor, num_rows: tf.Tensor | None
     return tf.concat([_sum_of_columns(shifted), _sum_of_columns(tf.square(shifted)), [count]], axis=0)
 
 
-@fused
 def _gradient_sums(
     function: Callable[..., tf.Tensor],
     upstream: tf.Tensor,
@@ -199,7 +186,6 @@ def _gradient_sums(
     return [tf.concat(sums, axis=0), *map(_sum_of_columns, of_parameters)]
 
 
-@fused
 def _gradient_of_inputs(
     function: Callable[..., tf.Tensor],
     upstream: tf.Tensor,
@@ -226,7 +212,6 @@ def _gradient_of_inputs(
     return direct + _without_padding(scale * (through - mean_of_gradient - standardised * mean_of_product), num_rows)
 
 
-@fused
 def _statistics(
     summed: tf.Tensor, moving_mean: tf.Tensor, moving_variance: tf.Tensor, constants: tf.Tensor
 ) -> tuple[tf.Tensor, ...]:

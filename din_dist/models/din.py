@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
+from din_dist.execution import Execution, Mode, SumOverRanks
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.native.attention import NativeActivationUnit
 from din_dist.layers.native.vectors import beside_product
 from din_dist.layers.packed import segment_ids
-from din_dist.layers.standardize import SumOverRanks
+from din_dist.layers.pairs import Pairs
 from din_dist.models.ranking_model import RankingModel, items_of
 from din_dist.schema import Batch
 
@@ -24,61 +23,51 @@ class DIN(RankingModel):
 
     interest = Dense(BN(attention(q, history))); logit = head(BN([interest, q, interest * q])) + bias[item].
     Source: the authors' din/model.py.
+
+    Args:
+        lookup: turns item ids into vectors.
+        config: sizes, activations and normalization.
+        execution: how training is computed.
+        sum_over_ranks: sums statistics of the global batch.
+        attention: another form of the local activation unit, for comparison.
     """
 
     def __init__(
         self,
         lookup: LocalLookup,
         config: ModelConfig,
+        execution: Execution | None = None,
         sum_over_ranks: SumOverRanks = tf.identity,
-        compiled: bool = False,
-        native: bool = False,
-        in_bfloat16: bool = False,
-        attention: type[LocalActivationUnit] | None = None,
+        attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        """`attention`: another form of it, for comparison."""
-        super().__init__(lookup, config, sum_over_ranks, compiled, native, in_bfloat16, **kwargs)
-        of_kernels = functools.partial(NativeActivationUnit, in_bfloat16=in_bfloat16)
-        make = attention or (of_kernels if native else LocalActivationUnit)
-        self.attention = make(
+        super().__init__(lookup, config, execution, sum_over_ranks, **kwargs)
+        self.attention = attention(
             config.attention_hidden_units,
             config.activation,
             config.attention_normalization,
             frozen=config.batch_norm is BatchNorm.FROZEN,
-            sum_over_ranks=sum_over_ranks,
-            compiled=compiled,
             name="attention",
         )
 
-    @property
-    def needs_few_lengths(self) -> bool:
-        return self.attention.needs_few_lengths
+    def pools_compiled(self, mode: Mode) -> bool:
+        return self.attention.is_compiled(mode)
 
     @property
     def late_weights(self) -> list[keras.Variable]:
         return [*super().late_weights, *self.attention.scorer.dense_layers[0].trainable_weights]
 
-    def interest(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool,
-        num_pairs: tf.Tensor | None,
-    ) -> tf.Tensor:
-        return self.attention(candidate, keys, candidate_of, key_of, training=training, num_pairs=num_pairs)
+    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+        return self.attention(candidate, behaviours, pairs, mode=mode)
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, native: bool = False) -> tf.Tensor:
-        if native:
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        if mode.kernels:
             return beside_product(interest, candidate)
         return tf.concat([interest, candidate, interest * candidate], axis=1)
 
     def attention_weights(self, batch: Batch) -> tf.Tensor:
-        distinct, places = items_of(batch)
+        item_ids, index = items_of(batch)
         num_candidates = tf.size(batch.candidate_item_ids)
-        vectors, _ = self.lookup(distinct)
-        candidate = tf.gather(vectors, places[:num_candidates])
-        candidate_of = segment_ids(batch.history_lengths)
-        return self.attention.weights_of_pairs(candidate, vectors, candidate_of, places[num_candidates:])
+        vectors, _ = self.lookup(item_ids)
+        pairs = Pairs(segment_ids(batch.history_lengths), index[num_candidates:])
+        return self.attention.weights_of_pairs(tf.gather(vectors, index[:num_candidates]), vectors, pairs)

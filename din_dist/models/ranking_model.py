@@ -1,65 +1,66 @@
-"""What DIN and its baselines share: everything but how the history becomes an interest."""
+"""What DIN and its baselines share: all but the pooling of a history to an interest."""
 
 from __future__ import annotations
 
 import abc
-import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
+from din_dist.execution import INFERENCE, Execution, Mode, SumOverRanks, round_up
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.native.dense import Stage, run_stages
+from din_dist.layers.native.dense import has_kernel, run_by_kernels
 from din_dist.layers.native.vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids
-from din_dist.layers.standardize import BatchNormalization, SumOverRanks
-from din_dist.layers.xla import round_up
+from din_dist.layers.pairs import Pairs
+from din_dist.layers.stages import Stage, run_by_operations
+from din_dist.layers.standardize import BatchNormalization
 from din_dist.schema import Batch
+
+
+class LookedUp(NamedTuple):
+    """Items that were looked up: C candidates, and K distinct behaviours of their histories."""
+
+    candidate: tf.Tensor  # float32 [C, H]
+    biases: tf.Tensor  # float32 [C]
+    behaviours: tf.Tensor  # float32 [K, H]
 
 
 class RankingModel(keras.Model):
     """Scores candidates against packed behaviour histories; returns logits.
 
-    Each layer is created once, here, and serves the candidate, the negatives and any number of candidates at once
-    (where the authors' code called `tf.layers` again under `reuse=True`).
+    Each layer is created once, here, and serves the candidate, the negatives and any number of candidates at once.
+    The authors' code called `tf.layers` again under `reuse=True`.
 
     Args:
-        lookup: turns item ids into vectors; the model does not know where the tables live.
-        config: sizes, activations and normalisation.
-        sum_over_ranks: for batch statistics of the global batch; the identity when alone.
-        compiled: runs training through XLA, but for lookups and matrix products (see `layers/xla.py`).
-        native: runs what it can of training in kernels of our own (`kernels/`), on CPUs.
-        in_bfloat16: those round the factors of matrix products.
+        lookup: turns item ids into vectors. The model does not know where the tables lie.
+        config: sizes, activations and normalization.
+        execution: how training is computed; inference runs TensorFlow's operations.
+        sum_over_ranks: sums statistics of the global batch; the identity for a rank without peers.
     """
 
     def __init__(
         self,
         lookup: LocalLookup,
         config: ModelConfig,
+        execution: Execution | None = None,
         sum_over_ranks: SumOverRanks = tf.identity,
-        compiled: bool = False,
-        native: bool = False,
-        in_bfloat16: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.lookup, self.compiled, self.native, self.in_bfloat16 = lookup, compiled, native, in_bfloat16
+        self.lookup = lookup
+        self.training_mode = Mode(True, execution or Execution(), sum_over_ranks)
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
-        self.interest_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="interest_norm")
+        self.interest_norm = BatchNormalization(frozen, name="interest_norm")
         self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
-        self.head_norm = BatchNormalization(frozen, sum_over_ranks, compiled, name="head_norm")
+        self.head_norm = BatchNormalization(frozen, name="head_norm")
         self.head = HiddenLayers(
-            config.hidden_units,
-            config.activation,
-            frozen=frozen,
-            sum_over_ranks=sum_over_ranks,
-            dropout=config.dropout,
-            compiled=compiled,
-            name="head",
+            config.hidden_units, config.activation, frozen=frozen, dropout=config.dropout, name="head"
         )
 
     def build_variables(self) -> None:
@@ -76,72 +77,64 @@ class RankingModel(keras.Model):
 
     @property
     def late_weights(self) -> list[keras.Variable]:
-        """Weights whose gradients are found in the last pass of all, after the last batch statistics."""
+        """Weights whose gradients are known in the last pass of all, after the last batch statistics."""
         return self.lookup.trainable_weights
 
     def num_computed_positions(self, num_positions: tf.Tensor) -> tf.Tensor:
-        """How many there are in training with padding.
+        """Returns how many positions training computes, padding included, int32.
 
-        XLA compiles for each pair of lengths: few pairs, on average 6 % more positions.
+        XLA compiles for each pair of lengths: few lengths mean 6 % more positions on average.
         """
-        return round_up(num_positions, steps=8) if self.compiled and self.needs_few_lengths else num_positions
+        return round_up(num_positions, steps=8) if self.pools_compiled(self.training_mode) else num_positions
 
-    @property
-    def needs_few_lengths(self) -> bool:
-        """Whether `interest` is compiled anew for each number of pairs, where `compiled`."""
-        return True
-
-    @abc.abstractmethod
-    def interest(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool,
-        num_pairs: tf.Tensor | None,
-    ) -> tf.Tensor:
-        """Pools each candidate's history to `[C, H]`, zeros where it is empty. See `LocalActivationUnit.call`."""
+    def pools_compiled(self, mode: Mode) -> bool:
+        """Tells whether `interest` is compiled for each number of pairs anew, so that few numbers are wanted."""
+        return mode.training and mode.execution.xla
 
     @abc.abstractmethod
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, native: bool = False) -> tf.Tensor:
-        """`[C, H]` and `[C, H]` to what the head sees of them; `native`: in a kernel of our own, if it has one."""
+    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+        """Pools each candidate's history to `[C, H]`, zeros if it is empty. Arguments as of `LocalActivationUnit`."""
+
+    @abc.abstractmethod
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        """Returns what the head sees of interests and candidates, `[C, H]` each."""
 
     def call(self, batch: Batch, training: bool = False) -> tf.Tensor:
-        """Logits `[B]` of a packed batch (see `schema`); its distinct items are found here if they are not given."""
-        # Where XLA compiles for each length, there are to be few.
-        few_lengths = training and self.compiled and self.needs_few_lengths
-        distinct, places = items_of(batch)
-        native = self.native and training
-        candidate_of = segment_ids(batch.history_lengths, native=native)
+        """Returns the logits, float32 `[B]`, of a packed batch. If it lacks its distinct items, they are found here."""
+        mode = self.training_mode if training else INFERENCE
+        item_ids, index = items_of(batch)
         num_candidates = tf.size(batch.candidate_item_ids)
-        candidate_places, key_of = places[:num_candidates], places[num_candidates:]
-        if native:
-            parts, biases = self.lookup.parts(distinct)
-            vectors, candidate = vectors_and_candidates(parts, candidate_places)
+        pairs = Pairs(segment_ids(batch.history_lengths, mode), index[num_candidates:])
+        few_lengths = self.pools_compiled(mode)
+        num_vectors = round_up(tf.size(item_ids), steps=4) if few_lengths else None  # 12 % more items on average
+        items = self._look_up(item_ids, index[:num_candidates], num_vectors, mode)
+        if few_lengths:
+            num_pairs = tf.size(pairs.behaviour_of)
+            behaviour_of = padded(pairs.behaviour_of, self.num_computed_positions(num_pairs))
+            pairs = Pairs(padded(pairs.candidate_of, tf.size(behaviour_of), -1), behaviour_of, num_pairs)
+        return self.logits(items, pairs, batch.dropout_seeds, mode)
+
+    def _look_up(
+        self, item_ids: tf.Tensor, candidate_index: tf.Tensor, num_vectors: tf.Tensor | None, mode: Mode
+    ) -> LookedUp:
+        """Looks up distinct items, int32 `[K]`, of which `candidate_index` `[C]` are the candidates.
+
+        With `num_vectors` there are so many behaviours, the rest of them padding.
+        """
+        if mode.kernels:
+            parts, biases = self.lookup.parts(item_ids)
+            vectors, candidate = vectors_and_candidates(parts, candidate_index)
         else:
-            vectors, biases = self.lookup(distinct)  # [U, H], [U]
-        num_pairs = None
-        if few_lengths:  # of U 12 % more; of positions see `num_computed_positions`
-            vectors = padded(vectors, round_up(tf.size(distinct), steps=4))
-            num_pairs = tf.size(key_of)
-            key_of = padded(key_of, self.num_computed_positions(num_pairs))
-            candidate_of = padded(candidate_of, tf.size(key_of), -1)
-        if not native:
-            candidate = rows_at(vectors, candidate_places, compiled=few_lengths)
-        return self.logits(
-            candidate,
-            tf.gather(biases, candidate_places),
-            vectors,
-            candidate_of,
-            key_of,
-            num_pairs=num_pairs,
-            dropout_seeds=batch.dropout_seeds,
-            training=training,
-        )
+            vectors, biases = self.lookup(item_ids)
+        if num_vectors is not None:
+            vectors = padded(vectors, num_vectors)
+        if not mode.kernels:
+            gather = mode.fused(rows_at) if num_vectors is not None else rows_at
+            candidate = gather(vectors, candidate_index)
+        return LookedUp(candidate, tf.gather(biases, candidate_index), vectors)
 
     def attention_weights(self, batch: Batch) -> tf.Tensor | None:
-        """How much each history position of a packed batch counts, `[N]`; None where all count the same."""
+        """Returns the weight of each history position of a packed batch, `[N]`; None if all weigh the same."""
         return None
 
     def score_candidates(
@@ -151,68 +144,63 @@ class RankingModel(keras.Model):
         candidate_item_ids: tf.Tensor,
         candidate_counts: tf.Tensor,
     ) -> tf.Tensor:
-        """Logits `[C]` of many candidates for each history, whose items are looked up and projected once.
+        """Returns the logits `[C]` of many candidates for each history, whose items are looked up and projected once.
 
         Args:
-            history_item_ids: int32 `[N]`, B histories end to end; `history_lengths` int32 `[B]`.
-            candidate_item_ids: int32 `[C]`, the candidates of B histories end to end; `candidate_counts` int32 `[B]`.
+            history_item_ids: int32 `[N]`, B histories concatenated.
+            history_lengths: int32 `[B]`.
+            candidate_item_ids: int32 `[C]`, the candidates of B histories concatenated.
+            candidate_counts: int32 `[B]`.
         """
         history_of = segment_ids(candidate_counts)  # [C]
         starts = tf.gather(tf.cumsum(history_lengths, exclusive=True), history_of)
         lengths = tf.gather(history_lengths, history_of)  # [C]
         position_of = tf.ragged.range(starts, starts + lengths).values  # [P]
-        distinct, places = distinct_items(candidate_item_ids, history_item_ids)
-        vectors, biases = self.lookup(distinct)
+        item_ids, index = distinct_items(candidate_item_ids, history_item_ids)
         num_candidates = tf.size(candidate_item_ids)
-        candidate_places, position_places = places[:num_candidates], places[num_candidates:]
-        return self.logits(
-            tf.gather(vectors, candidate_places),
-            tf.gather(biases, candidate_places),
-            vectors,
-            segment_ids(lengths),
-            tf.gather(position_places, position_of),
-        )
+        items = self._look_up(item_ids, index[:num_candidates], None, INFERENCE)
+        return self.logits(items, Pairs(segment_ids(lengths), tf.gather(index[num_candidates:], position_of)))
 
     def logits(
-        self,
-        candidate: tf.Tensor,
-        biases: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        *,
-        num_pairs: tf.Tensor | None = None,
-        dropout_seeds: tf.Tensor | None = None,
-        training: bool = False,
+        self, items: LookedUp, pairs: Pairs, seeds: tf.Tensor | None = None, mode: Mode = INFERENCE
     ) -> tf.Tensor:
-        """Logits `[C]` of items that were looked up before.
+        """Returns the logits `[C]` of items that were looked up before.
 
         Args:
-            candidate: `[C, H]`; `biases` `[C]`.
-            keys: `[K, H]`, the items of the histories: what the attention computes of a key alone, it does once.
-            candidate_of, key_of: int32 `[P]`, pair candidates with the keys of their histories; `candidate_of` ascends.
-            num_pairs: how many of the P pairs are real; the rest is padding, of candidate -1. None: all.
+            items: candidates, and the behaviours that `pairs` names.
+            pairs: each candidate with the behaviours of its history.
+            seeds: int64 `[C]`, for dropout.
+            mode: of the pass.
         """
-        interest = self.interest(candidate, keys, candidate_of, key_of, training, num_pairs)
-        if self.native and training:
-            run = functools.partial(run_stages, in_bfloat16=self.in_bfloat16)
-            interest = run([Stage(self.interest_norm, self.interest_projection)], interest)
-            stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
-            scores = tf.squeeze(run(stages, self.head_inputs(interest, candidate, native=True), dropout_seeds), axis=1)
-        else:
-            interest = self.interest_projection(self.interest_norm(interest, training=training))
-            features = self.head_norm(self.head_inputs(interest, candidate), training=training)
-            scores = self.head(features, dropout_seeds, training=training)
-        return scores + biases
+        interest = self.interest(items.candidate, items.behaviours, pairs, mode)
+        interest = run_stages([Stage(self.interest_norm, self.interest_projection)], interest, None, mode)
+        inputs = self.head_inputs(interest, items.candidate, mode)
+        if not self.head.built:
+            self.head.build(inputs.shape)
+        stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
+        return tf.squeeze(run_stages(stages, inputs, seeds, mode), axis=1) + items.biases
+
+
+def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
+    """Returns the last Dense's results `[M, units]`, by our kernels if they know every gate.
+
+    Args:
+        stages: one after the other.
+        inputs: float32 `[M, W]`.
+        seeds: int64 `[M]`, for dropout.
+        mode: of the pass.
+    """
+    by_kernels = mode.kernels and all(has_kernel(stage.gate) for stage in stages)
+    return (run_by_kernels if by_kernels else run_by_operations)(stages, inputs, seeds, mode)
 
 
 def items_of(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-    """`distinct_items` of a packed batch, which may bring them along."""
+    """Returns the `distinct_items` of a packed batch, which may bring them along."""
     if batch.distinct_item_ids is not None:
         return batch.distinct_item_ids, batch.item_index
     return distinct_items(batch.candidate_item_ids, batch.history_item_ids)
 
 
 def distinct_items(candidate_item_ids: tf.Tensor, history_item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Each item once, `[U]`, and where in it the candidates and then the history positions stand, `[C + N]`."""
+    """Returns each item once, `[U]`, and the index in it of the candidates and then the positions, `[C + N]`."""
     return tf.unique(tf.concat([candidate_item_ids, history_item_ids], axis=0))

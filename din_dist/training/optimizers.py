@@ -16,7 +16,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import Gradient, RowGradients
-from din_dist.layers.xla import fused
+from din_dist.execution import Execution
 
 RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc
 
@@ -47,8 +47,8 @@ class Optimizer(abc.ABC):
 
     Args:
         tables: the names of the variables that are tables: those are given row gradients.
-        compiled: runs the update of the dense variables as one kernel, through XLA.
-        native: in kernels of our own, on CPUs, which write to the rows of tables where they are.
+        execution: how updates are computed. Our kernels write to the rows of tables where they are. A rule without a
+            kernel runs by TensorFlow's operations.
     """
 
     initial_state: ClassVar[Mapping[str, float]] = {}  # kind of slot variable -> its first values
@@ -59,13 +59,12 @@ class Optimizer(abc.ABC):
         variables: Sequence[tf.Variable],
         names: Sequence[str],
         tables: Sequence[str] = (),
-        compiled: bool = False,
-        native: bool = False,
+        execution: Execution | None = None,
     ) -> None:
         self.variables = list(variables)
         self.names = list(names)
         self.tables = set(tables)
-        self.compiled, self.native = compiled, native
+        self.execution = execution or Execution()
         self.state: dict[str, tf.Variable] = {
             f"{name}/{kind}": tf.Variable(tf.fill(self._state_shape(name, variable), initial), trainable=False)
             for kind, initial in self.initial_state.items()
@@ -88,7 +87,7 @@ class Optimizer(abc.ABC):
     def values_of(self, gradients: Sequence[Gradient]) -> list[Values]:
         """The weights that each gradient belongs to."""
         return [
-            variable if self.native and isinstance(gradient, RowGradients) else _read(variable, gradient)
+            variable if self.updates_in_place and isinstance(gradient, RowGradients) else _read(variable, gradient)
             for variable, gradient in zip(self.variables, gradients, strict=True)
         ]
 
@@ -116,11 +115,15 @@ class Optimizer(abc.ABC):
             else:
                 whole.append(_Change(gradient, None, value, variables))
         if whole:
-            by_kernel = self.native and all(change.is_element_wise for change in whole)
+            by_kernel = self.updates_in_place and all(change.is_element_wise for change in whole)
             (self._update_by_kernel if by_kernel else self._update)(whole, rate)
         if not by_rows:
             return []
-        before = self._update_rows_by_kernel(by_rows, rate, keep) if self.native else self._update_rows(by_rows, rate)
+        before = (
+            self._update_rows_by_kernel(by_rows, rate, keep)
+            if self.updates_in_place
+            else self._update_rows(by_rows, rate)
+        )
         if not keep:
             return []
         row_ids = [change.row_ids for change in by_rows for _ in change.variables]
@@ -129,7 +132,7 @@ class Optimizer(abc.ABC):
     def _update(self, changes: Sequence[_Change], rate: tf.Tensor) -> None:
         slots = [list(values) for values in zip(*map(_before, changes), strict=True)]
         gradients = [change.gradient for change in changes]
-        updated = _update_all(self.update, rate, gradients, *slots, compiled=self.compiled)
+        updated = self.execution.fused(_update_all)(self.update, rate, gradients, *slots)
         for change, after in zip(changes, zip(*updated, strict=True), strict=True):
             _assign(change, after)
 
@@ -176,6 +179,11 @@ class Optimizer(abc.ABC):
         return [rows for place in range(len(changes)) for rows in before[place :: len(changes)]]
 
     @property
+    def updates_in_place(self) -> bool:
+        """Whether a kernel writes to the rows of tables where they are, so that ranks may share the tables."""
+        return self.execution.kernels and self._rule_of_rows in RULES
+
+    @property
     def _rule_of_rows(self) -> str:
         return type(self).__name__
 
@@ -212,12 +220,11 @@ class Adagrad(Optimizer):
         variables: Sequence[tf.Variable],
         names: Sequence[str],
         tables: Sequence[str] = (),
+        execution: Execution | None = None,
         row_wise: bool = False,
-        compiled: bool = False,
-        native: bool = False,
     ) -> None:
         self._rows_only = set(tables) if row_wise else set()
-        super().__init__(variables, names, tables, compiled, native)
+        super().__init__(variables, names, tables, execution)
 
     def _state_shape(self, name: str, variable: tf.Variable) -> tf.TensorShape:
         return variable.shape[:1] if name in self._rows_only else variable.shape
@@ -256,22 +263,23 @@ class LazyAdam(Optimizer):
         return learning_rate * tf.sqrt(1.0 - self.BETA_2**updates) / (1.0 - self.BETA_1**updates)
 
 
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    OptimizerKind.SGD: Sgd,
+    OptimizerKind.ADAGRAD: Adagrad,
+    OptimizerKind.LAZY_ADAM: LazyAdam,
+}
+
+
 def make_optimizer(
     config: OptimizerConfig,
     variables: Sequence[tf.Variable],
     names: Sequence[str],
     tables: Sequence[str],
-    compiled: bool = False,
-    native: bool = False,
+    execution: Execution,
 ) -> Optimizer:
-    match config.optimizer:
-        case OptimizerKind.SGD:
-            return Sgd(variables, names, tables, compiled, native)
-        case OptimizerKind.ADAGRAD:
-            return Adagrad(variables, names, tables, config.adagrad_row_wise, compiled, native)
-        case OptimizerKind.LAZY_ADAM:
-            return LazyAdam(variables, names, tables, compiled, native)
-    raise ValueError(f"Unknown optimizer {config.optimizer!r}")
+    """Returns the optimizer of `OPTIMIZERS` that `config` names; arguments as of `Optimizer`."""
+    own = {"row_wise": config.adagrad_row_wise} if config.optimizer == OptimizerKind.ADAGRAD else {}
+    return OPTIMIZERS[config.optimizer](variables, names, tables, execution, **own)
 
 
 def _read(variable: tf.Variable, gradient: Gradient) -> tf.Tensor:
@@ -298,7 +306,6 @@ def _assign(change: _Change, after: Sequence[tf.Tensor]) -> None:
             variable.scatter_update(tf.IndexedSlices(new, change.row_ids))
 
 
-@fused
 def _update_all(
     update: Callable[..., list[tf.Tensor]], rate: tf.Tensor, gradients: list[tf.Tensor], *slots: list[tf.Tensor]
 ) -> list[list[tf.Tensor]]:

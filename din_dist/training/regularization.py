@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient, RowGradients
-from din_dist.layers.xla import fused
+from din_dist.execution import Execution
 from din_dist.training.optimizers import Values
 
 # A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.
@@ -25,18 +25,13 @@ class Regularization:
 
     Args:
         row_counts: name of a table -> float32 `[num_rows]`, in how many training events each row occurs.
-        native: in a kernel of our own, on CPUs.
-        compiled: else what is done to whole gradients through XLA.
+        execution: how the penalties are computed.
     """
 
     def __init__(
-        self,
-        config: OptimizerConfig,
-        row_counts: Mapping[str, np.ndarray],
-        native: bool = False,
-        compiled: bool = False,
+        self, config: OptimizerConfig, row_counts: Mapping[str, np.ndarray], execution: Execution | None = None
     ) -> None:
-        self._config, self._native, self._compiled = config, native, compiled
+        self._config, self._execution = config, execution or Execution()
         self._tables = set(row_counts) if config.embedding_l2 or config.mini_batch_aware_l2 else set()
         self._row_weights = {}
         if config.mini_batch_aware_l2:
@@ -75,7 +70,8 @@ class Regularization:
         others = [gradient for place, gradient in enumerate(gradients) if place not in penalised]
         rows = [gradient.rows for gradient in others if isinstance(gradient, RowGradients)]
         whole = [gradient for gradient in others if not isinstance(gradient, RowGradients)]
-        add = self._by_kernel if self._native else self._by_operations
+        whole_tables = all(isinstance(values, tf.Variable) for _, values, _ in penalised.values())
+        add = self._by_kernel if self._execution.kernels and whole_tables else self._by_operations
         added, of_rows, of_whole = add([*penalised.values()], rows, whole)
         replaced = dict(zip(penalised, added, strict=True))
         return [
@@ -92,7 +88,7 @@ class Regularization:
             if row_weights is not None:
                 weights += tf.gather(row_weights, gradient.row_ids)
             added.append(gradient.rows + weights[:, None] * values)
-        return added, _sum_of_squares(*added, *rows), _sum_of_squares(*whole, compiled=self._compiled)
+        return added, _sum_of_squares(*added, *rows), self._execution.fused(_sum_of_squares)(*whole)
 
     def _by_kernel(
         self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]
@@ -113,7 +109,6 @@ class Regularization:
         return added, of_rows, of_whole
 
 
-@fused
 def _sum_of_squares(*values: tf.Tensor) -> tf.Tensor:
     return tf.add_n([tf.constant(0.0), *(tf.reduce_sum(tf.square(value)) for value in values)])
 

@@ -12,7 +12,7 @@ from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE
 from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
-from din_dist.layers.xla import fused, on_host
+from din_dist.execution import on_host
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from din_dist.training.optimizers import Optimizer
@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     num_examples: tf.Tensor  # of this rank
     nonfinite_examples: tf.Tensor  # int64, those of this rank whose loss is not finite
     observed: Observed
-    values: list[tf.Tensor]  # of the history's `others`, after the update
+    values: list[tf.Tensor]  # of the undo log's `others`, after the update
     replaced: list[RowGradients]  # rows of its `tables`, before it
 
 
@@ -67,17 +67,17 @@ class TrainStep:
         exchange: GradientExchange,
         regularization: Regularization,
         config: OptimizerConfig,
-        history: UndoLog | None = None,
+        undo_log: UndoLog | None = None,
     ) -> None:
-        """`history`: what must be undone of an update at need; None: nothing."""
-        self._history = history
+        """`undo_log`: keeps what undoes an update; None: no update is ever undone."""
+        self._undo_log = undo_log
         self._model, self._optimizer, self._exchange = model, optimizer, exchange
         self._regularization, self._clip_norm = regularization, config.clip_norm
         self._begun = functools.cache(self._begin)
 
     @property
     def can_be_undone(self) -> bool:
-        return self._history is not None
+        return self._undo_log is not None
 
     def __call__(
         self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
@@ -89,7 +89,8 @@ class TrainStep:
 
     def _begin(self, sums_at_owners: bool) -> Callable[..., StepResult]:
         """What runs an update, looked for once in each form of the exchange."""
-        self._exchange.share(self._optimizer.changing_by_rows)
+        if self._optimizer.updates_in_place:
+            self._exchange.share(self._optimizer.changing_by_rows)
         signature = [BATCH_SIGNATURE, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
         return self._run.get_concrete_function()
@@ -118,7 +119,7 @@ class TrainStep:
             num_examples=tf.size(batch.labels),
             nonfinite_examples=tf.boolean_mask(batch.example_ids, ~tf.math.is_finite(losses)),
             observed=self.observe(batch, ready, own, gradients),
-            values=[variable.read_value() for variable in self._history.others] if self._history else [],
+            values=[variable.read_value() for variable in self._undo_log.others] if self._undo_log else [],
             replaced=replaced,
         )
 
@@ -155,8 +156,10 @@ class TrainStep:
         """This rank's part of the gradient and of the loss, and the loss of each of its examples."""
         with tf.GradientTape() as tape:
             logits = self._model(batch, training=True)
-            compiled = self._model.compiled and not self._model.native
-            losses = _cross_entropy(logits, batch.labels, compiled=compiled)
+            execution = self._model.training_mode.execution
+            # Beside kernels there are few cheap operations left, and XLA would compile for each number of examples.
+            find = _cross_entropy if execution.kernels else execution.fused(_cross_entropy)
+            losses = find(logits, batch.labels)
             loss = tf.reduce_sum(losses) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables
         return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss, losses
@@ -173,7 +176,7 @@ class TrainStep:
         self, gradients: Sequence[Gradient], loss: tf.Tensor, rate: tf.Tensor, step: tf.Tensor
     ) -> tuple[tf.Tensor, list[RowGradients]]:
         """Changes the weights, unless loss or gradient is not finite; returns the gradient's norm and replaced rows."""
-        keep = self._history is not None and any(isinstance(gradient, RowGradients) for gradient in gradients)
+        keep = self._undo_log is not None and any(isinstance(gradient, RowGradients) for gradient in gradients)
         values = self._optimizer.values_of(gradients)
         gradients, norm = self._regularization(gradients, values, self._optimizer.names, self._exchange.sum_of_parts)
         if self._clip_norm:
@@ -211,7 +214,6 @@ def checksum_of(sums: Sequence[float]) -> int:
     return sum(int(value) << (8 * place) for place, value in enumerate(sums)) % 2**64
 
 
-@fused
 def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     return tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
 

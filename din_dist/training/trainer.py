@@ -6,8 +6,8 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -20,14 +20,14 @@ from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
 from din_dist.evaluation.evaluator import Evaluator
-from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from din_dist.telemetry.reporter import Telemetry
 from din_dist.telemetry.step_report import PARTS, Moment, StepReport
 from din_dist.training.checkpoint import CheckpointStore
+from din_dist.training.learner import Learner
 from din_dist.training.schedules import learning_rate
-from din_dist.training.train_step import MessageSizes, Requests, StepResult, TrainStep, checksum_of
-from din_dist.training.undo import UndoLog, agree
+from din_dist.training.train_step import Requests, StepResult, checksum_of
+from din_dist.training.undo import agree
 from din_dist.training_state import TrainingState
 
 MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
@@ -37,6 +37,38 @@ _PATIENCE_SECONDS = 5.0  # at the end, with a checkpoint that is still being wri
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
+class Signals(Protocol):
+    """What this process was asked to do, looked at in every step."""
+
+    stop: bool  # the whole job
+    leave: bool  # this rank alone
+
+
+class NoSignals:
+    """A process that nobody asks for anything."""
+
+    stop = leave = False
+
+
+class TrainingData(NamedTuple):
+    """What a job learns from."""
+
+    store: EventStore
+    examples_per_epoch: int
+    make_batches: MakeBatches
+
+
+class Update(NamedTuple):
+    """An update that was made."""
+
+    batch: Batch  # this rank's share
+    result: StepResult
+    learning_rate: float
+    global_examples: int
+    waited: float  # seconds for the batch, until `started`
+    started: Moment
+
+
 class Trainer:
     """Trains a model to the end of its epochs, from wherever the output directory says it stands."""
 
@@ -44,41 +76,29 @@ class Trainer:
         self,
         config: Config,
         runtime: Runtime,
-        model: RankingModel,
-        step: TrainStep,
-        message_sizes: MessageSizes,
-        variables: Mapping[str, tf.Variable],
-        make_batches: MakeBatches,
-        examples_per_epoch: int,
+        learner: Learner,
+        data: TrainingData,
         evaluator: Evaluator,
         checkpoints: CheckpointStore,
         telemetry: Telemetry,
-        history: UndoLog,
-        stop_requested: Callable[[], bool],
-        leave_requested: Callable[[], bool],
-        store: EventStore,
+        signals: Signals,
     ) -> None:
-        """`variables`: by name, all that a checkpoint keeps. `store`: where the batches come from.
-
-        `stop_requested`, `leave_requested`: of this process, asked at every step; the first is meant for the whole job.
-        """
-        self._config, self._runtime, self._step, self._variables = config, runtime, step, variables
-        self._model, self._message_sizes = model, message_sizes
-        self._make_batches, self._examples_per_epoch = make_batches, examples_per_epoch
+        self._config, self._runtime, self._signals = config, runtime, signals
+        self._model, self._step, self._undo_log = learner.model, learner.step, learner.undo_log
+        self._variables, self._message_sizes = learner.variables, learner.message_sizes
+        self._make_batches, self._examples_per_epoch = data.make_batches, data.examples_per_epoch
+        self._store, self._digest = data.store, digest_of(config, data.store.facts.fingerprint)
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
-        self._history = history
-        self._store, self._digest = store, digest_of(config, store.facts.fingerprint)
-        self._stop_requested, self._leave_requested = stop_requested, leave_requested
         self._logits_of = tf.function(
-            lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+            lambda batch: self._model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
         )
         self._saved_step = 0
         self.state = TrainingState()
         self.validation_metric = "gauc"  # what the best model is chosen by
-        self.num_steps = num_updates(config, examples_per_epoch)
+        self.num_steps = num_updates(config, data.examples_per_epoch)
         # max_steps ends a job early; it does not bend the schedule of the epochs, so that the job can go on later.
         self._steps_of_schedule = config.job.epochs * num_steps_per_epoch(
-            examples_per_epoch, config.job.global_batch_size
+            data.examples_per_epoch, config.job.global_batch_size
         )
         self.seconds = {"training": 0.0, "validation": 0.0, "checkpoint": 0.0, "test": 0.0}
         self._timed_examples, self._timed_seconds = 0, 0.0
@@ -91,14 +111,14 @@ class Trainer:
         if holders:
             step, finished = agree([position for position in positions if position])
             if positions[self._runtime.rank]:
-                self.state = self._history.go_back(step, finished=finished)
+                self.state = self._undo_log.go_back(step, finished=finished)
             if len(holders) < len(positions):
                 self._take_over_from(holders[0])
         else:
             self._restore_latest()
             finished = self.state.examples_seen < self._examples_per_epoch  # else saved alone, before the epoch's end
         if self._step.can_be_undone:
-            self._history.begin(self.state, finished=finished)
+            self._undo_log.begin(self.state, finished=finished)
         self._telemetry.started(self.state)
         if not finished:
             self._after_update()
@@ -127,7 +147,7 @@ class Trainer:
             global_examples = self._next_examples()
             rate = learning_rate(self._config.optimizer, self.state.step + 1, self._steps_of_schedule)
             result = self._train_on(batch, rate, global_examples)
-            self._count(batch, result, rate, global_examples, waited, started)
+            self._count(Update(batch, result, rate, global_examples, waited, started))
             self._after_update()
             self._answer(Requests(*result.requests.numpy().tolist()))
             if self._should_stop_early():
@@ -141,7 +161,7 @@ class Trainer:
     def test(self) -> dict[str, Any]:
         """Metrics of the test split with the best weights by validation, or the last ones where there is none."""
         state = self.state
-        self._history.clear()
+        self._undo_log.clear()
         with self._phase("test"):
             if state.best_step not in (0, state.step):
                 if self._checkpoints.has(state.best_step):
@@ -202,10 +222,10 @@ class Trainer:
         Raises:
             OSError: it could not be written.
         """
-        position = self._history.newest()
+        position = self._undo_log.newest()
         if position is None or position[0] <= self._saved_step:
             return  # the disk has it, or nothing was learned yet
-        self.state = self._history.go_back(position[0], finished=position[1])
+        self.state = self._undo_log.go_back(position[0], finished=position[1])
         self._checkpoints.save_alone(self._variables, self.state)
 
     def _restore_latest(self) -> None:
@@ -244,7 +264,7 @@ class Trainer:
 
     def _train_on(self, batch: Batch, rate: float, global_examples: int) -> StepResult:
         step = self.state.step + 1
-        requests = Requests(self._stop_requested(), self._leave_requested(), self._runtime.workers_changed())
+        requests = Requests(self._signals.stop, self._signals.leave, self._runtime.workers_changed())
         result = self._step(batch, rate, step, global_examples, requests)
         if not _is_finite(result):
             self._refuse(result, step)
@@ -259,7 +279,7 @@ class Trainer:
             f"{self._culprits(result)}."
         )
         if self._step.can_be_undone:
-            self._history.go_back(self.state.step, finished=True)  # it has moved the averages of batch statistics
+            self._undo_log.go_back(self.state.step, finished=True)  # it has moved the averages of batch statistics
         if self.state.skipped_steps < self._config.job.skip_nonfinite_steps:
             self.state.skipped_steps += 1
             self._telemetry.say(
@@ -286,38 +306,35 @@ class Trainer:
         )
         return f"the loss of {len(rows)} example(s) by itself: {named}"
 
-    def _count(
-        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: Moment
-    ) -> None:
-        """`waited`: seconds for the batch, until `started`."""
-        report = self.report(batch, result, rate, global_examples, waited, started)
+    def _count(self, update: Update) -> None:
+        report, result = self.report(update), update.result
         if self.seconds["training"]:  # the first update of a run is mostly tracing
-            self._timed_examples += global_examples
+            self._timed_examples += update.global_examples
             self._timed_seconds += report.total_seconds
         self.seconds["training"] += report.total_seconds
-        made = _is_finite(result)
-        self.state.advance(global_examples, report.loss if made else 0.0, checksum_of(result.checksum.numpy().tolist()))
+        loss = report.loss if _is_finite(result) else 0.0
+        self.state.advance(update.global_examples, loss, checksum_of(result.checksum.numpy().tolist()))
         self.keep(result)
-        self._telemetry.after_step(self.state, report, lambda: self._histograms(batch))
+        self._telemetry.after_step(self.state, report, lambda: self._histograms(update.batch))
 
     def keep(self, result: StepResult) -> None:
         """Notes how to undo an update, in jobs that may have to."""
         if self._step.can_be_undone:
-            self._history.add(self.state, result.values if _is_finite(result) else None, result.replaced)
+            self._undo_log.add(self.state, result.values if _is_finite(result) else None, result.replaced)
 
-    def report(
-        self, batch: Batch, result: StepResult, rate: float, global_examples: int, waited: float, started: Moment
-    ) -> StepReport:
-        """What an update did and took, until now; arguments as of `_count`."""
+    def report(self, update: Update) -> StepReport:
+        """Returns what an update did, and what it took until now."""
+        result = update.result
         observed = [part.numpy() for part in result.observed]
         gradients_ready, exchange_ended, rows_sent, unique_rows, unknown_ids, computed_positions = observed
-        parts = [waited, *started.seconds_between([float(gradients_ready), float(exchange_ended)])]
-        positions = batch.history_item_ids.shape[0]
+        ends = [float(gradients_ready), float(exchange_ended)]
+        parts = [update.waited, *update.started.seconds_between(ends)]
+        positions = update.batch.history_item_ids.shape[0]
         return StepReport(
             loss=float(result.loss),
             gradient_norm=float(result.gradient_norm),
-            learning_rate=rate,
-            global_examples=global_examples,
+            learning_rate=update.learning_rate,
+            global_examples=update.global_examples,
             examples=int(result.num_examples),
             positions=positions,
             padding_ratio=1 - positions / max(int(computed_positions), 1) if positions else 0.0,
@@ -350,13 +367,13 @@ class Trainer:
         else:
             self._do_what_is_due()
         if self._step.can_be_undone:
-            self._history.finish(self.state)
+            self._undo_log.finish(self.state)
 
     def _answer(self, requests: Requests) -> None:
         """`requests`: how many ranks have each; the same on all."""
         if requests.stop or requests.leave == self._runtime.world_size:
             self._stop()
-        if requests.leave and self._leave_requested():
+        if requests.leave and self._signals.leave:
             raise Left("on request")
         if requests.leave or requests.change:
             raise WorkersChanged
@@ -408,7 +425,7 @@ class Trainer:
         Raises:
             InputError: this rank trains something else than the job.
         """
-        step, finished = self._history.newest() or (-1, False)
+        step, finished = self._undo_log.newest() or (-1, False)
         rows = self._runtime.gather(np.array([[step, finished, self._digest]], np.int64)).tolist()
         positions = [(step, bool(finished)) if step >= 0 else None for step, finished, _ in rows]
         of_job = next((row[2] for row, position in zip(rows, positions, strict=True) if position), rows[0][2])

@@ -8,8 +8,10 @@ import tensorflow as tf
 
 from din_dist.benchmark.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
 from din_dist.config import Activation, AttentionNormalization
+from din_dist.execution import Execution, Mode
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.packed import segment_ids
+from din_dist.layers.pairs import Pairs
 
 
 @pytest.mark.parametrize("kind", [PaddedActivationUnit, UnfactoredActivationUnit])
@@ -23,12 +25,13 @@ def test_same_function(kind: type[LocalActivationUnit], normalization: Attention
     ours = LocalActivationUnit((8, 4), Activation.SIGMOID, normalization)
     theirs = kind((8, 4), Activation.SIGMOID, normalization)
     results = []
+    mode = Mode(True, Execution(kernels=True))  # which the other forms leave alone
     for unit in (ours, theirs):
         unit.build((None, 6))
         unit.set_weights([np.sin(np.arange(w.size)).reshape(w.shape) for w in ours.get_weights()])
         with tf.GradientTape() as tape:
             tape.watch([candidate, keys])
-            interest = unit(candidate, keys, segment_ids(tf.constant(lengths)), key_of, training=True)
+            interest = unit(candidate, keys, Pairs(segment_ids(tf.constant(lengths)), key_of), mode=mode)
             loss = tf.reduce_sum(tf.sin(interest))
         sources = [candidate, keys, *(weight.value for weight in unit.trainable_weights)]
         gradients = tape.gradient(loss, sources)

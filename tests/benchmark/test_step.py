@@ -23,7 +23,7 @@ def test_bytes_and_messages_by_hand() -> None:
         RowGradients(tf.range(1), tf.zeros([1, 1]), num_rows=tf.constant(4)),
         tf.zeros([2, 5]),
     ]
-    sizes = message_sizes(gradients, merged, variables, [6], wire_bytes=2, native=False)
+    sizes = message_sizes(gradients, merged, variables, [6], wire_bytes=2, packed=False)
     assert sizes == {
         "dense_gradient_bytes": 40,  # 10 numbers of 4 bytes
         "row_gradient_bytes": 3 * (4 + 4 * 2) + 3 * (4 + 1 * 2),  # ids of 4 bytes, values of 2
@@ -34,7 +34,7 @@ def test_bytes_and_messages_by_hand() -> None:
         "num_gather_messages": 2,
         "num_statistics_messages": 2,
     }
-    packed = message_sizes(gradients, merged, variables, [6], wire_bytes=2, native=True)
+    packed = message_sizes(gradients, merged, variables, [6], wire_bytes=2, packed=True)
     assert packed == {**sizes, "num_gather_messages": 1}  # of the three, for dense ones take two
     for owners_sum_rows in (False, True):
         assert bytes_sent(sizes, 1, owners_sum_rows) == {"dense": 0, "statistics": 0, "sparse": 0}
@@ -49,5 +49,5 @@ def test_bytes_and_messages_by_hand() -> None:
 
 def test_a_dense_model_sends_one_message() -> None:
     dense = [tf.zeros([3])]
-    sizes = message_sizes(dense, dense, [tf.Variable(tf.zeros([3]))], [], wire_bytes=4, native=False)
+    sizes = message_sizes(dense, dense, [tf.Variable(tf.zeros([3]))], [], wire_bytes=4, packed=False)
     assert (sizes["num_gradient_messages"], sizes["num_gather_messages"], sizes["table_bytes"]) == (1, 0, 0)

@@ -103,7 +103,7 @@ def test_random_clicks_cannot_be_foretold(tmp_path: Path, order: str) -> None:
     config = config_of(
         tmp_path, order, rows, epochs=3, learning_rate=0.01, optimizer="lazy_adam", validation_from=1007, test_from=1008
     )
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     job.trainer.train()
     found = {"model": job.trainer.test(), **job.evaluator.floors("test")}
     assert found["model"]["num_examples"] == 300 * 4 * ITEMS_PER_PAGE
@@ -116,7 +116,7 @@ def test_training_and_scoring_by_time_are_one(tmp_path: Path, order: str) -> Non
     """`predict --before_column` gives each event the history that training, evaluation and the floors give it."""
     config = config_of(tmp_path, order, pages(num_users=30), max_history_length=PAGES_PER_USER)
     store = prepare(config.data)
-    job = assembly.make_job(config, Runtime(), store)
+    job = assembly.Assembly(config, Runtime(), store)
     by_time = UserHistories(store, config.data.max_history_length)
     for split in SPLITS:
         examples = job.evaluator._splits[split]
@@ -167,7 +167,7 @@ def test_data_that_an_earlier_version_prepared(tmp_path: Path, source: str) -> N
 def test_a_checkpoint_of_the_old_rule_is_not_gone_on_from(tmp_path: Path) -> None:
     config = config_of(tmp_path, "two files", pages(num_users=5))
     as_an_earlier_version_left_it(prepare(config.data))
-    model = assembly.make_job(config, Runtime(), prepare(config.data)).model
+    model = assembly.Assembly(config, Runtime(), prepare(config.data)).model
     variables = {weight.path: weight.value for weight in model.weights}
     CheckpointStore(config, "of an earlier version", Runtime()).save(variables, TrainingState(step=3))
     now = CheckpointStore(config, open_prepared(config.data).facts.fingerprint, Runtime())

@@ -14,6 +14,7 @@ from din_dist import kernels
 from din_dist.config import WireDtype
 from din_dist.distributed.gradients import NO_ROW, DenseExchange, GradientExchange, merge_rows
 from din_dist.distributed.runtime import Runtime
+from din_dist.execution import Execution
 
 
 class TwoRanks(Runtime):
@@ -40,7 +41,7 @@ def slices(row_ids: list[int], rows: list[list[float]], num_rows: int = 1000) ->
 @pytest.mark.parametrize("native", [False, True])
 def test_rows_that_share_an_id_are_added_and_padding_is_left_out(native: bool) -> None:
     rows = tf.constant([[1.0, 2.0], [5.0, 5.0], [9.0, 9.0], [10.0, 20.0]])
-    merged = merge_rows(tf.constant([7, 3, NO_ROW, 7]), rows, native)
+    merged = merge_rows(tf.constant([7, 3, NO_ROW, 7]), rows, Execution(kernels=native))
     assert merged.row_ids.numpy().tolist() == [7, 3]
     assert merged.rows.numpy().tolist() == [[11.0, 22.0], [5.0, 5.0]]
 
@@ -56,7 +57,7 @@ def test_the_kernel_merges_as_the_operations_do(num_rows: int, num_threads: int,
         ids[random.random(num_rows) < 0.1] = NO_ROW
         rows = tf.constant(random.normal(0, 1, (num_rows, 5)), tf.float32)
         expected = merge_rows(tf.constant(ids, tf.int32), rows)
-        found = merge_rows(tf.constant(ids, tf.int32), rows, native=True)
+        found = merge_rows(tf.constant(ids, tf.int32), rows, execution=Execution(kernels=True))
         assert found.row_ids.numpy().tolist() == expected.row_ids.numpy().tolist()
         np.testing.assert_allclose(found.rows, expected.rows, rtol=1e-5, atol=1e-5)
 
@@ -123,7 +124,7 @@ class FourRanks(TwoRanks):
 def test_an_owner_sums_what_all_have_for_its_rows(wire_dtype: WireDtype) -> None:
     """Rows 1, 5 and 9 are those of rank 1."""
     runtime = FourRanks()
-    exchange = GradientExchange(runtime, wire_dtype, native=True)
+    exchange = GradientExchange(runtime, wire_dtype, execution=Execution(kernels=True))
     gradients = [slices([4, 9, 1, 2], [[5.0], [2.0], [3.0], [7.0]]), slices([5, 6], [[1.0, -2.0], [3.0, 4.0]])]
     found, _ = exchange(gradients, tf.constant([3.0]), tf.constant(8.0))
     assert [each.row_ids.numpy().tolist() for each in found] == [[9, 1], [5]]
@@ -134,7 +135,7 @@ def test_an_owner_sums_what_all_have_for_its_rows(wire_dtype: WireDtype) -> None
 
 def test_sums_of_many_fit_into_16_bits() -> None:
     """What travels is 7,500 by 8, which float16 just holds: not four times as much."""
-    exchange = GradientExchange(FourRanks(), WireDtype.FLOAT16, native=True)
+    exchange = GradientExchange(FourRanks(), WireDtype.FLOAT16, execution=Execution(kernels=True))
     ((found,), _) = exchange([slices([1], [[7500.0]])], tf.constant([0.0]), tf.constant(8.0))
     assert found.rows.numpy().tolist() == [[30000.0]]
 
@@ -143,7 +144,7 @@ def test_sums_of_many_fit_into_16_bits() -> None:
 def test_few_ranks_and_gpus_gather_all_rows(world_size: int, native: bool, messages: list[str]) -> None:
     runtime = TwoRanks()
     runtime.world_size = world_size
-    exchange = GradientExchange(runtime, native=native)
+    exchange = GradientExchange(runtime, execution=Execution(kernels=native))
     tables = [slices([4, 7], [[1.0], [3.0]]), slices([9], [[1.0, 2.0]])]
     found, _ = exchange(tables, tf.constant([0.0]), tf.constant(8.0))
     assert not exchange.sums_at_owners
@@ -158,7 +159,7 @@ def test_what_is_known_early_goes_before_the_rest_and_after_the_statistics() -> 
     runtime.after_sums = lambda: contextlib.nullcontext(runtime.sent.setdefault("after sums", []))
     gradients = [tf.constant([1.0]), slices([4], [[5.0]]), tf.constant([2.0]), tf.constant([3.0])]
     early = [False, True, True, False]  # of rows it says nothing
-    exchange = GradientExchange(runtime, native=True)
+    exchange = GradientExchange(runtime, execution=Execution(kernels=True))
     found, extra = exchange(gradients, tf.constant([4.0]), tf.constant(8.0), early)
     assert [found[place].numpy().tolist() for place in (0, 2, 3)] == [[2.0], [4.0], [6.0]]
     assert (found[1].rows.numpy().tolist(), extra.numpy().tolist()) == ([[10.0]], [8.0])
@@ -171,7 +172,7 @@ def test_what_is_known_early_goes_before_the_rest_and_after_the_statistics() -> 
 def test_where_messages_cost_more_than_bytes_dense_gradients_go_together(change: dict[str, bool]) -> None:
     runtime = TwoRanks()
     runtime.travels = change.get("travels", True)
-    exchange = GradientExchange(runtime, native=change.get("native", True))
+    exchange = GradientExchange(runtime, execution=Execution(kernels=change.get("native", True)))
     exchange([tf.constant([1.0]), tf.constant([2.0])], tf.constant([4.0]), tf.constant(8.0), [True, False])
     assert list(runtime.sent) == ["dense"]
 
@@ -261,7 +262,7 @@ def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
     assert found.rows.numpy().tolist() == [[2 * np.float32(1 / 3)], [4.0]]
     assert int(exchange.rows_sent(tf.constant(2), tf.constant(3))) == 2
     runtime.world_size = 100
-    assert not GradientExchange(runtime, native=True).sums_at_owners
+    assert not GradientExchange(runtime, execution=Execution(kernels=True)).sums_at_owners
 
 
 def test_a_rank_without_rows_takes_part() -> None:
@@ -292,7 +293,7 @@ class SharingRanks(TwoRanks):
 
 def test_ranks_that_share_tables_get_a_part_of_the_rows() -> None:
     ranks, tables = SharingRanks(), [tf.Variable(tf.zeros([10, 1]))]
-    exchange = GradientExchange(ranks, native=True)
+    exchange = GradientExchange(ranks, execution=Execution(kernels=True))
     exchange.share(tables)
     ((found,), (loss,)) = exchange([slices([4, 9, 1], [[5.0], [2.0], [3.0]])], tf.constant([3.0]), tf.constant(8.0))
     assert found.row_ids.numpy().tolist() == [4, 1]
@@ -303,7 +304,9 @@ def test_ranks_that_share_tables_get_a_part_of_the_rows() -> None:
     assert ranks.finished == ranks.shared == tables
 
 
-@pytest.mark.parametrize("exchange", [GradientExchange(SharingRanks()), DenseExchange(SharingRanks(), native=True)])
+@pytest.mark.parametrize(
+    "exchange", [GradientExchange(SharingRanks()), DenseExchange(SharingRanks(), execution=Execution(kernels=True))]
+)
 def test_others_keep_their_own_tables(exchange: GradientExchange) -> None:
     """TensorFlow's operations give a table other memory, as a whole table's update does."""
     exchange.share([tf.Variable([[0.0]])])

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose
 
+from din_dist.execution import TRAINING, Mode
 from din_dist.layers.dice import Dice
 from tests.support.reference import padded_din
 from tests.support.reference.compare import randomise, weights_of
@@ -26,7 +27,7 @@ def test_the_gate_is_half_open_at_the_mean():
 
 def test_training_gates_by_the_statistics_of_the_batch():
     """1 and 3 lie one deviation below and above their mean: p = sigmoid(-1) = .2689 and sigmoid(1) = .7311."""
-    outputs = built(1)(tf.constant([[1.0], [3.0]]), training=True)
+    outputs = built(1)(tf.constant([[1.0], [3.0]]), mode=TRAINING)
     assert_allclose(outputs, [[0.2689], [3 * 0.7311]], rtol=1e-3)
 
 
@@ -40,7 +41,7 @@ def test_outputs_and_gradients_equal_the_reference(frozen, training):
     x = tf.constant(inputs, tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        outputs = layer(x, training=training)
+        outputs = layer(x, mode=Mode(training))
         total = tf.reduce_sum(outputs * direction)
     gradients = tape.gradient(total, {"inputs": x, "alpha": layer.alpha.value})
 
@@ -55,8 +56,8 @@ def test_outputs_and_gradients_equal_the_reference(frozen, training):
 
 def test_statistics_are_those_of_all_ranks():
     """The other rank, simulated, adds 3 to this rank's 1: sums about 0 are 3, of squares 9, of one row."""
-    layer = built(1, sum_over_ranks=lambda sums: sums + tf.constant([3.0, 9.0, 1.0]))
-    assert_allclose(layer(tf.constant([[1.0]]), training=True), [[0.2689]], rtol=1e-3)
+    mode = Mode(training=True, sum_over_ranks=lambda sums: sums + tf.constant([3.0, 9.0, 1.0]))
+    assert_allclose(built(1)(tf.constant([[1.0]]), mode=mode), [[0.2689]], rtol=1e-3)
 
 
 def test_config_round_trip():

@@ -1,10 +1,12 @@
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist.config import Activation
-from din_dist.layers.hidden import HiddenLayers, make_activation
+from din_dist.execution import TRAINING, Mode
+from din_dist.layers.hidden import ACTIVATIONS, HiddenLayers
 from tests.support.reference import padded_din
 from tests.support.reference.compare import assert_same_gradients, randomise, weights_of
 
@@ -32,7 +34,7 @@ def test_by_hand(activation, expected):
     layers.output_layer.bias.assign([1.0])
     if activation is Activation.PRELU:
         layers.activations[0].alpha.assign([0.125])
-    assert_allclose(layers(tf.constant([[3.0, -1.0], [-3.0, 1.0]]), training=True), expected, rtol=1e-3)
+    assert_allclose(layers(tf.constant([[3.0, -1.0], [-3.0, 1.0]]), mode=TRAINING), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -47,7 +49,7 @@ def test_outputs_and_gradients_equal_the_reference(activation, training):
     variables = {weight.path.removeprefix("hidden/"): weight.value for weight in layers.trainable_weights}
     with tf.GradientTape() as tape:
         tape.watch(x)
-        outputs = layers(x, training=training)
+        outputs = layers(x, mode=Mode(training))
         total = tf.reduce_sum(outputs * direction)
     gradients = tape.gradient(total, {**variables, "inputs": x})
 
@@ -81,15 +83,42 @@ def test_dropout_follows_each_activation_in_training():
     layers.output_layer.kernel.assign(np.ones((64, 1)))
     inputs, keys = tf.ones([200, 1]), tf.range(200, dtype=tf.int64)
     assert_allclose(layers(inputs, keys), np.full(200, 64.0))
-    kept_twice = layers(inputs, keys, training=True) / 4
+    kept_twice = layers(inputs, keys, mode=TRAINING) / 4
     assert_allclose(np.mean(kept_twice) / 64, 0.25, atol=0.02)
-    with pytest.raises(ValueError, match="example_keys"):
-        layers(inputs, training=True)
+    with pytest.raises(ValueError, match="dropout_seeds"):
+        layers(inputs, mode=TRAINING)
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="swish"):
-        make_activation("swish", frozen=False, sum_over_ranks=tf.identity, compiled=False, name="a")
+    with pytest.raises(KeyError, match="swish"):
+        HiddenLayers([3], "swish")
+
+
+class Softsign(keras.layers.Layer):
+    """A toy: nobody has written a kernel for it."""
+
+    def call(self, inputs):
+        return inputs / (1 + tf.abs(inputs))
+
+
+def test_an_activation_without_a_kernel_is_one_line(monkeypatch):
+    """x / (1 + |x|) of 3 and -1, then times 2."""
+    monkeypatch.setitem(ACTIVATIONS, "softsign", lambda frozen, name: Softsign(name=name))
+    layers = built(1, [1], "softsign")
+    layers.dense_layers[0].kernel.assign([[1.0]])
+    layers.output_layer.kernel.assign([[2.0]])
+    assert_allclose(layers(tf.constant([[3.0], [-1.0]]), mode=TRAINING), [1.5, -1.0], rtol=1e-6)
+
+
+def test_config_round_trip():
+    layers = built(3, [5, 4], Activation.DICE, frozen=True, dropout=0.25)
+    again = HiddenLayers.from_config(layers.get_config())
+    again.build((None, 3))
+    again.set_weights(layers.get_weights())
+    inputs = tf.constant(np.random.default_rng(0).normal(0, 1, (7, 3)), tf.float32)
+    assert_array_equal(again(inputs), layers(inputs))
+    assert [dropout.rate for dropout in again.dropouts] == [0.25, 0.25]
+    assert again.activations[0].standardize.frozen
 
 
 def test_the_layers_of_a_stack_start_apart():

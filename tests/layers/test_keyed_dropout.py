@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist.execution import TRAINING, Mode
 from din_dist.layers.keyed_dropout import KeyedDropout
 
 RANDOM_KEYS = np.random.default_rng(0).integers(-(2**63), 2**63, 4096)
@@ -12,7 +13,7 @@ UNITS = 64
 def kept(keys, rate=0.5, stream=0):
     """Which of the units of each key are kept: bool `[len(keys), UNITS]`."""
     layer = KeyedDropout(rate, stream)
-    return layer(tf.ones([len(keys), UNITS]), tf.constant(keys, tf.int64), training=True).numpy() > 0
+    return layer(tf.ones([len(keys), UNITS]), tf.constant(keys, tf.int64), mode=TRAINING).numpy() > 0
 
 
 def test_kept_units_are_scaled_and_the_rest_are_zero():
@@ -20,7 +21,7 @@ def test_kept_units_are_scaled_and_the_rest_are_zero():
     inputs = tf.constant(np.arange(1.0, 1 + 64 * UNITS).reshape(64, UNITS), tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        outputs = KeyedDropout(0.75)(inputs, tf.constant(RANDOM_KEYS[:64]), training=True)
+        outputs = KeyedDropout(0.75)(inputs, tf.constant(RANDOM_KEYS[:64]), mode=TRAINING)
     mask = kept(RANDOM_KEYS[:64], 0.75)
     assert_allclose(outputs, np.where(mask, 4 * inputs, 0))
     assert_allclose(tape.gradient(outputs, inputs), 4.0 * mask)
@@ -29,12 +30,12 @@ def test_kept_units_are_scaled_and_the_rest_are_zero():
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_nothing_is_left_out_in_inference_or_at_rate_zero(rate):
     inputs = tf.ones([2, 3])
-    assert_array_equal(KeyedDropout(rate)(inputs, None, training=rate == 0.0), inputs)
+    assert_array_equal(KeyedDropout(rate)(inputs, None, mode=Mode(rate == 0.0)), inputs)
 
 
 def test_training_needs_keys():
-    with pytest.raises(ValueError, match="Pass example_keys in training"):
-        KeyedDropout(0.5)(tf.ones([2, 3]), None, training=True)
+    with pytest.raises(ValueError, match="Pass dropout_seeds in training"):
+        KeyedDropout(0.5)(tf.ones([2, 3]), None, mode=TRAINING)
 
 
 @pytest.mark.parametrize("keys", [RANDOM_KEYS, np.arange(4096)], ids=["random", "consecutive"])

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist.config import Activation, AttentionNormalization
+from din_dist.execution import TRAINING
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.packed import segment_ids
+from din_dist.layers.pairs import Pairs
 from tests.support.reference import padded_din
 from tests.support.reference.compare import assert_same_gradients, randomise, weights_of
 
@@ -34,14 +36,16 @@ def test_one_behaviour_is_the_interest_and_none_gives_zeros():
     """The softmax of one is 1, whatever the weights."""
     unit = built(2, [5, 4], Activation.DICE)
     randomise(unit)
-    pooled = unit(tf.constant([[1.0, 0.0], [0.0, 1.0]]), tf.constant([[2.0, 5.0]]), tf.constant([0]), tf.constant([0]))
+    pooled = unit(
+        tf.constant([[1.0, 0.0], [0.0, 1.0]]), tf.constant([[2.0, 5.0]]), Pairs(tf.constant([0]), tf.constant([0]))
+    )
     assert_allclose(pooled, [[2.0, 5.0], [0.0, 0.0]], rtol=1e-6)
 
 
 def test_the_order_of_the_four_inputs():
     """[q, k, q-k, q*k] = [5, 2, 3, 10]: 5·1 + 2·10 + 3·100 + 10·1000 = 10325, the weight of key 2 without softmax."""
     unit = summing_unit([1.0, 10.0, 100.0, 1000.0], NONE)
-    pooled = unit(tf.constant([[5.0]]), tf.constant([[2.0]]), tf.constant([0]), tf.constant([0]))
+    pooled = unit(tf.constant([[5.0]]), tf.constant([[2.0]]), Pairs(tf.constant([0]), tf.constant([0])))
     assert_allclose(pooled, [[2 * 10325.0]], rtol=1e-6)
 
 
@@ -52,7 +56,7 @@ def test_softmax_of_scores_over_the_root_of_the_width():
     """
     unit = summing_unit([0.0] * 4 + [1.0, 0.0, 0.0, 0.0] + [0.0] * 8, SOFTMAX)
     keys = tf.constant([[0.0, 8.0, 0.0, 0.0], [2 * math.log(3), 0.0, 4.0, 0.0]])
-    pooled = unit(tf.zeros([2, 4]), keys, tf.constant([0, 0, 1]), tf.constant([0, 1, 1]))
+    pooled = unit(tf.zeros([2, 4]), keys, Pairs(tf.constant([0, 0, 1]), tf.constant([0, 1, 1])))
     assert_allclose(pooled, [[1.5 * math.log(3), 2.0, 3.0, 0.0], keys[1]], rtol=1e-5)
 
 
@@ -60,7 +64,7 @@ def test_weights_by_hand():
     """As above: 1/4 and 3/4 for the first candidate, all for the only behaviour of the second."""
     unit = summing_unit([0.0] * 4 + [1.0, 0.0, 0.0, 0.0] + [0.0] * 8, SOFTMAX)
     keys = tf.constant([[0.0, 8.0, 0.0, 0.0], [2 * math.log(3), 0.0, 4.0, 0.0]])
-    weights = unit.weights_of_pairs(tf.zeros([2, 4]), keys, tf.constant([0, 0, 1]), tf.constant([0, 1, 1]))
+    weights = unit.weights_of_pairs(tf.zeros([2, 4]), keys, Pairs(tf.constant([0, 0, 1]), tf.constant([0, 1, 1])))
     assert_allclose(weights, [0.25, 0.75, 1.0], rtol=1e-6)
 
 
@@ -70,7 +74,7 @@ def test_weights_without_softmax_are_the_scores():
     unit.scorer.output_layer.kernel.assign([[-1.0]])
     keys, one = tf.constant([[2.0], [4.0]]), tf.constant([0, 0])
     assert_allclose(
-        unit.weights_of_pairs(tf.constant([[5.0]]), keys, one, tf.constant([1, 0])), [-20135, -10315], rtol=1e-6
+        unit.weights_of_pairs(tf.constant([[5.0]]), keys, Pairs(one, tf.constant([1, 0]))), [-20135, -10315], rtol=1e-6
     )
 
 
@@ -82,10 +86,10 @@ def random_inputs(lengths, seed, width=3):
     return random.normal(0, 1, (len(lengths), width)), random.normal(0, 1, (*mask.shape, width)), mask
 
 
-def pool(unit, candidate, keys, mask, training):
+def pool(unit, candidate, keys, mask):
     """The packed call, every position with a key of its own."""
-    key_of = tf.range(tf.shape(keys)[0])
-    return unit(candidate, keys, segment_ids(tf.constant(mask.sum(axis=1), tf.int32)), key_of, training=training)
+    pairs = Pairs(segment_ids(tf.constant(mask.sum(axis=1), tf.int32)), tf.range(tf.shape(keys)[0]))
+    return unit(candidate, keys, pairs, mode=TRAINING)
 
 
 @given(lengths=st.lists(st.integers(0, 9), max_size=8), normalization=st.sampled_from(AttentionNormalization))
@@ -94,7 +98,7 @@ def test_any_ragged_batch_equals_the_reference(lengths, normalization):
     unit = built(3, [5, 4], Activation.DICE, normalization)
     randomise(unit)
     candidate, keys, mask = random_inputs(lengths, seed=len(lengths))
-    pooled = pool(unit, tf.constant(candidate, tf.float32), tf.constant(keys[mask], tf.float32), mask, training=True)
+    pooled = pool(unit, tf.constant(candidate, tf.float32), tf.constant(keys[mask], tf.float32), mask)
     assert pooled.shape == (len(lengths), 3)
     expected = padded_din.attend(
         weights_of(unit, "attention/"), candidate, keys, mask, Activation.DICE, normalization, batch_statistics=True
@@ -114,7 +118,7 @@ def test_gradients_equal_the_reference(activation, normalization):
     variables = {weight.path.removeprefix("attention/"): weight.value for weight in unit.trainable_weights}
     with tf.GradientTape() as tape:
         tape.watch([q, k])
-        total = tf.reduce_sum(pool(unit, q, k, mask, training=True) * direction)
+        total = tf.reduce_sum(pool(unit, q, k, mask) * direction)
     gradients = tape.gradient(total, {**variables, "candidate": q, "keys": k})
 
     def reference(weights):
@@ -138,9 +142,19 @@ def test_no_behaviour_anywhere_gives_zeros_and_zero_gradients(activation, normal
     q, k = tf.ones([num_candidates, 3]), tf.zeros([0, 3])
     with tf.GradientTape() as tape:
         tape.watch([q, k])
-        pooled = unit(q, k, tf.zeros([0], tf.int32), tf.zeros([0], tf.int32), training=True)
+        pooled = unit(q, k, Pairs(tf.zeros([0], tf.int32), tf.zeros([0], tf.int32)), mode=TRAINING)
         total = tf.reduce_sum(pooled)
     assert_array_equal(pooled, np.zeros((num_candidates, 3)))
     watched = [q, k, *(weight.value for weight in unit.trainable_weights)]
     for gradient in tape.gradient(total, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO):
         assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+def test_config_round_trip():
+    unit = built(3, [5, 4], Activation.DICE, NONE)
+    again = LocalActivationUnit.from_config(unit.get_config())
+    again.build((None, 3))
+    again.set_weights(unit.get_weights())
+    candidate, keys, mask = random_inputs([3, 0, 1], seed=0)
+    inputs = (tf.constant(candidate, tf.float32), tf.constant(keys[mask], tf.float32), mask)
+    assert_array_equal(pool(again, *inputs), pool(unit, *inputs))

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
-from din_dist.layers.native.attention import NativeActivationUnit
+from din_dist.execution import Execution, Mode
 from tests.layers.native.test_attention import built, large_inputs, run, with_padding
 from tests.layers.native.test_dense import Head
 from tests.support.programs import missing
@@ -165,7 +165,7 @@ def test_every_product_is_asked_for(in_bfloat16, monkeypatch):
 
     library = kernels.library()
     monkeypatch.setattr(kernels, "library", Recording)
-    run(built(NativeActivationUnit, 8, [5, 4], in_bfloat16=in_bfloat16), *large_inputs(3, 8))
+    run(built(8, [5, 4]), *large_inputs(3, 8), mode=Mode(True, Execution(kernels=True, bfloat16=in_bfloat16)))
     assert {name: len(calls) for name, calls in asked.items()} == {
         "din_dist_first": 1,
         "din_dist_dense": 1,
@@ -180,11 +180,14 @@ def test_every_product_is_asked_for(in_bfloat16, monkeypatch):
 @pytest.mark.parametrize("normalization", AttentionNormalization)
 def test_attention_is_near_that_in_float32(normalization):
     inputs = large_inputs(3, 40)
-    units = [
-        built(NativeActivationUnit, 40, [20, 10], Activation.DICE, normalization, in_bfloat16=in_bfloat16)
+    (interest, gradients), (near, near_gradients) = (
+        run(
+            built(40, [20, 10], Activation.DICE, normalization),
+            *inputs,
+            mode=Mode(True, Execution(kernels=True, bfloat16=in_bfloat16)),
+        )
         for in_bfloat16 in (False, True)
-    ]
-    (interest, gradients), (near, near_gradients) = (run(unit, *inputs) for unit in units)
+    )
     assert_near(near, interest)
     assert_all_near(near_gradients, gradients)
 

@@ -14,6 +14,7 @@ from din_dist.config import WireDtype
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import HorovodRuntime, Runtime, open_runtime
+from din_dist.execution import Execution
 
 NUM_MESSAGES = 100
 # In float32: up to 16 KiB are summed in other steps than more is.
@@ -113,7 +114,7 @@ def check_objects(runtime: Runtime) -> None:
 
 def check_rows(runtime: Runtime, wire_dtype: WireDtype, most_rows: int, error: float) -> None:
     """Of a wide and a narrow table: near the sums in float64, and the same to the bit on every rank."""
-    exchange = GradientExchange(runtime, wire_dtype, native=True)
+    exchange = GradientExchange(runtime, wire_dtype, execution=Execution(kernels=True))
     assert exchange.sums_at_owners == (runtime.world_size >= FEWEST_TO_SUM_AT_OWNERS)
     num_rows, widths = 3000, (64, 1)
     expected = [np.zeros((num_rows, width)) for width in widths]

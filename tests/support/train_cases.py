@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from din_dist import assembly
+from din_dist.assembly import Assembly
+from din_dist.benchmark.forms import WithoutSharedMemory
 from din_dist.config import (
     Activation,
     AttentionNormalization,
@@ -76,7 +77,8 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
     for case in cases:
         config = config_of(folder, run, case, max_steps)
         shared_memory = BY_MESSAGES.isdisjoint({case, run})
-        job = assembly.make_job(config, runtime, open_prepared(config.data), shared_memory=shared_memory)
+        make = Assembly if shared_memory else WithoutSharedMemory
+        job = make(config, runtime, open_prepared(config.data))
         job.trainer.train()
         if shared_memory and shares:
             assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()

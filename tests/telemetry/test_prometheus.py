@@ -34,7 +34,7 @@ def exporter_of(folder: Path, **settings: object) -> PrometheusMetrics:
 
 
 def train(config: Config) -> assembly.Job:
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     job.trainer.train()
     return job
 
@@ -250,7 +250,7 @@ def test_a_pushgateway_gets_the_last_values(tmp_path: Path) -> None:
     command = [program("prometheus-pushgateway"), f"--web.listen-address=127.0.0.1:{port}"]
     with running(command, tmp_path / "log", f"{url}/-/ready"):
         config = small_config(tmp_path, epochs=1, pushgateway=url)
-        job = assembly.make_job(config, Runtime(), prepare(config.data))
+        job = assembly.Assembly(config, Runtime(), prepare(config.data))
         with job.telemetry.until_the_end(job.trainer):
             job.trainer.train()
         found = {
@@ -290,7 +290,7 @@ def test_a_pushgateway_that_is_not_there_does_not_fail_the_job(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = small_config(tmp_path, epochs=1, pushgateway=f"http://127.0.0.1:{free_port()}")
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     with job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
     assert "warning: --pushgateway: http://127.0.0.1" in capfd.readouterr().err

@@ -23,11 +23,12 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted
 from din_dist.telemetry.projector import write_projector
 from din_dist.text import duration
+from tests.support.signals import StopWhen
 from tests.support.small_log import small_config
 
 
-def train(config: Config) -> assembly.Job:
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+def train(config: Config) -> assembly.Assembly:
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     with job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
     return job
@@ -84,9 +85,11 @@ def test_a_full_disk_costs_records_but_not_the_job(
 def test_restarts_are_counted_and_outcomes_told(tmp_path: Path) -> None:
     config = small_config(tmp_path, metrics_port=0)
 
-    def start(stop_at: int) -> assembly.Job:
+    def start(stop_at: int) -> assembly.Assembly:
         asked = iter(range(1, 1000))
-        job = assembly.make_job(config, Runtime(), prepare(config.data), stop_requested=lambda: next(asked) == stop_at)
+        job = assembly.Assembly(
+            config, Runtime(), prepare(config.data), signals=StopWhen(lambda: next(asked) == stop_at)
+        )
         with job.telemetry.until_the_end(job.trainer):
             job.trainer.train()
         return job
@@ -108,7 +111,7 @@ def test_restarts_are_counted_and_outcomes_told(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_its_targets_and_names_its_step(tmp_path: Path) -> None:
     config = small_config(tmp_path, metrics_port=0)
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     calls = iter(range(1, 1000))
 
     def run_out_of_memory() -> bool:
@@ -116,7 +119,7 @@ def test_a_failure_leaves_its_targets_and_names_its_step(tmp_path: Path) -> None
             raise MemoryError("no more")
         return False
 
-    job.trainer._stop_requested = run_out_of_memory
+    job.trainer._signals = StopWhen(run_out_of_memory)
     with pytest.raises(MemoryError) as failure, job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
     assert failure.value.__notes__ == ["step 4"]
@@ -127,7 +130,7 @@ def test_a_failure_leaves_its_targets_and_names_its_step(tmp_path: Path) -> None
 
 def test_a_refused_step_is_counted_and_shown(tmp_path: Path) -> None:
     config = small_config(tmp_path, optimizer="sgd", learning_rate=1e30)
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     with pytest.raises(FloatingPointError), job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
     values = job.telemetry.prometheus_metrics.values()
@@ -137,7 +140,7 @@ def test_a_refused_step_is_counted_and_shown(tmp_path: Path) -> None:
 
 def test_tensorboard_has_scalars_flags_and_histograms(tmp_path: Path) -> None:
     config = small_config(tmp_path, log_every_steps=5, histograms_every_steps=10)
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     job.telemetry.show_flags("--epochs=2\n--model=din\n")
     job.trainer.train()
     job.telemetry.close()
@@ -162,7 +165,7 @@ def test_tensorboard_has_scalars_flags_and_histograms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("by_file", [False, True])
 def test_a_profile_is_taken_on_request(tmp_path: Path, by_file: bool) -> None:
     config = small_config(tmp_path, log_every_steps=5, epochs=3, profile_at_step=0 if by_file else 4)
-    job = assembly.make_job(config, Runtime(), prepare(config.data))
+    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     request = tmp_path / "run" / "profile"
     if by_file:
         request.touch()

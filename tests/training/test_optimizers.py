@@ -6,6 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import RowGradients
+from din_dist.execution import Execution
 from din_dist.training.optimizers import Adagrad, LazyAdam, Sgd, make_optimizer
 
 NUM_ROWS, WIDTH = 6, 3
@@ -65,7 +66,7 @@ def test_steps_equal_the_reference_and_other_rows_stay_to_the_bit(kind, row_wise
     variables = {name: tf.Variable(values, dtype=tf.float32) for name, values in exact.items()}
     config = OptimizerConfig(optimizer=kind, adagrad_row_wise=row_wise)
     optimizer = make_optimizer(
-        config, list(variables.values()), list(variables), ["table"], by == "compiled", by == "native"
+        config, list(variables.values()), list(variables), ["table"], Execution(by == "native", by == "compiled")
     )
     reference = Reference(kind, row_wise)
     of_table = [variables["table"], *(state for name, state in optimizer.state.items() if name.startswith("table/"))]
@@ -133,7 +134,7 @@ def test_adam_corrects_bias_by_the_steps_of_the_job():
 def test_the_state_is_named_for_checkpoints():
     def state(**config):
         variables = [tf.Variable(tf.zeros([2, 3])), tf.Variable(tf.zeros([4]))]
-        optimizer = make_optimizer(OptimizerConfig(**config), variables, ["a/table", "b"], tables=["a/table"])
+        optimizer = make_optimizer(OptimizerConfig(**config), variables, ["a/table", "b"], ["a/table"], Execution())
         return {name: tuple(value.shape) for name, value in optimizer.state.items()}
 
     assert state(optimizer=OptimizerKind.SGD) == {}
@@ -162,7 +163,9 @@ def test_the_kernel_equals_the_operations_on_many_variables_of_any_size(kind, nu
         random = np.random.default_rng(2)
         variables = [tf.Variable(values) for values in first]
         names = [f"v{place}" for place in range(len(shapes))]
-        optimizer = make_optimizer(OptimizerConfig(optimizer=kind), variables, names, [], native=native)
+        optimizer = make_optimizer(
+            OptimizerConfig(optimizer=kind), variables, names, [], execution=Execution(kernels=native)
+        )
         for step in range(1, 4):
             gradients = [tf.constant(random.normal(0, 1, shape), tf.float32) for shape in shapes]
             apply(optimizer, *gradients, step=step)
@@ -185,7 +188,7 @@ def test_the_kernel_equals_the_operations_on_rows_of_many_tables(kind, row_wise,
     for native in (False, True):
         random = np.random.default_rng(4)
         variables = [tf.Variable(values) for values in first.values()]
-        optimizer = make_optimizer(config, variables, [*sizes], [*sizes], native=native)
+        optimizer = make_optimizer(config, variables, [*sizes], [*sizes], execution=Execution(kernels=native))
         for step in range(1, 4):
             gradients = [
                 RowGradients(
@@ -213,7 +216,7 @@ def test_a_whole_tables_gradient_with_one_number_held_a_row():
     ended = []
     for native in (False, True):
         table = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
-        optimizer = Adagrad([table], ["table"], tables=["table"], row_wise=True, native=native)
+        optimizer = Adagrad([table], ["table"], tables=["table"], row_wise=True, execution=Execution(kernels=native))
         apply(optimizer, tf.constant([[1.0, -2.0], [0.0, 0.5]]))
         ended.append([table, optimizer.state["table/accumulator"]])
     for ours, theirs in zip(*ended, strict=True):
@@ -225,7 +228,7 @@ def test_who_has_read_a_table_keeps_what_was_read():
     table = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
     read = table.value()
     gradient = RowGradients(tf.constant([1]), tf.constant([[10.0, 10.0]]))
-    apply(Sgd([table], ["table"], ["table"], native=True), gradient)
+    apply(Sgd([table], ["table"], ["table"], execution=Execution(kernels=True)), gradient)
     assert_array_equal(read, [[1.0, 2.0], [3.0, 4.0]])
     assert_allclose(table, [[1.0, 2.0], [2.0, 3.0]], rtol=1e-6)
 

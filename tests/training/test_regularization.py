@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import RowGradients
+from din_dist.execution import Execution
 from din_dist.training.optimizers import Sgd
 from din_dist.training.regularization import Regularization, clip
 
@@ -28,8 +29,8 @@ def regularize(request):
 
     def added_by(**config):
         native = request.param == "kernel"
-        regularization = Regularization(OptimizerConfig(**config), {"lookup/item": COUNTS}, native)
-        values = Sgd(VARIABLES, NAMES, native=native).values_of(GRADIENTS)
+        regularization = Regularization(OptimizerConfig(**config), {"lookup/item": COUNTS}, Execution(kernels=native))
+        values = Sgd(VARIABLES, NAMES, execution=Execution(kernels=native)).values_of(GRADIENTS)
         found, norm = regularization(GRADIENTS, values, NAMES)
         added, squares = {}, 0.0
         for name, after, before in zip(NAMES, found, GRADIENTS, strict=True):
@@ -80,7 +81,10 @@ def test_penalties_add_up(regularize):
 def test_the_norm_is_of_dense_values_and_rows_together(native):
     """sqrt(3^2 + 4^2 + 12^2) = 13."""
     gradients = [tf.constant([[3.0, 0.0]]), RowGradients(tf.constant([7, 2]), tf.constant([[4.0], [12.0]]))]
-    regularize, values = Regularization(OptimizerConfig(), {}, native), [tf.zeros([1, 2]), tf.zeros([2, 1])]
+    regularize, values = (
+        Regularization(OptimizerConfig(), {}, Execution(kernels=native)),
+        [tf.zeros([1, 2]), tf.zeros([2, 1])],
+    )
     found, norm = regularize(gradients, values, "ab")
     assert_allclose(norm, 13.0)
     assert found == gradients
@@ -95,7 +99,7 @@ def test_of_parts_of_the_rows_the_norm_is_that_of_all(native):
         tf.constant([3.0]),
         RowGradients(tf.constant([1, 0]), tf.constant([[2.0], [4.0]])),
     ]
-    regularize = Regularization(OptimizerConfig(embedding_l2=1.0), {"a": np.ones(2)}, native)
+    regularize = Regularization(OptimizerConfig(embedding_l2=1.0), {"a": np.ones(2)}, Execution(kernels=native))
     values = [table if native else tf.gather(table, [0]), tf.zeros([1]), tf.zeros([2, 1])]
     parts = []
 
@@ -115,7 +119,9 @@ def test_the_kernel_equals_float64_on_gradients_of_any_size(num_threads, monkeyp
     random = np.random.default_rng(0)
     shapes = {"wide": (3, 5000), "long": (700, 17), "some": (5, 64), "none": (0, 8)}
     counts = {name: np.arange(1000.0) for name in shapes}
-    regularization = Regularization(OptimizerConfig(embedding_l2=0.3, mini_batch_aware_l2=2.0), counts, native=True)
+    regularization = Regularization(
+        OptimizerConfig(embedding_l2=0.3, mini_batch_aware_l2=2.0), counts, execution=Execution(kernels=True)
+    )
     ids = {name: random.choice(1000, rows, replace=False) for name, (rows, _) in shapes.items()}
     rows = {name: random.normal(0, 1, shape) for name, shape in shapes.items()}
     tables = {name: random.normal(0, 1, (1000, width)) for name, (_, width) in shapes.items()}
@@ -137,7 +143,9 @@ def test_the_kernel_equals_float64_on_gradients_of_any_size(num_threads, monkeyp
 @pytest.mark.parametrize(("value", "expected"), [(np.nan, np.nan), (-np.inf, np.inf), (1e30, np.inf)])
 def test_the_norm_tells_of_what_is_not_finite(value, expected, native):
     """By it an update is refused; also one whose squares, which optimizers keep, are not."""
-    _, norm = Regularization(OptimizerConfig(), {}, native)([tf.constant([1.0, value])], [tf.zeros([2])], ["w"])
+    _, norm = Regularization(OptimizerConfig(), {}, Execution(kernels=native))(
+        [tf.constant([1.0, value])], [tf.zeros([2])], ["w"]
+    )
     assert_array_equal(norm, np.float32(expected))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import gc
 import itertools
 import json
@@ -20,26 +21,26 @@ import pytest
 import tensorflow as tf
 
 from din_dist import assembly, kernels
+from din_dist.benchmark.forms import with_idle_rows
 from din_dist.cli.saved_job import trained_model
-from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem, WireDtype
+from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.trained_items import trained_items
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.runtime import Collectives, Runtime
+from din_dist.distributed.runtime import Runtime
 from din_dist.distributed.shared_memory import BUFFER_BYTES, SharedMemory
 from din_dist.errors import InputError, Interrupted
-from din_dist.layers.local_activation_unit import LocalActivationUnit
-from din_dist.layers.native.attention import NativeActivationUnit
 from din_dist.schema import feature_label
 from din_dist.telemetry.projector import write_projector
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from tests.support.programs import missing
+from tests.support.signals import StopWhen
 from tests.support.small_log import small_config, write_log
 
 
-def make(config: Config, **kwargs) -> assembly.Job:
-    return assembly.make_job(config, Runtime(), prepare(config.data), **kwargs)
+def make(config: Config, **kwargs) -> assembly.Assembly:
+    return assembly.Assembly(config, Runtime(), prepare(config.data), **kwargs)
 
 
 def lines(config: Config, kind: str) -> list[dict]:
@@ -100,7 +101,7 @@ def test_every_form_trains_the_same_model(tmp_path: Path) -> None:
     for xla, native in ((False, False), (True, False), (True, True), (False, True)):
         form = {"xla": xla, "native": native, "output_dir": f"{tmp_path}/{xla}-{native}"}
         job = make(small_config(tmp_path, epochs=1, activation=Activation.DICE, **form))
-        assert isinstance(job.model.attention, NativeActivationUnit) == native
+        assert job.model.attention.runs_by_kernels(job.model.training_mode) == native
         job.trainer.train()
         weights.append({weight.path: weight.numpy() for weight in job.model.weights})
     for path, weight in weights[0].items():
@@ -123,7 +124,7 @@ def test_kernels_that_are_not_compiled_are_told(tmp_path: Path, monkeypatch: pyt
 
 def test_kernels_are_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly.tf.config, "get_visible_devices", lambda kind: [kind])
-    assert type(make(small_config(tmp_path)).model.attention) is LocalActivationUnit
+    assert not make(small_config(tmp_path)).execution.kernels
     rule = "--compute_dtype: bfloat16 is for our kernels, which run on CPUs. Received: "
     for native, received in ((True, "'a GPU'"), (False, "'--nonative'")):
         with pytest.raises(InputError) as caught:
@@ -152,7 +153,7 @@ def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) ->
         sgd = {"optimizer": OptimizerKind.SGD, "learning_rate": 0.1}  # Adam makes whole steps of differences near 0
         settings = {"model": model, "compute_dtype": dtype, "output_dir": f"{tmp_path}/{dtype}", **sgd}
         job = make(small_config(tmp_path, epochs=1, activation=Activation.DICE, **settings))
-        assert job.model.in_bfloat16 == (dtype is ComputeDtype.BFLOAT16)
+        assert job.execution.bfloat16 == (dtype is ComputeDtype.BFLOAT16)
         if model is ModelKind.DIN:
             assert job.model.attention.in_bfloat16 == job.model.in_bfloat16
         before = {weight.path: weight.numpy() for weight in job.model.trainable_weights}
@@ -169,7 +170,10 @@ def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) ->
 def test_items_spread_over_a_larger_table_train_the_same(tmp_path: Path, unknown_item: UnknownItem) -> None:
     """With two idle rows before each: the losses are those of the small table with the same weights."""
     configs = [small_config(tmp_path, output_dir=f"{tmp_path}/{n}", unknown_item=unknown_item) for n in (1, 3)]
-    small, large = (make(config, idle_rows_per_item=n) for config, n in zip(configs, (1, 3), strict=True))
+    small, large = (
+        with_idle_rows(assembly.Assembly, n)(config, Runtime(), prepare(config.data))
+        for config, n in zip(configs, (1, 3), strict=True)
+    )
     for one, other in zip(small.model.weights, large.model.weights, strict=True):
         if one.shape != other.shape:
             values = other.numpy()
@@ -345,7 +349,7 @@ def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path: Path) -> None
     straight.trainer.train()
     config = small_config(tmp_path, output_dir=str(tmp_path / "stopped"), **settings)
     asked = iter([False] * 9 + [True])
-    job = make(config, stop_requested=lambda: next(asked))
+    job = make(config, signals=StopWhen(lambda: next(asked)))
     with pytest.raises(Interrupted, match="on request, after the checkpoint of step 10"):
         job.trainer.train()
     resumed = make(config)
@@ -530,7 +534,7 @@ def test_workers_with_other_data_or_settings_are_refused(tmp_path: Path) -> None
             return np.concatenate([other, values])
 
     config = small_config(tmp_path)
-    job = assembly.make_job(config, Second(), prepare(config.data))
+    job = assembly.Assembly(config, Second(), prepare(config.data))
     with pytest.raises(InputError, match="same settings and the same prepared data. Received: others on rank 1"):
         job.trainer.train()
 
@@ -555,25 +559,27 @@ def test_tables_in_shared_memory_are_trained_the_same(tmp_path: Path) -> None:
         gc.collect()  # those of jobs before
         return Path("/proc/self/maps").read_text().count("memfd:din_dist-tables")
 
-    class Sharing(GradientExchange):
-        def __init__(self, ranks: Collectives, wire_dtype: WireDtype, native: bool) -> None:
-            file = os.memfd_create("messages")
-            os.ftruncate(file, 2 * (64 + BUFFER_BYTES))
-            super().__init__(SharedMemory(Runtime(), file), wire_dtype, native)
-
+    class Watched(GradientExchange):
         def finish(self) -> None:
             super().finish()
             graphs.append(tf.compat.v1.get_default_graph())
 
+    class Sharing(assembly.Assembly):
+        @functools.cached_property
+        def exchange(self) -> GradientExchange:
+            file = os.memfd_create("messages")
+            os.ftruncate(file, 2 * (64 + BUFFER_BYTES))
+            return Watched(SharedMemory(self.runtime, file), self.config.optimizer.wire_dtype, self.execution)
+
     ended = []
-    for exchange in (GradientExchange, Sharing):
+    for kind in (assembly.Assembly, Sharing):
         settings = {"mini_batch_aware_l2": 0.1, "clip_norm": 0.5, "optimizer": OptimizerKind.LAZY_ADAM}
-        config = small_config(tmp_path, output_dir=str(tmp_path / exchange.__name__), max_steps=20, **settings)
+        config = small_config(tmp_path, output_dir=str(tmp_path / kind.__name__), max_steps=20, **settings)
         shared_before = shared_tables()
-        job = make(config, exchange=exchange)
+        job = kind(config, Runtime(), prepare(config.data))
         job.trainer.train()
         ended.append([weight.numpy() for weight in job.model.weights])
-        assert (shared_tables() > shared_before) == (exchange is Sharing)
+        assert (shared_tables() > shared_before) == (kind is Sharing)
     for shared, own in zip(*ended, strict=True):
         np.testing.assert_allclose(shared, own, rtol=1e-5, atol=1e-7)
     [finish] = [each for each in graphs[0].get_operations() if each.type == "DinDistNeighboursFinish"]

@@ -14,6 +14,7 @@ from din_dist.config import OptimizerKind
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.telemetry.step_report import Moment
+from din_dist.training.trainer import Update
 from din_dist.training.undo import agree
 from tests.support.small_log import small_config
 
@@ -27,7 +28,7 @@ class Elastic(Runtime):
 @pytest.mark.parametrize("optimizer", list(OptimizerKind))
 def test_an_update_is_undone_to_the_bit(tmp_path: Path, optimizer: OptimizerKind) -> None:
     config = small_config(tmp_path, optimizer=optimizer, adagrad_row_wise=True, activation="dice")
-    job = assembly.make_job(config, Elastic(), prepare(config.data))
+    job = assembly.Assembly(config, Elastic(), prepare(config.data))
     trainer = job.trainer
     trainer._join()
     seen = []
@@ -36,26 +37,26 @@ def test_an_update_is_undone_to_the_bit(tmp_path: Path, optimizer: OptimizerKind
         seen.append(({name: variable.numpy() for name, variable in trainer._variables.items()}, trainer.state.copy()))
         batch, waited = next(batches)
         result = trainer._train_on(batch, 0.1, 64)
-        trainer._count(batch, result, 0.1, 64, waited, Moment.now())
+        trainer._count(Update(batch, result, 0.1, 64, waited, Moment.now()))
         trainer._after_update()
     job.telemetry.close()
     before, state = seen[-1]
     # As if another update had been broken off: the averages have moved.
-    for variable in trainer._history.others:
+    for variable in trainer._undo_log.others:
         variable.assign(variable + 1)
-    assert trainer._history.newest() == (4, True)
-    assert trainer._history.go_back(3, finished=True) == state
+    assert trainer._undo_log.newest() == (4, True)
+    assert trainer._undo_log.go_back(3, finished=True) == state
     for name, variable in trainer._variables.items():
         np.testing.assert_array_equal(variable.numpy(), before[name], err_msg=name)
     with pytest.raises(RuntimeError, match="Update 2 is not kept"):
-        trainer._history.go_back(2, finished=True)
+        trainer._undo_log.go_back(2, finished=True)
 
 
 def test_what_was_due_is_done_again_where_not_all_had_done_it(tmp_path: Path) -> None:
     config = small_config(tmp_path, split="leave_two_out", epochs=1, global_batch_size=2000)
-    job = assembly.make_job(config, Elastic(), prepare(config.data))
+    job = assembly.Assembly(config, Elastic(), prepare(config.data))
     job.trainer.train()  # one update, which ends the epoch
-    history = job.trainer._history
+    history = job.trainer._undo_log
     assert history.newest() == (1, True)
     after = history.go_back(1, finished=True)
     assert (after.epoch, after.examples_seen, after.best_step, len(after.epoch_records)) == (1, 0, 1, 1)
@@ -71,11 +72,11 @@ def test_what_was_due_is_done_again_where_not_all_had_done_it(tmp_path: Path) ->
 def test_a_job_that_was_tested_takes_up_its_checkpoint(tmp_path: Path) -> None:
     """The test is done with the best weights, so memory holds no others any more."""
     config = small_config(tmp_path, split="leave_two_out", epochs=2)
-    job = assembly.make_job(config, Elastic(), prepare(config.data))
+    job = assembly.Assembly(config, Elastic(), prepare(config.data))
     job.trainer.train()
     last = {name: variable.numpy() for name, variable in job.trainer._variables.items()}
     job.trainer.test()
-    assert job.trainer._history.newest() is None
+    assert job.trainer._undo_log.newest() is None
     job.trainer._join()
     for name, variable in job.trainer._variables.items():
         np.testing.assert_array_equal(variable.numpy(), last[name], err_msg=name)

@@ -1,117 +1,113 @@
-"""The local activation unit in kernels of its own: the same function, and a fraction of the memory traffic."""
+"""The local activation unit by our own kernels: the same function, with a fraction of the memory traffic."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.config import AttentionNormalization
-from din_dist.layers.local_activation_unit import LocalActivationUnit
-from din_dist.layers.native.dense import Gate, Gated, dense, dense_gradient
+from din_dist.execution import Mode
+from din_dist.layers.native.dense import Gate, Gated, dense, dense_gradient, has_kernel
+from din_dist.layers.pairs import Pairs
+
+if TYPE_CHECKING:
+    from din_dist.layers.local_activation_unit import LocalActivationUnit
 
 
-class NativeActivationUnit(LocalActivationUnit):
-    """In training some tens of pairs at a time go through all of a pass while they are in the cache.
+def has_kernels(unit: LocalActivationUnit) -> bool:
+    """Tells whether our kernels know all activations of the unit."""
+    return all(map(has_kernel, unit.scorer.activations))
 
-    A pass ends where a layer's statistics must be known of all pairs of all ranks: forward the first product; each
-    activation with the product that follows; the last activation with softmax and pooling; and the same backward.
+
+def pool_by_kernels(
+    unit: LocalActivationUnit, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode
+) -> tf.Tensor:
+    """Returns what `LocalActivationUnit.call` returns, in training.
+
+    Some tens of pairs at a time go through all of a pass while they are in the cache. A pass ends where a layer's
+    statistics must be known of all pairs of all ranks. Forward these are the first product, each activation with the
+    product that follows, and the last activation with softmax and pooling. Backward they are the same in reverse.
     Between passes only each layer's inputs are kept. Gradients are written out by hand (`kernels/attention.cc`).
     """
+    scorer = unit.scorer
+    sources = [candidate, behaviours, *unit.first_terms()]
+    sources += [scorer.output_layer.kernel.value, scorer.output_layer.bias.value]
+    widths = [dense.units for dense in scorer.dense_layers]
+    gates = [Gate.of(*pair) for pair in zip(scorer.activations, widths, strict=True)]
+    sources += [gate.alpha for gate in gates]
+    sources += [dense.kernel.value for dense in scorer.dense_layers[1:]]
+    sources += [dense.bias.value for dense in scorer.dense_layers[1:]]
+    sources = [*map(tf.convert_to_tensor, sources)]
+    update = _Update(unit, gates, pairs, [*map(tf.stop_gradient, sources)], mode)
+    interest = update.interest()
 
-    needs_few_lengths = False
+    @tf.custom_gradient
+    def differentiable(*_: tf.Tensor) -> Any:
+        return interest, update.gradients
 
-    def __init__(self, *args: Any, in_bfloat16: bool = False, **kwargs: Any) -> None:
-        """`in_bfloat16`: rounds the factors of matrix products in training; the rest as of `LocalActivationUnit`."""
-        super().__init__(*args, **kwargs)
-        self.in_bfloat16 = in_bfloat16
-
-    def call(
-        self,
-        candidate: tf.Tensor,
-        keys: tf.Tensor,
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
-        training: bool = False,
-        num_pairs: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        if not training:
-            return super().call(candidate, keys, candidate_of, key_of, training, num_pairs)
-        scorer = self.scorer
-        sources = [candidate, keys, *self.first_terms()]
-        sources += [scorer.output_layer.kernel.value, scorer.output_layer.bias.value]
-        widths = [dense.units for dense in scorer.dense_layers]
-        gates = [Gate.of(*pair) for pair in zip(scorer.activations, widths, strict=True)]
-        sources += [gate.alpha for gate in gates]
-        sources += [dense.kernel.value for dense in scorer.dense_layers[1:]]
-        sources += [dense.bias.value for dense in scorer.dense_layers[1:]]
-        sources = [*map(tf.convert_to_tensor, sources)]
-        update = _Update(self, gates, candidate_of, key_of, [*map(tf.stop_gradient, sources)])
-        interest = update.interest()
-
-        @tf.custom_gradient
-        def differentiable(*_: tf.Tensor) -> Any:
-            return interest, update.gradients
-
-        return differentiable(*sources)
+    return differentiable(*sources)
 
 
 class _Update:
-    """One update's passes. All tensors may be what the batch made them; no gradient flows but by `gradients`."""
+    """The passes of one update. Gradients flow by `gradients` alone."""
 
     def __init__(
         self,
-        unit: NativeActivationUnit,
+        unit: LocalActivationUnit,
         gates: Sequence[Gate],
-        candidate_of: tf.Tensor,
-        key_of: tf.Tensor,
+        pairs: Pairs,
         sources: Sequence[tf.Tensor],
+        mode: Mode,
     ) -> None:
-        self._sources = sources
+        self._sources, self._mode = sources, mode
         depth = len(gates)
-        self._candidate, self._keys, *self._first, first_bias, output, self._bias = sources[:8]
+        self._candidate, self._behaviours, *self._first, first_bias, output, self._bias = sources[:8]
         self._first_bias, self._output = first_bias, tf.squeeze(output, axis=1)
         alphas, weights = sources[8 : 8 + depth], sources[8 + depth :]
         self._gates = [gate._replace(alpha=alpha) for gate, alpha in zip(gates, alphas, strict=True)]
         self._kernels, self._biases = weights[: depth - 1], weights[depth - 1 :]
         softmax = unit.normalization is AttentionNormalization.SOFTMAX
-        self._divisor = tf.constant(math.sqrt(self._keys.shape[-1]) if softmax else 1.0)
-        self._in_bfloat16 = unit.in_bfloat16
+        self._divisor = tf.constant(math.sqrt(self._behaviours.shape[-1]) if softmax else 1.0)
         self._ops = kernels.library()
-        self._pairs = {"candidate_of": candidate_of, "key_of": key_of, "num_threads": kernels.num_threads()}
+        self._pairs = {
+            "candidate_of": pairs.candidate_of,
+            "key_of": pairs.behaviour_of,
+            "num_threads": kernels.num_threads(),
+        }
         self._last = {"activation": gates[-1].kind, "softmax": softmax, **self._pairs}
         self._layers: list[Gated] = []
 
     def interest(self) -> tf.Tensor:
-        """`[C, H]`."""
-        candidate, keys = self._candidate, self._keys
+        """Returns the interests, float32 `[C, H]`."""
+        candidate, behaviours = self._candidate, self._behaviours
         inputs, sums = self._ops.din_dist_first(
             candidate,
-            keys,
+            behaviours,
             *self._first,
             self._first_bias,
             self._gates[0].centre,
-            in_bfloat16=self._in_bfloat16,
+            in_bfloat16=self._mode.execution.bfloat16,
             **self._pairs,
         )
-        self._layers = [self._gates[0].before(inputs, sums)]
+        self._layers = [self._gates[0].before(inputs, sums, self._mode)]
         for kernel, bias, above in zip(self._kernels, self._biases, self._gates[1:], strict=True):
-            self._layers.append(dense(self._layers[-1], kernel, bias, above, in_bfloat16=self._in_bfloat16))
-        top = self._layers[-1]
+            self._layers.append(dense(self._layers[-1], kernel, bias, above))
+        top, num_candidates = self._layers[-1], tf.shape(candidate)[0]
         interest, self._weights = self._ops.din_dist_pool(
-            top.inputs, self._output, self._bias, *top.known, keys, tf.shape(candidate)[0], self._divisor, **self._last
+            top.inputs, self._output, self._bias, *top.known, behaviours, num_candidates, self._divisor, **self._last
         )
-        interest.set_shape([None, keys.shape[-1]])
+        interest.set_shape([None, behaviours.shape[-1]])
         return interest
 
     def gradients(self, upstream: tf.Tensor) -> list[tf.Tensor]:
-        """Of the sources, in their order, given that of the interest."""
+        """Returns the gradients of the sources, in their order, given that of the interests `[C, H]`."""
         top = self._layers[-1]
         held, of_output, of_bias, of_standardised, of_alpha = self._ops.din_dist_pool_gradient(
-            top.inputs, self._output, *top.known, self._keys, self._weights, upstream, self._divisor, **self._last
+            top.inputs, self._output, *top.known, self._behaviours, self._weights, upstream, self._divisor, **self._last
         )
         of_alphas = [of_alpha]
         of_kernels: list[tf.Tensor] = []
@@ -119,21 +115,21 @@ class _Update:
         for place in reversed(range(1, len(self._layers))):
             layer, below, kernel = self._layers[place], self._layers[place - 1], self._kernels[place - 1]
             statistics = layer.statistics(of_standardised)
-            of_dense = dense_gradient(below, kernel, statistics, layer.inputs, held, in_bfloat16=self._in_bfloat16)
+            of_dense = dense_gradient(below, kernel, statistics, layer.inputs, held)
             held, of_standardised = of_dense.held, of_dense.of_standardised
             of_alphas, of_kernels = [of_dense.of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
             of_biases = [of_dense.of_bias, *of_biases]
         first = self._layers[0]
         of_first = self._ops.din_dist_first_gradient(
             self._candidate,
-            self._keys,
+            self._behaviours,
             *self._first,
             first.inputs,
             *first.statistics(of_standardised),
             held,
             self._weights,
             upstream,
-            in_bfloat16=self._in_bfloat16,
+            in_bfloat16=self._mode.execution.bfloat16,
             **self._pairs,
         )
         found = [*of_first, of_output[:, None], of_bias, *of_alphas, *of_kernels, *of_biases]

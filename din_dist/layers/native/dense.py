@@ -9,95 +9,106 @@ import keras
 import tensorflow as tf
 
 from din_dist import kernels
+from din_dist.execution import Mode
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
+from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization, Standardize
 
 
+def has_kernel(gate: keras.layers.Layer) -> bool:
+    """Tells whether our kernels know what this layer does to each element."""
+    if isinstance(gate, keras.layers.Activation):
+        return gate.activation.__name__ in kernels.ACTIVATIONS
+    return isinstance(gate, (BatchNormalization, Dice, keras.layers.PReLU))
+
+
 class Gate(NamedTuple):
-    """What is done to each element of `[M, W]`: an activation, batch normalisation, or nothing."""
+    """An element-wise function of `[M, W]`: an activation, a batch normalization, or the identity."""
 
     kind: int  # of `kernels.ACTIVATIONS`
     standardize: Standardize | None
-    alpha: tf.Tensor  # [W]; zeros where the kind has none
-    beta: tf.Tensor  # [W], likewise
+    alpha: tf.Tensor  # [W]; zeros if the kind has none
+    beta: tf.Tensor  # [W]; zeros if the kind has none
 
     @classmethod
     def of(cls, layer: keras.layers.Layer | None, width: int) -> Gate:
-        """`layer`: None is the identity."""
+        """Returns the gate of a layer that has a kernel; None is the identity."""
         nothing = tf.zeros([width])
         match layer:
+            case None:
+                return cls(_kind("scaled"), None, tf.ones([width]), nothing)
             case BatchNormalization():
                 return cls(_kind("scaled"), layer.standardize, layer.gamma.value, layer.beta.value)
             case Dice():
                 return cls(_kind("dice"), layer.standardize, layer.alpha.value, nothing)
             case keras.layers.PReLU():
                 return cls(_kind("prelu"), None, layer.alpha.value, nothing)
-            case keras.layers.Activation():
-                return cls(_kind(layer.activation.__name__), None, nothing, nothing)
-        return cls(_kind("scaled"), None, tf.ones([width]), nothing)
+        return cls(_kind(layer.activation.__name__), None, nothing, nothing)
 
     @property
     def centre(self) -> tf.Tensor:
-        """About which a kernel sums the inputs, `[W]`."""
+        """The numbers `[W]` about which a kernel sums the inputs."""
         return self.standardize.moving_mean.value if self.standardize else tf.zeros_like(self.alpha)
 
     @property
     def needs_sums(self) -> bool:
+        """Whether batch statistics are computed."""
         return self.standardize is not None and not self.standardize.frozen
 
-    def before(self, inputs: tf.Tensor, sums: tf.Tensor) -> Gated:
-        """Before `inputs` `[M, padded W]`; keeps the moving averages.
+    def before(self, inputs: tf.Tensor, sums: tf.Tensor, mode: Mode) -> Gated:
+        """Places the gate before `inputs` and updates its moving averages.
 
-        `sums`: `[2W + 1]`, of `inputs` less `centre`, of its square, and of 1 for each row.
+        Args:
+            inputs: float32 `[M, padded W]`.
+            sums: float32 `[2W + 1]`, of `inputs` less `centre`, of its square, and of 1 for each row.
+            mode: of the pass.
         """
         if self.standardize is None:
-            return Gated(self, inputs, tf.zeros_like(self.alpha), tf.ones_like(self.alpha), None)
+            return Gated(self, inputs, tf.zeros_like(self.alpha), tf.ones_like(self.alpha), None, mode)
         if self.standardize.frozen:
-            return Gated(self, inputs, *self.standardize.moving_statistics, None)
-        return Gated(self, inputs, *self.standardize.statistics_of(sums, native=True))
+            return Gated(self, inputs, *self.standardize.moving_statistics, None, mode)
+        return Gated(self, inputs, *self.standardize.statistics_of(sums, mode), mode)
 
 
 class Gated(NamedTuple):
-    """A gate as it is in one update, and what it is applied to."""
+    """A gate in one update, and its inputs."""
 
     gate: Gate
     inputs: tf.Tensor  # [M, padded W]
     mean: tf.Tensor
     scale: tf.Tensor
-    num_rows: tf.Tensor | None  # [1], of all ranks, if the statistics are theirs
+    num_rows: tf.Tensor | None  # [1], over all ranks, if the statistics are theirs
+    mode: Mode
 
     @property
     def known(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Mean, scale and alpha, `[W]` each."""
         return self.mean, self.scale, self.gate.alpha
 
     def statistics(self, of_standardised: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """All that a kernel takes for the inputs' gradient, beside that with their statistics held.
+        """Returns mean, scale, sums over all ranks `[2W]` and their number of rows `[1]`, for the inputs' gradient.
 
-        `of_standardised`: this rank's sums, `[2W]`, of the standardised inputs' gradient and of that times them; None
-        where there are none. Ends with those of all ranks, and the number of rows `[1]` that they are over.
+        Args:
+            of_standardised: float32 `[2W]`, this rank's sums of the standardised inputs' gradient, and of the gradient
+                times these inputs; None if there are none.
         """
         sums, num_rows = tf.zeros([2 * self.gate.alpha.shape[0]]), tf.ones([1])
-        if of_standardised is not None and self.gate.standardize is not None and self.num_rows is not None:
+        if of_standardised is not None and self.num_rows is not None:
             of_standardised.set_shape(sums.shape)
-            sums, num_rows = self.gate.standardize.sum_over_ranks(of_standardised), self.num_rows
+            sums, num_rows = self.mode.sum_over_ranks(of_standardised), self.num_rows
         return self.mean, self.scale, sums, num_rows
 
 
-def dense(
-    below: Gated,
-    kernel: tf.Tensor,
-    bias: tf.Tensor,
-    above: Gate,
-    factors: tf.Tensor | None = None,
-    *,
-    in_bfloat16: bool,
-) -> Gated:
-    """`(below * factors) kernel + bias`, as the inputs of `above`.
+def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors: tf.Tensor | None = None) -> Gated:
+    """Returns `(below * factors) kernel + bias` as the inputs of `above`.
 
     Args:
-        factors: `[M, padded W]`; None: all are 1.
-        in_bfloat16: whether the product's two factors are rounded to bfloat16.
+        below: the layer's inputs and their gate.
+        kernel: float32 `[W, units]`.
+        bias: float32 `[units]`.
+        above: the gate that follows.
+        factors: float32 `[M, padded W]`; None: all are 1.
     """
     values, sums = kernels.library().din_dist_dense(
         below.inputs,
@@ -108,16 +119,16 @@ def dense(
         below.gate.beta,
         _or_nothing(factors),
         activation=below.gate.kind,
-        in_bfloat16=in_bfloat16,
+        in_bfloat16=below.mode.execution.bfloat16,
         num_threads=kernels.num_threads(),
     )
-    return above.before(values, sums)
+    return above.before(values, sums, below.mode)
 
 
 class DenseGradient(NamedTuple):
-    """What `dense_gradient` finds."""
+    """The gradients of a Dense layer's inputs, weights and gate."""
 
-    held: tf.Tensor  # of the inputs of the gate below, [M, padded W], with their statistics held
+    held: tf.Tensor  # of the inputs of the gate below, [M, padded W], with their statistics held fixed
     of_kernel: tf.Tensor
     of_bias: tf.Tensor
     of_standardised: tf.Tensor  # for `Gated.statistics` of the gate below
@@ -132,14 +143,16 @@ def dense_gradient(
     above: tf.Tensor,
     held: tf.Tensor,
     factors: tf.Tensor | None = None,
-    *,
-    in_bfloat16: bool,
 ) -> DenseGradient:
-    """The gradient of `dense`.
+    """Returns the gradient of `dense`.
 
     Args:
+        below: the layer's inputs and their gate.
+        kernel: float32 `[W, units]`.
         statistics: of the gate above, by `Gated.statistics`.
-        above: that gate's inputs; `held`: their gradient with their statistics held, as large.
+        above: float32 `[M, padded units]`, that gate's inputs.
+        held: float32, as large: their gradient with their statistics held fixed.
+        factors: float32 `[M, padded W]`; None: all are 1.
     """
     return DenseGradient(
         *kernels.library().din_dist_dense_gradient(
@@ -152,27 +165,17 @@ def dense_gradient(
             *statistics,
             held,
             activation=below.gate.kind,
-            in_bfloat16=in_bfloat16,
+            in_bfloat16=below.mode.execution.bfloat16,
             num_threads=kernels.num_threads(),
         )
     )
 
 
-class Stage(NamedTuple):
-    """A layer, what is done to its inputs, and what of that is left out."""
-
-    gate: keras.layers.Layer
-    dense: keras.layers.Dense
-    dropout: KeyedDropout | None = None
-
-
-def run_stages(
-    stages: Sequence[Stage], inputs: tf.Tensor, keys: tf.Tensor | None = None, *, in_bfloat16: bool = False
-) -> tf.Tensor:
-    """`[M, W] -> [M, units]`, in training, one stage after the other; `keys` `[M]` are those of the dropouts."""
+def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
+    """Returns the last Dense's results `[M, units]` in training; `inputs` is `[M, W]`, `seeds` int64 `[M]`."""
     widths = [inputs.shape[-1], *(stage.dense.units for stage in stages)]
     gates = [Gate.of(layer, width) for layer, width in zip([*(s.gate for s in stages), None], widths, strict=True)]
-    factors = [_factors(stage.dropout, keys, width) for stage, width in zip(stages, widths[:-1], strict=True)]
+    factors = [_factors(stage.dropout, seeds, width, mode) for stage, width in zip(stages, widths[:-1], strict=True)]
     weights = [weight.value for stage in stages for weight in (stage.dense.kernel, stage.dense.bias)]
     sources = [inputs, *weights, *(parameter for gate in gates[:-1] for parameter in (gate.alpha, gate.beta))]
     held_inputs, *held = map(tf.stop_gradient, sources)
@@ -182,9 +185,9 @@ def run_stages(
 
     ops, threads = kernels.library(), {"num_threads": kernels.num_threads()}
     sums = ops.din_dist_sums_about(held_inputs, gates[0].centre, **threads) if gates[0].needs_sums else None
-    gated = [gates[0].before(_with_padding(held_inputs), sums)]
+    gated = [gates[0].before(_with_padding(held_inputs), sums, mode)]
     for (kernel, bias), above, factor in zip(layers, gates[1:], factors, strict=True):
-        gated.append(dense(gated[-1], kernel, bias, above, factor, in_bfloat16=in_bfloat16))
+        gated.append(dense(gated[-1], kernel, bias, above, factor))
 
     def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
         held, statistics = _with_padding(upstream), gated[-1].statistics(None)
@@ -192,7 +195,7 @@ def run_stages(
         of_parameters: list[tf.Tensor] = []
         for place in reversed(range(len(stages))):
             below, above, kernel = gated[place], gated[place + 1].inputs, layers[place][0]
-            of_dense = dense_gradient(below, kernel, statistics, above, held, factors[place], in_bfloat16=in_bfloat16)
+            of_dense = dense_gradient(below, kernel, statistics, above, held, factors[place])
             held, statistics = of_dense.held, below.statistics(of_dense.of_standardised)
             of_weights = [of_dense.of_kernel, of_dense.of_bias, *of_weights]
             of_parameters = [of_dense.of_alpha, of_dense.of_beta, *of_parameters]
@@ -219,11 +222,11 @@ def _or_nothing(factors: tf.Tensor | None) -> tf.Tensor:
     return tf.zeros([0]) if factors is None else factors
 
 
-def _factors(dropout: KeyedDropout | None, keys: tf.Tensor | None, width: int) -> tf.Tensor | None:
-    return _with_padding(dropout.factors(keys, width)) if dropout is not None and dropout.rate else None
+def _factors(dropout: KeyedDropout | None, seeds: tf.Tensor | None, width: int, mode: Mode) -> tf.Tensor | None:
+    return _with_padding(dropout.factors(seeds, width, mode)) if dropout is not None and dropout.rate else None
 
 
 def _with_padding(rows: tf.Tensor) -> tf.Tensor:
-    """`[M, W] -> [M, padded W]`, as the kernels want it."""
+    """Returns `[M, W]` as `[M, padded W]`, as the kernels want it."""
     missing = -rows.shape[-1] % kernels.LANES
     return tf.pad(rows, [[0, 0], [0, missing]]) if missing else rows

@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.layers.packed import segment_ids
-from din_dist.models.ranking_model import RankingModel
+from din_dist.layers.pairs import Pairs
+from din_dist.models.ranking_model import LookedUp, RankingModel
 from din_dist.serving.export.vocabulary import Vocabulary
 
 Outputs = dict[str, tf.Tensor]
@@ -118,16 +119,12 @@ class Signatures:
                 for candidate, history in zip(given_of_candidate, given_of_history, strict=True)
             ],
         )
-        candidate_places, key_of = items.places[:num_candidates], items.places[num_candidates:]
-        return _with_probability(
-            self._model.logits(
-                tf.gather(items.vectors, candidate_places),
-                tf.gather(items.biases, candidate_places),
-                items.vectors,
-                segment_ids(lengths),
-                key_of,
-            )
+        candidate_index = items.places[:num_candidates]
+        looked_up = LookedUp(
+            tf.gather(items.vectors, candidate_index), tf.gather(items.biases, candidate_index), items.vectors
         )
+        pairs = Pairs(segment_ids(lengths), items.places[num_candidates:])
+        return _with_probability(self._model.logits(looked_up, pairs))
 
     def score_padded(
         self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor, candidate_item_ids: tf.Tensor
@@ -209,14 +206,14 @@ class Signatures:
             first_position = positions_from[low]
             distinct, places = tf.unique(keys.places[first_position : positions_to[high]])
             firsts, ends_of_part = starts[low:high] - first_position, ends[low:high] - first_position
-            candidate_places = candidates.places[low:high]
-            found = self._model.logits(
-                tf.gather(candidates.vectors, candidate_places),
-                tf.gather(candidates.biases, candidate_places),
+            candidate_index = candidates.places[low:high]
+            looked_up = LookedUp(
+                tf.gather(candidates.vectors, candidate_index),
+                tf.gather(candidates.biases, candidate_index),
                 tf.gather(keys.vectors, distinct),
-                segment_ids(ends_of_part - firsts),
-                tf.gather(places, tf.ragged.range(firsts, ends_of_part).values),
             )
+            behaviour_of = tf.gather(places, tf.ragged.range(firsts, ends_of_part).values)
+            found = self._model.logits(looked_up, Pairs(segment_ids(ends_of_part - firsts), behaviour_of))
             return part + 1, logits.write(tf.cast(part, tf.int32), found)
 
         logits = tf.TensorArray(tf.float32, tf.cast(num_parts, tf.int32), element_shape=[None], infer_shape=False)

@@ -44,7 +44,7 @@ def _train(config: Config) -> None:
     num_threads = len(os.sched_getaffinity(0))
     claim_devices(runtime, num_threads)
     store = open_prepared(config.data)
-    ours = assembly.make_job(config, runtime, store, num_threads=num_threads)
+    ours = assembly.Assembly(config, runtime, store, num_threads=num_threads)
     test = evaluation_batches(
         store,
         split_examples(store, config.data)["test"],

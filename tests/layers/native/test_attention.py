@@ -13,9 +13,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
+from din_dist.execution import TRAINING, Execution, Mode
 from din_dist.layers.local_activation_unit import LocalActivationUnit
-from din_dist.layers.native.attention import NativeActivationUnit
 from din_dist.layers.packed import segment_ids
+from din_dist.layers.pairs import Pairs
 from tests.support.programs import missing
 from tests.support.reference import padded_din
 from tests.support.reference.compare import assert_same_gradients, randomise, weights_of
@@ -24,20 +25,23 @@ SOFTMAX, NONE = AttentionNormalization
 OLDER = {"avx2": "avx2", "plain": ""}  # instructions, and what /proc/cpuinfo calls them
 
 
-def built(kind, width, hidden_units, activation=Activation.DICE, normalization=SOFTMAX, **settings):
-    unit = kind(hidden_units, activation, normalization, name="attention", **settings)
+KERNELS = Mode(True, Execution(kernels=True))
+
+
+def built(width, hidden_units, activation=Activation.DICE, normalization=SOFTMAX, **settings):
+    unit = LocalActivationUnit(hidden_units, activation, normalization, name="attention", **settings)
     unit.build((None, width))
     randomise(unit)
     return unit
 
 
-def run(unit, candidate, keys, candidate_of, key_of, direction):
+def run(unit, candidate, keys, candidate_of, key_of, direction, mode=KERNELS):
     """The interest, and the gradient of its product with `direction` by each weight, the candidates and the keys."""
     watched = {w.path.removeprefix("attention/"): w.value for w in unit.trainable_weights}
     watched |= {"candidate": candidate, "keys": keys}
     with tf.GradientTape() as tape:
         tape.watch([candidate, keys])
-        interest = unit(candidate, keys, candidate_of, key_of, training=True)
+        interest = unit(candidate, keys, Pairs(candidate_of, key_of), mode=mode)
         total = tf.reduce_sum(interest * direction)
     found = tape.gradient(total, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return interest.numpy(), {name: gradient.numpy() for name, gradient in found.items()}
@@ -54,7 +58,7 @@ def test_interest_and_gradients_equal_the_reference(hidden_units, activation, fr
     mask = np.arange(6) < lengths[:, None]
     candidate, keys = random.normal(0, 1, (5, 3)), random.normal(0, 1, (5, 6, 3))
     direction = random.normal(0, 1, candidate.shape)
-    unit = built(NativeActivationUnit, 3, hidden_units, activation, normalization, frozen=frozen)
+    unit = built(3, hidden_units, activation, normalization, frozen=frozen)
     weights = {**weights_of(unit, "attention/"), "candidate": candidate, "keys": keys}
 
     def reference(weights):
@@ -94,9 +98,9 @@ def large_inputs(seed, width, num_candidates=50, num_keys=40, num_pairs=200):
 
 def assert_units_agree(inputs, *settings, **more):
     width = inputs[0].shape[1]
-    theirs, ours = (built(kind, width, *settings, **more) for kind in (LocalActivationUnit, NativeActivationUnit))
+    theirs, ours = (built(width, *settings, **more) for _ in range(2))
     for _ in range(2):  # the second time with moving averages that both have changed
-        expected_interest, expected = run(theirs, *inputs)
+        expected_interest, expected = run(theirs, *inputs, mode=TRAINING)
         interest, gradients = run(ours, *inputs)
         largest = max(1.0, np.abs(expected_interest).max())
         assert_allclose(interest, expected_interest, rtol=1e-4, atol=1e-5 * largest)
@@ -141,7 +145,7 @@ def test_older_instructions(instructions):
 
 
 def test_instructions_that_do_not_exist():
-    program = "from tests.layers import test_native_attention as t; t.assert_units_agree(t.large_inputs(0, 4), [3])"
+    program = "from tests.layers.native import test_attention as t; t.assert_units_agree(t.large_inputs(0, 4), [3])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "DIN_DIST_INSTRUCTIONS": "sse9"},
@@ -164,7 +168,7 @@ def test_one_candidate_with_all_pairs(num_candidates):
 @pytest.mark.parametrize("normalization", AttentionNormalization)
 @pytest.mark.parametrize("activation", Activation)
 def test_no_behaviour_anywhere_gives_zeros_and_zero_gradients(activation, normalization, num_candidates):
-    unit = built(NativeActivationUnit, 3, [5, 4], activation, normalization)
+    unit = built(3, [5, 4], activation, normalization)
     before = [weight.numpy() for weight in unit.non_trainable_weights]
     nothing = tf.zeros([0], tf.int32)
     interest, gradients = run(unit, tf.ones([num_candidates, 3]), tf.zeros([0, 3]), nothing, nothing, 1.0)
@@ -181,7 +185,7 @@ def test_nan_and_infinity_show(activation):
     candidate, keys, *rest = large_inputs(3, 6)
     for value in (np.nan, np.inf):
         bad = tf.tensor_scatter_nd_update(keys, [[0, 0]], [value])
-        unit = built(NativeActivationUnit, 6, [5, 4], activation)
+        unit = built(6, [5, 4], activation)
         interest, gradients = run(unit, candidate, bad, *rest)
         assert not np.isfinite(interest).all()
         assert not np.isfinite(gradients["candidate"]).all()
@@ -224,7 +228,7 @@ def test_gates_far_from_zero():
 
 def test_scores_far_apart():
     """Score = relu(key): e^1000 has no float32, but the weights are 1 and 0, and 1/2 each of two that are equal."""
-    unit = built(NativeActivationUnit, 1, [1], Activation.RELU)
+    unit = built(1, [1], Activation.RELU)
     unit.scorer.dense_layers[0].kernel.assign([[0.0], [1.0], [0.0], [0.0]])
     unit.scorer.output_layer.kernel.assign([[1.0]])
     for weight in (unit.scorer.dense_layers[0].bias, unit.scorer.output_layer.bias):
@@ -241,18 +245,12 @@ def test_scores_far_apart():
 )
 def test_pairs_that_cannot_be(candidate_of, key_of):
     """Two candidates and three keys."""
-    unit = built(NativeActivationUnit, 3, [5, 4])
+    unit = built(3, [5, 4])
     with pytest.raises(tf.errors.InvalidArgumentError, match="pairs must name candidates that ascend, and keys"):
-        unit(tf.ones([2, 3]), tf.ones([3, 3]), tf.constant(candidate_of), tf.constant(key_of), training=True)
+        unit(tf.ones([2, 3]), tf.ones([3, 3]), Pairs(tf.constant(candidate_of), tf.constant(key_of)), mode=KERNELS)
 
 
 def test_pairs_of_no_candidate():
-    unit, first = built(NativeActivationUnit, 3, [5, 4]), tf.constant([0])
+    unit, first = built(3, [5, 4]), tf.constant([0])
     with pytest.raises(tf.errors.InvalidArgumentError, match="pairs must name candidates that ascend, and keys"):
-        unit(tf.ones([0, 3]), tf.ones([3, 3]), first, first, training=True)
-
-
-def test_out_of_training_it_is_the_other():
-    *inputs, _ = large_inputs(4, 6)
-    theirs, ours = (built(kind, 6, [5, 4]) for kind in (LocalActivationUnit, NativeActivationUnit))
-    assert_array_equal(ours(*inputs), theirs(*inputs))
+        unit(tf.ones([0, 3]), tf.ones([3, 3]), Pairs(first, first), mode=KERNELS)

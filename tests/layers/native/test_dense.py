@@ -10,8 +10,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import Activation
+from din_dist.execution import Execution, Mode
 from din_dist.layers.hidden import HiddenLayers
-from din_dist.layers.native.dense import Stage, run_stages
+from din_dist.layers.native.dense import run_by_kernels
+from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
 from tests.support.reference.compare import assert_same_gradients, randomise
 from tests.support.reference.ranks import ThreadedRanks
@@ -31,20 +33,21 @@ class Head:
         frozen=False,
         dropout=0.0,
         in_bfloat16=False,
-        **settings,
+        compiled=False,
+        sum_over_ranks=tf.identity,
     ):
-        self.norm = BatchNormalization(frozen, name="norm", **settings)
-        self.hidden = HiddenLayers(units, activation, frozen=frozen, dropout=dropout, name="hidden", **settings)
-        self.native, self.in_bfloat16 = native, in_bfloat16
+        self.norm = BatchNormalization(frozen, name="norm")
+        self.hidden = HiddenLayers(units, activation, frozen=frozen, dropout=dropout, name="hidden")
+        self.mode = Mode(True, Execution(native, compiled, in_bfloat16), sum_over_ranks)
         for layer in (self.norm, self.hidden):
             layer.build((None, width))
             randomise(layer)
 
     def __call__(self, inputs, keys=None):
-        if not self.native:
-            return self.hidden(self.norm(inputs, training=True), keys, training=True)
+        if not self.mode.kernels:
+            return self.hidden(self.norm(inputs, mode=self.mode), keys, mode=self.mode)
         stages = [Stage(self.norm, self.hidden.dense_layers[0]), *self.hidden.stages]
-        return tf.squeeze(run_stages(stages, inputs, keys, in_bfloat16=self.in_bfloat16), axis=1)
+        return tf.squeeze(run_by_kernels(stages, inputs, keys, self.mode), axis=1)
 
     @property
     def averages(self):
@@ -100,7 +103,7 @@ def test_the_same_units_are_left_out(compiled):
 
 
 def test_dropout_needs_keys():
-    with pytest.raises(ValueError, match="Pass example_keys in training"):
+    with pytest.raises(ValueError, match="Pass dropout_seeds in training"):
         Head(4, [3], native=True, dropout=0.5)(tf.ones([2, 4]))
 
 
@@ -137,7 +140,9 @@ def test_a_layer_alone():
     norm.build((None, 2))
     last.kernel.assign([[1.0, 0.0], [1.0, 1.0]])
     last.bias.assign([0.0, 10.0])
-    outputs = run_stages([Stage(norm, last)], tf.constant([[1.0, 2.0], [3.0, 4.0]]))
+    outputs = run_by_kernels(
+        [Stage(norm, last)], tf.constant([[1.0, 2.0], [3.0, 4.0]]), None, Mode(True, Execution(kernels=True))
+    )
     n = 1 / np.sqrt(1.001)
     assert_allclose(outputs, [[-2 * n, 10 - n], [2 * n, 10 + n]], rtol=1e-6)
     assert_array_equal(outputs.shape, [2, 2])

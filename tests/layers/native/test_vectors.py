@@ -6,7 +6,7 @@ import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
-from din_dist.layers.native.vectors import Part, beside_product, side_by_side, vectors_and_candidates
+from din_dist.layers.native.vectors import Part, beside_product, concatenated, vectors_and_candidates
 
 
 def constant(*values):
@@ -55,7 +55,7 @@ def test_they_equal_tensorflows_operations(num_items, num_threads, monkeypatch):
                 if native:
                     vectors, candidates = vectors_and_candidates(parts, candidate_places)
                 else:
-                    vectors = side_by_side(parts)
+                    vectors = concatenated(parts)
                     candidates = tf.gather(vectors, candidate_places)
                 total = tf.reduce_sum(vectors * whole(vectors)) + tf.reduce_sum(candidates * whole(candidates))
             results.append((vectors, candidates, tape.gradient(total, rows)))

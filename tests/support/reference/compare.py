@@ -11,6 +11,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import ModelConfig
+from din_dist.execution import Execution
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from tests.support.reference.padded_din import PaddedBatch
@@ -40,9 +41,8 @@ def small_model(
         ITEM_FEATURES,
         seed=seed,
         row_of_item=row_of_item,
+        execution=Execution(kernels=native, xla=compiled),
         sum_over_ranks=sum_over_ranks,
-        compiled=compiled,
-        native=native,
     )
     randomise(model, seed)
     return model
