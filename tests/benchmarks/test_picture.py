@@ -1,7 +1,8 @@
-"""The README's picture: its script draws one from a job."""
+"""The README's picture: that it is there, and that its script draws one from a job."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,6 +10,15 @@ from din_dist.config import Split
 from tests.benchmarks import picture
 from tests.support.small_log import small_config
 from tests.support.trained_job import write_job
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_shows_a_small_picture() -> None:
+    (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+\.svg)\)", (ROOT / "README.md").read_text())
+    path = ROOT / name
+    assert path.stat().st_size < 60_000
+    assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_the_script_draws_what_the_model_does(tmp_path: Path) -> None:
