@@ -136,10 +136,10 @@ def test_two_jobs_in_one_process_do_not_clash(tmp_path: Path) -> None:
         prometheus_metrics.close()
 
 
-def test_names_follow_the_conventions_and_stand_in_the_readme(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    readme = "".join((root / name).read_text() for name in ("README.md", "din_dist/serving/README.md"))
-    told = set(re.findall(r"din_dist_[a-z_]+", readme))
+def test_names_follow_the_conventions_and_stand_in_the_reference(tmp_path: Path) -> None:
+    package = Path(__file__).parents[2] / "din_dist"
+    reference = "".join((package / room / "README.md").read_text() for room in ("telemetry", "serving"))
+    told = set(re.findall(r"din_dist_[a-z_]+", reference))
     prometheus_metrics = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)
     registries = (prometheus_metrics.registry, ServingMetrics({}, {}).registry)
     collected = [family for registry in registries for family in registry.collect()]
@@ -159,7 +159,7 @@ def test_names_follow_the_conventions_and_stand_in_the_readme(tmp_path: Path) ->
         "din_dist_output_free_bytes",
         "din_dist_output_size_bytes",
     }
-    assert told - names <= {"din_dist_gpu_memory_bytes"}, "the README names a metric that is not there"
+    assert told - names <= {"din_dist_gpu_memory_bytes"}, "the reference names a metric that is not there"
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
