@@ -20,7 +20,7 @@ from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Collectives, Runtime
 from din_dist.distributed.shared_memory import share_memory
 from din_dist.evaluation.evaluator import Evaluator
-from din_dist.execution import Execution, SumOverRanks
+from din_dist.execution import Execution, Mode
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
@@ -87,8 +87,7 @@ def make_model(
     *,
     seed: int,
     row_of_item: np.ndarray | None = None,
-    execution: Execution | None = None,
-    sum_over_ranks: SumOverRanks = tf.identity,
+    training_mode: Mode | None = None,
     model_class: Callable[..., RankingModel] | None = None,
 ) -> RankingModel:
     """Makes a model and its variables, the same for the same `seed`.
@@ -99,14 +98,13 @@ def make_model(
         item_features: name -> int32 `[num_items + 1]`, the feature's id of each item.
         seed: of the initial weights.
         row_of_item: as of `LocalLookup`.
-        execution: how training is computed; None: by TensorFlow's operations.
-        sum_over_ranks: sums statistics of the global batch.
+        training_mode: of a pass in training; None: by TensorFlow's operations, without peers.
         model_class: None: the one of `MODELS` that `config` names.
     """
     keras.utils.set_random_seed(seed)
     lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, name="lookup")
     make = model_class or MODELS[config.model]
-    model = make(lookup, config, execution, sum_over_ranks, name="model")
+    model = make(lookup, config, training_mode, name="model")
     model.build_variables()
     return model
 
@@ -187,8 +185,7 @@ class Assembly:
         """What every form passes to `make_model`."""
         return {
             "seed": self.config.job.seed,
-            "execution": self.execution,
-            "sum_over_ranks": lambda sums: self.collectives.all_reduce([sums])[0],
+            "training_mode": Mode(True, self.execution, lambda sums: self.collectives.all_reduce([sums])[0]),
             "model_class": self.model_class,
         }
 

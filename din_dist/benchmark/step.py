@@ -15,8 +15,9 @@ import tensorflow as tf
 from din_dist.benchmark.flops import Product, forward_products, training_flops
 from din_dist.benchmark.scaling_model import allreduce_bytes, row_bytes
 from din_dist.config import Config
-from din_dist.distributed.gradients import Gradient, RowGradients, merge_rows
+from din_dist.distributed.gradients import Gradient
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
+from din_dist.distributed.row_transports import RowGradients, merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.execution import Execution
 from din_dist.files import read_text

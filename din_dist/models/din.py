@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
-from din_dist.execution import Execution, Mode, SumOverRanks
+from din_dist.execution import Mode
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.vectors import beside_product
@@ -27,8 +27,7 @@ class DIN(RankingModel):
     Args:
         lookup: turns item ids into vectors.
         config: sizes, activations and normalization.
-        execution: how training is computed.
-        sum_over_ranks: sums statistics of the global batch.
+        training_mode: of a pass in training.
         attention: another form of the local activation unit, for comparison.
     """
 
@@ -36,12 +35,11 @@ class DIN(RankingModel):
         self,
         lookup: LocalLookup,
         config: ModelConfig,
-        execution: Execution | None = None,
-        sum_over_ranks: SumOverRanks = tf.identity,
+        training_mode: Mode | None = None,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, execution, sum_over_ranks, **kwargs)
+        super().__init__(lookup, config, training_mode, **kwargs)
         self.attention = attention(
             config.attention_hidden_units,
             config.activation,

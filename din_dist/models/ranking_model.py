@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
-from din_dist.execution import INFERENCE, Execution, Mode, SumOverRanks, round_up
+from din_dist.execution import INFERENCE, TRAINING, Mode, round_up
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.dense import has_kernel, run_by_kernels
@@ -39,21 +39,18 @@ class RankingModel(keras.Model):
     Args:
         lookup: turns item ids into vectors. The model does not know where the tables lie.
         config: sizes, activations and normalization.
-        execution: how training is computed; inference runs TensorFlow's operations.
-        sum_over_ranks: sums statistics of the global batch; the identity for a rank without peers.
+        training_mode: of a pass in training; None: by TensorFlow's operations, without peers.
     """
 
     def __init__(
         self,
         lookup: LocalLookup,
         config: ModelConfig,
-        execution: Execution | None = None,
-        sum_over_ranks: SumOverRanks = tf.identity,
+        training_mode: Mode | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.lookup = lookup
-        self.training_mode = Mode(True, execution or Execution(), sum_over_ranks)
+        self.lookup, self.training_mode = lookup, training_mode or TRAINING
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
         self.interest_norm = BatchNormalization(frozen, name="interest_norm")

@@ -15,7 +15,8 @@ import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
-from din_dist.distributed.gradients import Gradient, RowGradients
+from din_dist.distributed.gradients import Gradient
+from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import Execution
 
 RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.config import OptimizerConfig
-from din_dist.distributed.gradients import Gradient, RowGradients
+from din_dist.distributed.gradients import Gradient
+from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import Execution
 from din_dist.training.optimizers import Values
 

@@ -11,7 +11,8 @@ import tensorflow as tf
 from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import BATCH_SIGNATURE
-from din_dist.distributed.gradients import Gradient, GradientExchange, RowGradients
+from din_dist.distributed.gradients import Gradient, GradientExchange
+from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import on_host
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
@@ -135,7 +136,8 @@ class TrainStep:
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
         num_rows = [each.num_rows_of_all() for each in rows]
         with on_host():
-            sent = [self._exchange.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
+            transport = self._exchange.rows
+            sent = [transport.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
             places = batch.item_index
             unknown = self._model.lookup.unknown(batch.distinct_item_ids)
             num_items = tf.shape(unknown)[1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from din_dist.distributed.gradients import RowGradients
+from din_dist.distributed.row_transports import RowGradients
 from din_dist.training_state import TrainingState
 
 # Each update ends in an exchange that needs every rank, so no rank is more than one ahead of another.

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from din_dist.benchmark.step import bytes_sent, message_sizes
-from din_dist.distributed.gradients import RowGradients
+from din_dist.distributed.row_transports import RowGradients
 
 
 def test_bytes_and_messages_by_hand() -> None:

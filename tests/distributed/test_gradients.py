@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.config import WireDtype
-from din_dist.distributed.gradients import NO_ROW, DenseExchange, GradientExchange, merge_rows
+from din_dist.distributed.gradients import DenseExchange, GradientExchange
+from din_dist.distributed.row_transports import NO_ROW, merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.execution import Execution
 
@@ -130,7 +131,7 @@ def test_an_owner_sums_what_all_have_for_its_rows(wire_dtype: WireDtype) -> None
     assert [each.row_ids.numpy().tolist() for each in found] == [[9, 1], [5]]
     assert [each.rows.numpy().tolist() for each in found] == [[[8.0], [12.0]], [[4.0, -8.0]]]
     assert runtime.sent["send_to_owners"][1].shape == [4]
-    assert int(exchange.rows_sent(tf.constant(100), tf.constant(42))) == 110
+    assert int(exchange.rows.rows_sent(tf.constant(100), tf.constant(42))) == 110
 
 
 def test_sums_of_many_fit_into_16_bits() -> None:
@@ -151,7 +152,7 @@ def test_few_ranks_and_gpus_gather_all_rows(world_size: int, native: bool, messa
     assert [each.row_ids.numpy().tolist() for each in found] == [[4, 7], [9]]
     assert [each.rows.numpy().tolist() for each in found] == [[[2.0], [6.0]], [[2.0, 4.0]]]
     assert list(runtime.sent) == ["dense", *messages]
-    assert int(exchange.rows_sent(tf.constant(100), tf.constant(150))) == (100 if native else 128)
+    assert int(exchange.rows.rows_sent(tf.constant(100), tf.constant(150))) == (100 if native else 128)
 
 
 def test_what_is_known_early_goes_before_the_rest_and_after_the_statistics() -> None:
@@ -260,7 +261,7 @@ def test_what_does_not_travel_is_neither_rounded_nor_padded() -> None:
     assert runtime.sent["row_ids"][0].numpy().tolist() == [4, 9]
     assert runtime.sent["rows"][0].dtype == tf.float32
     assert found.rows.numpy().tolist() == [[2 * np.float32(1 / 3)], [4.0]]
-    assert int(exchange.rows_sent(tf.constant(2), tf.constant(3))) == 2
+    assert int(exchange.rows.rows_sent(tf.constant(2), tf.constant(3))) == 2
     runtime.world_size = 100
     assert not GradientExchange(runtime, execution=Execution(kernels=True)).sums_at_owners
 

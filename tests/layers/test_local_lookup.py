@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -127,3 +128,15 @@ def test_tables_start_by_the_seed_and_apart():
     assert np.abs(tables(1) - tables(5)).max() > 0.01
     item, category = tables(1)
     assert np.abs(item - category).max() > 0.01
+
+
+@pytest.mark.parametrize("row_of_item", [None, np.array([0, 1, 0, 3], np.int32)])
+def test_config_round_trip(row_of_item):
+    layer = LocalLookup(
+        [TableSpec("item", 4, 2), TableSpec("category", 3, 1)], {"category": CATEGORY_OF}, 7, row_of_item, name="lookup"
+    )
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert again.specs == layer.specs
+    items = tf.constant([3, 1, 2])
+    for found, expected in zip(again(items), layer(items), strict=True):  # the same seed gives the same weights
+        assert_array_equal(found, expected)

@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import OptimizerConfig
-from din_dist.distributed.gradients import RowGradients
+from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import Execution
 from din_dist.training.optimizers import Sgd
 from din_dist.training.regularization import Regularization, clip

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist import assembly, kernels
+from din_dist.assembly import MODELS
 from din_dist.benchmark.forms import with_idle_rows
 from din_dist.cli.saved_job import trained_model
 from din_dist.config import Activation, ComputeDtype, Config, ModelKind, OptimizerKind, Split, UnknownItem
@@ -31,9 +32,13 @@ from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime
 from din_dist.distributed.shared_memory import BUFFER_BYTES, SharedMemory
 from din_dist.errors import InputError, Interrupted
+from din_dist.execution import Mode
+from din_dist.layers.pairs import Pairs
+from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import feature_label
 from din_dist.telemetry.projector import write_projector
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
+from din_dist.training.optimizers import OPTIMIZERS, Optimizer
 from tests.support.programs import missing
 from tests.support.signals import StopWhen
 from tests.support.small_log import small_config, write_log
@@ -589,3 +594,41 @@ def test_tables_in_shared_memory_are_trained_the_same(tmp_path: Path) -> None:
     sums, *_ = (each for each in graphs[0].get_operations() if each.type == "DinDistNeighboursSum")
     assert clock in sums.control_inputs
     assert len(clock.control_inputs) > 15
+
+
+class LastItem(RankingModel):
+    """A toy model: the interest is the candidate's last behaviour."""
+
+    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+        positions = tf.range(tf.size(pairs.candidate_of))
+        last = tf.math.unsorted_segment_max(positions, pairs.candidate_of, tf.shape(candidate)[0])
+        found = tf.gather(behaviours, tf.gather(tf.concat([pairs.behaviour_of, [0]], 0), tf.maximum(last, 0)))
+        return tf.where((last >= 0)[:, None], found, 0.0)
+
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        return tf.concat([interest, candidate], axis=1)
+
+
+class Momentum(Optimizer):
+    """A toy optimizer."""
+
+    initial_state: ClassVar[dict[str, float]] = {"velocity": 0.0}
+
+    @staticmethod
+    def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *slots: tf.Tensor) -> list[tf.Tensor]:
+        velocity = 0.9 * slots[0] + gradient
+        return [value - rate * velocity, velocity]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_toys_without_a_kernel_train_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """With penalties, which kernels would read from whole tables; the same weights as by TensorFlow alone."""
+    monkeypatch.setitem(MODELS, ModelKind.DIN, LastItem)
+    monkeypatch.setitem(OPTIMIZERS, OptimizerKind.SGD, Momentum)
+    settings = {"optimizer": OptimizerKind.SGD, "learning_rate": 0.1, "embedding_l2": 0.01, "epochs": 4}
+    job = make(small_config(tmp_path, native=native, **settings))
+    assert isinstance(job.model, LastItem)
+    assert isinstance(job.optimizer, Momentum)
+    job.trainer.train()
+    losses = [record["loss"] for record in job.trainer.state.epoch_records]
+    assert losses[-1] < losses[0]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import ModelConfig
-from din_dist.execution import Execution
+from din_dist.execution import Execution, Mode
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from tests.support.reference.padded_din import PaddedBatch
@@ -41,8 +41,7 @@ def small_model(
         ITEM_FEATURES,
         seed=seed,
         row_of_item=row_of_item,
-        execution=Execution(kernels=native, xla=compiled),
-        sum_over_ranks=sum_over_ranks,
+        training_mode=Mode(True, Execution(kernels=native, xla=compiled), sum_over_ranks),
     )
     randomise(model, seed)
     return model
