@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ from din_dist import mapped_files, progress, schema
 from din_dist.data import checksums
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
-from din_dist.files import publish_folder, read_record, write_text
+from din_dist.files import published_folder, read_record, write_text
 from din_dist.text import parse_json, reason, shown
 
 PACKED_DIR = "packed"
@@ -174,16 +173,9 @@ def pack(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> N
 
     It is written aside and published at once. The caller holds a lock: two at once would write over each other.
     """
-    aside = folder / f"{PACKED_DIR}.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    aside.mkdir()
-    try:
+    with published_folder(folder / PACKED_DIR, aside=folder / f"{PACKED_DIR}.incomplete") as aside:
         _write_arrays(aside, facts, blocks)
         checksums.write_checksums(aside)
-        publish_folder(aside, folder / PACKED_DIR)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     if facts.history_rule is not facts.present_rule:
         write_facts(folder, facts.by_present_rule())
 

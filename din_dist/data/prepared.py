@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.log_reader import Columns
 from din_dist.errors import InputError
-from din_dist.files import make_folder, publish_folder, repair_publishing
+from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_publishing
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import check_unchanged, find_files, partition_text
 
@@ -296,8 +295,7 @@ def _writing(config: DataConfig) -> Iterator[Path]:
     lock = data_dir(config) / "locks" / f"{name}.lock"
     try:
         make_folder(lock.parent)
-        with lock.open("w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked_in_turn(lock):
             repair_publishing(folder)
             yield folder
     except (OSError, tf.errors.OpError) as error:

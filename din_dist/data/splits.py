@@ -7,8 +7,6 @@ one event of a split; without labels a row gives `1 + negatives_per_positive` ex
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from din_dist.config import DataConfig, Split
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
 from din_dist.errors import InputError
-from din_dist.files import publish_folder
+from din_dist.files import published_folder
 
 SPLITS = ("train", "validation", "test")
 _ARRAYS = ("users", "row_ends", "event_bases")
@@ -152,19 +150,15 @@ def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examp
 
 def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes `folder`, a file NAME-ARRAY.npy each, at once."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    aside.chmod(0o755)  # as other folders, so that others may read it
     try:
-        for name, arrays in runs.items():
-            for array, values in arrays.items():
-                np.save(aside / f"{name}-{array}.npy", values)
-        write_checksums(aside)
-        publish_folder(aside, folder)
+        with published_folder(folder) as aside:
+            for name, arrays in runs.items():
+                for array, values in arrays.items():
+                    np.save(aside / f"{name}-{array}.npy", values)
+            write_checksums(aside)
     except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same content
+        if not folder.is_dir():  # otherwise another process was faster, with the same content
             raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]]) -> None:
