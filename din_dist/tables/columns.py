@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from din_dist.errors import InputError
-from din_dist.tables import formats
+from din_dist.tables.arrow_text import has_empty, is_text, is_utf8, without_empty
+from din_dist.tables.formats import INTEGER
 from din_dist.text import shown
 
 _ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
@@ -81,7 +82,7 @@ class Column(abc.ABC):
         index = next(index for index in range(len(column)) if not is_utf8(column.slice(index, 1)))
         received = f"{self.name}={shown(column[index].as_buffer().to_pybytes())}"
         row = self._rows.count + index
-        raise self._rows.reject(row, "text must be UTF-8", received, "Write the file anew, as UTF-8.")
+        raise self._rows.reject(row, "text must be UTF-8", received, "Convert the file to UTF-8.")
 
 
 class IdColumn(Column):
@@ -147,12 +148,7 @@ class IdColumn(Column):
                 ids = encoded.dictionary  # the same for all
         self._chunks.clear()
         codes = np.concatenate(parts)
-        if (
-            from_text
-            and len(ids)
-            and is_text(ids.type)
-            and pc.all(pc.match_substring_regex(ids, formats.INTEGER)).as_py()
-        ):
+        if from_text and len(ids) and is_text(ids.type) and pc.all(pc.match_substring_regex(ids, INTEGER)).as_py():
             ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
         return codes, ids
 
@@ -164,7 +160,7 @@ class IdColumn(Column):
             chunk = self._chunks[place]
             assert not isinstance(chunk, int)
             (text,) = chunk.dictionary.to_pylist()
-            if not re.match(formats.INTEGER, text):
+            if not re.match(INTEGER, text):
                 raise self._rows.reject(
                     row,
                     "all ids of a column must be of one type, int64 in other files",
@@ -341,17 +337,6 @@ def _plain(column: pa.Array) -> pa.Array:
     return column
 
 
-def has_empty(column: pa.Array) -> bool:
-    return pc.min(pc.binary_length(column)).as_py() == 0
-
-
-def without_empty(column: pa.Array) -> pa.Array:
-    """Returns text with nulls in place of empty values: they are no values."""
-    if not has_empty(column):
-        return column
-    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
-
-
 def _widened(column: pa.Array) -> pa.Array:
     """Returns float16, with which Arrow cannot compute, as float64, and other numbers as they are."""
     return column.cast(pa.float64()) if pa.types.is_float16(column.type) else column
@@ -362,19 +347,6 @@ def _decimals_equal(column: pa.Array, number: int) -> pa.Array:
     encoded = column.dictionary_encode()
     equal = [value.as_py() == number for value in encoded.dictionary]
     return pa.array(equal, pa.bool_()).take(encoded.indices)
-
-
-def is_utf8(column: pa.Array) -> bool:
-    """Tells whether all of a column's text is; Arrow believes files that say so."""
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_cast(value: pa.Scalar, kind: pa.DataType) -> bool:

@@ -228,7 +228,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, name: bytes) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     path.parent.mkdir(exist_ok=True)
     path.write_text("user_id,item_id,timestamp\nu,i,1\n")
-    with pytest.raises(InputError, match=r"--data_path: must be a path in UTF-8. Received: .*\\udcff.*, by a shell"):
+    with pytest.raises(InputError, match=r"--data_path: must be a path in UTF-8. Received: .*\\udcff.*, from a shell"):
         find_files(str(path))
     for source in (tmp_path, tmp_path / "*", tmp_path / "**"):
         with pytest.raises(InputError) as caught:

@@ -20,7 +20,8 @@ from typing import Any
 from din_dist.errors import InputError
 from din_dist.files import claimed, read_record, write_text
 from din_dist.tables.sources import check_unchanged, fingerprint_files
-from din_dist.tables.table import Survey, open_table
+from din_dist.tables.survey import Survey, survey_table
+from din_dist.tables.writer import suffix_of
 from din_dist.text import is_count, parse_json, printable, to_json
 
 PLAN = "plan.json"
@@ -60,7 +61,7 @@ class Plan:
             InputError: one is damaged.
         """
         fingerprints = fingerprint_files(files)
-        surveys = {str(file): open_table(file).survey() for file in files}
+        surveys = {str(file): survey_table(file) for file in files}
         return cls(surveys, fingerprints, rows_per_part, settings)
 
     @property
@@ -75,7 +76,7 @@ class Plan:
             for first_row in range(0, max(1, survey.num_rows), self.rows_per_part)
         ]
         return [
-            Part(f"part-{number:05d}-of-{len(places):05d}{open_table(path).suffix}", path, first_row, num_rows)
+            Part(f"part-{number:05d}-of-{len(places):05d}{suffix_of(path)}", path, first_row, num_rows)
             for number, (path, first_row, num_rows) in enumerate(places)
         ]
 
