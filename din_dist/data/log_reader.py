@@ -1,4 +1,7 @@
-"""Reads a log of events; the rules that its columns must keep together are checked here."""
+"""Reads a log of events, and checks the rules that its columns must keep together.
+
+Letters of shapes: E events, I items.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from din_dist.tables.record_batches import Layout, read_columns
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Which columns to read, and which of them may be absent; as in `DataConfig`."""
+    """The names of the columns to read, and which of them may be absent. `DataConfig` documents each."""
 
     user: str = "user_id"
     item: str = "item_id"
@@ -31,7 +34,10 @@ class Columns:
     presorted: bool = False
 
     def chosen(self, layouts: Mapping[Path, Layout]) -> Columns:
-        """Returns them without the optional columns that no file has.
+        """Returns these columns without the optional ones that no file has.
+
+        Args:
+            layouts: the layout of each file.
 
         Raises:
             InputError: a file lacks a column that is required, or that another file has.
@@ -60,12 +66,15 @@ class Columns:
 
 
 def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None) -> EventLog:
-    """Reads the files, one after the other, and sorts each user's events by time; equal times keep the files' order.
+    """Reads files in their order, and sorts each user's events by time. Equal times keep the order of the files.
 
-    `form` is the format of all of them, by default the one that the first file's name promises.
+    Args:
+        files: the files of the log.
+        columns: the columns to read.
+        form: the format of all files. None: the one that the first file's name promises.
 
     Raises:
-        InputError: the files break one of the rules; the text names file, row (from 1, without the header) and value.
+        InputError: the files break a rule; the text names file, row (from 1, without the header) and value.
     """
     form = form or format_of(files[0]) or Format.PARQUET
     found = {file: Layout.of(file, form, columns.names, numbers=[columns.label]) for file in files}
@@ -106,10 +115,22 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
 def _one_value_per_item(
     codes: np.ndarray, ids: pa.Array, item_of: np.ndarray, item_ids: pa.Array, name: str, rows: Rows
 ) -> np.ndarray:
-    """int32 `[I + 1]`: each item's dense id of the feature; rows that say nothing (-1) agree with all others."""
+    """Returns each item's dense id of a feature, int32 `[I + 1]`; 0 for item 0 and for items without a value.
+
+    Args:
+        codes: int32 `[E]`, the feature of each event from 0; -1 where it is missing, which agrees with all others.
+        ids: the feature's own ids, by code.
+        item_of: int32 `[E]`, the item of each event from 0.
+        item_ids: the items' own ids `[I]`.
+        name: the feature's column.
+        rows: where rows stand, for the texts of errors.
+
+    Raises:
+        InputError: two rows give an item two values.
+    """
     told = np.flatnonzero(codes >= 0)
     of_item = np.full(len(item_ids), -1, np.int32)
-    of_item[item_of[told[::-1]]] = codes[told[::-1]]  # the last assignment stays: that of the first row
+    of_item[item_of[told[::-1]]] = codes[told[::-1]]  # the last assignment stays, which is the first row's
     differing = told[of_item[item_of[told]] != codes[told]]
     if len(differing):
         second = differing[0]
@@ -127,6 +148,7 @@ def _one_value_per_item(
 
 
 def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:
+    """Refuses an event that is earlier than the one before it of its user; all arrays are `[E]`."""
     sorted_times = timestamps[order]
     earlier = (np.diff(sorted_times) < 0) & (np.diff(users[order]) == 0)
     if earlier.any():
