@@ -281,7 +281,7 @@ def _replaced(folder: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one operation; returns False if the file system cannot do that."""
+    """Lets two names change places at once; False where the file system cannot do that."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
