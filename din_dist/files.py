@@ -1,7 +1,7 @@
 """Publishes files and folders whole or not at all, takes locks, and reads text.
 
-Only this module calls fsync, renames a file to publish it, or takes a lock; a test holds that. A file that is published
-is on the disk before anyone is told. Text is UTF-8, whatever the locale.
+Only this module calls fsync, renames a file to publish it, or takes a lock; a test holds that. A published file is on
+the disk when the function that publishes it returns. Text is UTF-8 in every locale.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
+        """The names of all columns to read."""
         label = [self.label] if self.label else []
         return [self.user, self.item, self.timestamp, *label, *self.item_features]
 

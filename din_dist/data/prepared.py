@@ -169,7 +169,7 @@ def open_prepared(config: DataConfig) -> EventStore:
     features = _chosen_features(config, facts)
     if not event_store.is_packed(folder, facts):
         with _writing(config):
-            facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it anew
+            facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it again
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
     return event_store.open_store(folder, features)

@@ -41,10 +41,12 @@ class Examples:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of all users."""
         return int(self.row_ends[-1]) if len(self.row_ends) else 0
 
     @property
     def num_examples(self) -> int:
+        """The number of examples of all users."""
         return self.num_rows * self.draws_per_row
 
     def rows_per_user(self) -> np.ndarray:

@@ -51,7 +51,7 @@ def compression_of(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
-    """Turns whatever a reader raises about a damaged file into one line.
+    """Turns the errors of a reader about a damaged file into one line.
 
     Args:
         file: the file that is read in the block.

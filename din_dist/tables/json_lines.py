@@ -119,15 +119,15 @@ def parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
     Raises:
         InputError: the line is not a JSON object, or not UTF-8.
     """
-    text = _decoded(file, number, line)
-    received = printable(text.strip()[:100])
+    text, deep = _decoded(file, number, line), ""
     try:
         fields = parse_json(text)
     except NestedTooDeeply as error:
-        fields, received = None, str(error)
+        fields, deep = None, str(error)
     except ValueError:
         fields = None
     if not isinstance(fields, dict):
+        received = deep or printable(text.strip()[:100])
         raise InputError(
             f"{file}, row {number}: each line must be one JSON object. Received: {received}. "
             "Correct the line; if the file was cut off, write it again."
