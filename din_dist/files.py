@@ -1,6 +1,7 @@
-"""Files and folders: published whole or not at all, and on the disk before anyone is told.
+"""Publishes files and folders whole or not at all, takes locks, and reads text.
 
-This is the only module that calls fsync. Text is UTF-8, whatever the locale.
+Only this module calls fsync, renames a file to publish it, or takes a lock; a test holds that. A published file is on
+the disk when the function that publishes it returns. Text is UTF-8 in every locale.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, TextIO, cast
 from urllib.parse import unquote, urlsplit
 
 from din_dist import progress
@@ -30,7 +32,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(/task/\d+)?/fd")
 _PART_BYTES = 64 << 20
 _MOST_RECORD_BYTES = 1 << 30
-_MOST_LINKS = 40  # as the kernel has it
+_MOST_LINKS = 40  # the kernel's own limit
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
 
@@ -38,13 +40,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
 
 def local_path(text: str, flag: str) -> str:
-    """Returns a path of this machine as the system understands it: `~` is the home, `file://` is left away.
+    """Returns the path of this machine that a user gave, with `~` expanded and `file://` removed.
 
     Args:
+        text: the path as the user wrote it.
         flag: the flag that `text` was given by.
 
     Raises:
-        InputError: it names another kind of storage, or a home that is not known.
+        InputError: the path names another kind of storage, or a home that is not known.
     """
     if _SCHEME.match(text):
         parts = urlsplit(text)
@@ -58,8 +61,8 @@ def local_path(text: str, flag: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"--{flag}: must be a path in UTF-8. Received: {printable(text)}, by a shell whose locale has another "
-            "encoding, or none. Rename it, or set LC_ALL=C.UTF-8."
+            f"--{flag}: must be a path in UTF-8. Received: {printable(text)}, from a shell whose locale has "
+            "another encoding, or none. Rename it, or set LC_ALL=C.UTF-8."
         ) from error
     if "\0" in text:
         raise InputError(f"--{flag}: must be a path. Received: {text!r}, with a zero byte. Correct it.")
@@ -75,7 +78,7 @@ def local_path(text: str, flag: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """Returns a URL as it may be shown: without the user and password that may stand before its host."""
+    """Returns a URL without the user and password before its host, so that it may be shown."""
     return re.sub(r"^((?:[A-Za-z][A-Za-z0-9+.-]*:)?//)?[^/?#]*@", r"\1", url)
 
 
@@ -87,18 +90,18 @@ def read_text(path: Path, *, errors: str = "strict") -> str:
     return path.read_text(encoding="utf-8", errors=errors)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Publishes a file with `text`, encoded as UTF-8; see `published`."""
-    with published(path) as stream:
+    with published(path, durable=durable) as stream:
         stream.write(text.encode("utf-8", errors="surrogateescape"))
 
 
 def read_record(path: Path, *, errors: str = "strict") -> str:
-    """Returns the text of a file that this package wrote, and that others may have changed since.
+    """Returns the text of a file that this package wrote and that others may have changed since.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than any of ours.
-        ValueError: it is not UTF-8.
+        OSError: the file cannot be read, is not regular, or is larger than any that this package writes.
+        ValueError: the file is not UTF-8.
     """
     return read_bounded(path, _MOST_RECORD_BYTES).decode("utf-8", errors=errors)
 
@@ -107,7 +110,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     """Returns the content of a file of at most `most_bytes`.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger.
+        OSError: the file cannot be read, is not regular, or is larger.
     """
     with open_regular(path) as file:
         content = file.read(most_bytes + 1)
@@ -117,12 +120,12 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a file to read. A pipe would wait for somebody to write to it, and a device may have no end.
+    """Opens a regular file to read. A pipe would wait for a writer, and a device may never end.
 
     Raises:
-        OSError: there is no such file, or it is no regular one.
+        OSError: there is no such file, or it is not regular.
     """
-    _check_regular(path.stat())  # before it is opened, which some devices take for an order
+    _check_regular(path.stat())  # before opening: some devices act when they are opened
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     try:
         _check_regular(os.fstat(file.fileno()))
@@ -134,21 +137,26 @@ def open_regular(path: Path) -> BufferedReader:
 
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "what is no regular file")
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 # --- Publishing. ---
 
 
 @contextlib.contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """Yields a stream whose content is the file at `path` once the block has ended well.
+def published(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Yields a stream whose content becomes the file at `path` when the block ends without an error.
 
-    Readers see the old file or the new one, never a part. The new one is on the disk, and so is its name. A link stays
-    a link, and what it leads to is replaced. A device, a pipe or an open descriptor (/dev/stdout) is written to.
+    Readers see the old file or the new one, never a part of it. A link stays a link, and its target is replaced. A
+    device, a pipe or an open descriptor (/dev/stdout) is written to.
+
+    Args:
+        path: the file to replace or create.
+        durable: put the new content and its name on the disk before returning. A file that only serves while this
+            process lives does not need that.
 
     Raises:
-        OSError: it cannot be written; what was there before is still there.
+        OSError: the file cannot be written; the old one is still there.
     """
     target = _followed(path)
     if isinstance(target, int):
@@ -163,24 +171,26 @@ def published(path: Path) -> Iterator[BinaryIO]:
     try:
         with aside.open("wb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         aside.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
-    sync(target.parent)
+    if durable:
+        sync(target.parent)
 
 
 def _followed(path: Path) -> Path | int:
-    """Returns the file that `path` leads to, or the number of this process' descriptor that it stands for."""
+    """Returns the file that `path` leads to, or the descriptor of this process that it stands for."""
     for _ in range(_MOST_LINKS):
         folder = path.parent.resolve()
         if match := _DESCRIPTORS.fullmatch(str(folder)):
             if int(match[1]) == os.getpid() and path.name.isdecimal():
                 return int(path.name)
-            return path  # of another process: opened as it is
+            return path  # another process owns it: opened as it is
         if not path.is_symlink():
             return folder / path.name
         path = folder / path.readlink()
@@ -188,7 +198,7 @@ def _followed(path: Path) -> Path | int:
 
 
 def _is_special(path: Path) -> bool:
-    """Tells whether there is something at `path` that cannot be replaced by a file."""
+    """Tells whether `path` holds something that a file cannot replace."""
     if _DESCRIPTORS.fullmatch(str(path.parent)):
         return True
     try:
@@ -199,19 +209,44 @@ def _is_special(path: Path) -> bool:
 
 
 def _opened_special(path: Path) -> BinaryIO:
-    # Without O_NONBLOCK, opening a pipe that nobody reads would wait for ever.
+    # Without O_NONBLOCK, opening a pipe that nobody reads would never return.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(descriptor, True)
     return cast(BinaryIO, os.fdopen(descriptor, "wb"))
 
 
+@contextlib.contextmanager
+def published_folder(folder: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Yields a new folder that becomes `folder` when the block ends without an error; see `publish_folder`.
+
+    Args:
+        folder: the folder to replace or create.
+        aside: where the new folder is filled, beside `folder`; what a killed process left there is deleted. The caller
+            must hold a lock. None: a name of its own, so that several processes may write at once.
+
+    Raises:
+        OSError: the folder cannot be written; the old one is still there.
+    """
+    if aside is None:
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        aside.chmod(0o755)  # like other folders, so that others may read it
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    try:
+        yield aside
+        publish_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def publish_folder(aside: Path, folder: Path) -> None:
     """Moves a finished folder to its place; a folder that was there before is replaced and deleted.
 
-    Everything in it is on the disk before it gets its name, and its name is when this returns.
+    The content is on the disk before the folder gets its name. The name is on the disk when this function returns.
 
     Raises:
-        OSError: it cannot be moved; what was there before is still there.
+        OSError: the folder cannot be moved; the old one is still there.
     """
     sync_tree(aside)
     repair_publishing(folder)
@@ -231,7 +266,7 @@ def publish_folder(aside: Path, folder: Path) -> None:
 
 
 def repair_publishing(folder: Path) -> None:
-    """Brings back the folder that `publish_folder` was replacing when its process was killed."""
+    """Restores the folder that `publish_folder` was replacing when its process was killed."""
     before = _replaced(folder)
     if before.exists():
         if folder.exists():
@@ -241,7 +276,7 @@ def repair_publishing(folder: Path) -> None:
 
 
 def _replaced(folder: Path) -> Path:
-    """Returns where a folder waits between two renames, on a file system that cannot exchange two names."""
+    """Returns where a folder waits between two renames, if the file system cannot exchange two names."""
     return folder.with_name(f".{folder.name}.replaced")
 
 
@@ -262,7 +297,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_in_parts(file: BinaryIO, values: np.ndarray) -> None:
-    """Writes the bytes of an array; each part is on the disk before the next, so that a slow disk is seen to work."""
+    """Writes the bytes of an array in parts, each on the disk before the next, so that a slow disk shows progress."""
     content = values.reshape(-1).view("u1").data
     for begin in range(0, len(content), _PART_BYTES):
         file.write(content[begin : begin + _PART_BYTES])
@@ -273,7 +308,7 @@ def write_in_parts(file: BinaryIO, values: np.ndarray) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, as far as they are missing; their names are then on the disk."""
+    """Makes a folder and its missing parents, and puts their names on the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
@@ -281,7 +316,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Waits until a folder and all in it are on the disk."""
+    """Waits until a folder and everything in it are on the disk."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(root, name))
@@ -290,7 +325,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
+    """Waits until a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
@@ -306,10 +341,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock for the block.
+    """Holds a folder's lock during the block.
 
     Raises:
-        OSError: another process has it, or the file system knows no locks.
+        OSError: another process holds it, or the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -317,3 +352,89 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_in_turn(path: Path) -> Iterator[None]:
+    """Waits for the lock of a file and holds it during the block.
+
+    Args:
+        path: an empty file, which is made if it is missing.
+
+    Raises:
+        OSError: the file cannot be written, or the file system has no locks.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def take_lock(path: Path, holder: str = "") -> TextIO:
+    """Takes the lock of a file and holds it until the returned stream is closed, at the latest when the process ends.
+
+    Args:
+        path: the file, which is made if it is missing and then holds the name of the holder.
+        holder: a name that several processes share. From another process of that name the lock is taken over, even if
+            that process still lives, as on a host that hangs. Empty: the lock is never taken over.
+
+    Raises:
+        BlockingIOError: another holder has it.
+        OSError: the file cannot be written, or the file system has no locks.
+    """
+    while True:
+        lock = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            found = lock.read()
+            lock.close()
+            if not holder or found != holder:
+                raise
+            return _take_over(path, holder)
+        if _is_at(lock, path):
+            return _note_holder(lock, holder)
+        lock.close()  # another process took it over meanwhile: the file that was locked here has lost its name
+
+
+def _take_over(path: Path, holder: str) -> TextIO:
+    """Puts another file, locked by this process, in the place of the one that is locked."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    lock = aside.open("a+", encoding="utf-8")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    aside.replace(path)
+    return _note_holder(lock, holder)
+
+
+def _note_holder(lock: TextIO, holder: str) -> TextIO:
+    with contextlib.suppress(OSError):  # a full disk: then nobody can take it over
+        lock.truncate(0)
+        lock.write(holder)
+        lock.flush()
+    return lock
+
+
+def _is_at(lock: TextIO, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    return False
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Yields True to the first process that asks for `path`, and False to all others until its block ends.
+
+    A claim outlives a process that is killed, and works where the file system has no locks.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)

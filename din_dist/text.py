@@ -1,4 +1,4 @@
-"""Text from outside and for outside: JSON that may be anything, and values as people and programs read them."""
+"""Parses JSON from outside that may hold anything, and writes values for people and for programs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 from typing import Any
 
 _MOST_SHOWN, _MOST_REASON = 100, 300  # characters
-# Control characters, half surrogate pairs, and what turns the direction of writing: a terminal obeys them.
+# Control characters, half surrogate pairs, and marks of the direction of writing: a terminal obeys them.
 _UNSHOWN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    """Returns `text` with escapes in place of what a terminal would obey or a log could not hold."""
+    """Returns `text` with escapes in place of characters that a terminal would obey or a log could not hold."""
     return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
@@ -25,23 +25,23 @@ def printable_line(text: str) -> str:
 
 
 def shown(value: Any, most: int = _MOST_SHOWN) -> str:
-    """Returns the beginning of a value's `repr`, for an error's text."""
+    """Returns the first `most` characters of a value's `repr`, for an error's text."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def is_integer(value: Any) -> bool:
-    """Tells whether a value of JSON is an integer of at most 64 bits."""
+    """Tells whether a value of JSON is an integer of at most 64 bits, signed."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_count(value: Any) -> bool:
-    """Tells whether a value of JSON is an integer from 0, of at most 64 bits."""
+    """Tells whether a value of JSON is an integer of at most 64 bits, signed, and not negative."""
     return is_integer(value) and value >= 0
 
 
 def reason(error: Exception) -> str:
-    """Returns why something failed, as one short line for an error's text."""
+    """Returns the reason of an error as one short line, for another error's text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return printable((str(error).splitlines() or [type(error).__name__])[0])[:_MOST_REASON]
@@ -51,7 +51,7 @@ def parse_json(text: str | bytes) -> Any:
     """Returns the value that `text` holds.
 
     Raises:
-        ValueError: it is no JSON, no UTF-8, nested too deeply, or has a number of too many digits.
+        ValueError: `text` is not JSON, not UTF-8, nested too deeply, or has a number of too many digits.
     """
     try:
         return json.loads(text)
@@ -60,11 +60,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 class NestedTooDeeply(ValueError):
-    """JSON that no parser should follow to its bottom."""
+    """Raised for JSON that is nested more deeply than a parser can follow."""
 
 
 def to_json(values: dict[str, Any]) -> str:
-    """Returns a line of JSON. JSON has no NaN: numbers that are not finite become null."""
+    """Returns a line of JSON. Numbers that are not finite become null, because JSON has no NaN."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

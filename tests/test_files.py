@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import os
@@ -17,11 +18,15 @@ import pytest
 from din_dist import files
 from din_dist.errors import InputError
 from din_dist.files import (
+    claimed,
     local_path,
+    locked_in_turn,
     publish_folder,
     published,
+    published_folder,
     read_record,
     repair_publishing,
+    take_lock,
     without_password,
     write_text,
 )
@@ -58,7 +63,7 @@ def test_a_path_of_this_machine(monkeypatch: pytest.MonkeyPatch, given: str, exp
         ("file://", "Received: 'file://'"),
         ("~nobody-of-this-name/x", "--output_dir: ~ stands for a home folder. Received: '~nobody-of-this-name/x'"),
         ("a\0b", "Received: 'a\\x00b', with a zero byte"),
-        ("runs/r\udcff", "--output_dir: must be a path in UTF-8. Received: runs/r\\udcff, by a shell"),
+        ("runs/r\udcff", "--output_dir: must be a path in UTF-8. Received: runs/r\\udcff, from a shell"),
     ],
 )
 def test_what_is_no_path_of_this_machine(given: str, message: str) -> None:
@@ -197,10 +202,93 @@ def test_names_of_new_folders_are_on_the_disk(tmp_path: Path) -> None:
     assert sorted(synced) == [tmp_path, tmp_path / "a"]
 
 
-def test_fsync_stands_in_one_place() -> None:
+def test_a_folder_is_published_when_its_block_ends_well(tmp_path: Path) -> None:
+    folder, named = tmp_path / "folder", tmp_path / "folder.incomplete"
+    for aside in (None, named):
+        with published_folder(folder, aside) as new:
+            (new / "file").write_text(f"{aside}")
+            assert not folder.exists() or (folder / "file").read_text() == "None"
+        with pytest.raises(KeyError), published_folder(folder, aside) as new:
+            (new / "half").touch()
+            raise KeyError
+        assert (folder / "file").read_text() == f"{aside}"
+        assert list(tmp_path.iterdir()) == [folder]
+    named.mkdir()
+    (named / "half").touch()  # left by a process that was killed
+    with published_folder(folder, named):
+        pass
+    assert list(tmp_path.iterdir()) == [folder]
+    assert not list(folder.iterdir())
+
+
+def test_a_file_that_need_not_outlive_the_machine(tmp_path: Path) -> None:
+    with mock.patch.object(os, "fsync", side_effect=AssertionError):
+        write_text(tmp_path / "file", "x", durable=False)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_locks_in_turn(tmp_path: Path) -> None:
+    path, order = tmp_path / "lock", []
+
+    def wait() -> None:
+        with locked_in_turn(path):
+            order.append("second")
+
+    with locked_in_turn(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_a_lock_is_taken_over_by_its_holder_alone(tmp_path: Path) -> None:
+    lost = take_lock(tmp_path / "lock", "one")
+    for other in ("", "two"):
+        with pytest.raises(BlockingIOError):
+            take_lock(tmp_path / "lock", other)
+    successor = take_lock(tmp_path / "lock", "one")
+    lost.close()
+    with pytest.raises(BlockingIOError):
+        take_lock(tmp_path / "lock", "two")
+    successor.close()
+    take_lock(tmp_path / "lock", "two").close()
+
+
+def test_a_name_is_claimed_once(tmp_path: Path) -> None:
+    with claimed(tmp_path / "part") as first, claimed(tmp_path / "part") as second:
+        assert (first, second) == (True, False)
+    assert not list(tmp_path.iterdir())
+
+
+PUBLISHING_OR_LOCKING = {"fsync", "fdatasync", "flock", "lockf", "rename", "renames"}
+
+
+def publishes_or_locks(node: ast.AST) -> bool:
+    """Tells whether a part of a program is one of the steps that belong in `files.py`."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in PUBLISHING_OR_LOCKING or node.attr == "O_EXCL"
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr != "replace":
+        return False
+    owner = ast.unparse(node.func.value)
+    # One argument: `Path.replace`. Text takes two, and data classes take keywords.
+    return owner == "os" or (owner != "dataclasses" and len(node.args) == 1 and not node.keywords)
+
+
+def test_publishing_and_locking_stand_in_one_place() -> None:
+    for text in ("os.replace(a, b)", "path.replace(target)", "fcntl.flock(f, 2)", "os.O_EXCL", "aside.rename(b)"):
+        assert any(map(publishes_or_locks, ast.walk(ast.parse(text)))), text
+    for text in ("text.replace(a, b)", "dataclasses.replace(a, b=c)", "dataclasses.replace(a)"):
+        assert not any(map(publishes_or_locks, ast.walk(ast.parse(text)))), text
     package = Path(files.__file__).parent
-    named = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "fsync" in path.read_text()}
-    assert named == {"files.py"}
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if publishes_or_locks(node)
+    }
+    assert found == {"files.py"}
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,8 @@ def _checked_flags() -> tuple[list[Path], Path]:
 def _question(manifest: Manifest, users_are_integers: bool | None, files: Sequence[Path]) -> Question:
     """What the flags ask of each row."""
     from din_dist.serving.batch.predictor import Question
-    from din_dist.tables.table import Field, open_table
+    from din_dist.tables.ids import Field
+    from din_dist.tables.survey import names_of
 
     integers = manifest.item_id_type == "integer"
     if users_are_integers is None:
@@ -217,7 +218,7 @@ def _question(manifest: Manifest, users_are_integers: bool | None, files: Sequen
         history = Field(USER_COLUMN.value, users_are_integers)
     lists = flags.FLAGS[CANDIDATES_COLUMN.name].present > 0
     if not lists and not flags.FLAGS[ITEM_COLUMN.name].present:
-        lists = CANDIDATES_COLUMN.value in open_table(files[0]).columns()
+        lists = CANDIDATES_COLUMN.value in names_of(files[0])
     require(
         lists or not TOP_K.value, "needs a list of candidates", TOP_K.name, TOP_K.value, "Give --candidates_column."
     )

@@ -19,7 +19,7 @@ from typing import ClassVar, Self
 from din_dist.cluster.addresses import addresses_of, is_own
 from din_dist.cluster.slurm import hosts_of_slurm
 from din_dist.errors import InputError
-from din_dist.files import read_text
+from din_dist.files import read_text, write_text
 
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
 _SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
@@ -205,9 +205,7 @@ class HostList:
         lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
         told = [host for host in listed if host.name in recent - self.refused - lingering]
         self._told = {host.name for host in told}
-        aside = self._path.with_suffix(".new")
-        aside.write_text("".join(f"{host}\n" for host in told), encoding="utf-8")
-        aside.replace(self._path)
+        write_text(self._path, "".join(f"{host}\n" for host in told), durable=False)
 
     async def _listed(self) -> list[HostSlots]:
         process = await asyncio.create_subprocess_exec(*self._discover, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,4 +1,7 @@
-"""A log of events on its way into records: grouped by user, in time order, cut into blocks of whole users."""
+"""A log of events, grouped by user, in time order, and cut into blocks of whole users. So it becomes records.
+
+Letters of shapes: U users, E events, I items, F values of a feature.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ EVENTS_PER_BLOCK = 80_000  # about 1 MB: an event takes 13 bytes
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Some whole users, one after the other, each one's events in time order: `offsets` `[U + 1]`, the rest `[E]`.
+    """The events of some successive users, each user's in time order: `offsets` `[U + 1]`, the other arrays `[E]`.
 
-    Dtypes and meaning are those of the `BLOCK_*` names of `din_dist.schema`.
+    The `BLOCK_*` names of `din_dist.schema` give the dtype and the meaning of each.
     """
 
     first_user: int
@@ -27,7 +30,7 @@ class Block:
 
 
 class Blocks(abc.ABC):
-    """All blocks of a log in the order of the users, each made when it is asked for."""
+    """The blocks of a log in the order of the users, each made when it is asked for."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -41,14 +44,19 @@ class Blocks(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ItemFeature:
-    """`of_item` int32 `[I + 1]`: an item's dense id -> the feature's dense id; `ids` `[F]`: the user's own ids."""
+    """A feature of the items.
+
+    Attributes:
+        of_item: int32 `[I + 1]`, the feature's dense id of each item's dense id.
+        ids: integers or strings `[F]`, the log's own ids of the feature.
+    """
 
     of_item: np.ndarray
     ids: pa.Array
 
     @classmethod
     def from_values(cls, values: pa.Array) -> ItemFeature:
-        """From each item's own value `[I]`, null where it has none; dense ids by first appearance."""
+        """Makes a feature from each item's own value `[I]`, null if it has none. Dense ids follow first appearance."""
         encoded = values.dictionary_encode()
         codes = encoded.indices.fill_null(-1).to_numpy()
         return cls(np.concatenate([[0], codes + 1]).astype(np.int32), encoded.dictionary)
@@ -56,9 +64,15 @@ class ItemFeature:
 
 @dataclasses.dataclass(frozen=True)
 class EventLog:
-    """All that a builder writes: vocabularies in the order of the dense ids, item features, and blocks of events.
+    """Everything that a builder writes.
 
-    `late_columns` begin after the first rows of a file, where earlier versions did not see them.
+    Attributes:
+        user_ids: the log's own ids of users, in the order of the dense ids.
+        item_ids: the log's own ids of items, in the order of the dense ids.
+        item_features: each feature, by its name.
+        has_labels: the log has a column of labels.
+        blocks: the events.
+        late_columns: columns that begin after the first rows of a file, where earlier versions did not see them.
     """
 
     user_ids: pa.Array
@@ -70,7 +84,14 @@ class EventLog:
 
 
 class SortedBlocks(Blocks):
-    """A log held in memory, cut into blocks of about `EVENTS_PER_BLOCK` events, whole users always."""
+    """The blocks of a log in memory: whole users, with about `EVENTS_PER_BLOCK` events a block.
+
+    Args:
+        offsets: int64 `[U + 1]`, where each user's events begin.
+        item_ids: int32 `[E]`.
+        timestamps: int64 `[E]`.
+        labels: uint8 `[E]`.
+    """
 
     def __init__(
         self,
@@ -102,7 +123,15 @@ class SortedBlocks(Blocks):
 def group_by_user(
     users: np.ndarray, item_ids: np.ndarray, timestamps: np.ndarray, labels: np.ndarray | None, order: np.ndarray
 ) -> SortedBlocks:
-    """Events `[E]` taken in `order` (which must bring each of the users, 0 to U - 1, together) as blocks."""
+    """Returns events as blocks.
+
+    Args:
+        users: `[E]`, each event's user, 0 to U - 1.
+        item_ids: int32 `[E]`.
+        timestamps: int64 `[E]`.
+        labels: uint8 `[E]`; None: every event is a positive.
+        order: `[E]`, the order of the events, which must bring those of each user together, users ascending.
+    """
     counts = np.bincount(users)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     in_order = np.ones(len(order), np.uint8) if labels is None else labels[order]

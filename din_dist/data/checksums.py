@@ -1,7 +1,7 @@
-"""Checksums of prepared files: a byte that a disk has changed is found before anything is learned from it.
+"""Checksums of prepared files. They find a byte that a disk has changed before anything is learned from it.
 
 Each folder of arrays has a file `checksums.json`: name -> CRC-32 of the file, as eight hexadecimal digits. A folder of
-an earlier version has none, and is taken as it is.
+an earlier version has none and is not checked.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _CHUNK_BYTES = 4 << 20
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the checksums of all files in `folder`, which are complete."""
+    """Writes the checksums of all files in `folder`, all of which must be complete."""
     found = {path.name: checksum_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_text(folder / CHECKSUMS_FILE, json.dumps(found, indent=1) + "\n")
 
 
 def check(path: Path) -> None:
-    """Compares a file with the checksum that its folder has of it.
+    """Compares a file with its checksum in `checksums.json` beside it.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: its content has changed, or the checksums are none.
+        OSError: the file cannot be read.
+        ValueError: its content has changed, or `checksums.json` is damaged.
     """
     try:
         known = parse_json(read_record(path.parent / CHECKSUMS_FILE))

@@ -1,11 +1,13 @@
-"""Prepared events in memory: flat arrays, mapped from a cache that the processes of one machine share."""
+"""Prepared events in memory: flat arrays, mapped from files that the processes of one machine share.
+
+Letters of shapes: U users, E events, T touched items, M ids that are asked for.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +23,7 @@ from din_dist import mapped_files, progress, schema
 from din_dist.data import checksums
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
-from din_dist.files import publish_folder, read_record, write_text
+from din_dist.files import published_folder, read_record, write_text
 from din_dist.text import parse_json, reason, shown
 
 PACKED_DIR = "packed"
@@ -32,7 +34,7 @@ _OVERWRITE = "launch/train.sh or prepare_data --overwrite_prepared"
 
 
 class FileState(NamedTuple):
-    """What tells a file from another at the same place, and from itself after a write."""
+    """The state of a file, which differs between two files of one path and before and after a write."""
 
     device: int
     inode: int
@@ -41,19 +43,20 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Self:
+        """Returns the present state of a file."""
         stat = path.stat()
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EventStore:
-    """All events of a data set, user after user, each user's in time order (U users, E events).
+    """All events of a data set, user after user, each user's in time order.
 
-    The arrays are memory-mapped copy-on-write and start at a multiple of 64 bytes: nothing is read before it is used,
-    processes share the pages, and TensorFlow can take them without a copy.
+    The arrays are memory-mapped copy-on-write and start at a multiple of 64 bytes. So nothing is read before it is
+    used, processes share the pages, and TensorFlow takes the arrays without a copy.
 
     Attributes:
-        facts: counts; of the item features, those that were asked for.
+        facts: counts; only those item features that were asked for.
         folder: the prepared version's folder.
         user_offsets: int64 `[U + 1]`, where each user's events begin.
         item_ids: int32 `[E]`, dense ids from 1.
@@ -62,15 +65,15 @@ class EventStore:
         history_item_ids: int32, the items of the positive events only; `item_ids` itself without labels.
         history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
         history_ends: int64 `[E]`, how many positive events there are of all users before and of this user at an
-            earlier time than the event; None without labels, where it would be the event's own index. The history of
-            event e of user u, at most n long, is
+            earlier time than the event; None without labels, where it would be the event's own index. Event e of user
+            u has this history of at most n items:
             `history_item_ids[max(history_offsets[u], history_ends[e] - n) : history_ends[e]]`.
         touched_offsets: int64 `[U + 1]`, where each user's touched items begin; None with labels.
         touched_gaps: int32 `[T]`: with a user's touched items sorted and each taken once as t_0 < t_1 < ...,
             `t_j - 1 - j`: the number of smaller ids the user never touched.
             Nondecreasing for each user. None with labels.
         item_features: name -> int32 `[num_items + 1]`, an item's dense id -> its feature's dense id; 0 for item 0.
-        files: all that was opened, each as it was just before: no change after that goes unnoticed.
+        files: the state of each file just before it was opened, so that every later change is noticed.
     """
 
     facts: schema.DatasetFacts
@@ -89,14 +92,14 @@ class EventStore:
 
     @property
     def max_touched(self) -> int:
-        """The number of different items that any one user touched; 0 with labels."""
+        """The largest number of different items that one user touched; 0 with labels."""
         return 0 if self.touched_offsets is None else int(np.diff(self.touched_offsets).max(initial=0))
 
     def check_unchanged(self) -> None:
-        """Compares the files with what was opened; it takes a `stat` of each.
+        """Compares the state of each file with that when it was opened. That takes one `stat` a file.
 
-        Data that was prepared anew counts as changed: what is mapped here is still the old, but a worker that comes
-        later would train on the new.
+        Data that was prepared again counts as changed. The arrays that are mapped here are still the old ones, but a
+        worker that joins later would train on the new.
 
         Raises:
             InputError: a file was removed, replaced, cut or written to.
@@ -115,9 +118,12 @@ class EventStore:
         raise InputError(f"{path}: {rule} this file {what}. {_remedy(path)}, and start the job again.")
 
     def vocabulary(self, name: str) -> pa.ChunkedArray:
-        """Returns the log's own ids of `USERS`, `ITEMS` or `vocabulary_of` a feature; entry i is of dense id i + 1.
+        """Reads the log's own ids of a vocabulary from the disk.
 
-        (User u, counted from 0 as in `user_offsets`, is entry u.) Read from the disk at each call.
+        Entry i belongs to dense id i + 1. Users are counted from 0, as in `user_offsets`: user u is entry u.
+
+        Args:
+            name: `USERS`, `ITEMS`, or `vocabulary_of` a feature.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -126,7 +132,13 @@ class EventStore:
             return pq.read_table(path, columns=["id"]).column("id")
 
     def own_ids(self, name: str, dense_ids: Sequence[int] | np.ndarray, unknown: str = "(unknown)") -> list[str]:
-        """The log's own ids, as text, of dense ids `[M]` of a vocabulary; `unknown` for the reserved one."""
+        """Returns the log's own ids of a vocabulary as text.
+
+        Args:
+            name: the vocabulary; see `vocabulary`.
+            dense_ids: integers `[M]`.
+            unknown: the text for the reserved id.
+        """
         dense_ids = np.asarray(dense_ids)
         known = dense_ids != schema.UNKNOWN_ID
         found = iter(self.vocabulary(name).take(pa.array(dense_ids[known] - 1)).to_pylist())
@@ -134,20 +146,22 @@ class EventStore:
 
 
 def vocabulary_of(feature: str) -> str:
-    """Returns the name of an item feature's vocabulary: that of the feature, unless it is one of ours."""
+    """Returns the name of an item feature's vocabulary: the feature's own, unless that is `USERS` or `ITEMS`."""
     return schema.feature_label(feature) if feature in (USERS, ITEMS) else feature
 
 
 def vocabulary_path(folder: Path, name: str) -> Path:
+    """Returns the file of a vocabulary."""
     return folder / schema.VOCABULARY_DIR / f"{quote(name, safe='')}.parquet"
 
 
 def item_feature_path(folder: Path, name: str) -> Path:
+    """Returns the file of an item feature."""
     return folder / schema.ITEM_FEATURES_DIR / f"{quote(name, safe='')}.npy"
 
 
 def read_facts(folder: Path) -> schema.DatasetFacts:
-    """What lies in a prepared version's folder.
+    """Reads the facts about the prepared version in `folder`.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -160,71 +174,86 @@ def read_facts(folder: Path) -> schema.DatasetFacts:
 
 
 def write_facts(folder: Path, facts: schema.DatasetFacts) -> None:
-    """Publishes what lies in a prepared version's folder."""
+    """Publishes the facts about the prepared version in `folder`."""
     write_text(folder / schema.FACTS_FILE, json.dumps(facts.to_json(), indent=2))
 
 
 def is_packed(folder: Path, facts: schema.DatasetFacts) -> bool:
-    """Tells whether `folder` has the cache, with histories that are cut by the present rule."""
+    """Tells whether `folder` has packed arrays, with histories that are cut by the present rule."""
     return (folder / PACKED_DIR).is_dir() and facts.history_rule is facts.present_rule
 
 
 def pack(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
-    """Writes the cache of the prepared version in `folder` from its blocks, one block in memory at a time.
+    """Publishes the packed arrays of the prepared version in `folder`, and holds one block in memory at a time.
 
-    It is written aside and published at once. The caller holds a lock: two at once would write over each other.
+    The caller must hold a lock, because two processes would write to the same files.
+
+    Args:
+        folder: the folder of the prepared version.
+        facts: the facts about it.
+        blocks: all its blocks, in the order of the users.
+
+    Raises:
+        InputError: the blocks do not fit the facts.
     """
-    aside = folder / f"{PACKED_DIR}.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    aside.mkdir()
-    try:
+    with published_folder(folder / PACKED_DIR, aside=folder / f"{PACKED_DIR}.incomplete") as aside:
         _write_arrays(aside, facts, blocks)
         checksums.write_checksums(aside)
-        publish_folder(aside, folder / PACKED_DIR)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     if facts.history_rule is not facts.present_rule:
         write_facts(folder, facts.by_present_rule())
 
 
 def open_store(folder: Path, features: Sequence[str]) -> EventStore:
-    """Maps the cache in `folder` into memory, with these item features.
+    """Maps the packed arrays in `folder` into memory, with the named item features.
 
     Raises:
-        InputError: a file is missing, truncated, does not fit the others or was changed meanwhile.
+        InputError: a file is missing or cut off, does not fit the others, or was changed meanwhile.
     """
     with progress.at(f"reading data in {folder}"):
         return _open_store(folder, features)
 
 
 def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
-    files: dict[Path, FileState] = {}  # before each is read, and compared when all are: so they belong together
+    files: dict[Path, FileState] = {}  # before each is read; compared when all are, because they must belong together
     with _reading(folder / schema.FACTS_FILE) as path:
         files[path] = FileState.of(path)
     facts = read_facts(folder)
     facts = dataclasses.replace(facts, item_features={name: facts.item_features[name] for name in features})
+    _check_vocabularies(folder, facts, files)
+    num_events, load = facts.num_events, _Loader(folder, facts.num_users, files)
+    user_offsets = load.offsets("user_offsets", num_events)
+    item_ids = load.packed("item_ids", np.int32, num_events)
+    labels = history_ends = touched_offsets = touched_gaps = None
+    history_offsets, history_item_ids = user_offsets, item_ids
+    if facts.has_labels:
+        labels = load.packed("labels", np.uint8, num_events)
+        history_ends = load.packed("history_ends", np.int64, num_events)
+        history_offsets = load.offsets("history_offsets", None)
+        history_item_ids = load.packed("history_item_ids", np.int32, int(history_offsets[-1]))
+    else:
+        touched_offsets = load.offsets("touched_offsets", None)
+        touched_gaps = load.packed("touched_gaps", np.int32, int(touched_offsets[-1]))
+    store = EventStore(
+        facts=facts,
+        folder=folder,
+        user_offsets=user_offsets,
+        item_ids=item_ids,
+        timestamps=load.packed("timestamps", np.int64, num_events),
+        labels=labels,
+        history_item_ids=history_item_ids,
+        history_offsets=history_offsets,
+        history_ends=history_ends,
+        touched_offsets=touched_offsets,
+        touched_gaps=touched_gaps,
+        item_features={name: load.item_feature(name, facts.num_items + 1) for name in facts.item_features},
+        files=files,
+    )
+    store.check_unchanged()
+    return store
 
-    def load(path: Path, dtype: type, length: int | None) -> np.ndarray:
-        mapped = map_array(path, files)
-        if mapped.dtype != dtype or mapped.ndim != 1 or length not in (None, len(mapped)):
-            raise InputError(
-                f"{path}: must hold {length} values of {np.dtype(dtype)}. "
-                f"Received: {mapped.shape} of {mapped.dtype}. {_remedy(path)}."
-            )
-        return np.asarray(mapped)
 
-    def load_packed(name: str, dtype: type, length: int | None) -> np.ndarray:
-        return load(folder / PACKED_DIR / f"{name}.npy", dtype, length)
-
-    def load_offsets(name: str, length: int | None) -> np.ndarray:
-        offsets = load_packed(name, np.int64, facts.num_users + 1)
-        if length not in (None, offsets[-1]):
-            path = folder / PACKED_DIR / f"{name}.npy"
-            raise InputError(f"{path}: must end with {length}. Received: {offsets[-1]}. {_remedy(path)}.")
-        return offsets
-
-    # Nothing needs the ids' names before a job's end: that is too late to miss them.
+def _check_vocabularies(folder: Path, facts: schema.DatasetFacts, files: dict[Path, FileState]) -> None:
+    """Checks the files of the ids' names, which nothing reads before a job's end: that is too late to miss them."""
     sizes = {USERS: facts.num_users, ITEMS: facts.num_items}
     sizes |= {vocabulary_of(name): num_ids for name, num_ids in facts.item_features.items()}
     for name, num_ids in sizes.items():
@@ -235,45 +264,53 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
         if num_found != num_ids:
             raise InputError(f"{path}: must hold {num_ids} ids. Received: {num_found}. {_remedy(path)}.")
 
-    num_events = facts.num_events
-    user_offsets = load_offsets("user_offsets", num_events)
-    item_ids = load_packed("item_ids", np.int32, num_events)
-    labels = history_ends = touched_offsets = touched_gaps = None
-    history_offsets, history_item_ids = user_offsets, item_ids
-    if facts.has_labels:
-        labels = load_packed("labels", np.uint8, num_events)
-        history_ends = load_packed("history_ends", np.int64, num_events)
-        history_offsets = load_offsets("history_offsets", None)
-        history_item_ids = load_packed("history_item_ids", np.int32, int(history_offsets[-1]))
-    else:
-        touched_offsets = load_offsets("touched_offsets", None)
-        touched_gaps = load_packed("touched_gaps", np.int32, int(touched_offsets[-1]))
-    store = EventStore(
-        facts=facts,
-        folder=folder,
-        user_offsets=user_offsets,
-        item_ids=item_ids,
-        timestamps=load_packed("timestamps", np.int64, num_events),
-        labels=labels,
-        history_item_ids=history_item_ids,
-        history_offsets=history_offsets,
-        history_ends=history_ends,
-        touched_offsets=touched_offsets,
-        touched_gaps=touched_gaps,
-        item_features={
-            name: load(item_feature_path(folder, name), np.int32, facts.num_items + 1) for name in facts.item_features
-        },
-        files=files,
-    )
-    store.check_unchanged()
-    return store
+
+class _Loader:
+    """Maps the arrays of a prepared version, and checks their types and lengths.
+
+    Args:
+        folder: the folder of the prepared version.
+        num_users: the number of users there.
+        files: the state of each file, which is noted here.
+    """
+
+    def __init__(self, folder: Path, num_users: int, files: dict[Path, FileState]) -> None:
+        self._folder, self._num_users, self._files = folder, num_users, files
+
+    def packed(self, name: str, dtype: type, length: int | None) -> np.ndarray:
+        """Returns a packed array of `length` values; None: of any number."""
+        return self._load(self._packed_path(name), dtype, length)
+
+    def offsets(self, name: str, end: int | None) -> np.ndarray:
+        """Returns the offsets of users, int64 `[U + 1]`, the last of which is `end`; None: any number."""
+        offsets = self.packed(name, np.int64, self._num_users + 1)
+        if end not in (None, offsets[-1]):
+            path = self._packed_path(name)
+            raise InputError(f"{path}: must end with {end}. Received: {offsets[-1]}. {_remedy(path)}.")
+        return offsets
+
+    def item_feature(self, name: str, length: int) -> np.ndarray:
+        """Returns an item feature, int32 `[length]`."""
+        return self._load(item_feature_path(self._folder, name), np.int32, length)
+
+    def _packed_path(self, name: str) -> Path:
+        return self._folder / PACKED_DIR / f"{name}.npy"
+
+    def _load(self, path: Path, dtype: type, length: int | None) -> np.ndarray:
+        mapped = map_array(path, self._files)
+        if mapped.dtype != dtype or mapped.ndim != 1 or length not in (None, len(mapped)):
+            raise InputError(
+                f"{path}: must hold {length} values of {np.dtype(dtype)}. "
+                f"Received: {mapped.shape} of {mapped.dtype}. {_remedy(path)}."
+            )
+        return np.asarray(mapped)
 
 
 def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
-    """Maps a .npy file into memory and notes in `files` how it was.
+    """Maps a .npy file into memory, and notes its state in `files`.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     with _reading(path):
         files[path] = FileState.of(path)
@@ -286,7 +323,7 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
 
 
 class _ArrayWriter:
-    """Appends to a .npy file of unknown length. The header keeps room for the length, filled in on closing."""
+    """Writes a .npy file of unknown length. Its header has room for the length, which is filled in at the end."""
 
     def __init__(self, path: Path, dtype: type) -> None:
         self._file = path.open("wb")
@@ -364,7 +401,12 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
 
 
 def begins_a_moment(offsets: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-    """Tells, bool `[E]`, which events are the first of their user and time; `offsets` `[U + 1]` as in `EventStore`."""
+    """Returns which events are the first of their user and time, bool `[E]`.
+
+    Args:
+        offsets: int64 `[U + 1]`, where each user's events begin.
+        timestamps: int64 `[E]`, ascending for each user.
+    """
     begins = np.ones(len(timestamps), bool)
     begins[1:] = timestamps[1:] != timestamps[:-1]
     begins[offsets[:-1]] = True
@@ -372,7 +414,13 @@ def begins_a_moment(offsets: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
 
 
 def touched_gaps(offsets: np.ndarray, item_ids: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets `[U + 1]` and gaps `[T]`, as `EventStore` describes them, of users with events `item_ids` `[E]`."""
+    """Returns the offsets `[U + 1]` and gaps `[T]` of users' touched items, which `EventStore` describes.
+
+    Args:
+        offsets: int64 `[U + 1]`, where each user's events begin.
+        item_ids: int32 `[E]`.
+        num_items: the number of items in the vocabulary.
+    """
     num_users = len(offsets) - 1
     users = np.repeat(np.arange(num_users), np.diff(offsets))
     touched_users, touched_items = np.divmod(np.unique(users * (num_items + 1) + item_ids), num_items + 1)
@@ -385,7 +433,7 @@ _REMOVED, _REPLACED = "was removed", "was replaced by another"
 
 
 def _change(path: Path, opened: FileState) -> str | None:
-    """What became of a file since it was opened."""
+    """Returns how a file has changed since it was opened, or None."""
     try:
         now = FileState.of(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -402,7 +450,7 @@ def _change(path: Path, opened: FileState) -> str | None:
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a damaged file."""
+    """Returns how a user repairs a damaged file."""
     for folder in path.parents:
         if folder.name == PACKED_DIR:
             return f"Delete {folder}, or give {_OVERWRITE}"
@@ -411,7 +459,7 @@ def _remedy(path: Path) -> str:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[Path]:
-    """Reports whatever is wrong with a file in one way."""
+    """Turns every error about a file into an `InputError`."""
     try:
         yield path
     except (OSError, ValueError, TypeError, EOFError, pa.ArrowException) as error:

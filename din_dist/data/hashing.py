@@ -1,4 +1,7 @@
-"""Stateless random numbers and orders for any tuple of integers: the same on every rank and after every restart."""
+"""Random numbers and orders that follow from a tuple of integers alone.
+
+So they are the same on every rank and after every restart.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from din_dist import kernels
 
 
 def hash64(*parts: tf.Tensor | int, native: bool = False) -> tf.Tensor:
-    """A uint64 that looks random for `parts`, integers that broadcast against each other.
+    """Returns a uint64 that looks random for each tuple of `parts`.
 
-    `native`: by a kernel of our own; then the parts are numbers, or vectors of one length, at least one of them.
+    The finalizer of SplitMix64 mixes each part in (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+    generators"). Negative integers count modulo 2**64.
 
-    Each part is folded in with the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
-    number generators"); negative integers count modulo 2**64.
+    Args:
+        parts: integers that broadcast against each other.
+        native: compute it by a kernel of this package. Then the parts are numbers, or vectors of one length, and at
+            least one of them is a vector.
     """
     if native:
         hashes = kernels.library().din_dist_hash64([_as_uint64(part) for part in parts])
@@ -26,14 +32,16 @@ def hash64(*parts: tf.Tensor | int, native: bool = False) -> tf.Tensor:
 
 
 def place_in_random_order(places: tf.Tensor, ends: tf.Tensor, largest_end: int, *parts: tf.Tensor | int) -> tf.Tensor:
-    """Where each of `places` goes when 0 to end - 1 are shuffled: a bijection of these for each tuple of `parts`.
+    """Returns where each place goes when 0 to end - 1 are shuffled, int64 `[M]`: a bijection for each tuple of `parts`.
 
-    A Feistel network shuffles a power of 4 that is at least `largest_end`; what lands at or beyond the end is shuffled
-    on until it does not (cycle walking; Black, Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network shuffles a power of 4 that is at least `largest_end`. A place that lands at or beyond its end is
+    shuffled again until it does not (cycle walking; Black, Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
-        places, ends: int64 `[M]`, places below ends; `parts` broadcast against them.
-        largest_end: the same in all calls that are to agree; the closer the ends are to it, the sooner it is done.
+        places: int64 `[M]`, each below its end.
+        ends: int64 `[M]`.
+        largest_end: the same in all calls that must agree. The closer the ends are to it, the faster it is.
+        parts: integers that broadcast against the places.
     """
     num_bits = max(1, ((largest_end - 1).bit_length() + 1) // 2)
     num_rounds = 4 + 32 // num_bits  # the shorter the halves, the more rounds it takes to look random

@@ -1,27 +1,28 @@
-"""Reads a log of events; the rules that its columns must keep together are checked here."""
+"""Reads a log of events, and checks the rules that its columns must keep together.
+
+Letters of shapes: E events, I items.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
 from din_dist.errors import InputError
-from din_dist.tables import formats
 from din_dist.tables.columns import IdColumn, LabelColumn, Rows, TimeColumn
-from din_dist.tables.formats import Format, format_of, reading
-from din_dist.tables.sources import partition_of
+from din_dist.tables.formats import Format, format_of, shown_names
+from din_dist.tables.record_batches import Layout, read_columns
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Which columns to read, and which of them may be absent; as in `DataConfig`."""
+    """The names of the columns to read, and which of them may be absent. `DataConfig` documents each."""
 
     user: str = "user_id"
     item: str = "item_id"
@@ -33,7 +34,10 @@ class Columns:
     presorted: bool = False
 
     def chosen(self, layouts: Mapping[Path, Layout]) -> Columns:
-        """Returns them without the optional columns that no file has.
+        """Returns these columns without the optional ones that no file has.
+
+        Args:
+            layouts: the layout of each file.
 
         Raises:
             InputError: a file lacks a column that is required, or that another file has.
@@ -49,7 +53,7 @@ class Columns:
             if count != 1:
                 raise InputError(
                     f"{file}: column {name!r} {'occurs more than once' if count else 'is missing'}. "
-                    f"Received: {formats.shown_names(layout.names)} "
+                    f"Received: {shown_names(layout.names)} "
                     "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
                     "--label_column, --item_features)."
                 )
@@ -57,62 +61,24 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
+        """The names of all columns to read."""
         label = [self.label] if self.label else []
         return [self.user, self.item, self.timestamp, *label, *self.item_features]
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The columns of a file, and where they come from.
-
-    Attributes:
-        names: of all columns; one that a file has twice is there twice.
-        partition: those that the names of its folders give, with their value; see `partition_of`.
-        json_types: of JSON lines, as `late`: columns that begin after the first rows.
-    """
-
-    names: tuple[str, ...]
-    partition: Mapping[str, str | None]
-    json_types: Mapping[str, pa.DataType]
-    late: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, file: Path, form: Format, wanted: Columns) -> Layout | None:
-        """Returns the layout of a file; None where it has no rows that could tell it.
-
-        Raises:
-            InputError: the file is damaged.
-        """
-        types: dict[str, pa.DataType] = {}
-        late: list[str] = []
-        with reading(file, form):
-            match form:
-                case Format.PARQUET:
-                    names = pq.read_schema(file).names
-                case Format.CSV:
-                    names = formats.csv_names(file)
-                case Format.JSON_LINES:
-                    types, late = formats.json_types(file, wanted.names)
-                    names = list(types)
-                    if types.get(wanted.label) == pa.int64():
-                        types[wanted.label] = pa.float64()  # 1 and 1.0 are one kind
-        if not names and form is Format.JSON_LINES:
-            return None
-        told = partition_of(file, [name for name in wanted.names if name not in names])
-        partition = {name: value for name, value in told.items() if name not in names}
-        return cls((*names, *partition), partition, types, tuple(late))
-
-
 def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None) -> EventLog:
-    """Reads the files, one after the other, and sorts each user's events by time; equal times keep the files' order.
+    """Reads files in their order, and sorts each user's events by time. Equal times keep the order of the files.
 
-    `form` is the format of all of them, by default the one that the first file's name promises.
+    Args:
+        files: the files of the log.
+        columns: the columns to read.
+        form: the format of all files. None: the one that the first file's name promises.
 
     Raises:
-        InputError: the files break one of the rules; the text names file, row (from 1, without the header) and value.
+        InputError: the files break a rule; the text names file, row (from 1, without the header) and value.
     """
     form = form or format_of(files[0]) or Format.PARQUET
-    found = {file: Layout.of(file, form, columns) for file in files}
+    found = {file: Layout.of(file, form, columns.names, numbers=[columns.label]) for file in files}
     layouts = {file: layout for file, layout in found.items() if layout}
     columns = columns.chosen(layouts) if layouts else columns
     rows = Rows()
@@ -121,7 +87,7 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
     features = [IdColumn(name, rows, nullable=True) for name in columns.item_features]
     for file, layout in layouts.items():
         rows.begin(file)
-        for batch in filter(len, _batches(file, form, layout, columns.names)):
+        for batch in filter(len, read_columns(file, form, layout, columns.names)):
             for column in (users, items, times, *([labels] if columns.label else []), *features):
                 column.add(batch.column(column.name), column.name in layout.partition)
             rows.advance(batch.num_rows)
@@ -150,10 +116,22 @@ def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None
 def _one_value_per_item(
     codes: np.ndarray, ids: pa.Array, item_of: np.ndarray, item_ids: pa.Array, name: str, rows: Rows
 ) -> np.ndarray:
-    """int32 `[I + 1]`: each item's dense id of the feature; rows that say nothing (-1) agree with all others."""
+    """Returns each item's dense id of a feature, int32 `[I + 1]`; 0 for item 0 and for items without a value.
+
+    Args:
+        codes: int32 `[E]`, the feature of each event from 0; -1 where it is missing, which agrees with all others.
+        ids: the feature's own ids, by code.
+        item_of: int32 `[E]`, the item of each event from 0.
+        item_ids: the items' own ids `[I]`.
+        name: the feature's column.
+        rows: where rows stand, for the texts of errors.
+
+    Raises:
+        InputError: two rows give an item two values.
+    """
     told = np.flatnonzero(codes >= 0)
     of_item = np.full(len(item_ids), -1, np.int32)
-    of_item[item_of[told[::-1]]] = codes[told[::-1]]  # the last assignment stays: that of the first row
+    of_item[item_of[told[::-1]]] = codes[told[::-1]]  # the last assignment stays, which is the first row's
     differing = told[of_item[item_of[told]] != codes[told]]
     if len(differing):
         second = differing[0]
@@ -171,6 +149,7 @@ def _one_value_per_item(
 
 
 def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:
+    """Refuses an event that is earlier than the one before it of its user; all arrays are `[E]`."""
     sorted_times = timestamps[order]
     earlier = (np.diff(sorted_times) < 0) & (np.diff(users[order]) == 0)
     if earlier.any():
@@ -183,27 +162,3 @@ def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, 
             f"timestamp {sorted_times[index + 1]} after {sorted_times[index]} ({file}, row {number})",
             "Sort the log, or drop --presorted.",
         )
-
-
-def _batches(file: Path, form: Format, layout: Layout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yields the columns `names`, those that a file has in its folders' names as text."""
-    inside = [name for name in names if name not in layout.partition]
-    for batch in _batches_inside(file, form, layout, inside):
-        for name in names:
-            if name in layout.partition:
-                batch = batch.append_column(name, pa.repeat(pa.scalar(layout.partition[name], pa.string()), len(batch)))
-        yield batch
-
-
-def _batches_inside(file: Path, form: Format, layout: Layout, names: list[str]) -> Iterator[pa.RecordBatch]:
-    match form:
-        case Format.PARQUET:
-            with reading(file, form), pq.ParquetFile(file) as parquet:
-                yield from parquet.iter_batches(formats.ROWS_PER_BATCH, columns=names)
-        case Format.CSV:
-            with reading(file, form, lambda: formats.csv_fault(file, names)):
-                yield from formats.csv_reader(file, names)
-        case Format.JSON_LINES:
-            types = {name: layout.json_types[name] for name in names}
-            with reading(file, form, lambda: formats.json_fault(file, types)):
-                yield from formats.json_reader(file, types)

@@ -1,4 +1,7 @@
-"""Negatives: uniform over the items that a user never touched, without trial and error."""
+"""Negatives, drawn uniformly from the items that a user never touched, without trial and error.
+
+M is the number of draws, or of users.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,19 @@ def untouched_items(
     num_halvings: int,
     native: bool = False,
 ) -> tf.Tensor:
-    """The (random modulo number of untouched items)-th item that each user never touched: int32 `[M]`, ids from 1.
+    """Returns the (random modulo number of untouched items)-th item that each user never touched: int32 `[M]`, from 1.
 
     A user who touched items s_0 < s_1 < ... (from 0) has left `gap_j = s_j - j` items untouched below s_j. So the
-    r-th untouched item is `r + #{j: gap_j <= r}`; the gaps ascend, and the count is a binary search.
+    r-th untouched item is `r + #{j: gap_j <= r}`. The gaps ascend, so a binary search finds the count.
 
     Args:
         random: uint64 `[M]`.
-        begins, ends: `[M]`, each user's window in `touched_gaps`.
-        touched_gaps: int32, see `EventStore`.
-        num_halvings: of the longest window, `ceil(log2(longest + 1))`.
-        native: by a kernel of our own.
+        begins: integers `[M]`, where each user's window in `touched_gaps` begins.
+        ends: integers `[M]`, where it ends.
+        touched_gaps: int32 `[T]`, see `EventStore`.
+        num_items: the number of items to draw from.
+        num_halvings: `ceil(log2(longest + 1))` for the longest window.
+        native: compute it by a kernel of this package.
     """
     begins, ends = tf.cast(begins, tf.int64), tf.cast(ends, tf.int64)
     if native:
@@ -37,7 +42,7 @@ def untouched_items(
     rank = tf.cast(tf.math.floormod(random, tf.cast(num_untouched, tf.uint64)), tf.int64)
     low, high = begins, ends
     last = tf.size(touched_gaps, tf.int64) - 1
-    for _ in range(num_halvings):  # a fixed number of turns: rows that are done stay as they are
+    for _ in range(num_halvings):  # a fixed number of turns: a row that is done stays as it is
         middle = (low + high) // 2
         gap = tf.cast(tf.gather(touched_gaps, tf.minimum(middle, last)), tf.int64)
         right = (gap <= rank) & (low < high)
@@ -48,11 +53,15 @@ def untouched_items(
 def distinct_untouched_items(
     keys: tf.Tensor, counts: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor, touched_gaps: tf.Tensor, num_items: int
 ) -> tf.Tensor:
-    """`counts` different items for each of `keys`, integers `[M]`: int32 `[sum of counts]`, uniform and end to end.
+    """Returns different items that each user never touched, drawn uniformly: int32 `[sum of counts]`, concatenated.
 
     Args:
-        counts: `[M]`, at most as many as the user left untouched.
-        begins, ends, touched_gaps: as of `untouched_items`.
+        keys: integers `[M]`; each gives a draw of its own.
+        counts: integers `[M]`, how many items to draw; at most as many as the user left untouched.
+        begins: integers `[M]`, where each user's window in `touched_gaps` begins.
+        ends: integers `[M]`, where it ends.
+        touched_gaps: int32 `[T]`, see `EventStore`.
+        num_items: the number of items to draw from.
     """
     counts, begins, ends = (tf.cast(values, tf.int64) for values in (counts, begins, ends))
     place = tf.ragged.range(counts).values

@@ -1,7 +1,11 @@
-"""From events to packed batches, inside the TensorFlow graph.
+"""Makes packed batches from events, inside the TensorFlow graph.
 
-No example is ever materialised: an epoch is a bijection of example numbers (no shuffle buffer, no state), a history is
-a window into its user's own events, and the arrays stay in the memory-mapped files that all workers of a machine share.
+No example is ever materialised:
+- An epoch is a bijection of example numbers, so there is no shuffle buffer and no state.
+- A history is a window into its user's own events.
+- The arrays stay in the memory-mapped files that all workers of a machine share.
+
+Letters of shapes: B examples of a batch.
 """
 
 from __future__ import annotations
@@ -41,12 +45,18 @@ MOST_DEALERS = 8
 
 
 def share(total: Any, index: int, num_shards: int) -> tuple[Any, Any]:
-    """First and end of the `index`-th of `num_shards` near-equal runs of `total`, an integer or an int64 tensor."""
+    """Returns the first and the end of a shard's run, if `total` is divided into runs of nearly equal length.
+
+    Args:
+        total: an integer, or an int64 tensor.
+        index: the shard, from 0.
+        num_shards: the number of shards.
+    """
     return total * index // num_shards, total * (index + 1) // num_shards
 
 
 def num_steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
-    """Updates an epoch; the last one may have fewer examples."""
+    """Returns the number of updates an epoch; the last one may have fewer examples."""
     return -(-num_examples // global_batch_size)
 
 
@@ -54,9 +64,16 @@ def num_steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
 class BatchMaker:
     """Turns example numbers of one split into packed batches.
 
-    `resample` draws other negatives in each epoch; `stream` keeps the draws of evaluation apart from those of training.
-    `trained`: the items that negatives are drawn from; None: all. `hidden_rate`: share of the item ids that are hidden.
-    `native`: in kernels of our own, which find the same.
+    Attributes:
+        store: the events.
+        examples: the split.
+        max_history_length: the most items of a history; the newest stay.
+        seed: the seed of all draws.
+        stream: keeps the draws of evaluation apart from those of training.
+        resample: draw other negatives in each epoch.
+        trained: the items that negatives are drawn from; None: all items.
+        hidden_rate: the share of the item ids that are hidden.
+        native: compute by kernels of this package, which find the same.
     """
 
     store: EventStore
@@ -91,7 +108,7 @@ class BatchMaker:
         return self.trained or self.store
 
     def _located(self, example_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """User, event, and first and end of the history, int64 `[B]` each."""
+        """Returns the user, the event, and the first and the end of the history of each example, int64 `[B]` each."""
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         row = example_ids // self.examples.draws_per_row
         segment = tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
@@ -102,12 +119,17 @@ class BatchMaker:
         return user, event, tf.maximum(tf.gather(arrays["history_offsets"], user), end - longest), end
 
     def history_lengths(self, example_ids: tf.Tensor) -> tf.Tensor:
-        """Int64 `[B]`."""
+        """Returns the length of each example's history, int64 `[B]`."""
         _, _, start, end = self._located(example_ids)
         return end - start
 
     def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> Batch:
-        """The packed batch (see `schema`) of `example_ids`, int64 `[B]`."""
+        """Returns the packed batch of some examples; `schema` documents its parts.
+
+        Args:
+            example_ids: int64 `[B]`.
+            epoch: int64, the epoch from 0.
+        """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         user, event, history_start, history_end = self._located(example_ids)
         draw = example_ids % self.examples.draws_per_row
@@ -133,7 +155,7 @@ class BatchMaker:
         history_lengths = tf.cast(history_end - history_start, tf.int32)
         if self.hidden_rate:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
-        # Which rows the step will want is found here, while the step before is at work.
+        # The rows that a step needs are found here, while the step before it runs.
         distinct, index = self._distinct(candidate, history)
         return Batch(
             candidate_item_ids=candidate,
@@ -147,13 +169,13 @@ class BatchMaker:
         )
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
-        """`values[begin:end]` of each, end to end."""
+        """Returns `values[begin:end]` for each pair of `begins` and `ends` `[B]`, concatenated."""
         if not self.native:
             return tf.gather(values, tf.ragged.range(begins, ends).values)
         return tf.ensure_shape(kernels.library().din_dist_windows(values, begins, ends), [None])
 
     def _distinct(self, candidate: tf.Tensor, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The distinct items, and the place of each candidate and position among them."""
+        """Returns the distinct items, and the index among them of each candidate and then each history position."""
         if not self.native:
             return tf.unique(tf.concat([candidate, history], axis=0))
         distinct, places = kernels.library().din_dist_distinct_ids([candidate, history])
@@ -167,9 +189,9 @@ class BatchMaker:
         example_ids: tf.Tensor,
         epoch: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Candidates and histories, of which a share of the items has its id hidden.
+        """Returns candidates and histories in which the ids of a share of the items are hidden.
 
-        An example hides an item wherever it has it, as candidate and in its history: so it is with a new item.
+        An example hides an item everywhere, as candidate and in its history, because a new item is unknown everywhere.
         """
         keys = hash64(self.seed, _HIDING, epoch, example_ids)
         items = tf.concat([candidate, history], axis=0)
@@ -193,15 +215,15 @@ def training_batches(
     trained: TrainedItems | None = None,
     native: bool = False,
 ) -> tf.data.Dataset:
-    """This shard's batches of updates `first_step` to `end_step` - 1 (counted from 0, through the epochs).
+    """Returns this shard's batches of updates `first_step` to `end_step` - 1, counted from 0 through all epochs.
 
-    Together the shards see every example exactly once an epoch, whatever their number: update s takes places
-    [s * G, (s + 1) * G) of its epoch's order, and the shards divide those among themselves; with `group_negatives` so
-    that those that wait for each other have histories of nearly equal length in all.
+    Together the shards see every example exactly once an epoch, whatever their number. Update s of an epoch takes
+    examples s * G to (s + 1) * G - 1 of its order, G being the global batch size, and the shards divide those. With
+    `group_negatives` they divide them so that shards that wait for each other have histories of nearly equal length.
 
     Args:
-        trained: of `data/trained_items.py`, for the same `config`: items that are to be hidden at random.
-        native: in kernels of our own.
+        trained: the items of training, if other items are hidden at random; see `trained_items`.
+        native: compute by kernels of this package.
     """
     if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
         raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -217,7 +239,7 @@ def training_batches(
         native=native,
     )
     num_examples = examples.num_examples
-    together = examples.draws_per_row if config.group_negatives else 1  # these stay neighbours in the order
+    together = examples.draws_per_row if config.group_negatives else 1  # these examples stay neighbours in the order
     per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
     dealers = _dealers(shard_index, num_shards) if config.group_negatives else range(shard_index, shard_index + 1)
 
@@ -228,7 +250,7 @@ def training_batches(
         begin, end = share(total, shard_index, num_shards)
         dealt_begin, dealt_end = share(total, dealers[0], num_shards)[0], share(total, dealers[-1], num_shards)[1]
         order = tf.stack([tf.constant(seed, tf.int64), epoch])
-        # Of a rank of many that gets no example, one place all the same: index_shuffle refuses a vector of none.
+        # A rank that gets no example looks at one all the same, because index_shuffle refuses an empty vector.
         place = tf.minimum(first + dealt_begin, num_examples - 1)
         last = tf.maximum(first + dealt_end - 1, place)
         groups = tf.random.experimental.index_shuffle(
@@ -245,7 +267,7 @@ def training_batches(
 
 
 def _dealers(shard_index: int, num_shards: int) -> range:
-    """The shards that deal their examples among themselves: a few, for each of them looks at the examples of all."""
+    """Returns the shards that deal examples among themselves: a few, because each looks at the examples of all."""
     first = shard_index // MOST_DEALERS * MOST_DEALERS
     return range(first, min(first + MOST_DEALERS, num_shards))
 
@@ -257,10 +279,17 @@ def deal(
     num_shards: int,
     history_lengths: Callable[[tf.Tensor], tf.Tensor],
 ) -> tf.Tensor:
-    """`ids` in an order in which `num_shards` equal runs have histories of nearly equal length in all.
+    """Returns examples in an order in which `num_shards` equal runs have histories of nearly equal total length.
 
-    From the longest to the shortest, groups of `together` go to the shards in turn, to and fro. Within a shard their
-    order stays, and so do `head` ids before the first whole group and those after the last.
+    From the longest to the shortest, groups of examples go to the shards in turn, to and fro. Within a shard their
+    order stays. The examples before the first whole group and after the last one stay where they are.
+
+    Args:
+        ids: int64, the examples.
+        head: int64, the number of examples before the first whole group.
+        together: the number of examples of a group.
+        num_shards: the number of runs.
+        history_lengths: returns the length of each example's history.
     """
     head = tf.minimum(head, tf.size(ids, tf.int64))
     tail = head + (tf.size(ids, tf.int64) - head) // together * together
@@ -285,7 +314,7 @@ def evaluation_batches(
     num_shards: int,
     num_parallel_calls: int = 2,
 ) -> tf.data.Dataset:
-    """This shard's batches of a split in order; the shards end to end are the split, each example once.
+    """Returns this shard's batches of a split in order. All shards, concatenated, have each example of it once.
 
     The draws depend on the event alone, so validation and test negatives stay the same from epoch to epoch.
     """
@@ -300,9 +329,9 @@ def evaluation_batches(
 
 
 def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """`batches`, each fetched by a thread while the one before it is at work.
+    """Yields `batches`; a thread fetches each while the one before it is used.
 
-    A data set has its next batch ready, but to hand it over to Python takes as long as some kernels of an update do.
+    A data set has its next batch ready, but handing it to Python takes as long as some kernels of an update do.
     """
     with ThreadPoolExecutor(1, "read_ahead") as thread:
         coming = thread.submit(next, batches, None)
@@ -321,8 +350,8 @@ def _mapped(dataset: tf.data.Dataset, make: Callable[[tf.Tensor], Batch], num_pa
 
 
 def _without_copying(array: np.ndarray) -> tf.Tensor:
-    """A CPU tensor over the memory of `array`, so that memory-mapped pages stay shared between processes."""
+    """Returns a CPU tensor over the memory of `array`, so that processes go on sharing memory-mapped pages."""
     with tf.device("CPU:0"):
-        if array.size == 0 or array.ctypes.data % 64:  # TensorFlow wants whole cache lines
+        if array.size == 0 or array.ctypes.data % 64:  # TensorFlow needs whole cache lines
             return tf.constant(array)
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

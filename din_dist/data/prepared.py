@@ -1,17 +1,16 @@
-"""Prepared data: made once by `prepare`, opened by every worker with `open_prepared`.
+"""Prepared data, which `prepare` makes once and every worker opens with `open_prepared`.
 
 DATA_DIR/BUILDER/CONFIG/VERSION/     published at once when complete
     events.tfrecord...               TFDS records, one a block of whole users
     facts.json  vocabulary/  item_features/
     packed/                          the arrays of `EventStore`, made from the records
-DATA_DIR/locks/                      one empty file a data set, locked while it is written
+DATA_DIR/locks/                      one empty file for each data set, locked while that is written
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.log_reader import Columns
 from din_dist.errors import InputError
-from din_dist.files import make_folder, publish_folder, repair_publishing
+from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_publishing
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import check_unchanged, find_files, partition_text
 
@@ -42,12 +41,12 @@ Check = Callable[[schema.DatasetFacts], None]
 
 
 def data_dir(config: DataConfig) -> Path:
-    """Where prepared data lives: `--data_dir`, else `din_dist` in the user's cache folder."""
+    """Returns the folder of all prepared data: `--data_dir`, otherwise `din_dist` in the user's cache folder."""
     if config.data_dir:
         return Path(config.data_dir).absolute()
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
-    except RuntimeError as error:  # no HOME, and a user without an entry in /etc/passwd
+    except RuntimeError as error:  # no HOME, and no entry of the user in /etc/passwd
         raise InputError(
             "--data_dir: lies in the home folder unless it is given. Received: no --data_dir, and no home folder. Give "
             "--data_dir, or set HOME."
@@ -55,14 +54,14 @@ def data_dir(config: DataConfig) -> Path:
 
 
 def prepared_folder(config: DataConfig) -> Path:
-    """Where the data of `config` lies once it is prepared; nothing is read, so that damage there does not matter."""
+    """Returns where the data of `config` lies once it is prepared, without reading anything that may be damaged."""
     root = data_dir(config)
-    nowhere = root / "locks" / "none"  # TFDS reads what it finds
+    nowhere = root / "locks" / "none"  # an empty place, because TFDS reads what it finds
     return root / Path(_builder(config, nowhere).data_path).relative_to(nowhere)
 
 
 def builder_for(config: DataConfig) -> EventsBuilder:
-    """The TFDS builder of `--dataset`, under the data folder."""
+    """Returns the TFDS builder of `--dataset`, which writes to the data folder."""
     return _builder(config, data_dir(config))
 
 
@@ -109,11 +108,13 @@ def _columns(config: DataConfig) -> Columns:
 
 
 def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda facts: None) -> EventStore:
-    """Downloads and builds what is missing, then opens it. What is there already, of the same source, is kept.
+    """Downloads and builds data that is missing, and opens it. Data that was prepared before is kept.
 
     Args:
-        overwrite: build again even so. What was there before stays until the new data is complete.
-        check: is shown new data, with the chosen item features, before it is published; it may raise `InputError`.
+        config: names the data set.
+        overwrite: build the data again. The old data stays until the new is complete.
+        check: is called with the facts of new data, with the chosen item features, before it is published. It may raise
+            `InputError`.
 
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
@@ -127,18 +128,18 @@ def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda f
 
 
 def _is_due(config: DataConfig, folder: Path) -> bool:
-    """Tells whether there is nothing yet in `folder`, or what an earlier version may have read wrongly."""
+    """Tells whether the data in `folder` is missing, or an earlier version may have read its source wrongly."""
     if not folder.exists():
         return True
     try:
         facts = event_store.read_facts(folder)
     except InputError:
-        return False  # what is damaged is for the user to see
+        return False  # the user must see damage
     return bool(_present(facts)) and _outdated(config, facts) is not None
 
 
 def _outdated(config: DataConfig, facts: schema.DatasetFacts) -> str | None:
-    """Returns a file that an earlier version may have read wrongly."""
+    """Returns a file that an earlier version may have read wrongly, or None."""
     if config.dataset != "event_log" or facts.reader >= schema.READER:
         return None
     names = _columns(config).names
@@ -149,12 +150,12 @@ def _outdated(config: DataConfig, facts: schema.DatasetFacts) -> str | None:
 
 
 def open_prepared(config: DataConfig) -> EventStore:
-    """Opens prepared data; where only its packed cache is missing, one of the processes that ask for it makes it.
+    """Opens prepared data. If only its packed arrays are missing, one of the processes that need them makes them.
 
-    A source that is gone altogether cannot have changed: prepared data is enough to train.
+    A source that is gone altogether does not matter: prepared data is enough to train.
 
     Raises:
-        InputError: it was not prepared, its source changed since, or its cache is damaged.
+        InputError: the data was not prepared, its source changed since, or its packed arrays are damaged.
     """
     with progress.at(f"reading data in {data_dir(config)}"):
         folder = prepared_folder(config)
@@ -168,7 +169,7 @@ def open_prepared(config: DataConfig) -> EventStore:
     features = _chosen_features(config, facts)
     if not event_store.is_packed(folder, facts):
         with _writing(config):
-            facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it anew
+            facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it again
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
     return event_store.open_store(folder, features)
@@ -176,8 +177,8 @@ def open_prepared(config: DataConfig) -> EventStore:
 
 def _build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
     """Writes the records; `folder` holds them all or what it held before. `check` as of `prepare`."""
-    aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames what may not be on the disk yet
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames files that may not be on the disk yet
+    shutil.rmtree(aside, ignore_errors=True)  # a process that was killed left it
     builder = _builder(config, aside)
     try:
         with _quietly():
@@ -193,20 +194,20 @@ def _build(config: DataConfig, folder: Path, check: Check = lambda facts: None) 
         publish_folder(Path(builder.data_path), folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # as soon as one is not empty
+        with contextlib.suppress(OSError):  # not empty: other data is there
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
 
 
 def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
-    """The records in the order in which they were written, one in memory at a time."""
+    """Yields the records in the order in which they were written, and holds one in memory at a time."""
     import tensorflow as tf
 
     read_config = tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1)
     try:
         with _quietly():
             records = builder_for(config).as_dataset(split=schema.EVENTS_SPLIT, read_config=read_config)
-    except Exception as error:  # of whatever kind: TFDS does not say what it raises over its own damaged files
+    except Exception as error:  # TFDS does not document the errors of its damaged files
         raise _unreadable(folder, error) from error
     try:
         for record in records.as_numpy_iterator():
@@ -222,16 +223,16 @@ def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
 
 
 def describe_sources(config: DataConfig, facts: schema.DatasetFacts) -> list[str]:
-    """Returns lines about the user's files that prepared data was made from; none for other data sets."""
+    """Returns lines about the user's files that prepared data was made from; no lines for other data sets."""
     if config.dataset != "event_log":
         return []
     if not _present(facts):
-        return [f"files: {len(facts.sources):,} read, which are gone since"]
+        return [f"files: {len(facts.sources):,} read, which are gone now"]
     return [find_files(config.data_path).describe()]
 
 
 def _unreadable(folder: Path, error: Exception) -> InputError:
-    problem = re.sub(r"{{.*?}} |\[Op:.*", "", " ".join(str(error).split()))  # without the names of graph nodes
+    problem = re.sub(r"{{.*?}} |\[Op:.*", "", " ".join(str(error).split()))  # without names of graph nodes
     return InputError(
         f"{folder}: the records cannot be read ({problem.strip()[:300]}). "
         "Give launch/train.sh or prepare_data --overwrite_prepared."
@@ -246,9 +247,9 @@ def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
     present = _present(facts)
     if present and (path := _outdated(config, facts)):
         raise InputError(
-            f"{path}: an earlier version of din_dist prepared it, which overlooked columns that begin late, or that "
-            f"folders' names give. Received: its data. Prepare it anew: python -m din_dist.cli.prepare_data "
-            f"{_flags(config)}"
+            f"{path}: the data of this file must be prepared by a version that reads columns that begin late, and "
+            "those that folders' names give. Received: data of an earlier version of din_dist. Prepare it again: "
+            f"python -m din_dist.cli.prepare_data {_flags(config)}"
         )
     if config.dataset != "event_log":
         check_unchanged({str(path): facts.sources[str(path)] for path in present}, present)
@@ -268,7 +269,7 @@ def _chosen_features(config: DataConfig, facts: schema.DatasetFacts) -> list[str
 
 
 def _flags(config: DataConfig) -> str:
-    """Those that prepare the same data."""
+    """Returns the flags that prepare the same data."""
     given = {"dataset": config.dataset}
     for field in dataclasses.fields(DataConfig):
         value = getattr(config, field.name)
@@ -289,15 +290,14 @@ def _decides_what_is_prepared(name: str) -> bool:
 @contextlib.contextmanager
 def _writing(config: DataConfig) -> Iterator[Path]:
     """Yields the data set's folder once no other process writes to it."""
-    import tensorflow as tf  # here: TFDS writes with it, and reports a full disk in its terms
+    import tensorflow as tf  # here, because TFDS writes with it and raises its errors when a disk is full
 
     folder = prepared_folder(config)
     name = "-".join(folder.relative_to(data_dir(config)).parts)
     lock = data_dir(config) / "locks" / f"{name}.lock"
     try:
         make_folder(lock.parent)
-        with lock.open("w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked_in_turn(lock):
             repair_publishing(folder)
             yield folder
     except (OSError, tf.errors.OpError) as error:

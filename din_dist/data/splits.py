@@ -1,14 +1,14 @@
-"""Which events train, validate and test: integers only.
+"""Cuts events into splits to train on, to validate and to test, by integers alone.
 
 In every split the events of one user stand together in time order, so a split is one run of events a user. A *row* is
-one event of a split; without labels a row gives `1 + negatives_per_positive` examples (draw 0 is the event itself).
+one event of a split. Without labels a row gives `1 + negatives_per_positive` examples; draw 0 is the event itself.
+
+Letters of shapes: U users, K users of a split.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from din_dist.config import DataConfig, Split
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
 from din_dist.errors import InputError
-from din_dist.files import publish_folder
+from din_dist.files import published_folder
 
 SPLITS = ("train", "validation", "test")
 _ARRAYS = ("users", "row_ends", "event_bases")
@@ -27,7 +27,7 @@ _CHUNK = 10_000_000  # rows in memory at once
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of one split, K users having at least one row.
+    """The examples of one split, in which K users have at least one row.
 
     Row r belongs to the first k with `row_ends[k] > r`: user `users[k]`, event `event_bases[k] + r`.
     Example e is draw `e % draws_per_row` of row `e // draws_per_row`.
@@ -41,34 +41,36 @@ class Examples:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of all users."""
         return int(self.row_ends[-1]) if len(self.row_ends) else 0
 
     @property
     def num_examples(self) -> int:
+        """The number of examples of all users."""
         return self.num_rows * self.draws_per_row
 
     def rows_per_user(self) -> np.ndarray:
-        """`[K]` int64."""
+        """Returns the number of rows of each user, int64 `[K]`."""
         return np.diff(self.row_ends.astype(np.int64), prepend=0)
 
     def events(self, first_row: int = 0, end_row: int | None = None) -> np.ndarray:
-        """int64: the events of rows `first_row` to `end_row` - 1."""
+        """Returns the events of rows `first_row` to `end_row` - 1, int64 `[end_row - first_row]`."""
         rows = np.arange(first_row, self.num_rows if end_row is None else end_row)
         return rows + self.event_bases[np.searchsorted(self.row_ends, rows, side="right")]
 
     def user_of_example(self) -> np.ndarray:
-        """`[num_examples]` int64."""
+        """Returns the user of each example, int64 `[num_examples]`."""
         return np.repeat(self.users.astype(np.int64), self.rows_per_user() * self.draws_per_row)
 
 
 def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]:
     """Cuts the events of `store` into `SPLITS`.
 
-    Without labels a user's first event is no example: nothing is known of the user yet. The cut is kept beside the
-    packed events, memory-mapped like them: a job's workers on one machine hold it once.
+    Without labels a user's first event is not an example, because nothing is known of the user yet. The splits are kept
+    beside the packed events and memory-mapped like them, so that a job's workers on one machine hold them once.
 
     Raises:
-        InputError: no event is left to train on, a user has touched every item, or the cut that was kept is damaged.
+        InputError: no event is left to train on, a user has touched every item, or the kept splits are damaged.
     """
     if not store.facts.has_labels:
         _require_untouched_items(store)
@@ -78,7 +80,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
         runs = {name: _runs(*bounds) for name, bounds in _bounds(store, config.split, cut_times).items()}
         try:
             publish(folder, runs)
-        except OSError:  # prepared data on a read-only disk: then each process holds its own
+        except OSError:  # prepared data on a read-only disk: each process holds its own splits
             return _checked({name: _examples(store, config, name, arrays) for name, arrays in runs.items()}, config)
     mapped = {
         name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS} for name in SPLITS
@@ -88,7 +90,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
 
 
 def kept_in(name: str, store: EventStore, config: DataConfig) -> Path:
-    """The folder beside the packed events for what follows from them and the cut alone."""
+    """Returns the folder beside the packed events for arrays that follow from them and the splits alone."""
     return _kept_in(name, store, config, _cut_times(store, config) if config.split is Split.TEMPORAL else ())
 
 
@@ -97,7 +99,7 @@ def _kept_in(name: str, store: EventStore, config: DataConfig, cut_times: Sequen
 
 
 def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The first event and the end of each user's run in each split, `[U]` each."""
+    """Returns the first event and the end of each user's run in each split, int64 `[U]` each."""
     begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
     firsts = begins if store.facts.has_labels else np.minimum(begins + 1, ends)
     match split:
@@ -112,7 +114,7 @@ def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[s
 
 
 def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray:
-    """`[num_items + 1]` int64: positive events of each item that are neither validation nor test."""
+    """Returns how many positive events of each item are in neither validation nor test: int64 `[num_items + 1]`."""
     counts = np.zeros(store.facts.num_items + 1, np.int64)
     for first in range(0, len(store.history_item_ids), _CHUNK):
         counts += np.bincount(store.history_item_ids[first : first + _CHUNK], minlength=len(counts))
@@ -125,7 +127,12 @@ def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray
 
 
 def _runs(low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of `Examples`, from the bounds of each user's run."""
+    """Returns the arrays of `Examples` `[K]`.
+
+    Args:
+        low: int64 `[U]`, the first event of each user's run.
+        high: int64 `[U]`, its end.
+    """
     counts = high - low
     users = np.flatnonzero(counts)
     row_ends = np.cumsum(counts[users])
@@ -151,24 +158,20 @@ def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examp
 
 
 def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes `folder`, a file NAME-ARRAY.npy each, at once."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    aside.chmod(0o755)  # as other folders, so that others may read it
+    """Publishes a folder with one file NAME-ARRAY.npy for each array of `runs`."""
     try:
-        for name, arrays in runs.items():
-            for array, values in arrays.items():
-                np.save(aside / f"{name}-{array}.npy", values)
-        write_checksums(aside)
-        publish_folder(aside, folder)
+        with published_folder(folder) as aside:
+            for name, arrays in runs.items():
+                for array, values in arrays.items():
+                    np.save(aside / f"{name}-{array}.npy", values)
+            write_checksums(aside)
     except OSError:
-        if not folder.is_dir():  # else another process was faster, with the same content
+        if not folder.is_dir():  # otherwise another process was faster, with the same content
             raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Every event that can be an example is in one of the splits."""
+    """Refuses kept splits in which an event that can be an example is missing."""
     whole = all(len({len(array) for array in arrays.values()}) == 1 for arrays in mapped.values())
     found = sum(int(arrays["row_ends"][-1]) for arrays in mapped.values() if len(arrays["row_ends"]))
     firsts = 0 if store.facts.has_labels else int(np.count_nonzero(np.diff(store.user_offsets)))
@@ -193,7 +196,7 @@ def _cut_times(store: EventStore, config: DataConfig) -> tuple[int, int]:
 
 
 def _num_before(store: EventStore, time: int) -> np.ndarray:
-    """`[U]`: how many events each user has before `time`; they are in time order."""
+    """Returns how many events each user has before `time`, int64 `[U]`."""
     before = np.zeros(store.facts.num_events + 1, np.int64)
     np.cumsum(store.timestamps < time, out=before[1:])
     return before[store.user_offsets[1:]] - before[store.user_offsets[:-1]]

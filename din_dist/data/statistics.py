@@ -1,4 +1,4 @@
-"""What a prepared data set looks like, in numbers."""
+"""Statistics of a prepared data set: counts, history lengths, shared times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _USERS_AT_ONCE = 1 << 16  # bounds the memory
 
 
 def describe(store: EventStore, max_history_length: int) -> list[str]:
-    """`measure` as the lines that `prepare_data` prints."""
+    """Returns what `measure` finds as the lines that `prepare_data` prints."""
     found = measure(store, max_history_length)
 
     def spread(name: str) -> str:
@@ -50,14 +50,17 @@ def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
 
 
 def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
-    """Users, items, events, history lengths; ready for JSON.
+    """Counts users, items, events and history lengths; the result is ready for JSON.
 
     Returns:
-        `users`, `items`, `events`; `item_features`: name -> number of ids; `first_timestamp`, `last_timestamp`;
-        `events_at_a_shared_time`: that have the user and the time of another;
-        `label_rate`: share of positive events, None without labels;
-        `events_per_user` and, over all examples that the log can give, `history_length` (all events before) and
-        `capped_history_length` (the newest `max_history_length` of them): `mean`, `p50`, `p90`, `p99`, `max`.
+        `users`, `items`, `events`: counts.
+        `item_features`: the number of ids of each feature, by name.
+        `first_timestamp`, `last_timestamp`: the range of the times.
+        `events_at_a_shared_time`: the number of events that have the user and the time of another.
+        `label_rate`: the share of positive events; None without labels.
+        `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
+        `history_length`: the same of the number of events before an example, over all examples that the log can give.
+        `capped_history_length`: the same if only the newest `max_history_length` of them count.
     """
     facts = store.facts
     events_per_user = np.bincount(np.diff(store.user_offsets))
@@ -90,9 +93,13 @@ def _num_at_a_shared_time(store: EventStore) -> int:
 
 
 def _history_lengths(store: EventStore, events_per_user: np.ndarray) -> np.ndarray:
-    """How many examples have a history of 0, 1, 2, ... events.
+    """Counts the examples with a history of 0, 1, 2, ... events: int64 `[longest + 1]`.
 
     Without labels a user of n events gives examples with 1 to n - 1 events before them.
+
+    Args:
+        store: the events.
+        events_per_user: int64, the number of users with 0, 1, 2, ... events.
     """
     if store.history_ends is None:
         at_least = np.cumsum(events_per_user[::-1])[::-1]  # users with n events or more
@@ -112,7 +119,10 @@ def _sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _summary(counts: np.ndarray, percentiles: Sequence[int] = PERCENTILES) -> dict[str, float]:
-    """Of values 0, 1, 2, ... that occur `counts` times; a percentile is a value that occurs (nearest rank)."""
+    """Returns the mean and the percentiles of values 0, 1, 2, ... that occur `counts` times.
+
+    A percentile is a value that occurs (nearest rank).
+    """
     reached = np.cumsum(counts)
     total = int(reached[-1]) if len(reached) else 0
     if not total:

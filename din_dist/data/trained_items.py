@@ -1,4 +1,6 @@
-"""Which items training sees: the others are told by their features alone, and are no training negatives."""
+"""Finds the items that training sees. The model knows other items by their features alone, and never draws them as
+training negatives.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,11 @@ _OCCUR, _OFFSETS, _GAPS = "occur", "touched_offsets", "touched_gaps"
 class TrainedItems:
     """The K items that occur in training, numbered 1 to K in the order of their ids.
 
-    `occur`: bool `[num_items + 1]`, whether an item does. `touched_offsets`, `touched_gaps`: as of `EventStore`, but of
-    these items alone and by their numbers; None with labels, where no negatives are drawn.
+    Attributes:
+        occur: bool `[num_items + 1]`, True for an item that occurs.
+        touched_offsets: int64 `[U + 1]`, where each user's touched items begin among these K; None with labels, where
+            no negatives are drawn.
+        touched_gaps: int32 `[T]`, as in `EventStore`, but by the numbers of these K items; None with labels.
     """
 
     occur: np.ndarray
@@ -33,27 +38,28 @@ class TrainedItems:
 
     @property
     def row_of_item(self) -> np.ndarray:
-        """int32 `[num_items + 1]`: the row of each item in the item's table; the reserved one for items not seen."""
+        """The row of each item in the table of items, int32 `[num_items + 1]`; the reserved row for items not seen."""
         return np.where(self.occur, np.arange(len(self.occur)), UNKNOWN_ID).astype(np.int32)
 
     @property
     def ids(self) -> np.ndarray:
-        """int32 `[K + 1]`: the item of each number; `UNKNOWN_ID` of 0."""
+        """The item of each number, int32 `[K + 1]`; `UNKNOWN_ID` for number 0."""
         return np.concatenate([[UNKNOWN_ID], np.flatnonzero(self.occur)]).astype(np.int32)
 
     @property
     def max_touched(self) -> int:
-        """The number of different of these items that any one user touched; 0 with labels."""
+        """The largest number of different items among these that one user touched; 0 with labels."""
         return 0 if self.touched_offsets is None else int(np.diff(self.touched_offsets).max(initial=0))
 
 
 def trained_items(store: EventStore, config: DataConfig, splits: Mapping[str, Examples]) -> TrainedItems | None:
-    """None where all items have rows of their own (`--unknown_item=untrained`).
+    """Returns the items that occur in training, or None if all items have rows of their own.
 
-    It is kept beside the packed events as the cut is, memory-mapped: a job's workers on one machine hold it once.
+    All have with `--unknown_item=untrained`. The arrays are kept beside the packed events and memory-mapped, like the
+    splits, so that a job's workers on one machine hold them once.
 
     Raises:
-        InputError: items have no features, a user has touched all trained items, or what was kept is damaged.
+        InputError: items have no features, a user has touched all trained items, or the kept arrays are damaged.
     """
     if config.unknown_item is UnknownItem.UNTRAINED:
         return None
@@ -71,7 +77,7 @@ def trained_items(store: EventStore, config: DataConfig, splits: Mapping[str, Ex
             arrays[_OFFSETS], arrays[_GAPS] = _touched_among(store, arrays[_OCCUR])
         try:
             publish(folder, {_NAME: arrays})
-        except OSError:  # prepared data on a read-only disk: then each process holds its own
+        except OSError:  # prepared data on a read-only disk: each process holds its own arrays
             return _checked(store, splits, arrays)
     names = (_OCCUR,) if store.facts.has_labels else (_OCCUR, _OFFSETS, _GAPS)
     mapped = {name: map_array(folder / f"{_NAME}-{name}.npy", store.files) for name in names}
@@ -107,7 +113,7 @@ def _check_kept(store: EventStore, folder: Path, arrays: Mapping[str, np.ndarray
 def _occurring(store: EventStore, train: Examples) -> np.ndarray:
     """Bool `[num_items + 1]`: the items of training examples and of their histories."""
     found = np.zeros(store.facts.num_items + 1, bool)
-    begins = store.user_offsets[train.users]  # all that a user did before is history
+    begins = store.user_offsets[train.users]  # all earlier events of a user are history
     ends = train.row_ends.astype(np.int64) + train.event_bases
     for first, end in _chunks(np.cumsum(ends - begins)):
         lengths = (ends - begins)[first:end]
@@ -118,7 +124,12 @@ def _occurring(store: EventStore, train: Examples) -> np.ndarray:
 
 
 def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`touched_offsets` and `touched_gaps` of the `kept` items alone, by their numbers among these."""
+    """Returns `touched_offsets` and `touched_gaps` of some items alone, by their numbers among these.
+
+    Args:
+        store: the events.
+        kept: bool `[num_items + 1]`, True for the items that count.
+    """
     offsets, gaps = store.touched_offsets, store.touched_gaps
     assert offsets is not None
     assert gaps is not None
@@ -138,7 +149,7 @@ def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _ranks(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each of successive runs of `counts`."""
+    """Returns 0, 1, ... for each of successive runs, int64 `[sum of counts]`."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 

@@ -1,7 +1,7 @@
-"""Columns of ids, times and labels, read batch by batch; every rule that their values must keep is checked here.
+"""Columns of ids, times and labels, which are read batch by batch and checked against every rule of their values.
 
-Arrow does the work: a batch's ids are dictionary-encoded as they come, and the dictionaries are unified at the end, so
-that strings are held once per batch at most. Dense ids follow first appearance in the files' order.
+Ids are dictionary-encoded batch by batch, and the dictionaries are unified at the end. So a batch holds each string at
+most once. Dense ids follow first appearance in the order of the files. E is the number of events.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from din_dist.errors import InputError
-from din_dist.tables import formats
+from din_dist.tables.arrow_text import has_empty, is_text, is_utf8, without_empty
+from din_dist.tables.formats import INTEGER
 from din_dist.text import shown
 
 _ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
@@ -24,7 +25,7 @@ _LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
 
 
 class Rows:
-    """Where a row, counted over all files, stands; rows are added as batches are read."""
+    """The files that were read so far, and how many rows each has: where a row of all files stands."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,24 +33,27 @@ class Rows:
         self._starts: list[int] = []
 
     def begin(self, file: Path) -> None:
+        """Notes that the next rows are those of `file`."""
         self._files.append(file)
         self._starts.append(self.count)
 
     def advance(self, num_rows: int) -> None:
+        """Notes that so many rows more were read."""
         self.count += num_rows
 
     def place(self, row: int) -> tuple[Path, int]:
-        """File, and row in it from 1."""
+        """Returns the file of a row, and the row in it from 1."""
         index = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._files[index], int(row) - self._starts[index] + 1
 
     def reject(self, row: int, rule: str, received: str, remedy: str) -> InputError:
+        """Returns the error for a row, counted over all files from 0, that breaks a rule."""
         file, number = self.place(row)
         return InputError(f"{file}, row {number}: {rule}. Received: {received}. {remedy}")
 
 
 class Column(abc.ABC):
-    """One column of the log, added batch by batch."""
+    """One column of the log, which is added batch by batch."""
 
     def __init__(self, name: str, rows: Rows) -> None:
         self.name = name
@@ -57,42 +61,53 @@ class Column(abc.ABC):
 
     @abc.abstractmethod
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
-        """Takes the next batch's column, `from_folder` if a folder's name gives it.
+        """Takes the next batch of the column.
+
+        Args:
+            column: the values of the batch, of any type.
+            from_folder: a folder's name gives them, as text.
 
         Raises:
             InputError: a value breaks a rule.
         """
 
     def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
-        """The error for the first of the rows where `bad` is true."""
+        """Returns the error for the first row where `bad` is true."""
         index = _first(bad)
         received = f"{self.name}={_shown(column[index])}" if column[index].is_valid else f"no {self.name}"
         return self._rows.reject(self._rows.count + index, rule, received, remedy)
 
     def require_values(self, column: pa.Array) -> None:
+        """Refuses a missing value."""
         if column.null_count:
             rule = f"every event needs a {self.name}"
             raise self.reject(column.is_null(), column, rule, "Fill it in, or drop the row.")
 
     def require_utf8(self, column: pa.Array) -> None:
-        """Checks text; Arrow believes files that say they hold UTF-8."""
+        """Refuses text that is not UTF-8, which Arrow believes of every file that claims it."""
         if is_utf8(column):
             return
         index = next(index for index in range(len(column)) if not is_utf8(column.slice(index, 1)))
         received = f"{self.name}={shown(column[index].as_buffer().to_pybytes())}"
         row = self._rows.count + index
-        raise self._rows.reject(row, "text must be UTF-8", received, "Write the file anew, as UTF-8.")
+        raise self._rows.reject(row, "text must be UTF-8", received, "Convert the file to UTF-8.")
 
 
 class IdColumn(Column):
-    """Ids, strings or integers, to dense codes from 0 by first appearance; -1 where a null is allowed."""
+    """Ids, strings or integers, which become dense codes from 0 by first appearance.
+
+    Args:
+        name: the column's name.
+        rows: where rows stand, for the texts of errors.
+        nullable: a value may be missing; its code is -1.
+    """
 
     def __init__(self, name: str, rows: Rows, nullable: bool = False) -> None:
         super().__init__(name, rows)
         self._nullable = nullable
         self._value_type: pa.DataType | None = None
-        self._chunks: list[pa.DictionaryArray | int] = []  # a number: of rows without a value
-        self._from_folders: dict[int, int] = {}  # chunks with what folders tell, and their first row
+        self._chunks: list[pa.DictionaryArray | int] = []  # an integer counts rows without a value
+        self._from_folders: dict[int, int] = {}  # by chunk that a folder's name gives: its first row
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = _plain(column)
@@ -107,7 +122,7 @@ class IdColumn(Column):
         else:
             rule = f"ids must be strings or integers, not {column.type}"
             raise self.reject(pc.is_valid(column), column, rule, "Convert the column.")
-        if column.null_count == len(column):  # what has no value agrees with every type
+        if column.null_count == len(column):  # a batch without any value agrees with every type
             self._chunks.append(len(column))
             return
         if not from_folder and self._value_type not in (None, value_type):
@@ -132,7 +147,11 @@ class IdColumn(Column):
         self._chunks.append(pa.DictionaryArray.from_arrays(encoded.indices, values))
 
     def finish(self, from_text: bool) -> tuple[np.ndarray, pa.Array]:
-        """Codes int32 `[E]` and the ids; ids `from_text` become integers if each is written as one."""
+        """Returns the codes int32 `[E]` and the ids, int64 or large_string, in the order of their codes.
+
+        Args:
+            from_text: the ids are read from text; they become integers if each is written as one.
+        """
         self._settle_folders()
         known = [chunk for chunk in self._chunks if not isinstance(chunk, int)]
         unified = iter(pa.chunked_array(known).unify_dictionaries().chunks if known else [])
@@ -147,24 +166,19 @@ class IdColumn(Column):
                 ids = encoded.dictionary  # the same for all
         self._chunks.clear()
         codes = np.concatenate(parts)
-        if (
-            from_text
-            and len(ids)
-            and is_text(ids.type)
-            and pc.all(pc.match_substring_regex(ids, formats.INTEGER)).as_py()
-        ):
+        if from_text and len(ids) and is_text(ids.type) and pc.all(pc.match_substring_regex(ids, INTEGER)).as_py():
             ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
         return codes, ids
 
     def _settle_folders(self) -> None:
-        """Reads what folders tell as integers, where files have integers: a folder's name has no type."""
+        """Reads ids from folders' names as integers if the files have integers, because a name has no type."""
         if self._value_type != pa.int64():
             return
         for place, row in self._from_folders.items():
             chunk = self._chunks[place]
             assert not isinstance(chunk, int)
             (text,) = chunk.dictionary.to_pylist()
-            if not re.match(formats.INTEGER, text):
+            if not re.match(INTEGER, text):
                 raise self._rows.reject(
                     row,
                     "all ids of a column must be of one type, int64 in other files",
@@ -175,16 +189,19 @@ class IdColumn(Column):
 
 
 class TimeColumn(Column):
-    """Integers as they are; dates and times become microseconds since 1970, UTC.
+    """Integers as they are; dates and times become microseconds since 1970, UTC. All must be of one kind.
 
-    All must be of one kind; if there was a column `before`, also of its kind.
+    Args:
+        name: the column's name.
+        rows: where rows stand, for the texts of errors.
+        before: a column that was read before, whose kind this one must have.
     """
 
     def __init__(self, name: str, rows: Rows, before: TimeColumn | None = None) -> None:
         super().__init__(name, rows)
         self._chunks: list[np.ndarray] = []
         self._dates: bool | None = before._dates if before else None  # None before the first one
-        self._zoned: bool | None = before._zoned if before else None  # likewise: whether dates have a time zone
+        self._zoned: bool | None = before._zoned if before else None  # dates have a time zone; None before the first
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = _plain(column)
@@ -213,7 +230,7 @@ class TimeColumn(Column):
         self._chunks.append(values.to_numpy())
 
     def finish(self) -> np.ndarray:
-        """int64 `[E]`."""
+        """Returns the times, int64 `[E]`."""
         return _joined(self._chunks)
 
     def _microseconds(self, column: pa.Array) -> pa.Array:
@@ -238,7 +255,7 @@ class TimeColumn(Column):
             raise self._not_integer(bad, column) from error
 
     def _other_zone(self, bad: pa.Array, column: pa.Array) -> InputError:
-        """The error for a date with a time zone where others have none, or the reverse."""
+        """Returns the error for a date with a time zone where others have none, or the reverse."""
         so_far = "one" if self._zoned else "none"
         rule = f"all timestamps must have a time zone, or none of them; those before have {so_far}"
         return self.reject(bad, column, rule, "Write all of them with a zone, or all without.")
@@ -253,12 +270,12 @@ class TimeColumn(Column):
         return self._cast(pc.replace_substring_regex(column, r"^\+|\.0*$", ""), column)
 
     def _integers_in_floats(self, column: pa.Array) -> pa.Array:
-        """Floats from 2^53 on (float32: 2^24) are the neighbours of the integers that were meant."""
+        """Converts floats to integers. From 2^53 on (float32: 2^24) a float may be a neighbour of the one meant."""
         limit = 2.0 ** {16: 11, 32: 24, 64: 53}[column.type.bit_width]
         numbers = _widened(column).cast(pa.float64())
         large = pc.and_(pc.greater_equal(pc.abs(numbers), limit), pc.is_finite(numbers))
         if pc.any(large).as_py():
-            rule = f"a timestamp that is a {column.type} must be below {limit:.0f}, from where on digits are lost"
+            rule = f"a timestamp that is a {column.type} must be below {limit:.0f}: larger ones lose digits"
             raise self.reject(large, column, rule, "Write integers.")
         return self._cast(numbers, column)
 
@@ -275,7 +292,7 @@ class TimeColumn(Column):
 
 
 class LabelColumn(Column):
-    """0 or 1, as integers, floats, booleans or text."""
+    """Labels, 0 or 1, written as integers, floats, booleans or text."""
 
     def __init__(self, name: str, rows: Rows) -> None:
         super().__init__(name, rows)
@@ -307,12 +324,12 @@ class LabelColumn(Column):
         self._chunks.append(ones.cast(pa.uint8()).to_numpy())
 
     def finish(self) -> np.ndarray:
-        """uint8 `[E]`."""
+        """Returns the labels, uint8 `[E]`."""
         return _joined(self._chunks)
 
 
 def _joined(chunks: list[np.ndarray]) -> np.ndarray:
-    """One array of all, and the memory of the chunks given back."""
+    """Returns all chunks in one array, and frees the chunks."""
     whole = np.concatenate(chunks)
     chunks.clear()
     return whole
@@ -321,17 +338,17 @@ def _joined(chunks: list[np.ndarray]) -> np.ndarray:
 def _shown(value: pa.Scalar) -> str:
     try:
         return shown(value.as_py())
-    except (ValueError, OverflowError):  # a date that Python does not know, or a list of text that is no UTF-8
+    except (ValueError, OverflowError):  # a date out of Python's range, or a list of text that is not UTF-8
         return f"{value.type} {value.value}" if hasattr(value, "value") else f"{value.type}"
 
 
 def _first(bad: pa.Array) -> int:
-    """Returns where an array of booleans is true for the first time."""
+    """Returns the first index at which an array of booleans is true."""
     return int(np.argmax(bad.fill_null(False).to_numpy(zero_copy_only=False)))
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """Returns a column without a dictionary, whose order and unused entries are an accident of the file."""
+    """Returns a column without a dictionary: its order and its unused entries are accidents of the file."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type):
@@ -341,40 +358,16 @@ def _plain(column: pa.Array) -> pa.Array:
     return column
 
 
-def has_empty(column: pa.Array) -> bool:
-    return pc.min(pc.binary_length(column)).as_py() == 0
-
-
-def without_empty(column: pa.Array) -> pa.Array:
-    """Returns text with nulls in place of empty values: they are no values."""
-    if not has_empty(column):
-        return column
-    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
-
-
 def _widened(column: pa.Array) -> pa.Array:
-    """Returns float16, with which Arrow cannot compute, as float64, and other numbers as they are."""
+    """Returns float16 as float64, because Arrow cannot compute with it, and other numbers as they are."""
     return column.cast(pa.float64()) if pa.types.is_float16(column.type) else column
 
 
 def _decimals_equal(column: pa.Array, number: int) -> pa.Array:
-    """Compares exactly; as floats, 1.00000000000000000001 would be 1."""
+    """Compares decimals with a number exactly; as a float, 1.00000000000000000001 would equal 1."""
     encoded = column.dictionary_encode()
     equal = [value.as_py() == number for value in encoded.dictionary]
     return pa.array(equal, pa.bool_()).take(encoded.indices)
-
-
-def is_utf8(column: pa.Array) -> bool:
-    """Tells whether all of a column's text is; Arrow believes files that say so."""
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_cast(value: pa.Scalar, kind: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""The user's files: finding them, and noticing that they changed since they were prepared."""
+"""Finds the user's files, and notices that they changed since they were prepared."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
 _NOWHERE: frozenset[tuple[int, int]] = frozenset()
 _UNKNOWN_SIGN = "\ufffd"  # in place of bytes that are not UTF-8
-_MOST_NAMED = 5  # of the files that were passed over
+_MOST_NAMED = 5  # files that were passed over
 _PARTITION = re.compile(r"([^=]+)=(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A table's files, sorted by path, and what was passed over: names by their path below the source."""
+    """The files of a table.
+
+    Attributes:
+        files: the files, sorted by path.
+        passed_over: the paths below the source of the files and folders that were not read.
+    """
 
     files: list[Path]
     passed_over: list[str]
 
     def describe(self) -> str:
-        """Returns one line for people."""
+        """Returns one line that tells how many files were read and which were not."""
         line = f"files: {len(self.files):,} read"
         if not self.passed_over:
             return line
@@ -42,22 +47,25 @@ class Found:
 
 
 def absolute(source: str, flag: str = "data_path") -> str:
-    """Returns `source` (a file, a folder or a glob) from the root on, `~` spelled out; links are left alone."""
+    """Returns the absolute path of `source` (a file, a folder or a glob), with `~` expanded and links as they are."""
     return os.path.abspath(local_path(source, flag))  # noqa: PTH100 (`resolve` would follow links)
 
 
 def find_files(source: str, flag: str = "--data_path", table: str = "log") -> Found:
-    """Finds a table's files: `source` itself, all in that folder, or all that the glob matches.
+    """Finds a table's files: `source` itself, all files in that folder, or all that the glob matches.
 
-    Each real file counts once, however many links lead to it. In folders and globs, files of other types, names that
-    begin with `.` or `_`, and links to what was found already are passed over.
+    Each real file counts once, however many links lead to it. In folders and globs these are passed over:
+    - files of other types,
+    - names that begin with `.` or `_`,
+    - links to files that were found already.
 
     Args:
-        flag: the flag that `source` was given by; `table` is what it is called.
+        source: a file, a folder or a glob.
+        flag: the flag that `source` was given by, for the texts of errors.
+        table: the name of the table there.
 
     Raises:
-        InputError: nothing is there, something cannot be read, a file of an unsupported type was asked for, or formats
-            are mixed.
+        InputError: nothing is there, something cannot be read, a file is of an unsupported type, or formats are mixed.
     """
     source = absolute(source, flag.removeprefix("--"))
     path = Path(source)
@@ -92,7 +100,7 @@ def _require_one_format(source: str, files: list[Path], table: str) -> None:
 
 
 class _Search:
-    """Walks folders; each real folder and each real file once."""
+    """Walks folders, and visits each real folder and each real file once."""
 
     def __init__(self, flag: str, table: str) -> None:
         self._flag, self._table = flag, table
@@ -101,7 +109,7 @@ class _Search:
         self.passed_over: list[Path] = []
 
     def add_all(self, paths: Iterable[Path]) -> None:
-        """Adds files, and all below folders. What is no link comes first: so a file keeps the name that is its own."""
+        """Adds files, and all files below folders. Links come last, so that a file keeps its own name."""
         links = list(paths)
         while links:
             found: list[Path] = []
@@ -110,7 +118,7 @@ class _Search:
             links = found
 
     def _add_tree(self, top: Path, links: list[Path]) -> None:
-        """Adds what is at `top`, without following the `links` below it, which it notes."""
+        """Adds the file or folder at `top`; the links below it are not followed but added to `links`."""
         pending = [top]  # a stack: folders may be nested deeper than functions
         while pending:
             path = pending.pop()
@@ -128,7 +136,7 @@ class _Search:
                 pending.extend(reversed(entries))
 
     def refuse_tables_above(self, files: Iterable[Path]) -> None:
-        """Refuses files of folders and globs that lie within a table, wherever its log is."""
+        """Refuses files that lie in a folder of a Delta, Hudi or Iceberg table, at any depth."""
         seen: set[Path] = set()
         for file in files:
             for folder in file.parents:
@@ -138,14 +146,14 @@ class _Search:
                 self._refuse_tables(folder, {name for name in (*_TABLES, "metadata") if _is_dir(folder / name)})
 
     def _refuse_tables(self, folder: Path, names: set[str]) -> None:
-        """Refuses tables whose folder keeps files of earlier versions: which are of today, a log of theirs tells."""
+        """Refuses a table whose folder keeps files of earlier versions: only its own log tells which are current."""
         kinds = [kind for name, kind in _TABLES.items() if name in names]
         if "metadata" in names and any((folder / "metadata").glob("*.metadata.json")):
             kinds.append("an Iceberg table")
         if kinds:
             raise InputError(
-                f"{folder}: a {self._table} is files, all of which count. Received: {kinds[0]}, whose folder keeps "
-                "files of earlier versions too. Write it out as Parquet, for example with Spark."
+                f"{folder}: all files of a {self._table} are read. Received: {kinds[0]}, whose folder keeps files of "
+                "earlier versions too. Write it out as Parquet, for example with Spark."
             )
 
     def _add(self, path: Path) -> None:
@@ -164,7 +172,7 @@ class _Search:
         """Tells whether there is something at `path`.
 
         Raises:
-            InputError: that cannot be told for want of rights.
+            InputError: rights are missing to tell that.
         """
         try:
             path.stat()
@@ -175,10 +183,10 @@ class _Search:
         return True
 
     def require_file(self, path: Path) -> None:
-        """Checks a file that was asked for by its name.
+        """Checks a file that the user named.
 
         Raises:
-            InputError: it cannot be read, or its type is none of ours.
+            InputError: the file cannot be read, or its type is not supported.
         """
         self._require_name(path)
         self._require_readable(path)
@@ -201,9 +209,9 @@ class _Search:
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            what = "a link to what is not there" if path.is_symlink() else error.strerror
+            what = "a link to nowhere" if path.is_symlink() else error.strerror
             raise self._unreadable(path, f"{what}") from error
-        if not stat.S_ISREG(mode):  # which can be read once only, or never ends
+        if not stat.S_ISREG(mode):  # it can be read only once, or never ends
             raise self._unreadable(path, "a pipe or a device")
         if not os.access(path, os.R_OK, effective_ids=True):
             raise self._unreadable(path, "no rights to read it")
@@ -215,7 +223,7 @@ class _Search:
             raise self._unreadable(path, f"{error.strerror}") from error
 
     def _is_there(self, path: Path) -> bool:
-        """Tells whether there is something at `path`, if only a link to nowhere."""
+        """Tells whether there is something at `path`, even a link to nowhere."""
         try:
             path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -239,23 +247,23 @@ class _Search:
 
     def _unreadable(self, path: Path, received: str) -> InputError:
         return InputError(
-            f"{path}: all of a {self._table} must be readable, files and folders. Received: {received}. Correct that, "
+            f"{path}: all files and folders of a {self._table} must be readable. Received: {received}. Correct that, "
             f"or give {self._flag} a glob that leaves it out."
         )
 
     def matches(self, pattern: Path) -> list[Path]:
-        """Returns what a glob matches; unlike Python's, it does not pass over folders that cannot be read.
+        """Returns the paths that a glob matches. Unlike Python's, it does not pass over folders that cannot be read.
 
         Raises:
-            InputError: one cannot.
+            InputError: a folder cannot be read.
         """
         fixed = _fixed_parts(pattern)
         found = dict.fromkeys(self._matches(Path(*fixed), pattern.parts[len(fixed) :]))
         return sorted(found, key=lambda path: (path.resolve() != path, path))  # a file's own name first
 
     def _matches(self, base: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-        """Yields what `parts` match below `base`, in any order."""
-        pending = [(base, parts, _NOWHERE)]  # and the folders that `**` has come through: links may lead in a circle
+        """Yields the paths that `parts` match below `base`, in any order."""
+        pending = [(base, parts, _NOWHERE)]  # with the folders that `**` came through: links may form a circle
         while pending:
             base, parts, above = pending.pop()
             if not parts:
@@ -283,7 +291,7 @@ class _Search:
 def _is_dir(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # of a folder without rights
+    except OSError:  # its folder gives no rights
         return False
 
 
@@ -292,7 +300,7 @@ def _is_magic(part: str) -> bool:
 
 
 def _fixed_parts(pattern: Path) -> tuple[str, ...]:
-    """Returns what stands before a pattern's first sign of a glob."""
+    """Returns the parts of a pattern before the first one with a sign of a glob."""
     parts = pattern.parts
     return parts[: next((place for place, part in enumerate(parts) if _is_magic(part)), len(parts))]
 
@@ -300,8 +308,12 @@ def _fixed_parts(pattern: Path) -> tuple[str, ...]:
 def partition_of(file: Path, wanted: Sequence[str] = ()) -> dict[str, str | None]:
     """Returns the columns that the names of a file's folders give, as Hive, Spark and pandas write them: NAME=VALUE.
 
+    Args:
+        file: the path of the file.
+        wanted: the columns whose values are checked.
+
     Raises:
-        InputError: of a `wanted` column there are two values, or one that is not UTF-8.
+        InputError: a wanted column has two values, or one that is not UTF-8.
     """
     found: dict[str, str | None] = {}
     for folder in (file.parent, *file.parent.parents):
@@ -321,9 +333,11 @@ def partition_of(file: Path, wanted: Sequence[str] = ()) -> dict[str, str | None
 
 
 def fingerprint_files(files: Iterable[Path], columns: Sequence[str] = ()) -> dict[str, dict[str, int | str]]:
-    """Returns by path: size in bytes, time of change in nanoseconds, digest of the content.
+    """Returns facts about each file, by its path: size in bytes, time of change in nanoseconds, digest of the content.
 
-    Also `partition`, where the names of a file's folders give some of the `columns`.
+    Args:
+        files: the files to read.
+        columns: the columns of the table. If the names of folders give some of them, `partition` is one more fact.
 
     Raises:
         InputError: a file cannot be read.
@@ -336,7 +350,7 @@ def fingerprint_files(files: Iterable[Path], columns: Sequence[str] = ()) -> dic
 
 
 def partition_text(file: Path, columns: Sequence[str]) -> str:
-    """Returns which of the `columns` the names of a file's folders give, and with what values; empty for none."""
+    """Returns NAME=VALUE of each of the `columns` that the names of a file's folders give; empty if there is none."""
     partition = partition_of(file)
     return "/".join(f"{name}={partition[name]}" for name in columns if name in partition)
 
@@ -347,10 +361,16 @@ def check_unchanged(
     since: str = "the data was prepared",
     remedy: str = "Give launch/train.sh or prepare_data --overwrite_prepared once, or give another --data_dir.",
 ) -> None:
-    """Compares the files of today with those that were recorded; a mere `touch` or a copy back is no change.
+    """Compares files with facts that were recorded before. To touch a file or to copy it back is no change.
+
+    Args:
+        recorded: the facts by path; see `fingerprint_files`.
+        files: the files as they are now.
+        since: when the facts were recorded, for the text of the error.
+        remedy: what the user can do, for the text of the error.
 
     Raises:
-        InputError: naming the first file that was changed, added or removed.
+        InputError: a file was changed, added or removed; the text names the first one.
     """
     now = {str(file) for file in files}
     for path in sorted(now | set(recorded)):

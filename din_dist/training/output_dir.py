@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 from pathlib import Path
 from typing import TextIO
 
 from din_dist import progress
 from din_dist.errors import InputError
-from din_dist.files import make_folder
+from din_dist.files import make_folder, take_lock
 
 
 class OutputDirLock:
@@ -49,23 +46,9 @@ def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock", flag: 
     Raises:
         InputError: another job is at work in it, or it cannot be written.
     """
-    path = folder / name
     try:
         make_folder(folder)
-        while True:
-            lock = path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read()
-                lock.close()
-                if not job_id or holder != job_id:
-                    raise
-                return _take_over(path, job_id)
-            if _is_at(lock, path):
-                return _note_holder(lock, job_id)
-            lock.close()  # another one took it over meanwhile: what this one has locked is no longer there
+        return take_lock(folder / name, job_id)
     except BlockingIOError as error:
         raise InputError(
             f"{flag}: one job at a time. Received: {folder}, where another one is at work. "
@@ -75,26 +58,3 @@ def claim_output_dir(folder: Path, job_id: str = "", name: str = ".lock", flag: 
         raise InputError(
             f"{flag}: must be a folder that can be written. Received: {folder}, {error.strerror}. Name another one."
         ) from error
-
-
-def _take_over(path: Path, job_id: str) -> TextIO:
-    """Another file in the place of the one that is locked."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    lock = aside.open("a+", encoding="utf-8")
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    aside.replace(path)
-    return _note_holder(lock, job_id)
-
-
-def _note_holder(lock: TextIO, job_id: str) -> TextIO:
-    with contextlib.suppress(OSError):  # a full disk: then nobody can take it over
-        lock.truncate(0)
-        lock.write(job_id)
-        lock.flush()
-    return lock
-
-
-def _is_at(lock: TextIO, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    return False

@@ -22,7 +22,7 @@ import pytest
 from din_dist.data.blocks import Block, EventLog
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.errors import InputError
-from din_dist.tables import formats
+from din_dist.tables import json_lines, record_batches, text_files
 
 ROWS = [
     {"user_id": "b", "item_id": "x", "category_id": "red", "timestamp": 30},
@@ -183,7 +183,7 @@ def test_timestamps(tmp_path: Path, values: pa.Array, expected: list[int]) -> No
 
 
 def test_files_are_read_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(record_batches, "ROWS_PER_BATCH", 3)
     rows = [{"user_id": f"u{n % 7}", "item_id": f"i{n % 5}", "timestamp": n // 3} for n in range(40)]
     files = [write(tmp_path, rows[:11], "a.parquet"), write(tmp_path, rows[11:], "b.parquet")]
     whole, parts = (read_log(paths, Columns()) for paths in ([write(tmp_path, rows)], files))
@@ -205,7 +205,7 @@ def test_one_of_the_files_may_have_no_rows(tmp_path: Path, name: str) -> None:
 
 
 def test_many_text_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "BYTES_PER_BATCH", 200)
+    monkeypatch.setattr(text_files, "BYTES_PER_BATCH", 200)
     rows = [{"user_id": f"u{n % 7}", "item_id": n % 5, "timestamp": n, "junk": "x" * (n % 9)} for n in range(99)]
     for name in ("log.csv", "log.jsonl"):
         log = read_log([write(tmp_path, rows, name)], Columns())
@@ -214,7 +214,7 @@ def test_many_text_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_json_type_is_sought_beyond_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", 2)
     path = write(tmp_path, events(category_id=[None, None, None, 8]), "log.jsonl")
     assert read_log([path], Columns()).item_features["category_id"].ids.to_pylist() == [8]
     nothing = write(tmp_path, events(category_id=[None, None]), "none.jsonl")
@@ -233,7 +233,7 @@ def test_byte_order_mark_in_csv(tmp_path: Path) -> None:
 
 
 def test_quoted_line_breaks_in_csv_at_any_place_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "BYTES_PER_BATCH", 64)
+    monkeypatch.setattr(text_files, "BYTES_PER_BATCH", 64)
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id,timestamp,note\n" + 'u,"i\nj",1,"a,\n\n1,2 b"\n' * 50)
     log = read_log([path], Columns())
@@ -292,7 +292,7 @@ def test_null(tmp_path: Path, name: str, column: str) -> None:
 
 
 def test_rows_count_from_the_start_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(record_batches, "ROWS_PER_BATCH", 2)
     files = [
         write(tmp_path, events(user_id=["u"] * 5), "a.parquet"),
         write(tmp_path, events(user_id=["u"] * 4 + [None]), "b.parquet"),
@@ -445,8 +445,8 @@ def test_a_csv_row_of_the_wrong_width(tmp_path: Path) -> None:
 def test_csv_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.csv"
     path.write_bytes(b"user_id,item_id,timestamp\n" + b'u,"i\nj",1\n' * 20 + b"u\xe9,i,1\n")
-    assert r"row 21: text must be UTF-8. Received: user_id=b'u\xe9'. Write the file anew, as UTF-8." in message([path])
-    monkeypatch.setattr(formats, "BYTES_PER_BATCH", 64)
+    assert r"row 21: text must be UTF-8. Received: user_id=b'u\xe9'. Convert the file to UTF-8." in message([path])
+    monkeypatch.setattr(text_files, "BYTES_PER_BATCH", 64)
     assert r"row 21: text must be UTF-8. Received: user_id=b'u\xe9'." in message([path])
     path.write_bytes(b"us\xe9,user_id,item_id,timestamp\nu,u,i,1\n")
     assert r"log.csv, the first line: text must be UTF-8. Received: b'us\xe9,user_id,item" in message([path])
@@ -457,7 +457,7 @@ def test_csv_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_utf_16(tmp_path: Path, name: str, encoding: str) -> None:
     path = write(tmp_path, ROWS, name)
     path.write_bytes(path.read_text().encode(encoding))
-    assert f"{name}: text must be UTF-8. Received: UTF-16. Write the file anew, as UTF-8." in message([path])
+    assert f"{name}: text must be UTF-8. Received: UTF-16. Convert the file to UTF-8." in message([path])
 
 
 @pytest.mark.parametrize(("separator", "shown"), [("\t", r"\t"), (";", ";"), ("|", "|")])
@@ -520,7 +520,7 @@ def test_a_csv_header_without_an_end(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("typed", [1, 1000])
 def test_malformed_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: str, typed: int) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", typed)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", typed)
     path = tmp_path / "log.jsonl"
     path.write_text('{"user_id": "u", "item_id": "i", "timestamp": 1}\n\n' * 2 + line + "\n")
     assert expected in message([path])
@@ -536,7 +536,7 @@ def test_json_whose_first_value_is_none_that_can_be_read(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("typed", [1, 1000])
 def test_json_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: int) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", typed)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", typed)
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"user_id": "u", "item_id": "i", "timestamp": 1}\n' * 2 + b'{"user_id": "\xe9", "item_id": "i"}')
     assert "row 3: text must be UTF-8. Received: " in message([path])
@@ -610,8 +610,8 @@ def test_json_columns_that_begin_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, escaped: Callable[[str], str] | None
 ) -> None:
     """However the encoder writes their names."""
-    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 100)  # a row or two
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", 2)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 100)  # a row or two
     rows = events(item_id=list("abcdefghij"))
     path = tmp_path / "log.jsonl"
     key = json.dumps(column, ensure_ascii=escaped is not None)
@@ -631,8 +631,8 @@ def test_json_columns_that_begin_late(
 def test_late_names_in_which_any_letter_has_an_escape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", 2)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 100)
     path = tmp_path / "log.jsonl"
     lines = [json.dumps(row)[:-1] + r', "x": "a\u0026b\u0027"}' for row in events(item_id=list("abcdef"))]
     path.write_text("\n".join(lines[:-1]) + f"\n{lines[-1][:-1]}, {key}: 1}}\n")
@@ -640,7 +640,7 @@ def test_late_names_in_which_any_letter_has_an_escape(
 
 
 def test_labels_that_begin_late_are_missed_in_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", 2)
     path = tmp_path / "log.jsonl"
     rows = events(item_id=list("abcdef"))
     path.write_text("".join(json.dumps(row | ({"label": 1} if n > 3 else {})) + "\n" for n, row in enumerate(rows)))
@@ -650,7 +650,7 @@ def test_labels_that_begin_late_are_missed_in_the_rows_before(tmp_path: Path, mo
 
 
 def test_a_late_name_inside_of_a_value_is_no_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", 2)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", 2)
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(row | {"page": {"label": 1}}) + "\n" for row in events(item_id=list("abcd"))))
     assert not read_log([path], Columns()).has_labels
@@ -668,7 +668,7 @@ def test_json_of_blank_lines(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**30])
 @pytest.mark.parametrize("typed", [1, 1000])
 def test_json_ids_beyond_64_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: int, typed: int) -> None:
-    monkeypatch.setattr(formats, "HEAD_ROWS", typed)
+    monkeypatch.setattr(json_lines, "HEAD_ROWS", typed)
     path = write(tmp_path, events(user_id=[1, 2, value]), "log.jsonl")
     assert f"log.jsonl, row 3: integers must fit 64 bits. Received: user_id={value}. Make" in message([path])
 
@@ -686,8 +686,8 @@ def test_deeply_nested_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["log.jsonl.gz", "log.csv.gz"])
 def test_a_line_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A few kilobytes that become gigabytes: they are read bit by bit, and no further than to the limit."""
-    monkeypatch.setattr(formats, "MOST_LINE_BYTES", 1 << 20)
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(text_files, "MOST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1 << 16)
     with gzip.open(tmp_path / name, "wb") as file:
         for _ in range(64):
             file.write(b"," * (1 << 20))
@@ -717,7 +717,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path, kind: pa.DataType, column
     text = pa.Array.from_buffers(pa.string(), rows, raw.buffers()).cast(kind)
     table = {"user_id": ["u"] * rows, "item_id": ["i"] * rows, "timestamp": [1] * rows, column: text}
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
-    received = rf"row {rows}: text must be UTF-8. Received: {column}=b'\xff\x1b[2J'. Write the file anew, as UTF-8."
+    received = rf"row {rows}: text must be UTF-8. Received: {column}=b'\xff\x1b[2J'. Convert the file to UTF-8."
     assert received in message([tmp_path / "log.parquet"])
 
 
@@ -799,9 +799,7 @@ def test_times_in_floats_that_have_lost_digits(tmp_path: Path, kind: type, limit
     assert times_of(tmp_path, whole) == sorted([1, sign * (limit - 1)])
     pq.write_table(log_with(pa.array(np.array([1, sign * limit], kind))), tmp_path / "log.parquet")
     text = message([tmp_path / "log.parquet"])
-    assert (
-        f" must be below {limit}, from where on digits are lost. Received: timestamp={float(sign * limit)!r}." in text
-    )
+    assert f" must be below {limit}: larger ones lose digits. Received: timestamp={float(sign * limit)!r}." in text
     assert "log.parquet, row 2: a timestamp that is a " in text
 
 
@@ -809,7 +807,7 @@ def test_json_times_of_which_the_first_is_a_float(tmp_path: Path) -> None:
     path = write(tmp_path, events(timestamp=[1.0, 3, 2]), "log.jsonl")
     assert only_block(read_log([path], Columns())).timestamps.tolist() == [1, 2, 3]
     path = write(tmp_path, events(timestamp=[1.0, BIG]), "log.jsonl")
-    assert "log.jsonl, row 2: a timestamp that is a double must be below 9007199254740992," in message([path])
+    assert "log.jsonl, row 2: a timestamp that is a double must be below 9007199254740992: " in message([path])
 
 
 def test_csv_times_keep_every_digit(tmp_path: Path) -> None:

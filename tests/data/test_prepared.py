@@ -521,7 +521,7 @@ def test_what_an_earlier_version_may_have_read_wrongly(tmp_path: Path, config: D
         assert dataclasses.replace(open_prepared(config).facts, reader=schema.READER) == expected
         return
     with pytest.raises(
-        InputError, match="overlooked columns that begin late, or that folders' names give.* Prepare it"
+        InputError, match="reads columns that begin late, and those that folders' names give.* Prepare it"
     ):
         open_prepared(config)
     with mock.patch.object(prepared, "_build", wraps=prepared._build) as build:
@@ -556,5 +556,5 @@ def test_what_is_told_of_the_files(tmp_path: Path, config: DataConfig) -> None:
     store = prepare(config)
     assert prepared.describe_sources(config, store.facts) == ["files: 2 read, 1 passed over: README"]
     shutil.rmtree(tmp_path / "log")
-    assert prepared.describe_sources(config, store.facts) == ["files: 2 read, which are gone since"]
+    assert prepared.describe_sources(config, store.facts) == ["files: 2 read, which are gone now"]
     assert prepared.describe_sources(DataConfig(), store.facts) == []

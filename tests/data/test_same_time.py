@@ -22,7 +22,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.schema import Batch
 from din_dist.serving.batch.histories import UserHistories
-from din_dist.tables.table import Ids
+from din_dist.tables.ids import Ids
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training_state import TrainingState
 from tests.support.small_log import small_config

@@ -154,7 +154,7 @@ def test_what_is_no_file_is_not_waited_for(folder: Path, name: str, kind: str) -
         os.mknod(path, 0o600 | 0o140000)
     else:
         path.symlink_to("/dev/zero")
-    assert f"{name}: must be as it was published. Received: what is no regular file." in refused(folder)
+    assert f"{name}: must be as it was published. Received: not a regular file." in refused(folder)
 
 
 def test_a_link_to_the_same_content_is_a_file(folder: Path, tmp_path: Path) -> None:

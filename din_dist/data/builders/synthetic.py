@@ -1,4 +1,4 @@
-"""Made-up events of any size, in which attention has something to find.
+"""Makes events of any number, in which attention has something to find.
 
 Prepared by `python -m din_dist.cli.prepare_data --dataset=synthetic --synthetic_num_users=...`.
 """
@@ -17,8 +17,8 @@ from din_dist.data.blocks import EVENTS_PER_BLOCK, Block, Blocks, EventLog, Item
 from din_dist.data.builders.base import EventsBuilder
 
 FAVOURITES = 4  # categories that a user cares about
-SWITCH_PROBABILITY = 0.2  # that the next event turns to another favourite: an interest lasts 5 events on average
-STRAY_PROBABILITY = 0.1  # that an event belongs to no favourite
+SWITCH_PROBABILITY = 0.2  # the next event turns to another favourite: an interest lasts 5 events on average
+STRAY_PROBABILITY = 0.1  # an event belongs to no favourite
 FIRST_SECOND = 1_600_000_000
 STARTS_WITHIN_SECONDS = 180 * 86_400
 MEAN_GAP_SECONDS = 43_200
@@ -26,7 +26,7 @@ MEAN_GAP_SECONDS = 43_200
 
 @dataclasses.dataclass(eq=False)
 class SyntheticConfig(tfds.core.BuilderConfig):
-    """`events_per_user` is a mean: each user has 2 events and a geometric number more."""
+    """The size of the data set; `events_per_user` is a mean: each user has 2 events and a geometric number more."""
 
     num_users: int = 10_000
     num_items: int = 10_000
@@ -38,6 +38,7 @@ class SyntheticConfig(tfds.core.BuilderConfig):
     def sized(
         cls, num_users: int, num_items: int, num_categories: int, events_per_user: int, seed: int
     ) -> SyntheticConfig:
+        """Makes a configuration whose name, and so whose folder, follows from the numbers."""
         num_categories = min(num_categories, num_items)
         name = f"users_{num_users}-items_{num_items}-categories_{num_categories}-events_{events_per_user}-seed_{seed}"
         return cls(
@@ -53,7 +54,7 @@ class SyntheticConfig(tfds.core.BuilderConfig):
 class Synthetic(EventsBuilder):
     """Made-up events: each user moves among a few favourite categories, and takes popular items of the current one.
 
-    Categories, and items within a category, are popular as 1/rank. Timestamps are seconds. Block after block is made
+    The popularity of categories, and of items within a category, is 1/rank. Timestamps are seconds. Each block follows
     from (seed, block) alone, so that any size fits in memory.
     """
 
@@ -84,20 +85,20 @@ class Synthetic(EventsBuilder):
 
 
 class SyntheticBlocks(Blocks):
-    """Each block follows from (seed, index) and from nothing else."""
+    """The blocks of the data set, each of which follows from (seed, index) alone."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self._config = config
         self._users_per_block = max(1, EVENTS_PER_BLOCK // config.events_per_user)
         share = np.linspace(0, config.num_items, config.num_categories + 1)
-        self.first_items = np.floor(share).astype(np.int64)  # [C + 1], a category's items lie side by side
+        self.first_items = np.floor(share).astype(np.int64)  # [C + 1], the items of a category have successive numbers
 
     def __len__(self) -> int:
         return -(-self._config.num_users // self._users_per_block)
 
     def __getitem__(self, index: int) -> Block:
         config = self._config
-        # Only `random()`: NumPy promises that bit streams stay, not that distributions do.
+        # Only `random()`, because NumPy promises to keep bit streams but not distributions.
         random = np.random.Generator(np.random.Philox(key=[config.seed, index])).random
         first_user = index * self._users_per_block
         num_users = min(self._users_per_block, config.num_users - first_user)
@@ -109,7 +110,7 @@ class SyntheticBlocks(Blocks):
         favourites = _zipf(random((num_users, FAVOURITES)), config.num_categories)
         turns = random(num_events) < SWITCH_PROBABILITY
         turns[offsets[:-1]] = True
-        spell = np.cumsum(turns) - 1  # which stretch of one interest an event belongs to
+        spell = np.cumsum(turns) - 1  # the stretch of one interest that an event belongs to
         interest = (random(int(turns.sum())) * FAVOURITES).astype(np.int64)[spell]
         strays = random(num_events) < STRAY_PROBABILITY
         category = np.where(strays, _zipf(random(num_events), config.num_categories), favourites[users, interest])
@@ -129,12 +130,12 @@ class SyntheticBlocks(Blocks):
 
 
 def _zipf(uniform: np.ndarray, size: np.ndarray | int) -> np.ndarray:
-    """Ranks in [0, size): rank r with probability log((r + 2) / (r + 1)) / log(size + 1), about 1/(r + 1)."""
+    """Returns ranks in [0, size): rank r has probability log((r + 2) / (r + 1)) / log(size + 1), about 1/(r + 1)."""
     return np.minimum(np.floor((size + 1.0) ** uniform).astype(np.int64) - 1, np.asarray(size) - 1)
 
 
 def _geometric(uniform: np.ndarray, mean: int) -> np.ndarray:
-    """Whole numbers from 0 with this mean, each next one rarer by the same factor."""
+    """Returns integers from 0 with this mean; each is rarer than the one before it by the same factor."""
     if mean == 0:
         return np.zeros(len(uniform), np.int64)
     return np.floor(np.log1p(-uniform) / np.log(mean / (mean + 1.0))).astype(np.int64)

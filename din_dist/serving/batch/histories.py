@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, USERS, EventStore
 from din_dist.errors import InputError
-from din_dist.tables.table import Ids
+from din_dist.tables.ids import Ids
 
 _OTHER_UNIT = 500  # times as large, or as small, as any time of the log: milliseconds for seconds, or dates for numbers
 

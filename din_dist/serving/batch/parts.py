@@ -13,15 +13,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from din_dist.errors import InputError
-from din_dist.files import read_record, write_text
+from din_dist.files import claimed, read_record, write_text
 from din_dist.tables.sources import check_unchanged, fingerprint_files
-from din_dist.tables.table import Survey, open_table
+from din_dist.tables.survey import Survey, survey_table
+from din_dist.tables.writer import suffix_of
 from din_dist.text import is_count, parse_json, printable, to_json
 
 PLAN = "plan.json"
@@ -61,7 +61,7 @@ class Plan:
             InputError: one is damaged.
         """
         fingerprints = fingerprint_files(files)
-        surveys = {str(file): open_table(file).survey() for file in files}
+        surveys = {str(file): survey_table(file) for file in files}
         return cls(surveys, fingerprints, rows_per_part, settings)
 
     @property
@@ -76,7 +76,7 @@ class Plan:
             for first_row in range(0, max(1, survey.num_rows), self.rows_per_part)
         ]
         return [
-            Part(f"part-{number:05d}-of-{len(places):05d}{open_table(path).suffix}", path, first_row, num_rows)
+            Part(f"part-{number:05d}-of-{len(places):05d}{suffix_of(path)}", path, first_row, num_rows)
             for number, (path, first_row, num_rows) in enumerate(places)
         ]
 
@@ -173,19 +173,10 @@ class PartsFolder:
 
     @contextlib.contextmanager
     def claimed(self, part: Part) -> Iterator[bool]:
-        """Whether this process is the first to ask for the part; until the end of the block nobody else gets it."""
-        claim = self.folder / f".{part.name}.claim"
-        with self.writing():
-            try:
-                os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                yield False
-                return
-            try:
-                # It may have been published, and the claim let go, after somebody looked.
-                yield not self.has(part)
-            finally:
-                claim.unlink(missing_ok=True)
+        """Yields True if this process may write the part; no other process gets it until the block ends."""
+        with self.writing(), claimed(self.folder / f".{part.name}.claim") as is_first:
+            # Another process may have published the part, and ended its claim, after this one looked.
+            yield is_first and not self.has(part)
 
     def stop_all(self) -> None:
         """Asks the other processes to stop; they look between batches."""

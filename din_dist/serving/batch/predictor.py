@@ -23,7 +23,9 @@ from din_dist.serving.batch.histories import Encoded, encode
 from din_dist.serving.batch.parts import Part, PartsFolder, Plan, in_turn
 from din_dist.serving.bundle import Bundle
 from din_dist.tables.formats import shown_names
-from din_dist.tables.table import Added, Field, Ids, Table, open_table
+from din_dist.tables.ids import Field, Ids
+from din_dist.tables.reader import TableReader, open_table
+from din_dist.tables.writer import Added, write_results
 from din_dist.telemetry.terminal import Terminal
 from din_dist.text import duration
 
@@ -113,7 +115,7 @@ class Predictor:
         """
         progress = _Progress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
         started = time.perf_counter()
-        tables: dict[str, Table] = {}
+        tables: dict[str, TableReader] = {}
         try:
             for part in in_turn(self._folder.missing(plan), rank, world_size):
                 if self._folder.has(part):
@@ -132,13 +134,14 @@ class Predictor:
             self.tally.seconds = time.perf_counter() - started
             progress.close()
 
-    def _write(self, table: Table, part: Part, rows_per_batch: int, progress: _Progress) -> None:
+    def _write(self, table: TableReader, part: Part, rows_per_batch: int, progress: _Progress) -> None:
         path = self._folder.folder / part.name
         with at(f"writing {path}"), published(path) as stream:
-            table.write(stream, self._results(table, part, rows_per_batch, progress), self._question.added)
+            results = self._results(table, part, rows_per_batch, progress)
+            write_results(part.path, stream, results, self._question.added)
 
     def _results(
-        self, table: Table, part: Part, rows_per_batch: int, progress: _Progress
+        self, table: TableReader, part: Part, rows_per_batch: int, progress: _Progress
     ) -> Iterator[tuple[pa.Table, list[Added]]]:
         """The part's rows with what was found."""
         for rows, scores in each(_ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
@@ -149,7 +152,7 @@ class Predictor:
             if self._stop_requested() or self._folder.is_stopping():
                 raise Stopped
 
-    def _read(self, table: Table, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
+    def _read(self, table: TableReader, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
         first_row = part.first_row
         fields = [self._question.history, self._question.candidates]
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):

@@ -14,7 +14,8 @@ from din_dist.config import DataConfig
 from din_dist.data.prepared import prepare
 from din_dist.errors import InputError
 from din_dist.serving.batch.histories import UserHistories, check_item_types
-from din_dist.tables.table import Ids, open_table
+from din_dist.tables.ids import Ids
+from din_dist.tables.reader import open_table
 
 LONGEST = 4
 

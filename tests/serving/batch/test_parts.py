@@ -11,7 +11,7 @@ import pytest
 
 from din_dist.errors import InputError
 from din_dist.serving.batch.parts import PLAN, SUMMARY, Part, PartsFolder, Plan, in_turn
-from din_dist.tables.table import Survey
+from din_dist.tables.survey import Survey
 
 SETTINGS = {"--export_dir": "digest", "--top_k": 0}
 

@@ -17,7 +17,7 @@ from din_dist.serving.batch import predictor as predict
 from din_dist.serving.batch.histories import GivenHistories, newest
 from din_dist.serving.batch.parts import PartsFolder
 from din_dist.serving.batch.predictor import Predictor, Question, Stopped, calls, top_places
-from din_dist.tables.table import Field
+from din_dist.tables.ids import Field
 
 QUESTION = Question(Field("history", True, True), Field("candidates", True, True))
 

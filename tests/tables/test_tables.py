@@ -19,9 +19,12 @@ import pytest
 
 from din_dist.errors import InputError
 from din_dist.files import published
-from din_dist.tables import formats
-from din_dist.tables import table as tables
-from din_dist.tables.table import Added, Field, Ids, open_table
+from din_dist.tables import survey as surveys
+from din_dist.tables import text_files
+from din_dist.tables.ids import Field, Ids
+from din_dist.tables.reader import open_table
+from din_dist.tables.survey import names_of, survey_table
+from din_dist.tables.writer import Added, suffix_of, write_results
 
 ROWS: list[dict[str, Any]] = [
     {"user": "u1", "item": 'i"1', "history": ["a", "b"], "candidates": ["x"], "note": "first, with a comma"},
@@ -84,10 +87,10 @@ def without_empty_text(name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", FILES)
 def test_rows_come_in_batches_from_any_row_on(tmp_path: Path, name: str) -> None:
     rows = without_empty_text(name)
-    table = open_table(write(tmp_path / name, rows))
-    survey = table.survey()
-    assert survey.columns == table.columns() == tuple(ROWS[0])
-    assert survey.num_rows == 4
+    path = write(tmp_path / name, rows)
+    table = open_table(path)
+    assert survey_table(path).columns == names_of(path) == tuple(ROWS[0])
+    assert survey_table(path).num_rows == 4
     for first, num_rows, per_batch in ((0, 4, 4), (1, 3, 2), (1, 2, 1), (3, 1, 9), (0, 2, 9)):
         position = first
         for batch in table.read(first, num_rows, per_batch):
@@ -102,7 +105,8 @@ def test_rows_come_in_batches_from_any_row_on(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("name", FILES)
 def test_rows_are_written_as_they_came_with_columns_added(tmp_path: Path, name: str) -> None:
     rows = without_empty_text(name)
-    table = open_table(write(tmp_path / name, rows))
+    path = write(tmp_path / name, rows)
+    table = open_table(path)
     numbers, offsets = pa.array([0.5, -1e-7, 1e20, 3.0], pa.float32()), np.array([0, 1, 1, 2, 2])
     top = pa.array(['q"', "ü"])
 
@@ -119,11 +123,11 @@ def test_rows_are_written_as_they_came_with_columns_added(tmp_path: Path, name: 
 
     empty, none = pa.array([], pa.float32()), np.zeros(1, np.int64)
     added = [Added("logit", empty), Added("scores", empty, none), Added("top", pa.array([], pa.string()), none)]
-    out = tmp_path / f"out{table.suffix}"
+    out = tmp_path / f"out{suffix_of(path)}"
     for _ in range(2):
         before = out.read_bytes() if out.exists() else None
         with published(out) as stream:
-            table.write(stream, results(), added)
+            write_results(path, stream, results(), added)
     assert out.read_bytes() == before  # the same rows, the same bytes
     assert not name.endswith(".gz") or out.read_bytes()[4:8] == bytes(4)  # whenever they are written
     found = read(out)
@@ -165,21 +169,20 @@ def test_parquet_in_its_many_types(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_bounded_in_bytes(tmp_path: Path) -> None:
-    few = open_table(write(tmp_path / "t.jsonl")).survey()
-    assert few.rows_per_batch == tables.MOST_ROWS
+    few = survey_table(write(tmp_path / "t.jsonl"))
+    assert few.rows_per_batch == surveys.MOST_ROWS
     rows = [{"history": ["an item"] * 100_000}] * 20
     for name in ("t.parquet", "t.csv", "t.jsonl"):
-        survey = open_table(write(tmp_path / name, rows)).survey()
-        assert survey.num_rows == 20
-        limit = tables.BATCH_BYTES // 100_000
-        assert survey.rows_per_batch <= limit or survey.num_bytes < 20 * 100_000
+        found = survey_table(write(tmp_path / name, rows))
+        assert found.num_rows == 20
+        limit = surveys.BATCH_BYTES // 100_000
+        assert found.rows_per_batch <= limit or found.num_bytes < 20 * 100_000
 
 
 def refused(path: Path, *fields: Field, separator: str = "") -> str:
     table = open_table(path, separator)
     with pytest.raises(InputError) as caught:
-        survey = table.survey()
-        for number, batch in enumerate(table.read(0, survey.num_rows, 2)):
+        for number, batch in enumerate(table.read(0, survey_table(path).num_rows, 2)):
             table.ids(batch, 2 * number, fields)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -286,7 +289,7 @@ def test_byte_order_marks(tmp_path: Path) -> None:
         with (gzip.open if name.endswith(".gz") else open)(path, "wb") as file:
             file.write(b"\xef\xbb\xbf" + content)
         table = open_table(path)
-        assert table.survey().columns == tuple(ROWS[0])
+        assert survey_table(path).columns == tuple(ROWS[0])
         (batch,) = table.read(0, 1, 1)
         assert table.ids(batch, 0, FIELDS[:1])[0].values.to_pylist() == ["u1"]
 
@@ -310,13 +313,13 @@ def test_deeply_nested_json(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MOST_LINE_BYTES", 1000)
-    monkeypatch.setattr(formats, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(text_files, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 100)
     path = tmp_path / "t.jsonl"
     path.write_text('{"user": "u"}\n{"user": "' + 2000 * "x" + '"}\n')
     assert "row 2: must be JSON lines from end to end. Received: a line of more than" in refused(path, FIELDS[0])
     path.write_text('{"user": "u"}\n{"user": "' + 800 * "x" + '"}\n')
-    assert open_table(path).survey().num_rows == 2
+    assert survey_table(path).num_rows == 2
 
 
 def test_a_column_that_is_there_in_a_later_row_only(tmp_path: Path) -> None:
@@ -329,7 +332,7 @@ def test_a_column_that_is_there_in_a_later_row_only(tmp_path: Path) -> None:
         pytest.raises(InputError, match="'logit' is to be added. Received: the row"),
         published(tmp_path / "out.jsonl") as stream,
     ):
-        table.write(stream, iter([(batch, added)]), added)
+        write_results(path, stream, iter([(batch, added)]), added)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -377,8 +380,8 @@ def test_utf_16(tmp_path: Path) -> None:
     for name in ("t.csv", "t.jsonl"):
         path = tmp_path / name
         path.write_bytes((tmp_path / write(tmp_path / name).name).read_text(encoding="utf-8").encode("utf-16"))
-        with pytest.raises(InputError, match=r"text must be UTF-8\. Received: UTF-16\. Write the file anew, as UTF-8"):
-            open_table(path).survey()
+        with pytest.raises(InputError, match=r"text must be UTF-8\. Received: UTF-16\. Convert the file to UTF-8"):
+            survey_table(path)
 
 
 def test_times_of_other_kinds_in_json(tmp_path: Path) -> None:
