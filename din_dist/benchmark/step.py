@@ -69,8 +69,8 @@ class StepBenchmark:
         step: the update.
         batches: this rank's batches.
         global_batch_size: examples of an update over all ranks.
-        report: called after each update, as in training, with its batch, its result, the seconds that it waited for
-            input and its start; None: nothing is reported.
+        report: called after each update, as in training. Its arguments are the batch, the result, the seconds of
+            waiting for input and the start of the update. None: nothing is reported.
     """
 
     def __init__(

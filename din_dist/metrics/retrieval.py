@@ -1,9 +1,9 @@
 """Retrieval metrics: how near the top each chosen item stands. Arithmetic on whole arrays, exact, in float64.
 
 A query is one event: the item that was really chosen, the target, among candidates. `greater` candidates score higher
-than the target, and `tied` other candidates score exactly as high. The position of the target is then any of
-greater + 1 to greater + tied + 1 with the same chance, and every metric is the expected value over those positions. A
-model that scores all candidates alike therefore gets what chance would give it.
+than the target, and `tied` other candidates score exactly as high. The target is then at any position from greater + 1
+to greater + tied + 1 with the same chance. Every metric is the expected value over those positions. A model that
+scores all candidates alike therefore gets what chance would give it.
 """
 
 from __future__ import annotations

@@ -64,9 +64,9 @@ class Averages:
 
     Attributes:
         num_examples: the number of these examples.
-        by_age: for each range of ages, its name, the mean weight relative to an equal share, the number of positions.
-        same: for the item and each item feature, its name, the number of examples in which only some behaviours share
-            it with the candidate, these behaviours' share of the history and their share of the attention.
+        by_age: for each range of ages: its name, the mean weight relative to an equal share, the number of positions.
+        same: for the item and each item feature, over the examples in which only some behaviours share it with the
+            candidate: its name, the number of examples, these behaviours' share of the history and of the attention.
     """
 
     num_examples: int

@@ -1,7 +1,7 @@
 """Serves a registry to Prometheus over HTTP or HTTPS, with or without passwords.
 
-`prometheus_client.start_http_server` will not do: it has no basic authentication, it never drops silent clients, and a
-client that does not finish its TLS handshake blocks all others.
+`prometheus_client.start_http_server` is not enough. It has no basic authentication, and it never drops silent clients.
+A client that does not finish its TLS handshake blocks all others there.
 """
 
 from __future__ import annotations

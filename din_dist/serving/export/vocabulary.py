@@ -1,8 +1,8 @@
 """Maps a log's own ids to dense ids, by a lookup table inside a SavedModel.
 
 The ids are in a text file, one a line, so that the graph stays small whatever their number. TensorFlow reads such a
-file by line, drops carriage returns and refuses empty lines. If a vocabulary has an empty id or one with a line break,
-all its ids are escaped, and so is each id that is looked up.
+file by line, drops carriage returns and refuses empty lines. A vocabulary that has an empty id, or one with a line
+break, is therefore escaped. Each id is then escaped before it is looked up.
 """
 
 from __future__ import annotations
