@@ -50,7 +50,7 @@ class Histories(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class RowColumns:
     """The columns to read from the rows, and those to add to them."""
 
     history: Field  # the history, or the id of the user who has one
@@ -60,7 +60,7 @@ class Question:
     before: str = ""  # column of the time at which a user's history ends; empty: after the last event
 
     @property
-    def columns(self) -> list[str]:
+    def read(self) -> list[str]:
         """The names of the columns to read."""
         return [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
 
@@ -77,7 +77,7 @@ class Question:
 
 
 @dataclasses.dataclass
-class Tally:
+class Counts:
     """The amount of work that this process has done."""
 
     rows: int = 0
@@ -92,7 +92,7 @@ class Predictor:
     Args:
         bundle: the opened export.
         histories: the source of the rows' histories.
-        question: the columns to read and to add.
+        columns: to read and to add.
         folder: for the results.
         stop_requested: called between batches; true: stop.
         log_format: of the progress lines.
@@ -102,14 +102,14 @@ class Predictor:
         self,
         bundle: Bundle,
         histories: Histories,
-        question: Question,
+        columns: RowColumns,
         folder: PartsFolder,
         stop_requested: Callable[[], bool] = lambda: False,
         log_format: LogFormat = LogFormat.TEXT,
     ) -> None:
-        self._bundle, self._histories, self._question, self._folder = bundle, histories, question, folder
+        self._bundle, self._histories, self._columns, self._folder = bundle, histories, columns, folder
         self._stop_requested, self._log_format = stop_requested, log_format
-        self.tally = Tally()
+        self.counts = Counts()
 
     def run(self, plan: Plan, rank: int = 0, world_size: int = 1) -> None:
         """Scores the missing parts that no other process has claimed.
@@ -128,21 +128,21 @@ class Predictor:
                 with self._folder.claimed(part) as mine:
                     if mine:
                         path = str(part.path)
-                        table = tables.get(path) or open_table(part.path, self._question.list_separator)
+                        table = tables.get(path) or open_table(part.path, self._columns.list_separator)
                         tables = {path: table}  # one file is open at a time
                         self._write(table, part, plan.files[path].rows_per_batch, progress)
-                        self.tally.parts += 1
+                        self.counts.parts += 1
         except BaseException:
             self._folder.stop_all()  # before the others begin more parts
             raise
         finally:
-            self.tally.seconds = time.perf_counter() - started
+            self.counts.seconds = time.perf_counter() - started
             progress.close()
 
     def _write(self, table: Table, part: Part, rows_per_batch: int, progress: _Progress) -> None:
         path = self._folder.folder / part.name
         with at(f"writing {path}"), published(path) as stream:
-            table.write(stream, self._results(table, part, rows_per_batch, progress), self._question.added)
+            table.write(stream, self._results(table, part, rows_per_batch, progress), self._columns.added)
 
     def _results(
         self, table: Table, part: Part, rows_per_batch: int, progress: _Progress
@@ -150,18 +150,18 @@ class Predictor:
         """Yields the part's rows with the columns to add."""
         for rows, scores in each(_ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
             yield rows, self._answer(scores)
-            self.tally.rows += len(rows)
-            self.tally.candidates += len(scores.candidates.values)
-            progress.show(self.tally)
+            self.counts.rows += len(rows)
+            self.counts.candidates += len(scores.candidates.values)
+            progress.show(self.counts)
             if self._stop_requested() or self._folder.is_stopping():
                 raise Stopped
 
     def _read(self, table: Table, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
         first_row = part.first_row
-        fields = [self._question.history, self._question.candidates]
+        fields = [self._columns.history, self._columns.candidates]
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
             history, candidates = table.ids(rows, first_row, fields)
-            before = table.times(rows, first_row, self._question.before) if self._question.before else None
+            before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
             items, lengths = self._histories.of(history, before)
             yield rows, _Batch(items, lengths, candidates, encode(candidates.values))
             first_row += len(rows)
@@ -170,8 +170,8 @@ class Predictor:
         logits = self._logits(batch)
         ids, offsets = batch.candidates.values, batch.candidates.offsets
         columns = []
-        if self._question.top_k and offsets is not None:
-            best, offsets = top_places(logits, offsets, self._question.top_k)
+        if self._columns.top_k and offsets is not None:
+            best, offsets = top_indices(logits, offsets, self._columns.top_k)
             logits = logits[best]
             columns.append(Added(TOP_ITEMS, ids.take(pa.array(best)), offsets))
         probabilities = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
@@ -243,7 +243,7 @@ def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[
         first, done = end, int(costs[end - 1])
 
 
-def top_places(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def top_indices(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices of each row's `most` highest logits, best first, and the rows' offsets among them.
 
     Ties keep the order of the candidates.
@@ -313,16 +313,16 @@ class _Progress:
         missing = sum(part.num_rows for part in self._folder.missing(self._plan))
         return self._plan.num_rows - missing
 
-    def show(self, tally: Tally) -> None:
+    def show(self, counts: Counts) -> None:
         if self._silent:
             return
         now = time.perf_counter()
-        at = max(self._at, self._before + tally.rows)
+        at = max(self._at, self._before + counts.rows)
         if now - self._shown >= (1.0 if self._terminal.has_bar else _SHOW_SECONDS):
             at = max(at, self._published())
             self._shown = now
             seconds = now - self._started
-            rate = tally.candidates / seconds
+            rate = counts.candidates / seconds
             left = (self._plan.num_rows - at) * seconds / max(1, at - self._before)
             found = f"{rate:,.0f} candidates/s{self._whose}"
             line = f"row {at:,} of {self._plan.num_rows:,}: {found}, {duration(left)} left"
@@ -334,7 +334,7 @@ class _Progress:
         self._terminal.close()
 
 
-def check_columns(plan: Plan, question: Question) -> None:
+def check_columns(plan: Plan, columns: RowColumns) -> None:
     """Checks the columns of all files.
 
     Raises:
@@ -342,7 +342,7 @@ def check_columns(plan: Plan, question: Question) -> None:
     """
     for path, survey in plan.files.items():
         present = survey.columns
-        for name in question.columns:
+        for name in columns.read:
             if present.count(name) != 1 and present:
                 what = "occurs more than once" if name in present else "is missing"
                 raise InputError(
@@ -350,7 +350,7 @@ def check_columns(plan: Plan, question: Question) -> None:
                     "name your column (--history_column, --user_column, --item_column, --candidates_column, "
                     "--before_column)."
                 )
-        for column in question.added:
+        for column in columns.added:
             if column.name in present:
                 raise InputError(
                     f"{path}: column {column.name!r} is to be added. Received: a table that has one. Rename or drop it."
