@@ -40,7 +40,7 @@ class Reported(Protocol):
 Histograms = Callable[[], Mapping[str, np.ndarray]]
 
 
-class Telemetry:
+class Reporter:
     """Reports a job. Each rank exports its own Prometheus metrics; only the chief prints and writes files.
 
     Args:
