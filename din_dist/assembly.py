@@ -28,7 +28,7 @@ from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from din_dist.telemetry.prometheus import PrometheusMetrics
-from din_dist.telemetry.reporter import Telemetry
+from din_dist.telemetry.reporter import Reporter
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.learner import Learner
 from din_dist.training.optimizers import Optimizer, make_optimizer
@@ -282,11 +282,11 @@ class Assembly:
         return Evaluator(self.config, self.store, self.splits, self.runtime)
 
     @functools.cached_property
-    def telemetry(self) -> Telemetry:
+    def telemetry(self) -> Reporter:
         """What reports on the job."""
         metrics = self._prometheus_metrics or PrometheusMetrics(self.config.job, self.runtime)
         num_steps = num_updates(self.config, self.splits["train"].num_examples)
-        return Telemetry(self.config.job, self.runtime, metrics, num_steps)
+        return Reporter(self.config.job, self.runtime, metrics, num_steps)
 
     @functools.cached_property
     def trainer(self) -> Trainer:

@@ -1,6 +1,7 @@
-"""How much arithmetic an update is: the matrix products of a model, from its sizes alone.
+"""The arithmetic of an update: the matrix products of a model, from its sizes alone.
 
-Everything else (activations, softmax, gathers, the update) is left out: it costs memory traffic more than arithmetic.
+Everything else (activations, softmax, gathers, the update) is left out, because it is bound by memory traffic rather
+than by arithmetic.
 """
 
 from __future__ import annotations
@@ -21,25 +22,28 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """A multiplication and an addition for each of rows * inner * columns."""
+        """The floating-point operations: a multiplication and an addition for each of rows * inner * columns."""
         return 2 * self.rows * self.inner * self.columns
 
 
 def forward_products(
     config: ModelConfig, width: int, num_examples: int, num_positions: int, num_items: int
 ) -> list[Product]:
-    """The products of one forward pass, in their order.
+    """Returns the matrix products of one forward pass, in order.
 
     Args:
-        width: H, of an item vector.
-        num_positions: history positions of all examples; `num_items`: distinct items among candidates and histories.
+        config: the model's settings.
+        width: H, the width of an item vector.
+        num_examples: examples of the batch.
+        num_positions: history positions of all examples.
+        num_items: distinct items among candidates and histories.
     """
     products = []
     head_width = 2 * width
     if config.model is ModelKind.DIN:
         head_width = 3 * width
         first, *_ = config.attention_hidden_units
-        # The factored first layer: a term a candidate, one a distinct item, one a pair.
+        # The factored first layer has one term per candidate, one per distinct item and one per pair.
         products += [Product(rows, width, first) for rows in (num_examples, num_items, num_positions)]
         products += _stack(num_positions, (*config.attention_hidden_units, 1))
     products.append(Product(num_examples, width, width))  # the interest's projection
@@ -47,7 +51,10 @@ def forward_products(
 
 
 def training_flops(products: Sequence[Product]) -> int:
-    """Forward and backward: the gradients of a product's two sides are a product of the same size each."""
+    """Returns the operations of forward and backward pass.
+
+    The gradient with respect to each side of a product is another product of the same size.
+    """
     return 3 * sum(product.flops for product in products)
 
 

@@ -1,12 +1,16 @@
-"""A step's time on more workers than there are here, from what one worker measured and what the links are.
+"""Predicts the step time with more workers than this machine has, from one worker's measurements and the links.
 
-Arithmetic only. Weak scaling: each worker keeps the batch that was measured, so the global batch grows with the
-workers. Parts do not overlap: Horovod works off its messages one after the other, and a step waits for each.
+Arithmetic only. Scaling is weak: each worker keeps the measured batch, so the global batch grows with the workers.
+The parts do not overlap, because Horovod handles its messages one after the other and a step waits for each.
 
 Source of the message counts: Horovod 0.28.1 with Gloo (`horovod/common/controller.cc`, `gloo_controller.cc`,
 `response_cache.cc`; gloo's `allreduce.cc`, `allgatherv.cc`, `alltoallv.cc`), as launch/horovod/ changes it:
-all-gathers and all-reduces of many bytes are rings; those of few, and by which the workers agree on what is ready,
-double; in an all-to-all each speaks to all others at once. How rows travel: `gradients.py`.
+
+- All-gathers, and all-reduces of many bytes, run on a ring.
+- All-reduces of few bytes use recursive doubling, as does the negotiation of which tensors are ready.
+- In an all-to-all each worker sends to all others at once.
+
+`gradients.py` says how rows travel.
 """
 
 from __future__ import annotations
@@ -20,31 +24,32 @@ from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.errors import InputError
 
 MOST_BYTES_TO_DOUBLE = 16384  # as in recursive_doubling.h of launch/horovod/
-TCP_PAYLOAD_SHARE = 1448 / 1538  # of Ethernet with an MTU of 1500: the rest is headers and gaps between frames
+TCP_PAYLOAD_SHARE = 1448 / 1538  # for Ethernet with an MTU of 1500: the rest is headers and gaps between frames
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One worker's step: what it took and what it would send."""
+    """One worker's step: its times and the bytes that it would send."""
 
-    compute_seconds: float  # the whole step of a worker on its own, waiting for input included
-    update_seconds: float  # of that, the optimizer: it grows with the rows that the workers touch together
-    row_merge_seconds: float  # to sum the repeats of as many rows as one worker sends
+    compute_seconds: float  # the whole step of a single worker, including the wait for input
+    update_seconds: float  # the optimizer's part of it, which grows with the rows that all workers touch
+    row_merge_seconds: float  # summing the repeats among as many rows as one worker sends
     per_worker_batch_size: int
     dense_gradient_bytes: int
-    row_gradient_bytes: int  # a worker's own part: ids and rows, each once, as they travel
-    table_bytes: int  # what `row_gradient_bytes` would be, were every row of every table touched
+    row_gradient_bytes: int  # one worker's ids and rows, each once, as sent
+    table_bytes: int  # `row_gradient_bytes` if every row of every table were touched
     num_statistics_messages: int  # all-reduces of batch statistics, forward and backward
-    statistics_bytes: int  # of all of them together
+    statistics_bytes: int  # all of these all-reduces together
     num_gradient_messages: int  # all-reduces and all-gathers of gradients
     num_gather_messages: int  # the all-gathers among them
-    owners_sum_rows: bool  # or all workers gather all rows, however many they are
+    owners_sum_rows: bool  # False: all workers gather all rows, whatever the number of workers
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any], source: str) -> Measured:
-        """Reads the JSON line of `cli/benchmark.py`, run with one worker.
+        """Reads the JSON line that `cli/benchmark.py` prints with one worker.
 
         Args:
+            report: the line, parsed.
             source: where the line comes from, for errors.
 
         Raises:
@@ -78,22 +83,22 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What joins the workers."""
+    """The network between the workers."""
 
-    bandwidth_bits_per_second: float  # of each worker's link, in each direction at once
-    latency_seconds: float  # of a small message between two processes, one way, their waking up included
-    message_overhead_seconds: float = 0.0  # of software, for each message of a step, whatever the number of workers
+    bandwidth_bits_per_second: float  # each worker's link, in each direction at once
+    latency_seconds: float  # one way, for a small message between two processes, including their wake-up
+    message_overhead_seconds: float = 0.0  # software time per message of a step, whatever the number of workers
     payload_share: float = TCP_PAYLOAD_SHARE
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A step's time with so many workers, by what takes it."""
+    """The predicted step time with `world_size` workers, split into terms."""
 
     world_size: int
     seconds: dict[str, float]  # by term
     examples_per_second: float
-    efficiency: float  # examples/s over those of as many workers that need not speak
+    efficiency: float  # examples/s relative to as many workers that do not communicate
 
     @property
     def step_seconds(self) -> float:
@@ -112,17 +117,23 @@ class Prediction:
 
 
 def doubling_steps(world_size: int) -> int:
-    """Of an all-reduce of few bytes (see recursive_doubling.h in launch/horovod/)."""
+    """Returns the steps of an all-reduce of few bytes (see recursive_doubling.h in launch/horovod/)."""
     steps = world_size.bit_length() - 1
-    return steps if world_size == 2**steps else steps + 2  # the ranks above the power of two are heard first, told last
+    return steps if world_size == 2**steps else steps + 2  # ranks above the power of two send first and receive last
 
 
 def allreduce_bytes(num_bytes: float, world_size: int, num_messages: float = 1) -> float:
-    """What a worker sends, and receives, in so many equal all-reduces of `num_bytes` together.
+    """Returns the bytes that a worker sends, and receives, in equal all-reduces.
 
-    Few bytes travel whole in each step; of more each of N parts travels N-1 hops of a ring, twice.
+    A small message is sent whole in each step. A large one is cut into N parts, each of which travels N-1 hops of a
+    ring, twice.
 
     Source: Patarasu and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
+
+    Args:
+        num_bytes: of all the messages together.
+        world_size: N.
+        num_messages: the number of all-reduces.
     """
     if num_bytes <= num_messages * MOST_BYTES_TO_DOUBLE:
         return doubling_steps(world_size) * num_bytes
@@ -130,16 +141,19 @@ def allreduce_bytes(num_bytes: float, world_size: int, num_messages: float = 1) 
 
 
 def allgather_bytes(own_bytes: float, world_size: int) -> float:
-    """What a worker sends, and receives, in a ring all-gather: everybody's part but one."""
+    """Returns the bytes that a worker sends, and receives, in a ring all-gather: all parts but one."""
     return (world_size - 1) * own_bytes
 
 
 def row_bytes(own_bytes: float, summed_bytes: float, world_size: int, at_owners: bool) -> float:
-    """What a worker sends, and receives, of row gradients.
+    """Returns the bytes of row gradients that a worker sends, and receives.
 
     Args:
-        summed_bytes: of the rows that all workers have touched, each row once.
-        at_owners: each worker sends its rows to their owners, and gathers the owners' sums; else all gather all rows.
+        own_bytes: the rows that one worker has touched.
+        summed_bytes: the rows that any worker has touched, each once.
+        world_size: the number of workers.
+        at_owners: each worker sends its rows to their owners and gathers the owners' sums. False: all workers gather
+            all rows.
     """
     if not at_owners:
         return allgather_bytes(own_bytes, world_size)
@@ -147,32 +161,46 @@ def row_bytes(own_bytes: float, summed_bytes: float, world_size: int, at_owners:
 
 
 def allreduce_hops(num_bytes: float, world_size: int, num_messages: float = 1) -> float:
-    """Messages that as many all-reduces wait for, one after the other, from each tensor being ready to its result.
+    """Returns the hops that all-reduces wait for, one after the other, between each tensor being ready and its result.
 
-    A step's all-reduces have the same name and shape each time, so that Horovod finds them in its cache: the workers
-    agree by one all-reduce of a few bits, then comes the message itself. Our build agrees when a tensor gets ready,
-    and the last worker finds the others waiting in the round that it joins.
+    A step's all-reduces have the same names and shapes each time, so Horovod finds them in its response cache. The
+    workers negotiate with one all-reduce of a few bits; then the message itself follows. Our build negotiates as soon
+    as a tensor is ready, and the last worker joins the round in which the others already wait.
+
+    Args:
+        num_bytes: of all the messages together.
+        world_size: the number of workers.
+        num_messages: the number of all-reduces.
     """
-    agreeing = doubling_steps(world_size)
+    negotiation = doubling_steps(world_size)
     doubled = num_bytes <= num_messages * MOST_BYTES_TO_DOUBLE
-    return num_messages * (agreeing + (doubling_steps(world_size) if doubled else 2 * (world_size - 1)))
+    return num_messages * (negotiation + (doubling_steps(world_size) if doubled else 2 * (world_size - 1)))
 
 
 def allgather_hops(world_size: int) -> int:
-    """Of one all-gather, likewise: the exchange rounds the lengths that it gathers, so they are in the cache too."""
+    """Returns the hops that one all-gather waits for.
+
+    The exchange rounds the lengths that it gathers, so all-gathers are in the response cache too.
+    """
     return doubling_steps(world_size) + world_size - 1
 
 
 def row_hops(num_gathers: float, world_size: int, at_owners: bool) -> float:
-    """Of the messages by which rows travel, likewise; `num_gathers` of them where all gather all rows."""
+    """Returns the hops that the messages with row gradients wait for.
+
+    Args:
+        num_gathers: all-gathers of a step, if all workers gather all rows.
+        world_size: the number of workers.
+        at_owners: as in `row_bytes`.
+    """
     if not at_owners:
         return num_gathers * allgather_hops(world_size)
-    alltoall_hops = doubling_steps(world_size) + 2  # how much goes to whom is told before
+    alltoall_hops = doubling_steps(world_size) + 2  # the sizes are exchanged before the rows
     return alltoall_hops + allgather_hops(world_size)
 
 
 def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction:
-    """The step of `world_size` workers, each on a link of its own and with the batch that was measured."""
+    """Predicts the step of `world_size` workers, each with its own link and the measured batch."""
     num_gathers = measured.num_gather_messages
     at_owners = measured.owners_sum_rows and num_gathers > 0 and world_size >= FEWEST_TO_SUM_AT_OWNERS
     reduced = (  # bytes and messages
@@ -182,7 +210,7 @@ def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction
     hops = sum(allreduce_hops(size, world_size, number) for size, number in reduced)
     hops += row_hops(num_gathers, world_size, at_owners)
     reduced_bytes = sum(allreduce_bytes(size, world_size, number) for size, number in reduced)
-    # Where owners sum, rows take one message to them and one from them.
+    # Where owners sum the rows, one message goes to them and one comes back.
     num_gradient_messages = measured.num_gradient_messages + (2 - num_gathers if at_owners else 0)
     messages = measured.num_statistics_messages + num_gradient_messages if world_size > 1 else 0
     summed_bytes = _touched_rows_ratio(measured, world_size) * measured.row_gradient_bytes
@@ -203,18 +231,18 @@ def predict(measured: Measured, cluster: Cluster, world_size: int) -> Prediction
 
 
 def _seconds_for_rows_of_others(measured: Measured, world_size: int, at_owners: bool) -> float:
-    """To sum rows that other workers have touched too, and to update those that this one did not touch itself."""
+    """Returns the time to sum rows that several workers touched and to update rows that only others touched."""
     if world_size == 1 or not measured.row_gradient_bytes:
         return 0.0
-    times_merged = 1 if at_owners else world_size  # an owner is sent about as many rows as it sends
+    times_merged = 1 if at_owners else world_size  # an owner receives about as many rows as it sends
     more_updated = _touched_rows_ratio(measured, world_size) - 1
     return times_merged * measured.row_merge_seconds + more_updated * measured.update_seconds
 
 
 def _touched_rows_ratio(measured: Measured, world_size: int) -> float:
-    """The rows that all workers touch, each once, over those of one worker.
+    """Returns the number of rows that any worker touches, relative to those of one worker.
 
-    An upper bound: no two workers touch the same row until all rows of the tables are touched.
+    The result is an upper bound: it assumes that no two workers touch the same row before all rows are touched.
     """
     if not measured.row_gradient_bytes:
         return 1.0

@@ -1,4 +1,4 @@
-"""Where the time of an update goes, against what this machine's matrix products allow."""
+"""Measures where the time of an update goes, and compares it with the speed of this machine's matrix products."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from din_dist.schema import Batch
 from din_dist.telemetry.step_report import Moment
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
 
-LEARNING_RATE = 1e-6  # the same work as any other, and no step that ends in infinity
+LEARNING_RATE = 1e-6  # costs the same work as any other, and never diverges
 
 
 @dataclasses.dataclass
-class Tally:
-    """What a number of updates took and did, on this rank."""
+class UpdateTotals:
+    """Counts and times of this rank's updates."""
 
     steps: int = 0
     examples: int = 0
     positions: int = 0
     items: int = 0
     wait_seconds: float = 0.0
-    step_seconds: float = 0.0  # what reporting takes included
+    step_seconds: float = 0.0  # includes `report_seconds`
     report_seconds: float = 0.0
 
     def add(self, batch: Batch, waited: float, seconds: float, report_seconds: float) -> None:
@@ -55,7 +55,7 @@ class Tally:
         return self.wait_seconds + self.step_seconds
 
     def mean_sizes(self) -> tuple[int, int, int]:
-        """Examples, positions and distinct items of an update."""
+        """Returns the mean number of examples, of positions and of distinct items of an update."""
         return (
             round(self.examples / self.steps),
             round(self.positions / self.steps),
@@ -64,7 +64,15 @@ class Tally:
 
 
 class StepBenchmark:
-    """Trains for real, on this rank's share of real batches, and takes the times."""
+    """Times real updates on this rank's share of real batches.
+
+    Args:
+        step: the update.
+        batches: this rank's batches.
+        global_batch_size: examples of an update over all ranks.
+        report: called after each update, as in training. Its arguments are the batch, the result, the seconds of
+            waiting for input and the start of the update. None: nothing is reported.
+    """
 
     def __init__(
         self,
@@ -73,7 +81,6 @@ class StepBenchmark:
         global_batch_size: int,
         report: Callable[[Batch, StepResult, float, Moment], None] | None,
     ) -> None:
-        """`report`: told, as in training, of each update: its batch, result, seconds of waiting and time of start."""
         self._step, self._batches, self._report = step, batches, report
         self._global_batch_size = global_batch_size
         self._count = 0
@@ -89,8 +96,8 @@ class StepBenchmark:
         merged, summed = self._step.exchange(gradients, loss[None], global_examples)
         return merged, summed[0]
 
-    def run(self, num_steps: int) -> Tally:
-        """Whole updates, as training runs them."""
+    def run(self, num_steps: int) -> UpdateTotals:
+        """Runs whole updates, as training does, and returns their totals."""
         timed = []
         for _ in range(num_steps):
             started = time.perf_counter()
@@ -104,21 +111,22 @@ class StepBenchmark:
                 self._report(batch, result, fetched.steady - started, fetched)
             ended = time.perf_counter()
             timed.append((batch, fetched.steady - started, ended - fetched.steady, ended - known))
-        tally = Tally()
-        for entry in timed:  # afterwards: counting between updates would give the input pipeline time to hide in
-            tally.add(*entry)
-        return tally
+        totals = UpdateTotals()
+        for entry in timed:  # afterwards, because counting between updates would hide time of the input pipeline
+            totals.add(*entry)
+        return totals
 
     def run_in_parts(self, num_steps: int) -> tuple[dict[str, float], list[Any], list[Any]]:
-        """Median seconds of forward and backward, exchange, and update, each run by itself.
+        """Times forward and backward pass, exchange and update separately.
 
-        And the gradients of one of these updates, those of this rank and those of all.
+        Returns:
+            The median seconds of each part; the gradients of one update on this rank; the same of all ranks.
         """
         seconds = []
         gradients: list[Any] = []
         merged: list[Any] = []
         global_examples = tf.constant(self._global_batch_size, tf.float32)
-        local_gradients, exchange, update = self._parts  # some are compiled for new lengths on the way: hence medians
+        local_gradients, exchange, update = self._parts  # medians, because some are compiled for new lengths on the way
         for _ in range(num_steps):
             batch = next(self._batches)
             self._count += 1
@@ -140,7 +148,7 @@ def _now() -> float:
 
 
 def matrix_seconds(products: Sequence[Product], repeats: int = 5) -> float:
-    """What these products and their two gradients take here by themselves, the best of `repeats` runs of each."""
+    """Returns the seconds that these products and their two gradients take alone, the best of `repeats` runs each."""
     return sum(sum(_best_seconds(run, repeats) for run in _runs(product)) for product in products)
 
 
@@ -172,18 +180,18 @@ def message_sizes(
     wire_bytes: int,
     packed: bool,
 ) -> dict[str, int]:
-    """What a rank has to say in an update, in bytes and in messages that it waits for.
+    """Returns the sizes of a rank's messages in an update, in bytes, and how many messages it waits for.
 
-    `summed_row_bytes` is what the rows take that any rank has touched, and `table_bytes` what they would, were every
-    row of every table touched.
+    `summed_row_bytes` counts the rows that any rank has touched. `table_bytes` is the same if every row of every table
+    were touched.
 
     Args:
-        gradients: this rank's.
-        merged: those of all ranks, or this one's part of them.
-        variables: those of the gradients.
-        statistics_widths: columns of each layer with batch statistics: 2 W + 1 numbers forward and 2 W backward.
-        wire_bytes: of one value of a row gradient; its id takes 4.
-        packed: whether rows travel as our kernels pack them.
+        gradients: of this rank.
+        merged: gradients of all ranks, or this rank's part of them.
+        variables: of the gradients, in their order.
+        statistics_widths: W of each layer with batch statistics, which sends 2 W + 1 numbers forward and 2 W backward.
+        wire_bytes: bytes of one value of a row gradient; each row's id takes 4 bytes.
+        packed: rows are packed by our kernels.
     """
     tables = [pair for pair in zip(gradients, variables, strict=True) if isinstance(pair[0], tf.IndexedSlices)]
     dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
@@ -191,7 +199,7 @@ def message_sizes(
     touched = [int(gradient.indices.shape[0]) for gradient, _ in tables]
     by_any = [int(each.num_rows_of_all()) for each in merged if isinstance(each, RowGradients)]
 
-    num_gathers = (1 if packed else 2) * bool(tables)  # ids and rows, which our kernels put into one message
+    num_gathers = (1 if packed else 2) * bool(tables)  # ids and rows; our kernels put both into one message
 
     def in_bytes(num_rows: Sequence[int]) -> int:
         return sum(number * size for number, size in zip(num_rows, bytes_of_a_row, strict=True))
@@ -202,7 +210,7 @@ def message_sizes(
         "summed_row_bytes": in_bytes(by_any),
         "table_bytes": in_bytes([table.shape[0] for _, table in tables]),
         "statistics_bytes": statistics_bytes(statistics_widths),
-        "num_gradient_messages": (2 if packed else 1) + num_gathers,  # of dense ones, some go before the others
+        "num_gradient_messages": (2 if packed else 1) + num_gathers,  # some dense gradients are sent before the others
         "num_gather_messages": num_gathers,
         "num_statistics_messages": 2 * len(statistics_widths),
     }
@@ -211,12 +219,14 @@ def message_sizes(
 def row_merge_seconds(
     gradients: Sequence[tf.Tensor | tf.IndexedSlices], execution: Execution, repeats: int = 5
 ) -> float:
-    """What it takes to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
+    """Returns the seconds to sum the repeats among as many rows as one rank sends, the best of `repeats` runs.
 
-    As part of those of several ranks, which are summed by one call.
+    The rows of several ranks are summed by one call, as in an update; the result is the time for one rank's share.
 
     Args:
-        execution: how they are summed.
+        gradients: of this rank.
+        execution: with or without our own kernels.
+        repeats: the number of runs.
     """
     num_ranks = 8
     tables = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
@@ -231,7 +241,7 @@ def row_merge_seconds(
 
 
 def bytes_sent(sizes: Mapping[str, int], world_size: int, owners_sum_rows: bool) -> dict[str, int]:
-    """Bytes that a rank sends in an update over Horovod (see `benchmark/scaling_model.py`)."""
+    """Returns the bytes that a rank sends in an update over Horovod (see `benchmark/scaling_model.py`)."""
     at_owners = owners_sum_rows and world_size >= FEWEST_TO_SUM_AT_OWNERS
     rows = row_bytes(sizes["row_gradient_bytes"], sizes["summed_row_bytes"], world_size, at_owners)
     statistics = allreduce_bytes(sizes["statistics_bytes"], world_size, sizes["num_statistics_messages"])
@@ -251,19 +261,21 @@ def report(
     config: Config,
     runtime: Runtime,
     model: RankingModel,
-    tally: Tally,
+    totals: UpdateTotals,
     parts: dict[str, float],
     gradients: Sequence[Any],
     merged: Sequence[Any],
 ) -> dict[str, Any]:
-    """The numbers of a job; rates are summed over the ranks, the rest is the chief's. All ranks must call it."""
-    totals = runtime.sum(np.array([tally.examples, tally.positions], np.float64) / tally.seconds)
-    products = forward_products(config.model, model.lookup.width, *tally.mean_sizes())
+    """Returns the results of a benchmark: rates summed over the ranks, and all other numbers of the chief.
+
+    All ranks must call it.
+    """
+    rates = runtime.sum(np.array([totals.examples, totals.positions], np.float64) / totals.seconds)
+    products = forward_products(config.model, model.lookup.width, *totals.mean_sizes())
     flops = training_flops(products)
-    # All ranks at once, as in training.
-    runtime.barrier()
-    by_itself = matrix_seconds(products)
-    per_step = tally.seconds / tally.steps
+    runtime.barrier()  # so that all ranks multiply at once, as in training
+    alone_seconds = matrix_seconds(products)
+    per_step = totals.seconds / totals.steps
     model_variables = [weight.value for weight in model.trainable_weights]
     execution = model.training_mode.execution
     wire_bytes = tf.as_dtype(config.optimizer.wire_dtype.value).size
@@ -271,19 +283,19 @@ def report(
     return {
         "world_size": runtime.world_size,
         "global_batch_size": config.job.global_batch_size,
-        "examples_per_second": float(totals[0]),
-        "positions_per_second": float(totals[1]),
-        "positions_per_step": tally.positions / tally.steps,
+        "examples_per_second": float(rates[0]),
+        "positions_per_second": float(rates[1]),
+        "positions_per_step": totals.positions / totals.steps,
         "step_seconds": per_step,
-        "report_seconds": tally.report_seconds / tally.steps,
-        "input_wait_seconds": tally.wait_seconds / tally.steps,
+        "report_seconds": totals.report_seconds / totals.steps,
+        "input_wait_seconds": totals.wait_seconds / totals.steps,
         **{f"{name}_seconds": value for name, value in parts.items()},
         **sizes,
         "row_merge_seconds": row_merge_seconds(gradients, execution),
         "owners_sum_rows": execution.kernels,
         "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size, owners_sum_rows=execution.kernels),
-        "flops_per_example": flops / tally.mean_sizes()[0],
-        "matrix_flops_per_second": flops / by_itself,
+        "flops_per_example": flops / totals.mean_sizes()[0],
+        "matrix_flops_per_second": flops / alone_seconds,
         "achieved_flops_per_second": flops / per_step,
-        "share_of_matrix_rate": by_itself / per_step,
+        "share_of_matrix_rate": alone_seconds / per_step,
     }

@@ -1,7 +1,7 @@
 """Series of benchmarks: `python -m din_dist.cli.benchmark --sweep=workers|batch|rows|history`.
 
 Every point is a process of its own (or, for workers, a `horovodrun`), so that none profits from another's memory or
-caches. The points take turns for several rounds, for a machine's speed drifts.
+caches. The points take turns for several rounds, because a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from din_dist.config import require
 from din_dist.errors import InputError
 
-HISTORY_EVENTS = 2_000_000  # in all, however long the histories
+HISTORY_EVENTS = 2_000_000  # in total, whatever the length of the histories
 
 
 class Sweep(NamedTuple):
@@ -52,13 +52,17 @@ def run(
     """Runs a series and writes `KIND.csv` and `KIND.svg` in `folder`.
 
     Args:
-        values: the points; empty for those of `SWEEPS`.
-        settings: the trainer's flags; `flags`: the benchmark's own, without those of the sweep.
-        batch_size: the global batch of the flags; of each worker in a sweep over workers.
+        kind: a key of `SWEEPS`.
+        values: the points; empty: the default of `SWEEPS`.
+        rounds: how often each point is measured.
+        folder: for the results.
+        settings: the trainer's flags.
+        flags: the benchmark's own flags, without those of the sweep.
+        batch_size: the global batch of the flags; in a sweep over workers, the batch of each worker.
         say: prints a line of progress.
 
     Raises:
-        InputError: a wrong setting, or a benchmark that refused its own.
+        InputError: a setting is wrong, or a benchmark failed.
     """
     points = _points(kind, values)
     try:
@@ -109,7 +113,7 @@ def _points(kind: str, values: Sequence[str]) -> list[int]:
     cores = len(os.sched_getaffinity(0))
     require(
         kind != "workers" or max(points) <= cores,
-        f"needs a core for each worker, of which there are {cores}",
+        f"needs a core for each worker, and this machine has {cores}",
         "sweep_values",
         str(max(points)),
         "Give fewer workers.",

@@ -52,7 +52,7 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
     from din_dist.evaluation.evaluator import Evaluator
-    from din_dist.serving.export.writer import Trained, check_target, export
+    from din_dist.serving.export.writer import TrainedModel, check_target, export
 
     check_target(folder, OVERWRITE.value)  # before what takes long
     tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
@@ -63,7 +63,7 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     examples = thin_out(splits[split], _MAX_COMPARED)
     job_dir = Path(config.job.output_dir)
     flags_of_job, summary = read_record(job_dir / "flags.txt", errors="replace"), _summary_of(job_dir / "summary.json")
-    trained = Trained(model, store, config, step, flags_of_job, summary)
+    trained = TrainedModel(model, store, config, step, flags_of_job, summary)
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)

@@ -24,7 +24,7 @@ from din_dist.tables.sources import find_files
 from din_dist.text import duration
 
 if TYPE_CHECKING:
-    from din_dist.serving.batch.predictor import Histories, Question
+    from din_dist.serving.batch.predictor import Histories, RowColumns
     from din_dist.serving.manifest import Manifest
 
 EXPORT_DIR = define_path("export_dir", "", "The export to score with, made by din_dist.cli.export.")
@@ -111,19 +111,19 @@ def main() -> None:
             histories = UserHistories(store, manifest.max_history_length)
             check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
             users_are_integers, data = histories.users_are_integers, store.facts.fingerprint
-        question = _question(manifest, users_are_integers, files)
+        columns = _columns(manifest, users_are_integers, files)
         parts = PartsFolder(folder)
         if runtime.is_chief:
             lock = claim_output_dir(folder, flag="--predictions_dir")
             plan = parts.begin(
                 files,
                 ROWS_PER_PART.value,
-                _settings(manifest, question, data),
+                _settings(manifest, columns, data),
                 OVERWRITE.value,
-                lambda plan: check_columns(plan, question),
+                lambda plan: check_columns(plan, columns),
             )
     plan = Plan.from_json(runtime.broadcast_object(plan.to_json() if plan else None))
-    predictor = Predictor(bundle, histories, question, parts, lambda: requests.stop, LogFormat(LOG_FORMAT.value))
+    predictor = Predictor(bundle, histories, columns, parts, lambda: requests.stop, LogFormat(LOG_FORMAT.value))
     begun = time.perf_counter()
     stopped = False
     with runtime.together():
@@ -131,8 +131,8 @@ def main() -> None:
             predictor.run(plan, runtime.rank, runtime.world_size)
         except Stopped:
             stopped = True
-    tally = predictor.tally
-    mine = [tally.rows, tally.candidates, tally.parts, histories.num_unknown, histories.num_timed]
+    done = predictor.counts
+    mine = [done.rows, done.candidates, done.parts, histories.num_unknown, histories.num_timed]
     mine += [histories.num_too_early, stopped]
     rows, candidates, num_parts, unknown, timed, too_early, num_stopped = runtime.sum(np.array(mine, np.int64)).tolist()
     if num_stopped:
@@ -205,9 +205,9 @@ def _checked_flags() -> tuple[list[Path], Path]:
     return files, folder
 
 
-def _question(manifest: Manifest, users_are_integers: bool | None, files: Sequence[Path]) -> Question:
-    """What the flags ask of each row."""
-    from din_dist.serving.batch.predictor import Question
+def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequence[Path]) -> RowColumns:
+    """Returns the columns to read and to add, from the flags."""
+    from din_dist.serving.batch.predictor import RowColumns
     from din_dist.tables.ids import Field
     from din_dist.tables.survey import names_of
 
@@ -223,20 +223,20 @@ def _question(manifest: Manifest, users_are_integers: bool | None, files: Sequen
         lists or not TOP_K.value, "needs a list of candidates", TOP_K.name, TOP_K.value, "Give --candidates_column."
     )
     candidates = Field(CANDIDATES_COLUMN.value if lists else ITEM_COLUMN.value, integers, is_list=lists)
-    return Question(history, candidates, TOP_K.value, LIST_SEPARATOR.value, BEFORE_COLUMN.value)
+    return RowColumns(history, candidates, TOP_K.value, LIST_SEPARATOR.value, BEFORE_COLUMN.value)
 
 
-def _settings(manifest: Manifest, question: Question, data_fingerprint: str | None) -> dict[str, Any]:
+def _settings(manifest: Manifest, columns: RowColumns, data_fingerprint: str | None) -> dict[str, Any]:
     """All that the results depend on, besides the files."""
     history = "--history_column" if data_fingerprint is None else "--user_column"
     return {
         "--export_dir": manifest.digest,
-        history: question.history.name,
-        "--candidates_column" if question.candidates.is_list else "--item_column": question.candidates.name,
+        history: columns.history.name,
+        "--candidates_column" if columns.candidates.is_list else "--item_column": columns.candidates.name,
         "--user_histories": data_fingerprint,
-        "--before_column": question.before,
-        "--list_separator": question.list_separator,
-        "--top_k": question.top_k,
+        "--before_column": columns.before,
+        "--list_separator": columns.list_separator,
+        "--top_k": columns.top_k,
     }
 
 

@@ -1,4 +1,4 @@
-"""How far the metrics of a split may be trusted: 95 % intervals, over users drawn anew."""
+"""95 % confidence intervals of the metrics of a split, by resampling users."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import numpy as np
 from din_dist.metrics.bootstrap import RatiosOfSums, WeightedAuc, intervals
 from din_dist.metrics.ranking import aucs_by_user, log_losses
 
-_MAX_WORK = 2_000_000_000  # values looked at over all samples: some ten seconds
-_FEWEST_SAMPLES = 100  # that still tell something
+_MAX_WORK = 2_000_000_000  # values read over all samples: about 10 s
+_FEWEST_SAMPLES = 100  # fewer give no usable interval
 
 Interval = tuple[float, float]
 
 
 def affordable_samples(wanted: int, num_values: int) -> int:
-    """As many of `wanted` samples as take some ten seconds; 100 where it has to be fewer."""
+    """Returns how many of the `wanted` samples take about 10 s, but at least 100 of them."""
     return min(wanted, max(_FEWEST_SAMPLES, _MAX_WORK // max(num_values, 1)))
 
 
 def intervals_of_scores(
     scores: np.ndarray, labels: np.ndarray, users: np.ndarray, draws_per_row: int | None, num_samples: int, seed: int
 ) -> dict[str, Interval]:
-    """Of `gauc`, `auc`, `log_loss` and, with `draws_per_row` (None: the log has labels), `pairwise_gauc`.
+    """Returns the intervals of `gauc`, `auc`, `log_loss` and, if negatives are drawn, `pairwise_gauc`.
 
     Args:
-        scores: logits `[M]`; `labels` `[M]`, `users` `[M]`.
+        scores: logits `[M]`.
+        labels: `[M]` in {0, 1}.
+        users: int `[M]`.
+        draws_per_row: one positive and its drawn negatives; None if the log has labels.
+        num_samples: the number of bootstrap samples.
+        seed: of the samples.
     """
     found, user_of = np.unique(users, return_inverse=True)
     aucs, impressions = aucs_by_user(scores, labels, users)
@@ -51,7 +56,7 @@ def intervals_of_scores(
 def intervals_of_sums(
     parts: Mapping[str, tuple[np.ndarray, np.ndarray]], num_samples: int, seed: int
 ) -> dict[str, Interval]:
-    """Of metrics that are ratios of sums over users: `parts` as of `RatiosOfSums`."""
+    """Returns the intervals of metrics that are ratios of sums over users; for `parts` see `RatiosOfSums`."""
     ratios = RatiosOfSums(parts)
     num_users = len(next(iter(parts.values()))[0])
     return _named(ratios.names, intervals(ratios, num_users, num_samples, seed))

@@ -1,4 +1,4 @@
-"""Validation and test over all ranks, each example once, and the floors that a model must beat."""
+"""Validation and test over all ranks, each example once; and floors, simple rankings that a model must beat."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from din_dist.layers.packed import segment_ids, segment_sum
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
 from din_dist.schema import Batch
 
-Scorer = Callable[[Batch], tf.Tensor]  # a packed batch to one number an example, `[B]`
+Scorer = Callable[[Batch], tf.Tensor]  # packed batch -> one number for each example, `[B]`
 
 
 class Evaluator:
-    """Scores whole splits. Every rank takes its run of the examples and gets the metrics of all of them."""
+    """Scores whole splits. Each rank scores its own range of the examples and gets the metrics of all of them."""
 
     def __init__(self, config: Config, store: EventStore, splits: Mapping[str, Examples], runtime: Runtime) -> None:
         self._config, self._store, self._splits, self._runtime = config, store, splits, runtime
@@ -31,26 +31,27 @@ class Evaluator:
         return self._splits[split].num_examples > 0
 
     def evaluate(self, split: str, logits_of: Scorer) -> dict[str, float]:
-        """`gauc`, `auc`, `log_loss` and counts; without labels also the authors' `pairwise_gauc`."""
+        """Returns `gauc`, `auc`, `log_loss` and counts; if the log has no labels, also `pairwise_gauc`."""
         return self.metrics_of(split, self.scores(split, logits_of))
 
     def metrics_of(self, split: str, logits: np.ndarray) -> dict[str, float]:
-        """As `evaluate`, from the logits `[num_examples]` of a split."""
+        """Returns the metrics of `evaluate` for known `logits` `[num_examples]` of a split."""
         metrics = self._ranking_metrics(split, logits)
         metrics["log_loss"] = log_loss(logits, self.labels(split))
         metrics["num_examples"] = len(logits)
         return metrics
 
     def floors(self, split: str) -> dict[str, dict[str, float]]:
-        """The metrics of `floor_scorers`."""
+        """Returns the metrics of each of the `floor_scorers`."""
         scorers = self.floor_scorers()
         return {name: self._ranking_metrics(split, self.scores(split, scorer)) for name, scorer in scorers.items()}
 
     def floor_scorers(self) -> dict[str, Scorer]:
-        """Returns rankings that know nothing of interests, by name.
+        """Returns the simple rankings that a model must beat, by name.
 
-        They are `popularity`; `user_repeat`, how often the user has had the item before, ties by popularity; and
-        `FEATURE_repeat`, the same for each item feature. A feature that is not known repeats nothing.
+        - `popularity`: how often the item was chosen in training.
+        - `user_repeat`: how often the user's history has the item; ties by popularity.
+        - `FEATURE_repeat`: the same for each item feature. An unknown feature value never repeats.
         """
         popularity = item_counts(self._store, self._splits).astype(np.float32)
         popularity_of = tf.constant(popularity / (popularity.max() + 1.0))
@@ -75,7 +76,7 @@ class Evaluator:
         return metrics
 
     def labels(self, split: str) -> np.ndarray:
-        """`[num_examples]` uint8, in the order of the split."""
+        """Returns the labels of a split in its order: uint8 `[num_examples]`."""
         examples = self._splits[split]
         if self._store.labels is not None:
             with progress.at(f"reading data in {self._store.folder}"):
@@ -83,7 +84,7 @@ class Evaluator:
         return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
 
     def scores(self, split: str, score: Scorer) -> np.ndarray:
-        """`[num_examples]`, in the order of the split, equal on all ranks."""
+        """Returns the scores of a split in its order, `[num_examples]`, equal on all ranks."""
         batches = evaluation_batches(
             self._store,
             self._splits[split],

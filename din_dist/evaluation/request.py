@@ -1,4 +1,4 @@
-"""What an evaluation is to tell. Nothing here needs TensorFlow, so that wrong flags are answered at once."""
+"""The request for an evaluation. This module does not need TensorFlow, so that wrong flags are refused at once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from din_dist.data.splits import Examples
 
 ALL, NONE, AUTO = "all", "none", "auto"
-AUTO_CANDIDATES = 30_000_000  # that --max_events=auto scores in all
+AUTO_CANDIDATES = 30_000_000  # scored in all with --max_events=auto
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """What is to be told. Names are those of the flags.
+    """The metrics to compute. The names are those of the flags.
 
     Attributes:
-        rank_against: how many items that the user never touched; 0: all items; None: no retrieval metrics.
-        ks: ascending; those of the default that are longer than all candidates are left out.
-        max_events: None: as many as have `AUTO_CANDIDATES` candidates in all.
+        rank_against: the number of items to rank against that the user never touched. 0: all items. None: no retrieval
+            metrics.
+        ks: list lengths, ascending. Default lengths above the number of candidates are left out.
+        max_events: the most events to rank. None: as many as have `AUTO_CANDIDATES` candidates in all.
+        by_default: `ks` is the flag's default.
     """
 
     evaluation_split: str
@@ -33,7 +35,7 @@ class EvaluationRequest:
     ks: tuple[int, ...]
     max_events: int | None
     bootstrap_samples: int
-    by_default: bool = False  # `ks`
+    by_default: bool = False
 
     def __post_init__(self) -> None:
         require(bool(self.ks), "must name a length", "ks", "", "For example 1,5,10,20.")
@@ -41,17 +43,17 @@ class EvaluationRequest:
         require(value >= 0, least, "bootstrap_samples", value, "For example 1000.")
 
     def fitted(self, config: Config, store: EventStore, splits: Mapping[str, Examples]) -> EvaluationRequest:
-        """Returns what can be told of the data.
+        """Returns the request without default list lengths that the data cannot fill.
 
         Raises:
-            InputError: what was asked for by name cannot be.
+            InputError: the split is empty, or a setting does not fit the number of items.
         """
         split, num_items = self.evaluation_split, store.facts.num_items
         if not splits[split].num_examples:
-            there = [name for name, examples in splits.items() if examples.num_examples]
+            filled = [name for name, examples in splits.items() if examples.num_examples]
             raise InputError(
                 f"--evaluation_split: must have examples. Received: {split}, which has none with --split="
-                f"{config.data.split}. Choose among {', '.join(there)}."
+                f"{config.data.split}. Choose among {', '.join(filled)}."
             )
         if self.rank_against is None:
             return self

@@ -1,7 +1,7 @@
-"""Where each chosen item stands among all items, or among some that were drawn: retrieval metrics of a split.
+"""Retrieval metrics of a split: the position of each chosen item among all items, or among drawn ones.
 
-A query is one positive event of the split: its item, the target, among candidates, given the history before it.
-Rows with a negative label are none. Scores on a candidate list of one size are not comparable to those on another.
+A query is one positive event of the split: its item, the target, among candidates, given the history before it. Rows
+with a negative label give no query. Metrics over candidate lists of different sizes are not comparable.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ from din_dist.evaluation.catalogue import CatalogueScorer
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
 from din_dist.models.ranking_model import RankingModel
 
-_RANKING = 5  # stream of random numbers, apart from those of `data/pipeline.py`
-_SCORES_BYTES = 256 * 2**20  # of a block of queries: logits of all their candidates
+_RANKING = 5  # number of the random stream; `data/pipeline.py` uses others
+_SCORES_BYTES = 256 * 2**20  # memory for the logits of all candidates of a block of queries
 _PAIRS = 200_000  # (candidate, behaviour) pairs of a block of queries with candidates of their own
-_ROWS = 256  # queries whose places are looked up at once
+_ROWS = 256  # queries whose positions are computed at once
 _REPORT_SECONDS = 10.0
 
-Tick = Callable[[float], None]  # told now and then which share of the work is done
+Tick = Callable[[float], None]  # called now and then with the share of the work that is done
 
 
 class CandidateScorer(Protocol):
-    """Whatever gives logits: a model, an export, or a floor."""
+    """Anything that returns logits: a model, an export, or a floor."""
 
     def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
-        """`[B, I]` for B histories, end to end; column i belongs to item i + 1. The caller may change it."""
+        """Returns the logits of all items for B concatenated histories: `[B, I]`, which the caller may change.
+
+        Column i belongs to item i + 1.
+        """
 
     def of_some(
         self,
@@ -48,11 +51,11 @@ class CandidateScorer(Protocol):
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
     ) -> np.ndarray:
-        """`[C]`: as of `RankingModel.score_candidates`."""
+        """Returns the logits `[C]` of each history's own candidates, like `RankingModel.score_candidates`."""
 
 
 class ModelScorer:
-    """A model with the weights that it has when this is made."""
+    """Logits of a model, with the weights that it has at construction."""
 
     def __init__(self, model: RankingModel, num_items: int) -> None:
         self._catalogue = CatalogueScorer(model, num_items)
@@ -75,7 +78,7 @@ class ModelScorer:
 
 
 class PopularityScorer:
-    """The floor: what was chosen most often in training (`counts` `[I + 1]`) stands first, whoever asks."""
+    """The floor: the items chosen most often in training (`counts` `[I + 1]`) come first for every user."""
 
     def __init__(self, counts: np.ndarray) -> None:
         self._counts = counts
@@ -100,7 +103,7 @@ class Queries:
     events: np.ndarray
     users: np.ndarray
     targets: np.ndarray
-    seen_starts: np.ndarray  # all that the user did before, of which the history is the newest part
+    seen_starts: np.ndarray  # where all that the user did before begins; the history is the newest part of it
     history_starts: np.ndarray
     history_ends: np.ndarray
     num_in_split: int
@@ -114,7 +117,7 @@ class Queries:
 
 
 def queries_of(store: EventStore, examples: Examples, max_history_length: int, most: int) -> Queries:
-    """The positive events of `examples`; at most `most`, of whole users evenly spaced."""
+    """Returns the positive events of `examples`, at most `most` of them. Whole users, evenly spaced, are kept."""
     rows = dataclasses.replace(examples, draws_per_row=1)
     sizes = rows.rows_per_user()
     if store.labels is not None:
@@ -140,12 +143,13 @@ def queries_of(store: EventStore, examples: Examples, max_history_length: int, m
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the targets are ranked against.
+    """The candidates that the targets are ranked against.
 
     Attributes:
-        num_negatives: so many items that the user never touched (all of them, where there are fewer), drawn by (seed,
-            event) without repetition; 0: all items of the catalogue.
-        exclude_history: of all items, leave those out that the user had before; never the target.
+        num_negatives: the number of items that the user never touched, or all of those if there are fewer. They are
+            drawn by (seed, event) without repetition. 0: all items of the catalogue.
+        exclude_history: with all items, leave out those of the user's history, but never the target.
+        seed: of the draws.
     """
 
     num_negatives: int
@@ -154,9 +158,15 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Of each query: `greater` and `tied` as of `metrics/retrieval.py`, how many candidates there were, and the first
-    ones `[E, k]`, ties by item id; 0 where there are fewer."""
+class TargetPositions:
+    """The positions of E targets in the rankings of their candidates.
+
+    Attributes:
+        greater: int64 `[E]`, the candidates above the target; see `metrics/retrieval.py`.
+        tied: int64 `[E]`, the other candidates with the target's score.
+        num_candidates: int64 `[E]`.
+        top_items: int64 `[E, k]`, the first candidates, ties by item id; 0 where there are fewer.
+    """
 
     greater: np.ndarray
     tied: np.ndarray
@@ -172,25 +182,26 @@ def rank(
     num_top: int,
     runtime: Runtime,
     progress: Callable[[float, float], None] = lambda share, seconds: None,
-) -> Places:
-    """The places of all targets, equal on all ranks; each rank takes its run of the queries.
+) -> TargetPositions:
+    """Returns the positions of all targets, equal on all ranks. Each rank ranks its own range of the queries.
 
     Args:
-        progress: told now and then which share of this rank's queries is done, and in how many seconds.
+        progress: called now and then with the share of this rank's queries that is done and the seconds they took.
 
     Raises:
-        FloatingPointError: on the chief, when logits are not numbers; FailedElsewhere on the others.
+        FloatingPointError: on the chief, if a logit is NaN.
+        FailedElsewhere: on the other ranks in that case.
     """
     first, end = share(len(queries), runtime.rank, runtime.world_size)
     num_top = min(num_top, store.facts.num_items)
     found = [np.zeros((0, 3 + num_top), np.int64)]
     started = reported = time.perf_counter()
     all_numbers = True
-    place = first
-    while place < end:
-        block = queries[place : min(place + _block_size(queries[place:end], task, store.facts.num_items), end)]
+    begin = first
+    while begin < end:
+        block = queries[begin : min(begin + _block_size(queries[begin:end], task, store.facts.num_items), end)]
 
-        def tick(share: float, done: int = place - first, size: int = len(block)) -> None:
+        def tick(share: float, done: int = begin - first, size: int = len(block)) -> None:
             nonlocal reported
             if (now := time.perf_counter()) - reported > _REPORT_SECONDS:
                 reported = now
@@ -201,19 +212,19 @@ def rank(
         for row in range(0, len(block), _ROWS):
             part = slice(row, row + _ROWS)
             of_part = candidates if len(candidates) == 1 else candidates[part]
-            found.append(_places(block[part], task, of_part, scores[part], num_top))
+            found.append(_target_positions(block[part], task, of_part, scores[part], num_top))
         tick(1.0)
-        place += len(block)
+        begin += len(block)
     if runtime.sum(np.array([all_numbers], np.int64))[0] < runtime.world_size:
         if not runtime.is_chief:
             raise FailedElsewhere
         raise FloatingPointError("The logits of all candidates must be numbers. Received: NaN. Use another checkpoint.")
     columns = runtime.gather(np.concatenate(found))
-    return Places(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
+    return TargetPositions(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
 
 
 def _block_size(queries: Queries, task: Task, num_items: int) -> int:
-    """How many of the first queries to score at once: by the memory that their candidates take."""
+    """Returns how many of the first queries fit into one block, by the memory that their candidates take."""
     if not task.num_negatives:
         return max(1, _SCORES_BYTES // (4 * num_items))
     lengths = queries.history_ends - queries.history_starts
@@ -224,7 +235,10 @@ def _block_size(queries: Queries, task: Task, num_items: int) -> int:
 def _score(
     store: EventStore, queries: Queries, task: Task, scorer: CandidateScorer, tick: Tick
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates `[B, C]`, or `[1, C]` where they are the same for all, and scores `[B, C]`; -inf: is no candidate."""
+    """Returns the candidates, `[B, C]` or `[1, C]` if all queries share them, and their scores `[B, C]`.
+
+    A score of -inf marks an item that is no candidate.
+    """
     lengths = queries.history_ends - queries.history_starts
     histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
     if not task.num_negatives:
@@ -248,7 +262,10 @@ def _score(
 
 
 def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """The negatives of each query end to end, and how many `[B]`: the same in whatever block a query stands."""
+    """Returns the negatives of all queries, concatenated, and the number `[B]` of each.
+
+    The negatives of a query do not depend on the block that it is in.
+    """
     users, user_of = np.unique(queries.users, return_inverse=True)
     begins = store.user_offsets[users]
     num_events = store.user_offsets[users + 1] - begins
@@ -262,12 +279,14 @@ def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np
     return negatives.numpy(), counts
 
 
-def _places(queries: Queries, task: Task, candidates: np.ndarray, scores: np.ndarray, num_top: int) -> np.ndarray:
-    """`[B, 3 + num_top]`: the columns of `Places`."""
+def _target_positions(
+    queries: Queries, task: Task, candidates: np.ndarray, scores: np.ndarray, num_top: int
+) -> np.ndarray:
+    """Returns the columns of `TargetPositions`: int64 `[B, 3 + num_top]`."""
     column = np.zeros(len(queries), np.int64) if task.num_negatives else queries.targets - 1
     of_target = scores[np.arange(len(queries)), column][:, None]
     counts = [(scores > of_target).sum(axis=1), (scores == of_target).sum(axis=1) - 1, (scores > -np.inf).sum(axis=1)]
-    if task.num_negatives:  # by item id, as the ties among all items
+    if task.num_negatives:  # sort by item id, so that ties fall as they do among all items
         order = np.argsort(candidates, axis=1)
         candidates, scores = (np.take_along_axis(values, order, axis=1) for values in (candidates, scores))
     highest, columns = tf.math.top_k(scores, min(num_top, scores.shape[1]))
@@ -278,18 +297,25 @@ def _places(queries: Queries, task: Task, candidates: np.ndarray, scores: np.nda
 
 
 def _windows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers of all windows, end to end."""
+    """Returns the integers of all windows, concatenated."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 def by_user(
-    queries: Queries, places: Places, popularity: np.ndarray, ks: Sequence[int]
+    queries: Queries, positions: TargetPositions, popularity: np.ndarray, ks: Sequence[int]
 ) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """What each of the K users among `queries` adds to numerator and denominator of each metric, `[K]` each.
+    """Returns what each of the K users adds to the numerator and the denominator of each metric, `[K]` each.
 
-    Over events: recall, NDCG and the reciprocal rank; over users: the hit rate, whether any of a user's events is a
-    hit; over what stands in the lists: how often it was chosen in training (`popularity` `[I + 1]`).
+    - Means over events: recall, NDCG and the reciprocal rank.
+    - Means over users: the hit rate, 1 if any of the user's events is a hit.
+    - Means over the items in the lists: how often each was chosen in training.
+
+    Args:
+        queries: the events, whose users are counted.
+        positions: those of the events.
+        popularity: `[I + 1]`, how often each item was chosen in training.
+        ks: list lengths.
     """
     users, user_of = np.unique(queries.users, return_inverse=True)
     num_events = np.bincount(user_of, minlength=len(users))
@@ -297,12 +323,12 @@ def by_user(
     def per_event(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.bincount(user_of, values, len(users)), num_events
 
-    parts = {"mrr": per_event(reciprocal_rank(places.greater, places.tied))}
+    parts = {"mrr": per_event(reciprocal_rank(positions.greater, positions.tied))}
     for k in ks:
-        recall = recall_at(k, places.greater, places.tied)
-        listed = places.top_items[:, :k]
+        recall = recall_at(k, positions.greater, positions.tied)
+        listed = positions.top_items[:, :k]
         parts[f"recall@{k}"] = per_event(recall)
-        parts[f"ndcg@{k}"] = per_event(ndcg_at(k, places.greater, places.tied))
+        parts[f"ndcg@{k}"] = per_event(ndcg_at(k, positions.greater, positions.tied))
         parts[f"hit_rate@{k}"] = (hit_rate_by_user(recall, queries.users)[1], np.ones(len(users)))
         parts[f"mean_popularity@{k}"] = (
             per_event(np.where(listed > 0, popularity[listed], 0).sum(axis=1))[0],
@@ -311,5 +337,5 @@ def by_user(
     return parts
 
 
-def coverages(places: Places, num_items: int, ks: Sequence[int]) -> dict[str, float]:
-    return {f"coverage@{k}": coverage(places.top_items[:, :k], num_items) for k in ks}
+def coverages(positions: TargetPositions, num_items: int, ks: Sequence[int]) -> dict[str, float]:
+    return {f"coverage@{k}": coverage(positions.top_items[:, :k], num_items) for k in ks}

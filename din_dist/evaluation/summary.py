@@ -1,4 +1,4 @@
-"""All that `cli/evaluate.py` tells of a split: the trainer's metrics, retrieval metrics, floors and intervals."""
+"""The results that `cli/evaluate.py` prints for a split: ranking metrics, retrieval metrics, floors, intervals."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from din_dist.evaluation.retrieval import (
     CandidateScorer,
     PopularityScorer,
     Queries,
+    TargetPositions,
     Task,
     by_user,
     coverages,
@@ -29,7 +30,7 @@ from din_dist.text import duration
 
 
 def score_split(
-    asked: EvaluationRequest,
+    request: EvaluationRequest,
     evaluator: Evaluator,
     config: Config,
     store: EventStore,
@@ -37,12 +38,15 @@ def score_split(
     logits_of: Scorer,
     runtime: Runtime,
 ) -> dict[str, Any]:
-    """The trainer's own metrics of a split and the floors; on the chief, their intervals. All ranks call it."""
-    split = asked.evaluation_split
+    """Returns the trainer's metrics of a split and of the floors; on the chief, also their intervals.
+
+    All ranks must call it.
+    """
+    split = request.evaluation_split
     logits = evaluator.scores(split, logits_of)
     found: dict[str, Any] = dict(evaluator.metrics_of(split, logits))
     found["floors"] = evaluator.floors(split)
-    num_samples = affordable_samples(asked.bootstrap_samples, len(logits) + len(examples.users))
+    num_samples = affordable_samples(request.bootstrap_samples, len(logits) + len(examples.users))
     found["bootstrap_samples"] = num_samples
     if num_samples and runtime.is_chief:
         draws = None if store.facts.has_labels else examples.draws_per_row
@@ -52,7 +56,7 @@ def score_split(
 
 
 def rank_split(
-    asked: EvaluationRequest,
+    request: EvaluationRequest,
     config: Config,
     store: EventStore,
     splits: Mapping[str, Examples],
@@ -60,16 +64,18 @@ def rank_split(
     runtime: Runtime,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Retrieval metrics of a split and of the popularity floor; on the chief, their intervals. All ranks call it.
+    """Returns the retrieval metrics of a split and of the popularity floor; on the chief, also their intervals.
+
+    All ranks must call it.
 
     Raises:
-        FloatingPointError: as `retrieval.rank`.
+        FloatingPointError: on the chief, if a logit is NaN.
     """
-    assert asked.rank_against is not None
-    num_items, against = store.facts.num_items, asked.rank_against
-    task = Task(against, not against and asked.exclude_history, config.job.seed)
-    most = asked.max_events or max(1, AUTO_CANDIDATES // (1 + against if against else num_items))
-    queries = queries_of(store, splits[asked.evaluation_split], config.data.max_history_length, most)
+    assert request.rank_against is not None
+    num_items, against = store.facts.num_items, request.rank_against
+    task = Task(against, not against and request.exclude_history, config.job.seed)
+    most = request.max_events or max(1, AUTO_CANDIDATES // (1 + against if against else num_items))
+    queries = queries_of(store, splits[request.evaluation_split], config.data.max_history_length, most)
     if not len(queries):
         return {"num_events": 0}
     thinned = len(queries) < queries.num_in_split
@@ -80,15 +86,30 @@ def rank_split(
     def progress(share: float, seconds: float) -> None:
         say(f"ranked {share:.0%} of this worker's events, {duration(seconds / share * (1 - share))} left")
 
-    places = rank(store, queries, task, scorer, asked.ks[-1], runtime, progress)
+    positions = rank(store, queries, task, scorer, request.ks[-1], runtime, progress)
     seconds = time.perf_counter() - started
     popularity = item_counts(store, splits)
-    parts = by_user(queries, places, popularity, asked.ks)
-    floor = rank(store, queries, task, PopularityScorer(popularity), asked.ks[-1], runtime)
-    of_floor = _ratios(by_user(queries, floor, popularity, asked.ks)) | coverages(floor, num_items, asked.ks)
-    num_users = len(np.unique(queries.users))
-    fewer = "up to " if against and (places.num_candidates <= against).any() else ""
-    found: dict[str, Any] = {
+    parts = by_user(queries, positions, popularity, request.ks)
+    floor = rank(store, queries, task, PopularityScorer(popularity), request.ks[-1], runtime)
+    of_floor = _ratios(by_user(queries, floor, popularity, request.ks)) | coverages(floor, num_items, request.ks)
+    found = _facts(store, queries, task, positions) | {
+        "ks": list(request.ks),
+        "events_per_second": len(queries) / seconds,
+        "seconds_for_all_events": seconds / len(queries) * queries.num_in_split,
+        "metrics": _ratios(parts) | coverages(positions, num_items, request.ks),
+        "floors": {"popularity": of_floor},
+    }
+    num_samples = affordable_samples(request.bootstrap_samples, found["num_users"])
+    if num_samples and runtime.is_chief:
+        found["intervals"] = intervals_of_sums(parts, num_samples, config.job.seed)
+    return found
+
+
+def _facts(store: EventStore, queries: Queries, task: Task, positions: TargetPositions) -> dict[str, Any]:
+    """Returns the entries that say which events were ranked against which candidates."""
+    against = task.num_negatives
+    fewer = "up to " if against and (positions.num_candidates <= against).any() else ""
+    return {
         "ranked_against": f"{fewer}{against} items that the user never touched" if against else "all items",
         "rank_against": against or ALL,
         "exclude_history": task.exclude_history,
@@ -97,19 +118,10 @@ def rank_split(
         "num_events_in_split": queries.num_in_split,
         "num_events_without_history": int((queries.history_ends == queries.history_starts).sum()),
         "num_events_of_repeats": _num_repeats(store, queries),
-        "num_events_tied": int((places.tied > 0).sum()),
-        "num_users": num_users,
-        "mean_num_candidates": float(places.num_candidates.mean()),
-        "ks": list(asked.ks),
-        "events_per_second": len(queries) / seconds,
-        "seconds_for_all_events": seconds / len(queries) * queries.num_in_split,
-        "metrics": _ratios(parts) | coverages(places, num_items, asked.ks),
-        "floors": {"popularity": of_floor},
+        "num_events_tied": int((positions.tied > 0).sum()),
+        "num_users": len(np.unique(queries.users)),
+        "mean_num_candidates": float(positions.num_candidates.mean()),
     }
-    num_samples = affordable_samples(asked.bootstrap_samples, num_users)
-    if num_samples and runtime.is_chief:
-        found["intervals"] = intervals_of_sums(parts, num_samples, config.job.seed)
-    return found
 
 
 def _ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -117,6 +129,6 @@ def _ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, flo
 
 
 def _num_repeats(store: EventStore, queries: Queries) -> int:
-    """Events of an item that their user had before."""
+    """Counts the events of an item that the user's history has."""
     windows = zip(queries.targets, queries.seen_starts, queries.history_ends, strict=True)
     return sum(int((store.history_item_ids[start:end] == target).any()) for target, start, end in windows)

@@ -1,4 +1,4 @@
-"""What `cli/evaluate.py` found, for people."""
+"""The results of `cli/evaluate.py` as a table of text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _WIDTH = 17
 
 
 def table(found: Mapping[str, Any]) -> str:
+    """Returns the lines to print for the results of one evaluation."""
     lines = [*_scores(found)]
     if retrieval := found.get("retrieval"):
         lines += _retrieval(retrieval, found["split"])

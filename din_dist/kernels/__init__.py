@@ -1,4 +1,4 @@
-"""The library of `din_dist/kernels`, where `launch/setup.sh` has compiled it."""
+"""Loads the library of C++ kernels that `launch/setup.sh` compiles from this folder."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 import tensorflow as tf
 
 ACTIVATIONS = ("dice", "prelu", "sigmoid", "relu", "scaled")  # in the order of `Activation` in kernels/attention.h
-LANES = 16  # what rows of a layer's inputs are padded to a multiple of, as `kLane` there
+LANES = 16  # rows of a layer's inputs are padded to a multiple of it, like `kLane` there
 PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
 
 
 @functools.cache
 def library() -> Any:
-    """The operations, as functions."""
+    """Returns the operations of the library, as functions."""
     return tf.load_op_library(str(PATH))
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the kernels have, on this processor, instructions for `--compute_dtype=bfloat16`."""
+    """Tells if this processor has the instructions that the kernels need for `--compute_dtype=bfloat16`."""
     library()
     return bool(ctypes.CDLL(str(PATH)).din_dist_multiplies_bfloat16())
 
 
 def num_threads() -> int:
-    """As many as TensorFlow's own kernels use."""
+    """Returns the number of threads that TensorFlow's own kernels use."""
     return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))

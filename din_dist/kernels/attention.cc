@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, DIN_ISA; DIN_LANES is how many floats its registers hold. Where DIN_BFLOAT16 is
-// defined, the factors of matrix products are rounded to bfloat16; their sums and all else stay float32.
+// Compiled once for each instruction set, DIN_ISA. DIN_LANES is the number of floats in a register. If DIN_BFLOAT16 is
+// defined, the factors of matrix products are rounded to bfloat16; their sums and everything else stay float32.
 #include "attention.h"
 
 #include <algorithm>
@@ -47,8 +47,8 @@ inline I Bits(V value) { return (I)value; }
 
 inline V Select(I mask, V yes, V no) { return Bits((Bits(yes) & mask) | (Bits(no) & ~mask)); }
 
-// The smaller and the larger; where one is NaN, `x`.
-#if DIN_LANES == 16  // one instruction; of the other form the compiler makes two
+// The smaller and the larger of two values. If one is NaN, the result is `x`.
+#if DIN_LANES == 16  // one instruction; the compiler makes two of the other form
 inline V Min(V most, V x) { return (V)_mm512_min_ps((__m512)most, (__m512)x); }
 inline V Max(V least, V x) { return (V)_mm512_max_ps((__m512)least, (__m512)x); }
 #else
@@ -56,14 +56,14 @@ inline V Min(V most, V x) { return most < x ? most : x; }
 inline V Max(V least, V x) { return least > x ? least : x; }
 #endif
 
-// 2^x to 2 units in the last place; what is outside of [-126, 126] is taken for its end. NaN stays.
+// Returns 2^x to 2 units in the last place. x is clipped to [-126, 126]; NaN stays NaN.
 inline V PowerOf2(V x) {
   x = Max(All(-126.0f), Min(All(126.0f), x));
-  const V magic = All(12582912.0f);  // 1.5 * 2^23: added, it rounds to an integer, held in the lowest bits
+  const V magic = All(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits
   const V shifted = x + magic;
   const V r = x - (shifted - magic);
-  // Of degree 5 for r in [-1/2, 1/2], the least relative error, 9.1e-8, of those that begin with 1; fitted by
-  // re-weighted least squares at Chebyshev nodes.
+  // A polynomial of degree 5 for r in [-1/2, 1/2] that begins with 1, with the least relative error, 9.1e-8. It was
+  // fitted by re-weighted least squares at Chebyshev nodes.
   V p = r * 1.326472731e-3f + 9.671512991e-3f;
   p = p * r + 5.550733581e-2f;
   p = p * r + 2.402224243e-1f;
@@ -84,8 +84,8 @@ inline V Sigmoid(V x) {
 
 // --- Matrix products ---
 
-// What the two factors of a product have in common, `inner`, is counted in elements. An element takes up a float's place:
-// it is one float, or two numbers in bfloat16, whose products are added up at once.
+// The inner dimension of a product is counted in elements. An element has the size of a float: it is one float, or two
+// bfloat16 numbers whose products are added at once.
 #ifdef DIN_BFLOAT16
 constexpr int64_t kNumbers = 2;
 
@@ -97,7 +97,7 @@ inline Half MultiplyAdd(Half left, Half right, Half sum) {
   return (Half)_mm256_dpbf16_ps((__m256)sum, (__m256bh)left, (__m256bh)right);
 }
 
-// The left factor's elements: of `size` numbers each two that follow each other. `to` may be `from`.
+// Converts the left factor: each two neighbours among `size` numbers become one element. `to` may be `from`.
 const float* Along(const float* from, int64_t size, float* to) {
   for (int64_t i = 0; i < size; i += 2 * L) {
     const V low = Load(from + i), high = i + L < size ? Load(from + i + L) : V{};
@@ -107,7 +107,8 @@ const float* Along(const float* from, int64_t size, float* to) {
   return to;
 }
 
-// The right factor's, [(rows + 1) / 2, width]: of each two rows that follow each other. `to` may be `from`.
+// Converts the right factor: each two neighbouring rows become one row of elements, [(rows + 1) / 2, width]. `to` may
+// be `from`.
 const float* Down(const float* from, int64_t rows, int64_t width, float* to) {
   alignas(64) static const int16_t kInTurn[2 * L] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -136,7 +137,7 @@ inline const float* Down(const float* from, int64_t, int64_t, float*) { return f
 
 inline int64_t Elements(int64_t numbers) { return (numbers + kNumbers - 1) / kNumbers; }
 
-// The right factor of all tiles.
+// The right factor of the products of all tiles.
 class Weights {
  public:
   Weights(const float* from, int64_t rows, int64_t width)
@@ -148,14 +149,14 @@ class Weights {
   const float* elements_;
 };
 
-// What a product is added to: rows of C itself, or one row for all.
+// The array that a product is added to: rows of C itself, or one row for all rows.
 struct Start {
   const float* rows;
-  int64_t step;  // from a row to the next
+  int64_t step;  // between two rows
 };
 
-// R rows of C [R, N registers] = start + A [R, inner] B [inner, N registers]; `inner` is at least 1. `kHalf`: of the last
-// register only the first half is worked out, the other is 0.
+// Computes R rows of C [R, N registers] = start + A [R, inner] B [inner, N registers]; `inner` is at least 1. With
+// `kHalf`, only the first half of the last register is computed; the other half is 0.
 template <int R, int N, bool kHalf>
 inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, const float* b, int64_t ldb, Start start,
                   float* c, int64_t ldc) {
@@ -169,7 +170,7 @@ inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, cons
     if constexpr (kHalf) halves[r] = Load<Half>(start.rows + r * start.step + kWhole * L);
   }
   int64_t k = 0;
-  do {  // so that the sums have one life in registers
+  do {  // a do loop, so that the sums stay in registers
     V right[N];
     Half half;
 #pragma GCC unroll 8
@@ -194,7 +195,7 @@ inline void Block(const float* a, int64_t row, int64_t step, int64_t inner, cons
   }
 }
 
-// R rows at a time, and the rest of them together.
+// Computes all rows: R at a time, and the rest together.
 template <int R, int N, bool kHalf>
 void Rows(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
           Start start, float* c, int64_t ldc) {
@@ -209,20 +210,20 @@ void Rows(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner
   }
 }
 
-#if DIN_LANES == 16  // and 32 registers
+#if DIN_LANES == 16  // these processors have 32 registers
 constexpr int kMostRegisters = 5;
 #else
 constexpr int kMostRegisters = 2;
 #endif
 
-// C [rows, Padded(columns)] = start + A B, where A's element (r, k) is a[r * row + k * step].
+// Computes C [rows, Padded(columns)] = start + A B, where A's element (r, k) is a[r * row + k * step].
 void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t inner, const float* b, int64_t ldb,
               int64_t columns, Start start, float* c, int64_t ldc) {
   int64_t left = Padded(columns) / L;
   int64_t blocks = (left + kMostRegisters - 1) / kMostRegisters;
   const bool ends_in_half = left * L - columns >= L / 2;
   while (left > 0) {
-    const int64_t width = (left + blocks - 1) / blocks;  // equally wide, as nearly as can be
+    const int64_t width = (left + blocks - 1) / blocks;  // blocks of about equal width
     const auto run = [&](auto r, auto n) {
       if (ends_in_half && width == left) {
         Rows<r, n, true>(a, row, step, rows, inner, b, ldb, start, c, ldc);
@@ -265,14 +266,16 @@ void Multiply(const float* a, int64_t row, int64_t step, int64_t rows, int64_t i
   }
 }
 
-// C [rows, Padded(columns)] = start + A [rows, Padded(inner)] B [inner, Padded(columns)]; `scratch` as long as A, or A.
+// Computes C [rows, Padded(columns)] = start + A [rows, Padded(inner)] B [inner, Padded(columns)]. `scratch` is as
+// large as A, or A itself.
 inline void MultiplyRows(const float* a, int64_t rows, int64_t inner, const Weights& b, int64_t columns, Start start,
                          float* c, float* scratch) {
   const int64_t width = Padded(inner), ld = Padded(columns);
   Multiply(Along(a, rows * width, scratch), width / kNumbers, 1, rows, Elements(inner), b, ld, columns, start, c, ld);
 }
 
-// C [inner, Padded(columns)] += the transpose of A [rows, Padded(inner)] by B [rows, Padded(columns)]; scratch likewise.
+// Adds to C [inner, Padded(columns)] the transpose of A [rows, Padded(inner)] times B [rows, Padded(columns)]. Each
+// scratch is as large as its factor, or the factor itself.
 inline void AddTransposedByRows(const float* a, const float* b, int64_t rows, int64_t inner, int64_t columns, float* c,
                                 float* scratch_of_a, float* scratch_of_b) {
   const int64_t width = Padded(inner), ld = Padded(columns);
@@ -283,8 +286,8 @@ inline void AddTransposedByRows(const float* a, const float* b, int64_t rows, in
 // --- Activations ---
 
 struct Slopes {
-  V of_input;         // with the standardised input held
-  V of_standardised;  // with the input held
+  V of_input;         // with the standardised input constant
+  V of_standardised;  // with the input constant
   V of_alpha;
 };
 
@@ -321,10 +324,10 @@ inline V Beta(const Gate& gate, int64_t v) {
   return V{};
 }
 
-// A tile later the processor would have to wait for it: it foresees none of a page that it has not been to.
+// Prefetches a tile ahead, because the processor does not prefetch from pages that it has not read yet.
 inline void FetchNextTile(const float* row, int64_t width) { __builtin_prefetch(row + kTile * width); }
 
-// Row by row, for the rows come from memory, in order; what belongs to a column stays in the cache.
+// Works row by row, because rows come from memory in order, while arrays of columns stay in the cache.
 template <Activation A>
 void ActivateAs(const Gate& gate, const float* x, int64_t rows, float* y) {
   const int64_t width = Padded(gate.width);
@@ -340,8 +343,9 @@ void ActivateAs(const Gate& gate, const float* x, int64_t rows, float* y) {
 
 inline void AddTo(float* sum, V value) { Store(sum, Load(sum) + value); }
 
-// The outputs `y`; in place of their gradient, that of x with the statistics held; adds to `sums` [3, width] the
-// gradients of the standardised input, of that times it, and of alpha; of kScaled [4, width], beta's too.
+// Computes the outputs `y` and replaces their gradient by the gradient with respect to x, statistics constant. Adds to
+// `sums` [3, width] the gradient with respect to the standardised input, the same times that input, and the gradient of
+// alpha; for kScaled [4, width], also that of beta.
 template <Activation A>
 void ActivateAndDifferentiateAs(const Gate& gate, const float* x, int64_t rows, float* gradient, float* y,
                                 float* sums) {
@@ -385,7 +389,7 @@ void ActivateAndDifferentiate(const Gate& gate, const float* x, int64_t rows, fl
   DIN_BY_ACTIVATION(ActivateAndDifferentiateAs, gate, x, rows, gradient, y, sums)
 }
 
-// The gradient of x from that with its statistics held.
+// Computes the gradient with respect to x from `held`, the gradient with the statistics constant.
 void Differentiate(const Statistics& statistics, const float* x, const float* held, int64_t rows, float* of_x) {
   const int64_t width = Padded(statistics.width);
   for (int64_t r = 0; r < rows; ++r, x += width, held += width, of_x += width) {
@@ -402,13 +406,13 @@ void Differentiate(const Statistics& statistics, const float* x, const float* he
 
 // --- Rows ---
 
-// Sums over a tile are float32; those over tiles are float64.
+// Moves the sums of a tile, in float32, to the sums over all tiles, in float64.
 void Gather(float* tile, int64_t size, double* sums) {
   for (int64_t i = 0; i < size; ++i) sums[i] += tile[i];
   std::fill_n(tile, size, 0.0f);
 }
 
-// Adds to `sums` [2, width] x - centre and its square.
+// Adds x - centre and its square to `sums` [2, width].
 void SumAbout(const float* x, const float* centre, int64_t rows, int64_t width, double* sums) {
   for (int64_t v = 0; v < width; v += L) {
     const V c = Load(centre + v);
@@ -468,17 +472,17 @@ inline float Dot(const float* a, const float* b, int64_t width) {
   return total;
 }
 
-// Keys come in no order that a processor could foresee.
+// Keys are read in an order that a processor cannot predict, so they are prefetched.
 constexpr int64_t kAhead = 10;  // pairs
 
-// Of the rows of keys [K, width], that of the pair kAhead after `pair`.
+// Prefetches the row of `rows` [K, width] that belongs to the key of the pair kAhead after `pair`.
 inline void FetchKey(const Pairs& pairs, int64_t pair, const float* rows, int64_t width) {
   if (pair + kAhead >= pairs.count) return;
   const float* row = rows + pairs.key_of[pair + kAhead] * width;
   for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
 }
 
-// q * k of the pairs [begin, begin + rows), [rows, Padded(H)].
+// Computes q * k of the pairs [begin, begin + rows): [rows, Padded(H)].
 void Products(const Pairs& pairs, const float* candidate, const float* keys, int64_t width, int64_t begin,
               int64_t rows, float* to) {
   const int64_t padded = Padded(width);
@@ -490,7 +494,7 @@ void Products(const Pairs& pairs, const float* candidate, const float* keys, int
   }
 }
 
-// Copies [rows, from_width] to [rows, to_width], 0 beyond `from_width`.
+// Copies [rows, from_width] to [rows, to_width]; columns beyond `from_width` are 0.
 void CopyRows(const float* from, int64_t from_width, int64_t rows, float* to, int64_t to_width) {
   const int64_t width = std::min(from_width, to_width);
   for (int64_t r = 0; r < rows; ++r) {
@@ -499,7 +503,7 @@ void CopyRows(const float* from, int64_t from_width, int64_t rows, float* to, in
   }
 }
 
-// Rows [begin, begin + rows) of a dense array with their padding, in `scratch` if there is any.
+// Returns the rows [begin, begin + rows) of a dense array with padding, copied to `scratch` if they need any.
 const float* PaddedRows(const float* from, int64_t begin, int64_t rows, int64_t width, float* scratch) {
   from += begin * width;
   if (width == Padded(width)) return from;
@@ -635,7 +639,7 @@ void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, flo
   }
 }
 
-// The pairs [begin, end) of the candidate of pair `begin`.
+// Returns the end of the pairs in [begin, end) that have the same candidate as pair `begin`.
 int64_t EndOfCandidate(const Pairs& pairs, int64_t begin, int64_t end) {
   int64_t pair = begin + 1;
   while (pair < end && pairs.candidate_of[pair] == pairs.candidate_of[begin]) ++pair;

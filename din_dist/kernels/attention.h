@@ -1,8 +1,8 @@
-// The local activation unit's passes over the pairs of a batch, each pair a candidate and a behaviour of its history;
-// and those of layers that normalise, over rows of any kind.
+// The passes of the local activation unit over the pairs of a batch (a candidate and a behaviour of its history), and
+// the passes of normalising layers over rows of any kind.
 //
-// Every array of values per pair, [P, W], has its rows padded to `Padded(W)` floats; the padding is 0 in all of them.
-// All others are dense. Passes run in shards; a shard has whole candidates where the pass sums by candidate.
+// Arrays with values per pair, [P, W], have rows padded with zeros to `Padded(W)` floats. All other arrays are dense.
+// Passes run in shards. If a pass sums by candidate, no candidate is split between shards.
 #pragma once
 
 #include <cstdint>
@@ -13,26 +13,28 @@ constexpr int64_t kLane = 16;
 
 inline int64_t Padded(int64_t width) { return (width + kLane - 1) / kLane * kLane; }
 
-// As `ACTIVATIONS` in kernels/__init__.py counts them. kScaled is what batch normalisation ends with: alpha n + beta.
+// Numbered as in `ACTIVATIONS` of kernels/__init__.py. kScaled is the last step of batch normalisation: alpha n + beta.
 enum Activation : int32_t { kDice = 0, kPRelu = 1, kSigmoid = 2, kRelu = 3, kScaled = 4 };
 
-// An activation of `width` columns, and what its gradient takes. Arrays of `Padded(width)`, 0 in the padding.
+// An activation of `width` columns, with the arrays that its gradient needs: `Padded(width)` floats each, 0 in the
+// padding.
 struct Gate {
   Activation activation;
   int64_t width;
   const float* mean;
-  const float* scale;  // one over the standard deviation
+  const float* scale;  // 1 / standard deviation
   const float* alpha;
-  const float* beta;  // of kScaled only
+  const float* beta;  // for kScaled only
 };
 
-// How the statistics of `width` columns of x depend on x: what its gradient takes once that of each x with the
-// statistics held is known. Arrays likewise.
+// How the statistics of `width` columns depend on x. With it, the gradient with respect to x follows from the gradient
+// that treats the statistics as constants. The arrays are padded as in `Gate`.
 struct Statistics {
   int64_t width;
   const float* mean;
   const float* scale;
-  // Means over the global batch of the gradient of n, the standardised input, and of that times n.
+  // Means over the global batch of the gradient with respect to n, the standardised input, and of that gradient times
+  // n.
   const float* mean_of_gradient;
   const float* mean_of_product;
 };
@@ -41,7 +43,7 @@ struct Pairs {
   int64_t count;
   int64_t num_candidates;
   int64_t num_keys;
-  const int32_t* candidate_of;  // ascends
+  const int32_t* candidate_of;  // ascending
   const int32_t* key_of;
 };
 
@@ -61,20 +63,20 @@ struct ProjectionGradient {
   const float* from;
   const float* of_to;
   const float* transposed_kernel;  // [units, Padded(H)]
-  float* of_from;                  // [N, H], added to
+  float* of_from;                  // [N, H], which is added to
 };
 
 // x = (q * k) kernel + by_candidate[q] + by_key[k]
 struct First {
   Pairs pairs;
-  int64_t width;  // H, of candidates and keys
+  int64_t width;  // H, the width of candidates and keys
   int64_t units;
   const float* candidate;     // [C, H]
   const float* keys;          // [K, H]
   const float* kernel;        // [H, Padded(units)]
   const float* by_candidate;  // [C, Padded(units)]
   const float* by_key;        // [K, Padded(units)]
-  const float* centre;        // [Padded(units)], about which the sums are taken
+  const float* centre;        // [Padded(units)], subtracted before the sums are taken
   float* x;                   // [P, Padded(units)]
 };
 
@@ -85,9 +87,9 @@ struct FirstGradient {
   const float* candidate;
   const float* keys;
   const float* x;                  // [P, Padded(units)]
-  const float* held;               // the gradient of x with its statistics held, as large
+  const float* held;               // the gradient with respect to x, statistics constant, as large as x
   const float* transposed_kernel;  // [units, Padded(H)]
-  // What the keys get as what is pooled, here, where they are at hand.
+  // The pooling's part of the keys' gradient is added in the same pass, because the keys are in the cache.
   const float* weights;      // [P]
   const float* of_interest;  // [C, H]
   float* of_candidate;       // [C, H], 0 at first
@@ -100,7 +102,7 @@ struct Dense {
   Gate gate;
   int64_t units;
   const float* x;
-  const float* factors;  // of dropout, [P, Padded(width)]; null: all are 1
+  const float* factors;  // dropout factors, [P, Padded(width)]; null: all are 1
   const float* kernel;   // [width, Padded(units)]
   const float* bias;     // [Padded(units)]
   const float* centre;   // [Padded(units)]
@@ -109,23 +111,23 @@ struct Dense {
 
 struct DenseGradient {
   int64_t num_pairs;
-  Gate gate;  // of x
-  Statistics statistics;  // of next
+  Gate gate;  // the gate of x
+  Statistics statistics;  // the statistics of next
   const float* x;
   const float* factors;
   const float* next;
-  const float* held_of_next;       // as of FirstGradient
+  const float* held_of_next;       // as `held` of FirstGradient
   const float* transposed_kernel;  // [units, Padded(width)]
   float* held;                     // [P, Padded(width)]
 };
 
-// interest = sum over a candidate's pairs of weight * key; weights of the scores gate(x) output + bias
+// interest = sum over a candidate's pairs of weight * key; the weights come from the scores gate(x) output + bias
 struct Pool {
   Pairs pairs;
   int64_t width;
   Gate gate;
   bool softmax;
-  float divisor;  // of the scores
+  float divisor;  // the scores are divided by it
   const float* x;
   const float* output;  // [Padded(gate.width)]
   float bias;
@@ -146,10 +148,10 @@ struct PoolGradient {
   const float* weights;
   const float* of_interest;  // [C, H]
   float* of_scores;          // [P], scratch
-  float* held;               // as of FirstGradient, [P, Padded(gate.width)]
+  float* held;               // as in FirstGradient, [P, Padded(gate.width)]
 };
 
-// A layer of its own, whose rows [M, width] are dense.
+// A normalising layer by itself, whose rows [M, width] are dense.
 struct Normalised {
   int64_t num_rows;
   int64_t width;
@@ -165,7 +167,8 @@ struct NormalisedGradient {
   float* of_x;
 };
 
-// The passes for one instruction set, over the pairs [begin, end). Sums are added to; `scratch` as long as needed.
+// The passes for one instruction set, over the pairs [begin, end). Sums are added to. `scratch` has `ScratchFloats`
+// floats.
 struct Passes {
   void (*project)(const Projection&, int64_t begin, int64_t end, float* scratch);
   // of_kernel: [H, Padded(units)]
@@ -177,20 +180,20 @@ struct Passes {
   void (*first_gradient)(const FirstGradient&, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
                          float* of_by_key, float* scratch);
   void (*dense)(const Dense&, int64_t begin, int64_t end, double* sums, float* scratch);
-  // sums: [4, Padded(width)]: of the gradient of n, of that times n, of alpha, of beta
+  // sums: [4, Padded(width)], the gradients with respect to n, the same times n, and those of alpha and of beta
   void (*dense_gradient)(const DenseGradient&, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
                          double* sums, float* scratch);
   void (*pool)(const Pool&, int64_t begin, int64_t end, float* scratch);
-  // of_output: [Padded(width) + 1], the bias' last; sums: the first three of dense_gradient's
+  // of_output: [Padded(width) + 1], the bias last; sums: the first three rows of those of dense_gradient
   void (*pool_gradient)(const PoolGradient&, int64_t begin, int64_t end, double* of_output, double* sums,
                         float* scratch);
   void (*sums_about)(const Normalised&, int64_t begin, int64_t end, double* sums, float* scratch);
   void (*normalised_gradient)(const NormalisedGradient&, int64_t begin, int64_t end, float* scratch);
 };
 
-constexpr int64_t kTile = 64;  // pairs that are worked on together
+constexpr int64_t kTile = 64;  // pairs that are processed together
 
-// Floats of scratch for layers up to so wide.
+// Returns the floats of scratch that layers need, the widest of which has `widest` columns.
 inline int64_t ScratchFloats(int64_t widest) { return 4 * kTile * Padded(widest) + 8 * Padded(widest); }
 
 namespace avx512_bf16 {  // multiplies matrices in bfloat16

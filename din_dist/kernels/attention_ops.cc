@@ -1,5 +1,5 @@
-// The passes of attention.h as TensorFlow operations. Called by layers/native/attention.py and layers/native/dense.py
-// alone.
+// The passes of attention.h as TensorFlow operations. Only layers/native/attention.py and layers/native/dense.py call
+// them.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -31,7 +31,7 @@ bool Runs(const std::string& instructions) {
   return instructions == "plain";
 }
 
-// The fastest that this processor runs, or those that DIN_DIST_INSTRUCTIONS names.
+// Returns the fastest passes that this processor runs, or those that DIN_DIST_INSTRUCTIONS names.
 const Passes& BestPasses() {
   static const Passes* const best = [] {
     const char* wanted = std::getenv("DIN_DIST_INSTRUCTIONS");
@@ -47,9 +47,9 @@ const Passes& BestPasses() {
   return *best;
 }
 
-// Those that multiply in bfloat16; null where the compiler or the processor does not know how to.
+// Returns the passes that multiply in bfloat16, or null if the compiler or the processor has no such instructions.
 const Passes* PassesInBfloat16() {
-  static const Passes* const found = []() -> const Passes* {  // once: on a virtual machine to ask takes microseconds
+  static const Passes* const found = []() -> const Passes* {  // once: slow on virtual machines
 #if defined(DIN_BFLOAT16)
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (Runs("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) return &avx512_bf16::kPasses;
@@ -68,20 +68,20 @@ const Passes& PassesOf(bool in_bfloat16) {
 
 // --- TensorFlow's side ---
 
-// What an operation was built with.
+// The attributes of an operation.
 struct Settings {
   int32_t activation = 0, num_threads = 1;
   bool softmax = false, in_bfloat16 = false;
 };
 
-// One call of an operation: inputs and outputs in order, freed at its end.
+// One call of an operation: its inputs and outputs in order, which are freed at the end of the call.
 class Call {
  public:
   explicit Call(TF_OpKernelContext* context) : context_(context) {}
 
   const Tensor& Next() { return tensors_.emplace_back(Tensor::Input(context_, next_input_++)); }
 
-  // An array of so many elements.
+  // Returns the next input, an array of `size` elements.
   template <typename T>
   const T* Array(int64_t size) {
     const Tensor& tensor = Next();
@@ -89,7 +89,7 @@ class Call {
     return tensor.Data<const T>();
   }
 
-  // A matrix and its number of columns.
+  // Returns the next input, a matrix, and its sizes.
   const float* Matrix(int64_t* rows, int64_t* columns) {
     const Tensor& tensor = Next();
     const std::vector<int64_t> shape = tensor.Shape();
@@ -113,13 +113,13 @@ class Call {
     return data;
   }
 
-  // A matrix, its rows padded to whole lanes.
+  // Returns the next input, a matrix, with rows padded to whole lanes.
   const float* PaddedMatrix(int64_t* rows, int64_t* columns) {
     const float* from = Matrix(rows, columns);
     return Pad(from, *rows, *columns, *columns, 1);
   }
 
-  // The transpose of a matrix of such sizes, [columns, Padded(rows)].
+  // Returns the transpose of the next input, a matrix: [columns, Padded(rows)].
   const float* TransposedMatrix(int64_t* rows, int64_t* columns) {
     const float* from = Matrix(rows, columns);
     return Pad(from, *columns, *rows, 1, *columns);
@@ -132,7 +132,7 @@ class Call {
 
   const float* PaddedVector(int64_t size) { return Pad(Array<float>(size), 1, size, size, 1); }
 
-  // An array of so many elements; null where the input has none.
+  // Returns the next input, an array of `size` elements, or null if it is empty.
   const float* ArrayOrNull(int64_t size) {
     int64_t given;
     const float* from = Vector<float>(&given);
@@ -205,7 +205,7 @@ class Call {
   std::vector<std::vector<float>> made_;
 };
 
-// The first pair of each shard, and the end of the last. With `pairs` no candidate is split.
+// Returns the first pair of each shard, and the end of the last one. With `pairs`, no candidate is split.
 std::vector<int64_t> Shards(int64_t count, int shards, const Pairs* pairs) {
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(shards, count / kTile));
   std::vector<int64_t> bounds{0};
@@ -218,17 +218,18 @@ std::vector<int64_t> Shards(int64_t count, int shards, const Pairs* pairs) {
   return bounds;
 }
 
-// Shards for each thread, where a shard has no copy of something large: a thread that is late leaves some to others.
-// The sums do not depend on who does what.
+// Shards per thread, if a shard needs no copy of something large. With more shards than threads, a slow thread takes
+// fewer. The sums do not depend on which thread computes a shard.
 constexpr int kMore = 4;
 
-// Each shard's own copy of something that all add to. The first has the output itself.
+// Each shard's own copy of an array that all shards add to. The first shard uses the output itself.
 class Shared {
  public:
   Shared(float* output, int64_t size, int shards)
       : output_(output), size_(size), shards_(shards), rest_((shards - 1) * size) {}
 
-  // A shard's own, zeros at first. To be asked for once, by the shard: large arrays take long to fill.
+  // Returns a shard's copy, filled with zeros. Each shard calls it once, itself, because filling large arrays takes
+  // long.
   float* Of(int shard) {
     float* own = At(shard);
     std::fill_n(own, size_, 0.0f);
@@ -254,22 +255,22 @@ class Shared {
   Floats rest_;
 };
 
-// Likewise, of sums in float64.
+// Each shard's own sums, in float64.
 class Sums {
  public:
   Sums(int64_t size, int shards) : size_(size), values_(size * shards, 0.0) {}
   double* Of(int shard) { return values_.data() + shard * size_; }
-  // Of the first `width` of each of `count` rows of sums, from row `begin` on.
+  // Writes the first `width` columns of `count` rows of sums, from row `begin` on, summed over the shards.
   void WriteRows(int64_t begin, int64_t count, int64_t width, float* to) const {
     for (int64_t row = 0; row < count; ++row) Write((begin + row) * Padded(width), width, to + row * width);
   }
-  // An output of the first two rows of sums, and over how many rows of inputs they are.
+  // Makes an output of the first two rows of sums and of the number of rows that they sum.
   void WriteStatistics(Call& call, int64_t width, int64_t num_rows) const {
     float* to = call.Output({2 * width + 1}, false);
     WriteRows(0, 2, width, to);
     to[2 * width] = static_cast<float>(num_rows);
   }
-  // `width` sums from place `begin` on.
+  // Writes `width` sums from index `begin` on, summed over the shards.
   void Write(int64_t begin, int64_t width, float* to) const {
     for (int64_t i = 0; i < width; ++i) {
       double total = 0;
@@ -283,19 +284,19 @@ class Sums {
   std::vector<double> values_;
 };
 
-// [rows, Padded(columns)] to [rows, columns].
+// Copies [rows, Padded(columns)] to [rows, columns].
 void Unpad(const float* from, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * Padded(columns), columns, to + r * columns);
 }
 
-// The pairs [begin, end).
+// The pairs [begin, end) and the scratch of one shard.
 struct Shard {
   int index;
   int64_t begin, end;
   float* scratch;
 };
 
-// Runs `pass(passes, shard)` over the shards.
+// Calls `pass(passes, shard)` for each shard.
 template <typename Pass>
 void RunShards(const Settings& settings, const std::vector<int64_t>& bounds, int64_t widest, const Pass& pass) {
   const int shards = static_cast<int>(bounds.size()) - 1;
@@ -306,7 +307,7 @@ void RunShards(const Settings& settings, const std::vector<int64_t>& bounds, int
   });
 }
 
-// from kernel + bias, [rows, Padded(units)].
+// Returns from kernel + bias, [rows, Padded(units)].
 Floats Project(Projection pass, int64_t rows, const Settings& settings) {
   Floats to(rows * Padded(pass.units));
   pass.to = to.data();
@@ -317,7 +318,7 @@ Floats Project(Projection pass, int64_t rows, const Settings& settings) {
   return to;
 }
 
-// Adds to `pass.of_from`; writes of_kernel [H, units] and, unless it is null, of_bias [units].
+// Adds to `pass.of_from`, and writes of_kernel [H, units] and, unless it is null, of_bias [units].
 void GradientOfProjection(Call& call, const ProjectionGradient& pass, int64_t rows, const Settings& settings,
                           float* of_kernel, float* of_bias) {
   const int64_t units = Padded(pass.units);
@@ -398,7 +399,7 @@ void FirstGradient_(Call& call, const Settings& settings) {
   const Floats of_by_candidate(num_candidates * padded), of_by_key(num_keys * padded);
   pass.of_by_candidate = of_by_candidate.data();
   std::fill_n(pass.of_by_candidate, num_candidates * padded, 0.0f);
-  // To fill and to merge a copy of all keys' gradients costs about as much as so many pairs.
+  // Filling and merging copies of all keys' gradients takes time, so there are at most two rows of them for each pair.
   const int64_t copies = std::max<int64_t>(2, 2 * num_pairs / std::max<int64_t>(num_keys, 1));
   const auto bounds = Shards(num_pairs, std::min<int64_t>(settings.num_threads, copies), &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
@@ -645,7 +646,7 @@ const bool kRegistered = [] {
 }  // namespace
 }  // namespace din
 
-// For kernels/__init__.py, by ctypes.
+// Called by kernels/__init__.py with ctypes.
 extern "C" __attribute__((visibility("default"))) int din_dist_multiplies_bfloat16() {
   return din::PassesInBfloat16() != nullptr;
 }

@@ -1,5 +1,5 @@
-// What the input pipeline does for each example of a batch, as TensorFlow operations: all in whole numbers, the same as
-// without them. Called by data/ alone.
+// The integer arithmetic of the input pipeline as TensorFlow operations, with the same results as the Python code. Only
+// data/ calls them.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -28,7 +28,7 @@ DIN_CLONES void Fold(const uint64_t* part, int64_t step, uint64_t* states, int64
   }
 }
 
-// As `hash64` of data/hashing.py: of parts that are numbers or vectors of one length, at least one a vector.
+// Computes `hash64` of data/hashing.py. The parts are scalars or vectors of one length; at least one is a vector.
 class Hash64 {
  public:
   explicit Hash64(TF_OpKernelConstruction* construction) : count_(Attribute(construction, "N")) {}
@@ -56,7 +56,7 @@ class Hash64 {
   const int64_t count_;
 };
 
-// As `untouched_items` of data/negatives.py.
+// Computes `untouched_items` of data/negatives.py.
 class UntouchedItems {
  public:
   explicit UntouchedItems(TF_OpKernelConstruction* construction) : num_items_(Attribute(construction, "num_items")) {}
@@ -83,7 +83,7 @@ class UntouchedItems {
   const int64_t num_items_;
 };
 
-// Windows of one array, end to end.
+// Concatenates windows of one array.
 class Windows {
  public:
   explicit Windows(TF_OpKernelConstruction*) {}
@@ -106,7 +106,8 @@ class Windows {
   }
 };
 
-// Of some arrays, end to end: their distinct ids as they first come, and where among them each id is.
+// Returns the distinct ids of several arrays, in the order of their first occurrence, and the inverse: the index of
+// each id among the distinct ones. The arrays count as concatenated.
 class DistinctIds {
  public:
   explicit DistinctIds(TF_OpKernelConstruction* construction) : count_(Attribute(construction, "N")) {}

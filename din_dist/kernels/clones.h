@@ -1,5 +1,5 @@
-// Before a function: it is compiled once for each instruction set, and which to use is found out when it is loaded. For plain
-// loops; what has more to choose from is in attention.cc.
+// A prefix for functions that are compiled once for each instruction set; the loader chooses the version. It is meant
+// for plain loops. attention.cc chooses its instruction set itself.
 #pragma once
 
 #if defined(__x86_64__)

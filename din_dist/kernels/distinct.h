@@ -1,4 +1,4 @@
-// The distinct ids among some.
+// Distinct ids and their inverse.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,15 @@ namespace din {
 
 constexpr int32_t kNoRow = -1;
 
-// Which of the distinct ids, numbered as they first come, each of `all` is. `padded`: ids kNoRow are none, nor are their
-// places.
+// Numbers the distinct ids of `all` in the order of their first occurrence, and finds the number of each id in `all`.
+// With `padded`, ids of kNoRow are padding and have no number.
 class Distinct {
  public:
   Distinct(const int32_t* all, int64_t count, bool padded = false) : places(count, kNoRow), is_first(count, false) {
     int bits = 4;
     while ((int64_t{1} << bits) < 2 * count) ++bits;
     const size_t mask = (size_t{1} << bits) - 1;
-    std::vector<int32_t> slots(mask + 1, kNoRow);  // places in `ids`
+    std::vector<int32_t> slots(mask + 1, kNoRow);  // indices into `ids`
     for (int64_t i = 0; i < count; ++i) {
       if (padded && all[i] == kNoRow) continue;
       size_t slot = (static_cast<uint32_t>(all[i]) * 2654435769u) >> (32 - std::min(bits, 32)) & mask;

@@ -1,5 +1,5 @@
-// What happens when a page of a mapped file cannot be read: the kernel raises SIGBUS, in whatever thread. One line says
-// which file and where, and the process ends as on any wrong input. Called by mapped_files.py, by ctypes.
+// Ends the process if a page of a mapped file cannot be read, for which the kernel raises SIGBUS in any thread. One
+// line names the file and the offset, and the exit code is that of wrong input. mapped_files.py calls it with ctypes.
 #include <signal.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -13,23 +13,23 @@ namespace din {
 namespace {
 
 constexpr int kMostFiles = 512;
-constexpr char kOffset = 1, kTime = 2;  // in a line: what is known only then
+constexpr char kOffset = 1, kTime = 2;  // placeholders in a line for values that are known only at the error
 
 struct MappedFile {
-  std::atomic<uintptr_t> begin{0};  // 0: a place that is free
-  uintptr_t end = 0;                // to the end of the last page
-  int64_t offset = 0;               // of `begin` in the file
+  std::atomic<uintptr_t> begin{0};  // 0: the entry is free
+  uintptr_t end = 0;                // the end of the last page
+  int64_t offset = 0;               // the offset of `begin` in the file
   char* path = nullptr;
-  char* unreadable = nullptr;  // the line when the disk gives an error
-  char* cut = nullptr;         // and when the file has become shorter
+  char* unreadable = nullptr;  // the line to print if the disk reports an error
+  char* cut = nullptr;         // the line to print if the file has become shorter
 };
 
 MappedFile files[kMostFiles];
-int agent = -1;  // where this process says what it ends with
+int agent = -1;  // file descriptor to which the process reports its exit code
 struct sigaction former;
 std::atomic<bool> ending{false};
 
-// Only what is safe in a signal handler from here on.
+// From here on, only functions that are safe in a signal handler.
 
 void Write(int target, const char* text, size_t size) {
   while (size > 0) {
@@ -70,7 +70,7 @@ void Say(const char* line, int64_t offset) {
 
 void End(const MappedFile& file, uintptr_t address) {
   if (ending.exchange(true)) {
-    for (;;) pause();  // another thread is at it
+    for (;;) pause();  // another thread is ending the process
   }
   const int64_t offset = file.offset + (address - file.begin);
   struct stat now;
@@ -93,7 +93,7 @@ void Handle(int number, siginfo_t* info, void* context) {
     former.sa_handler(number);
   } else {
     signal(number, SIG_DFL);
-    if (info->si_code <= 0) raise(number);  // else the same access raises it again
+    if (info->si_code <= 0) raise(number);  // otherwise the same access raises it again
   }
 }
 
@@ -102,7 +102,7 @@ void Handle(int number, siginfo_t* info, void* context) {
 
 #define DIN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Begins to watch `bytes` from `begin` on; returns the place, or -1 where there is none left.
+// Begins to watch `bytes` from `begin` on. Returns the index of the entry, or -1 if none is free.
 DIN_EXPORT int din_dist_watch_file(uintptr_t begin, uint64_t bytes, int64_t offset, const char* path,
                                    const char* unreadable, const char* cut, int agent) {
   using namespace din;
@@ -129,5 +129,5 @@ DIN_EXPORT int din_dist_watch_file(uintptr_t begin, uint64_t bytes, int64_t offs
   return -1;
 }
 
-// Stops to watch a file, which is about to be unmapped. Its texts stay: a handler may be about to use them.
+// Stops watching a file that is about to be unmapped. Its texts are kept, because a handler may be about to use them.
 DIN_EXPORT void din_dist_forget_file(int place) { din::files[place].begin = 0; }

@@ -1,4 +1,4 @@
-// Memory for the time of a call.
+// Memory that lasts for one call.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace din {
 
-// Floats, not cleared. What earlier calls gave back is used again: of what is new to a process, the system has to clear
-// every page when it is first touched.
+// An uninitialised array of floats. The memory of earlier calls is reused, because the system has to clear each page
+// that a process touches for the first time.
 class Floats {
  public:
   explicit Floats(int64_t size) {
@@ -19,7 +19,7 @@ class Floats {
     Pool& pool = ThePool();
     std::lock_guard<std::mutex> lock(pool.mutex);
     auto found = pool.free.lower_bound(size);
-    if (found == pool.free.end() && !pool.free.empty()) pool.free.erase(std::prev(found));  // needs have grown
+    if (found == pool.free.end() && !pool.free.empty()) pool.free.erase(std::prev(found));  // room for a larger one
     if (found == pool.free.end()) {
       size_ = size + size / 8;
       floats_.reset(new float[size_]);
@@ -48,7 +48,7 @@ class Floats {
   };
 
   static Pool& ThePool() {
-    static Pool* const pool = new Pool;  // for as long as there may be threads
+    static Pool* const pool = new Pool;  // never freed, because threads may outlive static objects
     return *pool;
   }
 

@@ -1,8 +1,11 @@
-// Rows of several tables as one message, dealt among the ranks by the rank that sums each, and what is read of such
-// messages. Called by distributed/gradients.py alone.
+// Packs rows of several tables into one message, in parts for the ranks that sum them, and reads such messages. Only
+// distributed/gradients.py calls it.
 //
-// A message is made of parts, one after the other, each of 32-bit words: the words from here to the next part; how many
-// rows of each table; the ids of them all; and their values, those of each table in whole words.
+// A message consists of parts of 32-bit words. A part has:
+// - the number of words up to the next part,
+// - the number of rows of each table,
+// - the ids of all these rows,
+// - their values, those of each table rounded up to whole words.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -16,8 +19,8 @@ namespace {
 
 int64_t Words(int64_t bytes) { return (bytes + 3) / 4; }
 
-// Horovod agrees anew, by several rounds, on a message of another length than before. So one that has become shorter is
-// filled up, unless it is much shorter.
+// Horovod negotiates again, in several rounds, if a message has another length than before. A message that has become
+// shorter is therefore padded, unless it is much shorter.
 class Length {
  public:
   int64_t AtLeast(int64_t words) {
@@ -32,7 +35,7 @@ class Length {
   }
 
  private:
-  std::atomic<int64_t> length_{0};  // calls may overlap
+  std::atomic<int64_t> length_{0};  // atomic, because calls may overlap
 };
 
 class PackRows {
@@ -81,7 +84,7 @@ class PackRows {
     const Tensor told = Tensor::Output(context, 1, TF_INT32, {num_parts});
     std::copy(lengths.begin(), lengths.end(), told.Data<int32_t>());
 
-    std::vector<int32_t*> at(num_parts);  // where the next table's ids go
+    std::vector<int32_t*> at(num_parts);  // where the ids of the next table go
     for (int64_t part = 0, begin = 0; part < num_parts; begin += lengths[part++]) {
       to[begin] = static_cast<int32_t>(lengths[part]);
       for (int t = 0; t < num_tables_; ++t) to[begin + 1 + t] = static_cast<int32_t>(tables[t].counts[part]);
@@ -95,7 +98,7 @@ class PackRows {
       for (int64_t part = 0; part < num_parts; ++part) {
         next[part] = reinterpret_cast<char*>(at[part]);
         at[part] += Words(table.counts[part] * table.row_bytes);
-        if (at[part] != reinterpret_cast<int32_t*>(next[part])) at[part][-1] = 0;  // the last word may not be full
+        if (at[part] != reinterpret_cast<int32_t*>(next[part])) at[part][-1] = 0;  // a word may be partly used
       }
       for (size_t i = 0; i < table.part_of.size(); ++i) {
         char*& row = next[table.part_of[i]];
@@ -110,8 +113,8 @@ class PackRows {
     const int32_t* ids;
     const char* rows;
     int64_t row_bytes;
-    std::vector<int32_t> part_of;  // each row
-    std::vector<int64_t> counts;   // of each part
+    std::vector<int32_t> part_of;  // of each row
+    std::vector<int64_t> counts;   // rows in each part
   };
 
   const int num_tables_;

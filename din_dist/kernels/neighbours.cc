@@ -1,9 +1,10 @@
-// What the workers of one machine tell each other through memory that they share, as TensorFlow operations. Called by
-// distributed/shared_memory.py alone, which makes the memory and lets no two run at once, nor in another order elsewhere.
+// Collective operations among the workers of one machine through shared memory, as TensorFlow operations. Only
+// distributed/shared_memory.py calls them. It allocates the memory, and it runs one operation at a time, in the same
+// order on all workers.
 //
-// The memory begins with two lines of 64 bytes for each worker: its process id, and how many turns it has taken. Then
-// come two times a buffer for each. Two are enough: a worker begins its next turn but one only when all have ended this
-// one. A message that is longer than a buffer takes several turns.
+// The memory begins with two lines of 64 bytes for each worker: its process id, and the number of turns that it has
+// taken. Two buffers for each worker follow. Two are enough, because a worker reuses a buffer only after all workers
+// have ended the turn in which it was read. A message that is longer than a buffer takes several turns.
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -29,14 +30,14 @@
 namespace din {
 namespace {
 
-constexpr int64_t kLine = 64;  // bytes; no two workers write to one
+constexpr int64_t kLine = 64;  // bytes; no two workers write to the same line
 constexpr double kSpinSeconds = 2e-3, kLookSeconds = 0.01, kSaySeconds = 60;
 
 std::string Name(int64_t rank, int64_t process) {
   return "the Horovod worker of rank " + std::to_string(rank) + " (process " + std::to_string(process) + ")";
 }
 
-// Where the workers meet.
+// The shared memory, with barriers and exchanges among its workers.
 class Place {
  public:
   explicit Place(TF_OpKernelConstruction* construction)
@@ -59,7 +60,7 @@ class Place {
     munmap(memory_, bytes_);
   }
 
-  // What each rank says: so many numbers each, all of rank 0 first. A turn.
+  // Gathers numbers of all ranks, equally many from each, in the order of the ranks. Takes one turn.
   std::vector<int64_t> All(const std::vector<int64_t>& own) {
     const auto size = static_cast<int64_t>(own.size());
     Require(size * 8 <= buffer_, "what ranks say at once must fit the buffer");
@@ -71,13 +72,13 @@ class Place {
     return all;
   }
 
-  // Each rank tells each other one some words of 4 bytes, as many as `sizes[from * num_ranks + to]` says, the same on all:
-  // `write(to, memory, begin, count)` puts some of them there, `read(from, memory, begin, count)` takes them. Both are
-  // called from the first word to the last.
+  // Sends words of 4 bytes from each rank to each other rank. `sizes[from * num_ranks + to]` is the number of words,
+  // and equal on all ranks. `write(to, memory, begin, count)` copies some of them to memory, `read(from, memory, begin,
+  // count)` copies them out. Both are called in order from the first word to the last.
   template <typename Write, typename Read>
   void Tell(const std::vector<int64_t>& sizes, const Write& write, const Read& read) {
     if (num_ranks_ == 1) return;
-    const int64_t section = buffer_ / 4 / (num_ranks_ - 1);  // of a buffer, for each of the others
+    const int64_t section = buffer_ / 4 / (num_ranks_ - 1);  // words of a buffer for each of the other ranks
     Require(section > 0, "a word for each rank must fit the buffer");
     int64_t longest = 0;
     for (int64_t from = 0; from < num_ranks_; ++from) {
@@ -86,7 +87,7 @@ class Place {
       }
     }
     for (int64_t begin = 0; begin < longest; begin += section) {
-      // The part of this turn, and where in the buffer of `from` it is.
+      // The number of words in this turn, and their address in the buffer of `from`.
       const auto count = [&](int64_t from, int64_t to) {
         return from == to ? 0 : std::min(section, sizes[from * num_ranks_ + to] - begin);
       };
@@ -106,14 +107,14 @@ class Place {
   int64_t num_ranks() const { return num_ranks_; }
   int64_t buffer() const { return buffer_; }
 
-  // A rank's, of this turn: to be written before `Meet` by its owner, and read by all after it.
+  // Returns a rank's buffer of this turn. Its owner writes it before `Meet`, and all ranks read it afterwards.
   char* Buffer(int64_t rank) const {
     return memory_ + 2 * num_ranks_ * kLine + (turn_ % 2 * num_ranks_ + rank) * buffer_;
   }
 
   void BeginTurn() { turn_ = Turns(rank_).load(std::memory_order_relaxed) + 1; }
 
-  // Returns when all have come here in this turn.
+  // Waits until all ranks have reached this turn.
   void Meet() {
     Turns(rank_).store(turn_, std::memory_order_release);
     for (int64_t rank = 0; rank < num_ranks_; ++rank) {
@@ -126,7 +127,8 @@ class Place {
     return *reinterpret_cast<std::atomic<int64_t>*>(memory_ + (num_ranks_ + rank) * kLine);
   }
 
-  // Until `rank` has come to this turn. Most waits are shorter than to sleep and be woken.
+  // Waits until `rank` has reached this turn. It spins first, because most waits are shorter than a sleep and a
+  // wake-up.
   void Wait(int64_t rank) {
     const auto begin = std::chrono::steady_clock::now();
     double looked = 0, said = 0;
@@ -137,13 +139,13 @@ class Place {
       }
       const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       if (waited < kSpinSeconds) {
-        sched_yield();  // to another of this process' threads, or to a worker on the same core
+        sched_yield();  // gives way to another thread of this process, or to a worker on the same core
         continue;
       }
       usleep(100);
       if (waited - looked < kLookSeconds) continue;
       looked = waited;
-      // It may have come, and ended, just before.
+      // The worker may have reached the turn, and then ended, just before.
       if (Ended(rank) && Turns(rank).load(std::memory_order_acquire) < turn_) {
         throw std::runtime_error(Name(rank, Process(rank)) + " ended in the middle of an update");
       }
@@ -167,26 +169,26 @@ class Place {
     return process;
   }
 
-  // Whether a worker's process has ended, even if nobody has taken note of it yet.
+  // Tells if a worker's process has ended, even if its parent has not reaped it yet.
   bool Ended(int64_t rank) {
     int& process = processes_[rank];
     if (process < 0) {
       process = static_cast<int>(syscall(SYS_pidfd_open, Process(rank), 0));
-      if (process < 0) return kill(static_cast<pid_t>(Process(rank)), 0) != 0 && errno == ESRCH;  // may be forbidden
+      if (process < 0) return kill(static_cast<pid_t>(Process(rank)), 0) != 0 && errno == ESRCH;  // if forbidden
     }
     pollfd ended{process, POLLIN, 0};
     return poll(&ended, 1, 0) > 0;
   }
 
   const int64_t buffer_, rank_, num_ranks_, bytes_;
-  std::vector<int> processes_;  // file descriptors, -1 as long as nobody had to ask
+  std::vector<int> processes_;  // file descriptors of the processes, -1 until they are needed
   int64_t turn_ = 0;
   char* memory_;
 };
 
 // --- The operations ---
 
-// In the order of the ranks, and so the same to the last bit on all of them.
+// Sums in the order of the ranks, so that all ranks get the same bits.
 class Sum {
  public:
   explicit Sum(TF_OpKernelConstruction* construction) : place_(construction) {}
@@ -213,8 +215,8 @@ class Sum {
   Place place_;
 };
 
-// Of each of some tensors, the rows of all ranks, in the order of the ranks. A rank's message is the sizes of its
-// tensors, then one tensor after the other.
+// Gathers the rows of several tensors from all ranks, in the order of the ranks. A rank's message has the sizes of its
+// tensors, and then the tensors.
 class Gather {
  public:
   explicit Gather(TF_OpKernelConstruction* construction) : place_(construction), count_(Attribute(construction, "N")) {
@@ -266,13 +268,13 @@ class Gather {
     int64_t in_tensor, in_buffer, size;
   };
 
-  // Of a tensor that begins at byte `at` of its message, what is in the buffer when that holds the bytes from `begin`.
+  // Returns the overlap of the buffer, which holds the message's bytes from `begin` on, with a tensor at byte `at`.
   Part Overlap(int64_t at, int64_t size, int64_t begin) const {
     const int64_t from = std::max(at, begin);
     return {from - at, from - begin, std::min(at + size, begin + place_.buffer()) - from};
   }
 
-  // For the rows of all ranks.
+  // Allocates an output for the rows of all ranks.
   Tensor Allocate(TF_OpKernelContext* context, int64_t i, const Tensor& own, const std::vector<int64_t>& sizes) const {
     std::vector<int64_t> shape = own.Shape();
     int64_t row = TF_DataTypeSize(own.Type()), total = 0;
@@ -287,8 +289,8 @@ class Gather {
   const int64_t count_;
 };
 
-// Of the rows of N tables that ranks have, each rank gets the sums of those that it updates for all. Outputs: their ids
-// and the sums, of each table; and of how many rows of each table any rank has some.
+// A reduce-scatter of rows of N tables: each rank gets the sums of the rows that it owns. The outputs are the ids and
+// the sums for each table, and for each table the number of rows that any rank has.
 class ReduceRows {
  public:
   explicit ReduceRows(TF_OpKernelConstruction* construction)
@@ -299,7 +301,7 @@ class ReduceRows {
     std::vector<Tensor> ids, rows;
     for (int64_t i = 0; i < 2 * count_; ++i) (i < count_ ? ids : rows).push_back(Tensor::Input(context, i));
     std::vector<int64_t> widths;
-    std::vector<std::vector<int32_t>> mine(ranks_ * count_);  // of each rank and table, the places of the rows for it
+    std::vector<std::vector<int32_t>> mine(ranks_ * count_);  // by rank and table, the indices of rows to send
     for (int64_t i = 0; i < count_; ++i) {
       const std::vector<int64_t> shape = rows[i].Shape();
       Require(shape.size() == 2 && shape[0] == ids[i].Size(), "there must be an id for each row");
@@ -315,7 +317,7 @@ class ReduceRows {
     const std::vector<int64_t> counts = place_.All(own_counts);  // [from, to, table]
     const auto count = [&](int64_t from, int64_t to) { return counts.data() + (from * ranks_ + to) * count_; };
 
-    // All ids that come to this rank, its own first.
+    // The ids of all rows that this rank receives, its own first.
     std::vector<int64_t> id_sizes(ranks_ * ranks_), row_sizes(ranks_ * ranks_);
     for (int64_t from = 0; from < ranks_; ++from) {
       for (int64_t to = 0; to < ranks_; ++to) {
@@ -341,7 +343,7 @@ class ReduceRows {
           std::memcpy(heard[from].data() + begin, memory, size * 4);
         });
 
-    std::vector<std::vector<int32_t>> places(ranks_ * count_);  // of each rank and table, where its rows are added
+    std::vector<std::vector<int32_t>> places(ranks_ * count_);  // by rank and table, the indices of their sums
     std::vector<Tensor> sums;
     std::vector<int64_t> num_distinct;
     std::vector<int64_t> read(ranks_, 0);
@@ -372,7 +374,7 @@ class ReduceRows {
       std::copy(distinct.ids.begin(), distinct.ids.end(), summed_ids.Data<int32_t>());
       sums.push_back(Tensor::Output(context, static_cast<int>(count_ + i), TF_FLOAT, {num_distinct[i], widths[i]}));
       float* to = sums[i].Data<float>();
-      for (const int32_t row : mine[me * count_ + i]) {  // in the order of their places
+      for (const int32_t row : mine[me * count_ + i]) {  // in the order of their sums
         to = std::copy_n(rows[i].Data<const float>() + row * widths[i], widths[i], to);
       }
       std::fill(to, sums[i].Data<float>() + sums[i].Size(), 0.0f);
@@ -406,13 +408,13 @@ class ReduceRows {
   }
 
  private:
-  static constexpr int64_t kBlock = 16;  // rows in a row that one rank updates: the narrowest are of 4 bytes, a line is 64
+  static constexpr int64_t kBlock = 16;  // rows in sequence with one owner; the narrowest have 4 bytes, a line has 64
 
-  // Where one is in the rows of some tables, one after the other.
+  // A position in the rows of several tables, one table after the other.
   struct Cursor {
     int64_t table = 0, row = 0, column = 0;
 
-    // On by so many numbers, in pieces of one row.
+    // Advances by `size` numbers, and calls `work` for each piece of a row.
     template <typename Work>
     void Walk(int64_t size, const int64_t* num_rows, const std::vector<int64_t>& widths, const Work& work) {
       while (size > 0) {
@@ -437,7 +439,7 @@ class ReduceRows {
   const int64_t count_, ranks_;
 };
 
-// Returns when all ranks are done with what they do to variables, which must be in memory that they share.
+// A fence: returns when all ranks have finished their changes of variables, which must be in shared memory.
 class Finish {
  public:
   explicit Finish(TF_OpKernelConstruction* construction) : place_(construction), count_(Attribute(construction, "N")) {}

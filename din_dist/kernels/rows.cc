@@ -1,9 +1,9 @@
-// Operations on rows, for TensorFlow: which segment each of a batch belongs to; and what ranks do after an exchange, all
-// the same: a layer's statistics, and the sums of rows that several ranks have. Called by layers/packed.py,
-// layers/standardize.py and distributed/gradients.py alone.
+// Operations on rows, as TensorFlow operations: the segment of each row of a batch, the statistics of a layer after an
+// all-reduce, and the sums of rows that several ranks have. Only layers/packed.py, layers/standardize.py and
+// distributed/gradients.py call them.
 //
-// No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
-// that the weights of all ranks stay equal where their processors differ.
+// Products and sums are not contracted here (see launch/build_kernels.sh), so that every instruction set gives the same
+// bits. The weights of all ranks therefore stay equal even if their processors differ.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -34,7 +34,7 @@ class SegmentIds {
   }
 };
 
-// Of a layer, as layers/standardize.py defines them.
+// Computes the statistics of a layer as layers/standardize.py defines them.
 class Statistics {
  public:
   explicit Statistics(TF_OpKernelConstruction*) {}
@@ -57,11 +57,11 @@ class Statistics {
     float *mean = next_output(width), *scale = next_output(width), *count = next_output(1);
     float *new_mean = next_output(width), *new_variance = next_output(width);
     count[0] = std::max(sums[2 * width], 1.0f);
-    const float keep = sums[2 * width] > 0 ? momentum : 1.0f;  // a batch of empty histories has no positions at all
+    const float keep = sums[2 * width] > 0 ? momentum : 1.0f;  // a batch of empty histories has no positions
     for (int64_t i = 0; i < width; ++i) {
       const float shift = sums[i] / count[0];
       const float squares = sums[width + i] / count[0] - shift * shift;
-      const float variance = squares < 0 ? 0 : squares;  // NaN stays
+      const float variance = squares < 0 ? 0 : squares;  // NaN stays NaN
       mean[i] = centre[i] + shift;
       scale[i] = 1.0f / std::sqrt(variance + epsilon);
       new_mean[i] = keep * centre[i] + (1.0f - keep) * mean[i];
@@ -85,7 +85,7 @@ class MergeRows {
     const Tensor merged_ids = Tensor::Output(context, 0, TF_INT32, {num_distinct});
     const Tensor merged = Tensor::Output(context, 1, TF_FLOAT, {num_distinct, shape[1]});
     std::copy_n(distinct.ids.data(), num_distinct, merged_ids.Data<int32_t>());
-    // Each part has some of the outputs, and adds to them in the order of the inputs.
+    // Each part owns some of the outputs, and adds to them in the order of the inputs.
     InParts(num_threads_, num_distinct, 256, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t place = distinct.places[i];

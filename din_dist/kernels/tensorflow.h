@@ -1,5 +1,5 @@
-// What the operations need of TensorFlow's C interface: it is the same for every compiler and version, and takes seconds
-// to compile.
+// The part of TensorFlow's C interface that the operations use. The C interface is the same for every compiler and
+// version, and compiles in seconds.
 #pragma once
 
 #include <cstdint>
@@ -80,8 +80,9 @@ inline int64_t Attribute(TF_OpKernelConstruction* construction, const char* name
   return value;
 }
 
-// An operation for CPUs: `Operation` is made of a `TF_OpKernelConstruction*`, and has `Compute(TF_OpKernelContext*)`.
-// Where they throw, the operation fails: a `runtime_error` tells of the outside, the others of a wrong call.
+// Registers an operation for CPUs. `Operation` is constructed from a `TF_OpKernelConstruction*` and has
+// `Compute(TF_OpKernelContext*)`. If they throw, the operation fails: a `runtime_error` means an external failure, any
+// other exception a wrong call.
 template <typename Operation>
 struct Kernel {
   static void* Create(TF_OpKernelConstruction* construction) {
@@ -110,7 +111,7 @@ struct Kernel {
 
   static void Delete(void* operation) { delete static_cast<Operation*>(operation); }
 
-  // `stateful`: it is run even if nobody needs its outputs, and never twice in place of once.
+  // `stateful`: the operation runs even if its outputs are unused, and identical calls are not merged.
   static bool Register(const char* name, const std::vector<const char*>& inputs,
                        const std::vector<const char*>& outputs, const std::vector<const char*>& attributes,
                        bool stateful = false) {
@@ -118,7 +119,7 @@ struct Kernel {
     for (const char* input : inputs) TF_OpDefinitionBuilderAddInput(definition, input);
     for (const char* output : outputs) TF_OpDefinitionBuilderAddOutput(definition, output);
     for (const char* attribute : attributes) TF_OpDefinitionBuilderAddAttr(definition, attribute);
-    if (stateful) TF_OpDefinitionBuilderSetIsStateful(definition, true);  // which it does of false, too
+    if (stateful) TF_OpDefinitionBuilderSetIsStateful(definition, true);  // it ignores its argument
     TF_OpDefinitionBuilderSetShapeInferenceFunction(
         definition, [](TF_ShapeInferenceContext* context, TF_Status* status) {
           TF_ShapeInferenceContextSetUnknownShape(context, status);

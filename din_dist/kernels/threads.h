@@ -1,4 +1,4 @@
-// A few threads that share the shards of one pass.
+// A few threads that share the shards of a pass.
 #pragma once
 
 #include <algorithm>
@@ -17,14 +17,14 @@ namespace din {
 
 class Threads {
  public:
-  // The process' own, which end with it.
+  // Returns the threads of the process, which end with it.
   static Threads& Get() {
     static Threads* const threads = new Threads;
     return *threads;
   }
 
-  // Runs shard(0) to shard(count - 1) on `num_threads` threads, this one among them. Of two callers at once the second
-  // does its shards itself. What a shard throws is thrown on.
+  // Runs shard(0) to shard(count - 1) on `num_threads` threads, including the calling one. If two callers overlap, the
+  // second runs its shards alone. Exceptions of shards are rethrown.
   void Run(int num_threads, int count, const std::function<void(int)>& shard) {
     std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
     if (num_threads == 1 || count == 1 || !mine) {
@@ -52,7 +52,8 @@ class Threads {
   }
 
  private:
-  // Passes follow each other within tens of microseconds; to be woken takes longer, with all cores busy much longer.
+  // Spins for a while, because passes follow each other within tens of microseconds. Waking a thread takes longer, and
+  // much longer if all cores are busy.
   template <typename Condition>
   static void Spin(const Condition& holds) {
     const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
@@ -60,7 +61,7 @@ class Threads {
     }
   }
 
-  // Shards until there are none.
+  // Runs shards until none is left.
   void Take() {
     for (;;) {
       const std::function<void(int)>* shard;
@@ -100,12 +101,12 @@ class Threads {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* shard_ = nullptr;
-  std::exception_ptr problem_;  // what a shard threw
+  std::exception_ptr problem_;  // the exception of a shard
   int count_ = 0, next_ = 0;
-  std::atomic<int> waiting_{0}, left_{0};  // shards that nobody has taken, and those that are not done
+  std::atomic<int> waiting_{0}, left_{0};  // shards not yet taken, and shards not yet finished
 };
 
-// Runs `part(begin, end)` over parts of [0, count), of at least so many.
+// Runs `part(begin, end)` over parts of [0, count), each of at least `least` numbers.
 inline void InParts(int num_threads, int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& part) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least));
   Threads::Get().Run(num_threads, static_cast<int>(parts),

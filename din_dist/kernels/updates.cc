@@ -1,8 +1,8 @@
-// An update of the weights, as TensorFlow operations: penalties and the gradient's norm, which training/regularization.py
-// defines, and the rules of training/optimizers.py. Called by those two alone.
+// An update of the weights, as TensorFlow operations: the penalties and the gradient's norm, which
+// training/regularization.py defines, and the rules of training/optimizers.py. Only those two call them.
 //
-// No product is contracted with a sum here (see launch/build_kernels.sh): every instruction set gives the same bits, so
-// that the weights of all ranks stay equal where their processors differ.
+// Products and sums are not contracted here (see launch/build_kernels.sh), so that every instruction set gives the same
+// bits. The weights of all ranks therefore stay equal even if their processors differ.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,8 +18,8 @@
 namespace din {
 namespace {
 
-constexpr int64_t kPart = 4096;  // floats: what all arrays of a part hold fits the cache
-constexpr int64_t kAhead = 4;    // rows of a table that are asked for before they are wanted: it has them in no order
+constexpr int64_t kPart = 4096;  // floats of a part, so that all its arrays fit the cache
+constexpr int64_t kAhead = 4;    // rows of a table that are prefetched, because their order cannot be predicted
 
 void Fetch(const float* row, int64_t width) {
   for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
@@ -31,7 +31,7 @@ void CheckRows(const int32_t* row_ids, int64_t count, int64_t table_rows) {
   }
 }
 
-// Sixteen sums, whatever the registers: the same bits everywhere.
+// Sixteen partial sums, whatever the width of the registers, so that all processors get the same bits.
 DIN_CLONES double SumOfSquares(const float* values, int64_t count) {
   double sums[16] = {};
   int64_t i = 0;
@@ -53,8 +53,9 @@ DIN_CLONES void AddTimes(const float* gradient, float weight, const float* value
   for (int64_t i = 0; i < count; ++i) to[i] = gradient[i] + weight * value[i];
 }
 
-// Of N gradients, of which the first so many are of rows of tables, and the first P of these penalised. Outputs: those with
-// their penalties; and two sums of squares, of all gradients of rows and of the rest.
+// Adds penalties to N gradients. The first `num_row_gradients` of them are of rows of tables, and the first P of these
+// are penalised. The outputs are the penalised gradients and two sums of squares: of all gradients of rows, and of the
+// others.
 class Regularize {
  public:
   explicit Regularize(TF_OpKernelConstruction* construction)
@@ -107,8 +108,8 @@ class Regularize {
     InParts(num_threads_, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) squares[i] = parts[i].Run(weight);
     });
-    // In the order of the parts, whoever did them. Infinite where the squares, which optimizers add up in float32, are:
-    // such an update is refused.
+    // Sums in the order of the parts, whichever thread computed them. The result is infinite if the squares overflow
+    // float32, in which optimizers accumulate them; such an update is refused.
     const Tensor sums = Tensor::Output(context, static_cast<int>(penalised_), TF_FLOAT, {2});
     const auto middle = squares.begin() + static_cast<int64_t>(row_parts);
     sums.Data<float>()[0] = static_cast<float>(std::accumulate(squares.begin(), middle, 0.0));
@@ -119,10 +120,10 @@ class Regularize {
   struct Part {
     const float* gradient;  // [rows, width]
     int64_t rows, width;
-    // Of rows that are penalised:
+    // For penalised rows only:
     const float* table;
     const int32_t* row_id;
-    const float* weights;  // of all rows of the table, or null
+    const float* weights;  // one for each row of the table, or null
     float* to;
 
     Part Rows(int64_t begin, int64_t most) const {
@@ -153,7 +154,8 @@ class Regularize {
 
 // --- Rules ---
 
-// So many weights and what is held for them, in the order of `initial_state` there; the new may take the place of the old.
+// Some weights and their slot variables, in the order of `initial_state` there. The new values may overwrite the old
+// ones.
 struct Weights {
   int64_t count;
   const float* gradient;
@@ -197,7 +199,7 @@ DIN_CLONES void LazyAdam(const Weights& w, float rate, const float* constants) {
   }
 }
 
-// Of one row, for which one number is held.
+// Updates one row, which has one number as slot variable.
 DIN_CLONES void RowWiseAdagrad(const Weights& w, float rate, const float* constants) {
   const float squares = w.held[0][0] + static_cast<float>(SumOfSquares(w.gradient, w.count) / w.count);
   const float divisor = std::sqrt(squares) + constants[0];
@@ -211,13 +213,13 @@ DIN_CLONES void RowWiseAdagrad(const Weights& w, float rate, const float* consta
 struct Rule {
   void (*update)(const Weights&, float rate, const float* constants);
   int64_t num_held, num_constants;
-  bool row_wise;  // of what is held there is one number a row
+  bool row_wise;  // slot variables have one number for each row
 };
 
-// As `RULES` in training/optimizers.py counts them.
+// Numbered as in `RULES` of training/optimizers.py.
 constexpr Rule kRules[] = {{Sgd, 0, 0, false}, {Adagrad, 1, 1, false}, {LazyAdam, 2, 5, false}, {RowWiseAdagrad, 1, 1, true}};
 
-// What both kinds of updates are given.
+// The arguments that both kinds of updates share.
 class Update {
  public:
   explicit Update(TF_OpKernelConstruction* construction)
@@ -228,13 +230,13 @@ class Update {
   }
 
  protected:
-  // The rate and the rule's constants are the first inputs; then come all gradients.
+  // Checks the first inputs: the learning rate and the rule's constants. All gradients follow them.
   void Begin(TF_OpKernelContext* context) const {
     Require(Tensor::Input(context, 0).Size() == 1 && Tensor::Input(context, 1).Size() == rule_.num_constants,
             "a rule must have its constants");
   }
 
-  // `run(part)` of so many parts, on all threads.
+  // Calls `run(part)` for `num_parts` parts, on all threads.
   template <typename Run>
   void InAllParts(size_t num_parts, const Run& run) const {
     InParts(num_threads_, static_cast<int64_t>(num_parts), 1, [&](int64_t begin, int64_t end) {
@@ -253,7 +255,8 @@ class Update {
   }
 };
 
-// Of N whole variables. Inputs: all gradients, all values, and all of each that is held. Outputs: all but gradients.
+// Updates N whole variables. Inputs: all gradients, all values, and all slot variables. Outputs: the new values and
+// slot variables.
 class UpdateWhole : public Update {
  public:
   explicit UpdateWhole(TF_OpKernelConstruction* construction) : Update(construction) {
@@ -319,8 +322,9 @@ class UpdateWhole : public Update {
   }
 };
 
-// Of some rows of N tables, no row twice, where they are. Inputs: all gradients [R, D], all ids of their rows [R], all
-// tables, and all of each that is held. Outputs, where B is not 0: the rows of all as they were before, in this order.
+// Updates some rows of N tables in place, each row at most once. Inputs: all gradients [R, D], the ids of their rows
+// [R], all tables, and all slot variables. Outputs, unless B is 0: the old rows of all tables and slot variables, in
+// this order.
 class UpdateRows : public Update {
  public:
   explicit UpdateRows(TF_OpKernelConstruction* construction)
@@ -366,7 +370,7 @@ class UpdateRows : public Update {
     const float* gradient;  // [rows, width]
     const int32_t* row_id;
     int64_t rows, width;
-    float* table[3];  // and what is held for it
+    float* table[3];  // the table and its slot variables
     int64_t widths[3];
 
     Rows From(int64_t begin, int64_t most) const {

@@ -1,5 +1,5 @@
-// The one file that keeps to TensorFlow's C++ interface, and so to the version that it is compiled for: of what the C
-// interface declares for variables, wheels export nothing.
+// The only file that uses TensorFlow's C++ interface, and is therefore tied to the version that it is compiled for. The
+// C interface declares functions for variables, but wheels do not export them.
 #include "variables.h"
 
 #include <sys/mman.h>
@@ -36,7 +36,7 @@ class SharedMemory : public tensorflow::TensorBuffer {
   const size_t bytes_;
 };
 
-// To the system at once what is about to be freed: TensorFlow's allocator keeps that for itself, for later.
+// Returns memory that is about to be freed to the system. TensorFlow's allocator would keep it for later.
 void GiveBack(void* data, size_t bytes) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
@@ -61,7 +61,8 @@ struct Variable::Held {
     Require(variable->tensor()->dtype() == tensorflow::DT_FLOAT, "a variable must be of float32");
   }
 
-  // Until now whoever read it may have been given its memory itself. Its lookups have seen to it already, as a rule.
+  // Makes readers copy the values from now on, and copies them once if a reader may still share the memory.
+  // TensorFlow's lookups usually have done so already.
   void KeepFromReaders() {
     if (variable->copy_on_read_mode.load()) return;
     tensorflow::Tensor& values = *variable->tensor();
@@ -88,7 +89,7 @@ std::vector<Variable> Variable::Hold(TF_OpKernelContext* context, int place, int
     throw std::invalid_argument(std::string("The kernels must be compiled for this TensorFlow, ") + TF_Version() +
                                 ". Received: for " DIN_TENSORFLOW ". Run launch/build_kernels.sh.");
   }
-  auto* const of_tensorflow = reinterpret_cast<tensorflow::OpKernelContext*>(context);  // as TensorFlow does itself
+  auto* const of_tensorflow = reinterpret_cast<tensorflow::OpKernelContext*>(context);  // TensorFlow does the same
   std::vector<Variable> variables;
   std::vector<Held*> by_address;
   for (int64_t i = 0; i < count; ++i) {
@@ -99,7 +100,7 @@ std::vector<Variable> Variable::Hold(TF_OpKernelContext* context, int place, int
     by_address.push_back(held.get());
     variables.push_back(Variable(std::move(held)));
   }
-  // In the order in which TensorFlow takes several at once.
+  // Locks in the same order in which TensorFlow locks several variables.
   const auto address = [](const Held* held) { return held->variable->mu(); };
   std::sort(by_address.begin(), by_address.end(),
             [&](const Held* a, const Held* b) { return std::less<>()(address(a), address(b)); });

@@ -1,4 +1,4 @@
-// TensorFlow's variables, where they are: a table is read and written by its rows, and never copied.
+// Access to TensorFlow's variables in place: rows of a table are read and written without copying the table.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,14 @@
 
 namespace din {
 
-// A float32 variable, held against this process' other operations that write to it, or use it at all, as long as this is
-// there. Of one that processes share the others must be held off by other means.
+// A float32 variable, locked as long as this object exists. The lock keeps out this process's other operations: those
+// that write to it or, when it is held for writing, all of them. It does not keep out other processes that share the
+// variable.
 class Variable {
  public:
   enum class For { kReading, kWriting };
 
-  // Of those whose handles are `count` inputs from `place` on, no variable twice.
+  // Locks the variables whose handles are `count` inputs from `place` on. No variable may occur twice.
   static std::vector<Variable> Hold(TF_OpKernelContext* context, int place, int64_t count, For use);
 
   Variable(Variable&&);
@@ -24,8 +25,8 @@ class Variable {
   float* Data() const;
   std::vector<int64_t> Shape() const;
 
-  // From now on the values are those in the first bytes of `file`, memory that processes share; `fill`: puts them there.
-  // Until somebody assigns to the variable, which gives it memory of its own again.
+  // Moves the values to the first bytes of `file`, memory that processes share; with `fill`, it copies them there. An
+  // assignment to the variable gives it memory of its own again.
   void MoveInto(int file, bool fill);
   bool IsShared() const;
 

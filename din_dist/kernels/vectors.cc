@@ -1,5 +1,5 @@
-// Vectors of items, for TensorFlow: embeddings side by side, and what the head sees of two vectors; with their gradients.
-// Called by layers/native/vectors.py alone.
+// Item vectors, as TensorFlow operations: concatenated embeddings, and the head's input from two vectors; with their
+// gradients. Only layers/native/vectors.py calls them.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -11,7 +11,7 @@
 namespace din {
 namespace {
 
-constexpr int64_t kLeastRows = 64, kLeastColumns = 16;  // of a thread's part: a line of the cache
+constexpr int64_t kLeastRows = 64, kLeastColumns = 16;  // for each thread; 16 columns are a cache line
 
 struct Matrix {
   int64_t rows, columns;
@@ -26,7 +26,7 @@ struct Matrix {
   }
 };
 
-// Row `place` of `num_rows`.
+// Returns `place`, which must be a row among `num_rows`.
 inline int64_t Checked(int32_t place, int64_t num_rows) {
   Require(place >= 0 && place < num_rows, "places must be those of rows");
   return place;
@@ -36,7 +36,7 @@ inline void Add(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// Rows [begin, end) of [a, b, a * b].
+// Writes the rows [begin, end) of [a, b, a * b].
 DIN_CLONES void WriteBesideProduct(const Matrix& a, const Matrix& b, int64_t begin, int64_t end, float* to) {
   const int64_t width = a.columns;
   for (int64_t row = begin; row < end; ++row) {
@@ -48,7 +48,7 @@ DIN_CLONES void WriteBesideProduct(const Matrix& a, const Matrix& b, int64_t beg
   }
 }
 
-// And of its gradient.
+// Writes the rows [begin, end) of the gradients with respect to a and b.
 DIN_CLONES void WriteGradients(const Matrix& a, const Matrix& b, const float* upstream, int64_t begin, int64_t end,
                                float* of_a, float* of_b) {
   const int64_t width = a.columns;
@@ -63,7 +63,7 @@ DIN_CLONES void WriteGradients(const Matrix& a, const Matrix& b, const float* up
   }
 }
 
-// Which of the parts have rows that items share; `shared` is a list of booleans.
+// Returns which of the parts have rows that several items share; the attribute `shared` is a list of booleans.
 std::vector<TF_Bool> SharedParts(TF_OpKernelConstruction* construction) {
   Status status;
   std::vector<TF_Bool> shared(Attribute(construction, "N"));
@@ -72,10 +72,11 @@ std::vector<TF_Bool> SharedParts(TF_OpKernelConstruction* construction) {
   return shared;
 }
 
-// Parts of U items' vectors, side by side. Of each part the items have a row each, or places of rows that they share.
+// The vectors of U items, concatenated from parts. In each part, every item has its own row, or the index of a shared
+// one.
 class Items {
  public:
-  // Inputs from `input` on: the parts' rows, the parts' places (of none if they are not shared), the candidates' items.
+  // Reads the inputs from `input` on: the parts' rows, the parts' indices (empty unless shared), the candidates' items.
   Items(TF_OpKernelContext* context, int input, const std::vector<TF_Bool>& shared) {
     const auto num_parts = static_cast<int64_t>(shared.size());
     for (int64_t part = 0; part < 2 * num_parts + 1; ++part) tensors_.push_back(Tensor::Input(context, input++));
@@ -129,7 +130,7 @@ class Vectors {
         to = std::copy_n(rows.data + items.Place(part, item) * rows.columns, rows.columns, to);
       }
     };
-    // A candidate's vector is not copied from its item's, which another thread may not have written yet.
+    // A candidate's vector is not copied from its item's vector, which another thread may not have written yet.
     InParts(num_threads_, items.Count() + items.NumCandidates(), kLeastRows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < std::min(end, items.Count()); ++i) write(i, vectors.Data<float>() + i * width);
       for (int64_t i = std::max(begin, items.Count()) - items.Count(); i < end - items.Count(); ++i) {
@@ -159,9 +160,9 @@ class VectorsGradient {
       const Matrix& rows = items.Rows(part);
       outputs.push_back(Tensor::Output(context, static_cast<int>(part), TF_FLOAT, {rows.rows, rows.columns}));
     }
-    // A thread has some columns of all: rows that are added to are its own, in the order of the inputs.
+    // A thread owns some columns of all rows, so it alone adds to them, in the order of the inputs.
     InParts(num_threads_, width, kLeastColumns, [&](int64_t begin, int64_t end) {
-      int64_t first = 0;  // column of the part at hand
+      int64_t first = 0;  // first column of the current part
       for (int64_t part = 0; part < items.NumParts(); ++part) {
         const int64_t columns = items.Rows(part).columns;
         const int64_t from = std::max(begin, first), count = std::min(end, first + columns) - from;
@@ -175,7 +176,7 @@ class VectorsGradient {
   }
 
  private:
-  // `count` columns of a part.
+  // Adds up `count` columns of a part.
   static void AddUp(const Items& items, int64_t part, const float* of_vectors, const float* of_candidates, int64_t count,
                     float* to) {
     const int64_t width = items.Width(), step = items.Rows(part).columns;
@@ -196,7 +197,7 @@ class VectorsGradient {
   const int num_threads_;
 };
 
-// [a, b] to [a, b, a * b], rows of [M, H] each.
+// Concatenates [a, b] to [a, b, a * b], from rows of [M, H] each.
 class BesideProduct {
  public:
   explicit BesideProduct(TF_OpKernelConstruction* construction)

@@ -6,10 +6,10 @@ import numpy as np
 
 
 def equal_mass_bins(values: np.ndarray, num_bins: int) -> np.ndarray:
-    """The bin of each of `values` `[M]`, ascending from 0 without a gap: int64 `[M]`.
+    """Returns the bin of each of `values` `[M]`: int64 `[M]`, counted from 0 without a gap.
 
-    Equal values share a bin, that of the middle one of them in sorted order: the bins do not depend on the order of the
-    examples, and there may be fewer than `num_bins`.
+    Equal values share a bin: the one where the middle of them falls in sorted order. The bins therefore do not depend
+    on the order of the examples, and there may be fewer than `num_bins`.
     """
     ascending = np.sort(values)
     twice_the_middle = np.searchsorted(ascending, values, "left") + np.searchsorted(ascending, values, "right")

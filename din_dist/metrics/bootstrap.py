@@ -1,7 +1,7 @@
-"""Confidence intervals by resampling whole users: the examples of one user are not independent of each other.
+"""Bootstrap confidence intervals. Whole users are resampled, because examples of one user are not independent.
 
-Each of many samples draws as many users as there are, with replacement; a user drawn twice counts twice. Nothing is
-ranked or scored again: a metric must be told from each user's sums, or take weights. The bounds of an interval are
+Each sample draws as many users as there are, with replacement. A user drawn twice counts twice. Nothing is ranked or
+scored again: a metric must follow from sums per user, or accept weights per user. The bounds of an interval are
 percentiles of the metric over the samples (Efron 1979).
 """
 
@@ -16,17 +16,17 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # each user's weight, float64 `[
 
 
 def intervals(statistic: Statistic, num_users: int, num_samples: int, seed: int) -> np.ndarray:
-    """Low and high bound of each value of `statistic`: `[M, 2]`, NaN where it is not defined in any sample."""
+    """Returns the low and high bound of each value of `statistic`: `[M, 2]`, NaN where no sample defines the value."""
     samples = np.stack([statistic(weights) for weights in user_weights(num_users, num_samples, seed)])  # [S, M]
     bounds = np.full((samples.shape[1], 2), np.nan)
-    for place, values in enumerate(samples.T):
+    for number, values in enumerate(samples.T):
         if (defined := values[~np.isnan(values)]).size:
-            bounds[place] = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+            bounds[number] = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return bounds
 
 
 def user_weights(num_users: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each user was drawn, `[num_users]`, in each sample."""
+    """Yields, for each sample, how often each user was drawn: float64 `[num_users]`."""
     random = np.random.default_rng(seed)
     for _ in range(num_samples):
         drawn = random.integers(num_users, size=num_users)
@@ -34,10 +34,10 @@ def user_weights(num_users: int, num_samples: int, seed: int) -> Iterator[np.nda
 
 
 class RatiosOfSums:
-    """Metrics that are a sum over users divided by another: means, whatever they are means of.
+    """Metrics that are one sum over users divided by another, such as means.
 
     Args:
-        parts: by name, what each user adds to numerator and denominator, `[U]` each.
+        parts: metric name -> what each user adds to the numerator and to the denominator, `[U]` each.
     """
 
     def __init__(self, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -51,10 +51,12 @@ class RatiosOfSums:
 
 
 class WeightedAuc:
-    """AUC over all examples, each with the weight of its user; sorted once.
+    """AUC over all examples, each with the weight of its user. The examples are sorted only once.
 
     Args:
-        user_of: `[M]`, the place of each example's user among the weights.
+        scores: `[M]`.
+        labels: `[M]` in {0, 1}.
+        user_of: int `[M]`, the index of each example's user among the weights.
     """
 
     def __init__(self, scores: np.ndarray, labels: np.ndarray, user_of: np.ndarray) -> None:
@@ -65,7 +67,7 @@ class WeightedAuc:
         self._tie_starts = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]])[: len(scores)])
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """`[1]`: of the weight of all (positive, negative) pairs, the share that is won; a tie is half a win."""
+        """Returns the weighted share of (positive, negative) pairs that are won, `[1]`; a tie is half a win."""
         if not len(self._tie_starts):
             return np.array([np.nan])
         of_example = weights[self._user_of]

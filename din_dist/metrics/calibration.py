@@ -1,4 +1,4 @@
-"""Whether a click probability means what it says: among examples that are given 30 %, do 30 % end in a click?"""
+"""Calibration of click probabilities: of the examples predicted at 30 %, 30 % should end in a click."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _Z = 1.96  # standard deviations to each side of a 95 % interval
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationBin:
-    """`low` and `high` bound the true rate with 95 % confidence (Wilson), examples taken as independent."""
+    """Examples of similar click probability.
+
+    `low` and `high` bound the true rate with 95 % confidence (Wilson), if the examples are independent.
+    """
 
     num_examples: int
     predicted: float  # mean click probability
@@ -33,10 +36,15 @@ class Calibration:
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS) -> Calibration:
-    """Calibration of `probabilities` `[M]` against `labels` `[M]` in {0, 1}.
+    """Computes the calibration of click probabilities.
 
-    Bins hold equally many examples, so that none rests on a few. With M_b of the M examples in bin b:
+    The bins hold equal numbers of examples, so that no bin rests on a few. With M_b of the M examples in bin b:
     error = sum over b of M_b / M * |mean probability in b - share of positives in b|.
+
+    Args:
+        probabilities: `[M]`.
+        labels: `[M]` in {0, 1}.
+        num_bins: the number of bins, unless ties merge some.
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels, np.float64)
     bin_of = equal_mass_bins(probabilities, num_bins)
@@ -52,7 +60,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = N
 
 
 def wilson_interval(rate: float, num_examples: int) -> tuple[float, float]:
-    """Bounds of the true rate with 95 % confidence, where `rate` of `num_examples` was seen (Wilson 1927)."""
+    """Returns bounds of the true rate with 95 % confidence, given the observed `rate` (Wilson 1927)."""
     scale = 1 + _Z**2 / num_examples
     middle = (rate + _Z**2 / (2 * num_examples)) / scale
     half = _Z / scale * math.sqrt(rate * (1 - rate) / num_examples + _Z**2 / (4 * num_examples**2))

@@ -1,4 +1,4 @@
-"""How well scores rank and how well they are calibrated: arithmetic on whole arrays, exact, in float64."""
+"""AUC, GAUC and log loss: arithmetic on whole arrays, exact, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Gauc:
-    """Per-user AUC averaged by impressions. Users with one label class have no AUC: skipped, and counted."""
+    """Per-user AUC averaged by impressions. Users with one label class have no AUC; they are skipped and counted."""
 
     gauc: float
     num_users: int
@@ -17,15 +17,21 @@ class Gauc:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The chance that a positive outscores a negative, a tie counting one half; NaN without both classes.
+    """Returns the chance that a positive outscores a negative; NaN without both classes. A tie counts one half.
 
-    Exact: by the ranks of the sorted scores (Mann-Whitney U), not by bins.
+    The result is exact: it comes from the ranks of the sorted scores (Mann-Whitney U), not from bins.
     """
     return gauc(scores, labels, np.zeros(len(scores), np.int64)).gauc
 
 
 def gauc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> Gauc:
-    """GAUC of `scores` `[M]`, `labels` `[M]` in {0, 1} and `users` `[M]`, integers in any order."""
+    """Returns the mean over users of each user's AUC, weighted by impressions.
+
+    Args:
+        scores: `[M]`.
+        labels: `[M]` in {0, 1}.
+        users: int `[M]`, in any order.
+    """
     aucs, impressions = aucs_by_user(scores, labels, users)
     counted = ~np.isnan(aucs)
     value = float(np.average(aucs[counted], weights=impressions[counted])) if counted.any() else float("nan")
@@ -33,7 +39,10 @@ def gauc(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> Gauc:
 
 
 def aucs_by_user(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC of each of the K users, ascending, NaN without both labels, and the impressions of each: `[K]` both."""
+    """Returns the AUC and the impressions of each of the K users, `[K]` both, by ascending user.
+
+    The AUC is NaN for users without both labels.
+    """
     if not len(scores):
         return np.zeros(0), np.zeros(0, np.int64)
     order = np.lexsort((scores, users))
@@ -41,8 +50,8 @@ def aucs_by_user(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> t
     labels = np.asarray(labels, np.float64)[order]
     new_user = np.concatenate([[True], users[1:] != users[:-1]])
     new_tie = new_user | np.concatenate([[True], scores[1:] != scores[:-1]])
-    # Ranks from 1 through the whole array; those of a tie are replaced by their mean. A user's own ranks start after
-    # the impressions of the users before.
+    # Ranks from 1 over the whole array; tied examples get their mean rank. A user's own ranks start after the
+    # impressions of the users before.
     tie_starts = np.flatnonzero(new_tie)
     tie_sizes = np.diff(tie_starts, append=len(scores))
     ranks = np.repeat(tie_starts + (tie_sizes + 1) / 2, tie_sizes)
@@ -59,19 +68,22 @@ def aucs_by_user(scores: np.ndarray, labels: np.ndarray, users: np.ndarray) -> t
 
 
 def pairwise_gauc(scores: np.ndarray) -> float:
-    """The authors' figure for `scores` `[pairs, 1 + negatives]`, the positive first: how often it strictly wins.
+    """Returns the share of pairs in which the positive strictly outscores the negative, the authors' own metric.
 
-    Source: the authors' din/train.py, `_eval`. Unlike `gauc`, a tie counts nothing.
+    Unlike in `gauc`, a tie counts nothing. Source: the authors' din/train.py, `_eval`.
+
+    Args:
+        scores: `[pairs, 1 + negatives]`, the positive first.
     """
     return float(np.mean(scores[:, :1] > scores[:, 1:])) if len(scores) else float("nan")
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean sigmoid cross entropy, in nats."""
+    """Returns the mean sigmoid cross entropy, in nats."""
     return float(np.mean(log_losses(logits, labels))) if len(logits) else float("nan")
 
 
 def log_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Sigmoid cross entropy of each example, `[M]`, in nats."""
+    """Returns the sigmoid cross entropy of each example, `[M]`, in nats."""
     logits = np.asarray(logits, np.float64)
     return np.logaddexp(0.0, logits) - logits * labels

@@ -1,9 +1,9 @@
-"""How near the top each chosen item stands among its candidates: arithmetic on whole arrays, exact, in float64.
+"""Retrieval metrics: how near the top each chosen item stands. Arithmetic on whole arrays, exact, in float64.
 
-A query is one event: the item that was really chosen, the target, among candidates. Of those, `greater` score higher
-than it and `tied` (itself not counted) exactly as high. Its place is then any of greater + 1 to greater + tied + 1 with
-the same chance, and every figure is the expected value over those places: a model that scores all alike gets what
-chance would give it, neither the best nor the worst.
+A query is one event: the item that was really chosen, the target, among candidates. `greater` candidates score higher
+than the target, and `tied` other candidates score exactly as high. The target is then at any position from greater + 1
+to greater + tied + 1 with the same chance. Every metric is the expected value over those positions. A model that
+scores all candidates alike therefore gets what chance would give it.
 """
 
 from __future__ import annotations
@@ -12,36 +12,41 @@ import numpy as np
 
 
 def recall_at(k: int, greater: np.ndarray, tied: np.ndarray) -> np.ndarray:
-    """`[E]`: whether the target is among the first `k`; a chance where it is tied."""
+    """Returns the chance that each target is among the first `k`, `[E]`; 0 or 1 unless the target is tied."""
     return np.clip(k - greater, 0, tied + 1) / (tied + 1)
 
 
 def ndcg_at(k: int, greater: np.ndarray, tied: np.ndarray) -> np.ndarray:
-    """`[E]`: 1 / log2(1 + place), 0 beyond place `k`. With one target a query the ideal is 1."""
-    return _mean_over_places(1 / np.log2(np.arange(2, k + 2)), greater, tied)
+    """Returns 1 / log2(1 + position) for each query, `[E]`, and 0 beyond `k`. The ideal of one target is 1."""
+    return _mean_over_positions(1 / np.log2(np.arange(2, k + 2)), greater, tied)
 
 
 def reciprocal_rank(greater: np.ndarray, tied: np.ndarray) -> np.ndarray:
-    """`[E]`: 1 / place."""
+    """Returns 1 / position for each query, `[E]`."""
     last = int((greater + tied).max(initial=0)) + 1
-    return _mean_over_places(1 / np.arange(1, last + 1), greater, tied)
+    return _mean_over_positions(1 / np.arange(1, last + 1), greater, tied)
 
 
 def hit_rate_by_user(recall: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The users among `users` `[E]`, ascending, and each one's chance that at least one of their events is a hit."""
-    found, place = np.unique(users, return_inverse=True)
+    """Returns the distinct `users`, ascending, and the chance of each that at least one of their events is a hit.
+
+    Args:
+        recall: `[E]`, as from `recall_at`.
+        users: int `[E]`.
+    """
+    found, user_of = np.unique(users, return_inverse=True)
     missed = np.ones(len(found))
-    np.multiply.at(missed, place.reshape(-1), 1 - recall)
+    np.multiply.at(missed, user_of.reshape(-1), 1 - recall)
     return found, 1 - missed
 
 
 def coverage(top_items: np.ndarray, num_items: int) -> float:
-    """Share of the catalogue that stands in at least one of the lists `[E, k]`; 0 in a list is no item."""
+    """Returns the share of the catalogue that occurs in at least one of the lists `[E, k]`; 0 in a list is no item."""
     return len(np.setdiff1d(top_items, [0])) / num_items if num_items else float("nan")
 
 
-def _mean_over_places(gains: np.ndarray, greater: np.ndarray, tied: np.ndarray) -> np.ndarray:
-    """Of each query, the mean of `gains` over its places, counted from 1; beyond the end of `gains` they are 0."""
+def _mean_over_positions(gains: np.ndarray, greater: np.ndarray, tied: np.ndarray) -> np.ndarray:
+    """Returns the mean of `gains` over the positions of each query, `[E]`. Gains beyond the end of the array are 0."""
     sums = np.concatenate([[0.0], np.cumsum(gains)])
-    first, end = (np.minimum(places, len(gains)) for places in (greater, greater + tied + 1))
+    first, end = (np.minimum(positions, len(gains)) for positions in (greater, greater + tied + 1))
     return (sums[end] - sums[first]) / (tied + 1)

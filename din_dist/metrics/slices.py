@@ -1,4 +1,4 @@
-"""Metrics of parts of the examples, for several rankings side by side."""
+"""Metrics on parts of the examples, for several rankings at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from din_dist.metrics.ranking import auc, gauc
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """`values`: of each ranking, its `metric` on these examples: GAUC, or AUC where no user has both labels here."""
+    """A part of the examples.
+
+    `values` holds the `metric` of each ranking on them: GAUC, or AUC where no user has both labels in this part.
+    """
 
     name: str
     num_examples: int
@@ -29,11 +32,14 @@ def slices(
     part_of: np.ndarray,
     names: Sequence[str],
 ) -> list[Slice]:
-    """A slice for each of `names` that has examples.
+    """Returns a slice for each of `names` that has examples.
 
     Args:
-        rankings: by name, the scores `[M]` of a model or of a floor.
-        part_of: `[M]`, the place in `names` of each example's part.
+        rankings: name -> scores `[M]` of a model or of a floor.
+        labels: `[M]` in {0, 1}.
+        users: int `[M]`.
+        part_of: int `[M]`, the index in `names` of each example's part.
+        names: the names of the parts.
     """
     found = []
     for part, name in enumerate(names):
@@ -49,15 +55,15 @@ def slices(
 def metrics_of(
     rankings: Mapping[str, np.ndarray], labels: np.ndarray, users: np.ndarray
 ) -> tuple[str, dict[str, float]]:
-    """GAUC of each ranking, or the AUC of each where GAUC is not defined; which of the two comes first."""
+    """Returns the metric's name, and the GAUC of each ranking; the AUC of each where GAUC is not defined."""
     values = {name: gauc(scores, labels, users).gauc for name, scores in rankings.items()}
-    if any(math.isnan(value) for value in values.values()):  # of none or all: the labels decide
+    if any(math.isnan(value) for value in values.values()):  # for all rankings or none: it depends on the labels
         return "AUC", {name: auc(scores, labels) for name, scores in rankings.items()}
     return "GAUC", values
 
 
 def range_names(values: np.ndarray, part_of: np.ndarray) -> list[str]:
-    """`"7"` or `"3–5"` for each part: the smallest and the largest of its `values`, whole numbers."""
+    """Returns the smallest and the largest of the `values` of each part, whole numbers: `"7"` or `"3–5"`."""
     names = []
     for part in range(int(part_of.max(initial=-1)) + 1):
         here = values[part_of == part]
@@ -67,10 +73,13 @@ def range_names(values: np.ndarray, part_of: np.ndarray) -> list[str]:
 
 
 def largest_parts(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `most` commonest of `values`, commonest first, and each example's part: one more than those for others."""
-    found, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    """Returns the `most` commonest of `values`, commonest first, and the part of each example.
+
+    A part is an index among the commonest values; all other values share the index after the last of them.
+    """
+    found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     rank_of = np.empty_like(order)
     rank_of[order] = np.arange(len(order))
     kept = order[:most]
-    return found[kept], np.minimum(rank_of, len(kept))[place.reshape(-1)]
+    return found[kept], np.minimum(rank_of, len(kept))[inverse.reshape(-1)]

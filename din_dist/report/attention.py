@@ -1,4 +1,4 @@
-"""What the model looks at: the attention weights of real examples, and of many of them on average."""
+"""Attention weights for the report: of a few real examples, and averages over many."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import of_segments, thin_out
 from din_dist.models.ranking_model import RankingModel
-from din_dist.report.scoring import MODEL, Scored, probabilities
+from din_dist.report.scoring import MODEL, ScoredExamples, probabilities
 
 _PER_KIND = 2
-_MOST_SHOWN = 15  # behaviours of one example
-_OF_A_LONG_ONE = 12
+_MOST_SHOWN = 15  # most behaviours of a history that is shown whole
+_SHOWN_OF_LONGER = 12  # behaviours shown of a longer history
 _MOST_AVERAGED = 20_000  # examples
-_AGES = (1, 2, 3, 6, 11, 21, 51, 101, 1001)  # where ranges of ages begin, 1 being the newest behaviour
+_AGES = (1, 2, 3, 6, 11, 21, 51, 101, 1001)  # first age of each range; age 1 is the newest behaviour
 
 
 @dataclasses.dataclass(frozen=True)
 class Behaviour:
-    """A history position. `age` 1 is the newest; `weight` None where all count the same."""
+    """A history position. `age` 1 is the newest. `weight` is None if the model has no attention."""
 
     age: int
     item: str
@@ -36,8 +36,15 @@ class Behaviour:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A real example. `behaviours`: newest first, of a long history the heaviest; the others are `num_rest`."""
+class ShownExample:
+    """A real example with its attention weights.
+
+    Attributes:
+        kind: the reason why it is shown, such as "confidently wrong".
+        behaviours: newest first; only the heaviest ones of a long history.
+        num_rest: the number of behaviours that are not shown.
+        weight_of_rest: the sum of their weights.
+    """
 
     kind: str
     user: str
@@ -53,10 +60,13 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Averages:
-    """Over `num_examples` with two behaviours or more. `by_age`: name, mean weight over the equal share, positions.
+    """Averages of the attention over examples with at least two behaviours.
 
-    `same`: name of what behaviour and candidate share, examples where some behaviours do and some do not, these
-    behaviours' share of the history and of the attention.
+    Attributes:
+        num_examples: the number of these examples.
+        by_age: for each range of ages: its name, the mean weight relative to an equal share, the number of positions.
+        same: for the item and each item feature, over the examples in which only some behaviours share it with the
+            candidate: its name, the number of examples, these behaviours' share of the history and of the attention.
     """
 
     num_examples: int
@@ -64,10 +74,17 @@ class Averages:
     same: list[tuple[str, int, float, float]]
 
 
-def choose(scored: Scored, per_kind: int = _PER_KIND) -> dict[str, list[int]]:
-    """Examples to look at, by kind: confidently right and wrong ones, and long histories; a user comes once.
+def choose(scored: ScoredExamples, per_kind: int = _PER_KIND) -> dict[str, list[int]]:
+    """Chooses examples to show, by kind: confidently right, confidently wrong, long history.
 
-    The same examples give the same choice. Very short histories, where there is little to see, come last.
+    A user occurs at most once. The choice is deterministic. Very short histories show little and are avoided.
+
+    Args:
+        scored: all examples.
+        per_kind: the most examples of each kind and label.
+
+    Returns:
+        For each kind, the indices of its examples.
     """
     probability = probabilities(scored.rankings[MODEL])
     labels, lengths = scored.labels, scored.history_lengths
@@ -84,14 +101,14 @@ def choose(scored: Scored, per_kind: int = _PER_KIND) -> dict[str, list[int]]:
     for kind, orders in wanted.items():
         chosen[kind] = []
         for eligible, key in orders:
-            places = np.flatnonzero(eligible & (lengths > 0))
+            candidates = np.flatnonzero(eligible & (lengths > 0))
             found: list[int] = []
-            for place in places[np.argsort(key[places], kind="stable")]:
+            for index in candidates[np.argsort(key[candidates], kind="stable")]:
                 if len(found) == per_kind:
                     break
-                if int(scored.users[place]) not in used:
-                    used.add(int(scored.users[place]))
-                    found.append(int(place))
+                if int(scored.users[index]) not in used:
+                    used.add(int(scored.users[index]))
+                    found.append(int(index))
             chosen[kind] += found
     return chosen
 
@@ -102,23 +119,31 @@ def show(
     store: EventStore,
     examples: Examples,
     chosen: Mapping[str, Sequence[int]],
-) -> list[Shown]:
-    """The chosen ones of `examples` with the weights of their histories, in the ids of the log."""
-    wanted = np.array(sorted({place for places in chosen.values() for place in places}), np.int64)
+) -> list[ShownExample]:
+    """Returns the chosen examples with the weights of their histories, in the log's own ids.
+
+    Args:
+        model: gives the weights.
+        config: the job's settings.
+        store: gives the log's own ids.
+        examples: of the split.
+        chosen: indices of examples by kind, as from `choose`.
+    """
+    wanted = np.array(sorted({index for indices in chosen.values() for index in indices}), np.int64)
     if not len(wanted):
         return []
-    # Its users only, of whose batches the chosen examples are then taken.
+    # Only the users of the chosen examples are scored; the indices change to those among their examples.
     segment_of = np.searchsorted(examples.row_ends, wanted // examples.draws_per_row, side="right")
     segments = np.unique(segment_of)
     before = np.cumsum(examples.rows_per_user())[segments] - examples.rows_per_user()[segments]
     smaller = of_segments(examples, segments)
     new_before = np.concatenate([[0], np.cumsum(smaller.rows_per_user())[:-1]])
-    place_in = np.searchsorted(segments, segment_of)
-    new_places = wanted + (new_before - before)[place_in] * examples.draws_per_row
+    new_segment_of = np.searchsorted(segments, segment_of)
+    new_indices = wanted + (new_before - before)[new_segment_of] * examples.draws_per_row
     found: dict[int, _Example] = {}
     for example in _examples(model, config, store, smaller):
-        if example.place in new_places:
-            found[int(wanted[np.searchsorted(new_places, example.place)])] = example
+        if example.index in new_indices:
+            found[int(wanted[np.searchsorted(new_indices, example.index)])] = example
     items = np.unique(np.concatenate([[e.candidate, *e.history] for e in found.values()]).astype(np.int64))
     item_names = dict(zip(items.tolist(), store.own_ids(ITEMS, items), strict=True))
     feature, of_item = next(iter(store.item_features.items()), ("", np.zeros(store.facts.num_items + 1, np.int32)))
@@ -128,14 +153,14 @@ def show(
     users = store.own_ids(USERS, examples.user_of_example()[wanted] + 1)  # users count from 0
     user_names = dict(zip(wanted.tolist(), users, strict=True))
     return [
-        _shown(kind, found[place], user_names[place], item_names, category_names, of_item)
-        for kind, places in chosen.items()
-        for place in places
+        _shown(kind, found[index], user_names[index], item_names, category_names, of_item)
+        for kind, indices in chosen.items()
+        for index in indices
     ]
 
 
 def averages(model: RankingModel, config: Config, store: EventStore, examples: Examples) -> Averages | None:
-    """Where the attention goes on average; None where the weights are no shares (or there are none)."""
+    """Returns averages of the attention, or None if the weights of a history do not sum to 1 or there are none."""
     if config.model.attention_normalization is not AttentionNormalization.SOFTMAX:
         return None
     features = {"item": np.arange(store.facts.num_items + 1)}
@@ -150,9 +175,9 @@ def averages(model: RankingModel, config: Config, store: EventStore, examples: E
         if length < 2:
             continue
         num_examples += 1
-        part = np.searchsorted(starts, np.arange(length, 0, -1), side="right") - 1
-        totals += np.bincount(part, example.weights * length, len(starts))
-        counts += np.bincount(part, minlength=len(starts))
+        range_of = np.searchsorted(starts, np.arange(length, 0, -1), side="right") - 1
+        totals += np.bincount(range_of, example.weights * length, len(starts))
+        counts += np.bincount(range_of, minlength=len(starts))
         for name, of_item in features.items():
             same = of_item[example.history] == of_item[example.candidate]
             if of_item[example.candidate] and same.any() and not same.all():
@@ -175,7 +200,7 @@ def averages(model: RankingModel, config: Config, store: EventStore, examples: E
 
 @dataclasses.dataclass(frozen=True)
 class _Example:
-    place: int
+    index: int
     candidate: int
     label: int
     probability: float
@@ -198,12 +223,14 @@ def _examples(model: RankingModel, config: Config, store: EventStore, examples: 
         clicks = probabilities(model(batch, training=False).numpy())
         ends = np.cumsum(batch.history_lengths.numpy())
         histories = np.split(batch.history_item_ids.numpy(), ends[:-1])
-        parts = [None] * len(histories) if weights is None else np.split(weights.numpy().astype(np.float64), ends[:-1])
+        weights_of: Sequence[np.ndarray | None] = [None] * len(histories)
+        if weights is not None:
+            weights_of = np.split(weights.numpy().astype(np.float64), ends[:-1])
         columns = [field.numpy().tolist() for field in (batch.example_ids, batch.candidate_item_ids, batch.labels)]
-        for place, candidate, label, probability, history, part in zip(
-            *columns, clicks.tolist(), histories, parts, strict=True
+        for index, candidate, label, probability, history, own_weights in zip(
+            *columns, clicks.tolist(), histories, weights_of, strict=True
         ):
-            yield _Example(place, candidate, int(label), probability, history, part)
+            yield _Example(index, candidate, int(label), probability, history, own_weights)
 
 
 def _shown(
@@ -213,27 +240,27 @@ def _shown(
     item_names: Mapping[int, str],
     category_names: Mapping[int, str],
     category_of: np.ndarray,
-) -> Shown:
+) -> ShownExample:
     length = len(example.history)
     weights = example.weights
     order = np.arange(length - 1, -1, -1)  # newest first
     if length > _MOST_SHOWN:
         size = np.zeros(length) if weights is None else np.abs(weights)
-        heaviest = order[np.argsort(-size[order], kind="stable")[:_OF_A_LONG_ONE]]
+        heaviest = order[np.argsort(-size[order], kind="stable")[:_SHOWN_OF_LONGER]]
         order = np.sort(heaviest)[::-1]
     category = int(category_of[example.candidate])
     behaviours = [
         Behaviour(
-            age=int(length - place),
-            item=item_names[int(example.history[place])],
-            category=category_names[int(category_of[example.history[place]])],
-            same_item=bool(example.history[place] == example.candidate),
-            same_category=bool(category and category_of[example.history[place]] == category),
-            weight=None if weights is None else float(weights[place]),
+            age=int(length - position),
+            item=item_names[int(example.history[position])],
+            category=category_names[int(category_of[example.history[position]])],
+            same_item=bool(example.history[position] == example.candidate),
+            same_category=bool(category and category_of[example.history[position]] == category),
+            weight=None if weights is None else float(weights[position]),
         )
-        for place in order
+        for position in order
     ]
-    return Shown(
+    return ShownExample(
         kind=kind,
         user=user,
         item=item_names[example.candidate],

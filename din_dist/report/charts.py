@@ -1,12 +1,13 @@
-"""Charts as small SVGs that stand in the page itself.
+"""Charts as small SVGs inside the page itself.
 
-Weighed against matplotlib: its SVGs are crisp too, but spell every letter as a path (100 KB for a page of these), bring
-their own colours and fonts, cannot follow the reader's dark mode or text size, and would make a plotting library a
-dependency of every installation. Weighed against a script library: the page would have to run code next to strings that
-came from data, and the Content-Security-Policy could not forbid it. These few shapes take a page of Python, take their
-colours from the page's style sheet, and show exact values in the browser's own tooltips (`<title>`).
+These few shapes take a page of Python. Their colours come from the page's style sheet, and the browser's own tooltips
+(`<title>`) show exact values. Two alternatives were rejected:
 
-Everything is put together by `Markup.format`, which escapes what is not markup.
+- matplotlib writes each letter as a path (100 KB for such a page) and has its own colours and fonts. Its charts cannot
+  follow the reader's dark mode or text size, and every installation would depend on it.
+- A script library would run code next to strings from data, which the Content-Security-Policy could not forbid.
+
+All markup is built by `Markup.format`, which escapes everything that is not markup.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from din_dist.metrics.calibration import Calibration, CalibrationBin
 
 WIDTH, HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 40
-_MOST_POINTS = 300  # of a line: more would not be seen, only weigh
+_MOST_POINTS = 300  # points of a line; more would only make the page larger
 _SHAPES = ("ring", "diamond", "triangle", "square", "cross")
 
 Format = Callable[[float], str]
@@ -29,7 +30,7 @@ Format = Callable[[float], str]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line through points; NaN breaks it. `style`: a class of the style sheet, `main` or `second`."""
+    """A line through points, which NaN interrupts. `style` is a class of the style sheet, `main` or `second`."""
 
     name: str
     x: Sequence[float]
@@ -48,7 +49,7 @@ class Mark:
 
 
 def compact(value: float) -> str:
-    """`"12k"`, `"0.35"`: for axes."""
+    """Returns a short form of a number for axes, such as `"12k"` or `"0.35"`."""
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{letter}"
@@ -56,14 +57,17 @@ def compact(value: float) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from `low` to `high` (1, 2, 2.5 or 5 times a power of ten apart), at most `most` + 1 of them."""
+    """Returns at most `most` + 1 round numbers from `low` to `high`.
+
+    They are 1, 2, 2.5 or 5 times a power of ten apart.
+    """
     if not high > low:
         return [low]
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(place * step, 12) for place in range(first, last + 1)]
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def line_chart(
@@ -77,7 +81,18 @@ def line_chart(
     y_format: Format = compact,
     tip: str = "{name}: {y} at {x}",
 ) -> Markup:
-    """Lines over a common axis. `tip`: the tooltip of a point."""
+    """Draws lines over common axes.
+
+    Args:
+        series: the lines.
+        title: for screen readers.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        marks: vertical lines.
+        from_zero: the vertical axis begins at 0.
+        y_format: of the values on the vertical axis.
+        tip: the template of a point's tooltip.
+    """
     points = [
         (x, y) for line in series for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)
     ]
@@ -100,9 +115,11 @@ def line_chart(
 
 
 def calibration_chart(curves: Sequence[tuple[str, Calibration]], title: str) -> Markup:
-    """Observed rate over click probability, with the diagonal of a calibrated model and 95 % intervals.
+    """Draws the observed rate over the click probability, with 95 % intervals and the diagonal of perfect calibration.
 
-    `curves`: name and calibration; the first in the accent colour, a second one in grey.
+    Args:
+        curves: name and calibration of one or two curves; the second one is grey.
+        title: for screen readers.
     """
     frame = _Frame(0.0, 1.0, 0.0, 1.0, pad=0.0)
     parts = [frame.axes("mean click probability", "share of positives", compact)]
@@ -129,22 +146,28 @@ def _calibration_point(frame: _Frame, style: str, name: str, b: CalibrationBin) 
 
 
 def track(values: Mapping[str, float], low: float, high: float, title: str) -> Markup:
-    """One row of a dot plot: the first of `values` as a disc, the others as outlined shapes, on `low` to `high`.
+    """Draws one row of a dot plot: the first of `values` as a disc, the others as outlined shapes.
 
-    As wide as its place: positions are percentages, and shapes keep theirs by hanging in a nested `<svg>`.
+    The row fills the width of its cell, because positions are percentages. A nested `<svg>` keeps each shape's form.
+
+    Args:
+        values: by name; the first is the model's.
+        low: value at the left end.
+        high: value at the right end.
+        title: for screen readers.
     """
-    shown = [(place, name, value) for place, (name, value) in enumerate(values.items()) if math.isfinite(value)]
+    shown = [(number, name, value) for number, (name, value) in enumerate(values.items()) if math.isfinite(value)]
     parts = [Markup('<line class="rail" x1="0" x2="100%" y1="11" y2="11"/>')]
     if shown and shown[0][0] == 0:
-        others = [value for place, _, value in shown if place]
+        others = [value for number, _, value in shown if number]
         if others:
             ends = sorted(_percent(value, low, high) for value in (shown[0][2], max(others)))
             css = "gain" if shown[0][2] >= max(others) else "gain worse"
             parts.append(Markup('<line class="{}" x1="{:.2f}%" x2="{:.2f}%" y1="11" y2="11"/>').format(css, *ends))
-    for place, name, value in reversed(shown):  # the model's on top
+    for number, name, value in reversed(shown):  # the model's on top
         parts.append(
             Markup('<svg x="{:.2f}%" class="over"><title>{}</title>{}</svg>').format(
-                _percent(value, low, high), f"{name}: {value:.4f}", shape(place)
+                _percent(value, low, high), f"{name}: {value:.4f}", shape(number)
             )
         )
     return Markup('<svg class="track" height="22" role="img" aria-label="{}">{}</svg>').format(
@@ -152,9 +175,9 @@ def track(values: Mapping[str, float], low: float, high: float, title: str) -> M
     )
 
 
-def shape(place: int) -> Markup:
-    """What stands for the `place`-th ranking: a disc for the model, else an outlined shape; around (0, 11)."""
-    if place == 0:
+def shape(number: int) -> Markup:
+    """Draws the symbol of a ranking around (0, 11): a disc for the model, number 0, and outlined shapes for floors."""
+    if number == 0:
         return Markup('<circle class="disc" cx="0" cy="11" r="5.5"/>')
     drawn = {
         "ring": '<circle class="floor" cx="0" cy="11" r="4.2"/>',
@@ -163,11 +186,11 @@ def shape(place: int) -> Markup:
         "square": '<path class="floor" d="M-4 7H4V15H-4Z"/>',
         "cross": '<path class="floor" d="M-4 7 4 15M4 7-4 15"/>',
     }
-    return Markup(drawn[_SHAPES[(place - 1) % len(_SHAPES)]])
+    return Markup(drawn[_SHAPES[(number - 1) % len(_SHAPES)]])
 
 
 def track_axis(low: float, high: float) -> Markup:
-    """The scale over a column of tracks."""
+    """Draws the scale above a column of tracks."""
     labels = []
     for value in ticks(low, high, most=4):
         percent = _percent(value, low, high)
@@ -177,7 +200,7 @@ def track_axis(low: float, high: float) -> Markup:
 
 
 def bar(share: float, title: str, tick: float | None = None, css: str = "") -> Markup:
-    """A bar of `share` (0 to 1) of its place, with a line at `tick`."""
+    """Draws a bar over a `share` (0 to 1) of its cell, with a line at the share `tick`."""
     line = Markup("") if tick is None else Markup('<line class="tick" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="14"/>')
     return Markup(
         '<svg class="bar {}" height="14" role="img" aria-label="{}"><title>{}</title>'
@@ -191,7 +214,7 @@ def _percent(value: float, low: float, high: float) -> float:
 
 
 class _Frame:
-    """Where the numbers of a chart lie in it."""
+    """The axes of a chart, which map values to coordinates."""
 
     def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float, pad: float = 0.06) -> None:
         spread = (y_high - y_low) or abs(y_high) or 1.0
@@ -244,7 +267,7 @@ def _line(frame: _Frame, line: Series, y_format: Format, tip: str) -> Markup:
         for run in runs
         if run
     ]
-    # Dots are seen; where there are many points they only carry the tooltips.
+    # Few points get visible dots; with many points the dots are invisible and only carry the tooltips.
     radius = 3.5 if line.dots or len(points) == 1 else 0
     for x, y in (point for run in runs for point in run):
         text = tip.format(name=line.name, x=f"{x:,.6g}", y=y_format(round(y, 6)))

@@ -1,4 +1,4 @@
-"""What a job left in its output directory, read without touching it: the job may be at work there."""
+"""Reads the records in a job's output directory. Nothing there is changed, because the job may still run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ class Status(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class JobRecord:
-    """`lines`: of metrics.jsonl, in order; `num_unreadable` of them were cut or damaged and are left out."""
+    """The records of a job.
+
+    Attributes:
+        folder: the output directory.
+        lines: of metrics.jsonl, in order.
+        num_unreadable: lines that were cut or damaged and are left out.
+        flags: the content of flags.txt, if it is there.
+        summary: the content of summary.json, if it is there.
+        status: of the job.
+    """
 
     folder: Path
     lines: Sequence[Line]
@@ -40,8 +49,10 @@ class JobRecord:
         return [line for line in self.lines if line.get("kind") == kind]
 
     def curve(self, kind: str) -> list[Line]:
-        """The lines of a kind by ascending step: a job that went on from a checkpoint does some steps anew, and the
-        lines of those that were lost are left out."""
+        """Returns the lines of a kind by ascending step.
+
+        A job that resumes from a checkpoint repeats some steps; the earlier lines of these steps are left out.
+        """
         kept: list[Line] = []
         for line in self.lines:
             step = number(line, "step")
@@ -55,7 +66,7 @@ class JobRecord:
         return kept
 
     def phases(self) -> tuple[dict[str, float], str]:
-        """Seconds of the whole job by what they went to, and where that is known from."""
+        """Returns the seconds of the whole job by phase, and a text that says where they come from."""
         ends = [
             line["seconds_by_phase"] for line in self.of_kind("end") if isinstance(line.get("seconds_by_phase"), dict)
         ]
@@ -75,7 +86,7 @@ class JobRecord:
         return seconds, source
 
     def step_parts(self) -> dict[str, float]:
-        """Mean seconds of an update by what they go to, as far as the job tells them apart."""
+        """Returns the mean seconds of each part of an update that the job has measured."""
         parts = {}
         for name in ("input_wait", "compute", "exchange", "update"):
             found = [value for line in self.of_kind("train") if (value := number(line, f"{name}_seconds")) is not None]
@@ -97,7 +108,7 @@ class JobRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened to the job itself. `seconds`: as in `Timeline`."""
+    """An event in the life of the job, such as a restart; for `seconds` see `Timeline`."""
 
     seconds: float
     step: int | None
@@ -106,7 +117,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """Speed over time. Seconds count from the job's first line; the time between two of its runs is left out."""
+    """The speed over time. Seconds count from the job's first line, without the time between its runs."""
 
     seconds: list[float]
     examples_per_second: list[float]
@@ -114,6 +125,7 @@ class Timeline:
 
 
 def timeline(lines: Sequence[Line]) -> Timeline:
+    """Returns the speed over time, and the events, from the lines of metrics.jsonl."""
     found = Timeline([], [], [])
     begin = before = next((time for line in lines if (time := number(line, "time")) is not None), 0.0)
     world_size: float | None = None
@@ -146,10 +158,10 @@ def timeline(lines: Sequence[Line]) -> Timeline:
 
 
 def read_job(folder: Path) -> JobRecord:
-    """Reads what there is; any file may be missing, and the last line of a job that was killed may be cut.
+    """Reads the records in `folder`. Files may be missing, and the last line may be cut if the job was killed.
 
     Raises:
-        InputError: it is no job's folder.
+        InputError: the folder is not that of a job.
     """
     log, flags = folder / "metrics.jsonl", folder / "flags.txt"
     if not log.is_file() and not flags.is_file():
@@ -172,14 +184,14 @@ def read_job(folder: Path) -> JobRecord:
 
 
 def number(line: Line, name: str) -> float | None:
-    """The finite number of that name, if it is one."""
+    """Returns the value of that name, or None if it is not a finite number."""
     value = line.get(name)
     ok = is_integer(value) or (isinstance(value, float) and math.isfinite(value))
     return value if ok else None
 
 
 def duration(seconds: float) -> str:
-    """`"0.6 s"`, `"45 s"`, `"12 min"`, `"3.2 h"`, `"2.5 days"`."""
+    """Returns a time for people: `"0.6 s"`, `"45 s"`, `"12 min"`, `"3.2 h"`, `"2.5 days"`."""
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             value = seconds / size
@@ -199,16 +211,17 @@ def _status(folder: Path, lines: Sequence[Line], summary: Line | None) -> Status
         return Status.STOPPED if last["outcome"] == "stopped" else Status.FAILED
     if last.get("kind") == "end" and last.get("outcome") == "done":
         return Status.FINISHED
-    # A summary of an earlier run stays when the job goes on, with more epochs for example.
+    # The summary of an earlier run stays if the job is resumed, with more epochs for example.
     if summary and (folder / "summary.json").stat().st_mtime >= (number(last, "time") or 0.0) - 1:
         return Status.FINISHED
     return Status.BROKEN_OFF
 
 
 def _is_locked(lock: Path) -> bool:
-    """Whether a process of this machine holds the file's lock. To try and take it could keep a job from its start.
+    """Tells if a process of this machine holds the file's lock.
 
-    The kernel's list names files by inode; device numbers there differ from `stat`'s on layered file systems.
+    The lock is not tried, because that could stop a job from starting. The kernel's list of locks is read instead. It
+    names files by inode; its device numbers differ from those of `stat` on layered file systems.
     """
     try:
         inode = str(lock.stat().st_ino)

@@ -1,7 +1,7 @@
-"""The report itself: findings in, one HTML page out that needs nothing but a browser.
+"""Renders the findings as one HTML page, which needs only a browser.
 
-No script, no font, no picture, no network: the page's own Content-Security-Policy forbids them all and allows the one
-style sheet, by its hash. Jinja2 escapes every string; only `charts` makes markup.
+The page has no scripts, fonts, pictures or network requests. Its own Content-Security-Policy forbids them all and
+allows the one style sheet by its hash. Jinja2 escapes every string; only `charts` makes markup.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from din_dist import __version__
 from din_dist.config import AttentionNormalization, BatchNorm, Config, ModelKind, OptimizerKind, Schedule, Split
 from din_dist.files import read_text
 from din_dist.report import charts
-from din_dist.report.attention import Averages, Shown
+from din_dist.report.attention import Averages, ShownExample
 from din_dist.report.charts import Mark, Series
 from din_dist.report.job import JobRecord, Status, duration, number, timeline
-from din_dist.report.scoring import Evaluation, Table
+from din_dist.report.scoring import Evaluation, SliceTable
 from din_dist.schema import DatasetFacts
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_LONGEST = 80  # characters of an id or a name
+_LONGEST = 80  # characters of an id or a name that are shown
 
 _STATUS = {
-    Status.FINISHED: "It trained to its end.",
-    Status.RUNNING: "It is at work in this folder now: a report made later will say more.",
-    Status.STOPPED: "It wrote a checkpoint; the same command goes on from there.",
-    Status.FAILED: "It ended with an error; its last checkpoint is good.",
-    Status.BROKEN_OFF: "Its files name no end, and no process of this machine is at work in the folder. "
-    "The same command goes on from the last checkpoint, if there is one.",
+    Status.FINISHED: "The job trained to its end.",
+    Status.RUNNING: "The job is still running in this folder: a later report will say more.",
+    Status.STOPPED: "The job wrote a checkpoint; the same command resumes from there.",
+    Status.FAILED: "The job ended with an error; its last checkpoint is good.",
+    Status.BROKEN_OFF: "Its records have no end, and no process of this machine runs in the folder. "
+    "The same command resumes from the last checkpoint, if there is one.",
 }
 _SPLITS = {
     Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",
@@ -49,7 +49,7 @@ _SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """`num_examples`: by split."""
+    """Facts about the data, and the number of examples in each split."""
 
     facts: DatasetFacts
     num_examples: Mapping[str, int]
@@ -57,20 +57,20 @@ class Data:
 
 @dataclasses.dataclass
 class Findings:
-    """All that a report tells. What could not be had is None, and `problems` say why, a line each."""
+    """The content of a report. Missing parts are None, and `problems` explains each of them in a line."""
 
     record: JobRecord
     config: Config | None = None
     data: Data | None = None
     step: int | None = None  # of the checkpoint
     evaluation: Evaluation | None = None
-    shown: Sequence[Shown] = ()
+    shown: Sequence[ShownExample] = ()
     averages: Averages | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def render(findings: Findings, now: float | None = None) -> str:
-    """The page. `now`: unix seconds, for the line that says when it was made."""
+    """Returns the page. `now` is the unix time to show as the time of the report; None: the current time."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -98,7 +98,7 @@ def render(findings: Findings, now: float | None = None) -> str:
         settings=_settings(findings),
         curves=_curves(findings),
         rankings=_rankings(evaluation) if evaluation else {},
-        tables=[_table(table) for table in evaluation.tables] if evaluation else [],
+        tables=[_slice_rows(table) for table in evaluation.tables] if evaluation else [],
         calibration=_calibration(evaluation) if evaluation else Markup(""),
         speed=_speed(record),
         shown=findings.shown,
@@ -122,7 +122,7 @@ def _verdict(found: Evaluation) -> str:
     floor = f"{_ranking_name(best.name)} ({getattr(best, metric):.4f})"
     if gain >= 0:
         return f"{text}, {gain:.4f} above the best floor, {floor}."
-    return f"{text}, {-gain:.4f} below the best floor, {floor}: it has not learned enough yet to be of use."
+    return f"{text}, {-gain:.4f} below the best floor, {floor}: it has not learned enough yet to be useful."
 
 
 def _main_metric(found: Evaluation) -> str:
@@ -136,7 +136,7 @@ def _ranking_name(name: str) -> str:
 
 
 def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
-    """Label, number, what to hold it against."""
+    """Returns the key numbers, each as a label, a value and a note to compare it with."""
     found, record, tiles = findings.evaluation, findings.record, []
     if found:
         model, *floors = found.rankings
@@ -178,7 +178,7 @@ def _last(record: JobRecord, name: str) -> float | None:
 
 
 def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Headings, and under each a name and its value."""
+    """Returns headings, each with rows of a name and a value."""
     config, data, summary = findings.config, findings.data, findings.record.summary or {}
     if config is None:
         return []
@@ -250,16 +250,16 @@ def _training_rows(findings: Findings, config: Config) -> list[tuple[str, str]]:
 
 
 def _curves(findings: Findings) -> list[dict[str, Any]]:
-    """Charts over the updates, each with a caption."""
+    """Returns charts over the updates, each with a caption."""
     record, config = findings.record, findings.config
     train, validation = record.curve("train"), record.curve("validation")
     drawn = config.data if config else None
     negatives = drawn and (not findings.data or not findings.data.facts.has_labels)
     differs = negatives and drawn and drawn.negatives_per_positive != drawn.evaluation_negatives_per_positive
-    loss_note = "It should fall and level off; where validation rises again while training falls, the model overfits."
+    loss_note = "It should fall and level off. If validation rises again while training falls, the model overfits."
     if differs and drawn:
         loss_note += (
-            f" The two lie apart also because training has {drawn.negatives_per_positive} negatives per positive and "
+            f" The two also differ because training has {drawn.negatives_per_positive} negatives per positive and "
             f"validation {drawn.evaluation_negatives_per_positive}."
         )
     found = [
@@ -280,7 +280,7 @@ def _curves(findings: Findings) -> list[dict[str, Any]]:
             "Learning rate",
             "rate",
             [("learning rate", train, "learning_rate")],
-            "What the schedule made of the setting.",
+            "The rate that the schedule gave.",
         ),
     ]
     return [curve for curve in found if curve["chart"]]
@@ -289,7 +289,7 @@ def _curves(findings: Findings) -> list[dict[str, Any]]:
 def _validation_note(findings: Findings) -> str:
     note = "Higher is better; 0.5 is chance."
     best = findings.record.summary and number(findings.record.summary, "best_step")
-    return f"{note} The best model by it is that of update {best:,.0f}." if best else note
+    return f"{note} The best model is that of update {best:,.0f}." if best else note
 
 
 def _curve(title: str, unit: str, lines: Sequence[tuple[str, list[dict], str]], note: str) -> dict[str, Any]:
@@ -307,17 +307,17 @@ def _curve(title: str, unit: str, lines: Sequence[tuple[str, list[dict], str]], 
 
 
 def _rankings(found: Evaluation) -> dict[str, Any]:
-    """The comparison as a dot plot, by the metric that decides."""
+    """Returns the comparison with the floors for a dot plot, by GAUC or, where that is not defined, by AUC."""
     metric = _main_metric(found)
     low, high = _bounds([getattr(ranking, metric) for ranking in found.rankings])
     rows = [
-        {"name": _ranking_name(ranking.name), "shape": place, "gauc": ranking.gauc, "auc": ranking.auc}
-        for place, ranking in enumerate(found.rankings)
+        {"name": _ranking_name(ranking.name), "shape": number, "gauc": ranking.gauc, "auc": ranking.auc}
+        for number, ranking in enumerate(found.rankings)
     ]
     return {"metric": metric.upper(), "rows": rows, "low": low, "high": high}
 
 
-def _table(table: Table) -> dict[str, Any]:
+def _slice_rows(table: SliceTable) -> dict[str, Any]:
     values = [value for part in table.slices for value in part.values.values()]
     low, high = _bounds(values)
     rows = []
@@ -332,7 +332,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    """A common scale, in steps of 0.05."""
+    """Returns a common scale for the values, in steps of 0.05."""
     finite = [value for value in values if math.isfinite(value)] or [0.5, 1.0]
     low, high = math.floor(min(finite) * 20) / 20, math.ceil(max(finite) * 20) / 20
     return low, max(high, low + 0.05)
@@ -349,7 +349,7 @@ def _speed(record: JobRecord) -> dict[str, Any]:
     found = timeline(record.lines)
     minutes = (found.seconds[-1] if found.seconds else 0) >= 180
     unit = 60.0 if minutes else 1.0
-    marks = [Mark(event.seconds / unit, str(place), event.text) for place, event in enumerate(found.events, 1)]
+    marks = [Mark(event.seconds / unit, str(number), event.text) for number, event in enumerate(found.events, 1)]
     chart = charts.line_chart(
         [Series("speed", [second / unit for second in found.seconds], found.examples_per_second)],
         title="Examples per second over time",
@@ -370,16 +370,19 @@ def _speed(record: JobRecord) -> dict[str, Any]:
 
 
 def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Name, seconds and share of the sum, the largest first."""
+    """Returns the name, the seconds and the share of the sum of each entry, the largest first."""
     total = sum(seconds.values())
     rows = [(name.replace("_", " "), value, value / total) for name, value in seconds.items() if value > 0]
     return sorted(rows, key=lambda row: -row[1])
 
 
-def _weight_bar(shown: Shown, weight: float, *, shares: bool) -> Markup:
-    """Against the heaviest one of the example; the line is where all would be if they counted the same.
+def _weight_bar(shown: ShownExample, weight: float, *, shares: bool) -> Markup:
+    """Draws a weight relative to the heaviest one of the example, with a line at the weight of an equal share.
 
-    `shares`: the weights of a history sum to 1.
+    Args:
+        shown: the example.
+        weight: of one behaviour.
+        shares: the weights of a history sum to 1.
     """
     largest = max(abs(behaviour.weight or 0.0) for behaviour in shown.behaviours) or 1.0
     tick = 1 / shown.history_length / largest if shares else None
@@ -404,7 +407,7 @@ def _percent(value: float, digits: int = 0) -> str:
 
 
 def _chance(value: float) -> str:
-    """A click probability, which is never 0 or 1."""
+    """Returns a click probability for people, which is never 0 or 100 %."""
     return "< 0.1 %" if value < 0.001 else "> 99.9 %" if value > 0.999 else _percent(value, 1)
 
 

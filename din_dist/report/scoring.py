@@ -1,4 +1,4 @@
-"""A model and its floors on the examples of a split: overall, and by history length, popularity and category."""
+"""Evaluates a model and its floors on a split: overall, and by history length, item popularity and item feature."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ from din_dist.metrics.ranking import auc, gauc, log_loss
 from din_dist.metrics.slices import Slice, largest_parts, range_names, slices
 from din_dist.models.ranking_model import RankingModel
 
-MODEL = "model"  # its name among the rankings, where the others are floors
+MODEL = "model"  # the model's name among the rankings; the others are floors
 _HISTORY_BINS, _POPULARITY_BINS, _LARGEST_CATEGORIES = 8, 10, 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """`[M]` each, in the order of the examples. `rankings`: the model's logits and the scores of the floors."""
+class ScoredExamples:
+    """The examples of a split with their scores; arrays are `[M]`, in the order of the examples.
+
+    Attributes:
+        rankings: name -> the model's logits or the scores of a floor.
+        labels: in {0, 1}.
+        users: of the examples.
+        candidates: dense ids of their items.
+        history_lengths: of the examples.
+        draws_per_row: a positive and its drawn negatives; 1 if the log has labels.
+    """
 
     rankings: Mapping[str, np.ndarray]
     labels: np.ndarray
@@ -36,10 +45,10 @@ class Scored:
     draws_per_row: int
 
     def by_row(self, values: np.ndarray) -> np.ndarray:
-        """`values` of candidates `[M]`, those of drawn negatives replaced by that of the event they were drawn for.
+        """Returns `values` `[M]`, with that of each drawn negative replaced by that of its positive.
 
-        Within a slice there must be positives and negatives to compare: without labels an event and its negatives go
-        into the slice of the item that was really chosen.
+        A slice needs positives and negatives to compare. Without labels, an event and its drawn negatives therefore
+        belong to the slice of the item that was really chosen.
         """
         return np.repeat(values[:: self.draws_per_row], self.draws_per_row)
 
@@ -54,8 +63,8 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Slices under a heading."""
+class SliceTable:
+    """The slices of the examples by one property."""
 
     title: str
     unit: str
@@ -64,7 +73,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`num_in_split`: before examples were left out to save time."""
+    """The results on a split. `num_in_split` also counts examples that were left out to save time."""
 
     split: str
     num_in_split: int
@@ -75,8 +84,8 @@ class Evaluation:
     rankings: list[Ranking]  # the model's first
     log_loss: float
     calibration: Calibration
-    corrected: tuple[float, Calibration] | None  # both of these, where training draws other numbers of negatives
-    tables: list[Table]
+    corrected: tuple[float, Calibration] | None  # log loss and calibration, corrected for the number of negatives
+    tables: list[SliceTable]
 
     @property
     def base_rate(self) -> float:
@@ -84,18 +93,25 @@ class Evaluation:
 
     @property
     def base_log_loss(self) -> float:
-        """Of the base rate given to every example: what a model must stay below. In nats."""
+        """The log loss of predicting the base rate for every example, in nats. A model must stay below it."""
         rate = self.base_rate
         return -sum(part * math.log(part) for part in (rate, 1 - rate) if part > 0)
 
 
-def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingModel) -> Scored:
-    """Scores `split` of `evaluator`, whose examples are `examples`."""
+def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingModel) -> ScoredExamples:
+    """Scores a split with the model and the floors.
+
+    Args:
+        evaluator: scores the split.
+        split: its name.
+        examples: of the split.
+        model: to evaluate.
+    """
     logits_of = tf.function(
         lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
     )
     scorers: dict[str, Scorer] = {MODEL: logits_of, **evaluator.floor_scorers()}
-    return Scored(
+    return ScoredExamples(
         rankings={name: evaluator.scores(split, scorer) for name, scorer in scorers.items()},
         labels=evaluator.labels(split),
         users=examples.user_of_example(),
@@ -106,9 +122,18 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
 
 
 def evaluate(
-    scored: Scored, store: EventStore, config: DataConfig, popularity: np.ndarray, split: str, num_in_split: int
+    scored: ScoredExamples, store: EventStore, config: DataConfig, popularity: np.ndarray, split: str, num_in_split: int
 ) -> Evaluation:
-    """`popularity`: positive training events of each item, `[num_items + 1]`."""
+    """Computes the results of a scored split.
+
+    Args:
+        scored: the examples.
+        store: gives the item features.
+        config: settings of the data.
+        popularity: `[num_items + 1]`, the positive training events of each item.
+        split: its name.
+        num_in_split: the number of examples before some were left out.
+    """
     by_user = gauc(scored.rankings[MODEL], scored.labels, scored.users)
     rankings = [
         Ranking(name, gauc(scores, scored.labels, scored.users).gauc, auc(scores, scored.labels))
@@ -137,14 +162,15 @@ def evaluate(
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Click probabilities."""
+    """Returns the click probabilities of logits."""
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def _corrected(scored: Scored, config: DataConfig) -> tuple[float, Calibration] | None:
-    """Log loss and calibration as if training had as many negatives per positive as evaluation.
+def _corrected(scored: ScoredExamples, config: DataConfig) -> tuple[float, Calibration] | None:
+    """Returns the log loss and the calibration, corrected for another number of negatives than in training.
 
-    With n of them in training and m here, the odds of a click are n / m times those that the model was trained for.
+    With n negatives per positive in training and m here, the odds of a click are n / m times those in training. If n
+    equals m, the result is None.
     """
     ratio = config.negatives_per_positive / config.evaluation_negatives_per_positive
     if ratio == 1:
@@ -153,14 +179,14 @@ def _corrected(scored: Scored, config: DataConfig) -> tuple[float, Calibration] 
     return log_loss(logits, scored.labels), calibration(probabilities(logits), scored.labels)
 
 
-def _by_range(scored: Scored, values: np.ndarray, num_bins: int, title: str, unit: str) -> Table:
+def _by_range(scored: ScoredExamples, values: np.ndarray, num_bins: int, title: str, unit: str) -> SliceTable:
     part_of = equal_mass_bins(values, num_bins)
     names = range_names(values, part_of)
-    return Table(title, unit, slices(scored.rankings, scored.labels, scored.users, part_of, names))
+    return SliceTable(title, unit, slices(scored.rankings, scored.labels, scored.users, part_of, names))
 
 
-def _by_feature(scored: Scored, store: EventStore, feature: str) -> Table:
+def _by_feature(scored: ScoredExamples, store: EventStore, feature: str) -> SliceTable:
     values = scored.by_row(store.item_features[feature][scored.candidates])
     kept, part_of = largest_parts(values, _LARGEST_CATEGORIES)
     names = [*store.own_ids(vocabulary_of(feature), kept), "all others"]
-    return Table(feature, "", slices(scored.rankings, scored.labels, scored.users, part_of, names))
+    return SliceTable(feature, "", slices(scored.rankings, scored.labels, scored.users, part_of, names))

@@ -1,4 +1,4 @@
-"""An export, opened: what batch and online scoring ask."""
+"""Opens an export and calls its signatures, for batch and online scoring."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _DTYPES = {"string": tf.string, "integer": tf.int64}
 
 
 class Bundle:
-    """A SavedModel with its manifest. Takes arrays, Arrow arrays, lists and tensors; gives arrays.
+    """A SavedModel with its manifest. It takes arrays, Arrow arrays, lists and tensors, and returns arrays.
 
-    All calls raise `InputError` for what does not fit: ids of another type, lengths that do not add up.
+    All calls raise `InputError` for inputs that do not fit, such as ids of another type or lengths that do not add up.
     """
 
     def __init__(self, manifest: Manifest, loaded: Any) -> None:
@@ -30,13 +30,14 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path, expect_digest: str = "") -> Self:
-        """Loads the export in `folder`, which is a program: see the README beside this file.
+        """Loads the export in `folder`. A SavedModel is a program: see the README beside this file.
 
         Args:
-            expect_digest: the SHA-256 that its manifest must have, if any.
+            folder: of the export.
+            expect_digest: the SHA-256 that the manifest must have; empty: any.
 
         Raises:
-            InputError: there is none, it is of another version or has another digest, or a file is not as it was
+            InputError: there is no export, it has another version or digest, or a file has changed since it was
                 published.
         """
         manifest = read_manifest(folder, expect_digest)
@@ -44,7 +45,7 @@ class Bundle:
         return cls(manifest, tf.saved_model.load(str(folder)))
 
     def signature(self, name: str) -> Any:
-        """One of the SavedModel's functions: tensors by keyword in, tensors by name out."""
+        """Returns one of the SavedModel's functions, from tensors by keyword to tensors by name."""
         return self._signatures[name]
 
     @property
@@ -53,7 +54,7 @@ class Bundle:
         return sorted(self._signatures)
 
     def call(self, name: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Calls a signature with inputs of whatever kind by their names."""
+        """Calls a signature with inputs by name, of any of the supported kinds."""
         function = self.signature(name)
         specs = function.structured_input_signature[1]
         if inputs.keys() != specs.keys():
@@ -66,17 +67,23 @@ class Bundle:
             if not specs[key].shape.is_compatible_with(tensor.shape):
                 raise InputError(
                     f"{key}: must have {specs[key].shape.rank} dimension(s). Received: shape {tuple(tensor.shape)}. "
-                    "Give ids of all histories end to end."
+                    "Give the ids of all histories concatenated."
                 )
         try:
             return {key: value.numpy() for key, value in function(**tensors).items()}
         except tf.errors.InvalidArgumentError as error:
-            if told := re.search(r"assertion failed: (.*)", str(error)):
-                raise InputError(_plain(told.group(1))) from error
+            if assertion := re.search(r"assertion failed: (.*)", str(error)):
+                raise InputError(_plain(assertion.group(1))) from error
             raise
 
     def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray:
-        """Logits `[B]` of a candidate for each of B histories, which stand end to end, `[N]`."""
+        """Returns the logits `[B]` of one candidate for each of B histories.
+
+        Args:
+            history_item_ids: `[N]`, the histories concatenated.
+            history_lengths: int64 `[B]`.
+            candidate_item_ids: `[B]`.
+        """
         inputs = {
             "history_item_ids": history_item_ids,
             "history_lengths": history_lengths,
@@ -87,7 +94,14 @@ class Bundle:
     def rank_histories(
         self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any, candidate_counts: Any
     ) -> np.ndarray:
-        """Logits `[C]` of any number of candidates for each of B histories; `candidate_counts` `[B]` says how many."""
+        """Returns the logits `[C]` of any number of candidates for each of B histories.
+
+        Args:
+            history_item_ids: `[N]`, the histories concatenated.
+            history_lengths: int64 `[B]`.
+            candidate_item_ids: `[C]`, the candidates of all histories concatenated.
+            candidate_counts: int64 `[B]`, the number of each history's candidates.
+        """
         inputs = {
             "history_item_ids": history_item_ids,
             "history_lengths": history_lengths,
@@ -97,7 +111,10 @@ class Bundle:
         return self.call("rank_histories", inputs)["logits"]
 
     def rank(self, history_item_ids: Any, candidate_item_ids: Any, k: int) -> dict[str, np.ndarray]:
-        """The best `k` of `candidate_item_ids` `[C]`: `item_ids`, `logits`, `click_probability` and `places`."""
+        """Returns the best `k` of `candidate_item_ids` `[C]`: `item_ids`, `logits`, `click_probability` and `places`.
+
+        `places` are their indices among the candidates.
+        """
         return self.call(
             "rank", {"history_item_ids": history_item_ids, "candidate_item_ids": candidate_item_ids, "k": k}
         )
@@ -110,7 +127,7 @@ class Bundle:
         history_features: Mapping[str, Any],
         candidate_features: Mapping[str, Any],
     ) -> np.ndarray:
-        """As `score`, with item features by name; those left out are looked up by the item id."""
+        """Does the same as `score`, with item features by name. Missing features are looked up by the item id."""
         return self.call(
             "score_with_features",
             {
@@ -130,7 +147,7 @@ class Bundle:
         history_features: Mapping[str, Any],
         candidate_features: Mapping[str, Any],
     ) -> dict[str, np.ndarray]:
-        """As `rank`, with item features by name; those left out are looked up by the item id."""
+        """Does the same as `rank`, with item features by name. Missing features are looked up by the item id."""
         return self.call(
             "rank_with_features",
             {
@@ -143,7 +160,7 @@ class Bundle:
         )
 
     def embed_items(self, item_ids: Any) -> dict[str, np.ndarray]:
-        """`embeddings` `[M, H]`, and whether each item is `known` `[M]`."""
+        """Returns `embeddings` `[M, H]`, and `known` `[M]`, which is true for items that the model knows."""
         return self.call("embed_items", {"item_ids": item_ids})
 
     def _features(self, side: str, given: Mapping[str, Any], length: int) -> dict[str, Any]:
@@ -162,10 +179,15 @@ class Bundle:
 
 
 def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
-    """Ids, lengths or features as a tensor of `dtype`, string or int64.
+    """Returns ids, lengths or features as a tensor.
+
+    Args:
+        values: an array, Arrow array, list or tensor.
+        dtype: string or int64.
+        name: of the input, for errors.
 
     Raises:
-        InputError: they are of another kind.
+        InputError: the values are of another kind.
     """
     if tf.is_tensor(values):
         if dtype == tf.int64 and values.dtype.is_integer:
@@ -177,7 +199,7 @@ def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
         if values.null_count:
             raise _wrong_kind(name, dtype, "null")
         values = values.to_numpy() if isinstance(values, pa.ChunkedArray) else values.to_numpy(zero_copy_only=False)
-    # As objects lists stay what they are: NumPy alone makes a text of a number beside a text, and 1 of True.
+    # As objects, the values of lists keep their types: by default NumPy turns a number beside a string into a string.
     array = values if isinstance(values, np.ndarray) else np.asarray(values, object)
     if not array.size:
         return tf.zeros(array.shape, dtype)
@@ -208,6 +230,6 @@ def _wrong_kind(name: str, dtype: tf.DType, received: str) -> InputError:
     return InputError(f"{name}: must be {kind}. Received: {received}. Give them as the log has them.")
 
 
-def _plain(told: str) -> str:
-    """`[text] [value] ...` as TensorFlow tells a broken rule, without its brackets around words."""
-    return re.sub(r"\[([^\[\]]*[A-Za-z][^\[\]]*)\]", r"\1", told).strip() + "."
+def _plain(message: str) -> str:
+    """Returns TensorFlow's text of a failed assertion, `[text] [value] ...`, without the brackets around words."""
+    return re.sub(r"\[([^\[\]]*[A-Za-z][^\[\]]*)\]", r"\1", message).strip() + "."

@@ -1,4 +1,4 @@
-"""What an export says of itself. Nothing here needs TensorFlow."""
+"""The manifest of an export: reading, checking and writing it, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from din_dist.errors import InputError
 from din_dist.files import open_regular, read_bounded
 from din_dist.text import is_count, parse_json, reason, shown
 
-MANIFEST = Path("assets.extra") / "manifest.json"  # where TensorFlow keeps what is not its own
+MANIFEST = Path("assets.extra") / "manifest.json"  # the folder that TensorFlow reserves for files of others
 FORMAT_VERSION = 1
 DIGEST_HELP = (
     "SHA-256 of the export's assets.extra/manifest.json, the digest that cli.export prints: any other export is "
     "refused before it is loaded."
 )
-_MOST_BYTES = 4 << 20  # of a manifest
-_FOLDERS = ("variables", "assets", "debug")  # of a SavedModel
+_MOST_BYTES = 4 << 20  # largest manifest
+_FOLDERS = ("variables", "assets", "debug")  # folders of a SavedModel
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("item_features", "feature_inputs", "settings", "versions", "files"), dict),
     **dict.fromkeys(("item_id_type", "flags", "data_fingerprint", "compared_split"), str),
@@ -36,20 +36,27 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Beside a SavedModel; written as JSON.
+    """The description of a SavedModel, written beside it as JSON.
 
     Attributes:
-        item_id_type: "string" or "integer", as in the log; `item_features`: name -> type of its values, likewise.
-        feature_inputs: name of an item feature -> what stands for it in the names of inputs, as in `history_NAME`.
-        embedding_width: H, of `embed_items`.
-        step: the update whose weights these are.
-        flags: the job's settings as a flagfile; `settings`: all of them.
-        summary: the job's `summary.json`; None where it was not finished.
-        compared_split, num_compared, max_difference: with what the export was compared with the trainer's own logits
-            before it was published, on how many examples, and the largest difference found.
-        versions: what it was exported with.
-        files: path -> SHA-256 of each file of the export but this one.
-        digest: SHA-256 of this file, and so of all; empty until it is written.
+        item_id_type: "string" or "integer", as in the log.
+        item_features: name of an item feature -> type of its values, "string" or "integer".
+        feature_inputs: name of an item feature -> its NAME in the names of inputs, such as `history_NAME`.
+        max_history_length: the number of newest behaviours that the model reads.
+        num_items: items of the vocabulary.
+        embedding_width: H, the width of the vectors of `embed_items`.
+        step: the number of the update that gave these weights.
+        flags: the job's settings as a flagfile.
+        settings: all of the job's settings.
+        data_fingerprint: of the prepared data.
+        summary: the job's `summary.json`; None if the job was not finished.
+        compared_split: the split on which export and trainer were compared before publishing.
+        num_compared: the number of examples that were compared.
+        max_difference: the largest difference between the logits of export and trainer.
+        versions: of the software that wrote the export.
+        files: path -> SHA-256 of each file of the export except this one.
+        format_version: of the manifest.
+        digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
     item_id_type: str
@@ -78,10 +85,10 @@ class Manifest:
 
 
 def check_digest(digest: str) -> None:
-    """Checks a digest that was given, before it is compared with anything.
+    """Checks the form of a digest that the user gave.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a SHA-256.
     """
     require(
         not digest or re.fullmatch("[0-9a-fA-F]{64}", digest) is not None,
@@ -93,13 +100,14 @@ def check_digest(digest: str) -> None:
 
 
 def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
-    """Returns the manifest of the export in `folder`; its files are not looked at.
+    """Returns the manifest of the export in `folder`, without checking the files that it lists.
 
     Args:
-        expect_digest: the manifest must have this SHA-256, if any.
+        folder: of the export.
+        expect_digest: the SHA-256 that the manifest must have; empty: any.
 
     Raises:
-        InputError: there is no export, or one of another version, or it is another one.
+        InputError: there is no export, or it has another version or digest, or its manifest is damaged.
     """
     check_digest(expect_digest)
     path = folder / MANIFEST
@@ -138,7 +146,7 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
 
 
 def _wrong(manifest: Manifest) -> str:
-    """Returns what in a manifest cannot be; nothing where all can."""
+    """Returns the first impossible entry of a manifest, in words; empty if there is none."""
     for name, kinds in _KINDS.items():
         if not isinstance(getattr(manifest, name), kinds):
             return f"another kind of {name}"
@@ -161,10 +169,10 @@ def _wrong(manifest: Manifest) -> str:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compares the files of an export with what was published, all that TensorFlow may read.
+    """Compares all files that TensorFlow may read with the manifest.
 
     Raises:
-        InputError: one is missing, has changed, or was added.
+        InputError: a file is missing, has changed, or was added.
     """
     for name, digest in manifest.files.items():
         path = folder / name
@@ -186,7 +194,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yields what stands beside the manifest's files where TensorFlow looks: files, and folders without any of its."""
+    """Yields paths that the manifest does not list, in the places where TensorFlow looks for files."""
     files = {PurePosixPath(name) for name in manifest.files}
     folders = {parent for file in files for parent in file.parents} | {PurePosixPath(name) for name in _FOLDERS}
     for inside in sorted(folders):
@@ -200,7 +208,7 @@ def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _is_read(name: str) -> bool:
-    """Tells whether TensorFlow or Keras would read a file beside the folders."""
+    """Tells if TensorFlow or Keras would read a file of this name in the export's top folder."""
     return name.startswith("saved_model.") or name in ("fingerprint.pb", "keras_metadata.pb")
 
 

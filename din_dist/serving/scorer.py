@@ -1,4 +1,4 @@
-"""An export as what scores a split: by the log's own ids, as any of its clients."""
+"""Scores the examples of a split with an export, by the log's own ids, as a client would."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from din_dist.data.event_store import ITEMS, EventStore
 from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
 
-_PAIRS = 100_000  # (candidate, behaviour) pairs at once
+_PAIRS = 100_000  # most (candidate, behaviour) pairs in one call
 
 
 class ExportScorer:
-    """Scores of packed batches, and as of `evaluation/retrieval.py: CandidateScorer`."""
+    """Scores packed batches and candidate lists; see `evaluation/retrieval.py: CandidateScorer`."""
 
     def __init__(self, bundle: Bundle, store: EventStore) -> None:
         self._bundle, self._num_items = bundle, store.facts.num_items
@@ -24,7 +24,7 @@ class ExportScorer:
         self._own_ids = tf.constant(own_ids, kind)
 
     def of_batch(self, batch: Batch) -> tf.Tensor:
-        """Logits `[B]` of a packed batch (see `schema`)."""
+        """Returns the logits `[B]` of a packed batch (see `schema`)."""
         histories, candidates = batch.history_item_ids, batch.candidate_item_ids
         logits = self._bundle.score(self._own(histories), batch.history_lengths, self._own(candidates))
         return tf.constant(logits)
@@ -57,5 +57,5 @@ class ExportScorer:
         )
 
     def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
-        """Of dense ids from 1."""
+        """Returns the log's own ids for dense ids, which count from 1."""
         return tf.gather(self._own_ids, tf.cast(item_ids, tf.int64) - 1)

@@ -1,7 +1,7 @@
-"""Serves a registry to Prometheus over HTTP or HTTPS, to anyone or to those who know a password.
+"""Serves a registry to Prometheus over HTTP or HTTPS, with or without passwords.
 
-`prometheus_client.start_http_server` has no basic authentication, keeps silent clients for good, and one that never
-ends its TLS handshake holds up all the others there.
+`prometheus_client.start_http_server` is not enough. It has no basic authentication, and it never drops silent clients.
+A client that does not finish its TLS handshake blocks all others there.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from din_dist.bounded_server import BoundedServer
 from din_dist.config import JobConfig
 from din_dist.errors import InputError
 
-_CLIENT_SECONDS = 10.0  # after which a silent client is hung up on
+_CLIENT_SECONDS = 10.0  # a client that is silent for longer is disconnected
 
 
 class MetricsServer:
     """Answers at `port` (0: a free one, see `port`) of `job.metrics_host` until it is closed.
 
     Raises:
-        InputError: the port is taken, the host is not this machine, or the files for TLS or authentication are of no
-            use.
+        InputError: the port is taken, the host is not this machine, or the files for TLS or authentication are
+            unusable.
     """
 
     def __init__(self, job: JobConfig, registry: CollectorRegistry, port: int) -> None:
@@ -62,7 +62,7 @@ class MetricsServer:
                 f"{error.strerror or error}. Choose another, or 0 for any free one."
             ) from error
         if context:
-            # The handshake waits for the client's thread: in the accepting one, a silent client would stop all others.
+            # The handshake runs in the client's own thread. In the accepting thread, a silent client would block all.
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -89,7 +89,7 @@ def _tls_context(job: JobConfig) -> ssl.SSLContext:
 
 
 def _logins(path: str) -> list[bytes]:
-    """What clients may send as `Authorization`."""
+    """Returns the valid values of the header `Authorization`, one for each line of the password file."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:

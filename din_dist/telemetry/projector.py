@@ -1,4 +1,4 @@
-"""Item vectors for TensorBoard's embedding projector."""
+"""Writes item vectors for TensorBoard's embedding projector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from din_dist.schema import feature_label
 
 
 def write_projector(folder: Path, lookup: LocalLookup, store: EventStore, num_items: int) -> None:
-    """Writes the vectors `[num_items, H]` of the most frequent items, and their own ids and features as labels."""
+    """Writes the vectors `[num_items, H]` of the most frequent items, with their ids and features as labels.
+
+    Args:
+        folder: for the files.
+        lookup: gives the vectors.
+        store: gives the ids and the features.
+        num_items: the number of items to write.
+    """
     counts = np.bincount(store.item_ids, minlength=store.facts.num_items + 1)
     chosen = np.argsort(-counts[1:], kind="stable")[:num_items] + 1
     vectors, _ = lookup(tf.constant(chosen, tf.int32))

@@ -54,7 +54,7 @@ class PrometheusMetrics:
         self.rank.set(runtime.rank)
         self.enter_phase("starting")
         self._server = None
-        self.address = ""  # where the metrics are, as a Prometheus elsewhere would reach them
+        self.address = ""  # host and port at which a Prometheus on another machine reaches the metrics
         if job.metrics_port >= 0:
             self._server = MetricsServer(
                 job, self.registry, job.metrics_port + runtime.local_rank if job.metrics_port else 0
@@ -134,10 +134,12 @@ class PrometheusMetrics:
             self.registry.register(_GpuMemory())
 
     def enter_phase(self, current: str) -> None:
+        """Shows `current`, one of `PHASES`, as what the job is doing."""
         for phase in PHASES:
             self.phase.labels(phase).set(phase == current)
 
     def show_position(self, state: TrainingState) -> None:
+        """Shows the step and the epoch of `state`."""
         self.step.set(state.step)
         self.epoch.set(state.epoch)
 
@@ -171,7 +173,7 @@ class PrometheusMetrics:
         self.checkpoint_time.set_to_current_time()
 
     def values(self) -> dict[str, float]:
-        """What a scrape would find now, without the libraries' own and the buckets of histograms."""
+        """Returns our own metrics as a scrape would find them now, without buckets of histograms."""
         return {
             sample.name + "".join(f"{{{name}={value}}}" for name, value in sample.labels.items()): sample.value
             for family in self.registry.collect()
@@ -224,13 +226,13 @@ def _login(path: str) -> tuple[str, str]:
 
 
 class _OutputFolder(Collector):
-    """The file system that checkpoints go to, looked at when asked."""
+    """Free and total space of the checkpoints' file system, read at each scrape."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def describe(self) -> list[GaugeMetricFamily]:
-        return []  # so that nobody collects in order to find the names: the folder is not there yet
+        return []  # otherwise the registry collects at once to find the names, but the folder does not exist yet
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         try:
@@ -246,7 +248,7 @@ class _OutputFolder(Collector):
 
 
 class _GpuMemory(Collector):
-    """What TensorFlow holds of this process' GPU, looked at when asked."""
+    """The memory that TensorFlow holds on this process's GPU, read at each scrape."""
 
     def describe(self) -> list[GaugeMetricFamily]:
         return []

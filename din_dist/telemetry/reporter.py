@@ -1,4 +1,4 @@
-"""What a job says of itself while it runs: the terminal, metrics.jsonl, TensorBoard and Prometheus."""
+"""Reports a running job to the terminal, metrics.jsonl, TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from din_dist.telemetry.terminal import Terminal
 from din_dist.text import to_json
 from din_dist.training_state import TrainingState
 
-_MOST_RECORDS = 1000  # that wait for the disk; a job makes some in a second
-_PATIENCE_SECONDS = 10.0  # at the end, with a disk that takes none
+_MOST_RECORDS = 1000  # records that may wait for the disk; a job makes a few each second
+_PATIENCE_SECONDS = 10.0  # at the end, the time to wait for a disk that does not answer
 
 
 class Reported(Protocol):
-    """What is asked of a trainer: where it stands, and what it spent its time on."""
+    """The part of a trainer that is reported at the end: its state, and its seconds by phase."""
 
     state: TrainingState
     seconds: dict[str, float]
@@ -40,8 +40,14 @@ class Reported(Protocol):
 Histograms = Callable[[], Mapping[str, np.ndarray]]
 
 
-class Telemetry:
-    """Reports a job. Every rank exports its own metrics; only the chief prints and writes files."""
+class Reporter:
+    """Reports a job. Each rank exports its own Prometheus metrics; only the chief prints and writes files.
+
+    Args:
+        runtime: the ranks.
+        prometheus_metrics: of this rank.
+        num_steps: the number of updates at which the job ends.
+    """
 
     def __init__(self, job: JobConfig, runtime: Runtime, prometheus_metrics: PrometheusMetrics, num_steps: int) -> None:
         self._job, self._runtime, self.prometheus_metrics, self._num_steps = job, runtime, prometheus_metrics, num_steps
@@ -55,11 +61,11 @@ class Telemetry:
         self._open()
 
     def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
-        """One line for people, from the chief."""
+        """Logs one line, on the chief only."""
         self._terminal.say(text, level=level, **fields)
 
     def _open(self) -> None:
-        """What only the chief has, which may be another rank than before."""
+        """Opens the terminal and, on the chief, the files. After an elastic reset the chief may be another rank."""
         self._terminal = Terminal(self._job.log_format, self._num_steps, silent=not self._runtime.is_chief)
         self._reports = self._runtime.is_chief
         if self._reports:
@@ -83,26 +89,29 @@ class Telemetry:
                 self.say(f"the last {count:,} records of the job are lost: their disk does not answer", level="warning")
 
     def _later(self, write: Callable[[], object]) -> None:
-        """Lets another thread write what training does not need. Where it fails, or is late, that is told once."""
+        """Writes records in another thread, because training does not need them. The first failure is logged."""
 
         def attempt() -> None:
-            with self._told_once():
+            with self._log_first_failure():
                 write()
 
         if self._writer.offer(f"writing records to {self._folder}", attempt):
             return
         if not self._num_dropped:
-            self.say("records of the job are dropped from now on: their disk takes none", level="warning")
+            self.say("records of the job are dropped from now on: their disk does not answer", level="warning")
         self._num_dropped += 1
 
     @contextlib.contextmanager
     def dispensable(self) -> Iterator[None]:
-        """A block that writes what training does not need: where it fails, on a full disk say, that is told once."""
-        with self._told_once(), self._at_records():
+        """Lets a block fail that writes files training does not need, on a full disk for example.
+
+        The first failure is logged.
+        """
+        with self._log_first_failure(), self._at_records():
             yield
 
     @contextlib.contextmanager
-    def _told_once(self) -> Iterator[None]:
+    def _log_first_failure(self) -> Iterator[None]:
         try:
             yield
         except (OSError, tf.errors.OpError) as error:
@@ -111,7 +120,7 @@ class Telemetry:
             self._lost_records = True
 
     def started(self, state: TrainingState) -> None:
-        """Training is about to begin, or to go on, from `state`, with the ranks that there are now."""
+        """Reports that training begins or resumes from `state` with the current ranks. All ranks must call it."""
         runtime = self._runtime
         first = self._restarts is None
         if self._reports != runtime.is_chief:
@@ -140,7 +149,7 @@ class Telemetry:
         self._write_targets()
 
     def show_flags(self, flagfile: str) -> None:
-        """Keeps the settings in force, to repeat the job, and with the curves that they gave."""
+        """Writes the job's settings to `flags.txt`, from which the job can be repeated, and to TensorBoard."""
         if self._reports:
             tensorboard = self._tensorboard
             self._later(lambda: write_text(self._folder / "flags.txt", flagfile))
@@ -148,7 +157,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A block that is no training: kept out of its rate."""
+        """Marks a block that is not training, and leaves its time out of the training rate."""
         self.prometheus_metrics.enter_phase(name)
         self._since_log.pause()
         try:
@@ -157,7 +166,13 @@ class Telemetry:
             self.prometheus_metrics.enter_phase("training")
 
     def after_step(self, state: TrainingState, report: StepReport, histograms: Histograms) -> None:
-        """Counts an update; `histograms` is called when some are due."""
+        """Reports an update.
+
+        Args:
+            state: after the update.
+            report: its measurements.
+            histograms: returns the arrays whose histograms to write; called only when they are due.
+        """
         self.prometheus_metrics.after_step(state, report)
         if not self._reports:
             return
@@ -182,7 +197,7 @@ class Telemetry:
         self._profile_if_asked(state.step)
 
     def refused_step(self, loss: float, gradient_norm: float) -> None:
-        """The weights were not updated, for one of these is not finite."""
+        """Reports an update that was refused because the loss or the gradient norm is not finite."""
         self.prometheus_metrics.nonfinite_steps.inc()
         self.prometheus_metrics.loss.set(loss)
         self.prometheus_metrics.gradient_norm.set(gradient_norm)
@@ -202,7 +217,7 @@ class Telemetry:
         )
         if math.isnan(metrics["gauc"]):
             self.say(
-                f"{split}: GAUC is not defined, since none of {metrics['num_users_skipped']:,} users has examples of "
+                f"{split}: GAUC is not defined, because none of {metrics['num_users_skipped']:,} users has examples of "
                 "both labels here; AUC decides. --split=temporal keeps more examples of a user together."
             )
 
@@ -211,12 +226,13 @@ class Telemetry:
         self.record("checkpoint", state, {"seconds": seconds, "bytes": size})
 
     def checkpoint_failed(self, problem: str) -> None:
-        if self._runtime.is_chief:  # who writes it
+        """Reports a checkpoint that could not be written."""
+        if self._runtime.is_chief:  # the chief publishes checkpoints
             self.prometheus_metrics.checkpoint_failures.inc()
             self.say(f"{problem} Training goes on without it.", level="warning")
 
     def record(self, kind: str, state: TrainingState, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl, and points in TensorBoard."""
+        """Writes a line to metrics.jsonl and the same numbers to TensorBoard."""
         if not self._reports:
             return
         step, lines, tensorboard = state.step, self._lines, self._tensorboard
@@ -235,7 +251,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def until_the_end(self, trainer: Reported) -> Iterator[None]:
-        """The life of a job: leaves its last words however it ends, and closes."""
+        """Runs a whole job as a block; reports how it ended, and closes all files."""
         outcome = "failed"
         try:
             yield
@@ -255,7 +271,7 @@ class Telemetry:
         self.prometheus_metrics.enter_phase(outcome)
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
         if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
-            # Whoever watches shall miss those that broke down, not those that ended.
+            # An empty list, so that Prometheus alerts about jobs that broke down, not about those that ended.
             self._later(lambda: write_text(self._folder / "targets.json", "[]"))
         if self._job.pushgateway and (problem := self.prometheus_metrics.push()):
             self.say(problem, level="warning")
@@ -281,7 +297,7 @@ class Telemetry:
             self._profile_is_asked_for = True
 
     def _write_targets(self) -> None:
-        """`targets.json`, by which Prometheus finds every rank (its file-based service discovery)."""
+        """Writes `targets.json`, from which Prometheus learns all ranks' addresses (file-based service discovery)."""
         if self._job.metrics_port < 0:
             return
         address = np.zeros((1, 256), np.uint8)
@@ -303,16 +319,16 @@ class Telemetry:
 
 
 def _num_starts(folder: Path) -> int:
-    """How often a job has begun or gone on in this folder."""
+    """Returns how often a job has begun or resumed in this folder."""
     with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
         return sum(line.startswith('{"kind": "start"') for line in lines)
 
 
 class _Interval:
-    """What happened since the last log line."""
+    """The updates since the last log line."""
 
     def __init__(self) -> None:
-        self._last: float | None = None  # when the last update ended, unless something else came between
+        self._last: float | None = None  # when the last update ended; None if something else ran since
         self._clear()
 
     def add(self, report: StepReport) -> None:
@@ -327,7 +343,7 @@ class _Interval:
         self._last = None
 
     def close(self) -> dict[str, float]:
-        """Examples per second, mean loss, mean times of an update; counting starts afresh."""
+        """Returns the examples per second, the mean loss and the mean times of an update, and starts a new interval."""
         reports = self._reports
         examples = sum(report.global_examples for report in reports)
         found = {

@@ -1,4 +1,4 @@
-"""What one update did and took, as its reporters get it."""
+"""The measurements of one update, for the terminal, metrics.jsonl, TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ PARTS = ("input_wait", "compute", "exchange", "update")
 
 
 class Moment(NamedTuple):
-    """One moment by two clocks, in seconds: that of the graph, which may be set at any time, and one that may not."""
+    """One moment by two clocks, in seconds.
+
+    The graph has only the wall clock, which may be set at any time. The steady clock is never set.
+    """
 
     wall: float
     steady: float
@@ -20,12 +23,12 @@ class Moment(NamedTuple):
         return cls(time.time(), time.perf_counter())
 
     def seconds_between(self, marks: Sequence[float]) -> list[float]:
-        """Returns the seconds from here to the first mark, from each mark to the next, and from the last until now.
+        """Returns the seconds from this moment to the first mark, from each mark to the next, and from the last to now.
 
-        Their sum is right even where the wall clock is set meanwhile; how it is split is not, then.
+        If the wall clock is set meanwhile, the sum is still right, but the parts are not.
 
         Args:
-            marks: moments since, in their order, by the wall clock.
+            marks: later moments, in order, by the wall clock.
         """
         total = time.perf_counter() - self.steady
         parts, reached = [], 0.0
@@ -37,11 +40,14 @@ class Moment(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """Of one update; `seconds` has all of `PARTS`, whose sum is the whole of it.
+    """The measurements of one update. `seconds` has all of `PARTS`, whose sum is the time of the whole update.
 
-    `compute` is forward and backward, with the messages of batch statistics; `exchange` what the gradients take beyond
-    that; `update`, where ranks share tables, ends when all have changed their rows. They are times of the host: on a
-    GPU kernels run behind them.
+    - `input_wait`: waiting for the batch.
+    - `compute`: forward and backward pass, including the all-reduces of batch statistics.
+    - `exchange`: the exchange of gradients, as far as it does not overlap with `compute`.
+    - `update`: the optimizer. Where ranks share tables, it ends when all ranks have changed their rows.
+
+    The times are those of the host. On a GPU, kernels may still run when a part ends.
     """
 
     loss: float  # mean over the global batch
@@ -50,11 +56,11 @@ class StepReport(NamedTuple):
     global_examples: int
     examples: int  # of this rank
     positions: int  # of this rank's histories
-    padding_ratio: float  # positions added for XLA's few lengths, over all that were computed
+    padding_ratio: float  # padding for XLA's few lengths, as a share of all computed positions
     seconds: Mapping[str, float]
-    exchanged_bytes: Mapping[str, int]  # kind of message -> what this rank handed over
+    exchanged_bytes: Mapping[str, int]  # kind of message -> bytes that this rank passed to the exchange
     unique_rows: Mapping[str, int]  # table -> rows updated, over all ranks
-    unknown_ids_ratio: Mapping[str, float]  # table -> share of this rank's candidates and positions without an id in it
+    unknown_ids_ratio: Mapping[str, float]  # table -> share of this rank's candidates and positions without a known id
 
     @property
     def total_seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""A job's files for TensorBoard."""
+"""Writes a job's files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _RETRY_SECONDS = 60.0
 
 
 class TensorBoard:
-    """Writes under `folder`; only the chief has one."""
+    """A writer of scalars, texts, histograms and profiles below `folder`. Only the chief has one."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: EventFileWriter | None = None
-        self._not_before = 0.0  # which no other writer is tried
+        self._not_before = 0.0  # monotonic time before which no new writer is tried
         self._profile_until: int | None = None
 
     def scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -34,8 +34,8 @@ class TensorBoard:
         self._write(step, *(scalar_pb(f"{kind}/{name}", float(value)) for name, value in numbers.items()))
 
     def text(self, name: str, step: int, lines: str) -> None:
-        """`lines` as they stand."""
-        self._write(step, text_pb(name, "".join(f"    {line}\n" for line in lines.splitlines())))  # Markdown's for code
+        """Writes `lines` without formatting."""
+        self._write(step, text_pb(name, "".join(f"    {line}\n" for line in lines.splitlines())))  # as code in Markdown
 
     def histogram(self, name: str, step: int, values: np.ndarray) -> None:
         self._write(step, histogram_pb(name, values))
@@ -44,18 +44,18 @@ class TensorBoard:
         if self._writer is None:
             if time.monotonic() < self._not_before:
                 return
-            # TensorBoard's own writer: `tf.summary` runs an operation for each value, some .4 ms each.
+            # TensorBoard's own writer, because `tf.summary` runs an operation for each value, 0.4 ms each.
             self._writer = EventFileWriter(str(self._folder))
         together = Summary(value=[value for summary in summaries for value in summary.value])
         try:
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=together))
             self._writer.flush()
-        except (OSError, tf.errors.OpError):  # after which this writer is of no more use
+        except (OSError, tf.errors.OpError):  # the writer is unusable after an error
             self._writer, self._not_before = None, time.monotonic() + _RETRY_SECONDS
             raise
 
     def start_profile(self, step: int) -> str | None:
-        """Profiles the updates after `step`; says what hinders it."""
+        """Starts a profile of the updates after `step`, and returns the problem, if there is one."""
         if self._profile_until is not None:
             return "a profile is being taken already"
         try:
@@ -66,7 +66,7 @@ class TensorBoard:
         return None
 
     def stop_profile_if_due(self, step: int) -> bool:
-        """Says whether this ended a profile."""
+        """Stops a profile that is due at `step`, and returns true if it did."""
         if self._profile_until is None or step < self._profile_until:
             return False
         self._profile_until = None

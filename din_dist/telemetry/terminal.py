@@ -1,4 +1,4 @@
-"""Lines and a progress bar for people, or JSON lines for log collectors; all on stderr."""
+"""Log lines and a progress bar for people, or JSON lines for log collectors, all on stderr."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from din_dist.text import duration, printable, to_json
 
 
 def format_line(text: str, log_format: LogFormat, *, rank: int, level: str = "info", **fields: Any) -> str:
-    """One line of a log; `fields` are for machines, which find in them what `text` says."""
+    """Returns one line of a log, as text or as JSON. `fields` are the values in `text`, for JSON only."""
     if log_format is LogFormat.TEXT:
         return printable(text if level == "info" else f"{level}: {text}")
     return to_json({"time": time.time(), "level": level, "rank": rank, "message": text, **fields})
 
 
 class Terminal:
-    """What the chief shows. Other ranks are given one that is `silent`."""
+    """The chief's log lines and progress bar. Other ranks have a `silent` one.
+
+    Args:
+        log_format: text or JSON lines.
+        num_steps: the length of the bar.
+        silent: show nothing.
+        unit: of the bar.
+    """
 
     def __init__(self, log_format: LogFormat, num_steps: int, *, silent: bool, unit: str = "step") -> None:
         self._format, self._silent = log_format, silent
@@ -41,6 +48,7 @@ class Terminal:
             )
 
     def say(self, text: str, *, level: str = "info", **fields: Any) -> None:
+        """Writes one line; for `fields` see `format_line`."""
         if self._silent:
             return
         line = format_line(text, self._format, rank=0, level=level, **fields)
@@ -54,7 +62,7 @@ class Terminal:
         return self._bar is not None
 
     def go_to(self, step: int) -> None:
-        """Where a job that is resumed stands."""
+        """Moves the bar to `step`, where a resumed job begins."""
         if self._bar is not None:
             self._bar.n = self._bar.initial = step
             self._bar.refresh()
@@ -69,7 +77,7 @@ class Terminal:
         self.show(found, f"step {step:,} of {self._num_steps:,}: {found}{left}", step=step, **fields)
 
     def show(self, found: str, line: str, **fields: Any) -> None:
-        """`found` beside the bar; where there is none, the whole `line`."""
+        """Shows `found` beside the bar, or the whole `line` if there is no bar."""
         if self._bar is not None:
             self._bar.set_postfix_str(found)
         else:
@@ -84,7 +92,7 @@ class Terminal:
 
 
 def _terminal() -> TextIO | None:
-    """Where a progress bar may move: stderr, or the launcher's own terminal behind horovodrun's pipes."""
+    """Returns a stream for a progress bar: stderr, or the launcher's terminal if horovodrun has replaced stderr."""
     if sys.stderr.isatty():
         return sys.stderr
     path = os.environ.get("DIN_DIST_PROGRESS_TTY")

@@ -21,7 +21,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.schema import Batch
-from din_dist.telemetry.reporter import Telemetry
+from din_dist.telemetry.reporter import Reporter
 from din_dist.telemetry.step_report import PARTS, Moment, StepReport
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.learner import Learner
@@ -80,7 +80,7 @@ class Trainer:
         data: TrainingData,
         evaluator: Evaluator,
         checkpoints: CheckpointStore,
-        telemetry: Telemetry,
+        telemetry: Reporter,
         signals: Signals,
     ) -> None:
         self._config, self._runtime, self._signals = config, runtime, signals

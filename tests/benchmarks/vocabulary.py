@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from din_dist.serving.export.vocabulary import Vocabulary
+from din_dist.serving.export.vocabulary import IdTable
 
 LOOKED_UP = 100_000  # ids at once
 
@@ -31,8 +31,8 @@ def measure(name: str, ids: pa.Array) -> None:
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ids.txt"
-        made: list[Vocabulary] = []
-        made_in = seconds(lambda: made.append(Vocabulary(pa.chunked_array([ids]), path)))
+        made: list[IdTable] = []
+        made_in = seconds(lambda: made.append(IdTable(pa.chunked_array([ids]), path)))
         (vocabulary,) = made
         root = tf.Module()
         root.vocabulary = vocabulary

@@ -218,7 +218,7 @@ def test_metrics_by_hand() -> None:
     none = np.zeros(3, np.int64)
     queries = Queries(none, np.array([3, 3, 8]), none, none, none, none, 3)
     top_items = np.array([[5, 6], [5, 6], [6, 0]])
-    places = din_dist.evaluation.retrieval.Places(np.array([0, 3, 1]), none, none + 4, top_items)
+    places = din_dist.evaluation.retrieval.TargetPositions(np.array([0, 3, 1]), none, none + 4, top_items)
     popularity = np.array([99, 0, 0, 0, 0, 10, 2, 0, 0])
     parts = by_user(queries, places, popularity, [1, 2])
     ratios = {name: above.sum() / below.sum() for name, (above, below) in parts.items()}

@@ -17,7 +17,7 @@ from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.export.writer import Trained, export
+from din_dist.serving.export.writer import TrainedModel, export
 from tests.support.jobs import STEPS, assert_same_training, assert_same_weights, losses, records, train, weights
 from tests.support.train_cases import CASES, config_of, data_config
 from tests.support.trained_job import histories_of_tests
@@ -90,7 +90,7 @@ def exported_scores(folder: Path, run: str, case: str) -> np.ndarray:
     store = open_prepared(config.data)
     model, step = trained_model(config, store)
     evaluator = Evaluator(config, store, split_examples(store, config.data), Runtime())
-    export(Trained(model, store, config, step, "", None), evaluator, "test", folder / f"export-{run}")
+    export(TrainedModel(model, store, config, step, "", None), evaluator, "test", folder / f"export-{run}")
     histories, candidates = histories_of_tests(Path(config.data.data_path), config.data.max_history_length)
     flat = [item for history in histories for item in history]
     return Bundle.open(folder / f"export-{run}").score(flat, [len(history) for history in histories], candidates)

@@ -14,13 +14,13 @@ from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import split_examples
 from din_dist.report import attention
-from din_dist.report.scoring import MODEL, Scored
+from din_dist.report.scoring import MODEL, ScoredExamples
 from din_dist.schema import Batch
 
 
-def scored(logits, labels, lengths, users=None) -> Scored:
+def scored(logits, labels, lengths, users=None) -> ScoredExamples:
     users = np.arange(len(logits)) if users is None else np.array(users)
-    return Scored({MODEL: np.array(logits)}, np.array(labels), users, users, np.array(lengths), draws_per_row=1)
+    return ScoredExamples({MODEL: np.array(logits)}, np.array(labels), users, users, np.array(lengths), draws_per_row=1)
 
 
 def test_choice_by_hand() -> None:

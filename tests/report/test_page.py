@@ -14,10 +14,10 @@ import pytest
 from din_dist.config import Config, ModelConfig
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.slices import Slice
-from din_dist.report.attention import Averages, Behaviour, Shown
+from din_dist.report.attention import Averages, Behaviour, ShownExample
 from din_dist.report.job import JobRecord, Status
 from din_dist.report.page import Data, Findings, render
-from din_dist.report.scoring import Evaluation, Ranking, Table
+from din_dist.report.scoring import Evaluation, Ranking, SliceTable
 from din_dist.schema import DatasetFacts
 
 RECORD = JobRecord(Path("runs/a<b"), [], 0, "--epochs=1", None, Status.FINISHED)
@@ -33,13 +33,13 @@ EVALUATION = Evaluation(
     log_loss=0.4,
     calibration=calibration(np.array([0.2, 0.2, 0.9, 0.9]), np.array([0, 0, 1, 0])),
     corrected=None,
-    tables=[Table("history length", "Events", [Slice("1–3", 4, 1, "GAUC", {"model": 0.7, "popularity": 0.6})])],
+    tables=[SliceTable("history length", "Events", [Slice("1–3", 4, 1, "GAUC", {"model": 0.7, "popularity": 0.6})])],
 )
 
 
-def example(*weights: float | None, rest: float = 0.0, num_rest: int = 0) -> Shown:
+def example(*weights: float | None, rest: float = 0.0, num_rest: int = 0) -> ShownExample:
     behaviours = [Behaviour(age, f"i{age}", "c", age == 1, True, weight) for age, weight in enumerate(weights, 1)]
-    return Shown("long history", "u1", "i1", "c", 1, 0.9996, len(weights) + num_rest, behaviours, num_rest, rest)
+    return ShownExample("long history", "u1", "i1", "c", 1, 0.9996, len(weights) + num_rest, behaviours, num_rest, rest)
 
 
 def text_of(findings: Findings) -> str:
@@ -82,7 +82,7 @@ def test_a_slice_by_auc_is_marked() -> None:
         Slice("4", 2, 1, "AUC", {"model": 1.0, "popularity": 0.5}),
         Slice("5", 2, 0, "AUC", {"model": math.nan, "popularity": math.nan}),
     ]
-    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, tables=[Table("brand", "", slices)])))
+    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, tables=[SliceTable("brand", "", slices)])))
     assert "1–3 4 popularity: 0.7500 model: 0.7000 0.7000 -0.050" in text
     assert "1.0000 * +0.500" in text
     assert "– * –" in text

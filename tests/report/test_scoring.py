@@ -19,7 +19,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.ranking import log_loss
-from din_dist.report.scoring import MODEL, Scored, evaluate, score
+from din_dist.report.scoring import MODEL, ScoredExamples, evaluate, score
 from tests.support.small_log import small_config
 
 
@@ -68,7 +68,7 @@ def test_the_evaluation_is_the_evaluators(store_and_config) -> None:
 
 
 def test_drawn_negatives_go_with_their_event() -> None:
-    scored = Scored({}, np.zeros(6), np.zeros(6), np.array([7, 1, 2, 8, 3, 4]), np.zeros(6), draws_per_row=3)
+    scored = ScoredExamples({}, np.zeros(6), np.zeros(6), np.array([7, 1, 2, 8, 3, 4]), np.zeros(6), draws_per_row=3)
     assert_array_equal(scored.by_row(scored.candidates), [7, 7, 7, 8, 8, 8])
 
 
@@ -77,7 +77,7 @@ def test_the_correction_for_drawn_negatives(store_and_config) -> None:
     store, _ = store_and_config
     logits = np.full(4, math.log(1 / 4))
     labels, zeros = np.array([1, 0, 1, 0]), np.zeros(4, np.int64)
-    scored = Scored({MODEL: logits}, labels, np.array([0, 0, 1, 1]), zeros + 1, zeros + 1, draws_per_row=2)
+    scored = ScoredExamples({MODEL: logits}, labels, np.array([0, 0, 1, 1]), zeros + 1, zeros + 1, draws_per_row=2)
     counts = np.zeros(store.facts.num_items + 1, np.int64)
     found = evaluate(scored, store, DataConfig(negatives_per_positive=4), counts, "test", 4)
     assert found.calibration.error == pytest.approx(0.3)  # .2 was said, .5 came

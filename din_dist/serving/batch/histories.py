@@ -1,4 +1,4 @@
-"""Ids of a batch on their way to the model: each different one becomes a tensor's value once.
+"""Turns the ids of a batch into tensors for the model. Each distinct id is converted only once.
 
 Letters of shapes: R rows of a batch, V ids.
 """
@@ -15,22 +15,28 @@ from din_dist.data.event_store import ITEMS, USERS, EventStore
 from din_dist.errors import InputError
 from din_dist.tables.ids import Ids
 
-_OTHER_UNIT = 500  # times as large, or as small, as any time of the log: milliseconds for seconds, or dates for numbers
+_OTHER_UNIT = (
+    500  # a time this many times larger or smaller than all of the log has another unit, or is of another kind
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Ids `[V]`: `distinct[codes]`."""
+    """Ids `[V]`, stored as `distinct[codes]`."""
 
     distinct: tf.Tensor
     codes: np.ndarray
 
     def part(self, start: int, end: int) -> tf.Tensor:
+        """Returns the ids from `start` up to `end`."""
         return tf.gather(self.distinct, self.codes[start:end])
 
 
 def encode(ids: pa.Array) -> Encoded:
-    """Strings become Python objects on their way to TensorFlow, which takes its time: only different ones do."""
+    """Encodes ids by their distinct values.
+
+    Strings become Python objects on their way to TensorFlow, which is slow; this way only the distinct ones do.
+    """
     encoded = ids.dictionary_encode()
     return Encoded(ids_tensor(encoded.dictionary), encoded.indices.to_numpy())
 
@@ -45,15 +51,21 @@ def ids_tensor(ids: pa.Array | pa.ChunkedArray) -> tf.Tensor:
 
 
 def newest(starts: np.ndarray, ends: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the last `most` values of each run, end to end, and how many each has: `[V]` and `[R]`."""
+    """Returns the indices of the last `most` values of each range, concatenated `[V]`, and their number `[R]`.
+
+    Args:
+        starts: int64 `[R]`, where each range starts.
+        ends: int64 `[R]`, where each range ends.
+        most: the most values to keep of a range.
+    """
     lengths = np.minimum(ends - starts, most)
     row_starts = np.cumsum(lengths) - lengths
-    places = np.arange(lengths.sum()) + np.repeat(ends - lengths - row_starts, lengths)
-    return places, lengths
+    indices = np.arange(lengths.sum()) + np.repeat(ends - lengths - row_starts, lengths)
+    return indices, lengths
 
 
 class GivenHistories:
-    """The rows bring them."""
+    """Histories that the rows themselves contain."""
 
     num_unknown = num_too_early = num_timed = 0
 
@@ -61,19 +73,18 @@ class GivenHistories:
         self._most = max_history_length
 
     def of(self, histories: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
-        """Item ids of all histories end to end, and lengths `[R]`."""
+        """Returns the item ids of all histories, concatenated, and the lengths `[R]`."""
         if histories.offsets is None or before is not None:
             raise TypeError("histories are lists, without times")
-        places, lengths = newest(histories.offsets[:-1], histories.offsets[1:], self._most)
+        indices, lengths = newest(histories.offsets[:-1], histories.offsets[1:], self._most)
         values = histories.values
-        return encode(values if len(places) == len(values) else values.take(pa.array(places))), lengths
+        return encode(values if len(indices) == len(values) else values.take(pa.array(indices))), lengths
 
 
 class UserHistories:
-    """All that a user acted on, as prepared data has it: the positive events, oldest first.
+    """Histories from prepared data: a user's positive events, oldest first.
 
-    A user that it does not have has no history. The item ids are the log's own, so that the model may be one of
-    another day's data.
+    An unknown user has an empty history. The item ids are the log's own, so the model may come from another day's data.
     """
 
     def __init__(self, store: EventStore, max_history_length: int) -> None:
@@ -87,13 +98,15 @@ class UserHistories:
         self.items_are_integers = pa.types.is_integer(items.type)
         self._item_ids = ids_tensor(items)
         self.num_unknown = 0
-        self.num_timed = self.num_too_early = 0  # rows with a time and a history; those whose time is before all of it
+        self.num_timed = 0  # rows with a time and a history
+        self.num_too_early = 0  # those of them whose time is before the whole history
 
     def of(self, users: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
-        """Item ids of all histories end to end, and lengths `[R]`.
+        """Returns the item ids of all users' histories, concatenated, and the lengths `[R]`.
 
         Args:
-            before: int64 `[R]`: only events of an earlier time.
+            users: `[R]`, the log's own ids.
+            before: int64 `[R]`; only events of an earlier time count.
 
         Raises:
             InputError: a time cannot be of the log's kind and unit.
@@ -112,11 +125,14 @@ class UserHistories:
             ends[known] = self._ends_before(found[known], before[known])
             self.num_timed += int(np.count_nonzero(timed))
             self.num_too_early += int(np.count_nonzero(timed & (starts == ends)))
-        places, lengths = newest(starts, ends, self._most)
-        return Encoded(self._item_ids, self._store.history_item_ids[places] - 1), lengths
+        indices, lengths = newest(starts, ends, self._most)
+        return Encoded(self._item_ids, self._store.history_item_ids[indices] - 1), lengths
 
     def _check_kind(self, before: np.ndarray) -> None:
-        """Milliseconds where the log has seconds, or dates where it has numbers, would end all histories, or none."""
+        """Refuses times of another unit or kind than the log's, which would cut all histories or none.
+
+        Examples are milliseconds instead of seconds, or dates instead of numbers.
+        """
         facts = self._store.facts
         small, large = sorted(abs(float(time)) for time in (facts.first_timestamp, facts.last_timestamp))
         sizes = np.abs(before.astype(np.float64))
@@ -129,7 +145,12 @@ class UserHistories:
             )
 
     def _ends_before(self, users: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Where in the positive events each user's end that are earlier, by halving all users' events at once."""
+        """Returns where each user's earlier positive events end, by a binary search over all users at once.
+
+        Args:
+            users: int64 `[R]`, numbers of users.
+            before: int64 `[R]`, times.
+        """
         store = self._store
         low, high = store.user_offsets[users], store.user_offsets[users + 1]
         last = high
@@ -144,7 +165,11 @@ class UserHistories:
 
 
 def check_item_types(histories: UserHistories, export_has_integers: bool, folder: str) -> None:
-    """Raises `InputError`: the data's items cannot be those of the export."""
+    """Checks that the data and the export have item ids of the same type.
+
+    Raises:
+        InputError: they have not.
+    """
     if histories.items_are_integers != export_has_integers:
         words = {True: "integers", False: "strings"}
         raise InputError(

@@ -1,8 +1,8 @@
-"""What is to be scored, cut into parts, and who has done which: all of it is in the folder of the results.
+"""Cuts the rows to score into parts and records in the results' folder which process does which part.
 
 PREDICTIONS_DIR/
-    plan.json                        what is asked for: a command that asks for the same goes on
-    part-00000-of-00012.parquet ...  published one by one, each whole
+    plan.json                        the request; a command with the same request resumes it
+    part-00000-of-00012.parquet ...  published one by one, each complete
     predictions.json                 published last
     .part-...                        claims, and parts that are being written
 """
@@ -33,7 +33,7 @@ _BEGIN_ANEW = "Give --overwrite to begin anew, or another --predictions_dir."
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Up to so many rows of one file, written to one file."""
+    """A range of rows of one input file, whose results become one output file."""
 
     name: str
     path: Path
@@ -43,9 +43,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """The request: files to score and settings.
 
-    `settings` are all that the results depend on besides the `files`, by the names that the user knows them by.
+    `settings` holds everything else that the results depend on, under the names that the user knows.
     """
 
     files: Mapping[str, Survey]
@@ -55,10 +55,10 @@ class Plan:
 
     @classmethod
     def of(cls, files: Sequence[Path], rows_per_part: int, settings: Mapping[str, Any]) -> Plan:
-        """Reads the files through, once for a digest and once for their rows.
+        """Makes a plan. Each file is read twice, once for its digest and once for its rows.
 
         Raises:
-            InputError: one is damaged.
+            InputError: a file is damaged.
         """
         fingerprints = fingerprint_files(files)
         surveys = {str(file): survey_table(file) for file in files}
@@ -69,7 +69,7 @@ class Plan:
         return sum(survey.num_rows for survey in self.files.values())
 
     def parts(self) -> list[Part]:
-        """In the order of the rows; a file without rows has one part without rows, which names the columns."""
+        """Returns the parts in the order of the rows. A file without rows has one part, for its column names."""
         places = [
             (Path(path), first_row, min(self.rows_per_part, survey.num_rows - first_row))
             for path, survey in self.files.items()
@@ -102,7 +102,7 @@ class Plan:
 
 
 class PartsFolder:
-    """The folder of the results, as its processes share it. Parts are claimed by whoever comes first."""
+    """The folder of the results, which several processes share. The first process to claim a part gets it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,12 +115,20 @@ class PartsFolder:
         overwrite: bool,
         check: Callable[[Plan], None] = lambda _: None,
     ) -> Plan:
-        """The plan to follow, one that was begun before if it is the same. For one process, which holds the folder.
+        """Returns the plan to follow, which is the one in the folder if it is the same.
 
-        `check` may refuse a new plan before it is written down. One of which no part is published binds nobody.
+        Only one process may call this, while it holds the folder's lock. An old plan without a published part is
+        ignored.
+
+        Args:
+            files: to score.
+            rows_per_part: the most rows of a part.
+            settings: see `Plan`.
+            overwrite: delete the results that are there.
+            check: may refuse a new plan before it is written, by raising an error.
 
         Raises:
-            InputError: another plan was begun here, a file is damaged or changed, or the folder cannot be written.
+            InputError: the folder has another plan, a file is damaged or changed, or the folder cannot be written.
         """
         with self.writing():
             for leftover in (*self.folder.glob(".part-*"), self.folder / _STOPPING):
@@ -179,7 +187,7 @@ class PartsFolder:
             yield is_first and not self.has(part)
 
     def stop_all(self) -> None:
-        """Asks the other processes to stop; they look between batches."""
+        """Asks the other processes to stop, which they do between two batches."""
         with contextlib.suppress(OSError):
             (self.folder / _STOPPING).touch()
 
@@ -187,7 +195,7 @@ class PartsFolder:
         return (self.folder / _STOPPING).exists()
 
     def finish(self, plan: Plan) -> None:
-        """Publishes the summary. For one process, when all parts are there."""
+        """Publishes the summary. Only one process may call this, after all parts are published."""
         fields = {
             "num_rows": plan.num_rows,
             "settings": plan.settings,
@@ -211,9 +219,15 @@ class PartsFolder:
 
 
 def in_turn(parts: Sequence[Part], index: int, count: int) -> list[Part]:
-    """The order in which one of `count` processes asks for the parts: its own share first, then those of the others.
+    """Returns the order in which one of `count` processes claims parts: its own share first, then those of the others.
 
-    Each has a run of them to itself, so that it reads on instead of skipping; of the others' it begins with the last.
+    A share is a range of consecutive parts, so that a process reads on without skipping. The shares of the others are
+    taken from their ends.
+
+    Args:
+        parts: all that are missing.
+        index: number of this process.
+        count: number of processes.
     """
     bounds = [len(parts) * number // count for number in range(count + 1)]
     shares = [list(parts[low:high]) for low, high in itertools.pairwise(bounds)]

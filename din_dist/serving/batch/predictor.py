@@ -1,6 +1,6 @@
-"""Scores tables of any size with an export, a batch of rows at a time.
+"""Scores tables of any size with an export, one batch of rows at a time.
 
-Letters of shapes: R rows of a batch, C candidates of all of them.
+Letters of shapes: R rows of a batch, C candidates of all its rows.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from din_dist.telemetry.terminal import Terminal
 from din_dist.text import duration
 
 LOGIT, PROBABILITY, TOP_ITEMS = "logit", "click_probability", "top_items"
-PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough to stay near the cores, enough for them all
-_CALL_COST = 8  # pairs that a candidate takes as long as, beside those with its history
+PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough for the caches, enough for all cores
+_CALL_COST = 8  # a candidate takes as long as this many pairs, in addition to those with its history
 _SHOW_SECONDS = 10.0
 
 _Value = TypeVar("_Value")
 
 
 class Stopped(Exception):
-    """This process, or another one of the job, was asked to stop."""
+    """This process, or another process of the job, was asked to stop."""
 
 
 class Histories(Protocol):
-    """Where rows have their histories from."""
+    """A source of the rows' histories."""
 
     num_unknown: int
     num_timed: int
@@ -52,23 +52,23 @@ class Histories(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """What to read of a row and what to say of it."""
+class RowColumns:
+    """The columns to read from the rows, and those to add to them."""
 
-    history: Field  # the history, or the user who has one
+    history: Field  # the history, or the id of the user who has one
     candidates: Field
-    top_k: int = 0  # 0: all, as they stand
+    top_k: int = 0  # 0: all candidates in their order
     list_separator: str = ""
-    before: str = ""  # column of the time that a user's history ends at; empty: with the last event
+    before: str = ""  # column of the time at which a user's history ends; empty: after the last event
 
     @property
-    def columns(self) -> list[str]:
-        """Those to read."""
+    def read(self) -> list[str]:
+        """The names of the columns to read."""
         return [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
 
     @property
     def added(self) -> list[Added]:
-        """The columns to write, empty."""
+        """The columns to add, empty."""
         offsets = np.zeros(1, np.int64) if self.candidates.is_list else None
         columns = [Added(name, pa.array([], pa.float32()), offsets) for name in (LOGIT, PROBABILITY)]
         if self.top_k:
@@ -79,7 +79,9 @@ class Question:
 
 
 @dataclasses.dataclass
-class Tally:
+class Counts:
+    """The amount of work that this process has done."""
+
     rows: int = 0
     candidates: int = 0
     parts: int = 0
@@ -87,30 +89,35 @@ class Tally:
 
 
 class Predictor:
-    """Scores the parts of a plan, until all are there.
+    """Scores the parts of a plan until none is missing.
 
     Args:
-        stop_requested: looked at between batches.
+        bundle: the opened export.
+        histories: the source of the rows' histories.
+        columns: to read and to add.
+        folder: for the results.
+        stop_requested: called between batches; true: stop.
+        log_format: of the progress lines.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         histories: Histories,
-        question: Question,
+        columns: RowColumns,
         folder: PartsFolder,
         stop_requested: Callable[[], bool] = lambda: False,
         log_format: LogFormat = LogFormat.TEXT,
     ) -> None:
-        self._bundle, self._histories, self._question, self._folder = bundle, histories, question, folder
+        self._bundle, self._histories, self._columns, self._folder = bundle, histories, columns, folder
         self._stop_requested, self._log_format = stop_requested, log_format
-        self.tally = Tally()
+        self.counts = Counts()
 
     def run(self, plan: Plan, rank: int = 0, world_size: int = 1) -> None:
-        """Does the missing parts that no other process does.
+        """Scores the missing parts that no other process has claimed.
 
         Raises:
-            Stopped: on request, of this process or of another.
+            Stopped: this process or another one was asked to stop.
             InputError: the input breaks a rule, or the folder cannot be written.
         """
         progress = _Progress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
@@ -123,41 +130,41 @@ class Predictor:
                 with self._folder.claimed(part) as mine:
                     if mine:
                         path = str(part.path)
-                        table = tables.get(path) or open_table(part.path, self._question.list_separator)
+                        table = tables.get(path) or open_table(part.path, self._columns.list_separator)
                         tables = {path: table}  # one file is open at a time
                         self._write(table, part, plan.files[path].rows_per_batch, progress)
-                        self.tally.parts += 1
+                        self.counts.parts += 1
         except BaseException:
-            self._folder.stop_all()  # before the others do more
+            self._folder.stop_all()  # before the others begin more parts
             raise
         finally:
-            self.tally.seconds = time.perf_counter() - started
+            self.counts.seconds = time.perf_counter() - started
             progress.close()
 
     def _write(self, table: TableReader, part: Part, rows_per_batch: int, progress: _Progress) -> None:
         path = self._folder.folder / part.name
         with at(f"writing {path}"), published(path) as stream:
             results = self._results(table, part, rows_per_batch, progress)
-            write_results(part.path, stream, results, self._question.added)
+            write_results(part.path, stream, results, self._columns.added)
 
     def _results(
         self, table: TableReader, part: Part, rows_per_batch: int, progress: _Progress
     ) -> Iterator[tuple[pa.Table, list[Added]]]:
-        """The part's rows with what was found."""
+        """Yields the part's rows with the columns to add."""
         for rows, scores in each(_ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
             yield rows, self._answer(scores)
-            self.tally.rows += len(rows)
-            self.tally.candidates += len(scores.candidates.values)
-            progress.show(self.tally)
+            self.counts.rows += len(rows)
+            self.counts.candidates += len(scores.candidates.values)
+            progress.show(self.counts)
             if self._stop_requested() or self._folder.is_stopping():
                 raise Stopped
 
     def _read(self, table: TableReader, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
         first_row = part.first_row
-        fields = [self._question.history, self._question.candidates]
+        fields = [self._columns.history, self._columns.candidates]
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
             history, candidates = table.ids(rows, first_row, fields)
-            before = table.times(rows, first_row, self._question.before) if self._question.before else None
+            before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
             items, lengths = self._histories.of(history, before)
             yield rows, _Batch(items, lengths, candidates, encode(candidates.values))
             first_row += len(rows)
@@ -166,8 +173,8 @@ class Predictor:
         logits = self._logits(batch)
         ids, offsets = batch.candidates.values, batch.candidates.offsets
         columns = []
-        if self._question.top_k and offsets is not None:
-            best, offsets = top_places(logits, offsets, self._question.top_k)
+        if self._columns.top_k and offsets is not None:
+            best, offsets = top_indices(logits, offsets, self._columns.top_k)
             logits = logits[best]
             columns.append(Added(TOP_ITEMS, ids.take(pa.array(best)), offsets))
         probabilities = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
@@ -175,7 +182,7 @@ class Predictor:
         return columns
 
     def _logits(self, batch: _Batch) -> np.ndarray:
-        """float32 `[C]`."""
+        """Returns the logits of all candidates of a batch, float32 `[C]`."""
         counts = batch.candidates.counts
         positions = np.concatenate([[0], np.cumsum(batch.lengths)])
         found = []
@@ -196,28 +203,30 @@ class Predictor:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    items: Encoded  # of the histories
+    items: Encoded  # item ids of all histories, concatenated
     lengths: np.ndarray  # int64 [R]
     candidates: Ids
-    encoded: Encoded  # the candidates
+    encoded: Encoded  # the candidates, encoded
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one call to the model scores: candidates of some rows, of which the first and the last may be cut."""
+    """The candidates that one call of the model scores. The first and the last row may be split between calls."""
 
     first_row: int
     end_row: int
     first_candidate: int
     end_candidate: int
-    counts: np.ndarray  # int64, of each of the rows
+    counts: np.ndarray  # int64, the candidates of each of the rows in this call
 
 
 def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[Call]:
-    """Divides a batch so that no call takes more than so many (candidate, history position) pairs, or one candidate.
+    """Divides a batch into calls of about the same size, each of at least one candidate.
 
     Args:
-        lengths: int64 `[R]`, of the histories; `counts` int64 `[R]`, of the candidates.
+        lengths: int64 `[R]`, the length of each history.
+        counts: int64 `[R]`, the number of each row's candidates.
+        most_pairs: the most (candidate, history position) pairs in a call with more than one candidate.
     """
     row_of = np.repeat(np.arange(len(counts)), counts)
     each = lengths[row_of] + _CALL_COST
@@ -237,8 +246,16 @@ def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[
         first, done = end, int(costs[end - 1])
 
 
-def top_places(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the `most` highest of each run, best first, equal ones as they stand; and their own offsets."""
+def top_indices(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of each row's `most` highest logits, best first, and the rows' offsets among them.
+
+    Ties keep the order of the candidates.
+
+    Args:
+        logits: float32 `[C]`.
+        offsets: int64 `[R + 1]`, where each row's candidates start.
+        most: the most candidates to keep of a row.
+    """
     counts = np.diff(offsets)
     row_of = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-logits, row_of))
@@ -247,7 +264,7 @@ def top_places(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.n
 
 
 def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
-    """The same, with the next one made by a thread while this one is used."""
+    """Yields the values of an iterator; a thread makes the next one while this one is used."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=1)
     end = object()
     stop = threading.Event()
@@ -272,7 +289,7 @@ def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
             yield value
     finally:
         stop.set()
-        while thread.is_alive():  # it may wait for room
+        while thread.is_alive():  # it may wait for room in the queue
             try:
                 ready.get(timeout=0.01)
             except queue.Empty:
@@ -280,7 +297,7 @@ def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
 
 
 class _Progress:
-    """What the chief shows: the rows of all processes' parts, and of its own as it goes."""
+    """Shows on the chief how many rows are done: those of parts that any process has published, and its own so far."""
 
     def __init__(
         self, plan: Plan, folder: PartsFolder, log_format: LogFormat, world_size: int, *, silent: bool
@@ -299,16 +316,16 @@ class _Progress:
         missing = sum(part.num_rows for part in self._folder.missing(self._plan))
         return self._plan.num_rows - missing
 
-    def show(self, tally: Tally) -> None:
+    def show(self, counts: Counts) -> None:
         if self._silent:
             return
         now = time.perf_counter()
-        at = max(self._at, self._before + tally.rows)
+        at = max(self._at, self._before + counts.rows)
         if now - self._shown >= (1.0 if self._terminal.has_bar else _SHOW_SECONDS):
             at = max(at, self._published())
             self._shown = now
             seconds = now - self._started
-            rate = tally.candidates / seconds
+            rate = counts.candidates / seconds
             left = (self._plan.num_rows - at) * seconds / max(1, at - self._before)
             found = f"{rate:,.0f} candidates/s{self._whose}"
             line = f"row {at:,} of {self._plan.num_rows:,}: {found}, {duration(left)} left"
@@ -320,20 +337,24 @@ class _Progress:
         self._terminal.close()
 
 
-def check_columns(plan: Plan, question: Question) -> None:
-    """Raises `InputError`: a file lacks a column that is asked for, or has one that is to be written."""
+def check_columns(plan: Plan, columns: RowColumns) -> None:
+    """Checks the columns of all files.
+
+    Raises:
+        InputError: a file lacks a column that is to be read, or has one that is to be added.
+    """
     for path, survey in plan.files.items():
-        columns = survey.columns
-        for name in question.columns:
-            if columns.count(name) != 1 and columns:
-                what = "occurs more than once" if name in columns else "is missing"
+        present = survey.columns
+        for name in columns.read:
+            if present.count(name) != 1 and present:
+                what = "occurs more than once" if name in present else "is missing"
                 raise InputError(
-                    f"{path}: column {name!r} {what}. Received: {shown_names(columns)} Correct the file, or "
+                    f"{path}: column {name!r} {what}. Received: {shown_names(present)} Correct the file, or "
                     "name your column (--history_column, --user_column, --item_column, --candidates_column, "
                     "--before_column)."
                 )
-        for column in question.added:
-            if column.name in columns:
+        for column in columns.added:
+            if column.name in present:
                 raise InputError(
                     f"{path}: column {column.name!r} is to be added. Received: a table that has one. Rename or drop it."
                 )

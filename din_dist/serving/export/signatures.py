@@ -1,6 +1,7 @@
-"""The functions that a SavedModel offers: the log's own ids in, logits out.
+"""The signatures of a SavedModel: functions from the log's own ids to logits.
 
-Letters of shapes, beside those of `schema`: C candidates of all histories; T positions of one history; M items.
+Letters of shapes, in addition to those of `schema`: C candidates of all histories; T positions of one history; M items
+of a request, U distinct ones among them.
 """
 
 from __future__ import annotations
@@ -18,32 +19,34 @@ from din_dist import schema
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.pairs import Pairs
 from din_dist.models.ranking_model import LookedUp, RankingModel
-from din_dist.serving.export.vocabulary import Vocabulary
+from din_dist.serving.export.vocabulary import IdTable
 
 Outputs = dict[str, tf.Tensor]
 
 HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate_item_ids"
 COUNTS = "candidate_counts"
-BY_ITEM_ID = {tf.string: "", tf.int64: tf.int64.min}  # what stands for a feature that is looked up by the item id
+BY_ITEM_ID = {tf.string: "", tf.int64: tf.int64.min}  # a feature with this value is looked up by the item id
 
-_PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about half a GB at 128 wide
-_CANDIDATE_COST = 8  # pairs that a candidate takes as much memory as, beside those with its history
+_PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about 0.5 GB at width 128
+_CANDIDATE_COST = 8  # a candidate takes the memory of this many pairs, in addition to those with its history
 
 
 class Items(NamedTuple):
-    """Items of a request, each different one looked up once."""
+    """The items of a request, each distinct one looked up once."""
 
     vectors: tf.Tensor  # [U, H]
     biases: tf.Tensor  # [U]
-    places: tf.Tensor  # int32 [M], where each of the request's items stands among those
+    index: tf.Tensor  # int32 [M], the index of each of the request's items among the distinct ones
 
 
 class Signatures:
-    """What a model can be asked in the log's own words.
+    """Functions of a trained model that take the log's own ids.
 
     Args:
-        item_ids: all ids of items, in the order of the dense ids; `feature_ids`, those of each item feature.
-        item_features: name -> `[num_items + 1]`, an item's dense id -> its feature's dense id.
+        model: the trained model.
+        item_ids: the log's ids of all items, in the order of the dense ids.
+        feature_ids: name of an item feature -> the ids of its values, in the order of the dense ids.
+        max_history_length: the number of newest behaviours that the model reads.
         folder: for the files of the vocabularies, which are needed until the SavedModel is written.
     """
 
@@ -56,20 +59,20 @@ class Signatures:
         folder: Path,
     ) -> None:
         self._model, self._max_history_length = model, max_history_length
-        self._items = Vocabulary(item_ids, folder / "item_ids.txt")
+        self._items = IdTable(item_ids, folder / "item_ids.txt")
         self._features = {
-            name: Vocabulary(ids, folder / f"feature_{place}.txt")
-            for place, (name, ids) in enumerate(feature_ids.items())
+            name: IdTable(ids, folder / f"feature_{number}.txt")
+            for number, (name, ids) in enumerate(feature_ids.items())
         }
         lookup = model.lookup
         self._tables = [_named_to_save(table.value) for table in lookup.tables]
-        # Variables: constants would be part of the graph, which has a limit of 2 GB.
+        # Variables, because constants would be part of the graph, which is limited to 2 GB.
         self._feature_of_item = [_variable(lookup.item_features[name]) for name in feature_ids]
         self._row_of_item = None if lookup.row_of_item is None else _variable(lookup.row_of_item)
 
     def save(self, folder: Path) -> None:
-        """Writes the SavedModel."""
-        root = tf.Module()  # holds what the functions use, and nothing of the model but its weights
+        """Writes the SavedModel to `folder`."""
+        root = tf.Module()  # tracks what the functions use: of the model only the weights
         tables = {id(table) for table in self._model.lookup.tables}
         root.weights = [weight.value for weight in self._model.weights if id(weight) not in tables]
         root.tables = self._tables
@@ -107,7 +110,14 @@ class Signatures:
         candidate_item_ids: tf.Tensor,
         **features: tf.Tensor,
     ) -> Outputs:
-        """`[N]`, `[B]`, `[B]` -> `[B]`."""
+        """Returns the logits `[B]` of one candidate for each of B histories.
+
+        Args:
+            history_item_ids: `[N]`, the histories concatenated.
+            history_lengths: int64 `[B]`.
+            candidate_item_ids: `[B]`.
+            features: inputs of `input_names`; none: all features are looked up by the item id.
+        """
         given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
         history_lengths = _of_same_size(history_lengths, candidate_item_ids, LENGTHS, CANDIDATES)
         window, lengths = self._newest(history_item_ids, history_lengths)
@@ -119,17 +129,23 @@ class Signatures:
                 for candidate, history in zip(given_of_candidate, given_of_history, strict=True)
             ],
         )
-        candidate_index = items.places[:num_candidates]
+        candidate_index = items.index[:num_candidates]
         looked_up = LookedUp(
             tf.gather(items.vectors, candidate_index), tf.gather(items.biases, candidate_index), items.vectors
         )
-        pairs = Pairs(segment_ids(lengths), items.places[num_candidates:])
+        pairs = Pairs(segment_ids(lengths), items.index[num_candidates:])
         return _with_probability(self._model.logits(looked_up, pairs))
 
     def score_padded(
         self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor, candidate_item_ids: tf.Tensor
     ) -> Outputs:
-        """`[B, T]`, `[B]`, `[B]` -> `[B]`."""
+        """Returns the logits `[B]` of one candidate for each of B padded histories.
+
+        Args:
+            history_item_ids: `[B, T]`.
+            history_lengths: int64 `[B]`, the real part of each row.
+            candidate_item_ids: `[B]`.
+        """
         shape = tf.shape(history_item_ids, tf.int64)
         fits = tf.equal(shape[0], tf.size(history_lengths, tf.int64)) & tf.reduce_all(
             (history_lengths >= 0) & (history_lengths <= shape[1])
@@ -142,7 +158,14 @@ class Signatures:
     def rank(
         self, history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor, k: tf.Tensor, **features: tf.Tensor
     ) -> Outputs:
-        """`[T]`, `[C]`, `[]` -> `[min(k, C)]`, best first."""
+        """Returns the best of C candidates for one history, best first: `[min(k, C)]`.
+
+        Args:
+            history_item_ids: `[T]`.
+            candidate_item_ids: `[C]`.
+            k: int64 scalar, the most candidates to return.
+            features: inputs of `input_names`; none: all features are looked up by the item id.
+        """
         num_candidates = tf.size(candidate_item_ids, tf.int64)
         with tf.control_dependencies([tf.Assert(k >= 0, ["k must be 0 or more. Received:", k])]):
             wanted = tf.cast(tf.minimum(k, num_candidates), tf.int32)
@@ -153,9 +176,9 @@ class Signatures:
             num_candidates[None],
             *self._given(features, history_item_ids, candidate_item_ids),
         )
-        best, places = tf.math.top_k(logits, wanted)  # of equal ones the first
+        best, index = tf.math.top_k(logits, wanted)  # ties keep their order
         outputs = _with_probability(best)
-        return {"item_ids": tf.gather(candidate_item_ids, places), "places": tf.cast(places, tf.int64), **outputs}
+        return {"item_ids": tf.gather(candidate_item_ids, index), "places": tf.cast(index, tf.int64), **outputs}
 
     def rank_histories(
         self,
@@ -164,17 +187,24 @@ class Signatures:
         candidate_item_ids: tf.Tensor,
         candidate_counts: tf.Tensor,
     ) -> Outputs:
-        """`[N]`, `[B]`, `[C]`, `[B]` -> `[C]`."""
+        """Returns the logits `[C]` of any number of candidates for each of B histories.
+
+        Args:
+            history_item_ids: `[N]`, the histories concatenated.
+            history_lengths: int64 `[B]`.
+            candidate_item_ids: `[C]`, the candidates of all histories concatenated.
+            candidate_counts: int64 `[B]`, the number of each history's candidates.
+        """
         history_lengths = _of_same_size(history_lengths, candidate_counts, LENGTHS, COUNTS)
         return _with_probability(
             self._rank(history_item_ids, history_lengths, candidate_item_ids, candidate_counts, (), ())
         )
 
     def embed_items(self, item_ids: tf.Tensor) -> Outputs:
-        """`[M]` -> `[M, H]` and `[M]`."""
+        """Returns the vectors `[M, H]` of items `[M]`, and `known` `[M]`, true for items of the vocabulary."""
         items = self._find(item_ids, ())
         known = tf.not_equal(self._items.dense_ids(item_ids), schema.UNKNOWN_ID)
-        return {"embeddings": tf.gather(items.vectors, items.places), "known": known}
+        return {"embeddings": tf.gather(items.vectors, items.index), "known": known}
 
     def _rank(
         self,
@@ -185,13 +215,13 @@ class Signatures:
         given_of_history: Sequence[tf.Tensor],
         given_of_candidate: Sequence[tf.Tensor],
     ) -> tf.Tensor:
-        """Logits `[C]`, computed for so many candidates at once that memory stays bounded.
+        """Returns the logits `[C]`, computed in parts of the candidates, so that memory stays bounded.
 
-        Each part looks at its own histories only, so that a key is projected once a part.
+        A part reads only its own histories, and projects each of their distinct behaviours once.
         """
         counts = _checked_lengths(candidate_counts, candidate_item_ids, COUNTS, CANDIDATES)
         window, lengths = self._newest(history_item_ids, history_lengths)
-        keys = self._find(window(history_item_ids), [window(feature) for feature in given_of_history])
+        behaviours = self._find(window(history_item_ids), [window(feature) for feature in given_of_history])
         candidates = self._find(candidate_item_ids, given_of_candidate)
         history_of = segment_ids(counts)  # [C]
         starts = tf.gather(tf.cumsum(lengths, exclusive=True), history_of)
@@ -204,15 +234,15 @@ class Signatures:
         def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             low, high = bounds[part], bounds[part + 1]
             first_position = positions_from[low]
-            distinct, places = tf.unique(keys.places[first_position : positions_to[high]])
+            distinct, index = tf.unique(behaviours.index[first_position : positions_to[high]])
             firsts, ends_of_part = starts[low:high] - first_position, ends[low:high] - first_position
-            candidate_index = candidates.places[low:high]
+            candidate_index = candidates.index[low:high]
             looked_up = LookedUp(
                 tf.gather(candidates.vectors, candidate_index),
                 tf.gather(candidates.biases, candidate_index),
-                tf.gather(keys.vectors, distinct),
+                tf.gather(behaviours.vectors, distinct),
             )
-            behaviour_of = tf.gather(places, tf.ragged.range(firsts, ends_of_part).values)
+            behaviour_of = tf.gather(index, tf.ragged.range(firsts, ends_of_part).values)
             found = self._model.logits(looked_up, Pairs(segment_ids(ends_of_part - firsts), behaviour_of))
             return part + 1, logits.write(tf.cast(part, tf.int32), found)
 
@@ -224,12 +254,17 @@ class Signatures:
         return logits.concat()
 
     def _find(self, ids: tf.Tensor, given: Sequence[tf.Tensor]) -> Items:
-        """Looks items up: by their ids `[M]` alone, or also by the features that were given, `[M]` each."""
+        """Looks items up by their ids alone, or also by given features.
+
+        Args:
+            ids: `[M]`, the log's own.
+            given: the value of each item feature, `[M]` each, or nothing.
+        """
         dense_ids = self._items.dense_ids(ids)
         if not given:
-            distinct, places = tf.unique(dense_ids)
+            distinct, index = tf.unique(dense_ids)
             features = [tf.gather(of_item, distinct) for of_item in self._feature_of_item]
-            return self._look_up(self._rows(distinct), features, places)
+            return self._look_up(self._rows(distinct), features, index)
         rows = self._rows(dense_ids)
         features = [
             tf.where(
@@ -239,28 +274,38 @@ class Signatures:
             )
             for values, vocabulary, of_item in zip(given, self._features.values(), self._feature_of_item, strict=True)
         ]
-        _, places = tf.unique(rows)
+        _, index = tf.unique(rows)
         for table, feature in zip(self._tables[1:], features, strict=True):
-            combined = tf.cast(places, tf.int64) * table.shape[0] + tf.cast(feature, tf.int64)
-            _, places = tf.unique(combined)
-        num_distinct = tf.reduce_max(tf.concat([places, [-1]], axis=0)) + 1
-        firsts = tf.math.unsorted_segment_min(tf.range(tf.size(places)), places, num_distinct)
-        return self._look_up(tf.gather(rows, firsts), [tf.gather(feature, firsts) for feature in features], places)
+            combined = tf.cast(index, tf.int64) * table.shape[0] + tf.cast(feature, tf.int64)
+            _, index = tf.unique(combined)
+        num_distinct = tf.reduce_max(tf.concat([index, [-1]], axis=0)) + 1
+        firsts = tf.math.unsorted_segment_min(tf.range(tf.size(index)), index, num_distinct)
+        return self._look_up(tf.gather(rows, firsts), [tf.gather(feature, firsts) for feature in features], index)
 
-    def _look_up(self, rows: tf.Tensor, features: Sequence[tf.Tensor], places: tf.Tensor) -> Items:
-        """Of different items, `[U]` each: what `LocalLookup` gives, whose care for gradients is not needed here."""
+    def _look_up(self, rows: tf.Tensor, features: Sequence[tf.Tensor], index: tf.Tensor) -> Items:
+        """Looks up distinct items as `LocalLookup` does, but without its provisions for gradients.
+
+        Args:
+            rows: int32 `[U]`, rows of the item table.
+            features: int32 `[U]` each, rows of the tables of the item features.
+            index: int32 `[M]`, the index of each of the request's items among the distinct ones.
+        """
         parts = [tf.gather(table, ids) for table, ids in zip(self._tables, [rows, *features], strict=True)]
         biases = tf.squeeze(tf.gather(self._model.lookup.item_bias.value, rows), axis=1)
-        return Items(tf.concat(parts, axis=1), biases, places)
+        return Items(tf.concat(parts, axis=1), biases, index)
 
     def _rows(self, dense_ids: tf.Tensor) -> tf.Tensor:
-        """In the item's table."""
+        """Returns the row of the item table of each dense id."""
         return dense_ids if self._row_of_item is None else tf.gather(self._row_of_item, dense_ids)
 
     def _newest(
         self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor
     ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
-        """What leaves of values `[N]` those of each history's newest positions, and how many those are, int32 `[B]`."""
+        """Cuts histories to the newest behaviours, as many as the model reads.
+
+        Returns:
+            A function that keeps, of values `[N]`, those of the newest positions; their number, int32 `[B]`.
+        """
         lengths = _checked_lengths(history_lengths, history_item_ids, LENGTHS, HISTORY)
         kept = tf.minimum(lengths, self._max_history_length)
         ends = tf.cumsum(lengths)
@@ -278,7 +323,7 @@ class Signatures:
     def _given(
         self, features: Mapping[str, tf.Tensor], history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """The features of history and candidates in the order of the tables; empty where none are given."""
+        """Returns the given features of histories and of candidates, in the order of the tables; empty if none are."""
         if not features:
             return [], []
 
@@ -290,16 +335,19 @@ class Signatures:
 
 
 def input_names(features: Sequence[str]) -> dict[str, str]:
-    """What stands for each item feature in the names of inputs (`history_NAME`): its name, where that will do."""
+    """Returns, for each item feature, the NAME in the names of its inputs, such as `history_NAME`.
+
+    It is the feature's own name if TensorFlow allows it and no other input has it; otherwise a number is used.
+    """
     taken = {"item_ids", "lengths", "counts"}
     names = {}
     for feature in features:
         if re.fullmatch("[A-Za-z0-9_]+", feature) and feature.lower() not in taken:  # TensorFlow's rules
             taken.add(feature.lower())
             names[feature] = feature
-    for place, feature in enumerate(features):
+    for number, feature in enumerate(features):
         if feature not in names:
-            name = f"feature_{place}"
+            name = f"feature_{number}"
             while name in taken:
                 name += "_"
             taken.add(name)
@@ -308,7 +356,7 @@ def input_names(features: Sequence[str]) -> dict[str, str]:
 
 
 def _checked_lengths(lengths: tf.Tensor, values: tf.Tensor, lengths_name: str, values_name: str) -> tf.Tensor:
-    """int32."""
+    """Returns the lengths as int32, and asserts that they add up to the number of `values`."""
     num_values = tf.size(values, tf.int64)
     fits = tf.reduce_all((lengths >= 0) & (lengths <= num_values)) & tf.equal(tf.reduce_sum(lengths), num_values)
     rule = f"{lengths_name} must not be negative and must add up to the number of {values_name}. Received:"
@@ -328,7 +376,10 @@ def _with_probability(logits: tf.Tensor) -> Outputs:
 
 
 def _named_to_save(table: tf.Variable) -> tf.Variable:
-    """A table is named by its item feature, in whatever language; TensorFlow saves plain names only."""
+    """Returns the table, or a copy with another name if TensorFlow cannot save its name.
+
+    A table is named after its item feature, in any language, but TensorFlow saves plain names only.
+    """
     return table if re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_./-]*(:0)?", table.name) else _variable(table)
 
 

@@ -1,8 +1,8 @@
-"""A log's own ids to dense ids, as a lookup table that travels inside a SavedModel.
+"""Maps a log's own ids to dense ids, by a lookup table inside a SavedModel.
 
-The ids lie in a text file of their own, one a line, so that the graph stays small however many there are. TensorFlow
-reads such a file by line, drops carriage returns and refuses empty lines; where a vocabulary has ids with those, all of
-them are escaped, and so is whatever is looked up.
+The ids are in a text file, one a line, so that the graph stays small whatever their number. TensorFlow reads such a
+file by line, drops carriage returns and refuses empty lines. A vocabulary that has an empty id, or one with a line
+break, is therefore escaped. Each id is then escaped before it is looked up.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import tensorflow as tf
 
 from din_dist import schema
 
-_CHUNK = 1_000_000  # ids in memory as Python objects at once
-_EMPTY = rb"\e"  # what no other id becomes: in them a backslash is followed by a backslash, n or r
+_CHUNK = 1_000_000  # most ids that are Python objects at once
+_EMPTY = rb"\e"  # no other id becomes this, because their backslashes are followed by a backslash, n or r
 _ESCAPES = ((b"\\", rb"\\"), (b"\n", rb"\n"), (b"\r", rb"\r"))
 
 
-class Vocabulary(tf.Module):
-    """Looks ids up.
+class IdTable(tf.Module):
+    """A lookup table from a log's own ids to dense ids.
 
     Args:
-        ids: `[V]`, strings or integers, each once: entry i belongs to dense id i + 1.
-        path: where to write them; the file is needed until the SavedModel is written.
+        ids: `[V]`, strings or integers, each once. Entry i belongs to dense id i + 1.
+        path: of the text file to write, which is needed until the SavedModel is written.
     """
 
     def __init__(self, ids: pa.ChunkedArray, path: Path) -> None:
         super().__init__()
         self.dtype = tf.int64 if pa.types.is_integer(ids.type) else tf.string
         self.escaped = self.dtype == tf.string and _needs_escapes(ids)
-        self.table = None  # of nothing there can be none
+        self.table = None  # TensorFlow has no empty tables
         if len(ids):
             with path.open("wb") as file:
                 for first in range(0, len(ids), _CHUNK):
@@ -49,7 +49,7 @@ class Vocabulary(tf.Module):
             self.table = tf.lookup.StaticHashTable(source, default_value=schema.UNKNOWN_ID - 1)
 
     def dense_ids(self, ids: tf.Tensor) -> tf.Tensor:
-        """int32, of the shape of `ids`; those that are not there are `schema.UNKNOWN_ID`."""
+        """Returns dense ids: int32, of the shape of `ids`; `schema.UNKNOWN_ID` for ids that are not in the table."""
         if self.table is None:
             return tf.zeros_like(ids, tf.int32)
         if self.escaped:

@@ -1,4 +1,4 @@
-"""Writes an export aside, compares it with the trainer's own logits and publishes it by one rename."""
+"""Writes an export to a temporary folder, compares its logits with the trainer's, and publishes it by one rename."""
 
 from __future__ import annotations
 
@@ -28,12 +28,21 @@ from din_dist.serving.manifest import MANIFEST, Manifest, digest_of_file, read_m
 from din_dist.text import to_json
 from din_dist.versions import build_info
 
-LARGEST_DIFFERENCE = 1e-5  # of a logit, or relative to it where it is above 1
+LARGEST_DIFFERENCE = 1e-5  # absolute, or relative for logits above 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What is exported: a model, with what it was trained on and how."""
+class TrainedModel:
+    """A trained model with its data and settings, ready for export.
+
+    Attributes:
+        model: with the weights to export.
+        store: the prepared data, for the vocabularies.
+        config: the job's settings.
+        step: the number of the update that gave these weights.
+        flags: the job's settings as a flagfile.
+        summary: the job's `summary.json`; None if the job was not finished.
+    """
 
     model: RankingModel
     store: EventStore
@@ -44,10 +53,10 @@ class Trained:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Whether an export may go to `folder`.
+    """Checks that an export may be written to `folder`.
 
     Raises:
-        InputError: something is there.
+        InputError: the folder is in use and may not be replaced.
     """
     if not folder.exists() and not folder.is_symlink():
         return
@@ -60,7 +69,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         ) from error
     if not (folder / MANIFEST).is_file() or folder.is_symlink():
         raise InputError(
-            f"--export_dir: must be a new folder, or an export with --overwrite. Received: {folder}, which is there "
+            f"--export_dir: must be a new folder, or an export with --overwrite. Received: {folder}, which exists "
             "and is no export. Name another one."
         )
     if not overwrite:
@@ -70,34 +79,42 @@ def check_target(folder: Path, overwrite: bool) -> None:
         )
 
 
-def export(trained: Trained, evaluator: Evaluator, split: str, folder: Path, *, overwrite: bool = False) -> Manifest:
-    """Publishes `trained` in `folder`.
+def export(
+    trained: TrainedModel, evaluator: Evaluator, split: str, folder: Path, *, overwrite: bool = False
+) -> Manifest:
+    """Publishes an export of `trained` in `folder`.
 
     Args:
-        evaluator: with the examples of `split`, on which the export is compared with the trainer's own logits.
-        overwrite: an export that is there is replaced.
+        trained: the model.
+        evaluator: has the examples of `split`.
+        split: on which the logits of export and trainer are compared.
+        folder: of the export.
+        overwrite: replace an export that is there.
 
     Raises:
-        InputError: it cannot be written, or something is there.
-        FloatingPointError: its logits are not the trainer's; nothing was published.
+        InputError: the folder is in use or cannot be written.
+        FloatingPointError: the logits differ too much; nothing was published.
     """
     check_target(folder, overwrite)
-    with _aside(folder) as aside:
+    with _temporary_folder(folder) as temporary:
         with _writing(folder):
-            _write_saved_model(trained, aside)
-        largest, num_compared = largest_difference(trained, aside, evaluator, split)
+            _write_saved_model(trained, temporary)
+        largest, num_compared = largest_difference(trained, temporary, evaluator, split)
         with _writing(folder):
-            manifest = _write_manifest(trained, aside, split, largest, num_compared)
-            check_target(folder, overwrite)  # comparing took a while
-            publish_folder(aside, folder)
+            manifest = _write_manifest(trained, temporary, split, largest, num_compared)
+            check_target(folder, overwrite)  # again, because the comparison took a while
+            publish_folder(temporary, folder)
     return manifest
 
 
-def largest_difference(trained: Trained, folder: Path, evaluator: Evaluator, split: str) -> tuple[float, int]:
-    """Between the trainer's logits and those of the SavedModel in `folder`, and on how many examples.
+def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator, split: str) -> tuple[float, int]:
+    """Compares the trainer's logits with those of the SavedModel in `folder` on all examples of `split`.
+
+    Returns:
+        The largest difference and the number of examples.
 
     Raises:
-        FloatingPointError: it is too large.
+        FloatingPointError: the difference is too large.
     """
     loaded = tf.saved_model.load(str(folder))
     vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
@@ -127,7 +144,7 @@ def largest_difference(trained: Trained, folder: Path, evaluator: Evaluator, spl
     largest = 0.0
     for scorer in (lambda batch: by_own_ids(batch, "score"), one_by_one):
         differences = np.abs(evaluator.scores(split, scorer) - expected)
-        if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(expected))):  # NaN is not
+        if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(expected))):  # false for NaN
             raise FloatingPointError(
                 f"{folder}: an export must have the trainer's logits, within {LARGEST_DIFFERENCE:g}. Received: a "
                 f"difference of {differences.max():.3g} on {len(expected)} examples of the {split} split. Nothing was "
@@ -137,7 +154,7 @@ def largest_difference(trained: Trained, folder: Path, evaluator: Evaluator, spl
     return largest, len(expected)
 
 
-def _write_saved_model(trained: Trained, folder: Path) -> None:
+def _write_saved_model(trained: TrainedModel, folder: Path) -> None:
     store = trained.store
     with tempfile.TemporaryDirectory(dir=folder) as vocabularies:
         signatures = Signatures(
@@ -150,7 +167,7 @@ def _write_saved_model(trained: Trained, folder: Path) -> None:
         signatures.save(folder)
 
 
-def _write_manifest(trained: Trained, folder: Path, split: str, largest: float, num_compared: int) -> Manifest:
+def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: float, num_compared: int) -> Manifest:
     store = trained.store
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
@@ -194,10 +211,10 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which is gone at the end unless it was renamed.
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """Makes a new folder beside `folder` and removes it at the end of the block, unless it was renamed.
 
-    Its lock tells the next export that it is in use; what a killed one left is swept.
+    A lock on it shows other exports that it is in use. Folders that killed exports left are removed.
     """
     prefix = f".{folder.name}.exporting-"
     with _writing(folder):
@@ -206,12 +223,12 @@ def _aside(folder: Path) -> Iterator[Path]:
         for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
             with contextlib.suppress(OSError), locked(left):
                 shutil.rmtree(left, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         with contextlib.ExitStack() as lock:
-            with contextlib.suppress(OSError):  # some disks know no locks: then nothing is swept there either
-                lock.enter_context(locked(aside))
-            aside.chmod(0o755)
-            yield aside
+            with contextlib.suppress(OSError):  # some disks have no locks; then nothing is removed there either
+                lock.enter_context(locked(temporary))
+            temporary.chmod(0o755)
+            yield temporary
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Scores together what arrives together: a bounded queue before a model that does one thing at a time.
+"""Batches requests: a bounded queue in front of a model that runs one call at a time.
 
-Everything but the model's call happens on the event loop's thread, so there is nothing to lock.
+Everything except the model's call runs on the event loop's thread, so no locks are needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Score = Callable[[Sequence[Instance]], list[np.ndarray]]
 
 
 class QueueFull(Exception):
-    """The request was not taken on."""
+    """The queue has no room for the request."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Waiting:
+class _QueuedRequest:
     request: Predict
     num_candidates: int
     num_positions: int
@@ -35,45 +35,50 @@ class _Waiting:
 
 
 class Batcher:
-    """Must be made where an event loop runs; `run` does the work, until it is cancelled.
+    """A queue of requests, which `run` scores in batches until it is cancelled.
+
+    The constructor needs a running event loop.
 
     Args:
-        score: logits `[C]` of each instance; is called in `executor`.
+        score: returns the logits `[C]` of each instance; runs in `executor`.
+        executor: with a single thread.
+        limits: of the queue and of a batch.
+        metrics: to update.
     """
 
     def __init__(self, score: Score, executor: Executor, limits: ServeConfig, metrics: ServingMetrics) -> None:
         self._score, self._executor, self._limits, self._metrics = score, executor, limits, metrics
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_QueuedRequest] = deque()
         self._num_candidates = self._num_positions = 0  # in the queue
-        self._arrived, self._enough = asyncio.Event(), asyncio.Event()
+        self._has_requests, self._has_full_batch = asyncio.Event(), asyncio.Event()
         metrics.queue_requests.set_function(lambda: len(self._queue))
         metrics.queue_positions.set_function(lambda: self._num_positions)
 
     @property
     def is_full(self) -> bool:
-        """Whether even the smallest request would be refused."""
+        """True if even the smallest request would be refused."""
         limits = self._limits
         return len(self._queue) >= limits.max_queue_requests or self._num_positions >= limits.max_queue_positions
 
     async def score(self, request: Predict) -> list[np.ndarray]:
-        """Logits `[C]` of each instance. A caller that is cancelled leaves the queue.
+        """Returns the logits `[C]` of each instance. If the caller is cancelled, its request leaves the queue.
 
         Raises:
-            QueueFull: too much waits already.
+            QueueFull: the queue has no room for the request.
         """
-        waiting = _Waiting(
+        waiting = _QueuedRequest(
             request, request.num_candidates, request.num_positions, self._loop.time(), self._loop.create_future()
         )
         if self.is_full or self._num_positions + waiting.num_positions > self._limits.max_queue_positions:
             raise QueueFull
         self._queue.append(waiting)
         self._count(waiting, 1)
-        self._arrived.set()
+        self._has_requests.set()
         if self._num_candidates >= self._limits.max_batch_examples or (
             self._num_positions >= self._limits.max_batch_positions
         ):
-            self._enough.set()
+            self._has_full_batch.set()
         try:
             return await waiting.logits
         finally:
@@ -81,18 +86,19 @@ class Batcher:
                 self._forget(waiting)
 
     async def run(self) -> None:
+        """Scores requests until it is cancelled."""
         while True:
-            await self._arrived.wait()
+            await self._has_requests.wait()
             if self._queue and self._limits.batch_timeout_ms:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(self._queue[0].arrived + self._limits.batch_timeout_ms / 1000):
-                        await self._enough.wait()
+                        await self._has_full_batch.wait()
             if batch := self._take():
                 await self._answer(batch)
 
-    def _take(self) -> list[_Waiting]:
-        """The oldest that fit into one call, and in any case the first."""
-        batch: list[_Waiting] = []
+    def _take(self) -> list[_QueuedRequest]:
+        """Removes the oldest requests that fit into one call, and at least one, and returns them."""
+        batch: list[_QueuedRequest] = []
         num_candidates = num_positions = 0
         while self._queue:
             first = self._queue[0]
@@ -105,17 +111,17 @@ class Batcher:
             batch.append(self._queue.popleft())
             self._count(first, -1)
         if not self._queue:
-            self._arrived.clear()
-        self._enough.clear()
+            self._has_requests.clear()
+        self._has_full_batch.clear()
         return batch
 
-    async def _answer(self, batch: list[_Waiting]) -> None:
+    async def _answer(self, batch: list[_QueuedRequest]) -> None:
         instances = [instance for waiting in batch for instance in waiting.request.instances]
         started = self._loop.time()
         try:
             logits = iter(await self._loop.run_in_executor(self._executor, self._score, instances))
         except Exception as error:
-            if len(batch) > 1:  # what one of them broke the others shall not suffer from
+            if len(batch) > 1:  # one by one, so that one failing request does not fail the others
                 for waiting in batch:
                     await self._answer([waiting])
             elif not batch[0].logits.done():
@@ -132,14 +138,14 @@ class Batcher:
             if not waiting.logits.done():
                 waiting.logits.set_result(found)
 
-    def _forget(self, waiting: _Waiting) -> None:
-        """Of those that nobody waits for any more, so that they neither fill the queue nor keep the model busy."""
+    def _forget(self, waiting: _QueuedRequest) -> None:
+        """Removes a request that nobody waits for any more, so that it does not use the queue and the model."""
         with contextlib.suppress(ValueError):  # it is being scored
             self._queue.remove(waiting)
             self._count(waiting, -1)
             if not self._queue:
-                self._arrived.clear()
+                self._has_requests.clear()
 
-    def _count(self, waiting: _Waiting, sign: int) -> None:
+    def _count(self, waiting: _QueuedRequest, sign: int) -> None:
         self._num_candidates += sign * waiting.num_candidates
         self._num_positions += sign * waiting.num_positions

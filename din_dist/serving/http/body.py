@@ -1,4 +1,4 @@
-"""Bodies of requests as bytes: received within a time, unpacked, and bounded, each alone and all together."""
+"""Receives and unpacks the bodies of requests, with limits on time, on the size of one and on the size of all."""
 
 from __future__ import annotations
 
@@ -10,51 +10,59 @@ from aiohttp import StreamReader, hdrs, web
 
 from din_dist.serving.http.parse import BadRequest
 
-_GZIP, _ZLIB, _DEFLATE = 31, 15, -15  # as zlib has it: with which header, if any
-_MOST_MEMBERS = 100  # of one gzip body: what follows a member is copied for it
+_GZIP, _ZLIB, _DEFLATE = 31, 15, -15  # zlib's `wbits`, which say which header the data has
+_MOST_MEMBERS = 100  # members of one gzip body; each copies the bytes after it
 
 
 class TooLarge(Exception):
-    """A body has more bytes than one may have."""
+    """A body has more bytes than allowed."""
 
 
 class TooSlow(Exception):
-    """A body did not come in time."""
+    """A body did not arrive in time."""
 
 
 class UnknownEncoding(Exception):
-    """A body is packed in a way that is not known here."""
+    """A body has an unsupported Content-Encoding."""
 
 
 class NoRoom(Exception):
-    """All requests together hold as many bytes as they may."""
+    """All requests together would hold more bytes than allowed."""
 
 
 class Buffers:
-    """Counts the bytes of bodies that arrive and of answers that are not yet read, over all connections."""
+    """Counts the bytes of arriving bodies and of unread answers over all connections."""
 
     def __init__(self, most: int) -> None:
         self.most, self.num_bytes = most, 0
 
     def take(self, count: int) -> None:
-        """Raises `NoRoom`, and takes nothing, where there would be too many."""
+        """Counts `count` more bytes.
+
+        Raises:
+            NoRoom: there would be too many; nothing is counted.
+        """
         if self.num_bytes + count > self.most:
             raise NoRoom
         self.num_bytes += count
 
     def give(self, count: int) -> None:
-        """Takes note that `count` bytes are gone."""
+        """Counts `count` bytes less."""
         self.num_bytes -= count
 
 
 class Holding:
-    """The bytes of one body so far, which are given back at the end of the block."""
+    """The bytes of one body so far, which are released at the end of the block."""
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers, self._num_bytes = buffers, 0
 
     def take(self, count: int) -> None:
-        """Raises `NoRoom` as `Buffers` does."""
+        """Counts `count` more bytes.
+
+        Raises:
+            NoRoom: there would be too many over all connections.
+        """
         self._buffers.take(count)
         self._num_bytes += count
 
@@ -66,16 +74,23 @@ class Holding:
 
 
 async def received(request: web.Request, most: int, seconds: float, held: Holding) -> bytes:
-    """Returns the body as it was sent, of at most `most` bytes.
+    """Returns the body as it was sent.
+
+    Args:
+        request: whose body is received.
+        most: the most bytes.
+        seconds: the most time.
+        held: counts the bytes.
 
     Raises:
-        TooLarge, NoRoom: it is larger, or all bodies together are.
-        TooSlow: it takes longer than `seconds`.
-        aiohttp.web.RequestPayloadError: it is not as its headers say.
+        TooLarge: the body has more than `most` bytes.
+        NoRoom: all bodies together are too large.
+        TooSlow: the body takes longer than `seconds`.
+        aiohttp.web.RequestPayloadError: the body does not match its headers.
     """
     if (request.content_length or 0) > most:
         raise TooLarge
-    if request.content.is_eof():  # all is here, as of most
+    if request.content.is_eof():  # most bodies are here at once
         return await _read(request.content, most, held)
     try:
         async with asyncio.timeout(seconds):
@@ -98,12 +113,17 @@ async def _read(content: StreamReader, most: int, held: Holding) -> bytes:
 
 
 def unpacked(data: bytes, encoding: str, most: int) -> bytes:
-    """Returns the body that a `Content-Encoding` stands for.
+    """Returns the decoded body.
+
+    Args:
+        data: the body as received.
+        encoding: the value of `Content-Encoding`.
+        most: the most bytes to decode.
 
     Raises:
-        TooLarge: it has more than `most` bytes; no more than that are ever made.
-        UnknownEncoding: neither gzip nor deflate.
-        BadRequest: it is not packed as the header says.
+        TooLarge: it has more than `most` bytes; decoding stops there.
+        UnknownEncoding: the encoding is neither gzip nor deflate.
+        BadRequest: the body is not in the encoding of its header.
     """
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
@@ -111,7 +131,7 @@ def unpacked(data: bytes, encoding: str, most: int) -> bytes:
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise UnknownEncoding
     form = _GZIP
-    if encoding == "deflate":  # with zlib's header by the standard, without it by old habit
+    if encoding == "deflate":  # the standard wants zlib's header, but some clients leave it out
         form = _ZLIB if data[:1] and data[0] & 0xF == 8 else _DEFLATE
     found = bytearray()
     for _ in range(_MOST_MEMBERS):
@@ -131,5 +151,5 @@ def unpacked(data: bytes, encoding: str, most: int) -> bytes:
 
 
 def encoding_of(request: web.Request) -> str:
-    """Returns the name in the header, or nothing."""
+    """Returns the value of `Content-Encoding`, or an empty string."""
     return request.headers.get(hdrs.CONTENT_ENCODING, "")

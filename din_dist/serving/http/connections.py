@@ -1,4 +1,4 @@
-"""Connections: how many there may be, which of them give way to others, and when one is hung up on."""
+"""Connections: limits their number, closes idle ones to make room, and hangs up on clients that do not read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from aiohttp import web
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.serving.http.responses import RETRY_SECONDS, error
 
-LINGER_SECONDS = 1.0  # for the rest of a body that was refused, so that the client reads why; and at the end
-_MOST_GIVE_WAY = 16  # connections that are closed at a time to make room
-_PATIENCE_SECONDS = 1.0  # a client that keeps the server waiting for longer may have to give way
+LINGER_SECONDS = 1.0  # time to read the rest of a refused body, so that the client sees why; and at shutdown
+_MOST_GIVE_WAY = 16  # connections that are closed at once to make room
+_PATIENCE_SECONDS = 1.0  # a client that keeps the server waiting for longer may be closed to make room
 _RECEIVED_AT_ONCE = 1 << 16
 _MAX_HEADERS, _MAX_HEADER_BYTES, _MAX_HEAD_BYTES = 100, 8190, 1 << 16
 _NO_HTTP = (
@@ -24,30 +24,30 @@ _NO_HTTP = (
 )
 
 
-def _last_words(status: str, text: str) -> bytes:
-    """Returns an answer for where no request was understood."""
+def _raw_response(status: str, text: str) -> bytes:
+    """Returns the bytes of an answer to a client whose request was not parsed."""
     body = json.dumps({"error": text})
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nRetry-After: {RETRY_SECONDS}\r\nConnection: close"
     return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
-_TOO_MANY = _last_words("503 Service Unavailable", "Too many connections are open. Try again later.")
-_HEAD_TOO_LARGE = _last_words("431 Request Header Fields Too Large", _NO_HTTP)
+_TOO_MANY = _raw_response("503 Service Unavailable", "Too many connections are open. Try again later.")
+_HEAD_TOO_LARGE = _raw_response("431 Request Header Fields Too Large", _NO_HTTP)
 
 
 class Connection(web.RequestHandler):
-    """One client's connection, which knows who of the two waits for the other.
+    """One client's connection. It knows which of the two sides waits for the other.
 
     Attributes:
-        waits_since: when the server began to wait for the client: for a request, or for its answer to be read. None
-            while the client waits for the server.
-        unsent_since: when the first of the bytes that are not yet sent was seen; None where all were sent.
-        is_known: whether a request that came this way was answered well.
+        waits_since: when the server began to wait for the client's next request, or for the client to read its answer.
+            None while the client waits for the server.
+        unsent_since: since when some bytes are unsent; None if all were sent.
+        is_known: true if a request over this connection was answered with 200.
     """
 
-    __slots__ = ("_held_back", "_num_head_bytes", "_pipe", "_place", "is_known", "unsent_since", "waits_since")
+    __slots__ = ("_connections", "_held_back", "_num_head_bytes", "_pipe", "is_known", "unsent_since", "waits_since")
 
-    def __init__(self, place: Connections, http: web.Server, timeout: float) -> None:
+    def __init__(self, connections: Connections, http: web.Server, timeout: float) -> None:
         settings: dict[str, Any] = {"access_log": None}
         super().__init__(
             http,
@@ -58,10 +58,10 @@ class Connection(web.RequestHandler):
             max_line_size=_MAX_HEADER_BYTES,
             max_field_size=_MAX_HEADER_BYTES,
             read_bufsize=_RECEIVED_AT_ONCE,
-            auto_decompress=False,  # see `body`
+            auto_decompress=False,  # `body.unpacked` does it, with a limit
             **settings,
         )
-        self._place = place
+        self._connections = connections
         self._pipe: asyncio.Transport | None = None
         self._held_back = self.is_known = False
         self._num_head_bytes = 0
@@ -69,23 +69,23 @@ class Connection(web.RequestHandler):
         self.unsent_since: float | None = None
 
     def server_waits(self, is_known: bool | None = None) -> None:
-        """Takes note that it is the client's turn."""
+        """Notes that it is the client's turn, and whether the client is known from now on."""
         self.waits_since = self._loop.time()
         if is_known is not None:
             self.is_known = is_known
         self._read_on()
 
     def client_waits(self) -> None:
-        """Takes note that it is the server's turn."""
+        """Notes that it is the server's turn."""
         self.waits_since = None
 
     @property
     def num_unsent(self) -> int:
-        """Bytes that the client has yet to read, without those that the kernel keeps."""
+        """The number of bytes that the client has yet to read, without those in the kernel's buffers."""
         return self._pipe.get_write_buffer_size() if self._pipe else 0
 
     def abort(self) -> None:
-        """Hangs up, whatever is unsent."""
+        """Closes the connection at once and drops unsent bytes."""
         if self._pipe:
             self._pipe.abort()
 
@@ -95,16 +95,16 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._place.forget(self)
+        self._connections.forget(self)
         self._pipe = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Holds back what a client sends before it has read its last answer, or there would be no end to it."""
+        """Passes data on. Reading pauses while the client has not read its last answer, which bounds the memory."""
         super().data_received(data)
         if not self._pipe:
             return
-        has_no_head = self._waiter is not None and not self._waiter.done()  # aiohttp waits for the rest of it
+        has_no_head = self._waiter is not None and not self._waiter.done()  # aiohttp waits for the rest of the head
         self._num_head_bytes = self._num_head_bytes + len(data) if has_no_head else 0
         if self._num_head_bytes > _MAX_HEAD_BYTES:
             self._pipe.write(_HEAD_TOO_LARGE)
@@ -125,7 +125,7 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """Answers what is no HTTP by a sentence; aiohttp would repeat what came, at several times its length."""
+        """Answers invalid HTTP with one sentence; aiohttp would repeat the input at several times its length."""
         if status == 400 and request.writer.output_size == 0:
             response = error(400, _NO_HTTP)
             response.force_close()
@@ -137,8 +137,10 @@ class Connections:
     """All connections of one port.
 
     Args:
-        most: how many there may be. Others get 503, unless some give way.
-        timeout: how long an answer may wait to be read, a request to come, and a connection to be used again.
+        http: aiohttp's server.
+        most: the most connections. More clients get 503, unless others can be closed for them.
+        timeout: seconds that an answer may stay unread, and that a connection may stay idle.
+        metrics: to update.
     """
 
     def __init__(self, http: web.Server, most: int, timeout: float, metrics: ServingMetrics) -> None:
@@ -150,14 +152,14 @@ class Connections:
 
     @property
     def num_unsent(self) -> int:
-        """Bytes that clients have yet to read."""
+        """The number of bytes that clients have yet to read."""
         return sum(connection.num_unsent for connection in self._open)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def take(self, client: socket.socket) -> None:
-        """Serves a client that has connected, or tells it that there are too many."""
+        """Serves a client that has connected, or answers that too many are connected."""
         if len(self._open) >= self._most:
             self.make_room()
         if len(self._open) >= self._most:
@@ -172,15 +174,15 @@ class Connections:
     async def _make(self, connection: Connection, client: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: connection, client)
-        except OSError:  # it has gone again
+        except OSError:  # the client has left already
             self.forget(connection)
             client.close()
 
     def make_room(self) -> None:
-        """Closes those that have kept the server waiting for the longest: some strangers, or else one that is known.
+        """Closes the connections that have kept the server waiting for the longest.
 
-        Without it whoever opens connections and says nothing would keep all others out. A client that waits for the
-        server never has to give way.
+        Those are several unknown clients or, if there are none, one known client. A client that waits for the server
+        is never closed. Without this, silent connections could keep all other clients out.
         """
         now = self._loop.time()
         if now < self._full_until:
@@ -191,14 +193,14 @@ class Connections:
         for connection in strangers[:_MOST_GIVE_WAY] or found[:1]:
             self._drop(connection, "room")
         if not found:
-            self._full_until = now + _PATIENCE_SECONDS / 10  # looking through all of them for each client takes long
+            self._full_until = now + _PATIENCE_SECONDS / 10  # a search over all of them for each client takes long
 
     def forget(self, connection: Connection) -> None:
-        """Takes note that a connection is gone."""
+        """Removes a connection that is gone."""
         self._open.discard(connection)
 
     async def watch(self) -> None:
-        """Hangs up on clients that do not read their answers, until it is cancelled."""
+        """Closes connections of clients that do not read their answers, until it is cancelled."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout / 4))
             now = self._loop.time()
@@ -218,7 +220,7 @@ class Connections:
     def _refuse(self, client: socket.socket) -> None:
         self._metrics.connections_refused.inc()
         for act in (
-            lambda: client.recv(_RECEIVED_AT_ONCE),  # closed with unread bytes, a connection is reset
+            lambda: client.recv(_RECEIVED_AT_ONCE),  # closing a connection with unread bytes resets it
             lambda: client.send(_TOO_MANY),
         ):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A port with an application behind it: connections with bounds, and errors in JSON."""
+"""Serves an application at a port, with bounded connections and errors in JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,25 @@ from din_dist.serving.http.responses import Scores, error
 
 
 class Door:
-    """Serves `app` at one port; see `Connections` for `most` and `timeout`, `Acceptor` for `say`."""
+    """Serves an application at one port.
+
+    Args:
+        app: the application.
+        most: the most connections; see `Connections`.
+        timeout: seconds; see `Connections`.
+        metrics: to update.
+        say: logs a line for operators.
+    """
 
     def __init__(
         self, app: web.Application, most: int, timeout: float, metrics: ServingMetrics, say: Callable[[str], None]
     ) -> None:
         self._most, self._timeout, self._metrics, self._say = most, timeout, metrics, say
-        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' mistakes are no news of the server
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # mistakes of clients do not belong in the log
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=LINGER_SECONDS, access_log=None)
 
     async def open(self, listener: socket.socket) -> None:
-        """Takes on whoever connects."""
+        """Begins to serve clients that connect to `listener`."""
         await self._runner.setup()
         assert self._runner.server is not None
         self.connections = Connections(self._runner.server, self._most, self._timeout, self._metrics)
@@ -37,11 +45,11 @@ class Door:
         self._watching = asyncio.create_task(self.connections.watch())
 
     def stop_listening(self) -> None:
-        """Closes the port; those that have connected so far are served."""
+        """Closes the port. Clients that have connected already are still served."""
         self._acceptor.close()
 
     async def close(self) -> None:
-        """Hangs up on all."""
+        """Closes all connections."""
         self._watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watching
@@ -49,11 +57,11 @@ class Door:
 
 
 def json_errors(hint: str, is_ending: Callable[[], bool]) -> Any:
-    """Returns a middleware: errors as TensorFlow Serving has them, and turns taken note of.
+    """Returns a middleware that answers errors in TensorFlow Serving's form and notes whose turn it is.
 
     Args:
-        hint: what there is, for those who look elsewhere.
-        is_ending: whether clients shall turn to other servers.
+        hint: the valid paths, for answers with 404.
+        is_ending: true: close each connection after its answer, so that clients turn to other servers.
     """
 
     @web.middleware
@@ -75,7 +83,7 @@ def json_errors(hint: str, is_ending: Callable[[], bool]) -> Any:
         except web.HTTPException as refusal:
             response = error(refusal.status, refusal.reason)
         if not isinstance(response, Scores):
-            # From Python 3.12 on, requests sent behind each other that wait for nothing would shut out all others.
+            # From Python 3.12 on, a client's pipelined requests that never wait would starve all other clients.
             await asyncio.sleep(0)
         connection.server_waits(is_known=response.status == 200)
         if is_ending():

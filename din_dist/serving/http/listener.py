@@ -1,4 +1,4 @@
-"""A port: bound before anything that takes time, and accepted from with care for the limit of open files."""
+"""Binds a port early, before anything slow, and accepts connections within the limit of open files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ _KERNEL_BYTES = 1 << 17
 
 
 def listen(host: str, port: int, flags: str = "--host, --port") -> socket.socket:
-    """Returns a bound socket; nobody can connect to it yet.
+    """Returns a bound socket, to which nobody can connect yet.
+
+    Args:
+        host: a name or address of this machine.
+        port: 0: any free one.
+        flags: the names of the flags, for errors.
 
     Raises:
-        InputError: the port is taken, or there is no such address.
+        InputError: the port is taken, or this machine has no such address.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family[0], socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # of connections: else up to ten megabytes for each
+            for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # for each connection; the default is up to 10 MB
                 listener.setsockopt(socket.SOL_SOCKET, buffer, _KERNEL_BYTES)
             listener.bind(family[4])
         except OSError:
@@ -42,13 +47,15 @@ def listen(host: str, port: int, flags: str = "--host, --port") -> socket.socket
 
 
 class Acceptor:
-    """Hands whoever connects to `take`.
+    """Accepts clients and passes them to `take`.
 
     asyncio's own server would log and retry a thousand times at once when no more files may be open.
 
     Args:
-        relieve: is called when no more files may be open, to close some.
-        say: for what operators should read.
+        listener: a bound socket.
+        take: called with each new connection.
+        relieve: called when no more files may be open, to close some connections.
+        say: logs a line for operators.
     """
 
     def __init__(
@@ -61,16 +68,16 @@ class Acceptor:
         self._listener, self._take, self._relieve, self._say = listener, take, relieve, say
         self._loop = asyncio.get_running_loop()
         self._again: asyncio.TimerHandle | None = None
-        self._told = False
+        self._has_said = False
 
     def start(self) -> None:
         """Begins to accept connections."""
         self._listener.setblocking(False)
-        self._listener.listen(socket.SOMAXCONN)  # whoever is left out tries again after seconds only
+        self._listener.listen(socket.SOMAXCONN)  # a client beyond the backlog retries only after seconds
         self._resume()
 
     def close(self) -> None:
-        """Accepts those that have connected so far, because closing the port resets what is left, and closes it."""
+        """Accepts the clients that have connected so far, because closing would reset them, and closes the port."""
         self._pause()
         with contextlib.suppress(OSError):  # there are no more
             while True:
@@ -81,11 +88,11 @@ class Acceptor:
         try:
             for _ in range(_MOST_AT_ONCE):
                 self._take_one()
-            self._told = False
+            self._has_said = False
         except OSError as error:
             if error.errno in _OUT_OF_FILES:
                 self._wait(error)
-            # Else nobody is left, or whoever connected has gone again.
+            # Otherwise nobody is left, or the client has left already.
 
     def _take_one(self) -> None:
         client, _ = self._listener.accept()
@@ -93,10 +100,10 @@ class Acceptor:
         self._take(client)
 
     def _wait(self, error: OSError) -> None:
-        """Looks away for a moment, because the port stays ready to be accepted from."""
-        if not self._told:
+        """Stops accepting for a moment, because the port stays readable and would be tried without end."""
+        if not self._has_said:
             self._say(f"no connection can be accepted for now: {error.strerror}; see ulimit -n and --max_connections")
-            self._told = True
+            self._has_said = True
         self._pause()
         self._relieve()
         self._again = self._loop.call_later(_PAUSE_SECONDS, self._resume)

@@ -13,11 +13,11 @@ _POSITIONS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
 
 
 class ServingMetrics:
-    """Names begin with `din_dist_serving_`.
+    """The server's metrics, whose names begin with `din_dist_serving_`.
 
     Args:
-        model: what is served, as labels.
-        build: versions, as labels.
+        model: labels that describe the served model.
+        build: labels with versions.
     """
 
     def __init__(self, model: Mapping[str, str], build: Mapping[str, str]) -> None:
@@ -31,7 +31,7 @@ class ServingMetrics:
 
         self._requests = Counter(
             "din_dist_serving_requests",
-            "Requests answered, by HTTP status; 499: the client had gone. Signature none: it got not so far.",
+            "Requests answered, by HTTP status; 499: the client had left. Signature none: it was refused before.",
             ("signature", "code"),
             registry=registry,
         )
@@ -55,14 +55,14 @@ class ServingMetrics:
         )
         self.connections_dropped = Counter(
             "din_dist_serving_connections_dropped",
-            "Connections hung up on. Unread: the client left its answer unread; room: it kept the server waiting, and "
-            "another client had none.",
+            "Connections closed by the server. Unread: the client left its answer unread; room: it kept the server "
+            "waiting while another client had no connection.",
             ("reason",),
             registry=registry,
         )
         for reason in ("unread", "room"):
             self.connections_dropped.labels(reason)
-        self.ready = gauge("ready", "1 while requests are taken on; 0 while the server ends.")
+        self.ready = gauge("ready", "1 while requests are accepted; 0 while the server ends.")
         gauge("start_timestamp_seconds", "When this process began.").set(time.time())
         Info("din_dist_serving_model", "What is served.", registry=registry).info(dict(model))
         Info("din_dist_build", "Versions.", registry=registry).info(dict(build))

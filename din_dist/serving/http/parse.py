@@ -1,8 +1,8 @@
-"""Bodies of requests to what is to be scored, and back: TensorFlow Serving's predict API, with our signatures.
+"""Parses the bodies of requests and writes the answers: TensorFlow Serving's predict API, with our signatures.
 
 A body has rows, `{"instances": [...]}`, or columns, `{"inputs": {...}}`, as clients of TensorFlow Serving send them.
-Rows may have histories of different lengths, which there they may not. Nothing that comes from here can fail in the
-model: one request never harms those that it is scored with.
+Unlike there, the histories of rows may differ in length. A request that is parsed cannot fail in the model, so one
+request never harms the others of its batch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
 _INT64 = np.iinfo(np.int64)
-_MOST_SHOWN = 60  # characters of a value in an error
-_MOST_LISTED = 3  # values of a list in an error
+_MOST_SHOWN = 60  # characters of a value that an error shows
+_MOST_LISTED = 3  # values of a list that an error shows
 
 
 class BadRequest(ValueError):
-    """The client is at fault; the text says how, in one line."""
+    """A mistake of the client; the text explains it in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What ids and feature values are: "string" or "integer"."""
+    """The types of ids and feature values, each "string" or "integer", and the longest history.
+
+    Attributes:
+        item_id_type: of items.
+        item_features: name of an item feature -> type of its values.
+        max_history_length: the number of newest behaviours that the model reads.
+    """
 
     item_id_type: str
     item_features: Mapping[str, str]
@@ -41,16 +47,16 @@ class Vocabulary:
 
 @dataclasses.dataclass(slots=True)
 class Instance:
-    """One history, cut to what the model reads, and the candidates to score against it.
+    """One history, cut to the part that the model reads, and the candidates to score against it.
 
-    Features are given for each of them or not at all; None among the values: look it up by the item id.
+    A feature has a value for each item, or is missing. A value of None is looked up by the item id.
     """
 
     history: list[Id]
     candidates: list[Id]
     history_features: dict[str, list[Id | None]] = dataclasses.field(default_factory=dict)
     candidate_features: dict[str, list[Id | None]] = dataclasses.field(default_factory=dict)
-    most: int | None = None  # of `rank`: how many to return
+    most: int | None = None  # for `rank`: the number of candidates to return
 
     @property
     def num_positions(self) -> int:
@@ -63,7 +69,7 @@ class Instance:
 
 @dataclasses.dataclass(slots=True)
 class Predict:
-    """A request as understood."""
+    """A parsed request."""
 
     signature: str
     in_rows: bool
@@ -79,23 +85,28 @@ class Predict:
 
 
 def signature_of(body: object) -> str:
-    """Which signature a body asks for, as far as one can tell: for counting those that are refused."""
+    """Returns the signature that a body names, or "none": a label for metrics, also of refused requests."""
     name = body.get("signature_name", SCORE) if isinstance(body, dict) else None
     return name if name in SIGNATURES else SCORE if name == DEFAULT_SIGNATURE else "none"
 
 
 def most_parts(vocabulary: Vocabulary, limits: ServeConfig) -> int:
-    """Counts the lists, objects and keys that the largest allowed request has."""
+    """Returns the number of lists, objects and keys of the largest allowed request."""
     features = len(vocabulary.item_features)
-    of_an_instance = 10 + 4 * features  # 3 objects with 5 keys, 2 lists, and a key and a list a feature on either side
-    return 8 + of_an_instance * limits.max_instances
+    # 3 objects with 5 keys and 2 lists; for each feature, a key and a list for the history and for the candidates.
+    per_instance = 10 + 4 * features
+    return 8 + per_instance * limits.max_instances
 
 
 def load(body: bytes, most: int) -> object:
-    """Returns the JSON in a body, which has at most `most` lists, objects and keys.
+    """Parses the JSON of a body.
+
+    Args:
+        body: the decoded body.
+        most: the most lists, objects and keys.
 
     Raises:
-        BadRequest: it is not strict JSON in UTF-8, or it has more of them.
+        BadRequest: the body is not strict JSON in UTF-8, or it has too many lists, objects and keys.
     """
     _check_parts(body, most)
     try:
@@ -108,18 +119,18 @@ def load(body: bytes, most: int) -> object:
         raise BadRequest(f"The body must be JSON. Received: {error.msg} at character {error.pos}.") from None
     except BadRequest:
         raise
-    except ValueError:  # of int(), for more digits than Python converts
+    except ValueError:  # int() refuses more digits than Python converts
         raise BadRequest("The body must have integers of 64 bits. Received: one with thousands of digits.") from None
 
 
 def _check_parts(body: bytes, most: int) -> None:
-    """Refuses what takes long to make and to collect: a megabyte has room for half a million lists.
+    """Refuses bodies with so many parts that their objects take long to make: 1 MB has room for 500,000 lists.
 
-    The first count is fast and may be too high, because ids may have brackets and colons.
+    The first count is fast and may be too high, because ids may contain brackets and colons.
     """
     if _num_parts(body) > most:
         no_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
-        if _num_parts(b"".join(no_escapes.split(b'"')[::2])) > most:  # what stands between the strings
+        if _num_parts(b"".join(no_escapes.split(b'"')[::2])) > most:  # the text between the strings
             raise BadRequest(f"The body must have at most {most} lists, objects and keys. Received: more.")
 
 
@@ -128,10 +139,15 @@ def _num_parts(text: bytes) -> int:
 
 
 def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
-    """What a body asks for.
+    """Returns the request in a body.
+
+    Args:
+        body: as from `load`.
+        vocabulary: of the model.
+        limits: of a request.
 
     Raises:
-        BadRequest: it is not as the README has it, or is too large.
+        BadRequest: the body does not have the form that the README describes, or it is too large.
     """
     if not isinstance(body, dict):
         _refuse("The body", "must be a JSON object", body)
@@ -149,7 +165,7 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
             _refuse("instances", "must be a list of at least one object", rows)
         _check_length("instances", rows, limits.max_instances)
         read = {SCORE: reader.score_row, SCORE_PADDED: reader.padded_row, RANK: reader.rank}[signature]
-        instances = [read(row, f"instances[{place}]") for place, row in enumerate(rows)]
+        instances = [read(row, f"instances[{index}]") for index, row in enumerate(rows)]
     elif signature == RANK:
         instances = [reader.rank(body["inputs"], "inputs")]
     else:
@@ -164,7 +180,12 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
 
 
 def answer(request: Predict, logits: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What the client gets for the logits `[C]` of each instance."""
+    """Returns the answer to a request.
+
+    Args:
+        request: as from `parse`.
+        logits: float32 `[C]` of each instance.
+    """
     if request.signature == RANK:
         rows = [_ranked(instance, found) for instance, found in zip(request.instances, logits, strict=True)]
         return {"predictions": rows} if request.in_rows else {"outputs": rows[0]}
@@ -177,23 +198,23 @@ def answer(request: Predict, logits: Sequence[np.ndarray]) -> dict[str, Any]:
 
 
 def _ranked(instance: Instance, logits: np.ndarray) -> dict[str, list]:
-    places = np.argsort(-logits, kind="stable")[: instance.most]  # ties by place
+    order = np.argsort(-logits, kind="stable")[: instance.most]  # ties keep their order
     return {
-        "item_ids": [instance.candidates[place] for place in places],
-        "logits": logits[places].tolist(),
-        "click_probability": _probability(logits[places]),
-        "places": places.tolist(),
+        "item_ids": [instance.candidates[index] for index in order],
+        "logits": logits[order].tolist(),
+        "click_probability": _probability(logits[order]),
+        "places": order.tolist(),
     }
 
 
 def _probability(logits: np.ndarray) -> list[float]:
-    """The sigmoid, in a form that cannot overflow."""
+    """Returns the sigmoid, in a form that cannot overflow."""
     small = np.exp(-np.abs(logits.astype(np.float64)))
     return (np.where(logits >= 0, 1.0, small) / (1.0 + small)).astype(np.float32).tolist()
 
 
 class _Reader:
-    """Reads instances; every method is told where in the body it stands."""
+    """Reads instances. The argument `where` of its methods is the path of a value in the body, for errors."""
 
     def __init__(self, vocabulary: Vocabulary, limits: ServeConfig) -> None:
         self._vocabulary, self._limits = vocabulary, limits
@@ -205,7 +226,7 @@ class _Reader:
         return self._instance(keys, [candidate], where, one_candidate=True)
 
     def padded_row(self, row: object, where: str) -> Instance:
-        """A row of TensorFlow Serving's: the history's real part is told by its length."""
+        """Reads a row in TensorFlow Serving's form: a padded history with the length of its real part."""
         keys = _check_keys(row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"))
         candidate = self._read_id(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
         ids = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
@@ -221,7 +242,7 @@ class _Reader:
         return instance
 
     def columns(self, inputs: object) -> list[Instance]:
-        """Histories end to end with their lengths, or a list each; with lengths, the latter are rectangles."""
+        """Reads columns. Histories are concatenated, with lengths, or one list each, padded if there are lengths."""
         keys = _check_keys(inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths",))
         candidates = self._candidates(keys["candidate_item_ids"], "inputs.candidate_item_ids")
         _check_length("inputs.candidate_item_ids", candidates, self._limits.max_instances)
@@ -231,11 +252,11 @@ class _Reader:
             _refuse(where, "must be a list", given)
         if lengths is None or (given and isinstance(given[0], list)):
             _check_same_length(where, given, "inputs.candidate_item_ids", candidates)
-            histories = [self._history(ids, f"{where}[{place}]") for place, ids in enumerate(given)]
+            histories = [self._history(ids, f"{where}[{index}]") for index, ids in enumerate(given)]
             if lengths is not None:
                 _check_same_length("inputs.history_lengths", lengths, where, histories)
-                for place, (ids, length) in enumerate(zip(histories, lengths, strict=True)):
-                    _integer(length, f"inputs.history_lengths[{place}]", 0, len(ids))
+                for index, (ids, length) in enumerate(zip(histories, lengths, strict=True)):
+                    _integer(length, f"inputs.history_lengths[{index}]", 0, len(ids))
                 histories = [ids[:length] for ids, length in zip(histories, lengths, strict=True)]
         else:
             _check_same_length("inputs.history_lengths", lengths, "inputs.candidate_item_ids", candidates)
@@ -261,7 +282,15 @@ class _Reader:
     def _features(
         self, keys: Mapping[str, Any], key: str, length: int, where: str, single: bool
     ) -> dict[str, list[Id | None]]:
-        """Values by feature, one for each item; `single`: the one value is not in a list."""
+        """Returns the values of each feature.
+
+        Args:
+            keys: the instance's.
+            key: `history_features` or `candidate_features`.
+            length: the number of items, each of which has a value.
+            where: the instance's path in the body.
+            single: the body gives one value, not a list.
+        """
         where = f"{where}.{key}"
         types = self._vocabulary.item_features
         given = _check_keys(keys.get(key, {}), where, (), tuple(types))
@@ -291,12 +320,12 @@ class _Reader:
 
     def _lengths(self, value: object) -> list[int]:
         lengths = _list_of("integer", value, "inputs.history_lengths")
-        for place, length in enumerate(lengths):
-            _integer(length, f"inputs.history_lengths[{place}]", 0, self._limits.max_history_items)
+        for index, length in enumerate(lengths):
+            _integer(length, f"inputs.history_lengths[{index}]", 0, self._limits.max_history_items)
         return lengths
 
     def _newest(self, values: list) -> list:
-        """Histories are oldest first; the model would leave out the same ones."""
+        """Returns the values that the model reads. Histories are oldest first; the model would drop the same ones."""
         return values[-self._vocabulary.max_history_length :]
 
 
@@ -313,14 +342,17 @@ def _one_of(kind: str) -> Callable[[object, str], Id]:
 
 
 def _list_of(kind: str, values: object, where: str, in_list: bool = True) -> list:
-    """`values`, as a list of strings or of 64-bit integers. Types are compared whole lists at a time, for speed."""
+    """Returns `values` if it is a list of strings or of 64-bit integers.
+
+    Types are compared for the whole list at once, for speed.
+    """
     if not isinstance(values, list):
         _refuse(where, f"must be a list of {kind}s", values)
     wanted: type = str if kind == "string" else int
     if not set(map(type, values)) <= {wanted}:
-        place = next(place for place, value in enumerate(values) if type(value) is not wanted)
+        index = next(index for index, value in enumerate(values) if type(value) is not wanted)
         noun = "a string" if kind == "string" else "an integer"
-        _refuse(f"{where}[{place}]" if in_list else where, f"must be {noun}", values[place])
+        _refuse(f"{where}[{index}]" if in_list else where, f"must be {noun}", values[index])
     if kind == "string":
         try:
             "".join(values).encode()
@@ -362,7 +394,10 @@ def _check_same_length(where: str, values: Sequence, other: str, others: Sequenc
 
 
 def _refuse(where: str, rule: str, received: object) -> NoReturn:
-    """The rule and what came: of long things the beginning, and never what could break a line or a terminal."""
+    """Raises an error with the rule and the value that was received.
+
+    A long value is cut, and nothing is shown that could break a line or a terminal.
+    """
     if isinstance(received, dict):
         text = f"an object of {len(received)}"
     elif isinstance(received, list) and (

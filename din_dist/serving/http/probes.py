@@ -1,4 +1,4 @@
-"""Health, readiness and metrics: at the model's own port, and at one for them alone."""
+"""Health, readiness and metrics, at the model's port and at a separate port."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PATHS = "/healthz, /readyz, /metrics"
 
 
 class Probes:
-    """Answers what asks for the server, not for scores.
+    """Answers requests about the server itself.
 
     Args:
-        registry: what `/metrics` shows.
-        is_ending: whether no more requests should come.
+        registry: the metrics to show at `/metrics`.
+        is_ending: true if no more requests should come.
     """
 
     def __init__(self, registry: CollectorRegistry, is_ending: Callable[[], bool]) -> None:

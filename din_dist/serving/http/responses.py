@@ -1,4 +1,4 @@
-"""Answers: scores that count until they are read, and errors as TensorFlow Serving has them, `{"error": ...}`."""
+"""Answers: scores, whose bytes are counted until they are read, and errors in TensorFlow Serving's form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RETRY_SECONDS = "1"
 
 
 def error(code: int, text: str) -> web.Response:
-    """Returns an error in JSON."""
+    """Returns an error in TensorFlow Serving's form, `{"error": text}`."""
     headers = {hdrs.RETRY_AFTER: RETRY_SECONDS} if code in (429, 503) else {}
     return web.json_response({"error": text}, status=code, headers=headers)
 
@@ -22,7 +22,11 @@ def busy() -> web.Response:
 
 
 class Scores(web.Response):
-    """An answer that counts as held by `buffers` until its client has read it, all but what the kernel keeps.
+    """An answer with scores. `buffers` counts its bytes until they are in the kernel's buffers or read.
+
+    Args:
+        body: JSON.
+        buffers: counts the bytes.
 
     Raises:
         NoRoom: all answers together would be too large.
@@ -37,15 +41,15 @@ class Scores(web.Response):
         try:
             return await super().prepare(request)
         except BaseException:
-            self._let_go()
+            self._release()
             raise
 
     async def write_eof(self, data: bytes = b"") -> None:
         try:
             await super().write_eof(data)
         finally:
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._buffers.give(self._num_held)
         self._num_held = 0

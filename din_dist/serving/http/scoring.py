@@ -1,4 +1,4 @@
-"""Many requests' instances in as few calls of the model as can be."""
+"""Scores the instances of several requests in as few calls of the model as possible."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from din_dist.serving.http.parse import Id, Instance, Vocabulary
 
-_MISSING: dict[str, Id] = {"string": "", "integer": -(2**63)}  # of a feature: look it up by the item id
+_MISSING: dict[str, Id] = {"string": "", "integer": -(2**63)}  # a feature with this value is looked up by the item id
 
 
 class Scorer(Protocol):
-    """What is asked of a `Bundle`."""
+    """The part of a `Bundle` that the server uses."""
 
     def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray: ...
 
@@ -33,20 +33,20 @@ class Scorer(Protocol):
 
 
 def score_together(scorer: Scorer, vocabulary: Vocabulary, instances: Sequence[Instance]) -> list[np.ndarray]:
-    """Logits `[C]` of each instance's candidates, by one call for those with features and one for the others."""
+    """Returns the logits `[C]` of each instance, from one call for instances with features and one for the others."""
     found: dict[int, np.ndarray] = {}
     for has_features, score in ((False, _score_plain), (True, _score_with_features)):
-        places = [place for place, instance in enumerate(instances) if instance.has_features is has_features]
-        if places:
-            group = [instances[place] for place in places]
+        indices = [index for index, instance in enumerate(instances) if instance.has_features is has_features]
+        if indices:
+            group = [instances[index] for index in indices]
             logits = score(scorer, vocabulary, group)
             ends = np.cumsum([len(instance.candidates) for instance in group])
-            found.update(zip(places, np.split(logits, ends[:-1]), strict=True))
-    return [found[place] for place in range(len(instances))]
+            found.update(zip(indices, np.split(logits, ends[:-1]), strict=True))
+    return [found[index] for index in range(len(instances))]
 
 
 def warm_up(scorer: Scorer, vocabulary: Vocabulary) -> None:
-    """Runs every path once with few and with many rows, so that no request waits for TensorFlow to get ready."""
+    """Runs every path with few and with many rows, so that no request waits for TensorFlow's preparations."""
     item: Id = "" if vocabulary.item_id_type == "string" else 0
     for length, count, num_rows in ((0, 1, 1), (1, 1, 1), (vocabulary.max_history_length, 1, 64), (9, 5, 16)):
         plain = Instance([item] * length, [item] * count)
@@ -68,7 +68,10 @@ def _score_plain(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instanc
 
 
 def _score_with_features(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance]) -> np.ndarray:
-    """Each candidate gets a copy of its history, for there is no signature of many histories with features."""
+    """Returns the logits of instances with features.
+
+    Each candidate gets a copy of its history, because no signature takes several candidates and features per history.
+    """
     kind = vocabulary.item_id_type
     repeated = [instance for instance in group for _ in instance.candidates]
     history_features = {

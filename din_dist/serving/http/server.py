@@ -1,4 +1,4 @@
-"""The HTTP server: TensorFlow Serving's REST API before a batcher, with bounds on everything a client can use up."""
+"""The HTTP server: TensorFlow Serving's REST API in front of a batcher, with limits on all that clients can use up."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ from din_dist.serving.http.scoring import Scorer, score_together
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.text import shown
 
-_HEALTH_CONNECTIONS = 32  # at the port for probes; those that say nothing give way
-_HEALTH_SECONDS = 10.0  # that one may take there
-_GONE = 499  # as nginx has it: the client did not wait for its answer
-_QUIET_SECONDS = 0.2  # in which a client that was just answered sends its next request, if it has one
-_UNREAD_SECONDS = 1.0  # at the end, in which a client reads some more of its answer, or it is not waited for
-_MOST_TOLD = 300  # characters of an error
+_HEALTH_CONNECTIONS = 32  # at the port for probes; silent ones are closed to make room
+_HEALTH_SECONDS = 10.0  # most time for a client there
+_GONE = 499  # nginx's code for a client that did not wait for its answer
+_QUIET_SECONDS = 0.2  # a client that was just answered sends its next request, if any, within this time
+_UNREAD_SECONDS = 1.0  # at shutdown, a client that reads nothing for this long is not waited for
+_MOST_LOGGED = 300  # characters of an error in the log
 _DTYPES = {"string": "DT_STRING", "integer": "DT_INT64"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A model and what clients may know of it."""
+    """A model and its description for clients."""
 
     scorer: Scorer
     vocabulary: Vocabulary
@@ -69,10 +69,13 @@ class Served:
 
 
 class Server:
-    """Serves one model until `stop` is called, then answers what it has taken on.
+    """Serves one model until `stop` is called, then answers the requests that it has accepted.
 
     Args:
-        say: for what operators should read.
+        config: settings and limits.
+        served: the model.
+        metrics: to update.
+        say: logs a line for operators.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Server:
         metrics.buffered_bytes.set_function(lambda: self._buffers.num_bytes)
 
     def stop(self) -> None:
+        """Makes `run` answer what was accepted and return."""
         self._stop.set()
 
     async def run(
@@ -104,12 +108,14 @@ class Server:
         when_ready: Callable[[], None],
         health_listener: socket.socket | None = None,
     ) -> bool:
-        """Returns whether everything accepted was answered.
+        """Serves until `stop` is called, and returns true if every accepted request was answered.
 
         Args:
-            health_listener: a port for probes and metrics alone, which full queues and connections do not concern.
+            listener: a bound socket.
+            when_ready: called when clients can connect.
+            health_listener: a port for probes and metrics only, which answers even if the first one is busy or full.
         """
-        asyncio.get_running_loop().set_exception_handler(self._tell_unexpected)
+        asyncio.get_running_loop().set_exception_handler(self._log_unexpected)
         batching = asyncio.create_task(self._batcher.run())
         stopping = asyncio.create_task(self._stop.wait())
         if health_listener:
@@ -133,18 +139,18 @@ class Server:
             self._health.stop_listening()
             await self._health.close()
         if batching.done():
-            batching.result()  # raises what ended it, which nothing should
+            batching.result()  # raises the error that ended it; it should not end by itself
         batching.cancel()
         self._executor.shutdown(wait=answered, cancel_futures=True)
         return answered
 
-    def _tell_unexpected(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Tells what no request waits for as one that failed is told, whatever it has in it."""
+    def _log_unexpected(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs an error outside requests in the same way as a failed request."""
         failure = context.get("exception")
-        self._say(_told(context["message"], failure) if failure else shown(context["message"]))
+        self._say(_log_text(context["message"], failure) if failure else shown(context["message"]))
 
     async def _drained(self) -> None:
-        """Waits until nothing is in progress, kept connections bring nothing more, and answers are read."""
+        """Waits until no request is in progress, open connections send no more, and answers are read."""
         loop = asyncio.get_running_loop()
         unsent, read_at = 0, loop.time()
         while True:
@@ -165,7 +171,7 @@ class Server:
         return Door(app, most, timeout, self._metrics, self._say)
 
     def _health_app(self) -> web.Application:
-        app = web.Application(middlewares=[json_errors(f"The places: {PATHS}.", lambda: False)])
+        app = web.Application(middlewares=[json_errors(f"The paths: {PATHS}.", lambda: False)])
         self._probes.add_to(app)
         return app
 
@@ -188,7 +194,7 @@ class Server:
         return web.json_response({"model_version_status": [version]})
 
     async def _metadata(self, request: web.Request) -> web.Response:
-        """The signatures in columns, which are the exported model's own."""
+        """Answers with the signatures in column form, which are those of the exported model."""
         item = _DTYPES[self._served.vocabulary.item_id_type]
         inputs = {
             SCORE: {"history_item_ids": (item, 1), "history_lengths": ("DT_INT64", 1), "candidate_item_ids": (item, 1)},
@@ -218,10 +224,10 @@ class Server:
         )
 
     async def _predict(self, request: web.Request) -> web.Response:
-        """Counts and times a request, however it ends."""
+        """Answers a request, and counts and times it, however it ends."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        seen = _Seen()
+        seen = _RequestFacts()
         code = _GONE
         try:
             response = await self._predicted(request, seen)
@@ -230,7 +236,7 @@ class Server:
         finally:
             self._metrics.after_request(seen.signature, code, loop.time() - started, seen.num_instances)
 
-    async def _predicted(self, request: web.Request, seen: _Seen) -> web.Response:
+    async def _predicted(self, request: web.Request, seen: _RequestFacts) -> web.Response:
         config = self._config
         try:
             return await self._scored(request, seen)
@@ -253,10 +259,10 @@ class Server:
         except TimeoutError:
             return error(503, f"No answer within {config.request_timeout_seconds:g} seconds. Try again later.")
         except Exception as failure:
-            self._say(_told("a request failed", failure))
+            self._say(_log_text("a request failed", failure))
             return error(500, "The server failed at this request; its log says how.")
 
-    async def _scored(self, request: web.Request, seen: _Seen) -> web.Response:
+    async def _scored(self, request: web.Request, seen: _RequestFacts) -> web.Response:
         if self._batcher.is_full:
             raise QueueFull
         connection = request.protocol
@@ -264,7 +270,7 @@ class Server:
         with Holding(self._buffers) as held:
             data = await received(request, self._config.max_body_bytes, self._config.client_timeout_seconds, held)
             connection.client_waits()
-            predict = self._understood(data, encoding_of(request), seen)
+            predict = self._parse(data, encoding_of(request), seen)
             del data
         with self._in_progress():
             async with asyncio.timeout(self._config.request_timeout_seconds):
@@ -272,7 +278,7 @@ class Server:
             text = json.dumps(answer(predict, logits), allow_nan=False)
             return Scores(text.encode(), self._buffers)
 
-    def _understood(self, data: bytes, encoding: str, seen: _Seen) -> Predict:
+    def _parse(self, data: bytes, encoding: str, seen: _RequestFacts) -> Predict:
         body = load(unpacked(data, encoding, self._config.max_body_bytes), self._most_parts)
         seen.signature = signature_of(body)
         predict = parse(body, self._served.vocabulary, self._config)
@@ -293,17 +299,17 @@ class Server:
 
 
 @dataclasses.dataclass(slots=True)
-class _Seen:
-    """What was found out of a request."""
+class _RequestFacts:
+    """The facts about a request that metrics need, as far as they are known."""
 
     signature: str = "none"
     num_instances: int = 0
 
 
-def _told(what: str, failure: BaseException) -> str:
-    """Returns where something failed, and the beginning of why, which may have a client's own words in it."""
+def _log_text(what: str, failure: BaseException) -> str:
+    """Returns the stack and the beginning of the message, which is escaped because it may quote a client."""
     stack = "".join(traceback.format_tb(failure.__traceback__))
-    return f"{what}:\n{stack}{type(failure).__name__}: {shown(str(failure), _MOST_TOLD)}"
+    return f"{what}:\n{stack}{type(failure).__name__}: {shown(str(failure), _MOST_LOGGED)}"
 
 
 def _tensor_info(dtype: str, rank: int) -> dict[str, Any]:

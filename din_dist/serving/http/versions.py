@@ -1,4 +1,4 @@
-"""Which of several exports is served."""
+"""Chooses the export to serve among several versions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from din_dist.serving.manifest import MANIFEST
 
 
 def find_export(folder: Path) -> tuple[Path, int | None]:
-    """The export in `folder`, or the newest of the numbered ones in it; and its number, if it has one."""
+    """Returns the export in `folder`, or the one with the highest number inside it, and its number, if it has one."""
     if not (folder / MANIFEST).is_file():
         numbered = [path for path in folder.glob("*") if path.name.isdecimal() and (path / MANIFEST).is_file()]
         if numbered:

@@ -16,10 +16,10 @@ import pytest
 from din_dist.serving.batch import predictor as predict
 from din_dist.serving.batch.histories import GivenHistories, newest
 from din_dist.serving.batch.parts import PartsFolder
-from din_dist.serving.batch.predictor import Predictor, Question, Stopped, calls, top_places
+from din_dist.serving.batch.predictor import Predictor, RowColumns, Stopped, calls, top_indices
 from din_dist.tables.ids import Field
 
-QUESTION = Question(Field("history", True, True), Field("candidates", True, True))
+COLUMNS = RowColumns(Field("history", True, True), Field("candidates", True, True))
 
 
 class Sums:
@@ -39,7 +39,7 @@ class Sums:
 
 def predictor(folder: Path, model: Any, **more: Any) -> Predictor:
     folder.mkdir()
-    return Predictor(model, GivenHistories(3), more.pop("question", QUESTION), PartsFolder(folder), **more)
+    return Predictor(model, GivenHistories(3), more.pop("columns", COLUMNS), PartsFolder(folder), **more)
 
 
 def rows(num_rows: int, seed: int = 0) -> dict[str, list[list[int]]]:
@@ -58,7 +58,7 @@ def test_newest_values_of_runs() -> None:
 
 def test_best_of_runs() -> None:
     logits = np.array([1, 3, 2, 5, 5, 0, 7], np.float32)
-    places, offsets = top_places(logits, np.array([0, 3, 3, 6, 7]), 2)
+    places, offsets = top_indices(logits, np.array([0, 3, 3, 6, 7]), 2)
     assert places.tolist() == [1, 2, 3, 4, 6]  # of equal ones the first
     assert offsets.tolist() == [0, 2, 2, 4, 5]
 
@@ -91,16 +91,16 @@ def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         expected = (sum(history[-3:]) + np.array(candidates)) / 1000
         np.testing.assert_allclose(logits, expected, rtol=1e-6)
         np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-expected)), rtol=1e-6)
-    assert work.tally.candidates == sum(map(len, table["candidates"]))
+    assert work.counts.candidates == sum(map(len, table["candidates"]))
     assert max(model.sizes) <= most_pairs or most_pairs == 1
-    assert (work.tally.rows, work.tally.parts) == (50, 3)
+    assert (work.counts.rows, work.counts.parts) == (50, 3)
 
 
 def test_a_row_with_more_than_a_call_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "PAIRS_PER_CALL", 5000)
     candidates = np.random.default_rng(0).permutation(100_000).tolist()
     pq.write_table(pa.table({"history": [[1] * 50_000], "candidates": [candidates]}), tmp_path / "rows.parquet")
-    work = predictor(tmp_path / "out", Sums(), question=Question(*[QUESTION.history, QUESTION.candidates], top_k=2))
+    work = predictor(tmp_path / "out", Sums(), columns=RowColumns(*[COLUMNS.history, COLUMNS.candidates], top_k=2))
     work.run(work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False))
     found = pq.read_table(next((tmp_path / "out").glob("part-*"))).to_pydict()
     assert found["top_items"] == [[99_999, 99_998]]
@@ -127,7 +127,7 @@ def test_a_request_to_stop_is_heard_by_all(tmp_path: Path) -> None:
     asked.set()
     with pytest.raises(Stopped):
         work.run(plan)
-    other = Predictor(Sums(), GivenHistories(3), QUESTION, PartsFolder(tmp_path / "out"))  # type: ignore[arg-type]
+    other = Predictor(Sums(), GivenHistories(3), COLUMNS, PartsFolder(tmp_path / "out"))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         other.run(plan, rank=1, world_size=2)
     assert not list((tmp_path / "out").glob("part-*"))
@@ -166,7 +166,7 @@ def test_progress_counts_the_parts_of_others(
     last = tmp_path / "out" / plan.parts()[-1].name  # as if another process had just published it
     shown = predict._Progress(plan, work._folder, predict.LogFormat.TEXT, 2, silent=False)
     last.write_text("")
-    work.tally.rows, work.tally.candidates = 5, 9
-    shown.show(work.tally)
+    work.counts.rows, work.counts.candidates = 5, 9
+    shown.show(work.counts)
     shown.close()
     assert capsys.readouterr().err.startswith("row 10 of 50: ")

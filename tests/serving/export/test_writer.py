@@ -27,7 +27,7 @@ from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.export import writer as exporting
 from din_dist.serving.export.signatures import Signatures
-from din_dist.serving.export.writer import Trained, export
+from din_dist.serving.export.writer import TrainedModel, export
 from din_dist.serving.manifest import MANIFEST, Manifest
 from tests.support.small_log import small_config
 from tests.support.trained_job import histories_of_tests, write_job
@@ -61,20 +61,20 @@ print(json.dumps([outputs["logits"].numpy().tolist(), sorted(loaded.signatures)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     config = small_config(tmp_path_factory.mktemp("job"))
     model, store = write_job(config)
-    return Trained(model, store, config, 7, "--flag=value\n", {"test_gauc": 0.75, "nothing": float("nan")})
+    return TrainedModel(model, store, config, 7, "--flag=value\n", {"test_gauc": 0.75, "nothing": float("nan")})
 
 
 @pytest.fixture(scope="module")
-def evaluator(trained: Trained) -> Evaluator:
+def evaluator(trained: TrainedModel) -> Evaluator:
     return Evaluator(trained.config, trained.store, split_examples(trained.store, trained.config.data), Runtime())
 
 
 @pytest.fixture(scope="module")
 def published(
-    trained: Trained, evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory
+    trained: TrainedModel, evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Manifest]:
     folder = tmp_path_factory.mktemp("exports") / "deep" / "first"
     return folder, export(trained, evaluator, "test", folder)
@@ -89,7 +89,7 @@ def copy(published: tuple[Path, Manifest], tmp_path: Path) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes one file in place of a SavedModel, and compares nothing."""
 
-    def write(trained: Trained, folder: Path) -> None:
+    def write(trained: TrainedModel, folder: Path) -> None:
         (folder / "saved_model.pb").write_text(str(trained.step))
 
     monkeypatch.setattr(exporting, "_write_saved_model", write)
@@ -97,7 +97,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_export_scores_what_the_log_holds(
-    trained: Trained, evaluator: Evaluator, published: tuple[Path, Manifest]
+    trained: TrainedModel, evaluator: Evaluator, published: tuple[Path, Manifest]
 ) -> None:
     """By ids that this test reads from the log, as the trainer does by its own."""
     folder, manifest = published
@@ -111,7 +111,9 @@ def test_an_export_scores_what_the_log_holds(
     assert bundle.manifest == manifest
 
 
-def test_it_needs_nothing_but_tensorflow(trained: Trained, published: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_it_needs_nothing_but_tensorflow(
+    trained: TrainedModel, published: tuple[Path, Manifest], tmp_path: Path
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(published[0])],
         cwd=tmp_path,
@@ -133,7 +135,7 @@ def test_it_needs_nothing_but_tensorflow(trained: Trained, published: tuple[Path
     assert {"score", "score_padded", "rank", "rank_histories", "embed_items", "rank_with_features"} < set(names)
 
 
-def test_the_manifest_says_what_it_is(trained: Trained, published: tuple[Path, Manifest]) -> None:
+def test_the_manifest_says_what_it_is(trained: TrainedModel, published: tuple[Path, Manifest]) -> None:
     folder, manifest = published
     assert manifest.item_id_type == "string"
     assert manifest.item_features == {"category_id": "string"}
@@ -154,7 +156,9 @@ def test_the_manifest_says_what_it_is(trained: Trained, published: tuple[Path, M
     assert manifest.digest == hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def test_it_holds_the_weights_and_nothing_of_the_optimizer(trained: Trained, published: tuple[Path, Manifest]) -> None:
+def test_it_holds_the_weights_and_nothing_of_the_optimizer(
+    trained: TrainedModel, published: tuple[Path, Manifest]
+) -> None:
     folder, _ = published
     reader = tf.train.load_checkpoint(str(folder / "variables" / "variables"))
     sizes = [
@@ -167,7 +171,7 @@ def test_it_holds_the_weights_and_nothing_of_the_optimizer(trained: Trained, pub
 
 @pytest.mark.parametrize("wrong", [2e-5, np.nan], ids=["off", "nan"])
 def test_other_logits_than_the_trainers_are_not_published(
-    trained: Trained,
+    trained: TrainedModel,
     evaluator: Evaluator,
     published: tuple[Path, Manifest],
     tmp_path: Path,
@@ -176,7 +180,7 @@ def test_other_logits_than_the_trainers_are_not_published(
 ) -> None:
     """The bias of the head's output has moved by a little since the SavedModel was written."""
 
-    def write_as_before(_: Trained, folder: Path) -> None:
+    def write_as_before(_: TrainedModel, folder: Path) -> None:
         shutil.copytree(published[0], folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(exporting, "_write_saved_model", write_as_before)
@@ -195,7 +199,7 @@ def content(folder: Path) -> str:
     return (folder / "saved_model.pb").read_text()
 
 
-def test_what_is_there_is_not_lost(quick: None, trained: Trained, evaluator: Evaluator, tmp_path: Path) -> None:
+def test_what_is_there_is_not_lost(quick: None, trained: TrainedModel, evaluator: Evaluator, tmp_path: Path) -> None:
     other, file, link = tmp_path / "other", tmp_path / "file", tmp_path / "link"
     other.mkdir()
     (other / "mine.txt").write_text("mine")
@@ -203,7 +207,7 @@ def test_what_is_there_is_not_lost(quick: None, trained: Trained, evaluator: Eva
     link.symlink_to(tmp_path / "nowhere")
     for path in (other, file, link):
         for overwrite in (False, True):
-            with pytest.raises(InputError, match="which is there and is no export. Name another one."):
+            with pytest.raises(InputError, match="which exists and is no export. Name another one."):
                 export(trained, evaluator, "test", path, overwrite=overwrite)
     assert (other / "mine.txt").read_text() == file.read_text() == "mine"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -212,7 +216,7 @@ def test_what_is_there_is_not_lost(quick: None, trained: Trained, evaluator: Eva
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_export_is_replaced_when_asked(
     quick: None,
-    trained: Trained,
+    trained: TrainedModel,
     evaluator: Evaluator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -223,7 +227,7 @@ def test_an_export_is_replaced_when_asked(
     folder = tmp_path / "export"
     folder.mkdir()  # empty: as good as none
     export(trained, evaluator, "test", folder)
-    later = Trained(trained.model, trained.store, trained.config, 9, "", None)
+    later = TrainedModel(trained.model, trained.store, trained.config, 9, "", None)
     with pytest.raises(InputError, match="which holds an export. Add --overwrite to replace it"):
         export(later, evaluator, "test", folder)
     assert content(folder) == "7"
@@ -234,7 +238,12 @@ def test_an_export_is_replaced_when_asked(
 
 @pytest.mark.parametrize("moment", range(4))
 def test_broken_off_at_any_moment_it_leaves_an_export(
-    quick: None, trained: Trained, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+    quick: None,
+    trained: TrainedModel,
+    evaluator: Evaluator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: int,
 ) -> None:
     """A process that dies at each of the steps of a replacement, on a disk that cannot exchange; then the next one."""
     folder = tmp_path / "export"
@@ -252,7 +261,7 @@ def test_broken_off_at_any_moment_it_leaves_an_export(
         patch.setattr(files, "_exchange", lambda *_: False)
         patch.setattr(Path, "rename", lambda path, target: (die_when_it_is_time(), rename(path, target))[1])
         patch.setattr(shutil, "rmtree", lambda *_, **__: die_when_it_is_time())  # the dead clear nothing up
-        later = Trained(trained.model, trained.store, trained.config, 9, "", None)
+        later = TrainedModel(trained.model, trained.store, trained.config, 9, "", None)
         with pytest.raises(KeyboardInterrupt):
             export(later, evaluator, "test", folder, overwrite=True)
     assert len(list(tmp_path.iterdir())) > 1
@@ -267,7 +276,7 @@ def test_broken_off_at_any_moment_it_leaves_an_export(
 
 
 def test_what_is_left_aside_is_swept_unless_in_use(
-    quick: None, trained: Trained, evaluator: Evaluator, tmp_path: Path
+    quick: None, trained: TrainedModel, evaluator: Evaluator, tmp_path: Path
 ) -> None:
     left, used, of_another = (
         tmp_path / f".{name}" for name in ("a[1].exporting-1", "a[1].exporting-2", "a1.exporting-1")
@@ -285,7 +294,7 @@ def test_what_is_left_aside_is_swept_unless_in_use(
     [OSError(errno.ENOSPC, "No space left on device"), tf.errors.ResourceExhaustedError(None, None, "disk full")],
 )
 def test_a_full_disk_is_one_line(
-    trained: Trained, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    trained: TrainedModel, evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -298,7 +307,7 @@ def test_a_full_disk_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_below_a_file(quick: None, trained: Trained, evaluator: Evaluator, tmp_path: Path) -> None:
+def test_a_folder_below_a_file(quick: None, trained: TrainedModel, evaluator: Evaluator, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--export_dir: must be a folder that can be"):
         export(trained, evaluator, "test", tmp_path / "file" / "export")

@@ -153,7 +153,7 @@ def test_probes_are_answered_when_all_connections_are_taken() -> None:
                 with contextlib.closing(server.connect(server.health_port)) as connection:
                     assert ask(connection, "GET", path)[0] == 200
             with contextlib.closing(server.connect(server.health_port)) as connection:
-                told = {"error": f"There is nothing at {PATH}. The places: /healthz, /readyz, /metrics."}
+                told = {"error": f"There is nothing at {PATH}. The paths: /healthz, /readyz, /metrics."}
                 assert ask(connection, "GET", PATH) == (404, told)
             assert server.metrics()["connections"] == 3
             server.stop()
