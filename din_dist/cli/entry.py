@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist import environment, mapped_files, progress, streams
-from din_dist.cluster.link import ADDRESS_VARIABLE, BEAT_SECONDS, BEATS_VARIABLE, Address
+from din_dist.cluster.link import BEAT_SECONDS
 from din_dist.config import LogFormat
 from din_dist.errors import (
     EXIT_HUNG,
@@ -34,6 +34,7 @@ from din_dist.errors import (
     is_lost_peer,
 )
 from din_dist.machine import require_threads
+from din_dist.place import Place
 from din_dist.telemetry.terminal import format_line
 from din_dist.text import printable
 
@@ -53,8 +54,8 @@ def run(main: Callable[[], None]) -> None:
         _leave(EXIT_INPUT_ERROR, str(error))
     _quieten()
     mapped_files.set_end(
-        lambda text: format_line(text, _log_format(), rank=environment.rank(), level="error"),
-        int(os.environ.get(BEATS_VARIABLE, "-1")),
+        lambda text: format_line(text, _log_format(), rank=_rank(), level="error"),
+        Place.from_environment().beats,
     )
     threading.Thread(target=_watch_disks, daemon=True).start()
     try:
@@ -86,7 +87,7 @@ class Signals:
         self.stop = self.leave = False
         self._answer = answer
         self._told = _Told("Training goes on without it.")
-        self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._elastic = Place.from_environment().elastic
         hear, tell = socket.socketpair()
         tell.setblocking(False)
         signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
@@ -112,7 +113,7 @@ class Signals:
         found, asked = watch.stuck(), self.stop or self.leave
         for stuck in found:
             if stuck.essential:
-                rank, seconds = environment.rank(), f"{stuck.seconds:.0f} s"
+                rank, seconds = _rank(), f"{stuck.seconds:.0f} s"
                 what = f"nothing for {seconds} while rank {rank} was {stuck.what}" if stuck.what else ""
                 rule = "a disk must answer" if what else f"rank {rank} must end when it is asked to"
                 leave_at_once(
@@ -150,7 +151,7 @@ class _Told:
             if stuck.what not in self._stuck:
                 warn(
                     f"a disk must answer. Received: nothing for {stuck.seconds:.0f} s while rank "
-                    f"{environment.rank()} was {stuck.what}. {self._consequence}"
+                    f"{_rank()} was {stuck.what}. {self._consequence}"
                 )
         now = {stuck.what for stuck in found}
         for what in self._stuck - now:
@@ -184,7 +185,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
     except Left as reason:
-        _leave(EXIT_RETRY, f"rank {environment.rank()} leaves {reason}; the other workers go on", level="stopped")
+        _leave(EXIT_RETRY, f"rank {_rank()} leaves {reason}; the other workers go on", level="stopped")
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY
@@ -192,12 +193,12 @@ def _exit_code(main: Callable[[], None]) -> int:
     except FailedElsewhere:
         return 1
     except CannotJoin as error:
-        _leave(1, f"rank {environment.rank()} must reach the other workers. Received: {error}. See launch/README.md.")
+        _leave(1, f"rank {_rank()} must reach the other workers. Received: {error}. See launch/README.md.")
     except FloatingPointError as error:
         _leave(1, str(error))
     except Exception as error:
         where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
-        rank = environment.rank()
+        rank = _rank()
         if is_lost_peer(error):
             _leave(1, f"rank {rank} lost another worker{where} and cannot go on alone. The same command resumes.")
         if _log_format() is LogFormat.JSON:
@@ -218,7 +219,7 @@ def warn(text: str) -> None:
 
 
 def _print(text: str, level: str, **fields: str) -> None:
-    print(format_line(text, _log_format(), rank=environment.rank(), level=level, **fields), file=sys.stderr, flush=True)
+    print(format_line(text, _log_format(), rank=_rank(), level=level, **fields), file=sys.stderr, flush=True)
 
 
 def _log_format() -> LogFormat:
@@ -227,8 +228,13 @@ def _log_format() -> LogFormat:
     return LogFormat(values.log_format) if "log_format" in values and values.is_parsed() else LogFormat.TEXT
 
 
+def _rank() -> int:
+    """Returns this process' rank as it is now: in an elastic job it changes."""
+    return Place.from_environment().rank
+
+
 def _is_chief() -> bool:
-    return environment.rank() == 0
+    return _rank() == 0
 
 
 def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
@@ -250,16 +256,16 @@ def leave_at_once(code: int, text: str, level: str = "stopped") -> NoReturn:
 
 def _patience_seconds() -> float:
     """Returns for how long a disk may not answer: the launcher's `--stall_timeout_seconds`, where there is one."""
-    if ADDRESS_VARIABLE not in os.environ:
-        return progress.PATIENCE_SECONDS
-    return Address.from_environment().stall_timeout_seconds
+    launcher = Place.from_environment().launcher
+    return launcher.stall_timeout_seconds if launcher else progress.PATIENCE_SECONDS
 
 
 def _tell_agent(word: bytes) -> None:
     """To the agent that stands by this process, where `launch/train.sh` started it."""
-    if beats := os.environ.get(BEATS_VARIABLE):
+    beats = Place.from_environment().beats
+    if beats >= 0:
         with contextlib.suppress(OSError):
-            os.write(int(beats), word)
+            os.write(beats, word)
 
 
 def _tell_end(code: int) -> None:

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from din_dist import environment, streams
+from din_dist import environment, place, streams
 from din_dist.cli import flags as settings
 from din_dist.cluster.addresses import card_towards, loopback_card, own_address
 from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
-from din_dist.cluster.link import FIND_CARD_VARIABLE
 from din_dist.cluster.supervisor import Supervisor
 from din_dist.config import require
 from din_dist.environment import SEVERAL_ON_A_GPU
@@ -32,10 +31,8 @@ from din_dist.text import printable
 _LAUNCH = Path(__file__).parents[2] / "launch"
 _DISCOVER = str(_LAUNCH / "discover_hosts.sh")
 _OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # which Kubernetes' MPI operator mounts
-_OPERATORS_SLOTS = "OMPI_MCA_orte_set_default_slots"  # which it gives the launcher, for its script names none
 _SLURM = "slurm"
 _TELL_HOSTS = "tell_hosts"
-_PASS_ENVIRONMENT = "HOROVOD_PASS_ENVIRONMENT"  # of our Horovod
 _WORKERS_WITHOUT_GPU = 2
 _ENDING_SECONDS = 10.0  # of a command that was asked to end
 _LONGEST_COOLDOWN = 30  # times --host_cooldown_seconds
@@ -183,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _default_slots() -> int:
     """Of a host that is named without: what its MPI operator says, else as many as this machine has GPUs."""
-    return int(os.environ.get(_OPERATORS_SLOTS) or 0) or int(_FLAGS.num_gpus) or 1
+    return place.slots_of_mpi_operator() or int(_FLAGS.num_gpus) or 1
 
 
 def _wait_for_hosts(names: Sequence[str], numbers: Mapping[str, float]) -> int:
@@ -335,7 +332,7 @@ def _pass_environment() -> None:
             name,
             "Set it, or leave it out.",
         )
-    os.environ[_PASS_ENVIRONMENT] = ",".join(names)
+    os.environ["HOROVOD_PASS_ENVIRONMENT"] = ",".join(names)  # our build of Horovod reads it
 
 
 def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
@@ -350,7 +347,7 @@ def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
         card = loopback_card()
     else:
         card = card_towards(host.name for host in hosts if not is_local(host.name))
-        os.environ[FIND_CARD_VARIABLE] = "1"  # on other hosts it may have another name
+        place.let_agents_find_card()  # on other hosts it may have another name
     return card, own_address(card)
 
 
@@ -420,7 +417,7 @@ def _print_help() -> None:
 
 if __name__ == "__main__":
     streams.open_standard_streams()
-    environment.forget_place()
+    place.forget()
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         _print_help()
         sys.exit()

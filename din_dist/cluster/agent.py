@@ -20,18 +20,10 @@ from typing import IO
 
 from din_dist import environment
 from din_dist.cluster.addresses import card_of
-from din_dist.cluster.link import (
-    BEAT_SECONDS,
-    BEATS_VARIABLE,
-    FIND_CARD_VARIABLE,
-    KEY_VARIABLE,
-    Address,
-    Lines,
-    Seal,
-    introduce,
-)
+from din_dist.cluster.link import BEAT_SECONDS, Lines, Seal, introduce
 from din_dist.cluster.processes import die_with_parent, exit_code
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
+from din_dist.place import LauncherAddress, Place, variables_of_trainer
 from din_dist.text import printable_line
 
 _CONNECT_SECONDS = 10.0
@@ -46,7 +38,10 @@ _LAST_WORDS_SECONDS = 0.5  # at least, for a trainer to say itself that another 
 class Agent:
     """One trainer and the link to the launcher."""
 
-    def __init__(self, launcher: socket.socket, seal: Seal, lines: Lines, stall_timeout_seconds: float) -> None:
+    def __init__(
+        self, place: Place, launcher: socket.socket, seal: Seal, lines: Lines, stall_timeout_seconds: float
+    ) -> None:
+        self._place = place
         self._launcher: socket.socket | None = launcher
         self._seal, self._launcher_lines, self._trainer_lines = seal, lines, Lines()
         self._stall_timeout_seconds = stall_timeout_seconds
@@ -102,11 +97,11 @@ class Agent:
         beats, trainers_end = os.pipe()
         os.set_blocking(beats, False)
         self._selector.register(beats, selectors.EVENT_READ, lambda: self._hear_trainer(beats))
-        under_horovodrun = "HOROVOD_RANK" in os.environ
-        is_static_follower = os.environ.get("HOROVOD_RANK", "0") != "0" and "HOROVOD_ELASTIC" not in os.environ
+        under_horovodrun = self._place.under_horovodrun
+        is_static_follower = self._place.rank != 0 and not self._place.elastic
         self._trainer = subprocess.Popen(
             command,
-            env={**os.environ, **self._cards(), BEATS_VARIABLE: str(trainers_end)},
+            env={**os.environ, **self._cards(), **variables_of_trainer(trainers_end)},
             pass_fds=[trainers_end],
             stdin=subprocess.DEVNULL,  # a trainer that cannot be ended must not hold the ssh session open
             # Through this process: where ssh broke off, writing to what it left behind would be the trainer's end.
@@ -182,7 +177,7 @@ class Agent:
         assert self._trainer
         if self._heard_trainer is None:
             self._kill(EXIT_RETRY)
-        elif os.environ.get("HOROVOD_ELASTIC") == "1" or int(os.environ.get("HOROVOD_SIZE", "1")) == 1:
+        elif self._place.elastic or self._place.size == 1:
             self._send_sigterm()
         else:
             self._terminate_at = time.monotonic() + _LAST_WORDS_SECONDS
@@ -260,10 +255,10 @@ class Agent:
         Horovod gives the name of the launcher's own, which may be another here.
         """
         assert self._launcher
-        if FIND_CARD_VARIABLE not in os.environ or not (card := card_of(self._launcher.getsockname()[0])):
+        if not self._place.find_card or not (card := card_of(self._launcher.getsockname()[0])):
             return {}
         variables = {"HOROVOD_GLOO_IFACE": card}
-        if os.environ.get("NCCL_SOCKET_IFNAME") == os.environ.get("HOROVOD_GLOO_IFACE"):  # not the user's
+        if os.environ.get("NCCL_SOCKET_IFNAME", "") == self._place.card:  # not the user's
             variables["NCCL_SOCKET_IFNAME"] = card
         return variables
 
@@ -288,27 +283,22 @@ def pump(source: IO[bytes], target: int) -> None:
 
 def _say(text: str) -> None:
     """Prints a line. Errors in it may come from elsewhere, so a terminal must not obey them."""
-    line = printable_line(f"worker {os.environ.get('HOROVOD_RANK', '0')}: {text}") + "\n"
+    line = printable_line(f"worker {Place.from_environment().rank}: {text}") + "\n"
     with contextlib.suppress(OSError):
         os.write(2, line.encode())
 
 
-def _join() -> tuple[socket.socket, Seal, Lines, float]:
-    """Joins the launcher; returns the link to it, and after how many seconds its silence counts."""
-    address = Address.from_environment()
-    hello = {
-        "host": os.environ.get("HOROVOD_HOSTNAME", ""),
-        "local_rank": int(os.environ.get("HOROVOD_LOCAL_RANK", "0")),
-        "rank": int(os.environ.get("HOROVOD_RANK", "0")),
-    }
+def _join(place: Place, address: LauncherAddress) -> tuple[socket.socket, Seal, Lines]:
+    """Connects to the launcher and introduces this agent; returns the link."""
+    hello = {"host": place.host, "local_rank": place.local_rank, "rank": place.rank}
     started = time.monotonic()
     while True:
         link = None
         try:
             link = socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            seal, lines = introduce(link, os.environ[KEY_VARIABLE], hello)
-            return link, seal, lines, address.stall_timeout_seconds
+            seal, lines = introduce(link, place.key, hello)
+            return link, seal, lines
         except (OSError, ValueError) as error:
             if link:
                 link.close()
@@ -319,8 +309,12 @@ def _join() -> tuple[socket.socket, Seal, Lines, float]:
 
 
 def main(trainer_flags: Sequence[str]) -> int:
-    """The exit code of a trainer with these flags."""
-    return Agent(*_join()).run([sys.executable, "-m", "din_dist.cli.train", *trainer_flags])
+    """Runs a trainer with these flags; returns its exit code."""
+    place = Place.from_environment()
+    if place.launcher is None:
+        sys.exit("an agent must have a launcher. Received: no address of one. Start workers with launch/train.sh.")
+    agent = Agent(place, *_join(place, place.launcher), place.launcher.stall_timeout_seconds)
+    return agent.run([sys.executable, "-m", "din_dist.cli.train", *trainer_flags])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import os
 import re
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from din_dist.cluster.addresses import addresses_of, is_own
 from din_dist.cluster.slurm import hosts_of_slurm
 from din_dist.errors import InputError
 from din_dist.files import read_text
+from din_dist.place import SlurmJob
 
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
 _SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
@@ -53,7 +53,7 @@ def parse_hosts(text: str, default_slots: int = 1) -> list[HostSlots]:
         InputError: it is something else.
     """
     if text == "slurm":
-        return [HostSlots(name, slots) for name, slots in hosts_of_slurm(os.environ, default_slots)]
+        return [HostSlots(name, slots) for name, slots in hosts_of_slurm(SlurmJob.from_environment(), default_slots)]
     found = [HostSlots.parse(part.strip(), default_slots) for part in text.split(",")]
     if None in found:
         raise InputError(

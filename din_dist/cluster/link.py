@@ -16,44 +16,20 @@ found out.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import socket
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-ADDRESS_VARIABLE = "DIN_DIST_LAUNCHER"
-KEY_VARIABLE = "HOROVOD_SECRET_KEY"  # of the job, which Horovod's own connections use too
-JOB_VARIABLE = "DIN_DIST_JOB"  # tells the workers of one job from those of another
-BEATS_VARIABLE = "DIN_DIST_BEATS_FD"  # of a trainer: where its signs of life go
-FIND_CARD_VARIABLE = "DIN_DIST_FIND_CARD"  # nobody named a network card: each host's own, towards the launcher
 BEAT_SECONDS = 1.0
 LONGEST_LINE = 4096  # bytes
 
 _NONCE = re.compile(rb"[0-9a-f]{32}")
 
 Side = Literal["launcher", "agent"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """How an agent finds its launcher, in an environment variable."""
-
-    host: str
-    port: int
-    stall_timeout_seconds: float
-
-    def to_environment(self) -> dict[str, str]:
-        return {ADDRESS_VARIABLE: f"{self.host}:{self.port}:{self.stall_timeout_seconds:g}"}
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        host, port, stall_timeout_seconds = os.environ[ADDRESS_VARIABLE].split(":")
-        return cls(host, int(port), float(stall_timeout_seconds))
 
 
 def new_nonce() -> bytes:

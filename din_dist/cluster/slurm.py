@@ -4,47 +4,46 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from din_dist.errors import InputError
+from din_dist.place import SlurmJob
 
 _PIECE = re.compile(r"[^\[\],]+|\[[0-9,-]+\]")
 _COUNT = re.compile(r"([1-9][0-9]*)(?:\(x([1-9][0-9]*)\))?")
 
 
-def hosts_of_slurm(variables: Mapping[str, str], default_slots: int) -> list[tuple[str, int]]:
+def hosts_of_slurm(job: SlurmJob, default_slots: int) -> list[tuple[str, int]]:
     """Names and slots: a slot for each GPU of a node, else for each task.
 
     Args:
-        variables: the environment.
+        job: what SLURM tells of the job.
         default_slots: where SLURM says neither.
 
     Raises:
         InputError: it is no SLURM job, or each of its tasks has started this, or a variable is not as SLURM has it.
     """
-    nodes = variables.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
+    if not job.nodes:
         raise InputError(
             "--hosts: slurm is for jobs of SLURM. Received: no SLURM_JOB_NODELIST. Start it in a script for sbatch, or "
             "name the hosts."
         )
-    if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if job.step_tasks > 1:
         raise InputError(
-            "--hosts: slurm takes one start for all hosts. Received: an srun of "
-            f"{variables['SLURM_STEP_NUM_TASKS']} tasks. Leave srun out: the workers are started over ssh."
+            f"--hosts: slurm takes one start for all hosts. Received: an srun of {job.step_tasks} tasks. Leave srun "
+            "out: the workers are started over ssh."
         )
-    names = expand_nodes(nodes)
-    if gpus := variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_GPUS_PER_NODE", ""):
-        per_node = re.search(r"([0-9]+)$", gpus)  # also a100:8
-        if per_node and int(per_node[1]):
-            return [(name, int(per_node[1])) for name in names]
-    if tasks := variables.get("SLURM_TASKS_PER_NODE"):
-        slots = _expand_counts(tasks)
+    names = expand_nodes(job.nodes)
+    per_node = re.search(r"([0-9]+)$", job.gpus_per_node)  # also a100:8
+    if per_node and int(per_node[1]):
+        return [(name, int(per_node[1])) for name in names]
+    if job.tasks_per_node:
+        slots = _expand_counts(job.tasks_per_node)
         if len(slots) == len(names):
             return list(zip(names, slots, strict=True))
         raise InputError(
-            f"SLURM_TASKS_PER_NODE must have a number for each of the {len(names)} nodes. Received: {tasks!r}. Name "
-            "the hosts with --hosts."
+            f"SLURM_TASKS_PER_NODE must have a number for each of the {len(names)} nodes. Received: "
+            f"{job.tasks_per_node!r}. Name the hosts with --hosts."
         )
     return [(name, default_slots) for name in names]
 

@@ -27,9 +27,10 @@ import psutil
 
 from din_dist import environment
 from din_dist.cluster.hosts import HostList
-from din_dist.cluster.link import BEAT_SECONDS, JOB_VARIABLE, KEY_VARIABLE, LONGEST_LINE, Address, Seal, new_nonce
+from din_dist.cluster.link import BEAT_SECONDS, LONGEST_LINE, Seal, new_nonce
 from din_dist.cluster.processes import die_with_parent, exit_code
 from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY, InputError
+from din_dist.place import LauncherAddress, Place, variables_of_agents, wants_horovods_log
 from din_dist.text import printable, printable_line
 
 _GIVING_UP_SECONDS = 5.0  # in which the other workers give up too
@@ -106,17 +107,12 @@ class Supervisor:
         # Asyncio takes in as many at once as may wait, and only then looks at any: far fewer than there are files.
         server = await asyncio.start_server(self._serve, sock=listener, backlog=_ACCEPTED_AT_ONCE, limit=LONGEST_LINE)
         listener.listen(1024)
-        address = Address(self._address, listener.getsockname()[1], self._stall_timeout_seconds)
+        address = LauncherAddress(self._address, listener.getsockname()[1], self._stall_timeout_seconds)
         if self._hosts:
             await self._refresh_hosts(self._hosts, set())
         self._process = subprocess.Popen(
             self._command,
-            env={
-                **os.environ,
-                **address.to_environment(),
-                KEY_VARIABLE: self._key,
-                JOB_VARIABLE: secrets.token_hex(8),
-            },
+            env={**os.environ, **variables_of_agents(address, self._key, job=secrets.token_hex(8))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._horovod else None,
             stderr=subprocess.PIPE if self._horovod else None,
@@ -248,7 +244,8 @@ class Supervisor:
         found = []
         for process in _descendants(self._process.pid):
             with contextlib.suppress(psutil.Error):
-                if _slot_of(process) == (worker.host, str(worker.local_rank)):
+                place = Place.from_environment(process.environ())
+                if place.host and (place.host, place.local_rank) == (worker.host, worker.local_rank):
                     found.append(process)
         return found
 
@@ -326,7 +323,7 @@ class Supervisor:
                 self._horovodrun_said.append(line)
                 continue
             rank, stream, text = match.groups()
-            if _NOISE in text and "HOROVOD_LOG_LEVEL" not in os.environ:
+            if _NOISE in text and not wants_horovods_log():
                 continue  # the trainer says in its own words what came of it
             if self._log_dir:
                 # Opened for each line: an elastic job may run for weeks, and logs be moved under it.
@@ -396,15 +393,9 @@ def _hosts_of_workers(driver: int) -> set[str]:
     found = set()
     for process in _descendants(driver):
         with contextlib.suppress(psutil.Error):
-            host, _ = _slot_of(process)
+            host = Place.from_environment(process.environ()).host
             found.update([host] if host else [])
     return found
-
-
-def _slot_of(process: psutil.Process) -> tuple[str, str]:
-    """Returns the host and local rank that Horovod's driver started a process for."""
-    variables = process.environ()
-    return variables.get("HOROVOD_HOSTNAME", ""), variables.get("HOROVOD_LOCAL_RANK", "")
 
 
 def _say(text: str) -> None:

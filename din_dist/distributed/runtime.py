@@ -6,7 +6,6 @@ This is the only module that imports Horovod.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -23,6 +22,7 @@ import tensorflow as tf
 from din_dist import progress
 from din_dist.environment import SEVERAL_ON_A_GPU
 from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, is_lost_peer
+from din_dist.place import Place, is_dismissed
 
 _JOIN_AGAIN_SECONDS = 0.2
 _MOST_FAILED_JOINS = 10  # in a row, each within `_AT_ONCE_SECONDS`: what is wrong is not that others come and go
@@ -279,7 +279,7 @@ class ElasticRuntime(HorovodRuntime):
                 super()._join()
             except CannotJoin as error:
                 self._hvd.shutdown()
-                if _libc_environment("HOROVOD_RANK") == "-1":
+                if is_dismissed():
                     raise Left("because its host was taken from the job") from error
                 failed_joins = failed_joins + 1 if time.monotonic() - started < _AT_ONCE_SECONDS else 0
                 if failed_joins > _MOST_FAILED_JOINS:
@@ -300,18 +300,12 @@ class ElasticRuntime(HorovodRuntime):
         yield
 
 
-def _libc_environment(name: str) -> str:
-    """A variable that C code has set, which `os.environ` does not see."""
-    getenv = ctypes.CDLL(None).getenv
-    getenv.restype = ctypes.c_char_p
-    return (getenv(name.encode()) or b"").decode()
-
-
 def open_runtime() -> Runtime:
     """Joins the job that `horovodrun` started this process for, or stands alone."""
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
+    place = Place.from_environment()
+    if place.elastic:
         return ElasticRuntime()
-    return Runtime() if int(os.environ.get("HOROVOD_SIZE", "1")) == 1 else HorovodRuntime()
+    return Runtime() if place.alone else HorovodRuntime()
 
 
 def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:

@@ -13,8 +13,10 @@ from din_dist.errors import EXIT_RETRY
 # Its child has the link after it. What the child does: by the first argument.
 AGENT = """
 import os, pathlib, socket, sys, time
-from din_dist.cluster.link import KEY_VARIABLE, Address, introduce
-address = Address.from_environment()
+from din_dist.cluster.link import introduce
+from din_dist.place import Place
+place = Place.from_environment()
+address = place.launcher
 if sys.argv[1] == "beset":
     strangers = [socket.create_connection((address.host, address.port)) for _ in range(300)]
     for stranger in strangers[::2]:
@@ -27,7 +29,7 @@ if sys.argv[1] == "beset":
         time.sleep(.5)
     pathlib.Path("files").write_text(str(before))
 link = socket.create_connection((address.host, address.port))
-seal, _ = introduce(link, os.environ[KEY_VARIABLE], {"host": sys.argv[3], "local_rank": 0, "rank": 0})
+seal, _ = introduce(link, place.key, {"host": sys.argv[3], "local_rank": 0, "rank": 0})
 if sys.argv[1] == "is_silent":
     time.sleep(60)
 if os.fork():
