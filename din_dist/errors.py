@@ -23,14 +23,8 @@ class Left(Interrupted):
     """This rank leaves an elastic job, which goes on without it; the text says why."""
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether Horovod says that a rank went away during a message.
-
-    Out of a graph it comes as an error of TensorFlow's, at a node of Horovod's or with Horovod's own words. Goes by
-    names, so that neither needs to be imported.
-    """
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "HorovodInternalError" in names or ("OpError" in names and "horovod" in str(error).lower())
+class LostPeer(Exception):
+    """Another rank went away during a collective; the text is Horovod's."""
 
 
 class CannotJoin(Exception):

@@ -31,7 +31,7 @@ from din_dist.errors import (
     InputError,
     Interrupted,
     Left,
-    is_lost_peer,
+    LostPeer,
 )
 from din_dist.machine import require_threads
 from din_dist.place import Place
@@ -196,16 +196,22 @@ def _exit_code(main: Callable[[], None]) -> int:
         _leave(1, f"rank {_rank()} must reach the other workers. Received: {error}. See launch/README.md.")
     except FloatingPointError as error:
         _leave(1, str(error))
+    except LostPeer as error:
+        _leave(
+            1, f"rank {_rank()} lost another worker{_where(error)} and cannot go on alone. The same command resumes."
+        )
     except Exception as error:
-        where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
-        rank = _rank()
-        if is_lost_peer(error):
-            _leave(1, f"rank {rank} lost another worker{where} and cannot go on alone. The same command resumes.")
+        where, rank = _where(error), _rank()
         if _log_format() is LogFormat.JSON:
             _leave(1, f"rank {rank} failed{where}: {error}", traceback=traceback.format_exc())
         print(printable(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         _leave(1, f"rank {rank} failed{where}: see the lines above")
     return 0
+
+
+def _where(error: Exception) -> str:
+    """Returns what the notes on an error say of the place in the job where it came."""
+    return "".join(f" at {note}" for note in getattr(error, "__notes__", []))
 
 
 def say(text: str) -> None:
