@@ -1,4 +1,4 @@
-"""The hosts of a SLURM job, from the variables that it gives a batch script."""
+"""Finds the hosts of a SLURM job in the variables of its batch script."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COUNT = re.compile(r"([1-9][0-9]*)(?:\(x([1-9][0-9]*)\))?")
 
 
 def hosts_of_slurm(job: SlurmJob, default_slots: int) -> list[tuple[str, int]]:
-    """Names and slots: a slot for each GPU of a node, else for each task.
+    """Returns names and slots: a slot for each GPU of a node, or for each task where SLURM names no GPUs.
 
     Args:
-        job: what SLURM tells of the job.
-        default_slots: where SLURM says neither.
+        job: the variables that SLURM sets.
+        default_slots: the slots of each node where SLURM names neither.
 
     Raises:
-        InputError: it is no SLURM job, or each of its tasks has started this, or a variable is not as SLURM has it.
+        InputError: this is no SLURM job, each of its tasks runs this command, or a variable is malformed.
     """
     if not job.nodes:
         raise InputError(
@@ -49,18 +49,18 @@ def hosts_of_slurm(job: SlurmJob, default_slots: int) -> list[tuple[str, int]]:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Of SLURM's short form, in its order: `gpu[1-2,07],login` is gpu1, gpu2, gpu07, login.
+    """Expands SLURM's short form, in its order: `gpu[1-2,07],login` becomes gpu1, gpu2, gpu07, login.
 
     Raises:
-        InputError: it is something else.
+        InputError: the text has another form.
     """
     found: list[str] = []
     for name in _split(text):
         pieces = _PIECE.findall(name)
         if "".join(pieces) != name or not pieces:
             raise InputError(
-                f"SLURM_JOB_NODELIST must be a list of nodes, as gpu[1-4,7],login. Received: {text!r}. Name the hosts "
-                "with --hosts."
+                f"SLURM_JOB_NODELIST must be a list of nodes, such as gpu[1-4,7],login. Received: {text!r}. Name the "
+                "hosts with --hosts."
             )
         choices = [list(_numbers(piece[1:-1])) if piece.startswith("[") else [piece] for piece in pieces]
         found.extend("".join(parts) for parts in itertools.product(*choices))
@@ -68,7 +68,7 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are not within brackets."""
+    """Splits at the commas that are not within brackets."""
     return re.split(r",(?![^\[]*\])", text)
 
 
@@ -80,13 +80,13 @@ def _numbers(text: str) -> Iterator[str]:
 
 
 def _expand_counts(text: str) -> list[int]:
-    """Of `2(x3),1`: 2, 2, 2, 1."""
+    """Expands `2(x3),1` to 2, 2, 2, 1."""
     counts: list[int] = []
     for part in text.split(","):
         match = _COUNT.fullmatch(part)
         if not match:
             raise InputError(
-                f"SLURM_TASKS_PER_NODE must be as 2(x3),1. Received: {text!r}. Name the hosts with --hosts."
+                f"SLURM_TASKS_PER_NODE must have the form 2(x3),1. Received: {text!r}. Name the hosts with --hosts."
             )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts

@@ -28,7 +28,7 @@ def test_nodes_in_short_form(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize("text", ["gpu[1-", "gpu]", "gpu[a-b]", "a,,b", "[", "gpu[]"])
 def test_what_is_no_list_of_nodes(text: str) -> None:
-    with pytest.raises(InputError, match="SLURM_JOB_NODELIST must be a list of nodes, as .* Received: "):
+    with pytest.raises(InputError, match="SLURM_JOB_NODELIST must be a list of nodes, such as .* Received: "):
         expand_nodes(text)
 
 
@@ -62,7 +62,7 @@ def test_slots(variables: dict[str, str], expected: list[int]) -> None:
         ),
         (
             {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "two"},
-            r"SLURM_TASKS_PER_NODE must be as 2\(x3\),1. Received: 'two'.",
+            r"SLURM_TASKS_PER_NODE must have the form 2\(x3\),1. Received: 'two'.",
         ),
     ],
 )

@@ -97,14 +97,14 @@ def test_a_job_whose_launcher_was_cut_off_can_be_run_again(capfd: pytest.Capture
     """All workers have said that they do not hear it; what Horovod's driver makes of that is another matter."""
     assert run("parts", 1, address="127.0.0.2") == EXIT_RETRY
     assert capfd.readouterr().err == (
-        "train.sh: no worker was heard of for 60 s: this machine is cut off from them, and they save and stop. The "
-        "same command goes on from there.\n"
+        "train.sh: no worker gave a sign of life for 60 s: this machine is cut off from them, and they save and stop. "
+        "The same command resumes.\n"
     )
 
 
 def test_a_terminal_does_not_obey_a_hosts_name(capfd: pytest.CaptureFixture[str]) -> None:
     run("is_silent", 0, host="\x1b[2Jone\ntwo", stall_timeout_seconds=1)
-    said = "train.sh: worker 0 on \\x1b[2Jone two was not heard of for 1 s: it is given up\n"
+    said = "train.sh: worker 0 on \\x1b[2Jone two gave no sign of life for 1 s: it counts as lost\n"
     assert capfd.readouterr().err.startswith(said)
 
 
