@@ -31,7 +31,7 @@ def settle() -> None:
 def ending_signals() -> tuple[signal.Signals, ...]:
     """Returns the signals that ask this process to end.
 
-    SIGHUP, which a terminal sends when it closes, is one of them unless it was ignored at the start, as under nohup.
+    A terminal sends SIGHUP when it closes. It is one of them unless it was ignored at the start, as under nohup.
     """
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT, *(() if is_ignored else (signal.SIGHUP,)))

@@ -74,7 +74,7 @@ def _own_groups(cgroups: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> list[int]:
-    """Returns the number in a file as a list of one; the list is empty for `max` or without a file."""
+    """Returns the number in a file as a list of one; the list is empty for `max` or no file."""
     with contextlib.suppress(OSError, ValueError):
         return [int(read_text(path))]
     return []

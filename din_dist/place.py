@@ -1,7 +1,7 @@
 """The place of a process in its job, from the variables of those who started it.
 
-This is the only module that reads such variables: those of Horovod (`HOROVOD_*`), of SLURM (`SLURM_*`) and of
-Kubernetes' MPI operator (`OMPI_*`), and those that our own launcher gives its workers.
+This is the only module that reads the variables of Horovod (`HOROVOD_*`), of SLURM (`SLURM_*`) and of Kubernetes' MPI
+operator (`OMPI_*`). It also reads those that our own launcher gives its workers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class LauncherAddress:
 
     @classmethod
     def parse(cls, text: str) -> Self:
+        """Parses the text that `str` gives."""
         host, port, stall_timeout_seconds = text.split(":")
         return cls(host, int(port), float(stall_timeout_seconds))
 

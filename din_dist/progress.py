@@ -1,8 +1,8 @@
 """Records what this process does with disks, to notice a disk that does not answer.
 
-Code that reads or writes says so by `with at("saving a checkpoint"):`, and calls `note()` for each part that is done. A
-`Watch` in another thread notices when nothing happens there. Code that waits for other ranks does not record that,
-because it is the others who are stuck.
+Code that reads or writes does so in `with at("saving a checkpoint"):` and calls `note()` after each part. A `Watch` in
+another thread notices when nothing happens there. Code that waits for other ranks does not record that, because it is
+the others who are stuck.
 """
 
 from __future__ import annotations

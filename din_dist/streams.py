@@ -15,8 +15,8 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # the reader went aw
 def open_standard_streams() -> None:
     """Makes the three streams usable. Must be called first, before other files get the streams' descriptors.
 
-    A closed stream reads nothing and writes nowhere. Text that standard output or error does not take is dropped,
-    because a log that nobody reads is no reason to stop. Standard output, which is for programs, is UTF-8.
+    A closed stream reads nothing and writes nowhere. Text that standard output or error does not take is dropped: a log
+    that nobody reads is no reason to stop. Standard output, which is for programs, is UTF-8.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

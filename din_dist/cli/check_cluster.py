@@ -1,8 +1,8 @@
 """Checks that a job can run on these hosts: `python -m din_dist.cli.check_cluster -H host:slots,host:slots [FLAGS]`.
 
 It takes every flag of the trainer and uses those that say where data and results lie, and --metrics_port. It prints a
-line for each host that is fine, and a table of the problems of the others, with remedies. Exit code 0: a job will
-start, perhaps with warnings; 2: it will not.
+line for each host that is fine, and a table of problems and remedies for the others. Exit code 0: a job will start,
+perhaps with warnings; 2: it will not.
 """
 
 from __future__ import annotations

@@ -147,6 +147,7 @@ class _Told:
         self._stuck: set[str] = set()
 
     def tell(self, found: Sequence[progress.Stuck]) -> None:
+        """Logs the blocks that are stuck since the last call, and those that no longer are."""
         for stuck in found:
             if stuck.what not in self._stuck:
                 warn(

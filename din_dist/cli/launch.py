@@ -355,7 +355,15 @@ def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
 def _horovodrun(
     numbers: Mapping[str, float], hosts: Sequence[HostSlots], only_here: bool, card: str, current_hosts: Path
 ) -> list[str]:
-    """Returns the command of Horovod's launcher, to which the worker's command is added."""
+    """Returns the command of Horovod's launcher, to which the worker's command is added.
+
+    Args:
+        numbers: the values of the numeric flags.
+        hosts: the hosts of the job; none for this machine, or for an elastic job.
+        only_here: all workers run on this machine.
+        card: the network card by which workers reach this machine.
+        current_hosts: the file from which an elastic job gets its hosts.
+    """
     timeout = str(round(numbers["stall_timeout_seconds"]))
     venv = Path(os.environ.get("DIN_DIST_VENV", sys.prefix))
     words = [str(venv / "bin" / "horovodrun"), "--gloo", "--gloo-timeout-seconds", timeout]
@@ -384,7 +392,7 @@ def _write_discovery(current_hosts: Path) -> None:
 def _run_first(name: str, arguments: Sequence[str]) -> int:
     """Runs another of our commands, with its report on stderr; returns its exit code, 75 when a signal stopped it.
 
-    If a command does not end after a signal, because its disk does not answer, it is killed and not waited for.
+    A command whose disk does not answer may not end after a signal. Then it is killed and not waited for.
     """
     stopped: list[float] = []
 

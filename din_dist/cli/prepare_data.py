@@ -1,6 +1,6 @@
 """Prepares a data set for training and prints its statistics: `python -m din_dist.cli.prepare_data`.
 
-It takes every flag of the trainer and checks all of them, so that a wrong one is found before any worker starts.
+It takes every flag of the trainer and checks all of them. So a wrong flag is found before any worker starts.
 """
 
 from __future__ import annotations

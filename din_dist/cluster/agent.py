@@ -1,6 +1,6 @@
 """Watches one trainer process on the trainer's own host: `python -m din_dist.cluster.agent TRAINER_FLAGS`.
 
-The agent stops the trainer when the launcher asks for that or is gone, and kills it when it has hung. It reports the
+The agent stops the trainer when the launcher asks for that or is gone. It kills a trainer that has hung. It reports the
 trainer's exit code to the launcher. It needs no shared files, so it runs on any host.
 """
 

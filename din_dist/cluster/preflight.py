@@ -133,7 +133,15 @@ def render(hosts: Sequence[HostSlots], findings: Sequence[Finding]) -> str:
 def compare(
     hosts: Sequence[HostSlots], here: Facts, answers: Mapping[str, Answer], config: Config, *, elastic: bool = False
 ) -> list[Finding]:
-    """Returns the problems that the facts of the hosts show, compared with those of this machine (`here`)."""
+    """Returns the problems that the facts of the hosts show.
+
+    Args:
+        hosts: the hosts of the job.
+        here: the facts of this machine.
+        answers: name -> what the host's probe found.
+        config: the job's settings.
+        elastic: the job is elastic.
+    """
     any_gpu = any(answer.facts.num_gpus for answer in answers.values())
     fingerprints = [here.fingerprint, *(answer.facts.fingerprint for answer in answers.values())]
     fingerprint = next((found for found in fingerprints if found), None)

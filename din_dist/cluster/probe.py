@@ -6,8 +6,8 @@ Each question is a line of JSON on stdin, `{"ask": NAME, ...}`. Each answer is a
     time    the host's clock
     reach   {"peers": {NAME: [ADDRESS, PORT], ...}} -> the peers to which no connection can be made, with the reasons
 
-The probe listens at the address of a worker, so that other hosts can try to connect, and ends when stdin closes. It
-must start in an instant, so it imports neither TensorFlow nor a module that does.
+The probe listens at the address of a worker, so that other hosts can try to connect. It ends when stdin closes. It must
+start in an instant, so it imports neither TensorFlow nor a module that does.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _why_unreached(address: str, port: int) -> str:
 
 
 def _machine() -> str:
-    """Returns an id of the running kernel and its network namespace, of which a container has its own."""
+    """Returns an id of the running kernel and the network namespace; a container has a namespace of its own."""
     boot = read_text(Path("/proc/sys/kernel/random/boot_id")).strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 

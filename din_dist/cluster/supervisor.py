@@ -58,6 +58,7 @@ class _Worker:
     has_ended: bool = False  # its agent has sent its exit code
 
     def tell(self, message: dict[str, int | bool]) -> None:
+        """Sends a message to the worker's agent."""
         with contextlib.suppress(OSError, RuntimeError):  # the reader finds out that it is gone
             self.writer.write(self.seal.encode(message))
 
@@ -234,7 +235,7 @@ class Supervisor:
         _end(self._processes_of(worker))
 
     async def _end_left_over(self, worker: _Worker) -> None:
-        """Ends what the driver still runs for a worker whose link broke, after its agent had time to stop the trainer.
+        """Ends the driver's processes for a worker whose link broke, once its agent had time to stop the trainer.
 
         The driver would otherwise wait for the ssh to a host that is gone.
         """
