@@ -372,7 +372,7 @@ class Supervisor:
         wrong_input = [failure for failure in self._failures if failure[1] == EXIT_INPUT_ERROR]
         rank, code = (wrong_input or self._failures)[-1 if self._elastic and not wrong_input else 0]
         if code == 128 + signal.SIGKILL:
-            _say(f"worker {rank} was killed (SIGKILL). Often memory ran out. Use fewer workers or a smaller batch.")
+            _say(f"worker {rank} was killed (SIGKILL). Often memory ran out: use fewer workers or a smaller batch.")
         elif code == 128 + signal.SIGBUS:
             _say(f"worker {rank} ended by SIGBUS: a mapped file was cut short, or its disk gave an error.")
         elif code not in (EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_HUNG) and not self._stop_level:
