@@ -1,4 +1,4 @@
-"""Writes to a disk beside training, which waits for none of it."""
+"""Writes to a disk in the background, so that training does not wait."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _LOOK_EVERY_SECONDS = 0.2
 
 
 class Writer:
-    """A thread that does jobs one after the other; few may wait, because a disk may never answer.
+    """A thread that runs jobs one after the other. Few jobs may wait, because a disk may never answer.
 
     Args:
-        capacity: how many jobs there may be, with the one that is under way.
+        name: the thread's name.
+        capacity: the most jobs at a time, including the one that runs.
     """
 
     def __init__(self, name: str, capacity: int) -> None:
@@ -28,11 +29,11 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def offer(self, what: str, job: Callable[[], None]) -> bool:
-        """Takes a job, unless there are as many as there may be.
+        """Takes a job and returns True, or returns False when there is no room.
 
         Args:
-            what: what the thread is at then, as of `progress.at`.
-            job: catches what may happen to it; anything else is raised by the next call of `offer` or `wait`.
+            what: what the thread does then, for `progress.at`.
+            job: handles the errors that it expects. The next call of `offer` or `wait` raises any other.
         """
         self._raise_error()
         with self._changed:
@@ -46,7 +47,7 @@ class Writer:
         return True
 
     def wait(self, patience_seconds: float) -> bool:
-        """Waits until all jobs are done; False when nothing was done for so long."""
+        """Waits until all jobs are done and returns True, or False after `patience_seconds` without progress."""
         while True:
             self._raise_error()
             with self._changed:
@@ -59,6 +60,7 @@ class Writer:
 
     @property
     def num_waiting(self) -> int:
+        """The number of jobs that are not done, including the one that runs."""
         return len(self._jobs)
 
     def _work(self) -> None:
@@ -70,7 +72,7 @@ class Writer:
             try:
                 with progress.at(what, essential=False) as self._place:
                     job()
-            except Exception as error:  # of the thread that has asked for it
+            except Exception as error:  # raised later in the thread that offered the job
                 self._error = error
             with self._changed:
                 self._place = None

@@ -1,6 +1,7 @@
-"""An HTTP server that strangers cannot fill: it keeps few connections at a time, and each for a short time.
+"""An HTTP server that strangers cannot fill: it keeps few connections at a time, each for a short time.
 
-Our Horovod has a copy (see launch/horovod/build_horovod.sh), so this imports nothing but the standard library.
+Our build of Horovod has a copy of this file (see launch/horovod/build_horovod.sh). So it imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -16,27 +17,26 @@ from typing import Any
 
 
 class BoundedServer(ThreadingHTTPServer):
-    """Answers each connection in a thread of its own.
+    """A server that answers each connection in a thread of its own.
 
-    A connection has `patience_seconds` to make its request and to take the answer. Of `most_connections` at a time the
-    oldest gives way to a new one: those that only hold a place go first. `exempt` is for clients that have proven
-    themselves.
+    A connection has `patience_seconds` to make its request and to take the answer. When there are more than
+    `most_connections`, the oldest makes room for the new one. `exempt` is for clients that have proven themselves.
     """
 
     most_connections = 64
     patience_seconds = 10.0
-    request_queue_size = 1024  # of connections that the kernel keeps until they are accepted
+    request_queue_size = 1024  # connections that the kernel keeps until they are accepted
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        """Listens at `address`; port 0 is any free one."""
+        """Listens at `address`; port 0 means any free port."""
         self._lock = threading.Lock()
         self._accepted: collections.OrderedDict[Any, float] = collections.OrderedDict()  # connection -> when
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        """Binds as any TCP server does: the base class would ask a name server for its own name."""
+        """Binds like any TCP server. The base class would ask a name server for its own name."""
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -53,12 +53,12 @@ class BoundedServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def exempt(self, connection: Any) -> None:
-        """Lets a connection last as long as its handler likes, and frees its place."""
+        """Lets a connection last as long as its handler wants, and frees its place."""
         with self._lock:
             self._accepted.pop(connection, None)
 
     def service_actions(self) -> None:
-        """Hangs up on connections that have lasted too long; called twice a second."""
+        """Closes connections that have lasted too long; the base class calls this twice a second."""
         until = time.monotonic() - self.patience_seconds
         with self._lock:
             late = [connection for connection, accepted in self._accepted.items() if accepted < until]
@@ -66,10 +66,10 @@ class BoundedServer(ThreadingHTTPServer):
             _hang_up(connection)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Keeps silent: scanners and broken connections are no news of the job."""
+        """Logs nothing, because scanners and broken connections say nothing about the job."""
 
 
 def _hang_up(connection: socket.socket) -> None:
-    """Wakes the thread that reads or writes, which then ends. Of TLS too, whose own farewell could wait."""
+    """Wakes the thread that reads or writes, which then ends. Skips the farewell of TLS, which could block."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(connection, socket.SHUT_RDWR)

@@ -1,41 +1,35 @@
-"""What a run can end with, and the exit code that says so."""
+"""The errors that can end a run, and their exit codes."""
 
-EXIT_INPUT_ERROR = 2  # wrong input: running it again changes nothing
-EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint, run it again
+EXIT_INPUT_ERROR = 2  # wrong input: running the command again changes nothing
+EXIT_RETRY = 75  # EX_TEMPFAIL in sysexits.h: stopped on request after a checkpoint; run the command again
 
-EXIT_GAVE_UP = 79  # of a worker to its launcher, which stops the elastic job and ends with EXIT_RETRY
-EXIT_HUNG = 80  # of a worker that gave no sign of life, or whose disk did not answer
-EXIT_SIGINT = 130  # ended by Ctrl-C, as shells have it
+EXIT_GAVE_UP = 79  # tells the launcher to stop the elastic job, which then ends with EXIT_RETRY
+EXIT_HUNG = 80  # a worker gave no sign of life, or its disk did not answer
+EXIT_SIGINT = 130  # ended by Ctrl-C, as in shells
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. Its text is one line: the rule, what came, what to do.
+    """An input of the user is wrong. The text is one line: the rule, what was received, what to do.
 
     Commands print it as `error: ...` and exit with `EXIT_INPUT_ERROR`.
     """
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT came: the step was finished and a checkpoint written."""
+    """A signal asked the job to stop; the step was finished and a checkpoint written."""
 
 
 class Left(Interrupted):
-    """This rank leaves an elastic job, which goes on without it; the text says why."""
+    """This rank leaves an elastic job, which continues without it; the text says why."""
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether Horovod says that a rank went away during a message.
-
-    Out of a graph it comes as an error of TensorFlow's, at a node of Horovod's or with Horovod's own words. Goes by
-    names, so that neither needs to be imported.
-    """
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "HorovodInternalError" in names or ("OpError" in names and "horovod" in str(error).lower())
+class LostPeer(Exception):
+    """Another rank went away during a collective; the text is Horovod's."""
 
 
 class CannotJoin(Exception):
-    """This rank did not get into connection with the others; the text says why."""
+    """This rank could not connect to the others; the text says why."""
 
 
 class FailedElsewhere(Exception):
-    """Another rank reports what went wrong; this one leaves without a word of its own."""
+    """Another rank reports the error; this rank ends without a message of its own."""

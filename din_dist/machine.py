@@ -1,4 +1,4 @@
-"""How much this machine, or the container that this process is in, allows: memory, processes and threads."""
+"""Finds how much memory and how many threads this machine, or the container of this process, allows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from din_dist.files import read_text
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _MANY_THREADS = 1 << 14
-_THREADS, _THREADS_PER_CORE = 16, 4  # that training starts: 22 were counted on 2 cores
+_THREADS, _THREADS_PER_CORE = 16, 4  # an estimate for training, which starts 22 threads on 2 cores
 
 
 def memory_bytes(cgroups: Path = _CGROUPS) -> int:
-    """Returns how much memory this process may have at most."""
+    """Returns the most memory that this process may have, in bytes."""
     limits = [psutil.virtual_memory().total]
     for folder in _own_groups(cgroups):
         limits += _number(folder / "memory.max") + _number(folder / "memory.limit_in_bytes")
@@ -27,7 +27,7 @@ def memory_bytes(cgroups: Path = _CGROUPS) -> int:
 
 
 def free_memory_bytes(cgroups: Path = _CGROUPS) -> int:
-    """Returns how much more memory this process may take now, without what the kernel can give up."""
+    """Returns how much more memory this process may take now, in bytes. The kernel's inactive caches count as free."""
     free = [psutil.virtual_memory().available]
     for folder in _own_groups(cgroups):
         for most, now in zip(_number(folder / "memory.max"), _number(folder / "memory.current"), strict=False):
@@ -36,10 +36,10 @@ def free_memory_bytes(cgroups: Path = _CGROUPS) -> int:
 
 
 def threads_left(cgroups: Path = _CGROUPS) -> int | None:
-    """Returns how many more threads this process may start; None where nothing limits them."""
+    """Returns how many more threads this process may start; None where there is no limit."""
     left = []
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if soft < _MANY_THREADS and os.geteuid():  # counting takes a while; root does not have to keep it
+    if soft < _MANY_THREADS and os.geteuid():  # counting takes a while, and the limit does not hold for root
         left.append(soft - _threads_of_user(os.getuid()))
     for folder in _own_groups(cgroups):
         for most, now in zip(_number(folder / "pids.max"), _number(folder / "pids.current"), strict=False):
@@ -48,10 +48,10 @@ def threads_left(cgroups: Path = _CGROUPS) -> int | None:
 
 
 def require_threads(num_processes: int = 1, cgroups: Path = _CGROUPS) -> None:
-    """Checks that so many processes with TensorFlow can run here.
+    """Checks that `num_processes` processes with TensorFlow can run here.
 
     Raises:
-        InputError: they would fail to start a thread, somewhere.
+        InputError: there is no room for their threads.
     """
     each = _THREADS + _THREADS_PER_CORE * len(os.sched_getaffinity(0)) // max(1, num_processes)
     left, wanted = threads_left(cgroups), num_processes * each
@@ -63,7 +63,7 @@ def require_threads(num_processes: int = 1, cgroups: Path = _CGROUPS) -> None:
 
 
 def _own_groups(cgroups: Path) -> Iterator[Path]:
-    """Yields the control groups of this process, from its own to the root; both versions of the kernel's interface."""
+    """Yields the control groups of this process and their parents, in both versions of the kernel's interface."""
     yield cgroups
     with contextlib.suppress(OSError):
         for line in read_text(Path("/proc/self/cgroup")).splitlines():
@@ -74,7 +74,7 @@ def _own_groups(cgroups: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> list[int]:
-    """Returns the number in a file, unless there is none, as `max` is none."""
+    """Returns the number in a file as a list of one; the list is empty for `max` or no file."""
     with contextlib.suppress(OSError, ValueError):
         return [int(read_text(path))]
     return []

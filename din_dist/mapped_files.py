@@ -1,7 +1,7 @@
-"""Files that are mapped into memory: what happens when their disk gives an error, or somebody cuts them.
+"""Explains the end of a process whose mapped file gives a disk error or is truncated.
 
-The kernel then raises SIGBUS, which ends a process without a word. `kernels/mapped_files.cc` says one line and ends the
-process with code 2. Without our kernels it stays as the kernel has it.
+The kernel then raises SIGBUS, which ends a process without a message. `kernels/mapped_files.cc` prints one line and
+ends the process with code 2. Without our kernels the kernel's behaviour stays.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-_OFFSET, _TIME = "@the offset@", "@the time@"  # what stands for them in a line before it is known
-_IN_LINE = {_OFFSET: b"\x01", _TIME: b"\x02"}  # and in the handler's
+_OFFSET, _TIME = "@the offset@", "@the time@"  # placeholders in a line for numbers that only the handler knows
+_IN_LINE = {_OFFSET: b"\x01", _TIME: b"\x02"}  # placeholders in the handler's line
 
 Format = Callable[[str], str]
 _format: Format = "error: {}".format
@@ -27,28 +27,29 @@ _agent = -1
 
 
 def set_end(line_of: Format, agent: int = -1) -> None:
-    """Sets how this process ends.
+    """Sets the form of the last line of this process, and where its exit code goes.
 
     Args:
-        line_of: puts the line that says why into form.
-        agent: the descriptor over which the agent of this process hears what it ends with; -1 without an agent.
+        line_of: formats the line that gives the reason.
+        agent: the descriptor over which the process' agent gets the exit code; -1 without an agent.
     """
     global _format, _agent
     _format, _agent = line_of, agent
 
 
 def watch(mapped: np.memmap, path: Path, remedy: str) -> None:
-    """Lets the process end in words when a page of an array cannot be read.
+    """Lets the process end with an explanation when a page of an array cannot be read.
 
     Args:
-        mapped: the array, as `np.load` has mapped it.
-        remedy: what to do about a damaged file.
+        mapped: the array that `np.load` has mapped.
+        path: the array's file.
+        remedy: what the user can do about a damaged file.
     """
     if not (library := _library()) or mapped._mmap is None:  # type: ignore[attr-defined]
         return
     unreadable = f"{path}: must be readable. Received: an input/output error at byte {_OFFSET}. {remedy}."
     cut = f"{path}: must stay as it is while it is in use. Received: a file that ends before byte {_OFFSET}. {remedy}."
-    # Its first byte lies somewhere in a page of the file.
+    # The array's first byte may lie in the middle of a page of the file.
     begin = mapped.ctypes.data
     place = library.din_dist_watch_file(
         ctypes.c_void_p(begin - mapped.offset % _page_bytes()),
@@ -64,7 +65,7 @@ def watch(mapped: np.memmap, path: Path, remedy: str) -> None:
 
 
 def _line(text: str) -> bytes:
-    """Returns a line in the format that was set, with the handler's marks."""
+    """Formats a line and puts the handler's placeholders into it."""
     line = re.sub(r'("time": )[0-9.]+', rf"\g<1>{_TIME}", _format(text))
     encoded = line.encode(errors="backslashreplace")
     for name, mark in _IN_LINE.items():
@@ -74,10 +75,10 @@ def _line(text: str) -> bytes:
 
 @functools.cache
 def _library() -> Any:
-    kernels = importlib.import_module("din_dist.kernels")  # here: it imports TensorFlow, and `entry` imports this
+    kernels = importlib.import_module("din_dist.kernels")  # late, because it imports TensorFlow
     if not kernels.PATH.exists():
         return None
-    kernels.library()  # brings TensorFlow, which it is linked to
+    kernels.library()  # loads TensorFlow, which the library is linked to
     return ctypes.CDLL(str(kernels.PATH))
 
 

@@ -1,7 +1,8 @@
-"""What this process is at, so that somebody notices when a disk does not answer.
+"""Records what this process does with disks, to notice a disk that does not answer.
 
-Who reads or writes says so: `with at("saving a checkpoint"):`, and `note()` for each part that is done. A `Watch` in
-another thread finds out when nothing goes on there. What waits for other ranks says nothing: it is they who are stuck.
+Code that reads or writes does so in `with at("saving a checkpoint"):` and calls `note()` after each part. A `Watch` in
+another thread notices when nothing happens there. Code that waits for other ranks does not record that, because it is
+the others who are stuck.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from typing import Self, TypeVar
 
 Value = TypeVar("Value")
 
-PATIENCE_SECONDS = 60.0  # with a disk, where no launcher names another
-_STUCK_AFTER_STOP_SECONDS = 10.0  # platforms kill some 30 s after their signal: the others may still save
+PATIENCE_SECONDS = 60.0  # for a disk to answer, unless a launcher sets another time
+_STUCK_AFTER_STOP_SECONDS = 10.0  # platforms kill about 30 s after their signal, and other ranks must save before
 _QUIET_AFTER_STOP_SECONDS = 20.0
-_OVERSLEPT_SECONDS = 5.0  # between two looks: the whole process was stopped, as in a paused container
-_BUSY = 0.1  # of a core: who computes is not stuck; threads that only wait take a hundredth
+_OVERSLEPT_SECONDS = 5.0  # between two looks: the whole process was paused, for example with its container
+_BUSY = 0.1  # cores; a process that computes is not stuck, and threads that only wait use about 0.01
 
-_places: dict[int, at] = {}  # by thread
+_places: dict[int, at] = {}  # thread -> its innermost block
 _noted = time.monotonic()
 _pollers: set[int] = set()  # threads that are busy while they wait
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class at:
-    """Says for a block what this thread is at, with a disk or what comes from it.
+    """Names what this thread does with a disk, or with data from it, in a `with` block.
 
     Args:
-        what: completes "it is stuck ...".
-        essential: training waits for it. Without, a stuck one is only told.
+        what: completes "rank 0 was ...", for example "saving a checkpoint".
+        essential: training waits for the block. If a block that is not essential is stuck, that is only logged.
     """
 
     __slots__ = ("_before", "_thread", "essential", "since", "what")
@@ -63,7 +64,7 @@ class at:
 
 
 def note() -> None:
-    """Notes that something was done: an update, a batch, a part of a file."""
+    """Notes progress: an update, a batch or a part of a file is done."""
     global _noted
     _noted = time.monotonic()
     if place := _places.get(threading.get_ident()):
@@ -71,7 +72,7 @@ def note() -> None:
 
 
 def each(values: Iterable[Value], what: str) -> Iterator[Value]:
-    """Yields what an iterable gives; this thread is at `what` while it waits for the next."""
+    """Yields the values of an iterable; this thread is `at(what)` while it waits for the next."""
     values = iter(values)
     while True:
         with at(what):
@@ -84,7 +85,7 @@ def each(values: Iterable[Value], what: str) -> Iterator[Value]:
 
 @contextlib.contextmanager
 def pollers() -> Iterator[None]:
-    """Takes the threads that the block starts for ones that are busy while they wait: their work is no sign of life."""
+    """Marks the threads that the block starts as busy while they wait: their CPU time is no sign of life."""
     before = _threads()
     yield
     _pollers.update(_threads() - before)
@@ -92,7 +93,7 @@ def pollers() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Stuck:
-    """Something that does not go on; `what` is empty where it is not known what the process waits for."""
+    """A block without progress; `what` is empty when the process waits for something unknown."""
 
     what: str
     seconds: float
@@ -100,22 +101,22 @@ class Stuck:
 
 
 class Watch:
-    """Looks each second or so at what the process is at."""
+    """Finds stuck blocks; meant to be asked about once a second."""
 
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._patience_seconds = patience_seconds
         self._stopping_since: float | None = None
         self._looked, self._seen = time.monotonic(), _signs()
-        self._alive = self._looked  # when the disk or a core was last seen at work
+        self._alive = self._looked  # when a disk or a core was last seen at work
         self._woke = self._looked
 
     def stop(self) -> None:
-        """Notes that the process was asked to end: from now on it has less time."""
+        """Notes that the process was asked to end, which shortens the time that a block may take."""
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
 
     def stuck(self) -> list[Stuck]:
-        """Returns what is stuck for too long; what is essential comes first."""
+        """Returns the blocks that are stuck for too long, essential ones first."""
         now, signs = time.monotonic(), _signs()
         busy = signs.cpu_seconds - self._seen.cpu_seconds > _BUSY * (now - self._looked)
         if busy or signs.reads != self._seen.reads:
@@ -139,7 +140,7 @@ class Watch:
 @dataclasses.dataclass(frozen=True)
 class _Signs:
     cpu_seconds: float
-    reads: int  # from disks: pages of mapped files, and blocks
+    reads: int  # from disks: pages of mapped files plus blocks
 
 
 def _signs() -> _Signs:
@@ -149,7 +150,7 @@ def _signs() -> _Signs:
         try:
             fields = Path(f"/proc/self/task/{thread}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             polling += (int(fields[11]) + int(fields[12])) / _TICKS
-        except OSError:  # it has ended, and what it took counts for the others from now on
+        except OSError:  # it has ended; from now on its time counts with that of the others
             _pollers.discard(thread)
     return _Signs(used.ru_utime + used.ru_stime - polling, used.ru_majflt + used.ru_inblock)
 

@@ -1,4 +1,4 @@
-"""Standard input, output and error, as commands find them: closed, full, or with nobody who reads them."""
+"""Makes standard input, output and error usable when they are closed, full, or read by nobody."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import os
 import sys
 from typing import Any, TextIO, cast
 
-_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # a reader that went away, a terminal that hung up
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # the reader went away, or the terminal hung up
 
 
 def open_standard_streams() -> None:
-    """Makes the three streams usable; to be called first, before other files get their descriptors.
+    """Makes the three streams usable. Must be called first, before other files get the streams' descriptors.
 
-    A closed one reads nothing and writes nowhere. What cannot be written to standard output or error is dropped: a log
-    that nobody reads is no reason to stop. Text is UTF-8 on standard output, which is for programs.
+    A closed stream reads nothing and writes nowhere. Text that standard output or error does not take is dropped: a log
+    that nobody reads is no reason to stop. Standard output, which is for programs, is UTF-8.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, TolerantStream):
-            if name == "stdout" and isinstance(stream, io.TextIOWrapper):  # a test's may be another
+            if name == "stdout" and isinstance(stream, io.TextIOWrapper):  # in a test it may be another class
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")
             setattr(sys, name, TolerantStream(stream))
 
 
 def unwritten() -> OSError | None:
-    """Returns why standard output could not take all that was printed; None where it did, or nobody wanted it."""
+    """Returns why a part of standard output is lost; None when it is complete or nobody reads it."""
     stream = sys.stdout
     if not isinstance(stream, TolerantStream):
         return None
@@ -45,23 +45,23 @@ def unwritten() -> OSError | None:
 
 
 class TolerantStream:
-    """A text stream whose failures to write are noted, not raised."""
+    """A text stream that notes failures to write instead of raising them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.problem: OSError | None = None  # the last one
+        self.problem: OSError | None = None  # the last failure
 
     def write(self, text: str) -> int:
-        """Writes `text`, or drops it; always says that all of it was written."""
+        """Writes `text` or drops it; returns its length in both cases."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Hands over what was written so far."""
+        """Flushes the stream, or notes why that failed."""
         self._attempt(self._stream.flush)
 
     def drop_the_rest(self) -> None:
-        """Leads the stream to nowhere, so that the interpreter's own flush at the end does not fail."""
+        """Redirects the stream to /dev/null, so that the interpreter's final flush does not fail."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -74,7 +74,7 @@ class TolerantStream:
             self.problem = error
             if error.errno in _GONE:
                 self.drop_the_rest()
-        except ValueError:  # it was closed
+        except ValueError:  # the stream is closed
             self.problem = OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def __getattr__(self, name: str) -> Any:
@@ -82,5 +82,5 @@ class TolerantStream:
 
 
 def tolerant(stream: TextIO) -> TextIO:
-    """Returns `stream` as one that drops what it cannot write."""
+    """Wraps `stream` in one that drops text that it cannot write."""
     return cast(TextIO, TolerantStream(stream))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from din_dist import environment
+from din_dist import environment, place
 from din_dist.config import DataConfig
 from din_dist.data.prepared import data_dir
 from din_dist.errors import InputError
@@ -24,7 +24,7 @@ MEETING = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*environment._OF_WORKERS, *environment._SET]:
+    for name in [*place.WORKER_VARIABLES, *environment.SET]:
         monkeypatch.setenv(name, "")  # so that it is given back
         monkeypatch.delenv(name)
 
@@ -34,8 +34,8 @@ def test_all_of_a_place_or_nothing(monkeypatch: pytest.MonkeyPatch, given: dict[
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     environment.settle()
-    assert environment.rank() == int(given.get("HOROVOD_RANK", "0"))
-    environment.forget_place()
+    assert place.Place.from_environment().rank == int(given.get("HOROVOD_RANK", "0"))
+    place.forget()
     assert not any(name.startswith("HOROVOD_") for name in os.environ)
 
 
@@ -71,7 +71,7 @@ def test_what_is_left_over_from_another_job(
         environment.settle()
     assert "HOROVOD_*: horovodrun gives its workers all of these variables. Received: " in str(refused.value)
     assert received in str(refused.value)
-    assert f"Run: unset {' '.join(name for name in environment._OF_WORKERS if name in given)}" in str(refused.value)
+    assert f"Run: unset {' '.join(name for name in place.WORKER_VARIABLES if name in given)}" in str(refused.value)
 
 
 def start(name: str, folder: Path, *flags: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -127,3 +127,21 @@ def test_no_home_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="--output_dir: ~ stands for a home folder. Received: '~/run', and no such"):
         local_path("~/run", "output_dir")
     assert data_dir(DataConfig(data_dir="/data")) == Path("/data")
+
+
+def test_a_place() -> None:
+    assert place.Place.from_environment({}) == place.Place()
+    assert place.Place().alone
+    found = place.Place.from_environment(
+        PLACE | MEETING | {"HOROVOD_HOSTNAME": "gpu7", "HOROVOD_ELASTIC": "1", "DIN_DIST_BEATS_FD": "9"}
+    )
+    assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 2, 0, 1)
+    assert (found.rendezvous, found.host, found.elastic, found.beats) == (("127.0.0.1", 4000), "gpu7", True, 9)
+    assert not found.alone
+
+
+def test_what_the_launcher_gives_its_agents() -> None:
+    launcher = place.LauncherAddress("10.0.0.1", 4000, 2.5)
+    found = place.Place.from_environment(place.variables_of_agents(launcher, key="secret", job="one"))
+    assert (found.launcher, found.key, found.job) == (launcher, "secret", "one")
+    assert "secret" not in repr(found)

@@ -1,6 +1,7 @@
 """The walls of the house: which room may import which. Where a statement stands in its file does not matter."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ LEAVES = {
         "kernels",
         "machine",
     ),
-    *("mapped_files", "progress", "schema", "streams", "text", "training_state", "versions"),
+    *("mapped_files", "place", "progress", "schema", "streams", "text", "training_state", "versions"),
 }
 MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leaves and itself
     "layers": set(),
@@ -38,6 +39,8 @@ MAY_IMPORT["serving"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["assembly"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["benchmark"] = {"assembly", *MAY_IMPORT["assembly"]}
 MAY_IMPORT["cli"] = {"assembly", "benchmark", "cluster", "report", "serving", "training", *MAY_IMPORT["training"]}
+# Read in place.py only. Other DIN_DIST_* say where things lie, not which process this is.
+LAUNCH_VARIABLE = re.compile(r"(HOROVOD|SLURM|OMPI|PMIX?)_\w+|DIN_DIST_(LAUNCHER|JOB|BEATS_FD|FIND_CARD)")
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
 
 
@@ -67,3 +70,55 @@ def test_the_walls_hold(file):
 def test_horovod_is_seen_where_it_is_imported():
     """Else the wall around it would hold for want of eyes."""
     assert "horovod.tensorflow" in set(imported(FILES["distributed/runtime.py"]))
+
+
+def launch_variables(tree: ast.Module) -> set[str]:
+    """The launch variables that a file reads.
+
+    A string that is such a name and nothing else counts as a reading. It is set instead, for Horovod or for children,
+    as the target of an assignment (`os.environ["X"] = ...`), as the first argument of `os.environ.setdefault`, and as
+    a key of a dict that is written out.
+    """
+    is_set: set[ast.expr] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            is_set.add(node.slice)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "os.environ.setdefault":
+            is_set.add(node.args[0])
+        elif isinstance(node, ast.Dict):
+            is_set.update(key for key in node.keys if key)
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in is_set
+        if LAUNCH_VARIABLE.fullmatch(node.value)
+    }
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_launch_variables_are_read_in_one_place(file):
+    assert file == "place.py" or not launch_variables(ast.parse(FILES[file].read_text()))
+
+
+@pytest.mark.parametrize(
+    ("code", "read"),
+    [
+        ('os.environ["HOROVOD_RANK"]', True),
+        ('os.environ.get("SLURM_PROCID", "0")', True),
+        ('"PMI_RANK" in os.environ', True),
+        ('NAME = "DIN_DIST_LAUNCHER"', True),
+        ('os.environ["HOROVOD_RANK"] = "1"', False),
+        ('os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")', False),
+        ('{**os.environ, "HOROVOD_GLOO_IFACE": card}', False),
+        ('os.environ.get("DIN_DIST_COMMIT")', False),
+        ('"HOROVOD_RANK must be a number."', False),
+    ],
+)
+def test_what_counts_as_reading_a_launch_variable(code, read):
+    assert bool(launch_variables(ast.parse(code))) is read
+
+
+def test_the_place_is_read_where_it_should_be():
+    """Otherwise the pattern may match nothing."""
+    found = launch_variables(ast.parse(FILES["place.py"].read_text()))
+    assert found >= {"HOROVOD_RANK", "SLURM_JOB_NODELIST", "OMPI_MCA_orte_set_default_slots", "DIN_DIST_LAUNCHER"}

@@ -98,7 +98,7 @@ def main() -> None:
     entry.import_tensorflow()
     from din_dist.benchmark.step import report, seconds_since_process_start
     from din_dist.data.prepared import open_prepared
-    from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.distributed.runtime import claim_devices, open_runtime, raise_lost_peer
     from din_dist.text import to_json
     from din_dist.training.trainer import peak_memory_bytes
 
@@ -106,7 +106,7 @@ def main() -> None:
     claim_devices(runtime, len(cores))
     store = open_prepared(config.data)
     # It reports as a job does, at the same cost, but to nobody.
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()), raise_lost_peer():
         job = dataclasses.replace(config.job, output_dir=folder, metrics_port=0)
         config = dataclasses.replace(config, job=job)
         ours, model = _start("ours", config, runtime, store, len(cores))

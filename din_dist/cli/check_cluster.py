@@ -1,8 +1,8 @@
 """Checks that a job can run on these hosts: `python -m din_dist.cli.check_cluster -H host:slots,host:slots [FLAGS]`.
 
-Takes every flag of the trainer: it goes by those that say where data and results lie, and by --metrics_port. Prints a
-line for each host that is fine, and a table of what is wrong with the others and how to mend it. Exit code 0: a job
-will start, though there may be warnings; 2: it will not.
+It takes every flag of the trainer and uses those that say where data and results lie, and --metrics_port. It prints a
+line for each host that is fine, and a table of problems and remedies for the others. Exit code 0: a job will start,
+perhaps with warnings; 2: it will not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ELASTIC = flags.DEFINE_boolean("elastic", False, "The job will be elastic: all h
 
 
 def main() -> None:
+    """Checks the hosts and prints the result."""
     port = SSH_PORT.value
     require(port is None or 1 <= port <= 65535, "must be a port", "ssh_port", port, "For example 22.")
     require(
@@ -43,7 +44,7 @@ def main() -> None:
         "Give one of the two, for example -H gpu1:8,gpu2:8.",
     )
     config = settings.config_from_flags()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it has put somewhere is taken away
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception, so that files are removed
     hosts = parse_hosts(HOSTS.value) if HOSTS.value else read_hosts_file(HOSTS_FILE.value)
     findings = check_hosts(hosts, config, port, elastic=ELASTIC.value, card=CARD.value)
     print(render(hosts, findings), flush=True)

@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags in, one clear line and an exit code out."""
+"""Starts and ends every command: flags in, one clear line and an exit code out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist import environment, mapped_files, progress, streams
-from din_dist.cluster.link import ADDRESS_VARIABLE, BEAT_SECONDS, BEATS_VARIABLE, Address
+from din_dist.cluster.link import BEAT_SECONDS
 from din_dist.config import LogFormat
 from din_dist.errors import (
     EXIT_HUNG,
@@ -31,17 +31,18 @@ from din_dist.errors import (
     InputError,
     Interrupted,
     Left,
-    is_lost_peer,
+    LostPeer,
 )
 from din_dist.machine import require_threads
+from din_dist.place import Place
 from din_dist.telemetry.terminal import format_line
 from din_dist.text import printable
 
 _HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpshort", "helpfull", "helpxml")}
 _MOST_LAST_WORDS = 1 << 20  # bytes
-_PRINTING_SECONDS = 2.0  # for the last line of a process that is stuck
+_PRINTING_SECONDS = 2.0  # for the last line of a stuck process
 
-_signals_are_heard = threading.Event()  # by `Signals`, which looks at disks too
+_signals_are_heard = threading.Event()  # set by `Signals`, which watches disks too
 
 
 def run(main: Callable[[], None]) -> None:
@@ -53,15 +54,15 @@ def run(main: Callable[[], None]) -> None:
         _leave(EXIT_INPUT_ERROR, str(error))
     _quieten()
     mapped_files.set_end(
-        lambda text: format_line(text, _log_format(), rank=environment.rank(), level="error"),
-        int(os.environ.get(BEATS_VARIABLE, "-1")),
+        lambda text: format_line(text, _log_format(), rank=_rank(), level="error"),
+        Place.from_environment().beats,
     )
     threading.Thread(target=_watch_disks, daemon=True).start()
     try:
         app.run(lambda _: _exit_code(main), flags_parser=_parse_flags)
     except SystemExit as end:
         if end.code == 1 and _HELP & set(sys.argv[1:]):
-            sys.exit(0)  # absl takes a question for a failure
+            sys.exit(0)  # absl treats --help as a failure
         problem = streams.unwritten()
         if problem and not end.code:
             _leave(1, f"standard output must take the result. Received: {problem.strerror}. It is not complete.")
@@ -69,15 +70,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 class Signals:
-    """What signals ask of a training process.
+    """The requests that signals make of a training process.
 
-    SIGINT, SIGTERM and SIGHUP ask it to stop the job, by finishing the step and writing a checkpoint; a second SIGINT
-    ends it at once, without. In an elastic job SIGTERM, which announces an eviction, asks this worker alone to leave.
-    They are heard by a thread, whatever the main one waits for. It also gives the worker's agent signs of life, and
-    ends the process when nothing goes on: a disk that does not answer holds up the others, and a request to stop too.
+    SIGINT, SIGTERM and SIGHUP ask it to stop the job after the current step and a checkpoint. A second SIGINT ends the
+    process at once, without a checkpoint. In an elastic job SIGTERM announces an eviction and asks only this worker to
+    leave. A thread handles the signals, whatever the main thread waits for. The thread also gives signs of life to the
+    worker's agent. It ends the process when a disk does not answer, because that holds up the other workers.
 
     Args:
-        answer: what the chief says to the first of them.
+        answer: the line that the chief prints at the first signal.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Signals:
         self.stop = self.leave = False
         self._answer = answer
         self._told = _Told("Training goes on without it.")
-        self._elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._elastic = Place.from_environment().elastic
         hear, tell = socket.socketpair()
         tell.setblocking(False)
         signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
@@ -96,7 +97,7 @@ class Signals:
         threading.Thread(target=self._listen, args=(hear, tell), daemon=True).start()
 
     def _listen(self, hear: socket.socket, tell: socket.socket) -> None:
-        """`tell`: kept open by this thread."""
+        """Handles signals for as long as the process lives, and keeps the sending end `tell` open."""
         hear.settimeout(BEAT_SECONDS)
         watch = progress.Watch(_patience_seconds())
         while True:
@@ -112,7 +113,7 @@ class Signals:
         found, asked = watch.stuck(), self.stop or self.leave
         for stuck in found:
             if stuck.essential:
-                rank, seconds = environment.rank(), f"{stuck.seconds:.0f} s"
+                rank, seconds = _rank(), f"{stuck.seconds:.0f} s"
                 what = f"nothing for {seconds} while rank {rank} was {stuck.what}" if stuck.what else ""
                 rule = "a disk must answer" if what else f"rank {rank} must end when it is asked to"
                 leave_at_once(
@@ -135,7 +136,7 @@ class Signals:
 
 
 class _Told:
-    """Says once that a disk does not answer, and once that it has answered.
+    """Logs once that a disk does not answer, and once that it has answered.
 
     Args:
         consequence: a sentence about what happens meanwhile.
@@ -146,11 +147,12 @@ class _Told:
         self._stuck: set[str] = set()
 
     def tell(self, found: Sequence[progress.Stuck]) -> None:
+        """Logs the blocks that are stuck since the last call, and those that no longer are."""
         for stuck in found:
             if stuck.what not in self._stuck:
                 warn(
                     f"a disk must answer. Received: nothing for {stuck.seconds:.0f} s while rank "
-                    f"{environment.rank()} was {stuck.what}. {self._consequence}"
+                    f"{_rank()} was {stuck.what}. {self._consequence}"
                 )
         now = {stuck.what for stuck in found}
         for what in self._stuck - now:
@@ -159,7 +161,7 @@ class _Told:
 
 
 def _watch_disks() -> None:
-    """Says what the process waits for; until `Signals` hears signals, the user can end it."""
+    """Logs disks that do not answer, until `Signals` takes over. Before that, Ctrl-C ends the process."""
     watch, told = progress.Watch(_patience_seconds()), _Told("It waits; Ctrl-C ends it.")
     while not _signals_are_heard.wait(BEAT_SECONDS):
         told.tell(watch.stuck())
@@ -169,7 +171,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        if isinstance(error.__context__, InputError):  # of a flag that checks itself
+        if isinstance(error.__context__, InputError):  # from a flag that checks itself
             _leave(EXIT_INPUT_ERROR, str(error.__context__))
         text = str(error).removeprefix("ERROR:: ").rstrip(".")
         _leave(EXIT_INPUT_ERROR, f"{text}. See --help.")
@@ -184,7 +186,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
     except Left as reason:
-        _leave(EXIT_RETRY, f"rank {environment.rank()} leaves {reason}; the other workers go on", level="stopped")
+        _leave(EXIT_RETRY, f"rank {_rank()} leaves {reason}; the other workers go on", level="stopped")
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY
@@ -192,14 +194,15 @@ def _exit_code(main: Callable[[], None]) -> int:
     except FailedElsewhere:
         return 1
     except CannotJoin as error:
-        _leave(1, f"rank {environment.rank()} must reach the other workers. Received: {error}. See launch/README.md.")
+        _leave(1, f"rank {_rank()} must reach the other workers. Received: {error}. See launch/README.md.")
     except FloatingPointError as error:
         _leave(1, str(error))
+    except LostPeer as error:
+        _leave(
+            1, f"rank {_rank()} lost another worker{_where(error)} and cannot go on alone. The same command resumes."
+        )
     except Exception as error:
-        where = "".join(f" at {note}" for note in getattr(error, "__notes__", []))
-        rank = environment.rank()
-        if is_lost_peer(error):
-            _leave(1, f"rank {rank} lost another worker{where} and cannot go on alone. The same command resumes.")
+        where, rank = _where(error), _rank()
         if _log_format() is LogFormat.JSON:
             _leave(1, f"rank {rank} failed{where}: {error}", traceback=traceback.format_exc())
         print(printable(traceback.format_exc()), end="", file=sys.stderr, flush=True)
@@ -207,28 +210,38 @@ def _exit_code(main: Callable[[], None]) -> int:
     return 0
 
 
+def _where(error: Exception) -> str:
+    """Returns where in the job an error came, from its notes."""
+    return "".join(f" at {note}" for note in getattr(error, "__notes__", []))
+
+
 def say(text: str) -> None:
-    """Lines for people or log collectors; stdout is for programs."""
+    """Prints a line for people or log collectors to stderr; stdout is for programs."""
     _print(text, "info")
 
 
 def warn(text: str) -> None:
-    """Prints a line about what may not be as it was meant."""
+    """Prints a line about something that may not be as the user meant it."""
     _print(text, "warning")
 
 
 def _print(text: str, level: str, **fields: str) -> None:
-    print(format_line(text, _log_format(), rank=environment.rank(), level=level, **fields), file=sys.stderr, flush=True)
+    print(format_line(text, _log_format(), rank=_rank(), level=level, **fields), file=sys.stderr, flush=True)
 
 
 def _log_format() -> LogFormat:
-    """As asked for; text as long as nobody could ask."""
+    """Returns the value of --log_format; text before the flags are parsed."""
     values = flags.FLAGS
     return LogFormat(values.log_format) if "log_format" in values and values.is_parsed() else LogFormat.TEXT
 
 
+def _rank() -> int:
+    """Returns this process' rank as it is now: in an elastic job it changes."""
+    return Place.from_environment().rank
+
+
 def _is_chief() -> bool:
-    return environment.rank() == 0
+    return _rank() == 0
 
 
 def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
@@ -238,8 +251,8 @@ def _leave(code: int, text: str, level: str = "error", **fields: str) -> None:
 
 
 def leave_at_once(code: int, text: str, level: str = "stopped") -> NoReturn:
-    """Ends the process from any thread, whatever the others wait for."""
-    # Beside: where stderr is a file on a disk that does not answer, nobody can be told.
+    """Ends the process from any thread, whatever the other threads wait for."""
+    # In another thread, because stderr may be a file on a disk that does not answer.
     printing = threading.Thread(target=_print, args=(text, level), daemon=True)
     printing.start()
     printing.join(_PRINTING_SECONDS)
@@ -249,36 +262,39 @@ def leave_at_once(code: int, text: str, level: str = "stopped") -> NoReturn:
 
 
 def _patience_seconds() -> float:
-    """Returns for how long a disk may not answer: the launcher's `--stall_timeout_seconds`, where there is one."""
-    if ADDRESS_VARIABLE not in os.environ:
-        return progress.PATIENCE_SECONDS
-    return Address.from_environment().stall_timeout_seconds
+    """Returns how long a disk may take to answer: the launcher's `--stall_timeout_seconds`, or a default."""
+    launcher = Place.from_environment().launcher
+    return launcher.stall_timeout_seconds if launcher else progress.PATIENCE_SECONDS
 
 
 def _tell_agent(word: bytes) -> None:
-    """To the agent that stands by this process, where `launch/train.sh` started it."""
-    if beats := os.environ.get(BEATS_VARIABLE):
+    """Sends bytes to the agent of this process, if `launch/train.sh` started one."""
+    beats = Place.from_environment().beats
+    if beats >= 0:
         with contextlib.suppress(OSError):
-            os.write(int(beats), word)
+            os.write(beats, word)
 
 
 def _tell_end(code: int) -> None:
-    """Ending takes seconds, in which a rank that only follows this one may end first and be taken for the cause."""
+    """Announces the exit code to the agent, because ending takes seconds.
+
+    Meanwhile another rank that fails because of this one may end first, and would be taken for the cause.
+    """
     _tell_agent(f"\nends {code}\n".encode())
 
 
 def _quieten() -> None:
-    """Keeps the libraries' own start-up notes from burying ours."""
+    """Silences the libraries' start-up notes, which would bury ours."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow without the lines that its C++ prints before any setting can silence it.
+    """Imports TensorFlow without the lines that its C++ prints before a setting can silence it.
 
     Raises:
-        InputError: it could not start its threads.
+        InputError: there is no room for its threads.
     """
     require_threads()
     sys.stderr.flush()
@@ -300,17 +316,18 @@ def import_tensorflow() -> None:
 def _last_words(source: int, target: int) -> Iterator[None]:
     """Lets another process copy `source` to `target` if this one ends in the block.
 
-    C++ ends a process without Python, for a setting that XLA does not know, say: then only another can tell why.
+    C++ ends a process without Python, for example at a setting that XLA does not know. Then only another process can
+    print the reason.
     """
     ends, tell = os.pipe()
     try:
         child = os.fork()
-    except OSError:  # too few processes: then nobody tells
+    except OSError:  # the limit on processes is reached: nobody prints the reason
         child = -1
     if child == 0:
         try:
             for number in environment.ending_signals():
-                signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches it too
+                signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the child too
             os.close(tell)
             if not os.read(ends, 1):
                 os.write(target, os.pread(source, _MOST_LAST_WORDS, 0))

@@ -1,7 +1,7 @@
-"""Turns what a job has learned into a SavedModel: `python -m din_dist.cli.export --output_dir DIR --export_dir DIR2`.
+"""Exports a job's model as a SavedModel: `python -m din_dist.cli.export --output_dir DIR --export_dir DIR2`.
 
-It takes the log's own ids and needs nothing of this package to load; the README names its signatures. The job's
-prepared data must be there. The last line on stdout says what was exported, as JSON.
+The SavedModel takes the log's own ids and loads without this package; the README names its signatures. The job's
+prepared data must be there. The last line on stdout describes the export as JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _MAX_COMPARED = 10_000  # examples
 
 
 def main() -> None:
+    """Exports the model and prints a summary."""
     require(bool(EXPORT_DIR.value), "must name a folder", "export_dir", EXPORT_DIR.value, "For example exports/first.")
     require(
         CHECKPOINT_STEP.value >= 0,
@@ -40,7 +41,7 @@ def main() -> None:
         "For example 1000.",
     )
     config = said_anew(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
-    entry.import_tensorflow()  # takes seconds: a wrong folder is answered before
+    entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
 
 
@@ -54,8 +55,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     from din_dist.evaluation.evaluator import Evaluator
     from din_dist.serving.export.writer import TrainedModel, check_target, export
 
-    check_target(folder, OVERWRITE.value)  # before what takes long
-    tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
+    check_target(folder, OVERWRITE.value)  # before the slow part
+    tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
     store = open_prepared(config.data)
     splits = split_examples(store, config.data)
     model, step = trained_model(config, store, CHECKPOINT_STEP.value or None)
@@ -79,7 +80,7 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _summary_of(path: Path) -> dict[str, Any] | None:
-    """None where the job is not finished, or its last words cannot be read: the weights do not depend on them."""
+    """Reads the job's summary; None where it is missing or unreadable, because the export does not depend on it."""
     try:
         summary = parse_json(read_record(path))
     except (OSError, ValueError):

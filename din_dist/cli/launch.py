@@ -1,4 +1,4 @@
-"""Prepares the data and starts the workers: what `launch/train.sh` runs once everything is set up."""
+"""Prepares the data and starts the workers; `launch/train.sh` runs it after set-up."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from din_dist import environment, streams
+from din_dist import environment, place, streams
 from din_dist.cli import flags as settings
 from din_dist.cluster.addresses import card_towards, loopback_card, own_address
 from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
-from din_dist.cluster.link import FIND_CARD_VARIABLE
 from din_dist.cluster.supervisor import Supervisor
 from din_dist.config import require
 from din_dist.environment import SEVERAL_ON_A_GPU
@@ -31,13 +30,11 @@ from din_dist.text import printable
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
 _DISCOVER = str(_LAUNCH / "discover_hosts.sh")
-_OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # which Kubernetes' MPI operator mounts
-_OPERATORS_SLOTS = "OMPI_MCA_orte_set_default_slots"  # which it gives the launcher, for its script names none
+_OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # mounted by Kubernetes' MPI operator
 _SLURM = "slurm"
 _TELL_HOSTS = "tell_hosts"
-_PASS_ENVIRONMENT = "HOROVOD_PASS_ENVIRONMENT"  # of our Horovod
 _WORKERS_WITHOUT_GPU = 2
-_ENDING_SECONDS = 10.0  # of a command that was asked to end
+_ENDING_SECONDS = 10.0  # for a command that was asked to end
 _LONGEST_COOLDOWN = 30  # times --host_cooldown_seconds
 
 _USAGE = """\
@@ -55,13 +52,13 @@ answer, else what the first failed worker gave.
 Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
 """
 
-_FLAGS = flags.FlagValues()  # of the launcher; all others are the trainer's
+_FLAGS = flags.FlagValues()  # the launcher's; all others are the trainer's
 _SHORTEST_STALL_TIMEOUT = 5.0
 _ELASTIC_ONLY = ("min_workers", "max_workers", "host_cooldown_seconds")
 
 
 def _define(name: str, default: str, help_text: str, short_name: str | None = None) -> None:
-    # Text: absl's own word on what is no number is not in our form.
+    # Text, because absl's own error for a value that is no number does not have our form.
     flags.DEFINE_string(name, default, help_text, short_name=short_name, flag_values=_FLAGS)
 
 
@@ -125,15 +122,15 @@ flags.DEFINE_boolean(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit code: that of the job, 2 for wrong input, 75 when it was stopped by a signal.
+    """Runs the job; returns its exit code, 2 for wrong input or 75 when a signal stopped it.
 
     Raises:
-        InputError: a flag of the launcher's is wrong.
+        InputError: a flag of the launcher is wrong.
     """
     try:
         trainer_flags = _FLAGS(["train.sh", *arguments], known_only=True)[1:]
     except flags.Error as error:
-        if isinstance(error.__context__, InputError):  # of a flag that checks itself
+        if isinstance(error.__context__, InputError):  # from a flag that checks itself
             raise error.__context__ from error
         raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
     default_slots = _default_slots()
@@ -142,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     if not trainer_flags:
         trainer_flags = [f"--flagfile={_LAUNCH / 'flags' / 'quick.flags'}"]
     if sys.stderr.isatty():
-        # For the progress bar: the workers' own stderr is a pipe.
+        # For the progress bar, because the workers' stderr is a pipe.
         os.environ["DIN_DIST_PROGRESS_TTY"] = os.ttyname(sys.stderr.fileno())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     only_here = all(is_local(host.name) for host in hosts) and bool(hosts or not _FLAGS.elastic)
@@ -154,7 +151,7 @@ def main(arguments: Sequence[str]) -> int:
         words = agent if alone else [*_horovodrun(numbers, hosts, only_here, card, Path("HOSTS", "hosts")), *agent]
         print(shlex.join(words))
         return 0
-    # Also checks every flag: a wrong one gives its one line here, not one from each worker.
+    # This also checks every flag, so that a wrong one gives one line here and not one from each worker.
     code = _run_first("prepare_data", trainer_flags)
     if code == 0 and hosts and not only_here:
         code = _wait_for_hosts([host.name for host in hosts], numbers)
@@ -182,12 +179,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _default_slots() -> int:
-    """Of a host that is named without: what its MPI operator says, else as many as this machine has GPUs."""
-    return int(os.environ.get(_OPERATORS_SLOTS) or 0) or int(_FLAGS.num_gpus) or 1
+    """Returns the slots of a host that is named without: the MPI operator's, or the number of GPUs here."""
+    return place.slots_of_mpi_operator() or int(_FLAGS.num_gpus) or 1
 
 
 def _wait_for_hosts(names: Sequence[str], numbers: Mapping[str, float]) -> int:
-    """0, or the code to end with when some do not answer in time."""
+    """Waits for the hosts' ssh servers; returns 0, or the exit code when some do not answer in time."""
     seconds = numbers["wait_for_hosts_seconds"]
     if not seconds:
         return 0
@@ -203,6 +200,7 @@ def _wait_for_hosts(names: Sequence[str], numbers: Mapping[str, float]) -> int:
 
 
 def _log_dir() -> Path | None:
+    """Makes the folder of --log_dir and returns it; None without that flag."""
     if not _FLAGS.log_dir:
         return None
     try:
@@ -216,7 +214,7 @@ def _log_dir() -> Path | None:
 
 
 def _numbers(hosts: Sequence[HostSlots]) -> dict[str, float]:
-    """By flag, those that were given or have a default."""
+    """Checks the numeric flags; returns their values by name, without those that have none."""
     numbers: dict[str, float] = {}
     if not _FLAGS["num_workers"].present:
         default = sum(host.slots for host in hosts) or int(_FLAGS.num_gpus) or _WORKERS_WITHOUT_GPU
@@ -266,10 +264,10 @@ def _numbers(hosts: Sequence[HostSlots]) -> dict[str, float]:
 
 
 def _require_room(num_workers: int, hosts: Sequence[HostSlots]) -> None:
-    """Checks that the hosts, or this machine, can take so many workers.
+    """Checks that the hosts, or this machine, have room for all workers.
 
     Raises:
-        InputError: they cannot.
+        InputError: they do not.
     """
     if hosts:
         slots = sum(host.slots for host in hosts)
@@ -294,9 +292,9 @@ def _require_room(num_workers: int, hosts: Sequence[HostSlots]) -> None:
 
 
 def _hosts(default_slots: int) -> list[HostSlots]:
-    """Those named at the start; none: this machine, or in Kubernetes what its operator says."""
+    """Returns the hosts named at the start; none means this machine, or the hosts of Kubernetes' operator."""
     if _FLAGS.hosts == _SLURM and _FLAGS.hosts_file:
-        _FLAGS["hosts"].value = ""  # it is what launch/horovodrun.sh says where nobody says more
+        _FLAGS["hosts"].value = ""  # launch/horovodrun.sh gives it as a default
     require(
         not (_FLAGS.hosts and _FLAGS.hosts_file),
         "is one way to name the hosts, --hosts_file another",
@@ -321,10 +319,10 @@ def _hosts(default_slots: int) -> list[HostSlots]:
 
 
 def _pass_environment() -> None:
-    """Tells Horovod which variables the user wants on other hosts.
+    """Passes Horovod the names of the variables that the user wants on other hosts.
 
     Raises:
-        InputError: one of them is not set.
+        InputError: one of the variables is not set.
     """
     names = [name.strip() for name in str(_FLAGS.pass_environment).split(",") if name.strip()]
     for name in names:
@@ -335,14 +333,14 @@ def _pass_environment() -> None:
             name,
             "Set it, or leave it out.",
         )
-    os.environ[_PASS_ENVIRONMENT] = ",".join(names)
+    os.environ["HOROVOD_PASS_ENVIRONMENT"] = ",".join(names)  # our build of Horovod reads it
 
 
 def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
     """Returns the network card by which workers reach this machine, and its address.
 
     Raises:
-        InputError: it is not there, or has no address.
+        InputError: there is no such card, or it has no address.
     """
     if card := str(_FLAGS.network_interface):
         pass
@@ -350,20 +348,28 @@ def _card(hosts: Sequence[HostSlots], only_here: bool) -> tuple[str, str]:
         card = loopback_card()
     else:
         card = card_towards(host.name for host in hosts if not is_local(host.name))
-        os.environ[FIND_CARD_VARIABLE] = "1"  # on other hosts it may have another name
+        place.let_agents_find_card()  # on other hosts it may have another name
     return card, own_address(card)
 
 
 def _horovodrun(
     numbers: Mapping[str, float], hosts: Sequence[HostSlots], only_here: bool, card: str, current_hosts: Path
 ) -> list[str]:
-    """Horovod's launcher and its flags, before the worker's command."""
+    """Returns the command of Horovod's launcher, to which the worker's command is added.
+
+    Args:
+        numbers: the values of the numeric flags.
+        hosts: the hosts of the job; none for this machine, or for an elastic job.
+        only_here: all workers run on this machine.
+        card: the network card by which workers reach this machine.
+        current_hosts: the file from which an elastic job gets its hosts.
+    """
     timeout = str(round(numbers["stall_timeout_seconds"]))
     venv = Path(os.environ.get("DIN_DIST_VENV", sys.prefix))
     words = [str(venv / "bin" / "horovodrun"), "--gloo", "--gloo-timeout-seconds", timeout]
     words += ["-np", str(int(numbers["num_workers"]))]
     if not only_here:
-        words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # it would remember hosts that were reached once
+        words += ["-p", _FLAGS.ssh_port, "--disable-cache"]  # the cache would remember hosts that were reached once
     words += ["--network-interface", card]
     if _FLAGS.elastic:
         cooldown = int(numbers["host_cooldown_seconds"])
@@ -377,16 +383,16 @@ def _horovodrun(
 
 
 def _write_discovery(current_hosts: Path) -> None:
-    """The script by which Horovod learns of the hosts."""
+    """Writes the script from which Horovod gets the hosts."""
     script = current_hosts.with_name(_TELL_HOSTS)
     script.write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(current_hosts))}\n", encoding="utf-8")
     script.chmod(0o755)
 
 
 def _run_first(name: str, arguments: Sequence[str]) -> int:
-    """Another of our commands, whose report goes to stderr; the exit code, 75 when a signal stopped it.
+    """Runs another of our commands, with its report on stderr; returns its exit code, 75 when a signal stopped it.
 
-    A command that a signal does not end, because its disk does not answer, is killed, and not waited for.
+    A command whose disk does not answer may not end after a signal. Then it is killed and not waited for.
     """
     stopped: list[float] = []
 
@@ -412,7 +418,7 @@ def _run_first(name: str, arguments: Sequence[str]) -> int:
 
 
 def _print_help() -> None:
-    """Of the launcher's flags, then the trainer's."""
+    """Prints the launcher's flags, then the trainer's."""
     settings.define_flags()
     print(f"{__doc__}\n\n{_USAGE}\n{_FLAGS.get_help()}\n\nOf the trainer:\n")
     print(flags.FLAGS.module_help(settings))
@@ -420,7 +426,7 @@ def _print_help() -> None:
 
 if __name__ == "__main__":
     streams.open_standard_streams()
-    environment.forget_place()
+    place.forget()
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         _print_help()
         sys.exit()

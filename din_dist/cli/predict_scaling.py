@@ -1,7 +1,8 @@
 """Predicts training speed on more workers: `python -m din_dist.cli.predict_scaling --measured=one_worker.json ...`.
 
-`--measured` holds the last line on stdout of `python -m din_dist.cli.benchmark`, run with one worker. Prints a table to
-stderr and, as the last line on stdout, the same numbers as JSON. `din_dist/benchmark/scaling_model.py` has the model.
+`--measured` names a file with the last line on stdout of `python -m din_dist.cli.benchmark`, run with one worker. The
+command prints a table to stderr and, as the last line on stdout, the same numbers as JSON. The model is in
+`din_dist/benchmark/scaling_model.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ flags.DEFINE_list("workers", [str(2**power) for power in range(3, 11)], "Numbers
 
 
 def main() -> None:
+    """Predicts the speed for each number of workers and prints a table."""
     values = flags.FLAGS
     _require_number("bandwidth_gbits", values.bandwidth_gbits, "Give Gbit/s, for example 25.", zero=False)
     _require_number("latency_us", values.latency_us, "Give microseconds, for example 50.")
@@ -49,7 +51,7 @@ def main() -> None:
     predictions = [predict(measured, cluster, world_size) for world_size in world_sizes]
     entry.say(_table(measured, cluster, predictions))
     found: dict[str, Any] = {
-        "kind": "prediction",  # no one may take it for a measurement
+        "kind": "prediction",  # so that nobody takes it for a measurement
         "measured": dataclasses.asdict(measured),
         "cluster": dataclasses.asdict(cluster),
         "predictions": [prediction.to_json() for prediction in predictions],
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def read_measured(path: str) -> Measured:
-    """The last line of a file, as what one worker measured.
+    """Reads the measurements of one worker from the last line of a file.
 
     Raises:
         InputError: there is no such file, or it holds something else.

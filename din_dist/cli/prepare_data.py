@@ -1,6 +1,6 @@
-"""Prepares a data set for training and prints what it found: `python -m din_dist.cli.prepare_data`.
+"""Prepares a data set for training and prints its statistics: `python -m din_dist.cli.prepare_data`.
 
-Takes every flag of the trainer and checks all of them, so that a wrong one is found before any worker starts.
+It takes every flag of the trainer and checks all of them. So a wrong flag is found before any worker starts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ flags.adopt_module_key_flags(settings)  # for --help
 
 
 def main() -> None:
+    """Prepares the data set and prints its statistics."""
     started = time.perf_counter()
     config = settings.config_from_flags()
-    entry.import_tensorflow()  # takes seconds: wrong flags are answered before
+    entry.import_tensorflow()  # takes seconds, so wrong flags are reported before
     from din_dist.assembly import require_memory_for_tables
     from din_dist.data.prepared import describe_sources, prepare
     from din_dist.data.splits import split_examples
@@ -30,15 +31,15 @@ def main() -> None:
     from din_dist.schema import DatasetFacts
     from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
 
-    # Only where the user names the folder: others prepare data while the default one holds an unrelated job.
+    # Only where the user names the folder, because the default one may hold an unrelated job.
     checkpoint = latest_checkpoint(config) if flags.FLAGS["output_dir"].present else None
 
     def check(facts: DatasetFacts | None) -> None:
-        """Refuses what the job could not go on with, before data that it was trained on is replaced."""
+        """Refuses data with which the job could not resume, before the data of its training is replaced."""
         if facts:
             require_memory_for_tables(config, facts)
         if checkpoint:
-            with contextlib.suppress(DamagedCheckpoint):  # training goes on from the one before
+            with contextlib.suppress(DamagedCheckpoint):  # training resumes from the one before
                 check_compatible(checkpoint, config, facts.fingerprint if facts else None)
 
     check(None)

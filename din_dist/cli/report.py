@@ -1,6 +1,6 @@
-"""Tells what a job did as one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
+"""Describes a job on one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
 
-The job may be finished, at work or broken off: its folder is only read, and its GPUs are left alone. The last line on
+The job may be finished, running or broken off. Its folder is only read, and its GPUs are not used. The last line on
 stdout is the report's path.
 """
 
@@ -34,11 +34,12 @@ MAX_EXAMPLES = flags.DEFINE_integer(
 
 
 def main() -> None:
+    """Writes the report and prints its path."""
     most = MAX_EXAMPLES.value
     require(most >= 1, "must be at least 1", "report_max_examples", most, "For example 200000.")
     folder = Path(OUTPUT_DIR.value)
     record = read_job(folder)
-    entry.import_tensorflow()  # takes seconds: a wrong folder is answered before
+    entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     from din_dist.report.page import render
 
     path = Path(REPORT_PATH.value or folder / "report.html")
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def _find(record: JobRecord, most: int) -> Findings:
-    """All that the files allow to tell; the report itself says what they do not."""
+    """Collects all findings that the job's files allow; the report itself lists those that are missing."""
     import tensorflow as tf
 
     from din_dist.data.prepared import open_prepared
@@ -64,7 +65,7 @@ def _find(record: JobRecord, most: int) -> Findings:
     from din_dist.report import attention, scoring
     from din_dist.report.page import Data, Findings
 
-    tf.config.set_visible_devices([], "GPU")  # they may be full of the job itself
+    tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
     found = Findings(record)
     try:
         config = found.config = config_of(record.folder)
@@ -89,7 +90,9 @@ def _find(record: JobRecord, most: int) -> Findings:
 
 
 def _split_to_score(record: JobRecord, splits: Mapping[str, Examples]) -> str:
-    """Test results are for finished jobs: what may still change must not be chosen by them.
+    """Chooses the test split for a finished job and validation for any other, if it has examples.
+
+    A job that may still change must not be judged by test results.
 
     Raises:
         InputError: neither split has examples.

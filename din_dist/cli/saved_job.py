@@ -1,4 +1,4 @@
-"""What a training job left behind, opened again: its settings, its data and the model with its best weights."""
+"""Opens a saved training job: its settings, its data and the model with its best weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHERE_DATA_LIES: Mapping[type, Sequence[str]] = {DataConfig: ("data_path", "data
 
 
 def define_anew(names: Mapping[type, Sequence[str]]) -> None:
-    """Flags for settings of the job that may be said anew, by the class that has them."""
+    """Defines flags that override some of the job's settings, given by the class that holds them."""
     for kind, fields in names.items():
         for field in dataclasses.fields(kind):
             if field.name in fields:
@@ -34,7 +34,7 @@ def define_anew(names: Mapping[type, Sequence[str]]) -> None:
 
 
 def said_anew(config: Config, names: Mapping[type, Sequence[str]]) -> Config:
-    """`config` with what the flags of `define_anew` say."""
+    """Returns `config` with the values of the flags of `define_anew` that were given."""
     rooms = {
         kind: {name: value for name in fields if (value := flags.FLAGS[name].value) is not None}
         for kind, fields in names.items()
@@ -47,10 +47,10 @@ def said_anew(config: Config, names: Mapping[type, Sequence[str]]) -> Config:
 
 
 def config_of(folder: Path) -> Config:
-    """The settings of the job whose `--output_dir` now lies in `folder`, wherever it was then.
+    """Reads the settings of the job whose `--output_dir` now lies in `folder`, wherever it lay before.
 
     Raises:
-        InputError: they are not there, or are not settings of this version.
+        InputError: the settings are missing, or not of this version.
     """
     path = folder / "flags.txt"
     if not path.is_file():
@@ -63,10 +63,14 @@ def config_of(folder: Path) -> Config:
 
 
 def config_from_text(text: str, path: Path) -> Config:
-    """The settings that a flagfile's text gives, which was found in `path`.
+    """Parses the settings in a flagfile's text.
+
+    Args:
+        text: the flagfile's text.
+        path: where the text was found, for error messages.
 
     Raises:
-        InputError: they are not settings of this version.
+        InputError: the settings are not of this version.
     """
     values = flags.FlagValues()
     settings.define_flags(values)
@@ -83,13 +87,15 @@ def config_from_text(text: str, path: Path) -> Config:
 
 
 def trained_model(config: Config, store: EventStore, step: int | None = None) -> tuple[RankingModel, int]:
-    """The model with its weights after update `step`, and that update.
+    """Returns the model with its weights after update `step`, and that update.
 
     Args:
-        step: which checkpoint; None: the best by validation, or the newest where there is no validation.
+        config: the job's settings.
+        store: the job's prepared data.
+        step: the checkpoint; None: the best by validation, or the newest where there is no validation.
 
     Raises:
-        InputError: there is no such checkpoint, or it does not fit.
+        InputError: there is no such checkpoint, or it does not fit the settings.
     """
     from din_dist.assembly import make_model
     from din_dist.data.splits import split_examples
@@ -119,13 +125,17 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
                 return model, state.best_step
             return model, state.step
         except InputError:
-            if not attempts_left:  # a job at work may have replaced what was being read
+            if not attempts_left:  # a running job may have replaced the checkpoint meanwhile
                 raise
     raise AssertionError
 
 
 def require_checkpoint(step: int, folder: Path) -> None:
-    """Raises `InputError` where `folder`, of a job's checkpoints, has none of update `step`."""
+    """Checks that the folder of a job's checkpoints has one of update `step`.
+
+    Raises:
+        InputError: it has none.
+    """
     from din_dist.training.checkpoint import published_steps
 
     steps = published_steps(folder)

@@ -1,7 +1,7 @@
 """Serves an export over HTTP: `python -m din_dist.cli.serve --export_dir DIR`.
 
-The API is that of TensorFlow Serving's REST endpoint. The line on stdout is the model's URL, printed when requests are
-taken on. SIGTERM, SIGINT and SIGHUP end it: what was accepted is answered first.
+The API is that of TensorFlow Serving's REST endpoint. The line on stdout is the model's URL, printed as soon as the
+server accepts requests. SIGTERM, SIGINT and SIGHUP end it after it has answered the requests that it accepted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
 from din_dist.serving.manifest import Manifest, read_manifest
 
-_OTHER_FILES = 128  # for probes, for connections that are just accepted or closed, and to spare
-_OF_THE_MODEL = 128  # at most, and what was open before
+_OTHER_FILES = 128  # for probes, connections that are just accepted or closed, and a margin
+_OF_THE_MODEL = 128  # the most files of the model, and those that were open before
 
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 for _field in dataclasses.fields(ServeConfig):
@@ -39,6 +39,7 @@ for _field in dataclasses.fields(ServeConfig):
 
 
 def main() -> None:
+    """Loads the export and serves it until a signal comes."""
     values = flags.FLAGS
     given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(ServeConfig)}
     config = ServeConfig(**given)
@@ -51,7 +52,7 @@ def main() -> None:
     listener, health_listener = listen(config.host, config.port), None
     if config.health_port >= 0:
         health_listener = listen(config.health_host or config.host, config.health_port, "--health_host, --health_port")
-    entry.import_tensorflow()  # takes seconds: a wrong folder or a taken port is answered before
+    entry.import_tensorflow()  # takes seconds, so a wrong folder or a taken port is reported before
     from din_dist.serving.bundle import Bundle
     from din_dist.serving.http.metrics import ServingMetrics
     from din_dist.serving.http.parse import Vocabulary
@@ -71,7 +72,7 @@ def main() -> None:
         entry.say(f"at most {num_connections} connections, because of the limit of open files: see ulimit -n")
     config = dataclasses.replace(config, max_connections=num_connections)
     gc.collect()
-    gc.freeze()  # TensorFlow's objects are many, and whenever all are looked at, every answer waits
+    gc.freeze()  # a collection over TensorFlow's many objects would delay every answer
 
     async def serve() -> bool:
         server = Server(config, served, metrics, entry.say)
@@ -83,13 +84,13 @@ def main() -> None:
 
     answered = asyncio.run(serve())
     for number in environment.ending_signals():
-        signal.signal(number, signal.SIG_DFL if number is signal.SIGINT else signal.SIG_IGN)  # it is ending
+        signal.signal(number, signal.SIG_DFL if number is signal.SIGINT else signal.SIG_IGN)  # the process is ending
     if not answered:
         entry.leave_at_once(1, f"not all was answered within {config.shutdown_timeout_seconds:g} seconds")
 
 
 def _stop_on_signals(stop: Callable[[], None]) -> None:
-    """Stops at the first signal; Ctrl-C once more ends the process at once."""
+    """Calls `stop` at the first signal; a second Ctrl-C ends the process at once."""
     asked: set[signal.Signals] = set()
 
     def end(number: signal.Signals) -> None:
@@ -110,7 +111,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises the limit of open files as far as this user may: the usual 1024 is soft."""
+    """Raises the soft limit of open files, usually 1024, as far as this user may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         most = count if hard == resource.RLIM_INFINITY else min(count, hard)
@@ -118,10 +119,10 @@ def _allow_open_files(count: int) -> None:
 
 
 def _num_connections(wanted: int) -> int:
-    """Returns how many connections the limit of open files has room for now, if not all that are wanted.
+    """Returns how many connections the limit of open files allows now, at most `wanted`.
 
     Raises:
-        InputError: for none.
+        InputError: it allows none.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
@@ -135,7 +136,7 @@ def _num_connections(wanted: int) -> int:
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:
-    """What clients may want to know of the model."""
+    """Returns the facts about the model that clients may want."""
     return {
         "item_id_type": manifest.item_id_type,
         "item_features": dict(manifest.item_features),

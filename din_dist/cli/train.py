@@ -5,7 +5,6 @@ The last line on stdout is the summary, as JSON.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,10 @@ from absl import flags
 from din_dist import progress
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
-from din_dist.cluster.link import JOB_VARIABLE
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
 from din_dist.files import read_record, write_text
+from din_dist.place import Place
 from din_dist.text import duration, parse_json
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def main() -> None:
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     folder = Path(config.job.output_dir)
-    lock = OutputDirLock(folder, os.environ.get(JOB_VARIABLE, ""))
+    lock = OutputDirLock(folder, Place.from_environment().job)
     with runtime.together():
         lock.hold(runtime.is_chief)
         prometheus_metrics = PrometheusMetrics(config.job, runtime)

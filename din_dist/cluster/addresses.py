@@ -1,4 +1,4 @@
-"""The addresses and network cards of this machine, and by which of them it reaches others."""
+"""Finds the addresses and network cards of this machine, and which of them reach other hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HOSTS_TO_TRY = 3
 
 
 def addresses_of(name: str) -> list[str]:
-    """Returns what a name stands for; nothing where it is unknown."""
+    """Returns the addresses of a host name; none where it is unknown."""
     try:
         return [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
     except OSError:
@@ -26,28 +26,29 @@ def addresses_of(name: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
+    """Returns True for an address that never leaves its own machine."""
     return ipaddress.ip_address(address).is_loopback
 
 
 def source_address(address: str) -> str | None:
-    """Returns where from this machine sends to an address; None where it knows no way."""
+    """Returns the address from which this machine sends to another; None where it has no route."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # of a datagram socket: nothing is sent
+        probe.connect((address, 9))  # a datagram socket sends nothing here
         return str(probe.getsockname()[0])
     return None
 
 
 def is_own(address: str) -> bool:
-    """Says whether an address is this machine's: then it is from there that it sends to there."""
+    """Returns True for an address of this machine, which sends to it from the address itself."""
     return is_loopback(address) or source_address(address) == address
 
 
 def own_address(card: str) -> str:
-    """Returns a card's address, at which this machine is reached.
+    """Returns the address at which a card reaches this machine.
 
     Raises:
-        InputError: there is no such card, or it has none.
+        InputError: there is no such card, or it has no address.
     """
     address = address_of_card(card)
     if address is None:
@@ -59,7 +60,7 @@ def own_address(card: str) -> str:
 
 
 def address_of_card(card: str) -> str | None:
-    """Returns a card's first IPv4 address, which is the one that Gloo takes."""
+    """Returns a card's first IPv4 address, which Gloo uses too; None where there is none."""
     for entry in psutil.net_if_addrs().get(card, []):
         if entry.family == socket.AF_INET:
             return str(entry.address)
@@ -67,7 +68,7 @@ def address_of_card(card: str) -> str | None:
 
 
 def card_of(address: str) -> str | None:
-    """Returns the card that has an address."""
+    """Returns the card that has an address; None where none has it."""
     for card, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
             return card
@@ -78,21 +79,21 @@ def loopback_card() -> str:
     """Returns the card by which processes of this machine reach each other.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such card.
     """
     card = card_of("127.0.0.1")
     if card is None:
         raise InputError(
-            "Workers on one machine meet at 127.0.0.1. Received: no network card with that address. Bring it up: ip "
-            "link set lo up."
+            "Workers on one machine meet at 127.0.0.1. Received: no network card with that address. Bring it up: "
+            "ip link set lo up."
         )
     return card
 
 
 def card_towards(hosts: Iterable[str]) -> str:
-    """Returns the card by which this machine reaches the first of the hosts elsewhere that it knows a way to.
+    """Returns the card with a route to the first reachable host elsewhere; by default the card of the default route.
 
-    Without any it is the card of the default route. A few are tried: each may take a name server's time-out.
+    Only a few hosts are tried, because each may take a name server's time-out.
     """
     few = itertools.islice(hosts, _HOSTS_TO_TRY)
     for address in (address for host in few for address in addresses_of(host)):

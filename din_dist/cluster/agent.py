@@ -1,7 +1,7 @@
-"""Stands by one trainer process, on the trainer's own host: `python -m din_dist.cluster.agent TRAINER_FLAGS`.
+"""Watches one trainer process on the trainer's own host: `python -m din_dist.cluster.agent TRAINER_FLAGS`.
 
-The launcher's arm: it stops the trainer when the launcher says so or is gone, ends it when it has hung, and tells the
-launcher how it ended. It needs no shared files, so it serves on any host.
+The agent stops the trainer when the launcher asks for that or is gone. It kills a trainer that has hung. It reports the
+trainer's exit code to the launcher. It needs no shared files, so it runs on any host.
 """
 
 from __future__ import annotations
@@ -20,64 +20,67 @@ from typing import IO
 
 from din_dist import environment
 from din_dist.cluster.addresses import card_of
-from din_dist.cluster.link import (
-    BEAT_SECONDS,
-    BEATS_VARIABLE,
-    FIND_CARD_VARIABLE,
-    KEY_VARIABLE,
-    Address,
-    Lines,
-    Seal,
-    introduce,
-)
+from din_dist.cluster.link import BEAT_SECONDS, Lines, Seal, introduce
 from din_dist.cluster.processes import die_with_parent, exit_code
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
+from din_dist.place import LauncherAddress, Place, variables_of_trainer
 from din_dist.text import printable_line
 
 _CONNECT_SECONDS = 10.0
-_JOIN_SECONDS = 30.0  # in which many may connect to the launcher at once
-_LONGEST_LINE = 1 << 20  # bytes that are waited for
-_GRACE_SECONDS = 20.0  # to finish a step and to write a checkpoint, without a launcher
-_SILENCE_AFTER_STOP_SECONDS = 20.0  # of a trainer that was asked to stop
-_GONE_SECONDS = 10.0  # for the kernel to take a process away
-_LAST_WORDS_SECONDS = 0.5  # at least, for a trainer to say itself that another was lost
+_JOIN_SECONDS = 30.0  # because many agents may connect to the launcher at once
+_LONGEST_LINE = 1 << 20  # bytes; a longer line is passed on in pieces
+_GRACE_SECONDS = 20.0  # for a trainer without a launcher to finish its step and write a checkpoint
+_SILENCE_AFTER_STOP_SECONDS = 20.0  # after which a trainer that was asked to stop has hung
+_GONE_SECONDS = 10.0  # for the kernel to remove a process
+_LAST_WORDS_SECONDS = 0.5  # for a trainer to report by itself that it lost another worker
 
 
 class Agent:
-    """One trainer and the link to the launcher."""
+    """One trainer and the link to the launcher.
 
-    def __init__(self, launcher: socket.socket, seal: Seal, lines: Lines, stall_timeout_seconds: float) -> None:
+    Args:
+        place: the worker's place in its job.
+        launcher: the link, on which this agent is known already.
+        seal: proves the lines of this agent and checks those of the launcher.
+        lines: the launcher's lines, with the bytes that came after its first one.
+        stall_timeout_seconds: a launcher or trainer that is silent for longer is lost.
+    """
+
+    def __init__(
+        self, place: Place, launcher: socket.socket, seal: Seal, lines: Lines, stall_timeout_seconds: float
+    ) -> None:
+        self._place = place
         self._launcher: socket.socket | None = launcher
         self._seal, self._launcher_lines, self._trainer_lines = seal, lines, Lines()
         self._stall_timeout_seconds = stall_timeout_seconds
         self._selector = selectors.DefaultSelector()
         self._heard_launcher = time.monotonic()
-        self._heard_trainer: float | None = None  # None: it is not ready for signals yet
-        self._stop_level = 0  # of SIGINTs that the trainer has to get, and got
-        self._interrupts_sent = 0
+        self._heard_trainer: float | None = None  # None: the trainer is not ready for signals yet
+        self._stop_level = 0  # how many SIGINTs the trainer must get
+        self._interrupts_sent = 0  # how many it got
         self._terminate_at: float | None = None
         self._has_terminated = False
         self._kill_at: float | None = None
-        self._verdict: int | None = None  # the exit code, where it is not the trainer's own
-        self._told: int | None = None  # what the trainer ends with, as it has said itself
+        self._verdict: int | None = None  # the exit code where it is not the trainer's own
+        self._told: int | None = None  # the exit code that the trainer announced
         self._gone_by: float | None = None
         self._trainer: subprocess.Popen[bytes] | None = None
 
     def run(self, command: Sequence[str]) -> int:
-        """Runs the trainer to its end; its exit code."""
+        """Runs the trainer to its end; returns the worker's exit code."""
         here, there = socket.socketpair()
         here.setblocking(False)
         there.setblocking(False)
         signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
         for number in (*environment.ending_signals(), signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)  # `_hear_signals` acts
+            signal.signal(number, lambda *_: None)  # `_hear_signals` handles them
         assert self._launcher
         self._launcher.setblocking(False)
         self._selector.register(self._launcher, selectors.EVENT_READ, self._hear_launcher)
         self._selector.register(here, selectors.EVENT_READ, lambda: self._hear_signals(here))
         pumps = self._start(command)
         assert self._trainer
-        self._heed(b"")  # what came together with the launcher's first word
+        self._heed(b"")  # lines that came with the launcher's first one
         next_beat = 0.0
         while self._trainer.poll() is None and not self._is_left_behind():
             for key, _ in self._selector.select(timeout=max(0.0, next_beat - time.monotonic())):
@@ -86,7 +89,7 @@ class Agent:
                 next_beat = time.monotonic() + BEAT_SECONDS
                 self._tell({})
                 self._check()
-        # Python's end restores what signals do by default, and Horovod's driver may send one just then.
+        # Python restores the default handlers at its end, just when Horovod's driver may send a signal.
         for number in environment.ending_signals():
             signal.signal(number, signal.SIG_IGN)
         code = self._verdict or self._told or EXIT_HUNG
@@ -95,21 +98,21 @@ class Agent:
         if self._told is None:
             self._tell({"ended": code})
         for pump in pumps:
-            pump.join(timeout=5)  # whoever the trainer started may hold them open
+            pump.join(timeout=5)  # a child of the trainer may hold them open
         return code
 
     def _start(self, command: Sequence[str]) -> list[threading.Thread]:
         beats, trainers_end = os.pipe()
         os.set_blocking(beats, False)
         self._selector.register(beats, selectors.EVENT_READ, lambda: self._hear_trainer(beats))
-        under_horovodrun = "HOROVOD_RANK" in os.environ
-        is_static_follower = os.environ.get("HOROVOD_RANK", "0") != "0" and "HOROVOD_ELASTIC" not in os.environ
+        under_horovodrun = self._place.under_horovodrun
+        is_static_follower = self._place.rank != 0 and not self._place.elastic
         self._trainer = subprocess.Popen(
             command,
-            env={**os.environ, **self._cards(), BEATS_VARIABLE: str(trainers_end)},
+            env={**os.environ, **self._cards(), **variables_of_trainer(trainers_end)},
             pass_fds=[trainers_end],
             stdin=subprocess.DEVNULL,  # a trainer that cannot be ended must not hold the ssh session open
-            # Through this process: where ssh broke off, writing to what it left behind would be the trainer's end.
+            # Output goes through this process: writing to the pipe of a broken ssh session would end the trainer.
             stdout=subprocess.PIPE if under_horovodrun else None,
             stderr=subprocess.PIPE if under_horovodrun else None,
             preexec_fn=die_with_parent,  # no trainer without its agent
@@ -118,7 +121,7 @@ class Agent:
         if not under_horovodrun:
             return []
         pumps = [
-            # Stdout is for the summary: of the chief, which in an elastic job any rank may become.
+            # Stdout is for the chief's summary. In an elastic job any rank may become the chief.
             threading.Thread(target=pump, args=(self._trainer.stdout, 2 if is_static_follower else 1), daemon=True),
             threading.Thread(target=pump, args=(self._trainer.stderr, 2), daemon=True),
         ]
@@ -138,7 +141,7 @@ class Agent:
         self._heed(piece)
 
     def _heed(self, piece: bytes) -> None:
-        """Does what the launcher says. Where a line is not its own, or has changed on its way, the link is broken."""
+        """Follows the launcher's messages. A line that is not the launcher's, or was changed, breaks the link."""
         try:
             messages = [self._seal.decode(line) for line in self._launcher_lines.add(piece)]
         except ValueError:
@@ -146,7 +149,7 @@ class Agent:
             return
         self._heard_launcher = time.monotonic()
         for message in messages:
-            if message.get("given_up"):  # heard late, as by a host that had hung: others have its place
+            if message.get("given_up"):  # for a host that had hung: others have taken its place
                 self._kill(EXIT_HUNG)
             self._ask_to_stop(message.get("stop", 0))
 
@@ -157,7 +160,7 @@ class Agent:
             return
         self._heard_trainer = time.monotonic()
         for line in self._trainer_lines.add(piece):
-            if line.startswith(b"ends "):  # said before it is through with ending, which takes seconds
+            if line.startswith(b"ends "):  # announced early, because ending takes seconds
                 self._told = int(line.split()[1])
                 self._tell({"ended": self._told})
             if line.strip() == b"gone":
@@ -174,15 +177,15 @@ class Agent:
             self._terminate()
 
     def _terminate(self) -> None:
-        """SIGTERM, from Horovod or from who evicts this worker, goes on to the trainer, which knows what to do.
+        """Passes SIGTERM on to the trainer: it comes from Horovod's driver, or announces the eviction of this worker.
 
-        From Horovod's driver it comes when another worker has failed, unless the job is elastic. The trainer is about
-        to find that out by itself and to say so; what it would say of a request to stop buries that.
+        Unless the job is elastic, the driver sends it when another worker has failed. The trainer is about to report
+        that failure by itself. It gets the signal a little later, so that its answer does not bury the report.
         """
         assert self._trainer
         if self._heard_trainer is None:
             self._kill(EXIT_RETRY)
-        elif os.environ.get("HOROVOD_ELASTIC") == "1" or int(os.environ.get("HOROVOD_SIZE", "1")) == 1:
+        elif self._place.elastic or self._place.size == 1:
             self._send_sigterm()
         else:
             self._terminate_at = time.monotonic() + _LAST_WORDS_SECONDS
@@ -195,7 +198,7 @@ class Agent:
     def _ask_to_stop(self, level: int) -> None:
         self._stop_level = max(self._stop_level, level)
         if self._stop_level and self._heard_trainer is None:
-            self._kill(EXIT_RETRY)  # it has learned nothing yet
+            self._kill(EXIT_RETRY)  # it has no progress to save yet
         self._interrupt()
 
     def _interrupt(self) -> None:
@@ -225,9 +228,9 @@ class Agent:
             _say(f"it is killed: it did not stop within {_GRACE_SECONDS:g} s")
 
     def _part_from_launcher(self) -> None:
-        """Without a launcher there is no job. This worker may also be the one that was cut off from all others."""
+        """Stops the trainer because the launcher is gone, or this worker is cut off from all others."""
         assert self._launcher
-        self._tell({"parted": True})  # it may hear this worker, and not be heard
+        self._tell({"parted": True})  # the other direction of the link may still work
         self._selector.unregister(self._launcher)
         self._launcher.close()
         self._launcher = None
@@ -242,7 +245,7 @@ class Agent:
         self._gone_by = time.monotonic() + _GONE_SECONDS
 
     def _is_left_behind(self) -> bool:
-        """Tells whether the trainer has ended, and only the kernel keeps it because a disk does not answer."""
+        """Returns True when only the kernel keeps the ended trainer, because a disk does not answer."""
         if self._gone_by is None or time.monotonic() < self._gone_by:
             return False
         assert self._trainer
@@ -255,21 +258,21 @@ class Agent:
                 self._launcher.send(self._seal.encode(message))
 
     def _cards(self) -> dict[str, str]:
-        """Returns the variables that name this host's card towards the launcher, where nobody named one.
+        """Returns the variables that name this host's card towards the launcher, unless the user named a card.
 
-        Horovod gives the name of the launcher's own, which may be another here.
+        Horovod gives workers the name of the launcher's own card, which may differ here.
         """
         assert self._launcher
-        if FIND_CARD_VARIABLE not in os.environ or not (card := card_of(self._launcher.getsockname()[0])):
+        if not self._place.find_card or not (card := card_of(self._launcher.getsockname()[0])):
             return {}
         variables = {"HOROVOD_GLOO_IFACE": card}
-        if os.environ.get("NCCL_SOCKET_IFNAME") == os.environ.get("HOROVOD_GLOO_IFACE"):  # not the user's
+        if os.environ.get("NCCL_SOCKET_IFNAME", "") == self._place.card:  # otherwise the user set it
             variables["NCCL_SOCKET_IFNAME"] = card
         return variables
 
 
 def pump(source: IO[bytes], target: int) -> None:
-    """Passes on what comes, in whole lines, so that the other stream cuts none; reads on where nobody takes it."""
+    """Passes on whole lines, so that the other stream cuts none; keeps reading when nobody takes them."""
     broken, rest = False, b""
     while True:
         piece = os.read(source.fileno(), 65536)
@@ -287,28 +290,23 @@ def pump(source: IO[bytes], target: int) -> None:
 
 
 def _say(text: str) -> None:
-    """Prints a line. Errors in it may come from elsewhere, so a terminal must not obey them."""
-    line = printable_line(f"worker {os.environ.get('HOROVOD_RANK', '0')}: {text}") + "\n"
+    """Prints a line, with control characters escaped: errors in it may come from other hosts."""
+    line = printable_line(f"worker {Place.from_environment().rank}: {text}") + "\n"
     with contextlib.suppress(OSError):
         os.write(2, line.encode())
 
 
-def _join() -> tuple[socket.socket, Seal, Lines, float]:
-    """Joins the launcher; returns the link to it, and after how many seconds its silence counts."""
-    address = Address.from_environment()
-    hello = {
-        "host": os.environ.get("HOROVOD_HOSTNAME", ""),
-        "local_rank": int(os.environ.get("HOROVOD_LOCAL_RANK", "0")),
-        "rank": int(os.environ.get("HOROVOD_RANK", "0")),
-    }
+def _join(place: Place, address: LauncherAddress) -> tuple[socket.socket, Seal, Lines]:
+    """Connects to the launcher and introduces this agent; returns the link."""
+    hello = {"host": place.host, "local_rank": place.local_rank, "rank": place.rank}
     started = time.monotonic()
     while True:
         link = None
         try:
             link = socket.create_connection((address.host, address.port), timeout=_CONNECT_SECONDS)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            seal, lines = introduce(link, os.environ[KEY_VARIABLE], hello)
-            return link, seal, lines, address.stall_timeout_seconds
+            seal, lines = introduce(link, place.key, hello)
+            return link, seal, lines
         except (OSError, ValueError) as error:
             if link:
                 link.close()
@@ -319,8 +317,12 @@ def _join() -> tuple[socket.socket, Seal, Lines, float]:
 
 
 def main(trainer_flags: Sequence[str]) -> int:
-    """The exit code of a trainer with these flags."""
-    return Agent(*_join()).run([sys.executable, "-m", "din_dist.cli.train", *trainer_flags])
+    """Runs a trainer with these flags; returns its exit code."""
+    place = Place.from_environment()
+    if place.launcher is None:
+        sys.exit("an agent must have a launcher. Received: no address of one. Start workers with launch/train.sh.")
+    agent = Agent(place, *_join(place, place.launcher), place.launcher.stall_timeout_seconds)
+    return agent.run([sys.executable, "-m", "din_dist.cli.train", *trainer_flags])
 
 
 if __name__ == "__main__":

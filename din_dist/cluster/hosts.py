@@ -1,4 +1,4 @@
-"""The hosts of a job: how they are written down, and which of them answer."""
+"""The hosts of a job: reads the user's list of them and finds which ones answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import os
 import re
 import socket
 import subprocess
@@ -20,18 +19,19 @@ from din_dist.cluster.addresses import addresses_of, is_own
 from din_dist.cluster.slurm import hosts_of_slurm
 from din_dist.errors import InputError
 from din_dist.files import read_text, write_text
+from din_dist.place import SlurmJob
 
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
 _SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
-_LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as MPI has it
+_LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as in MPI
 _PROBE_SECONDS = 3.0
-_LOOK_SECONDS = 0.01  # between two looks whether a name is found
-_NOTED_SECONDS = 3.0  # after which Horovod knows of the end of a worker
+_LOOK_SECONDS = 0.01  # between two checks of a name lookup
+_NOTED_SECONDS = 3.0  # after which Horovod has noticed that a worker ended
 
 
 @dataclasses.dataclass(frozen=True)
 class HostSlots:
-    """A host and how many workers it may have."""
+    """A host and the number of workers that it may run."""
 
     name: str
     slots: int = 1
@@ -41,19 +41,19 @@ class HostSlots:
 
     @classmethod
     def parse(cls, text: str, default_slots: int = 1) -> Self | None:
-        """Of HOST, HOST:SLOTS or HOST slots=SLOTS; None: it is something else."""
+        """Parses HOST, HOST:SLOTS or HOST slots=SLOTS; returns None for any other text."""
         match = _SHORT.fullmatch(text) or _LONG.fullmatch(text)
         return cls(match[1], int(match[2] or default_slots)) if match else None
 
 
 def parse_hosts(text: str, default_slots: int = 1) -> list[HostSlots]:
-    """Of `--hosts`: HOST:SLOTS,HOST:SLOTS,... or slurm.
+    """Parses the value of `--hosts`: HOST:SLOTS,HOST:SLOTS,... or slurm.
 
     Raises:
-        InputError: it is something else.
+        InputError: the text has another form.
     """
     if text == "slurm":
-        return [HostSlots(name, slots) for name, slots in hosts_of_slurm(os.environ, default_slots)]
+        return [HostSlots(name, slots) for name, slots in hosts_of_slurm(SlurmJob.from_environment(), default_slots)]
     found = [HostSlots.parse(part.strip(), default_slots) for part in text.split(",")]
     if None in found:
         raise InputError(
@@ -63,10 +63,10 @@ def parse_hosts(text: str, default_slots: int = 1) -> list[HostSlots]:
 
 
 def read_hosts_file(path: str, default_slots: int = 1) -> list[HostSlots]:
-    """Of `--hosts_file`: a line HOST, HOST:SLOTS or HOST slots=SLOTS each; # begins a comment.
+    """Reads a `--hosts_file`: a line HOST, HOST:SLOTS or HOST slots=SLOTS for each host; # begins a comment.
 
     Raises:
-        InputError: it cannot be read, has another line, or none.
+        InputError: the file cannot be read, names no host, or has a line of another form.
     """
     try:
         lines = read_text(Path(path)).splitlines()
@@ -94,29 +94,29 @@ def read_hosts_file(path: str, default_slots: int = 1) -> list[HostSlots]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a host is this machine, as Horovod has it: it starts workers there without ssh."""
+    """Returns True for a host that is this machine: Horovod starts workers there without ssh."""
     try:
         return _is_local(name)
     except OSError:
-        return False  # not remembered: a container may learn its own name late
+        return False  # not cached, because a container may learn its own name late
 
 
 @functools.cache
 def _is_local(name: str) -> bool:
-    # RFC 6761 gives this name a meaning that no name server has to confirm.
+    # RFC 6761 reserves this name, so no name server is asked.
     return name == "localhost" or is_own(socket.gethostbyname(name))
 
 
 class _Lookup:
-    """Finds in a thread whether a host is this machine, and its addresses: name servers may be away."""
+    """Looks up a host name in a thread, because a name server may not answer."""
 
-    _pending: ClassVar[dict[str, _Lookup]] = {}  # one a name, whatever time the name server takes
+    _pending: ClassVar[dict[str, _Lookup]] = {}  # one for each name, however long the name server takes
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._is_done = self._is_local = False
         self._addresses: list[str] = []
-        threading.Thread(target=self._run, daemon=True).start()  # nobody waits for it at the end
+        threading.Thread(target=self._run, daemon=True).start()  # the process may end before it
 
     def _run(self) -> None:
         self._is_local = is_local(self._name)
@@ -126,7 +126,7 @@ class _Lookup:
 
     @staticmethod
     async def of(name: str) -> tuple[bool, list[str]]:
-        """Returns whether the host is this machine, and otherwise its addresses, as far as they are known in time."""
+        """Returns True for this machine, or False and the addresses that were found in time."""
         lookup = _Lookup._pending.get(name) or _Lookup(name)
         _Lookup._pending[name] = lookup
         until = time.monotonic() + _PROBE_SECONDS
@@ -138,7 +138,7 @@ class _Lookup:
 
 
 async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[str]:
-    """Those of the hosts elsewhere on which no ssh server answers within so many seconds."""
+    """Returns the hosts on other machines whose ssh server does not answer within that many seconds."""
     until = time.monotonic() + seconds
     silent = list(names)
     while True:
@@ -150,13 +150,13 @@ async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[
 
 
 async def _is_ready(name: str, port: int) -> bool:
-    """Says whether workers can be started on a host now. The event loop goes on meanwhile."""
+    """Returns True when workers can be started on a host now. The event loop continues meanwhile."""
     here, addresses = await _Lookup.of(name)
     return here or any(await asyncio.gather(*(_answers(address, port) for address in addresses)))
 
 
 async def _answers(address: str, port: int) -> bool:
-    """An ssh server speaks first. A connection alone may be a proxy's, which takes it before there is a server."""
+    """Returns True when an ssh server sends its greeting. A proxy may accept a connection before there is a server."""
     with contextlib.suppress(OSError, EOFError, TimeoutError):
         async with asyncio.timeout(_PROBE_SECONDS):
             reader, writer = await asyncio.open_connection(address, port)
@@ -168,39 +168,49 @@ async def _answers(address: str, port: int) -> bool:
 
 
 class HostList:
-    """The hosts that an elastic job may use now: of those in the file or the cluster, the ones that answer.
+    """The hosts that an elastic job may use now: those in the file or the cluster that answer.
 
-    Horovod takes a host that is listed for one that works, and the whole job waits while it tries to reach it.
+    Horovod assumes that every listed host works. The whole job waits while Horovod tries to reach one that does not.
+
+    Args:
+        discover: a command that prints all hosts.
+        path: the file from which Horovod reads the hosts.
+        ssh_port: the port of the hosts' ssh servers.
+        patience_seconds: a host that answered within this time still counts as working.
+        default_slots: the slots of a host that is named without.
     """
 
     def __init__(
         self, discover: Sequence[str], path: Path, ssh_port: int, patience_seconds: float, default_slots: int = 1
     ) -> None:
-        """`discover`: a command that prints them all. `path`: the file that Horovod is told."""
         self._discover, self._path, self._ssh_port, self._default_slots = discover, path, ssh_port, default_slots
         self._patience_seconds = patience_seconds
-        self._answered: dict[str, float] = {}  # when last
-        self._had_workers: dict[str, float] = {}  # when last
+        self._answered: dict[str, float] = {}  # host -> last time
+        self._had_workers: dict[str, float] = {}  # host -> last time
         self._told: set[str] = set()
         self.silent: set[str] = set()
-        self.refused: set[str] = set()  # left out for good; to be added to
+        self.refused: set[str] = set()  # left out until the job ends; others add to it
 
     async def refresh(self, at_work: Collection[str], with_workers: Collection[str] = ()) -> None:
-        """Asks anew. `at_work`: hosts of workers that have just been heard of; `with_workers`: that Horovod waits for.
+        """Finds which hosts answer and writes them to Horovod's file.
+
+        Args:
+            at_work: hosts of workers that gave a sign of life just now.
+            with_workers: hosts of workers for which Horovod still waits.
 
         Raises:
-            InputError: nobody says which hosts there are. What was known of them stays.
+            InputError: the command printed no hosts. The list stays as it was.
         """
         now = time.monotonic()
         listed = await self._listed()
         await asyncio.gather(*(self._probe(host.name, now) for host in listed if host.name not in at_work))
         for name in at_work:
             self._answered[name] = now
-        # One that answered a moment ago may be busy; who takes it from the list ends its workers.
+        # A host that answered a moment ago may be busy. Taking it from the list would end its workers.
         recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
         self.silent = {host.name for host in listed} - recent
-        # Of a host that comes back Horovod would take the end of the workers that it had before for the end of those
-        # that it starts there now, and the job for done. So it is told when they have ended and Horovod has noted that.
+        # When a host comes back, Horovod would take the end of its old workers for the end of the new ones, and the job
+        # for done. So the host is listed only after its old workers have ended and Horovod has noticed.
         self._had_workers |= dict.fromkeys({*at_work, *with_workers}, now)
         lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
         told = [host for host in listed if host.name in recent - self.refused - lingering]
@@ -215,7 +225,7 @@ class HostList:
             raise InputError(f"{self._discover[0]} must print the hosts. Received: {said}. Correct that.")
         lines = output.decode(errors="replace").splitlines()
         parsed = [HostSlots.parse(line.strip(), self._default_slots) for line in lines]
-        return [host for host in parsed if host]  # a line that is being written must not end the job
+        return [host for host in parsed if host]  # a half-written line must not end the job
 
     async def _probe(self, name: str, now: float) -> None:
         if await _is_ready(name, self._ssh_port):

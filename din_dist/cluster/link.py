@@ -1,36 +1,28 @@
-"""What the launcher and the agents of its workers say to each other, over TCP: a line each.
+"""The protocol between the launcher and the agents of its workers: messages over TCP, one a line.
 
 launcher:  CHALLENGE           32 hexadecimal digits, once, first
-agent:     NONCE               likewise
+agent:     NONCE               the same, once, in answer
 agent:     {"host": ..., "local_rank": ..., "rank": ...}   once, then
-launcher:  {"stop": n}         the job is to stop; n = 2: at once, without a checkpoint
-launcher:  {"given_up": true}  the job goes on without this worker, which was silent for too long
-agent:     {"parted": true}    the launcher was silent for too long: the trainer is stopped
-agent:     {"ended": code}     with what its trainer ended, or is about to
-both:      {}                  a sign of life, each `BEAT_SECONDS`; by the launcher's first one the agent is known there
+launcher:  {"stop": n}         the job must stop; n = 2: at once, without a checkpoint
+launcher:  {"given_up": true}  the job continues without this worker, which was silent for too long
+agent:     {"parted": true}    the launcher was silent for too long, so the agent stops the trainer
+agent:     {"ended": code}     the exit code with which its trainer has ended, or is about to end
+both:      {}                  a sign of life, every `BEAT_SECONDS`; the launcher's first one accepts the agent
 
-All but the first two lines are JSON, after a digest that proves the job's key. It covers the challenge, the nonce, who
-speaks and the line's number, so that a line is of use to nobody else and but once, and one that changed on its way is
-found out.
+All but the first two lines are JSON after a digest that proves the job's key. The digest covers the challenge, the
+nonce, the side that sends the line and the line's number. So a line cannot be replayed, and a changed one is rejected.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import socket
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-ADDRESS_VARIABLE = "DIN_DIST_LAUNCHER"
-KEY_VARIABLE = "HOROVOD_SECRET_KEY"  # of the job, which Horovod's own connections use too
-JOB_VARIABLE = "DIN_DIST_JOB"  # tells the workers of one job from those of another
-BEATS_VARIABLE = "DIN_DIST_BEATS_FD"  # of a trainer: where its signs of life go
-FIND_CARD_VARIABLE = "DIN_DIST_FIND_CARD"  # nobody named a network card: each host's own, towards the launcher
 BEAT_SECONDS = 1.0
 LONGEST_LINE = 4096  # bytes
 
@@ -39,34 +31,19 @@ _NONCE = re.compile(rb"[0-9a-f]{32}")
 Side = Literal["launcher", "agent"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """How an agent finds its launcher, in an environment variable."""
-
-    host: str
-    port: int
-    stall_timeout_seconds: float
-
-    def to_environment(self) -> dict[str, str]:
-        return {ADDRESS_VARIABLE: f"{self.host}:{self.port}:{self.stall_timeout_seconds:g}"}
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        host, port, stall_timeout_seconds = os.environ[ADDRESS_VARIABLE].split(":")
-        return cls(host, int(port), float(stall_timeout_seconds))
-
-
 def new_nonce() -> bytes:
+    """Returns 32 random hexadecimal digits."""
     return secrets.token_hex(16).encode()
 
 
 class Seal:
-    """Proves the lines of one side, and checks those of the other, in their order."""
+    """Adds a digest to each line of one side, and checks the digests of the other side, in order."""
 
     def __init__(self, side: Side, key: str, challenge: bytes, nonce: bytes) -> None:
-        """
+        """Starts a session.
+
         Raises:
-            ValueError: challenge or nonce are none.
+            ValueError: challenge or nonce has another form.
         """
         if not (_NONCE.fullmatch(challenge) and _NONCE.fullmatch(nonce)):
             raise ValueError("a link begins with two nonces")
@@ -83,10 +60,10 @@ class Seal:
         return line
 
     def decode(self, line: bytes) -> dict[str, Any]:
-        """Returns what the other side says in its next line.
+        """Returns the message in the other side's next line.
 
         Raises:
-            ValueError: it was not said by who knows the key, or is not what was said.
+            ValueError: the sender does not know the key, or the line was changed on its way.
         """
         digest, _, text = line.rstrip(b"\n").partition(b" ")
         if not hmac.compare_digest(digest, self._digest(self._other, self._received, text)):
@@ -101,11 +78,11 @@ class Seal:
 
 
 def introduce(link: socket.socket, key: str, hello: dict[str, Any]) -> tuple[Seal, Lines]:
-    """Introduces an agent to who should be its launcher, at the other end of `link`, until it is known there.
+    """Introduces an agent to the launcher at the other end of `link`, and waits until the launcher accepts it.
 
     Raises:
-        OSError: no answer, as from a launcher that many others connect to just then.
-        ValueError: it is not the launcher.
+        OSError: no answer came, for example because many agents connect at once.
+        ValueError: the other end is not the launcher.
     """
     lines = Lines()
     challenge, nonce = lines.read_one(link), new_nonce()
@@ -116,7 +93,7 @@ def introduce(link: socket.socket, key: str, hello: dict[str, Any]) -> tuple[Sea
 
 
 class Lines:
-    """Puts what comes in pieces together to lines."""
+    """Joins received pieces into lines."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -125,7 +102,7 @@ class Lines:
         """Returns the lines that a piece completes.
 
         Raises:
-            ValueError: a line has no end.
+            ValueError: a line is too long.
         """
         *lines, self._rest = (self._rest + piece).split(b"\n")
         if len(self._rest) > LONGEST_LINE:
@@ -133,11 +110,11 @@ class Lines:
         return lines
 
     def read_one(self, link: socket.socket) -> bytes:
-        """Waits for a line and keeps what comes after it.
+        """Waits for a line and keeps the bytes after it.
 
         Raises:
-            OSError: none came.
-            ValueError: it has no end.
+            OSError: no line came.
+            ValueError: the line is too long.
         """
         while b"\n" not in self._rest:
             piece = link.recv(LONGEST_LINE)

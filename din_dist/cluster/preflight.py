@@ -1,7 +1,7 @@
-"""Looks for what would keep a job of several hosts from starting, before it starts.
+"""Finds what would keep a job of several hosts from starting, before it starts.
 
-A probe (`probe.py`) is started on each host, all at once and through the ssh by which workers will be. Each is asked
-what it finds, which is compared with what is found here, on the caller's machine, and then to connect to the others.
+A probe (`probe.py`) starts on all hosts at once, through the same ssh as the workers. Each probe reports the facts of
+its host, which are compared with those of the caller's machine. Then each probe tries to connect to the other hosts.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from din_dist.errors import InputError
 from din_dist.text import printable_line
 
 MAX_SKEW_SECONDS = 2.0
-_FACTS_SECONDS = 30.0  # ssh and Python start in it, from a slow disk too
+_FACTS_SECONDS = 30.0  # ssh and Python start within it, even from a slow disk
 _REACH_SECONDS = CONNECT_SECONDS + 7.0
 _SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oStrictHostKeyChecking=accept-new", "-oLogLevel=ERROR")
-_NO_FOLDER, _NO_PYTHON = 81, 82  # exit codes that neither ssh nor Python gives
-_INHERITED = ("PATH", "PYTHONPATH", "DIN_DIST_DEVICE")  # of what Horovod hands to workers on other hosts
+_NO_FOLDER, _NO_PYTHON = 81, 82  # exit codes that neither ssh nor Python uses
+_INHERITED = ("PATH", "PYTHONPATH", "DIN_DIST_DEVICE")  # Horovod hands these to workers on other hosts
 _PYTHON = str(Path(sys.prefix, "bin", "python"))
 _SSH_CHECK = "ssh"
-_HERE = "this machine"  # where that is none of the hosts
+_HERE = "this machine"  # its name where it is none of the hosts
 
 _Told = TypeVar("_Told")
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a host. Where it is not `fatal` a job runs, if not as well as it might."""
+    """A problem with a host. A job still runs with one that is not `fatal`, but less well."""
 
     host: str
     check: str
@@ -56,7 +56,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the probe of a host found, and how many seconds the clock there is ahead, give or take the margin."""
+    """The facts of a host, and how many seconds its clock is ahead, plus or minus the margin."""
 
     facts: Facts
     port: int = 0
@@ -67,14 +67,16 @@ class Answer:
 def check_hosts(
     hosts: Sequence[HostSlots], config: Config, ssh_port: int | None = None, *, elastic: bool = False, card: str = ""
 ) -> list[Finding]:
-    """Looks at all hosts, within seconds however many they are; what is wrong, in the order of the hosts.
+    """Checks all hosts at once, within seconds; returns the problems in the order of the hosts.
 
-    The job is taken to be started as this is: from here, in this folder, with this Python and environment. It goes by
-    ssh, also where Kubernetes has another way into its pods.
+    The check assumes that the job starts like this command: from here, in this folder, with this Python and
+    environment. It uses ssh, even where Kubernetes has another way into its pods.
 
     Args:
-        elastic: the job will be: any host may come to write checkpoints, and it can begin without those that do not
-            answer.
+        hosts: the hosts of the job.
+        config: the job's settings.
+        ssh_port: the port of the hosts' ssh servers; None: the port that ssh chooses.
+        elastic: the job is elastic: any host may write checkpoints, and the job can begin without silent hosts.
         card: the network card by which workers reach each other; empty: on each host the one towards this machine.
 
     Raises:
@@ -112,9 +114,9 @@ def check_hosts(
 
 
 def render(hosts: Sequence[HostSlots], findings: Sequence[Finding]) -> str:
-    """A line for each host that is fine, and a table of what is wrong with the others.
+    """Returns a line for each host that is fine, and a table of the problems of the others.
 
-    A terminal must not obey what those found.
+    Control characters are escaped, because the texts come from other hosts.
     """
     wrong = {finding.host for finding in findings}
     lines = [f"{host.name}: fine" for host in hosts if host.name not in wrong]
@@ -131,11 +133,19 @@ def render(hosts: Sequence[HostSlots], findings: Sequence[Finding]) -> str:
 def compare(
     hosts: Sequence[HostSlots], here: Facts, answers: Mapping[str, Answer], config: Config, *, elastic: bool = False
 ) -> list[Finding]:
-    """What is wrong by what the hosts, and this machine (`here`), tell of themselves."""
+    """Returns the problems that the facts of the hosts show.
+
+    Args:
+        hosts: the hosts of the job.
+        here: the facts of this machine.
+        answers: name -> what the host's probe found.
+        config: the job's settings.
+        elastic: the job is elastic.
+    """
     any_gpu = any(answer.facts.num_gpus for answer in answers.values())
     fingerprints = [here.fingerprint, *(answer.facts.fingerprint for answer in answers.values())]
     fingerprint = next((found for found in fingerprints if found), None)
-    first_names: dict[str, str] = {}  # of machines
+    first_names: dict[str, str] = {}  # machine -> the first name that the list has for it
     findings: list[Finding] = []
     for host in hosts:
         if answer := answers.get(host.name):
@@ -151,12 +161,17 @@ def compare(
 
 
 def compare_links(peers: Mapping[str, tuple[str, int]], unreached: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """What is wrong between hosts: `unreached` has, for each, the ones that it cannot connect to, and why."""
+    """Returns the problems between hosts.
+
+    Args:
+        peers: name -> address and port of a listener on that host.
+        unreached: name -> the peers to which that host cannot connect, with the reasons.
+    """
     findings = []
     for name, (address, _) in peers.items():
         missed = [f"{other} ({reasons[name]})" for other, reasons in unreached.items() if name in reasons]
         if missed:
-            remedy = f"Let all hosts connect to {address} on every TCP port: look for a firewall or a security group."
+            remedy = f"Let all hosts connect to {address} on every TCP port: check firewalls and security groups."
             remedy += " If they reach each other by another network card, name it: --network_interface."
             findings.append(Finding(name, "network", f"not reached at {address} by {_shorten(missed)}", remedy))
     return findings
@@ -166,7 +181,7 @@ def _own_address(hosts: Sequence[HostSlots], card: str) -> str:
     """Returns the address at which the hosts would reach Horovod's driver here.
 
     Raises:
-        InputError: the card that was named has none.
+        InputError: the named card has no address.
     """
     elsewhere = [host.name for host in hosts if not is_local(host.name)]
     if not elsewhere:
@@ -187,14 +202,14 @@ def _environment(host: HostSlots, facts: Facts, here: Facts) -> Iterator[Finding
     ]
     if sources:
         found = f"{_shorten(sources)} differ; commit {facts.commit}, here {here.commit}"
-        yield Finding(host.name, "sources", found, f"Bring what is in {Path.cwd()} here to the same folder there.")
+        yield Finding(host.name, "sources", found, f"Copy {Path.cwd()} from here to the same folder there.")
 
 
 def _address(host: HostSlots, facts: Facts) -> Iterator[Finding]:
     if facts.address is None:
         remedy = "See `ip -brief address` and `ip route` there. Without --network_interface, the card is the one that "
         remedy += "leads to the launcher."
-        yield Finding(host.name, "network card", "no card of that name with an IPv4 address, or no way here", remedy)
+        yield Finding(host.name, "network card", "no card of that name with an IPv4 address, or no route here", remedy)
 
 
 def _data(host: HostSlots, facts: Facts, fingerprint: str | None, data: DataConfig) -> Iterator[Finding]:
@@ -203,14 +218,14 @@ def _data(host: HostSlots, facts: Facts, fingerprint: str | None, data: DataConf
         remedy = f"Run there: {command} {_data_flags(data)}"
         yield Finding(host.name, "data", f"not prepared: {facts.data_problem}", remedy)
     elif facts.fingerprint != fingerprint:
-        remedy = f"Bring the same files there, then run there: {command} {_data_flags(data)} --overwrite_prepared"
+        remedy = f"Copy the same files there, then run there: {command} {_data_flags(data)} --overwrite_prepared"
         yield Finding(host.name, "data", "prepared from other events than elsewhere", remedy)
 
 
 def _data_flags(data: DataConfig) -> str:
     from din_dist.data.prepared import data_dir
 
-    # In full: workers get the launcher's HOME; who logs in there does not.
+    # The full path: workers get the launcher's HOME, but a user who logs in there does not.
     data = dataclasses.replace(data, data_dir=str(data_dir(data)))
     given = []
     for field in dataclasses.fields(data):
@@ -247,33 +262,33 @@ def _clock(host: HostSlots, answer: Answer) -> Iterator[Finding]:
     skew = answer.skew_seconds
     if abs(skew) - answer.margin_seconds > MAX_SKEW_SECONDS:
         found = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} here"
-        remedy = "Alerts and logs go by the clock: set it by NTP (timedatectl set-ntp true)."
+        remedy = "Alerts and logs use the clock: set it by NTP (timedatectl set-ntp true)."
         yield Finding(host.name, "clock", found, remedy, fatal=False)
 
 
 def _output_dir(host: HostSlots, facts: Facts, config: Config, elastic: bool, *, is_first: bool) -> Iterator[Finding]:
-    """Checkpoints are read and written by the chief, which is on the first host; in an elastic job it may move."""
+    """Checks the folder of checkpoints, which the chief uses on the first host; an elastic job may move the chief."""
     folder = Path(config.job.output_dir).absolute()
     if facts.output_problem:
         found, remedy = f"{folder}: {facts.output_problem}", "Give rights there, or name another --output_dir."
         yield Finding(host.name, "output_dir", found, remedy, fatal=elastic or is_first)
     elif not facts.output_shared:
-        remedy = "Name an --output_dir on storage that all hosts share. Without, only the first host has the results."
+        remedy = "Name an --output_dir on storage that all hosts share. Otherwise only the first host has the results."
         yield Finding(host.name, "output_dir", f"{folder} is not the same folder as here", remedy, fatal=elastic)
 
 
 def _shorten(parts: Sequence[str]) -> str:
-    """The first three, and how many more."""
+    """Lists the first three parts and counts the others."""
     more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
     return ", ".join(parts[:3]) + more
 
 
 @contextlib.contextmanager
 def _question(config: Config, launcher: str, card: str) -> Iterator[Question]:
-    """What hosts are asked; meanwhile a file lies in the output folder, by which they know it again.
+    """Yields the question for all hosts. Meanwhile a token file lies in the output folder, to recognize it there.
 
     Raises:
-        InputError: that cannot be written, or the settings name no data set.
+        InputError: the file cannot be written, or the settings name no data set.
     """
     from din_dist.data.prepared import prepared_folder
 
@@ -294,12 +309,12 @@ def _question(config: Config, launcher: str, card: str) -> Iterator[Question]:
     finally:
         token.unlink(missing_ok=True)
         for path in made:
-            with contextlib.suppress(OSError):  # somebody else has put something there
+            with contextlib.suppress(OSError):  # somebody else has put a file there
                 path.rmdir()
 
 
 class _NoAnswer(Exception):
-    """A probe gave none."""
+    """A probe gave no answer; the finding says why."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.found)
@@ -309,7 +324,7 @@ class _NoAnswer(Exception):
 def _ask_all(
     pool: ThreadPoolExecutor, probes: Sequence[_Probe], findings: list[Finding], ask: Callable[[_Probe], _Told]
 ) -> dict[str, _Told]:
-    """What each told; why one told nothing goes to `findings`."""
+    """Asks all probes at once; returns the answers and adds the reasons for missing ones to `findings`."""
 
     def attempt(probe: _Probe) -> _Told | Finding:
         try:
@@ -327,12 +342,12 @@ def _ask_all(
 
 
 class _Probe:
-    """A probe and the pipes to it; ends with the block."""
+    """A probe on one host and the pipes to it, for the time of a `with` block."""
 
     def __init__(self, host: HostSlots, ssh_port: int | None) -> None:
         self.host = host
-        # The shell reads the variables from its input, which is the probe's afterwards: nothing that a user's shell has
-        # set stands in a command line.
+        # The shell reads the variables from its input, which the probe then takes over. So no value from the user's
+        # environment stands in a command line.
         variables = [f"{name}={shlex.quote(os.environ[name])}" for name in _INHERITED if name in os.environ]
         settings = " ".join(["export DIN_DIST_PROBE=1", *(each for each in variables if "\n" not in each)])
         folder, python = shlex.quote(str(Path.cwd())), shlex.quote(_PYTHON)
@@ -356,7 +371,7 @@ class _Probe:
                 errors="replace",
             )
             assert self._process.stdin
-            with contextlib.suppress(BrokenPipeError):  # `_explain` says why it has ended
+            with contextlib.suppress(BrokenPipeError):  # `_explain` finds out why it ended
                 print(settings, file=self._process.stdin, flush=True)
         except FileNotFoundError as error:
             raise InputError(
@@ -364,10 +379,10 @@ class _Probe:
             ) from error
 
     def meet(self, question: Question, metrics_port: int) -> Answer:
-        """What the host finds.
+        """Asks for the host's facts and its clock.
 
         Raises:
-            _NoAnswer: with the reason.
+            _NoAnswer: the probe gave no answer.
         """
         ports = tuple(range(metrics_port, metrics_port + self.host.slots)) if metrics_port > 0 else ()
         question = dataclasses.replace(question, metrics_ports=ports)
@@ -378,15 +393,15 @@ class _Probe:
         try:
             port = told.pop("port")
             return Answer(Facts(**told), port, skew_seconds=there - sent - half_trip, margin_seconds=half_trip)
-        except (KeyError, TypeError) as error:  # of another version
-            remedy = f"Bring what is in {Path.cwd()} here to the same folder there."
+        except (KeyError, TypeError) as error:  # the probe is of another version
+            remedy = f"Copy {Path.cwd()} from here to the same folder there."
             raise _NoAnswer(Finding(self.host.name, "sources", "another version of din_dist", remedy)) from error
 
     def reach(self, peers: Mapping[str, tuple[str, int]]) -> dict[str, str]:
-        """The others that the host cannot connect to, and why.
+        """Returns the peers to which the host cannot connect, with the reasons.
 
         Raises:
-            _NoAnswer: with the reason.
+            _NoAnswer: the probe gave no answer.
         """
         others = {name: place for name, place in peers.items() if name != self.host.name}
         return self._ask("reach", _REACH_SECONDS, peers=others)
@@ -399,24 +414,24 @@ class _Probe:
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps({"ask": what, **arguments}), file=self._process.stdin, flush=True)
             for line in self._process.stdout:
-                if line.startswith('{"answer":'):  # a login script may have said something before
+                if line.startswith('{"answer":'):  # a login script may have printed a line before
                     return json.loads(line)["answer"]
             raise _NoAnswer(self._explain(self._process.wait(), seconds))
         finally:
             watchdog.cancel()
 
     def _explain(self, code: int, seconds: float) -> Finding:
-        """Why the probe ended without an answer."""
+        """Returns why the probe ended without an answer, and what to do."""
         self._errors.seek(0)
         said = (self._errors.read().strip().splitlines() or [f"exit code {code}"])[-1].strip()[-200:]
         host, folder = self.host.name, Path.cwd()
         if code == _NO_FOLDER:
-            return Finding(host, "folder", f"no {folder}", f"Bring what is in {folder} here to the same folder there.")
+            return Finding(host, "folder", f"no {folder}", f"Copy {folder} from here to the same folder there.")
         if code == _NO_PYTHON:
             return Finding(host, "Python", f"no {_PYTHON}", "Set it up there as here: launch/setup.sh.")
         if code < 0:
             said = f"no answer within {seconds:g} s"
-        if self.is_local or (code >= 0 and code != 255):  # which is ssh's own
+        if self.is_local or (code >= 0 and code != 255):  # 255 is ssh's own
             return Finding(host, "probe", said, "Correct that; it may be another version of din_dist there.")
         words = shlex.join(["ssh", "-o", "BatchMode=yes", *self._port, host, "true"])
         remedy = f"Make this work from here: {words}. See that its sshd runs and has your key (ssh-copy-id {host})."

@@ -1,14 +1,13 @@
-"""What `preflight` asks on each host: `python -m din_dist.cluster.probe`, through ssh or, on this machine, without.
+"""Answers the questions of `preflight` on one host: `python -m din_dist.cluster.probe`, started by ssh or locally.
 
-Each question on stdin is answered on stdout, both an object of JSON on a line: `{"ask": NAME, ...}` by
-`{"answer": {...}}`.
+Each question is a line of JSON on stdin, `{"ask": NAME, ...}`. Each answer is a line on stdout, `{"answer": {...}}`.
 
-    facts   what this host is and has; the arguments are a `Question`'s, the answer a `Facts`
-    time    its clock
-    reach   {"peers": {NAME: [ADDRESS, PORT], ...}} -> the ones whose port cannot be connected to, and why
+    facts   the facts of this host; the arguments are the fields of a `Question`, the answer those of a `Facts`
+    time    the host's clock
+    reach   {"peers": {NAME: [ADDRESS, PORT], ...}} -> the peers to which no connection can be made, with the reasons
 
-It listens where a worker would, for the others to reach, and ends when stdin closes. It must start in an instant:
-no TensorFlow, nothing that imports it.
+The probe listens at the address of a worker, so that other hosts can try to connect. It ends when stdin closes. It must
+start in an instant, so it imports neither TensorFlow nor a module that does.
 """
 
 from __future__ import annotations
@@ -40,50 +39,50 @@ from din_dist.versions import commit
 
 PACKAGE = Path(__file__).parents[1]
 CONNECT_SECONDS = 3.0
-_LIFETIME_SECONDS = 120  # should nobody ask any more, nor close stdin
-_TENSORFLOW = ("tensorflow", "tensorflow-cpu")  # the names that its package goes by
+_LIFETIME_SECONDS = 120  # in case nobody asks any more or closes stdin
+_TENSORFLOW = ("tensorflow", "tensorflow-cpu")  # the names of its packages
 _PACKAGES = ("keras", "numpy", "horovod", "tensorflow-datasets")
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What to look at. Paths from the root on: Horovod gives workers the launcher's HOME, which is not theirs."""
+    """The things to check on a host. Paths are absolute, because Horovod gives workers the launcher's HOME."""
 
-    data_folder: str  # of the prepared version
+    data_folder: str  # the prepared data
     output_dir: str
-    token: str  # a file that the caller has put there
-    launcher: str  # its address
-    card: str  # the network card that was named; empty: whichever leads to the launcher
+    token: str  # the name of a file that the caller has put into output_dir
+    launcher: str  # the launcher's address
+    card: str  # the network card that the user named; empty: the one towards the launcher
     metrics_host: str
     metrics_ports: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a host is and has."""
+    """The facts of a host."""
 
-    machine: str  # the same for two names of one machine
-    address: str | None  # at which workers there would listen: of the card that was named, else of that to the launcher
+    machine: str  # equal for two names of one machine
+    address: str | None  # where workers would listen: the address of the named card, or of the one to the launcher
     commit: str
     versions: Mapping[str, str]
-    sources: Mapping[str, str]  # of the package: path -> digest
+    sources: Mapping[str, str]  # path in the package -> digest
     num_gpus: int
     num_cores: int
-    fingerprint: str | None  # of the prepared data
-    data_problem: str  # why there is none
-    taken_ports: Mapping[str, str]  # of those asked for: port -> why it cannot be had
-    output_shared: bool  # the caller's file is seen in the output folder
-    output_problem: str  # why nothing can be written there
+    fingerprint: str | None  # the fingerprint of the prepared data
+    data_problem: str  # why there is no fingerprint
+    taken_ports: Mapping[str, str]  # port of the question -> why it is not free
+    output_shared: bool  # the caller's token file is in the output folder
+    output_problem: str  # why the output folder cannot be written
 
 
 def find_facts(question: Question) -> Facts:
-    """Looks at this machine."""
+    """Collects the facts of this machine."""
     fingerprint, data_problem = _fingerprint(Path(question.data_folder))
     output_shared, output_problem = _output(Path(question.output_dir), question.token)
     return Facts(
         machine=_machine(),
         address=address_of_card(question.card) if question.card else source_address(question.launcher),
-        commit=commit(),  # for people: `sources` decide
+        commit=commit(),  # for people; `sources` decide
         versions=_versions(),
         sources={
             path.relative_to(PACKAGE).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
@@ -100,7 +99,7 @@ def find_facts(question: Question) -> Facts:
 
 
 def listen(address: str) -> socket.socket:
-    """Listens on a free port of one address, and hangs up on whoever connects."""
+    """Listens on a free port of one address, and closes each connection at once."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family, backlog=1024)
     threading.Thread(target=_hang_up_on_all, args=(listener,), daemon=True).start()
@@ -114,16 +113,17 @@ def _hang_up_on_all(listener: socket.socket) -> None:
 
 
 def unreached(peers: Mapping[str, tuple[str, int]]) -> dict[str, str]:
-    """The peers that cannot be connected to at their address and port, and why."""
+    """Returns the peers to which no connection can be made, with the reasons."""
     with ThreadPoolExecutor(max(1, len(peers))) as pool:
         reasons = pool.map(lambda peer: _why_unreached(*peer), peers.values())
         return {name: reason for name, reason in zip(peers, reasons, strict=True) if reason}
 
 
 def main() -> None:
+    """Answers questions until stdin closes."""
     signal.alarm(_LIFETIME_SECONDS)
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what anyone else prints must not be taken for an answer
+    os.dup2(2, 1)  # output of other code must not be taken for an answer
     with contextlib.ExitStack() as stack:
         for line in sys.stdin:
             question: dict[str, Any] = json.loads(line)
@@ -151,7 +151,7 @@ def _why_unreached(address: str, port: int) -> str:
 
 
 def _machine() -> str:
-    """A running kernel and one of its network namespaces, such as a container has."""
+    """Returns an id of the running kernel and the network namespace; a container has a namespace of its own."""
     boot = read_text(Path("/proc/sys/kernel/random/boot_id")).strip()
     return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
@@ -166,7 +166,7 @@ def _versions() -> dict[str, str]:
 
 
 def _num_gpus() -> int:
-    if os.environ.get("DIN_DIST_DEVICE") == "cpu":  # as launch/common.sh
+    if os.environ.get("DIN_DIST_DEVICE") == "cpu":  # the same rule as in launch/common.sh
         return 0
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=10)
@@ -188,7 +188,7 @@ def _fingerprint(folder: Path) -> tuple[str | None, str]:
 def _taken_ports(host: str, ports: Sequence[int]) -> Iterator[tuple[str, str]]:
     for port in ports:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-            # As the exporter: a connection that has just ended is no hindrance. Nor is another probe at the same time.
+            # The metrics server sets it too: a connection that has just ended, or another probe, takes no port.
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 server.bind((host, port))
@@ -199,7 +199,7 @@ def _taken_ports(host: str, ports: Sequence[int]) -> Iterator[tuple[str, str]]:
 def _output(folder: Path, token: str) -> tuple[bool, str]:
     try:
         shared = (folder / token).exists()
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())  # the trainer makes the rest
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())  # the trainer creates the rest
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         return False, (error.strerror or str(error)).lower()

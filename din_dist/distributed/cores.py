@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from din_dist.files import read_text
+from din_dist.place import Place
 
 # Of the GPUs that this process may use, also in a container; /sys shows a container those of others too.
 _DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -24,8 +25,8 @@ def claim_cores(near_gpus: Sequence[set[int]] | None = None) -> list[int]:
     Args:
         near_gpus: as `cores_near_gpus` finds them.
     """
-    local_rank = int(os.environ.get("HOROVOD_LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("HOROVOD_LOCAL_SIZE", "1"))
+    place = Place.from_environment()
+    local_rank, local_size = place.local_rank, place.local_size
     cores = os.sched_getaffinity(0)
     if local_size == 1:
         return sorted(cores)

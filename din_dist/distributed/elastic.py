@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.runtime import Runtime, raise_lost_peer
+from din_dist.errors import LostPeer
 
 Result = TypeVar("Result")
 
@@ -41,17 +42,13 @@ def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str
     while True:
         started = time.monotonic()
         try:
-            return body()
-        except Exception as error:
-            lost = runtime.lost_a_peer(error)
+            with raise_lost_peer():
+                return body()
+        except (LostPeer, WorkersChanged) as error:
             failures_in_a_row = failures_in_a_row + 1 if time.monotonic() - started < _AT_ONCE_SECONDS else 0
-            if (
-                not runtime.elastic
-                or not (lost or isinstance(error, WorkersChanged))
-                or failures_in_a_row > _MOST_FAILURES_IN_A_ROW
-            ):
+            if not runtime.elastic or failures_in_a_row > _MOST_FAILURES_IN_A_ROW:
                 raise
-        say("a worker was lost: going on without it" if lost else "workers come or go")
+            say("a worker was lost: going on without it" if isinstance(error, LostPeer) else "workers come or go")
         joined = threading.Event()
         watch = threading.Thread(target=_watch, args=(joined, waiting), daemon=True)
         watch.start()

@@ -6,7 +6,6 @@ This is the only module that imports Horovod.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -22,7 +21,8 @@ import tensorflow as tf
 
 from din_dist import progress
 from din_dist.environment import SEVERAL_ON_A_GPU
-from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, is_lost_peer
+from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, LostPeer
+from din_dist.place import Place, is_dismissed
 
 _JOIN_AGAIN_SECONDS = 0.2
 _MOST_FAILED_JOINS = 10  # in a row, each within `_AT_ONCE_SECONDS`: what is wrong is not that others come and go
@@ -33,6 +33,30 @@ def after(last: tf.Tensor | None) -> contextlib.AbstractContextManager[None]:
     """What is begun within waits for `last`, where that is of the same graph."""
     known = last is not None and not tf.executing_eagerly() and last.graph is tf.compat.v1.get_default_graph()
     return tf.control_dependencies([last] if known else [])
+
+
+@contextlib.contextmanager
+def raise_lost_peer() -> Iterator[None]:
+    """Raises `LostPeer` when a collective of the block fails because a rank went away. Notes on the error are kept.
+
+    It stands around every call of Horovod: the eager ones of `HorovodRuntime`, and the graphs that hold collectives.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_lost_peer(error):
+            raise
+        lost = LostPeer(str(error))
+        for note in getattr(error, "__notes__", []):
+            lost.add_note(note)
+        raise lost from error
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Returns True for Horovod's error, and for TensorFlow's with a node of Horovod's or its words."""
+    if isinstance(error, tf.errors.OpError):
+        return "horovod" in str(error).lower()
+    return type(error).__name__ == "HorovodInternalError"
 
 
 class Collectives:
@@ -141,10 +165,6 @@ class Runtime(Collectives):
         """Whether workers are to be taken in or let go, as far as this rank has heard."""
         return False
 
-    def lost_a_peer(self, error: Exception) -> bool:
-        """Whether `error` says that a rank went away during a message."""
-        return False
-
     def reset(self) -> None:
         """Joins the job anew, with the ranks that there are now."""
 
@@ -215,16 +235,20 @@ class HorovodRuntime(Runtime):
     def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
         return self._hvd.alltoall(message, splits=lengths, name=name)[0]
 
+    @raise_lost_peer()
     def sum(self, values: np.ndarray) -> np.ndarray:
         return self._hvd.allreduce(tf.constant(values), op=self._hvd.Sum, name="host_sum").numpy()
 
+    @raise_lost_peer()
     def gather(self, values: np.ndarray) -> np.ndarray:
         return self._hvd.allgather(tf.constant(values), name="host_gather").numpy()
 
+    @raise_lost_peer()
     def broadcast_variables(self, variables: Sequence[tf.Variable], root: int = 0) -> None:
         for place, variable in enumerate(variables):
             variable.assign(self._hvd.broadcast(variable, root_rank=root, name=f"initial_{place}"))
 
+    @raise_lost_peer()
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         # Not Horovod's own function of that name, which unpickles what comes.
         text = np.frombuffer(json.dumps(value).encode() if self.rank == root else b"", np.uint8)
@@ -246,9 +270,6 @@ class HorovodRuntime(Runtime):
 
     def shutdown(self) -> None:
         self._hvd.shutdown()
-
-    def lost_a_peer(self, error: Exception) -> bool:
-        return is_lost_peer(error)
 
 
 class ElasticRuntime(HorovodRuntime):
@@ -279,7 +300,7 @@ class ElasticRuntime(HorovodRuntime):
                 super()._join()
             except CannotJoin as error:
                 self._hvd.shutdown()
-                if _libc_environment("HOROVOD_RANK") == "-1":
+                if is_dismissed():
                     raise Left("because its host was taken from the job") from error
                 failed_joins = failed_joins + 1 if time.monotonic() - started < _AT_ONCE_SECONDS else 0
                 if failed_joins > _MOST_FAILED_JOINS:
@@ -300,18 +321,12 @@ class ElasticRuntime(HorovodRuntime):
         yield
 
 
-def _libc_environment(name: str) -> str:
-    """A variable that C code has set, which `os.environ` does not see."""
-    getenv = ctypes.CDLL(None).getenv
-    getenv.restype = ctypes.c_char_p
-    return (getenv(name.encode()) or b"").decode()
-
-
 def open_runtime() -> Runtime:
     """Joins the job that `horovodrun` started this process for, or stands alone."""
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
+    place = Place.from_environment()
+    if place.elastic:
         return ElasticRuntime()
-    return Runtime() if int(os.environ.get("HOROVOD_SIZE", "1")) == 1 else HorovodRuntime()
+    return Runtime() if place.alone else HorovodRuntime()
 
 
 def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from din_dist.cluster.agent import _say, pump
-from din_dist.cluster.link import FIND_CARD_VARIABLE, KEY_VARIABLE, Address, Lines, Seal, new_nonce
+from din_dist.cluster.link import Lines, Seal, new_nonce
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
+from din_dist.place import LauncherAddress, variables_of_agents
 from tests.support.fake_checkout import write_commands
 
 STALL_TIMEOUT_SECONDS = 2.0
@@ -76,14 +77,14 @@ class AgentUnderTest:
         self.folder = folder
         write_commands(folder / "fakes", train=TRAINER)
         server = socket.create_server(("127.0.0.1", 0))
-        address = Address("127.0.0.1", server.getsockname()[1], STALL_TIMEOUT_SECONDS)
+        address = LauncherAddress("127.0.0.1", server.getsockname()[1], STALL_TIMEOUT_SECONDS)
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("DIN_DIST_", "HOROVOD_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", AGENT, way],
             cwd=folder,
             env={
-                **{**clean, "PYTHONPATH": str(folder / "fakes"), KEY_VARIABLE: KEY},
-                **{**address.to_environment(), **variables},
+                **{**clean, "PYTHONPATH": str(folder / "fakes")},
+                **{**variables_of_agents(address, KEY, "one job"), **variables},
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -231,8 +232,8 @@ def test_a_line_that_is_not_the_launchers_breaks_the_link(start: Start, tmp_path
     ("variables", "cards"),
     [
         ({}, "eth7 eth7"),  # which somebody named
-        ({FIND_CARD_VARIABLE: "1"}, "lo lo"),
-        ({FIND_CARD_VARIABLE: "1", "NCCL_SOCKET_IFNAME": "ib0"}, "lo ib0"),
+        ({"DIN_DIST_FIND_CARD": "1"}, "lo lo"),
+        ({"DIN_DIST_FIND_CARD": "1", "NCCL_SOCKET_IFNAME": "ib0"}, "lo ib0"),
     ],
 )
 def test_the_card_is_that_towards_the_launcher(

@@ -135,7 +135,7 @@ def test_the_card_that_was_named_is_on_one_host_only(lab: list[Host], prepared: 
         what, found, _ = only_row(check_lab(lab, prepared, "--network_interface=eth0"), SECOND)
     finally:
         lab[1].rename_card("other0", "eth0")
-    assert (what, found) == ("network card", "no card of that name with an IPv4 address, or no way here")
+    assert (what, found) == ("network card", "no card of that name with an IPv4 address, or no route here")
 
 
 def test_the_own_name_is_of_no_account(lab: list[Host], prepared: Config) -> None:
@@ -440,7 +440,7 @@ def test_other_events() -> None:
 def test_a_card_that_is_not_there() -> None:
     (finding,) = findings(address=None)
     assert (finding.check, finding.fatal) == ("network card", True)
-    assert finding.found == "no card of that name with an IPv4 address, or no way here"
+    assert finding.found == "no card of that name with an IPv4 address, or no route here"
 
 
 def test_output_dir_that_cannot_be_written() -> None:

@@ -7,6 +7,7 @@ import pytest
 from din_dist.cluster.hosts import HostSlots, parse_hosts
 from din_dist.cluster.slurm import expand_nodes, hosts_of_slurm
 from din_dist.errors import InputError
+from din_dist.place import SlurmJob
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_nodes_in_short_form(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize("text", ["gpu[1-", "gpu]", "gpu[a-b]", "a,,b", "[", "gpu[]"])
 def test_what_is_no_list_of_nodes(text: str) -> None:
-    with pytest.raises(InputError, match="SLURM_JOB_NODELIST must be a list of nodes, as .* Received: "):
+    with pytest.raises(InputError, match="SLURM_JOB_NODELIST must be a list of nodes, such as .* Received: "):
         expand_nodes(text)
 
 
@@ -42,7 +43,8 @@ def test_what_is_no_list_of_nodes(text: str) -> None:
     ],
 )
 def test_slots(variables: dict[str, str], expected: list[int]) -> None:
-    found = hosts_of_slurm({"SLURM_JOB_NODELIST": "n[1-3]", **variables}, default_slots=5)
+    job = SlurmJob.from_environment({"SLURM_JOB_NODELIST": "n[1-3]", **variables})
+    found = hosts_of_slurm(job, default_slots=5)
     assert found == [(f"n{number}", slots) for number, slots in enumerate(expected, start=1)]
 
 
@@ -60,13 +62,13 @@ def test_slots(variables: dict[str, str], expected: list[int]) -> None:
         ),
         (
             {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "two"},
-            r"SLURM_TASKS_PER_NODE must be as 2\(x3\),1. Received: 'two'.",
+            r"SLURM_TASKS_PER_NODE must have the form 2\(x3\),1. Received: 'two'.",
         ),
     ],
 )
 def test_wrong_variables(variables: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        hosts_of_slurm(variables, default_slots=1)
+        hosts_of_slurm(SlurmJob.from_environment(variables), default_slots=1)
 
 
 def test_they_are_hosts_of_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:

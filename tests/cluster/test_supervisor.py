@@ -13,8 +13,10 @@ from din_dist.errors import EXIT_RETRY
 # Its child has the link after it. What the child does: by the first argument.
 AGENT = """
 import os, pathlib, socket, sys, time
-from din_dist.cluster.link import KEY_VARIABLE, Address, introduce
-address = Address.from_environment()
+from din_dist.cluster.link import introduce
+from din_dist.place import Place
+place = Place.from_environment()
+address = place.launcher
 if sys.argv[1] == "beset":
     strangers = [socket.create_connection((address.host, address.port)) for _ in range(300)]
     for stranger in strangers[::2]:
@@ -27,7 +29,7 @@ if sys.argv[1] == "beset":
         time.sleep(.5)
     pathlib.Path("files").write_text(str(before))
 link = socket.create_connection((address.host, address.port))
-seal, _ = introduce(link, os.environ[KEY_VARIABLE], {"host": sys.argv[3], "local_rank": 0, "rank": 0})
+seal, _ = introduce(link, place.key, {"host": sys.argv[3], "local_rank": 0, "rank": 0})
 if sys.argv[1] == "is_silent":
     time.sleep(60)
 if os.fork():
@@ -95,14 +97,14 @@ def test_a_job_whose_launcher_was_cut_off_can_be_run_again(capfd: pytest.Capture
     """All workers have said that they do not hear it; what Horovod's driver makes of that is another matter."""
     assert run("parts", 1, address="127.0.0.2") == EXIT_RETRY
     assert capfd.readouterr().err == (
-        "train.sh: no worker was heard of for 60 s: this machine is cut off from them, and they save and stop. The "
-        "same command goes on from there.\n"
+        "train.sh: no worker gave a sign of life for 60 s: this machine is cut off from them, and they save and stop. "
+        "The same command resumes.\n"
     )
 
 
 def test_a_terminal_does_not_obey_a_hosts_name(capfd: pytest.CaptureFixture[str]) -> None:
     run("is_silent", 0, host="\x1b[2Jone\ntwo", stall_timeout_seconds=1)
-    said = "train.sh: worker 0 on \\x1b[2Jone two was not heard of for 1 s: it is given up\n"
+    said = "train.sh: worker 0 on \\x1b[2Jone two gave no sign of life for 1 s: it counts as lost\n"
     assert capfd.readouterr().err.startswith(said)
 
 

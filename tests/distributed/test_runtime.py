@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import tensorflow as tf
 
-from din_dist.distributed.runtime import Runtime, claim_devices, open_runtime
-from din_dist.errors import InputError
+from din_dist.distributed.runtime import Runtime, claim_devices, open_runtime, raise_lost_peer
+from din_dist.errors import InputError, LostPeer
 
 
 def worker(local_rank: int, local_size: int) -> Runtime:
@@ -62,3 +62,31 @@ def test_alone_horovod_is_not_even_imported() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert type(open_runtime()) is Runtime
+
+
+class HorovodInternalError(RuntimeError):
+    """Stands for Horovod's own, which these tests do not import."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HorovodInternalError("connection reset"),
+        tf.errors.UnknownError(None, None, "Horovod has been shut down"),
+        tf.errors.UnavailableError(None, None, "the Horovod worker of rank 1 ended in the middle of an update"),
+    ],
+)
+def test_a_lost_peer_is_raised_with_the_notes_and_the_cause(error: Exception) -> None:
+    error.add_note("step 3")
+    with pytest.raises(LostPeer) as lost, raise_lost_peer():
+        raise error
+    assert (lost.value.__notes__, lost.value.__cause__) == (["step 3"], error)
+
+
+@pytest.mark.parametrize(
+    "error", [tf.errors.UnknownError(None, None, "No space left"), ValueError("Horovod"), LostPeer("once")]
+)
+def test_other_errors_stay(error: Exception) -> None:
+    with pytest.raises(type(error)) as same, raise_lost_peer():
+        raise error
+    assert same.value is error
