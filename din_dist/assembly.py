@@ -161,12 +161,12 @@ class Assembly:
 
     @functools.cached_property
     def collectives(self) -> Collectives:
-        """What the ranks use within an update."""
+        """The way in which ranks sum and gather within an update."""
         return share_memory(self.runtime) if self.execution.kernels else self.runtime
 
     @property
     def model_class(self) -> Callable[..., RankingModel]:
-        """What makes the model."""
+        """The class that makes the model."""
         return MODELS[self.config.model.model]
 
     @functools.cached_property
@@ -182,7 +182,7 @@ class Assembly:
 
     @property
     def model_arguments(self) -> dict[str, Any]:
-        """What every form passes to `make_model`."""
+        """Arguments of `make_model` that every form shares."""
         return {
             "seed": self.config.job.seed,
             "training_mode": Mode(True, self.execution, lambda sums: self.collectives.all_reduce([sums])[0]),
@@ -209,7 +209,7 @@ class Assembly:
 
     @functools.cached_property
     def exchange(self) -> GradientExchange:
-        """What sums gradients over the ranks."""
+        """The sum of gradients over the ranks."""
         return GradientExchange(self.collectives, self.config.optimizer.wire_dtype, self.execution)
 
     @functools.cached_property
@@ -240,7 +240,7 @@ class Assembly:
 
     @property
     def step_class(self) -> type[TrainStep]:
-        """What makes the update."""
+        """The class that makes the update."""
         return TrainStep
 
     @functools.cached_property
@@ -252,7 +252,7 @@ class Assembly:
 
     @functools.cached_property
     def data(self) -> TrainingData:
-        """What is learned from."""
+        """The examples to learn from."""
         return TrainingData(self.store, self.splits["train"].num_examples, self.make_batches)
 
     def make_batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
@@ -278,12 +278,12 @@ class Assembly:
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
-        """What scores the splits."""
+        """The scorer of the splits."""
         return Evaluator(self.config, self.store, self.splits, self.runtime)
 
     @functools.cached_property
     def telemetry(self) -> Reporter:
-        """What reports on the job."""
+        """The reporter of the job."""
         metrics = self._prometheus_metrics or PrometheusMetrics(self.config.job, self.runtime)
         num_steps = num_updates(self.config, self.splits["train"].num_examples)
         return Reporter(self.config.job, self.runtime, metrics, num_steps)

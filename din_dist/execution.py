@@ -39,7 +39,7 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a forward pass needs besides its inputs. Equal modes are equal keys: a new one causes no new trace.
+    """A forward pass, apart from its inputs. Equal modes are equal keys: a new one causes no new trace.
 
     Attributes:
         training: whether gradients and batch statistics are wanted. Otherwise TensorFlow's operations compute all.
@@ -53,7 +53,7 @@ class Mode:
 
     @property
     def kernels(self) -> bool:
-        """Whether our own kernels compute this pass."""
+        """True if our own kernels compute this pass."""
         return self.training and self.execution.kernels
 
     def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What passes between the rooms: the names, dtypes and shapes of prepared data and of a batch.
+"""Names, dtypes and shapes of prepared data and of a batch, as they pass between the rooms.
 
 Letters of shapes: U users of a block, or distinct items of a batch; E events; B examples in a batch, N history
 positions in all of them; H width of an item vector (its embeddings side by side).
@@ -65,7 +65,7 @@ class HistoryRule(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFacts:
-    """What a prepared data set holds; written with it as JSON.
+    """The contents of a prepared data set, written with it as JSON.
 
     `num_items` and the values of `item_features` count real ids: tables need one row more, for `UNKNOWN_ID`.
     `sources` names what it was made from: path -> size, mtime_ns and content digest, empty where nothing can change.

@@ -1,4 +1,4 @@
-"""What a job runs on."""
+"""The versions that a job runs on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_info() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout that this runs from; images say it by DIN_DIST_COMMIT."""
+    """Returns the commit of the checkout that this runs from; images give it by DIN_DIST_COMMIT."""
     if told := os.environ.get("DIN_DIST_COMMIT"):
         return told
     root = Path(__file__).parents[1]

@@ -69,7 +69,7 @@ def cores_near_gpus(driver: Path = _DRIVER, pci: Path = _PCI) -> list[set[int]]:
 
 
 def _cores_of_list(text: str) -> set[int]:
-    """Of the kernel's form: `0-3,8` is 0, 1, 2, 3, 8."""
+    """Returns the cores of a list in the kernel's form: `0-3,8` is 0, 1, 2, 3, 8."""
     cores: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

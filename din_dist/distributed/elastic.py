@@ -22,19 +22,19 @@ class WorkersChanged(Exception):
 
 
 class Waiting(Protocol):
-    """What is done while this rank waits for the others, from another thread."""
+    """The work of another thread while this rank waits for the others."""
 
     patience_seconds: float
 
     def stop_requested(self) -> bool:
-        """Whether somebody wants the job to stop. The waiting thread hears no signals."""
+        """Tells whether somebody wants the job to stop. The waiting thread gets no signals."""
 
     def give_up(self, waited_seconds: float) -> None:
         """Keeps what was learned and ends this process."""
 
 
 def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str], None], waiting: Waiting) -> Result:
-    """What `body` returns, which is called again with the new ranks whenever the set of them changes.
+    """Returns what `body` returns. `body` is called again whenever the set of ranks changes.
 
     It begins by agreeing on where the job stands. Where the set cannot change, it is called once.
     """

@@ -43,12 +43,12 @@ class GradientExchange:
 
     @property
     def _packs(self) -> bool:
-        """Whether rows of all tables travel as one message, and their ids with them."""
+        """True if rows and ids of all tables travel as one message."""
         return self._execution.kernels and self._ranks.travels
 
     @property
     def sums_at_owners(self) -> bool:
-        """Whether each row is summed by one rank for all. Changes with the number of ranks; then build a new graph."""
+        """True if one rank sums a row for all. It changes with the number of ranks; then build a new graph."""
         return self._packs and self._ranks.world_size >= FEWEST_TO_SUM_AT_OWNERS
 
     @property

@@ -42,7 +42,7 @@ class Wire:
 
     @property
     def dtype(self) -> tf.DType:
-        """What `pack` returns."""
+        """The type of what `pack` returns."""
         return tf.float32 if self._dtype is WireDtype.FLOAT32 else tf.uint16
 
     def scaled_down(self, count: tf.Tensor) -> Wire:

@@ -30,7 +30,7 @@ _AT_ONCE_SECONDS = 2.0
 
 
 def after(last: tf.Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """What is begun within waits for `last`, where that is of the same graph."""
+    """Lets the operations of a block wait for `last`, if that is of the same graph."""
     known = last is not None and not tf.executing_eagerly() and last.graph is tf.compat.v1.get_default_graph()
     return tf.control_dependencies([last] if known else [])
 
@@ -60,14 +60,14 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 class Collectives:
-    """What the ranks tell each other within a graph; all must call in the same order. Here: a rank without peers."""
+    """Collective operations within a graph; all ranks must call them in one order. Here: a rank without peers."""
 
     travels = True  # whether what is told goes through Horovod: few bytes are worth work, and few lengths padding
     world_size = 1
 
     @property
     def has_peers(self) -> bool:
-        """Whether there are other ranks, or may be some later."""
+        """True if there are other ranks, or may be later."""
         return False
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
@@ -79,7 +79,7 @@ class Collectives:
         return list(tensors)
 
     def after_sums(self) -> contextlib.AbstractContextManager[None]:
-        """What is said within comes after all sums that were asked for before, in the same graph."""
+        """Starts the operations of a block after all sums that were begun before in the same graph."""
         return contextlib.nullcontext()
 
     def num_ranks(self) -> tf.Tensor:
@@ -162,7 +162,7 @@ class Runtime(Collectives):
         """Leaves the job."""
 
     def workers_changed(self) -> bool:
-        """Whether workers are to be taken in or let go, as far as this rank has heard."""
+        """Tells whether workers are to join or leave, as far as this rank knows."""
         return False
 
     def reset(self) -> None:

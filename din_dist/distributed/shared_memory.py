@@ -26,7 +26,7 @@ _LINE = 64  # bytes, as in kernels/neighbours.cc
 
 
 def share_memory(runtime: Runtime) -> Collectives:
-    """What to speak through in an update; all ranks must call this together.
+    """Returns what the ranks communicate through in an update; all must call this together.
 
     Shared memory, where all ranks are on this machine for as long as the job runs; where they are not, or such memory
     cannot be had by one of them, `runtime`.
@@ -72,7 +72,7 @@ class SharedMemory(Collectives):
         self._last: tf.Tensor | None = None
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
-        """As of `Collectives`, of float32 tensors of known shapes."""
+        """Sums float32 tensors of known shapes over the ranks."""
         flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         with self._in_order():
             self._last = kernels.library().din_dist_neighbours_sum(flat, **self._place)
@@ -80,7 +80,7 @@ class SharedMemory(Collectives):
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """As of `Collectives`, of tensors that are all float32 or all int32."""
+        """Joins the rows of tensors that are all float32 or all int32."""
         with self._in_order():
             gathered = kernels.library().din_dist_neighbours_gather(tensors, **self._place)
         self._last = gathered[0]

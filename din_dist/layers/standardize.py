@@ -215,7 +215,7 @@ def _gradient_of_inputs(
 def _statistics(
     summed: tf.Tensor, moving_mean: tf.Tensor, moving_variance: tf.Tensor, constants: tf.Tensor
 ) -> tuple[tf.Tensor, ...]:
-    """As the kernel `Statistics`: mean, scale, number of rows, new moving mean and variance."""
+    """Returns mean, scale, number of rows, new moving mean and variance, as the kernel `Statistics` does."""
     width, (momentum, epsilon) = moving_mean.shape[0], tf.unstack(constants)
     total, total_of_squares, count = tf.split(summed, [width, width, 1])
     keep = tf.where(count > 0, momentum, 1.0)  # a batch of empty histories has no positions at all

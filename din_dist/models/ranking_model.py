@@ -1,4 +1,4 @@
-"""What DIN and its baselines share: all but the pooling of a history to an interest."""
+"""The part that DIN and its baselines share: all but the pooling of a history to an interest."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class CheckpointStore:
         saved: Callable[[TrainingState, float, int], None],
         failed: Callable[[str], None],
     ) -> None:
-        """As `save`, while training goes on; by the chief alone. Where no memory is free for a copy, training waits.
+        """Saves while training goes on; only the chief calls it. If no memory is free for a copy, training waits.
 
         A write before it that makes progress is waited for. With one that is stuck this one fails.
 
@@ -145,7 +145,7 @@ class CheckpointStore:
         )
 
     def save_alone(self, variables: Mapping[str, tf.Variable], state: TrainingState) -> None:
-        """As `save`, by this rank without a word to the others, which may be gone.
+        """Saves by this rank alone, because the others may be gone.
 
         Raises:
             OSError: it could not be written.
@@ -179,7 +179,7 @@ class CheckpointStore:
         return TrainingState.from_json(fields)
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of `step`."""
+        """Tells whether there is a checkpoint of `step`."""
         with progress.at(f"reading a checkpoint in {self._root}"):
             found = (self._root / _folder_name(step)).exists()
         return bool(self._runtime.broadcast_object(found))

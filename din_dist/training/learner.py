@@ -1,4 +1,4 @@
-"""What learns in a job."""
+"""The parts of a job that learn."""
 
 from __future__ import annotations
 

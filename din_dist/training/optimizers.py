@@ -37,7 +37,7 @@ class _Change(NamedTuple):
 
     @property
     def is_element_wise(self) -> bool:
-        """Whether every slot variable has the shape of the weights."""
+        """True if every slot variable has the shape of the weights."""
         return all(variable.shape == self.variables[0].shape for variable in self.variables)
 
 
@@ -161,7 +161,7 @@ class Optimizer(abc.ABC):
             _assign(change, after)
 
     def _update_rows_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor, keep: bool) -> list[tf.Tensor]:
-        """As `_update_rows`; nothing unless they are to be kept."""
+        """Returns what `_update_rows` returns if it is to be kept, otherwise nothing."""
         variables = _by_kind([change.variables for change in changes])
         before = kernels.library().din_dist_update_rows(
             rate,
@@ -181,7 +181,7 @@ class Optimizer(abc.ABC):
 
     @property
     def updates_in_place(self) -> bool:
-        """Whether a kernel writes to the rows of tables where they are, so that ranks may share the tables."""
+        """True if a kernel writes to the rows of tables where they are, so that ranks may share the tables."""
         return self.execution.kernels and self._rule_of_rows in RULES
 
     @property

@@ -1,4 +1,4 @@
-"""What is added to the gradient of the global batch before the update: weight penalties and clipping."""
+"""Weight penalties and clipping of the global batch's gradient, before the update."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from din_dist.training.undo import UndoLog
 
 
 class Observed(NamedTuple):
-    """What reporters ask of an update, on this rank."""
+    """Facts of an update on this rank, for reporters."""
 
     gradients_ready: tf.Tensor  # float64, seconds of the wall clock
     exchange_ended: tf.Tensor  # likewise
@@ -33,7 +33,7 @@ class Observed(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Of one update; all until `checksum` are equal on all ranks."""
+    """The results of an update; all until `checksum` are equal on all ranks."""
 
     loss: tf.Tensor  # mean over the global batch
     gradient_norm: tf.Tensor
@@ -47,7 +47,7 @@ class StepResult(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """What one rank wants of all, heard by them with the same update."""
+    """Requests of one rank to all, which arrive at all of them with the same update."""
 
     stop: bool = False  # the whole job
     leave: bool = False  # this rank alone
@@ -89,7 +89,7 @@ class TrainStep:
         return self._begun(self._exchange.sums_at_owners)(batch, numbers)
 
     def _begin(self, sums_at_owners: bool) -> Callable[..., StepResult]:
-        """What runs an update, looked for once in each form of the exchange."""
+        """Returns the function that runs an update, made once for each form of the exchange."""
         if self._optimizer.updates_in_place:
             self._exchange.share(self._optimizer.changing_by_rows)
         signature = [BATCH_SIGNATURE, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
@@ -131,7 +131,7 @@ class TrainStep:
         own: Sequence[tf.Tensor | tf.IndexedSlices],
         merged: Sequence[Gradient],
     ) -> Observed:
-        """What the update did, from this rank's gradients and those of the global batch."""
+        """Returns what the update did, from this rank's gradients and those of the global batch."""
         touched = [tf.size(gradient.indices) for gradient in own if isinstance(gradient, tf.IndexedSlices)]
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
         num_rows = [each.num_rows_of_all() for each in rows]
@@ -227,7 +227,7 @@ def _as_bytes(checksum: tf.Tensor) -> tf.Tensor:
 
 
 class MessageSizes:
-    """What a rank hands to the exchange in an update, in bytes by kind of message."""
+    """Bytes that a rank gives to the exchange in an update, by kind of message."""
 
     def __init__(self, model: RankingModel, optimizer: Optimizer, wire_bytes: int, has_peers: bool) -> None:
         """`wire_bytes`: of one value of a row gradient."""
@@ -248,7 +248,7 @@ class MessageSizes:
 
 
 def statistics_bytes(widths: Sequence[int]) -> int:
-    """Of the batch statistics of layers so many columns wide: 2 W + 1 numbers forward and 2 W backward."""
+    """Returns the bytes of batch statistics of layers with so many columns: 2 W + 1 numbers forward, 2 W backward."""
     return 4 * sum(4 * width + 1 for width in widths)
 
 

@@ -38,7 +38,7 @@ _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have bill
 
 
 class Signals(Protocol):
-    """What this process was asked to do, looked at in every step."""
+    """Requests to this process, looked at in every step."""
 
     stop: bool  # the whole job
     leave: bool  # this rank alone
@@ -51,7 +51,7 @@ class NoSignals:
 
 
 class TrainingData(NamedTuple):
-    """What a job learns from."""
+    """The examples that a job learns from."""
 
     store: EventStore
     examples_per_epoch: int
@@ -173,7 +173,7 @@ class Trainer:
 
     @property
     def examples_per_second(self) -> float:
-        """Of the global batch, over training time only; the first update of a run (tracing) is left out."""
+        """The speed in examples of the global batch, without validation and the first update of a run (tracing)."""
         return self._timed_examples / self._timed_seconds if self._timed_seconds else 0.0
 
     def save(self, *, required: bool = False, is_best: bool = False) -> None:
@@ -271,7 +271,7 @@ class Trainer:
         return result
 
     def _refuse(self, result: StepResult, step: int) -> None:
-        """Of an update that did not change the weights: forgets it, or stops the job."""
+        """Forgets an update that did not change the weights, or stops the job."""
         loss, norm = float(result.loss), float(result.gradient_norm)
         self._telemetry.refused_step(loss, norm)
         problem = (
@@ -347,7 +347,7 @@ class Trainer:
         )
 
     def _histograms(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Of this rank's last batch, and of a sample of each table's rows."""
+        """Returns values of this rank's last batch, and of a sample of each table's rows, for histograms."""
         found = {}
         if (weights := self._model.attention_weights(batch)) is not None:
             found["attention_weights"] = weights.numpy()
@@ -420,7 +420,7 @@ class Trainer:
         )
 
     def _positions(self) -> list[tuple[int, bool] | None]:
-        """Of each rank, where its memory stands.
+        """Returns where the memory of each rank stands.
 
         Raises:
             InputError: this rank trains something else than the job.

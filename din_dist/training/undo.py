@@ -60,7 +60,7 @@ class UndoLog:
         return [tf.identity(variable) for variable in self.others]
 
     def finish(self, state: TrainingState) -> None:
-        """What was due after the newest update is done."""
+        """Notes that what was due after the newest update is done."""
         self._positions[-1].finished = state.copy()
 
     def newest(self) -> tuple[int, bool] | None:

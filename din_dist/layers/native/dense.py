@@ -53,7 +53,7 @@ class Gate(NamedTuple):
 
     @property
     def needs_sums(self) -> bool:
-        """Whether batch statistics are computed."""
+        """True if batch statistics are computed."""
         return self.standardize is not None and not self.standardize.frozen
 
     def before(self, inputs: tf.Tensor, sums: tf.Tensor, mode: Mode) -> Gated:
