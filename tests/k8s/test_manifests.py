@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
-from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import kubernetes_validate
 import pytest
 from absl import flags
 
+from din_dist import __version__
 from din_dist.cli import launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
@@ -183,10 +183,8 @@ def test_every_container_has_requests_and_limits(objects: list[Object]) -> None:
 
 
 def test_images_are_of_this_version(objects: list[Object]) -> None:
-    setup = ConfigParser()
-    setup.read(ROOT / "setup.cfg")
     is_gpu = any("nvidia.com/gpu" in container["resources"]["limits"] for container in containers_of(objects))
-    image = f"din-dist:{setup['metadata']['version']}{'-gpu' if is_gpu else ''}"
+    image = f"din-dist:{__version__}{'-gpu' if is_gpu else ''}"
     assert {container["image"] for container in containers_of(objects)} == {image}
 
 
