@@ -45,7 +45,11 @@ def test_what_setuptools_reads() -> None:
 import setuptools, sys
 project = setuptools.Distribution()
 project.parse_config_files()
-print(project.metadata.version, "din_dist" in sys.modules)
+print(project.metadata.version, project.metadata.license, project.metadata.license_files, "din_dist" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{__version__} False\n", done.stderr
+    assert done.stdout == f"{__version__} Apache-2.0 ['LICENSE'] False\n", done.stderr
+
+
+def test_the_licence_is_named() -> None:
+    assert "\nSPDX-License-Identifier: Apache-2.0\n" in (ROOT / "LICENSE").read_text()
