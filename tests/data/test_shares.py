@@ -18,7 +18,7 @@ from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import deal, num_steps_per_epoch, share, training_batches
 from din_dist.data.splits import Examples
-from din_dist.training.undo import History, agree
+from din_dist.training.undo import UndoLog, agree
 from din_dist.training_state import TrainingState
 
 SEED = 7
@@ -71,7 +71,7 @@ def walk(job: Job, changes: Sequence[Stretch], take: Take) -> list[Taken]:
     are left know every example once an epoch.
     """
     learned = tf.Variable(np.zeros([job.epochs, job.num_examples], np.int64))  # the weights: how often each example
-    history, state = History([], [learned]), TrainingState()
+    history, state = UndoLog([], [learned]), TrainingState()
     applied: list[Taken] = []
     last = Stretch(changes[-1].world_size, job.num_steps, undone=False)
     for stretch in (*changes, last):
