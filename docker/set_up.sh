@@ -2,8 +2,6 @@
 # In the stages that build images: launch/setup.sh for the user of the image, without what only a build needs.
 set -euo pipefail
 
-mkdir -p din_dist
-touch din_dist/__init__.py # what setuptools needs to know of the package; the rest comes with the last stage
 DIN_DIST_CACHE=$(mktemp -d)
 export DIN_DIST_CACHE
 launch/setup.sh "$@"

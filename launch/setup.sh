@@ -32,7 +32,7 @@ stamp=$venv/din_dist_setup
 digest=$(
   cd "$root"
   {
-    sha256sum setup.cfg pyproject.toml launch/{common.sh,constraints.txt,build_kernels.sh,setup.sh} din_dist/{bounded_server.py,kernels/*.{cc,h}}
+    sha256sum setup.cfg pyproject.toml launch/{common.sh,constraints.txt,build_kernels.sh,setup.sh} din_dist/{__init__.py,bounded_server.py,kernels/*.{cc,h}}
     find launch/horovod -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
   } | sha256sum | cut -c -16
 )

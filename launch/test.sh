@@ -2,6 +2,9 @@
 # Sets up with the test dependencies, then runs the tests, lint and types among them.
 #
 #   launch/test.sh [pytest arguments]
+#
+# `launch/test.sh -m fast` takes two minutes and covers every room (tests/conftest.py says which tests). Tests go to two
+# processes, unless the arguments say otherwise: `-n 0` (or --pdb) runs them in one.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -13,6 +16,11 @@ num_gpus=$(count_gpus)
 "$root/launch/setup.sh" "${setup_flags[@]}"
 
 cd "$root"
-# All of them go to two processes, a file at a time: much of what they do is to wait for processes that start.
-(($#)) || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-exec "$venv/bin/python" -m pytest "$@"
+# A file at a time, because tests of a file share fixtures. Much of what tests do is to wait for processes that start.
+processes=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
+for argument; do
+  case $argument in
+    -n* | --numprocesses* | *no:xdist | --pdb | --trace) processes=() ;;
+  esac
+done
+exec "$venv/bin/python" -m pytest "${processes[@]}" "$@"

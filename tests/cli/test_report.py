@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import html
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib import image
 
-from tests.cli.test_commands import ROOT, assert_one_line, command, run
+from tests.cli.test_commands import ROOT, assert_one_line, command
 from tests.support.chromium import open_page, screenshot
+from tests.support.preloaded import Preloaded, preloaded
 from tests.support.small_log import write_log
 
 RAN = "a string from data ran"
@@ -37,13 +40,19 @@ def write_hostile_log(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+    with preloaded(tmp_path_factory.mktemp("commands") / "printed") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, commands: Preloaded) -> Path:
     """The folder of a finished job."""
     folder = tmp_path_factory.mktemp("job")
     write_hostile_log(folder / "log.parquet")
     flags = ("--split=leave_two_out", "--epochs=2", "--checkpoint_every_steps=10", "--negatives_per_positive=2")
     for name in ("prepare_data", "train"):
-        done = run(name, folder, *flags)
+        done = commands.run(name, *command(name, folder, *flags)[3:])
         assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -53,15 +62,29 @@ def copy(job: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(job, tmp_path / "run"))
 
 
-def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+Report = Callable[..., subprocess.CompletedProcess[str]]  # given a job's folder and flags
+
+
+def report_by_a_process(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     words = command("report", folder.parent)[:3]
     return subprocess.run(
         [*words, f"--output_dir={folder}", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-def page_of(folder: Path, *flags: str) -> str:
-    """The report, made anew; checks that nothing else was written."""
+@pytest.fixture(scope="module")
+def report(commands: Preloaded) -> Report:
+    """Makes a report without waiting for imports."""
+    return lambda folder, *flags: commands.run("report", f"--output_dir={folder}", *flags)
+
+
+@pytest.fixture(scope="module")
+def page_of(report: Report) -> Callable[..., str]:
+    return functools.partial(page_by, report)
+
+
+def page_by(report: Report, folder: Path, *flags: str) -> str:
+    """Returns the page of a report that is made anew; checks that nothing else was written."""
     before = contents(folder)
     done = report(folder, *flags)
     assert done.returncode == 0, done.stderr
@@ -82,7 +105,7 @@ def text_of(page: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(job: Path) -> str:
-    page = page_of(job)
+    page = page_by(report_by_a_process, job)
     (job / "report.html").unlink()  # what is copied from here is a job as it was left
     return page
 
@@ -112,7 +135,7 @@ def test_a_finished_job(job: Path, finished: str) -> None:
     assert len(finished) < 1_000_000
 
 
-def test_a_job_at_work(copy: Path) -> None:
+def test_a_job_at_work(copy: Path, page_of: Callable[..., str]) -> None:
     """Its lock is held by another and stays so; the test split is not looked at."""
     (copy / "summary.json").unlink()
     with (copy / ".lock").open("a") as lock:
@@ -123,7 +146,7 @@ def test_a_job_at_work(copy: Path) -> None:
     assert "not the test split" in text
 
 
-def test_a_job_that_broke_off(copy: Path) -> None:
+def test_a_job_that_broke_off(copy: Path, page_of: Callable[..., str]) -> None:
     (copy / "summary.json").unlink()
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["kind"] in ("train", "validation")]
@@ -133,7 +156,7 @@ def test_a_job_that_broke_off(copy: Path) -> None:
         assert words in text, words
 
 
-def test_a_job_without_a_checkpoint(copy: Path) -> None:
+def test_a_job_without_a_checkpoint(copy: Path, page_of: Callable[..., str]) -> None:
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "checkpoints")
     text = text_of(page_of(copy))
@@ -144,7 +167,7 @@ def test_a_job_without_a_checkpoint(copy: Path) -> None:
     assert "Scored" not in text
 
 
-def test_the_best_weights_are_scored_not_the_newest(copy: Path) -> None:
+def test_the_best_weights_are_scored_not_the_newest(copy: Path, page_of: Callable[..., str]) -> None:
     """The newest checkpoint is made to say that the one before it was the best."""
     older, newest = sorted((copy / "checkpoints").iterdir())[-2:]
     manifest = json.loads((newest / "manifest.json").read_text())
@@ -155,7 +178,7 @@ def test_the_best_weights_are_scored_not_the_newest(copy: Path) -> None:
     assert f"{json.loads((copy / 'summary.json').read_text())['test_log_loss']:.4f}" not in text
 
 
-def test_without_data_or_settings_the_curves_remain(copy: Path) -> None:
+def test_without_data_or_settings_the_curves_remain(copy: Path, page_of: Callable[..., str]) -> None:
     flags = (copy / "flags.txt").read_text()
     (copy / "flags.txt").write_text(re.sub("--data_dir=.*", f"--data_dir={copy / 'nowhere'}", flags))
     text = text_of(page_of(copy))
@@ -169,13 +192,13 @@ def test_without_data_or_settings_the_curves_remain(copy: Path) -> None:
     assert "Examples per second over time" in text
 
 
-def test_fewer_examples(copy: Path) -> None:
+def test_fewer_examples(copy: Path, page_of: Callable[..., str]) -> None:
     text = text_of(page_of(copy, "--report_max_examples=100"))
     (scored, whole) = re.search(r"(\d+) of its (\d+) examples, as whole users", text).groups()  # type: ignore[union-attr]
     assert int(scored) <= 100 < int(whole)
 
 
-def test_what_it_refuses(tmp_path: Path, job: Path) -> None:
+def test_what_it_refuses(tmp_path: Path, job: Path, report: Report) -> None:
     assert_one_line(report(tmp_path), "--output_dir: must be the folder of a training job")
     assert_one_line(report(job, "--report_max_examples=0"), "--report_max_examples: must be at least 1. Received: 0")
     blocked = tmp_path / "missing" / "report.html"

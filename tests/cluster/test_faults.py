@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,20 +13,20 @@ from tests.support.fault_lab import FAULTS, Laboratory, check, seconds_to_go_on
 from tests.support.faulty_disk import NoFaultyDisk
 from tests.support.host_lab import LabError
 from tests.support.programs import missing
+from tests.support.small_log import write_log
 
 pytestmark = pytest.mark.timeout(1200)
 SEED = 20181
 
 
 @pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Iterator[Laboratory]:
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     folder = tmp_path_factory.mktemp("laboratory")
+    log = folder / "log.parquet"
+    write_log(log, num_users=13_000, num_items=12_000)  # an epoch of 256 updates, as many as Amazon Beauty has
     with contextlib.ExitStack() as stack:
         try:
-            beauty = shared_data / "amazon_beauty.parquet"
-            found = stack.enter_context(
-                Laboratory(folder, beauty, SEED, stall_timeout_seconds=8, disturbance_seconds=3)
-            )
+            found = stack.enter_context(Laboratory(folder, log, SEED, stall_timeout_seconds=8, disturbance_seconds=3))
         except (LabError, NoFaultyDisk) as error:
             missing(str(error))
         yield found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from din_dist import __version__
 from tests.support.fake_checkout import write_script
 from tests.support.programs import free_port, missing
 
@@ -24,14 +24,6 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((DOCKER / "docker-compose.yml").read_text())
-
-
-def version() -> str:
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    return config["metadata"]["version"]
-
-
 # By version for people, and by digest: a tag can be moved to another image.
 PINNED = re.compile(r"docker\.io/[a-z/]+:v?[0-9]+\.[0-9.]+[a-z0-9.-]*@sha256:[0-9a-f]{64}")
 
@@ -45,8 +37,10 @@ def test_base_images_are_pinned() -> None:
 
 
 def test_images_carry_the_version_of_the_package() -> None:
-    assert re.findall(r'image\.version="(.*)"', DOCKERFILE) == [version()] * 2
-    assert COMPOSE["services"]["launcher"]["image"] == COMPOSE["services"]["worker"]["image"] == f"din-dist:{version()}"
+    assert re.findall(r'image\.version="(.*)"', DOCKERFILE) == [__version__] * 2
+    assert (
+        COMPOSE["services"]["launcher"]["image"] == COMPOSE["services"]["worker"]["image"] == f"din-dist:{__version__}"
+    )
 
 
 def test_the_last_stages_hold_no_compiler_and_no_root() -> None:
@@ -63,7 +57,7 @@ def test_each_service_is_bounded_and_seen_from_this_machine_only(name: str) -> N
     assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
     assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-    assert service["image"] == f"din-dist:{version()}" or PINNED.fullmatch(service["image"])
+    assert service["image"] == f"din-dist:{__version__}" or PINNED.fullmatch(service["image"])
     for volume in service["volumes"]:
         source = volume.split(":")[0]
         assert source in COMPOSE["volumes"] or (DOCKER / source).is_dir()

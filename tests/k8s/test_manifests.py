@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
-from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ import kubernetes_validate
 import pytest
 from absl import flags
 
+from din_dist import __version__
 from din_dist.cli import launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
 from tests.support.overlays import OVERLAYS, ROOT, Object, render
-from tests.support.programs import missing
 
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 FLAGS_FOLDER = "/etc/din_dist"
@@ -36,11 +35,11 @@ def objects(request: pytest.FixtureRequest) -> list[Object]:
 
 @pytest.fixture(scope="session")
 def mpijob_schema() -> Object:
-    """Of the MPI operator's custom resource, which is not in the repository; unknown fields do not fit it."""
+    """The schema of the MPI operator's custom resource. It is not in the repository; unknown fields do not fit it."""
     beside = ROOT.parent / "shared" / "schemas" / "mpijob-v2beta1.openapi.json"
     path = Path(os.environ.get("DIN_DIST_MPIJOB_SCHEMA") or beside)
     if not path.is_file():
-        missing(f"no MPIJob schema at {path}: set DIN_DIST_MPIJOB_SCHEMA to its file")
+        pytest.skip(f"no MPIJob schema at {path}: set DIN_DIST_MPIJOB_SCHEMA to its file")
     return closed(json.loads(path.read_text()))
 
 
@@ -183,10 +182,8 @@ def test_every_container_has_requests_and_limits(objects: list[Object]) -> None:
 
 
 def test_images_are_of_this_version(objects: list[Object]) -> None:
-    setup = ConfigParser()
-    setup.read(ROOT / "setup.cfg")
     is_gpu = any("nvidia.com/gpu" in container["resources"]["limits"] for container in containers_of(objects))
-    image = f"din-dist:{setup['metadata']['version']}{'-gpu' if is_gpu else ''}"
+    image = f"din-dist:{__version__}{'-gpu' if is_gpu else ''}"
     assert {container["image"] for container in containers_of(objects)} == {image}
 
 

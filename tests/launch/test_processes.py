@@ -23,6 +23,7 @@ LAUNCHERS = [
         "elastic.sh",
         "horovodrun.sh",
         "k8s.sh",
+        "lint.sh",
         "pin.sh",
         "release_check.sh",
     ),

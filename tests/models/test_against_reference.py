@@ -1,6 +1,7 @@
 """The packed models against the padded float64 reference: logits, loss, and the gradient of every parameter."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -33,23 +34,35 @@ FORMS = {  # of training
 }
 
 
-def compare(lengths, training, model, activation, normalization, batch_norm, seed=0, form="plain"):
+@functools.cache
+def expected(lengths, model, activation, normalization, batch_norm, batch_statistics, seed):
+    """Returns what every form must give: weights, logits, loss, and the gradients by central differences."""
     batch = padded_batch(lengths, seed)
     settings = {"model": model, "activation": activation}
-    ours = small_model(seed, attention_normalization=normalization, batch_norm=batch_norm, **FORMS[form], **settings)
-    reference = PaddedModel(
-        ITEM_FEATURES,
-        normalization=normalization,
-        batch_statistics=training and batch_norm is BatchNorm.SYNCED,
-        **settings,
-    )
+    ours = small_model(seed, attention_normalization=normalization, batch_norm=batch_norm, **settings)
+    reference = PaddedModel(ITEM_FEATURES, normalization=normalization, batch_statistics=batch_statistics, **settings)
     weights = weights_of(ours)
     trainable = [weight.path for weight in ours.trainable_weights]
-    logits, loss, gradients = loss_and_gradients(ours, packed(batch), training)
-    np.testing.assert_allclose(logits, reference.logits(weights, batch), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(loss, reference.loss(weights, batch), rtol=1e-5)
-    expected = central_differences(lambda changed: reference.loss(changed, batch), weights, trainable)
-    assert_same_gradients(gradients, expected)
+    gradients = central_differences(lambda changed: reference.loss(changed, batch), weights, trainable)
+    return weights, reference.logits(weights, batch), reference.loss(weights, batch), gradients
+
+
+def compare(lengths, training, model, activation, normalization, batch_norm, seed=0, form="plain"):
+    batch_statistics = training and batch_norm is BatchNorm.SYNCED
+    weights, *wanted = expected(tuple(lengths), model, activation, normalization, batch_norm, batch_statistics, seed)
+    ours = small_model(
+        seed,
+        model=model,
+        activation=activation,
+        attention_normalization=normalization,
+        batch_norm=batch_norm,
+        **FORMS[form],
+    )
+    np.testing.assert_equal(weights_of(ours), weights)
+    logits, loss, gradients = loss_and_gradients(ours, packed(padded_batch(lengths, seed)), training)
+    np.testing.assert_allclose(logits, wanted[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, wanted[1], rtol=1e-5)
+    assert_same_gradients(gradients, wanted[2])
 
 
 @pytest.mark.parametrize(("training", "form"), [*((True, form) for form in FORMS), (False, "plain")])

@@ -84,8 +84,7 @@ class FakeCheckout:
         }
         for name in ("launch", "din_dist/kernels"):
             shutil.copytree(ROOT / name, self.root / name)
-        shutil.copy(ROOT / "din_dist" / "bounded_server.py", self.root / "din_dist")
-        for name in ("setup.cfg", "pyproject.toml"):
+        for name in ("din_dist/__init__.py", "din_dist/bounded_server.py", "LICENSE", "setup.cfg", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root / name)
         self.write_python()
         for name, text in PIP.items():

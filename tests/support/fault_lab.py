@@ -68,7 +68,7 @@ class Laboratory:
     def __init__(
         self,
         folder: Path,
-        beauty: Path,
+        log: Path,
         seed: int,
         epochs: int = EPOCHS,
         stall_timeout_seconds: float = 20,
@@ -78,7 +78,7 @@ class Laboratory:
         self.folder = folder
         self.stall_timeout_seconds, self.disturbance_seconds = stall_timeout_seconds, disturbance_seconds
         self.random = random.Random(seed)
-        self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={beauty}", f"--data_dir={folder / 'data'}"]
+        self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={log}", f"--data_dir={folder / 'data'}"]
         self.trainer_flags.append(f"--epochs={epochs}")
         self.disk = folder / "disk"
         self.num_steps = 0
