@@ -13,7 +13,7 @@ import tensorflow as tf
 from din_dist import kernels, progress, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, OptimizerKind, require
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import read_ahead, training_batches
+from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.gradients import GradientExchange
@@ -257,24 +257,20 @@ class Assembly:
 
     def make_batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """Yields this rank's share of the batches of updates `first_step` to `end_step` - 1."""
-        return read_ahead(
-            iter(
-                training_batches(
-                    self.store,
-                    self.splits["train"],
-                    self.config.data,
-                    seed=self.config.job.seed,
-                    global_batch_size=self.config.job.global_batch_size,
-                    first_step=first_step,
-                    end_step=end_step,
-                    shard_index=self.runtime.rank,
-                    num_shards=self.runtime.world_size,
-                    num_parallel_calls=self._num_threads,
-                    trained=self.trained_items,
-                    native=self.execution.kernels,
-                )
-            )
+        batches = training_batches(
+            self._maker,
+            self.config.data,
+            global_batch_size=self.config.job.global_batch_size,
+            steps=range(first_step, end_step),
+            shard=Shard(self.runtime.rank, self.runtime.world_size),
+            num_parallel_calls=self._num_threads,
         )
+        return read_ahead(iter(batches))
+
+    @functools.cached_property
+    def _maker(self) -> BatchMaker:
+        examples, seed = self.splits["train"], self.config.job.seed
+        return BatchMaker.for_training(self.store, examples, self.config.data, seed, self.trained_items, self.execution)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import tensorflow as tf
 
 from din_dist import kernels
+from din_dist.execution import Execution
 
 
-def hash64(*parts: tf.Tensor | int, native: bool = False) -> tf.Tensor:
+def hash64(*parts: tf.Tensor | int, execution: Execution | None = None) -> tf.Tensor:
     """Returns a uint64 that looks random for each tuple of `parts`.
 
     The finalizer of SplitMix64 mixes each part in (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
@@ -18,10 +19,10 @@ def hash64(*parts: tf.Tensor | int, native: bool = False) -> tf.Tensor:
 
     Args:
         parts: integers that broadcast against each other.
-        native: compute it by a kernel of this package. Then the parts are numbers, or vectors of one length, and at
-            least one of them is a vector.
+        execution: how it is computed. By our kernel the parts are numbers, or vectors of one length, and at least one
+            of them is a vector. None: by TensorFlow's operations.
     """
-    if native:
+    if execution is not None and execution.kernels:
         hashes = kernels.library().din_dist_hash64([_as_uint64(part) for part in parts])
         hashes.set_shape([None])
         return hashes

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.data.hashing import place_in_random_order
+from din_dist.execution import Execution
 
 
 def untouched_items(
@@ -18,7 +19,7 @@ def untouched_items(
     touched_gaps: tf.Tensor,
     num_items: int,
     num_halvings: int,
-    native: bool = False,
+    execution: Execution | None = None,
 ) -> tf.Tensor:
     """Returns the (random modulo number of untouched items)-th item that each user never touched: int32 `[M]`, from 1.
 
@@ -32,10 +33,10 @@ def untouched_items(
         touched_gaps: int32 `[T]`, see `EventStore`.
         num_items: the number of items to draw from.
         num_halvings: `ceil(log2(longest + 1))` for the longest window.
-        native: compute it by a kernel of this package.
+        execution: how it is computed; None: by TensorFlow's operations.
     """
     begins, ends = tf.cast(begins, tf.int64), tf.cast(ends, tf.int64)
-    if native:
+    if execution is not None and execution.kernels:
         items = kernels.library().din_dist_untouched_items(random, begins, ends, touched_gaps, num_items=num_items)
         return tf.ensure_shape(items, random.shape)
     num_untouched = num_items - (ends - begins)

@@ -25,6 +25,7 @@ from din_dist.data.hashing import hash64
 from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
+from din_dist.execution import Execution
 from din_dist.schema import Batch
 
 BATCH_SIGNATURE = Batch(
@@ -61,6 +62,14 @@ def num_steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of every update."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchMaker:
     """Turns example numbers of one split into packed batches.
 
@@ -73,7 +82,7 @@ class BatchMaker:
         resample: draw other negatives in each epoch.
         trained: the items that negatives are drawn from; None: all items.
         hidden_rate: the share of the item ids that are hidden.
-        native: compute by kernels of this package, which find the same.
+        execution: how batches are made; every way makes the same.
     """
 
     store: EventStore
@@ -84,7 +93,41 @@ class BatchMaker:
     resample: bool = False
     trained: TrainedItems | None = None
     hidden_rate: float = 0.0
-    native: bool = False
+    execution: Execution = dataclasses.field(default_factory=Execution)
+
+    @classmethod
+    def for_training(
+        cls,
+        store: EventStore,
+        examples: Examples,
+        config: DataConfig,
+        seed: int,
+        trained: TrainedItems | None = None,
+        execution: Execution | None = None,
+    ) -> BatchMaker:
+        """Returns what makes the batches of training.
+
+        Args:
+            store: the events.
+            examples: the split to train on.
+            config: of the data.
+            seed: the seed of all draws.
+            trained: the items of training, if other items are hidden at random; see `trained_items`.
+            execution: how batches are made; None: by TensorFlow's operations.
+        """
+        if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
+            raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
+        return cls(
+            store,
+            examples,
+            config.max_history_length,
+            seed,
+            _NEGATIVES,
+            config.resample_negatives,
+            trained,
+            hidden_rate=config.unknown_item_rate if trained else 0.0,
+            execution=execution or Execution(),
+        )
 
     def __post_init__(self) -> None:
         arrays = {
@@ -140,13 +183,13 @@ class BatchMaker:
             labels = tf.cast(draw == 0, tf.float32)
             round_of_draws = epoch if self.resample else tf.zeros_like(epoch)
             negative = untouched_items(
-                hash64(self.seed, self.stream, round_of_draws, event, draw, native=self.native),
+                hash64(self.seed, self.stream, round_of_draws, event, draw, execution=self.execution),
                 tf.gather(arrays["touched_offsets"], user),
                 tf.gather(arrays["touched_offsets"], user + 1),
                 arrays["touched_gaps"],
                 self.store.facts.num_items if self.trained is None else len(self.trained.ids) - 1,
                 num_halvings=self._drawn_from.max_touched.bit_length(),
-                native=self.native,
+                execution=self.execution,
             )
             if self.trained is not None:
                 negative = tf.gather(arrays["trained_ids"], negative)
@@ -161,7 +204,7 @@ class BatchMaker:
             candidate_item_ids=candidate,
             history_item_ids=history,
             history_lengths=history_lengths,
-            dropout_seeds=tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids, native=self.native), tf.int64),
+            dropout_seeds=tf.cast(hash64(self.seed, _DROPOUT, epoch, example_ids, execution=self.execution), tf.int64),
             labels=labels,
             distinct_item_ids=distinct,
             item_index=index,
@@ -170,13 +213,13 @@ class BatchMaker:
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
         """Returns `values[begin:end]` for each pair of `begins` and `ends` `[B]`, concatenated."""
-        if not self.native:
+        if not self.execution.kernels:
             return tf.gather(values, tf.ragged.range(begins, ends).values)
         return tf.ensure_shape(kernels.library().din_dist_windows(values, begins, ends), [None])
 
     def _distinct(self, candidate: tf.Tensor, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the distinct items, and the index among them of each candidate and then each history position."""
-        if not self.native:
+        if not self.execution.kernels:
             return tf.unique(tf.concat([candidate, history], axis=0))
         distinct, places = kernels.library().din_dist_distinct_ids([candidate, history])
         return tf.ensure_shape(distinct, [None]), tf.ensure_shape(places, [None])
@@ -201,43 +244,30 @@ class BatchMaker:
 
 
 def training_batches(
-    store: EventStore,
-    examples: Examples,
+    maker: BatchMaker,
     config: DataConfig,
     *,
-    seed: int,
     global_batch_size: int,
-    first_step: int,
-    end_step: int,
-    shard_index: int,
-    num_shards: int,
+    steps: range,
+    shard: Shard | None = None,
     num_parallel_calls: int = 2,
-    trained: TrainedItems | None = None,
-    native: bool = False,
 ) -> tf.data.Dataset:
-    """Returns this shard's batches of updates `first_step` to `end_step` - 1, counted from 0 through all epochs.
+    """Returns a shard's batches of the updates `steps`, counted from 0 through all epochs.
 
     Together the shards see every example exactly once an epoch, whatever their number. Update s of an epoch takes
     examples s * G to (s + 1) * G - 1 of its order, G being the global batch size, and the shards divide those. With
     `group_negatives` they divide them so that shards that wait for each other have histories of nearly equal length.
 
     Args:
-        trained: the items of training, if other items are hidden at random; see `trained_items`.
-        native: compute by kernels of this package.
+        maker: by `BatchMaker.for_training`.
+        config: of the data.
+        global_batch_size: examples of an update over all shards.
+        steps: the updates.
+        shard: the part of each update; None: all of it.
+        num_parallel_calls: batches that are made at a time.
     """
-    if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
-        raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
-    maker = BatchMaker(
-        store,
-        examples,
-        config.max_history_length,
-        seed,
-        _NEGATIVES,
-        config.resample_negatives,
-        trained,
-        hidden_rate=config.unknown_item_rate if trained else 0.0,
-        native=native,
-    )
+    examples, shard = maker.examples, shard or Shard()
+    shard_index, num_shards = shard.index, shard.count
     num_examples = examples.num_examples
     together = examples.draws_per_row if config.group_negatives else 1  # these examples stay neighbours in the order
     per_epoch = num_steps_per_epoch(num_examples, global_batch_size)
@@ -249,7 +279,7 @@ def training_batches(
         total = tf.minimum(num_examples - first, global_batch_size)
         begin, end = share(total, shard_index, num_shards)
         dealt_begin, dealt_end = share(total, dealers[0], num_shards)[0], share(total, dealers[-1], num_shards)[1]
-        order = tf.stack([tf.constant(seed, tf.int64), epoch])
+        order = tf.stack([tf.constant(maker.seed, tf.int64), epoch])
         # A rank that gets no example looks at one all the same, because index_shuffle refuses an empty vector.
         place = tf.minimum(first + dealt_begin, num_examples - 1)
         last = tf.maximum(first + dealt_end - 1, place)
@@ -262,8 +292,7 @@ def training_batches(
             ids = deal(ids, -place % together, together, len(dealers), maker.history_lengths)
         return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch)
 
-    steps = tf.data.Dataset.range(first_step, end_step)
-    return _mapped(steps, make, num_parallel_calls)
+    return _mapped(tf.data.Dataset.range(steps.start, steps.stop), make, num_parallel_calls)
 
 
 def _dealers(shard_index: int, num_shards: int) -> range:

@@ -10,6 +10,8 @@ import time
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.data.pipeline import BatchMaker
+from din_dist.execution import Execution
 
 settings.define_flags()
 
@@ -28,17 +30,17 @@ def main() -> None:
     steps = num_steps_per_epoch(examples.num_examples, config.job.global_batch_size) * config.job.epochs
     batches = iter(
         training_batches(
-            store,
-            examples,
+            BatchMaker.for_training(
+                store,
+                examples,
+                config.data,
+                config.job.seed,
+                trained_items(store, config.data, splits),
+                Execution(kernels=config.job.native),
+            ),
             config.data,
-            seed=config.job.seed,
             global_batch_size=config.job.global_batch_size,
-            first_step=0,
-            end_step=steps,
-            shard_index=0,
-            num_shards=1,
-            trained=trained_items(store, config.data, splits),
-            native=config.job.native,
+            steps=range(steps),
         )
     )
     next(batches)  # tracing

@@ -25,7 +25,7 @@ from din_dist.data.prepared import open_prepared
 from din_dist.data.splits import split_examples
 from din_dist.data.thinning import thin_out
 from din_dist.report import attention
-from din_dist.report.attention import Shown
+from din_dist.report.attention import ShownExample
 
 ROOT = Path(__file__).parents[2]
 NUM_BEHAVIOURS = 12
@@ -64,7 +64,7 @@ def train(folder: Path) -> None:
         )
 
 
-def find(job: Path) -> tuple[Shown, Shown]:
+def find(job: Path) -> tuple[ShownExample, ShownExample]:
     """The test example and the drawn negative beside it between which the attention moves most."""
     config = config_of(job)
     store = open_prepared(config.data)
@@ -83,7 +83,7 @@ def find(job: Path) -> tuple[Shown, Shown]:
     return max(pairs, key=lambda pair: np.abs(_weights(pair[0]) - _weights(pair[1])).sum())
 
 
-def draw(bought: Shown, drawn: Shown, path: Path) -> None:
+def draw(bought: ShownExample, drawn: ShownExample, path: Path) -> None:
     """Writes the SVG: the weights of the same behaviours for either candidate, the newest behaviour at the top."""
     import matplotlib
 
@@ -126,7 +126,7 @@ def draw(bought: Shown, drawn: Shown, path: Path) -> None:
     path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
-def _weights(example: Shown) -> np.ndarray:
+def _weights(example: ShownExample) -> np.ndarray:
     return np.array([behaviour.weight for behaviour in example.behaviours])
 
 

@@ -7,6 +7,7 @@ from numpy.testing import assert_array_equal
 
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import distinct_untouched_items, untouched_items
+from din_dist.execution import Execution
 
 NUM_ITEMS = 9
 
@@ -27,7 +28,7 @@ def draw(touched, users, random, num_items=NUM_ITEMS):
             tf.constant(gaps, tf.int32),
             num_items,
             num_halvings=int(max(len(items) for items in touched)).bit_length(),
-            native=native,
+            execution=Execution(kernels=native),
         ).numpy()
         for native in (False, True)
     )

@@ -19,6 +19,8 @@ from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import (
     BATCH_SIGNATURE,
+    BatchMaker,
+    Shard,
     evaluation_batches,
     num_steps_per_epoch,
     read_ahead,
@@ -28,6 +30,7 @@ from din_dist.data.pipeline import (
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.data.trained_items import trained_items
+from din_dist.execution import Execution
 from din_dist.schema import Batch
 from tests.support.small_log import small_config, write_log
 
@@ -50,18 +53,11 @@ def train(
     native: bool = False,
 ):
     config, store, splits = prepared
+    maker = BatchMaker.for_training(
+        store, splits["train"], config, seed, trained_items(store, config, splits), Execution(kernels=native)
+    )
     return training_batches(
-        store,
-        splits["train"],
-        config,
-        seed=seed,
-        global_batch_size=batch,
-        first_step=steps[0],
-        end_step=steps[1],
-        shard_index=rank,
-        num_shards=world_size,
-        trained=trained_items(store, config, splits),
-        native=native,
+        maker, config, global_batch_size=batch, steps=range(*steps), shard=Shard(rank, world_size)
     ).as_numpy_iterator()
 
 
@@ -187,17 +183,7 @@ def test_evaluation_hides_nothing_and_takes_negatives_of_all_items(hiding) -> No
 def test_training_batches_must_be_given_the_trained_items(hiding) -> None:
     config, store, splits = hiding
     with pytest.raises(ValueError, match="trained: must be as unknown_item=features says. Received: None"):
-        training_batches(
-            store,
-            splits["train"],
-            config,
-            seed=1,
-            global_batch_size=8,
-            first_step=0,
-            end_step=1,
-            shard_index=0,
-            num_shards=1,
-        )
+        BatchMaker.for_training(store, splits["train"], config, seed=1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -345,17 +331,8 @@ def test_shares_cover_everything_and_differ_by_one() -> None:
 
 def test_batches_have_the_declared_signature(prepared) -> None:
     config, store, splits = prepared
-    dataset = training_batches(
-        store,
-        splits["train"],
-        config,
-        seed=1,
-        global_batch_size=8,
-        first_step=0,
-        end_step=1,
-        shard_index=0,
-        num_shards=1,
-    )
+    maker = BatchMaker.for_training(store, splits["train"], config, seed=1)
+    dataset = training_batches(maker, config, global_batch_size=8, steps=range(1))
     assert dataset.element_spec == BATCH_SIGNATURE
 
 

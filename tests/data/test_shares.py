@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from din_dist import schema
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import deal, num_steps_per_epoch, share, training_batches
+from din_dist.data.pipeline import BatchMaker, Shard, deal, num_steps_per_epoch, share, training_batches
 from din_dist.data.splits import Examples
 from din_dist.training.undo import UndoLog, agree
 from din_dist.training_state import TrainingState
@@ -205,16 +205,13 @@ def test_batches_through_any_changes(job: Job, changes: list[Stretch]) -> None:
             return []
         of_ranks = []
         for rank in range(world_size):
+            config = DataConfig(max_history_length=3)
             batches = training_batches(
-                store,
-                examples,
-                DataConfig(max_history_length=3),
-                seed=SEED,
+                BatchMaker.for_training(store, examples, config, SEED),
+                config,
                 global_batch_size=job.global_batch_size,
-                first_step=first,
-                end_step=job.num_steps,
-                shard_index=rank,
-                num_shards=world_size,
+                steps=range(first, job.num_steps),
+                shard=Shard(rank, world_size),
             )
             made = itertools.islice(batches.as_numpy_iterator(), num_updates)
             of_ranks.append(

@@ -17,6 +17,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.data.pipeline import BatchMaker
 from din_dist.errors import InputError
 from din_dist.schema import Batch
 
@@ -42,15 +43,10 @@ def main() -> None:
     splits = split_examples(store, config.data)
     size, seed = config.job.global_batch_size, config.job.seed
     training = training_batches(
-        store,
-        splits["train"],
+        BatchMaker.for_training(store, splits["train"], config.data, seed),
         config.data,
-        seed=seed,
         global_batch_size=size,
-        first_step=0,
-        end_step=num_steps_per_epoch(splits["train"].num_examples, size),
-        shard_index=0,
-        num_shards=1,
+        steps=range(num_steps_per_epoch(splits["train"].num_examples, size)),
     )
     test = evaluation_batches(
         store, splits["test"], config.data, seed=seed, batch_size=size, shard_index=0, num_shards=1
