@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from din_dist.benchmark.scaling_model import (
     row_bytes,
 )
 from din_dist.errors import InputError
+from tests.support.repository import ROOT
 
 MEASURED = Measured(
     compute_seconds=0.1,
@@ -127,7 +127,7 @@ def test_hops(world_size: int, doubled: int, in_a_ring: int, gather_hops: int) -
 
 
 def test_few_bytes_are_what_the_build_takes_for_few() -> None:
-    folder = Path(__file__).parents[2] / "launch" / "horovod" / "files" / "third_party" / "gloo" / "gloo"
+    folder = ROOT / "launch" / "horovod" / "files" / "third_party" / "gloo" / "gloo"
     header = folder / "recursive_doubling.h"
     assert f"kMostBytesToDouble = {MOST_BYTES_TO_DOUBLE};" in header.read_text()
 

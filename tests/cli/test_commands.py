@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.repository import ROOT
 from tests.support.small_log import write_log
-
-ROOT = Path(__file__).parents[2]
 
 
 def command(name: str, folder: Path, *flags: str) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_commands import ROOT, assert_one_line, command
+from tests.cli.test_commands import assert_one_line, command
 from tests.support.preloaded import Preloaded, preloaded
+from tests.support.repository import ROOT
 from tests.support.small_log import write_log
 
 METRICS = ("gauc", "auc", "log_loss", "pairwise_gauc", "num_examples", "num_users", "num_users_skipped")

@@ -12,8 +12,8 @@ import pytest
 
 from tests.support import host_lab
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 FLAGS = (
     *host_lab.SMALL_JOB,
     "--global_batch_size=512",

@@ -22,7 +22,8 @@ from din_dist.cli import launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
-from tests.support.overlays import OVERLAYS, ROOT, Object, render
+from tests.support.overlays import OVERLAYS, Object, render
+from tests.support.repository import ROOT
 
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 FLAGS_FOLDER = "/etc/din_dist"

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from din_dist.training.output_dir import claim_output_dir
-from tests.cli.test_commands import ROOT, assert_one_line, command, run
+from tests.cli.test_commands import assert_one_line, command, run
+from tests.support.repository import ROOT
 
 
 def launcher(folder: Path, *flags: str) -> list[str]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import yaml
 
-from tests.cli.test_commands import ROOT, run
+from tests.cli.test_commands import run
 from tests.multi_process.test_elastic import start, wait_for
 from tests.multi_process.test_refusals import environment, launcher, worker_of
 from tests.support.programs import free_port, program, running
+from tests.support.repository import ROOT
 
 INTERVAL = 1  # seconds between two scrapes
 WINDOW = 6  # seconds over which rates are compared

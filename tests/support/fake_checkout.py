@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from tests.support.packages import digest
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 HOROVOD = "0.28.1"
 
 # `-m venv DIR` copies this file into DIR. What is neither venv nor pip nor answered here goes to the real Python.

@@ -36,8 +36,8 @@ from tests.support import host_lab
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.host_lab import Host
 from tests.support.programs import program
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 NUM_WORKERS = 3
 DISK_BYTES = 192 << 20
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW of linux/fs.h

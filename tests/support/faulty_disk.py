@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).parents[2]
+from tests.support.repository import ROOT
+
 _FORCE, _DETACH = 1, 2  # of umount2: by force, nothing waits for the program any more
 _LARGEST_WRITE = 1 << 17
 _ROOT_NODE = 1

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.repository import ROOT
 from tests.support.train_cases import CASES
 
 STEPS = 60
-ROOT = Path(__file__).parents[2]
 
 
 def train(

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 OVERLAYS = ["elastic", "gpu", "no-operator", "smoke-cpu"]
 
 Object = dict[str, Any]

@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 from tests.support.programs import program
+from tests.support.repository import ROOT
 
-PROMETHEUS = Path(__file__).parents[2] / "docker" / "prometheus"
+PROMETHEUS = ROOT / "docker" / "prometheus"
 # Of Prometheus itself, and of a Pushgateway.
 FOREIGN_METRICS = {"up", "push_time_seconds", "ALERTS"}
 
