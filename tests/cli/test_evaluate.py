@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_commands import assert_one_line, command
+from tests.support.commands import assert_one_line, command
 from tests.support.preloaded import Preloaded, preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log

@@ -25,7 +25,7 @@ from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 from horovod.runner.http import authentication
 from horovod.runner.http.http_server import RendezvousServer
 
-from tests.cli.test_commands import assert_one_line
+from tests.support.commands import assert_one_line
 from tests.support.preloaded import Preloaded, Running, preloaded
 from tests.support.small_log import write_log
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmark.test_scaling_model import report
-from tests.cli.test_commands import assert_one_line
+from tests.support.commands import assert_one_line
 from tests.support.repository import ROOT
 
 LINK = ("--bandwidth_gbits=25", "--latency_us=50")

@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, digest_of_file, read_manifest
-from tests.cli.test_commands import assert_one_line
+from tests.support.commands import assert_one_line
 from tests.support.preloaded import Preloaded, Running, preloaded
 from tests.support.programs import free_port
 from tests.support.small_log import write_log

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from din_dist import files
-from tests.cli.test_commands import command, run
+from tests.support.commands import command, run
 from tests.support.repository import ROOT
 
 COMMAND = """

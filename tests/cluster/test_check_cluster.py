@@ -23,8 +23,8 @@ from din_dist.cluster.probe import Facts, Question, find_facts
 from din_dist.config import Config
 from din_dist.data.prepared import prepare
 from din_dist.errors import InputError
-from tests.cli.test_commands import assert_one_line
 from tests.support import host_lab
+from tests.support.commands import assert_one_line
 from tests.support.host_lab import Host
 from tests.support.programs import missing
 from tests.support.repository import ROOT

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_commands import assert_one_line, command
-from tests.multi_process.test_refusals import environment, launcher
+from tests.support.commands import assert_one_line, command
 from tests.support.faulty_disk import FaultyDisk, NoFaultyDisk
+from tests.support.launcher_jobs import environment, launcher
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 

@@ -35,6 +35,7 @@ import psutil
 from tests.support import host_lab
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.host_lab import Host
+from tests.support.launcher_jobs import environment
 from tests.support.programs import program
 from tests.support.repository import ROOT
 
@@ -182,10 +183,9 @@ class Job:
             *self.laboratory.trainer_flags,
             f"--output_dir={self.output}",
         ]
-        variables = {"DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
         self.process = subprocess.Popen(
             self.laboratory.launcher.command(command),
-            env={**os.environ, **variables},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
