@@ -331,7 +331,7 @@ def test_stopped_it_leaves_nothing_behind(prepared: Config, fake_ssh: Path, tmp_
 def test_ssh_or_the_probe_fail(
     prepared: Config, fake_ssh: Path, monkeypatch: pytest.MonkeyPatch, script: str, what: str, found: str
 ) -> None:
-    monkeypatch.setattr(preflight, "_FACTS_SECONDS", 0.5)
+    monkeypatch.setattr(preflight, "FACTS_SECONDS", 0.5)
     fake_ssh.write_text(f"#!/bin/sh\n{script}\n")
     (finding,) = check_hosts([HostSlots(ELSEWHERE)], prepared)
     assert (finding.host, finding.check, finding.found, finding.fatal) == (ELSEWHERE, what, found, True)
