@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from din_dist.cluster.agent import say, pump
+from din_dist.cluster.agent import pump, say
 from din_dist.cluster.link import Lines, Seal, new_nonce
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.place import LauncherAddress, variables_of_agents
