@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
-from tests.support.commands import run
+from tests.support.commands import prepare_log, run
 from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
 
 FLAGS = ("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02")
@@ -29,7 +29,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A prepared log, and how one worker trains on it."""
     folder = tmp_path_factory.mktemp("elastic")
-    assert run("prepare_data", folder).returncode == 0
+    prepare_log(folder)
     done = run("train", folder, *FLAGS, f"--output_dir={folder / 'alone'}")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from din_dist.training.output_dir import claim_output_dir
-from tests.support.commands import assert_one_line, command, run
+from tests.support.commands import assert_one_line, command, prepare_log
 from tests.support.launcher_jobs import environment, launch, launcher, worker_of
 
 
@@ -42,7 +42,7 @@ def test_two_jobs_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_lost_worker_is_one_line_from_the_other(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     with subprocess.Popen(
         launcher(tmp_path, "--epochs=500"), env=environment(), stderr=subprocess.PIPE, text=True
     ) as job:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from tests.support.commands import run
+from tests.support.commands import prepare_log
 from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
 from tests.support.programs import free_port, program, running
 from tests.support.repository import ROOT
@@ -79,7 +79,7 @@ def prometheus(folder: Path, runs: Path) -> Iterator[Prometheus]:
 
 
 def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     with prometheus(tmp_path / "prometheus", tmp_path / "run") as server:
         flags = ("--metrics_port=0", "--epochs=1000", "--max_steps=8000")
         with subprocess.Popen(
@@ -133,7 +133,7 @@ def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
 
 
 def test_the_loss_of_an_elastic_worker_is_seen(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     with (
         prometheus(tmp_path / "prometheus", tmp_path / "run") as server,
         start_elastic(tmp_path, *FLAGS) as job,

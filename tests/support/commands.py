@@ -1,6 +1,6 @@
 """Runs our commands as users do: real processes on the made-up log of `small_log`.
 
-done = run("prepare_data", tmp_path)
+prepare_log(tmp_path)
 done = run("train", tmp_path, "--epochs=1")
 assert_one_line(run("train", tmp_path, "--dropout=2"), "--dropout: must be in [0, 1)")
 """
@@ -11,8 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from din_dist.config import DataConfig
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
+
+
+def prepare_log(folder: Path) -> None:
+    """Prepares the log of the small job in `folder` as `prepare_data` does, but in this process, which takes less time.
+
+    For tests of other commands: those of `prepare_data` itself start it by `run`.
+    """
+    from din_dist.data.prepared import prepare  # here, as it takes seconds
+
+    prepare(DataConfig(dataset="event_log", data_path=str(_log(folder)), data_dir=str(folder / "prepared")))
+
+
+def _log(folder: Path) -> Path:
+    log = folder / "log.parquet"
+    if not log.exists():
+        write_log(log, num_users=200)
+    return log
 
 
 def command(name: str, folder: Path, *flags: str) -> list[str]:
@@ -21,11 +39,8 @@ def command(name: str, folder: Path, *flags: str) -> list[str]:
     The log is `folder`/log.parquet, the prepared data `folder`/prepared and the output `folder`/run. A flag in `flags`
     overrides the same flag of the small job.
     """
-    log = folder / "log.parquet"
-    if not log.exists():
-        write_log(log, num_users=200)
     return [
-        *(sys.executable, "-m", f"din_dist.cli.{name}", "--dataset=event_log", f"--data_path={log}"),
+        *(sys.executable, "-m", f"din_dist.cli.{name}", "--dataset=event_log", f"--data_path={_log(folder)}"),
         *(f"--data_dir={folder / 'prepared'}", f"--output_dir={folder / 'run'}", "--metrics_port=-1"),
         *("--embedding_dim=8", "--hidden_units=8", "--attention_hidden_units=8", "--global_batch_size=64"),
         *("--max_history_length=10", "--log_every_steps=1", "--noxla", *flags),
