@@ -256,7 +256,7 @@ def publish_folder(aside: Path, folder: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         before = aside
-        if not _exchange(aside, folder):
+        if not exchange(aside, folder):
             before = _replaced(folder)
             folder.rename(before)
             aside.rename(folder)
@@ -280,8 +280,8 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Lets two names change places at once; False where the file system cannot do that."""
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps two names at once; returns False if the file system cannot do that."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

@@ -28,7 +28,7 @@ _BUSY = 0.1  # cores; a process that computes is not stuck, and threads that onl
 
 _places: dict[int, at] = {}  # thread -> its innermost block
 _noted = time.monotonic()
-_pollers: set[int] = set()  # threads that are busy while they wait
+polling_threads: set[int] = set()  # threads that are busy while they wait
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -88,7 +88,7 @@ def pollers() -> Iterator[None]:
     """Marks the threads that the block starts as busy while they wait: their CPU time is no sign of life."""
     before = _threads()
     yield
-    _pollers.update(_threads() - before)
+    polling_threads.update(_threads() - before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Watch:
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._patience_seconds = patience_seconds
         self._stopping_since: float | None = None
-        self._looked, self._seen = time.monotonic(), _signs()
+        self._looked, self._seen = time.monotonic(), signs_of_life()
         self._alive = self._looked  # when a disk or a core was last seen at work
         self._woke = self._looked
 
@@ -117,7 +117,7 @@ class Watch:
 
     def stuck(self) -> list[Stuck]:
         """Returns the blocks that are stuck for too long, essential ones first."""
-        now, signs = time.monotonic(), _signs()
+        now, signs = time.monotonic(), signs_of_life()
         busy = signs.cpu_seconds - self._seen.cpu_seconds > _BUSY * (now - self._looked)
         if busy or signs.reads != self._seen.reads:
             self._alive = now
@@ -138,21 +138,24 @@ class Watch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Signs:
+class SignsOfLife:
+    """What the process has used up so far: only one that works uses more."""
+
     cpu_seconds: float
     reads: int  # from disks: pages of mapped files plus blocks
 
 
-def _signs() -> _Signs:
+def signs_of_life() -> SignsOfLife:
+    """Returns the signs of life of this process, without the CPU time of `polling_threads`."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     polling = 0.0
-    for thread in list(_pollers):
+    for thread in list(polling_threads):
         try:
             fields = Path(f"/proc/self/task/{thread}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             polling += (int(fields[11]) + int(fields[12])) / _TICKS
         except OSError:  # it has ended; from now on its time counts with that of the others
-            _pollers.discard(thread)
-    return _Signs(used.ru_utime + used.ru_stime - polling, used.ru_majflt + used.ru_inblock)
+            polling_threads.discard(thread)
+    return SignsOfLife(used.ru_utime + used.ru_stime - polling, used.ru_majflt + used.ru_inblock)
 
 
 def _threads() -> set[int]:

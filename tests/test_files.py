@@ -166,7 +166,7 @@ def test_a_folder_replaces_another(tmp_path: Path, can_exchange: bool) -> None:
         aside = tmp_path / "aside"
         (aside / "deep").mkdir(parents=True)
         (aside / "deep" / "file").write_text(text)
-        with mock.patch.object(files, "_exchange", files._exchange if can_exchange else lambda *_: False):
+        with mock.patch.object(files, "exchange", files.exchange if can_exchange else lambda *_: False):
             publish_folder(aside, folder)
         assert (folder / "deep" / "file").read_text() == text
         assert list(tmp_path.iterdir()) == [folder]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "din_dist"
+from tests.support.repository import ROOT
+
+PACKAGE = ROOT / "din_dist"
 LEAVES = {
     *(
         "background_writer",

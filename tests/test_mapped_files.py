@@ -15,8 +15,8 @@ import pytest
 from din_dist import kernels
 from din_dist.data.event_store import map_array
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGE = os.sysconf("SC_PAGESIZE")
 
 READER = """

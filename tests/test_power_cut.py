@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_commands import command
+from tests.support.commands import command
 from tests.support.preloaded import Preloaded, preloaded
 from tests.support.programs import missing, program
 

@@ -16,7 +16,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.cpu_seconds, self.reads = 1000.0, 0.0, 0
         monkeypatch.setattr(progress, "time", self)
-        monkeypatch.setattr(progress, "_signs", lambda: progress._Signs(self.cpu_seconds, self.reads))
+        monkeypatch.setattr(progress, "signs_of_life", lambda: progress.SignsOfLife(self.cpu_seconds, self.reads))
         note()
 
     def monotonic(self) -> float:
@@ -104,10 +104,10 @@ def test_threads_that_poll_are_known() -> None:
     with progress.pollers():
         thread.start()
     try:
-        assert thread.native_id in progress._pollers
-        assert progress._signs().cpu_seconds > 0
+        assert thread.native_id in progress.polling_threads
+        assert progress.signs_of_life().cpu_seconds > 0
     finally:
         end.set()
         thread.join()
-    progress._signs()
-    assert thread.native_id not in progress._pollers
+    progress.signs_of_life()
+    assert thread.native_id not in progress.polling_threads

@@ -121,6 +121,15 @@ flags.DEFINE_boolean(
 )
 
 
+def parse_launcher_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the flags of the launcher, and returns the others, which are the trainer's.
+
+    Raises:
+        flags.Error: a flag of the launcher has no value that it can take.
+    """
+    return _FLAGS(["train.sh", *arguments], known_only=True)[1:]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the job; returns its exit code, 2 for wrong input or 75 when a signal stopped it.
 
@@ -128,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
         InputError: a flag of the launcher is wrong.
     """
     try:
-        trainer_flags = _FLAGS(["train.sh", *arguments], known_only=True)[1:]
+        trainer_flags = parse_launcher_flags(arguments)
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # from a flag that checks itself
             raise error.__context__ from error

@@ -222,10 +222,10 @@ class Agent:
         hung = self._heard_trainer is not None and now - self._heard_trainer > patience
         if hung and self._verdict is None and self._gone_by is None:
             self._kill(EXIT_RETRY if asked else EXIT_HUNG)
-            _say(f"it gave no sign of life for {patience:g} s: it has hung and is killed")
+            say(f"it gave no sign of life for {patience:g} s: it has hung and is killed")
         if self._kill_at is not None and now >= self._kill_at and self._verdict is None:
             self._kill(EXIT_RETRY)
-            _say(f"it is killed: it did not stop within {_GRACE_SECONDS:g} s")
+            say(f"it is killed: it did not stop within {_GRACE_SECONDS:g} s")
 
     def _part_from_launcher(self) -> None:
         """Stops the trainer because the launcher is gone, or this worker is cut off from all others."""
@@ -234,7 +234,7 @@ class Agent:
         self._selector.unregister(self._launcher)
         self._launcher.close()
         self._launcher = None
-        _say("the launcher is gone or out of reach: stopping after this step and a checkpoint")
+        say("the launcher is gone or out of reach: stopping after this step and a checkpoint")
         self._kill_at = time.monotonic() + _GRACE_SECONDS
         self._ask_to_stop(1)
 
@@ -249,7 +249,7 @@ class Agent:
         if self._gone_by is None or time.monotonic() < self._gone_by:
             return False
         assert self._trainer
-        _say(f"process {self._trainer.pid} cannot be ended before its disk answers: it is left behind")
+        say(f"process {self._trainer.pid} cannot be ended before its disk answers: it is left behind")
         return True
 
     def _tell(self, message: dict[str, int]) -> None:
@@ -289,7 +289,7 @@ def pump(source: IO[bytes], target: int) -> None:
             return
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Prints a line, with control characters escaped: errors in it may come from other hosts."""
     line = printable_line(f"worker {Place.from_environment().rank}: {text}") + "\n"
     with contextlib.suppress(OSError):
@@ -311,7 +311,7 @@ def _join(place: Place, address: LauncherAddress) -> tuple[socket.socket, Seal, 
             if link:
                 link.close()
             if time.monotonic() - started >= (_JOIN_SECONDS if link else _CONNECT_SECONDS):
-                _say(f"the launcher at {address.host}:{address.port} must be reachable. Received: {error}")
+                say(f"the launcher at {address.host}:{address.port} must be reachable. Received: {error}")
                 sys.exit(EXIT_RETRY)
             time.sleep(0.5)
 

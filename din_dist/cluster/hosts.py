@@ -24,9 +24,9 @@ from din_dist.place import SlurmJob
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]*)"
 _SHORT = re.compile(_NAME + r"(?::([1-9][0-9]*))?")
 _LONG = re.compile(_NAME + r"\s+slots\s*=\s*([1-9][0-9]*)(?:\s+max_slots\s*=\s*[0-9]+)?")  # as in MPI
-_PROBE_SECONDS = 3.0
+PROBE_SECONDS = 3.0
 _LOOK_SECONDS = 0.01  # between two checks of a name lookup
-_NOTED_SECONDS = 3.0  # after which Horovod has noticed that a worker ended
+NOTED_SECONDS = 3.0  # after which Horovod has noticed that a worker ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _Lookup:
         """Returns True for this machine, or False and the addresses that were found in time."""
         lookup = _Lookup._pending.get(name) or _Lookup(name)
         _Lookup._pending[name] = lookup
-        until = time.monotonic() + _PROBE_SECONDS
+        until = time.monotonic() + PROBE_SECONDS
         while not lookup._is_done and time.monotonic() < until:
             await asyncio.sleep(_LOOK_SECONDS)
         if lookup._is_done:
@@ -158,7 +158,7 @@ async def _is_ready(name: str, port: int) -> bool:
 async def _answers(address: str, port: int) -> bool:
     """Returns True when an ssh server sends its greeting. A proxy may accept a connection before there is a server."""
     with contextlib.suppress(OSError, EOFError, TimeoutError):
-        async with asyncio.timeout(_PROBE_SECONDS):
+        async with asyncio.timeout(PROBE_SECONDS):
             reader, writer = await asyncio.open_connection(address, port)
             try:
                 return await reader.readexactly(4) == b"SSH-"
@@ -184,7 +184,7 @@ class HostList:
         self, discover: Sequence[str], path: Path, ssh_port: int, patience_seconds: float, default_slots: int = 1
     ) -> None:
         self._discover, self._path, self._ssh_port, self._default_slots = discover, path, ssh_port, default_slots
-        self._patience_seconds = patience_seconds
+        self.patience_seconds = patience_seconds
         self._answered: dict[str, float] = {}  # host -> last time
         self._had_workers: dict[str, float] = {}  # host -> last time
         self._told: set[str] = set()
@@ -207,12 +207,12 @@ class HostList:
         for name in at_work:
             self._answered[name] = now
         # A host that answered a moment ago may be busy. Taking it from the list would end its workers.
-        recent = {name for name, when in self._answered.items() if now - when < self._patience_seconds}
+        recent = {name for name, when in self._answered.items() if now - when < self.patience_seconds}
         self.silent = {host.name for host in listed} - recent
         # When a host comes back, Horovod would take the end of its old workers for the end of the new ones, and the job
         # for done. So the host is listed only after its old workers have ended and Horovod has noticed.
         self._had_workers |= dict.fromkeys({*at_work, *with_workers}, now)
-        lingering = {name for name, when in self._had_workers.items() if now - when < _NOTED_SECONDS} - self._told
+        lingering = {name for name, when in self._had_workers.items() if now - when < NOTED_SECONDS} - self._told
         told = [host for host in listed if host.name in recent - self.refused - lingering]
         self._told = {host.name for host in told}
         write_text(self._path, "".join(f"{host}\n" for host in told), durable=False)

@@ -31,7 +31,7 @@ from din_dist.errors import InputError
 from din_dist.text import printable_line
 
 MAX_SKEW_SECONDS = 2.0
-_FACTS_SECONDS = 30.0  # ssh and Python start within it, even from a slow disk
+FACTS_SECONDS = 30.0  # ssh and Python start within it, even from a slow disk
 _REACH_SECONDS = CONNECT_SECONDS + 7.0
 _SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oStrictHostKeyChecking=accept-new", "-oLogLevel=ERROR")
 _NO_FOLDER, _NO_PYTHON = 81, 82  # exit codes that neither ssh nor Python uses
@@ -386,7 +386,7 @@ class _Probe:
         """
         ports = tuple(range(metrics_port, metrics_port + self.host.slots)) if metrics_port > 0 else ()
         question = dataclasses.replace(question, metrics_ports=ports)
-        told = self._ask("facts", _FACTS_SECONDS, **dataclasses.asdict(question))
+        told = self._ask("facts", FACTS_SECONDS, **dataclasses.asdict(question))
         sent, started = time.time(), time.perf_counter()
         there = self._ask("time", _REACH_SECONDS)["time"]
         half_trip = (time.perf_counter() - started) / 2

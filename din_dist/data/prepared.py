@@ -121,9 +121,9 @@ def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda f
     """
     with progress.at(f"preparing data in {data_dir(config)}"):
         if overwrite or _is_due(config, prepared_folder(config)):
-            with _writing(config) as folder:
+            with writing(config) as folder:
                 if overwrite or _is_due(config, folder):  # another process may have been faster
-                    _build(config, folder, check)
+                    build(config, folder, check)
         return open_prepared(config)
 
 
@@ -168,14 +168,14 @@ def open_prepared(config: DataConfig) -> EventStore:
         _check_sources(config, facts)
     features = _chosen_features(config, facts)
     if not event_store.is_packed(folder, facts):
-        with _writing(config):
+        with writing(config):
             facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it again
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
     return event_store.open_store(folder, features)
 
 
-def _build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
+def build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
     """Writes the records; `folder` holds them all or what it held before. `check` as of `prepare`."""
     aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames files that may not be on the disk yet
     shutil.rmtree(aside, ignore_errors=True)  # a process that was killed left it
@@ -288,7 +288,7 @@ def _decides_what_is_prepared(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(config: DataConfig) -> Iterator[Path]:
+def writing(config: DataConfig) -> Iterator[Path]:
     """Yields the data set's folder once no other process writes to it."""
     import tensorflow as tf  # here, because TFDS writes with it and raises its errors when a disk is full
 

@@ -11,7 +11,7 @@ from din_dist.data.event_store import EventStore, begins_a_moment
 from din_dist.schema import HistoryRule
 
 PERCENTILES = (50, 90, 99, 100)
-_USERS_AT_ONCE = 1 << 16  # bounds the memory
+USERS_AT_ONCE = 1 << 16  # bounds the memory
 
 
 def describe(store: EventStore, max_history_length: int) -> list[str]:
@@ -84,8 +84,8 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
 
 def _num_at_a_shared_time(store: EventStore) -> int:
     found = 0
-    for first in range(0, store.facts.num_users, _USERS_AT_ONCE):
-        offsets = store.user_offsets[first : first + _USERS_AT_ONCE + 1]
+    for first in range(0, store.facts.num_users, USERS_AT_ONCE):
+        offsets = store.user_offsets[first : first + USERS_AT_ONCE + 1]
         begins = begins_a_moment(offsets - offsets[0], store.timestamps[offsets[0] : offsets[-1]])
         alone = begins & np.append(begins[1:], True)
         found += len(alone) - int(np.count_nonzero(alone))
@@ -105,8 +105,8 @@ def _history_lengths(store: EventStore, events_per_user: np.ndarray) -> np.ndarr
         at_least = np.cumsum(events_per_user[::-1])[::-1]  # users with n events or more
         return np.concatenate([[0], at_least[2:]])
     counts = np.zeros(1, np.int64)
-    for first in range(0, store.facts.num_users, _USERS_AT_ONCE):
-        offsets = store.user_offsets[first : first + _USERS_AT_ONCE + 1]
+    for first in range(0, store.facts.num_users, USERS_AT_ONCE):
+        offsets = store.user_offsets[first : first + USERS_AT_ONCE + 1]
         starts = store.history_offsets[first : first + len(offsets) - 1]
         lengths = store.history_ends[offsets[0] : offsets[-1]] - np.repeat(starts, np.diff(offsets))
         counts = _sum(counts, np.bincount(lengths))

@@ -16,7 +16,7 @@ from din_dist.data.splits import Examples, kept_in, publish
 from din_dist.errors import InputError
 from din_dist.schema import UNKNOWN_ID
 
-_CHUNK = 10_000_000  # events in memory at once
+EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 _NAME = "trained"
 _OCCUR, _OFFSETS, _GAPS = "occur", "touched_offsets", "touched_gaps"
 
@@ -72,7 +72,7 @@ def trained_items(store: EventStore, config: DataConfig, splits: Mapping[str, Ex
     )
     folder = kept_in(_NAME, store, config)
     if not folder.is_dir():
-        arrays = {_OCCUR: _occurring(store, splits["train"])}
+        arrays = {_OCCUR: occurring_items(store, splits["train"])}
         if not store.facts.has_labels:
             arrays[_OFFSETS], arrays[_GAPS] = _touched_among(store, arrays[_OCCUR])
         try:
@@ -110,8 +110,8 @@ def _check_kept(store: EventStore, folder: Path, arrays: Mapping[str, np.ndarray
         )
 
 
-def _occurring(store: EventStore, train: Examples) -> np.ndarray:
-    """Bool `[num_items + 1]`: the items of training examples and of their histories."""
+def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
+    """Returns bool `[num_items + 1]`: True for the items of training examples and of their histories."""
     found = np.zeros(store.facts.num_items + 1, bool)
     begins = store.user_offsets[train.users]  # all earlier events of a user are history
     ends = train.row_ends.astype(np.int64) + train.event_bases
@@ -154,10 +154,10 @@ def _ranks(counts: np.ndarray) -> np.ndarray:
 
 
 def _chunks(ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and end of runs of users with about `_CHUNK` events each; `ends` `[U]`: how many there are up to each."""
+    """Yields first and end of runs of users with about `EVENTS_AT_ONCE` events; `ends` `[U]` counts up to each."""
     first = 0
     while first < len(ends):
         before = ends[first - 1] if first else 0
-        end = max(first + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
+        end = max(first + 1, int(np.searchsorted(ends, before + EVENTS_AT_ONCE, side="right")))
         yield first, end
         first = end

@@ -25,9 +25,9 @@ from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import RankingModel
 
-_ROWS = 16_384  # pairs of a candidate with a behaviour or a history that are computed at once
+PAIRS_AT_ONCE = 16_384  # pairs of a candidate with a behaviour or a history that are computed at once
 _MAX_HISTORIES = 1024  # histories at once, where there are few candidates
-_SCORES_BYTES = 256 * 2**20  # memory for the attention scores [K, C]
+SCORES_BYTES = 256 * 2**20  # memory for the attention scores [K, C]
 
 
 class CatalogueScorer:
@@ -81,8 +81,8 @@ class CatalogueScorer:
         behaviours, _ = self._lookup(tf.constant(behaviour_ids, tf.int32))  # [K, H]
         by_behaviour = self._by_behaviour(behaviours)
         logits = np.empty((len(history_lengths), self._num_items), np.float32)
-        num_candidates = max(1, min(_ROWS, _SCORES_BYTES // (4 * max(len(behaviour_ids), 1))))
-        at_once = min(_MAX_HISTORIES, max(1, _ROWS // min(num_candidates, self._num_items)))
+        num_candidates = max(1, min(PAIRS_AT_ONCE, SCORES_BYTES // (4 * max(len(behaviour_ids), 1))))
+        at_once = min(_MAX_HISTORIES, max(1, PAIRS_AT_ONCE // min(num_candidates, self._num_items)))
         groups = list(_groups_of_similar_length(index.reshape(-1), history_lengths, at_once))
         firsts = range(0, self._num_items, num_candidates)
         for number, first in enumerate(firsts):
@@ -129,7 +129,7 @@ class CatalogueScorer:
         if self._attention is None:
             return tf.zeros([0, 0])
         chunks = [tf.zeros([0, candidates.shape[0]])]
-        each = max(1, _ROWS // candidates.shape[0])
+        each = max(1, PAIRS_AT_ONCE // candidates.shape[0])
         for first in range(0, behaviours.shape[0], each):
             chunks.append(self._relevance(behaviours[first : first + each], candidates))
             tick(min(1.0, (first + each) / behaviours.shape[0]))

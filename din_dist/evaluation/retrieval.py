@@ -27,10 +27,10 @@ from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, reca
 from din_dist.models.ranking_model import RankingModel
 
 _RANKING = 5  # number of the random stream; `data/pipeline.py` uses others
-_SCORES_BYTES = 256 * 2**20  # memory for the logits of all candidates of a block of queries
-_PAIRS = 200_000  # (candidate, behaviour) pairs of a block of queries with candidates of their own
-_ROWS = 256  # queries whose positions are computed at once
-_REPORT_SECONDS = 10.0
+SCORES_BYTES = 256 * 2**20  # memory for the logits of all candidates of a block of queries
+PAIRS_AT_ONCE = 200_000  # (candidate, behaviour) pairs of a block of queries with candidates of their own
+QUERIES_AT_ONCE = 256  # queries whose positions are computed at once
+REPORT_SECONDS = 10.0
 
 Tick = Callable[[float], None]  # called now and then with the share of the work that is done
 
@@ -203,14 +203,14 @@ def rank(
 
         def tick(share: float, done: int = begin - first, size: int = len(block)) -> None:
             nonlocal reported
-            if (now := time.perf_counter()) - reported > _REPORT_SECONDS:
+            if (now := time.perf_counter()) - reported > REPORT_SECONDS:
                 reported = now
                 progress((done + share * size) / (end - first), now - started)
 
         candidates, scores = _score(store, block, task, scorer, tick)
         all_numbers &= not np.isnan(scores).any()
-        for row in range(0, len(block), _ROWS):
-            part = slice(row, row + _ROWS)
+        for row in range(0, len(block), QUERIES_AT_ONCE):
+            part = slice(row, row + QUERIES_AT_ONCE)
             of_part = candidates if len(candidates) == 1 else candidates[part]
             found.append(_target_positions(block[part], task, of_part, scores[part], num_top))
         tick(1.0)
@@ -226,10 +226,10 @@ def rank(
 def _block_size(queries: Queries, task: Task, num_items: int) -> int:
     """Returns how many of the first queries fit into one block, by the memory that their candidates take."""
     if not task.num_negatives:
-        return max(1, _SCORES_BYTES // (4 * num_items))
+        return max(1, SCORES_BYTES // (4 * num_items))
     lengths = queries.history_ends - queries.history_starts
-    pairs = np.cumsum((1 + task.num_negatives) * np.maximum(lengths[:_PAIRS], 1))
-    return max(1, int(np.searchsorted(pairs, _PAIRS, side="right")))
+    pairs = np.cumsum((1 + task.num_negatives) * np.maximum(lengths[:PAIRS_AT_ONCE], 1))
+    return max(1, int(np.searchsorted(pairs, PAIRS_AT_ONCE, side="right")))
 
 
 def _score(

@@ -140,8 +140,8 @@ def show(
     new_before = np.concatenate([[0], np.cumsum(smaller.rows_per_user())[:-1]])
     new_segment_of = np.searchsorted(segments, segment_of)
     new_indices = wanted + (new_before - before)[new_segment_of] * examples.draws_per_row
-    found: dict[int, _Example] = {}
-    for example in _examples(model, config, store, smaller):
+    found: dict[int, WeighedExample] = {}
+    for example in weighed_examples(model, config, store, smaller):
         if example.index in new_indices:
             found[int(wanted[np.searchsorted(new_indices, example.index)])] = example
     items = np.unique(np.concatenate([[e.candidate, *e.history] for e in found.values()]).astype(np.int64))
@@ -168,7 +168,7 @@ def averages(model: RankingModel, config: Config, store: EventStore, examples: E
     starts = np.array(_AGES)
     totals, counts, num_examples = np.zeros(len(starts)), np.zeros(len(starts), np.int64), 0
     shares: dict[str, list[tuple[float, float]]] = {name: [] for name in features}
-    for example in _examples(model, config, store, thin_out(examples, _MOST_AVERAGED)):
+    for example in weighed_examples(model, config, store, thin_out(examples, _MOST_AVERAGED)):
         length = len(example.history)
         if example.weights is None:
             return None
@@ -199,7 +199,7 @@ def averages(model: RankingModel, config: Config, store: EventStore, examples: E
 
 
 @dataclasses.dataclass(frozen=True)
-class _Example:
+class WeighedExample:
     index: int
     candidate: int
     label: int
@@ -208,7 +208,10 @@ class _Example:
     weights: np.ndarray | None
 
 
-def _examples(model: RankingModel, config: Config, store: EventStore, examples: Examples) -> Iterator[_Example]:
+def weighed_examples(
+    model: RankingModel, config: Config, store: EventStore, examples: Examples
+) -> Iterator[WeighedExample]:
+    """Yields `examples` in their order, with what the model makes of them."""
     batches = evaluation_batches(
         store,
         examples,
@@ -230,12 +233,12 @@ def _examples(model: RankingModel, config: Config, store: EventStore, examples: 
         for index, candidate, label, probability, history, own_weights in zip(
             *columns, clicks.tolist(), histories, weights_of, strict=True
         ):
-            yield _Example(index, candidate, int(label), probability, history, own_weights)
+            yield WeighedExample(index, candidate, int(label), probability, history, own_weights)
 
 
 def _shown(
     kind: str,
-    example: _Example,
+    example: WeighedExample,
     user: str,
     item_names: Mapping[int, str],
     category_names: Mapping[int, str],

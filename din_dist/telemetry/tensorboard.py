@@ -17,7 +17,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 PROFILED_STEPS = 20
-_RETRY_SECONDS = 60.0
+RETRY_SECONDS = 60.0
 
 
 class TensorBoard:
@@ -51,7 +51,7 @@ class TensorBoard:
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=together))
             self._writer.flush()
         except (OSError, tf.errors.OpError):  # the writer is unusable after an error
-            self._writer, self._not_before = None, time.monotonic() + _RETRY_SECONDS
+            self._writer, self._not_before = None, time.monotonic() + RETRY_SECONDS
             raise
 
     def start_profile(self, step: int) -> str | None:

@@ -37,7 +37,7 @@ _ABANDONED_AFTER_SECONDS = 600.0
 _MOST_MANIFEST_BYTES = 64 << 20
 _FILE_NAME = re.compile(r"[^/\0]+\.npy")
 _FOLDER_NAME = re.compile(r"step-\d{12,}")
-_TRY_AGAIN_SECONDS = 1.0
+TRY_AGAIN_SECONDS = 1.0
 _COPY_SHARE = 0.5  # of the free memory, at most, for what waits to be written
 _PATIENCE_SECONDS = 5.0  # with a write that makes no progress, before updates go on without another
 
@@ -120,7 +120,7 @@ class CheckpointStore:
                 except OSError as error:
                     failed(self._problem(error, state))
                     if further_tries:
-                        time.sleep(_TRY_AGAIN_SECONDS)
+                        time.sleep(TRY_AGAIN_SECONDS)
                 else:
                     saved(state, time.perf_counter() - started, num_bytes)
                     return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,30 +20,10 @@ from din_dist.benchmark.scaling_model import (
     row_bytes,
 )
 from din_dist.errors import InputError
+from tests.support.benchmark_report import MEASURED, benchmark_report
+from tests.support.repository import ROOT
 
-MEASURED = Measured(
-    compute_seconds=0.1,
-    update_seconds=0.02,
-    row_merge_seconds=0.003,
-    per_worker_batch_size=100,
-    dense_gradient_bytes=1_000_000,
-    row_gradient_bytes=500_000,
-    table_bytes=1_500_000,
-    num_statistics_messages=4,
-    statistics_bytes=200_000,
-    num_gradient_messages=3,
-    num_gather_messages=2,
-    owners_sum_rows=False,
-)
 CLUSTER = Cluster(8e6, latency_seconds=0.001, message_overhead_seconds=0.01, payload_share=1.0)  # a megabyte a second
-
-
-def report(**changes: Any) -> dict[str, Any]:
-    """The benchmark's JSON that gives MEASURED."""
-    found = dataclasses.asdict(MEASURED)
-    found["step_seconds"] = found.pop("compute_seconds")
-    found["global_batch_size"] = found.pop("per_worker_batch_size")
-    return {**found, "world_size": 1, "examples_per_second": 1000.0, **changes}
 
 
 def test_four_workers_by_hand() -> None:
@@ -127,7 +106,7 @@ def test_hops(world_size: int, doubled: int, in_a_ring: int, gather_hops: int) -
 
 
 def test_few_bytes_are_what_the_build_takes_for_few() -> None:
-    folder = Path(__file__).parents[2] / "launch" / "horovod" / "files" / "third_party" / "gloo" / "gloo"
+    folder = ROOT / "launch" / "horovod" / "files" / "third_party" / "gloo" / "gloo"
     header = folder / "recursive_doubling.h"
     assert f"kMostBytesToDouble = {MOST_BYTES_TO_DOUBLE};" in header.read_text()
 
@@ -156,11 +135,11 @@ def test_without_tables_there_are_no_rows() -> None:
 
 
 def test_the_benchmarks_json_is_read() -> None:
-    assert Measured.from_report(report(), "one.json") == MEASURED
+    assert Measured.from_report(benchmark_report(), "one.json") == MEASURED
 
 
 def test_numbers_of_messages_may_be_written_as_fractions() -> None:
-    found = Measured.from_report(report(num_statistics_messages=4.0, num_gradient_messages=3.0), "one.json")
+    found = Measured.from_report(benchmark_report(num_statistics_messages=4.0, num_gradient_messages=3.0), "one.json")
     assert predict(found, CLUSTER, 4) == predict(MEASURED, CLUSTER, 4)
 
 
@@ -180,4 +159,4 @@ def test_numbers_of_messages_may_be_written_as_fractions() -> None:
 )
 def test_a_wrong_report_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Measured.from_report(report(**changes), "one.json")
+        Measured.from_report(benchmark_report(**changes), "one.json")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+from tests.support.repository import ROOT
+
 STEPS = 60
 OPTIMIZERS = {
     "sgd": ["--learning_rate=0.3", "--clip_norm=1", "--batch_norm=frozen"],

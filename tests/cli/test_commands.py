@@ -14,37 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.commands import assert_one_line, command, run
+from tests.support.repository import ROOT
 from tests.support.small_log import write_log
-
-ROOT = Path(__file__).parents[2]
-
-
-def command(name: str, folder: Path, *flags: str) -> list[str]:
-    log = folder / "log.parquet"
-    if not log.exists():
-        write_log(log, num_users=200)
-    return [
-        *(sys.executable, "-m", f"din_dist.cli.{name}", "--dataset=event_log", f"--data_path={log}"),
-        *(f"--data_dir={folder / 'prepared'}", f"--output_dir={folder / 'run'}", "--metrics_port=-1"),
-        *("--embedding_dim=8", "--hidden_units=8", "--attention_hidden_units=8", "--global_batch_size=64"),
-        *("--max_history_length=10", "--log_every_steps=1", "--noxla", *flags),
-    ]
-
-
-def run(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(name, folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
-    assert done.returncode == code, done.stderr
-    # Horovod's library may remark on a rank that is gone before the others are.
-    lines = [line for line in done.stderr.strip().splitlines() if "/horovod/common/" not in line]
-    assert len(lines) == 1, done.stderr
-    (line,) = lines
-    assert line.startswith("error: ")
-    assert message in line
 
 
 def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:

@@ -7,23 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.test_commands import ROOT, assert_one_line, command
-from tests.support.preloaded import Preloaded, preloaded
+from tests.support.commands import assert_one_line, command
+from tests.support.preloaded import Preloaded
+from tests.support.repository import ROOT
 from tests.support.small_log import write_log
 
 METRICS = ("gauc", "auc", "log_loss", "pairwise_gauc", "num_examples", "num_users", "num_users_skipped")
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
-    with preloaded(tmp_path_factory.mktemp("commands") / "printed") as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

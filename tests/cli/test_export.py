@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from din_dist.serving.bundle import Bundle
+from tests.support.repository import ROOT
 from tests.support.small_log import small_config
 from tests.support.trained_job import write_job
 
-ROOT = Path(__file__).parents[2]
 FLAGS_OF_JOB = "flags.txt"
 
 # Runs the command again and again in one process: importing TensorFlow takes seconds.

@@ -11,8 +11,9 @@ from absl import flags
 from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile
 from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig, OptimizerKind
 from din_dist.errors import InputError
+from tests.support.repository import ROOT
 
-FLAGFILES = sorted((Path(__file__).parents[2] / "launch" / "flags").glob("*.flags"))
+FLAGFILES = sorted((ROOT / "launch" / "flags").glob("*.flags"))
 
 
 def parse(*arguments: str) -> Config:

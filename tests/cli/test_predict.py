@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -25,11 +24,10 @@ from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 from horovod.runner.http import authentication
 from horovod.runner.http.http_server import RendezvousServer
 
-from tests.cli.test_commands import assert_one_line
-from tests.support.preloaded import Preloaded, Running, preloaded
-from tests.support.small_log import write_log
+from tests.support.commands import assert_one_line
+from tests.support.preloaded import Preloaded, Running
 
-LONGEST = 10
+LONGEST = 10  # --max_history_length of the job
 
 
 @dataclasses.dataclass
@@ -48,28 +46,12 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    folder = tmp_path_factory.mktemp("predict")
-    log = folder / "log.parquet"
-    write_log(log, num_users=60)
-    settings = [
-        *("--dataset=event_log", f"--data_path={log}", f"--data_dir={folder / 'prepared'}"),
-        *(f"--output_dir={folder / 'run'}", "--metrics_port=-1", "--embedding_dim=8", "--hidden_units=8", "--noxla"),
-        *("--attention_hidden_units=8", f"--max_history_length={LONGEST}", "--epochs=3", "--learning_rate=0.02"),
-    ]
-    with preloaded(folder / "commands") as commands:
-        for name, words in (
-            ("prepare_data", settings),
-            ("train", settings),
-            ("export", [f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'export'}"]),
-        ):
-            done = commands.run(name, *words)
-            assert done.returncode == 0, done.stderr
-        events = sorted(pq.read_table(log).to_pylist(), key=lambda event: event["timestamp"])  # stable
-        histories: dict[str, list[str]] = {}
-        for event in events:
-            histories.setdefault(event["user_id"], []).append(event["item_id"])
-        yield Job(commands, folder, histories)
+def job(commands: Preloaded, exported_job: Path) -> Job:
+    events = pq.read_table(exported_job / "log.parquet").to_pylist()
+    histories: dict[str, list[str]] = {}
+    for event in sorted(events, key=lambda event: event["timestamp"]):  # stable
+        histories.setdefault(event["user_id"], []).append(event["item_id"])
+    return Job(commands, exported_job, histories)
 
 
 def rows_of(job: Job, num_rows: int, seed: int = 0) -> pa.Table:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmark.test_scaling_model import report
-from tests.cli.test_commands import ROOT, assert_one_line
+from tests.support.benchmark_report import benchmark_report
+from tests.support.commands import assert_one_line
+from tests.support.repository import ROOT
 
 LINK = ("--bandwidth_gbits=25", "--latency_us=50")
 
@@ -23,7 +24,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
     path = tmp_path / "one.json"
-    path.write_text(f"a line before it\n{json.dumps(report())}\n")
+    path.write_text(f"a line before it\n{json.dumps(benchmark_report())}\n")
     return path
 
 
@@ -73,5 +74,5 @@ def test_wrong_flags_give_one_line(flags: tuple[str, ...], message: str) -> None
 
 def test_a_report_of_two_workers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "two.json"
-    path.write_text(json.dumps(report(world_size=2)))
+    path.write_text(json.dumps(benchmark_report(world_size=2)))
     assert_one_line(run(f"--measured={path}", *LINK), f"{path}: must come from one worker. Received: world_size 2.")

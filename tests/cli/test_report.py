@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib import image
 
-from tests.cli.test_commands import ROOT, assert_one_line, command
 from tests.support.chromium import open_page, screenshot
+from tests.support.commands import assert_one_line, command
 from tests.support.preloaded import Preloaded, preloaded
+from tests.support.repository import ROOT
 from tests.support.small_log import write_log
 
 RAN = "a string from data ran"

@@ -30,41 +30,22 @@ import tensorflow as tf
 
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, digest_of_file, read_manifest
-from tests.cli.test_commands import assert_one_line
-from tests.support.preloaded import Preloaded, Running, preloaded
+from tests.support.commands import assert_one_line
+from tests.support.preloaded import Preloaded, Running
 from tests.support.programs import free_port
-from tests.support.small_log import write_log
 
 HISTORIES = [["i1", "i2", "i3"], [], ["never seen"], [f"i{number % 30}" for number in range(25)]]
 CANDIDATES = ["i4", "i5", "i6", "never seen"]
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
-    with preloaded(tmp_path_factory.mktemp("commands") / "output") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def versions(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def versions(exported_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as TensorFlow Serving has it: the export as versions 2 and 10, and a 11 that is none yet."""
-    folder = tmp_path_factory.mktemp("serve")
-    write_log(folder / "log.parquet", num_users=60)
-    settings = [
-        *("--dataset=event_log", f"--data_path={folder / 'log.parquet'}", f"--data_dir={folder / 'prepared'}"),
-        *(f"--output_dir={folder / 'run'}", "--metrics_port=-1", "--embedding_dim=8", "--hidden_units=8", "--noxla"),
-        *("--attention_hidden_units=8", "--max_history_length=10", "--epochs=1", "--learning_rate=0.02"),
-    ]
-    for name, words in (
-        ("prepare_data", settings),
-        ("train", settings),
-        ("export", [f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'versions' / '10'}"]),
-    ):
-        done = commands.run(name, *words)
-        assert done.returncode == 0, done.stderr
-    shutil.copytree(folder / "versions" / "10", folder / "versions" / "2")
-    (folder / "versions" / "11").mkdir()
-    return folder / "versions"
+    folder = tmp_path_factory.mktemp("versions")
+    for version in ("2", "10"):
+        shutil.copytree(exported_job / "export", folder / version)
+    (folder / "11").mkdir()
+    return folder
 
 
 class Served:

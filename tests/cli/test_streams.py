@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from din_dist import files
-from tests.cli.test_commands import ROOT, command, run
+from tests.support.commands import command, prepare_log
+from tests.support.repository import ROOT
 
 COMMAND = """
 import sys
@@ -133,7 +134,7 @@ def test_every_text_file_says_its_encoding() -> None:
 
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "2> >(head -1 >/dev/null)", "2>&1 | head -1"])
 def test_a_job_trains_on_when_its_log_is_gone(tmp_path: Path, redirected: str) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     words = " ".join(command("train", tmp_path, "--epochs=1"))
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {words} {redirected}"],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from din_dist.cluster.agent import _say, pump
+from din_dist.cluster.agent import pump, say
 from din_dist.cluster.link import Lines, Seal, new_nonce
 from din_dist.errors import EXIT_HUNG, EXIT_RETRY
 from din_dist.place import LauncherAddress, variables_of_agents
@@ -278,7 +278,7 @@ def test_a_worker_that_was_given_up_ends_at_once(start: Start) -> None:
 
 
 def test_a_terminal_does_not_obey_what_it_repeats(capfd: pytest.CaptureFixture[str]) -> None:
-    _say("Received: \x1b[2Jone\ntwo")
+    say("Received: \x1b[2Jone\ntwo")
     assert capfd.readouterr().err == "worker 0: Received: \\x1b[2Jone two\n"
 
 

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from din_dist.errors import LostPeer
 from tests.support import host_lab
 from tests.support.cable import change, internet_checksum
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 SUMS = 2000
 SIZE = 100_000  # numbers of each: nearly all bytes on the cable are theirs
 

@@ -23,10 +23,11 @@ from din_dist.cluster.probe import Facts, Question, find_facts
 from din_dist.config import Config
 from din_dist.data.prepared import prepare
 from din_dist.errors import InputError
-from tests.cli.test_commands import ROOT, assert_one_line
 from tests.support import host_lab
+from tests.support.commands import assert_one_line
 from tests.support.host_lab import Host
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 from tests.support.small_log import small_config
 
 OWN_NAME = socket.gethostname()
@@ -330,7 +331,7 @@ def test_stopped_it_leaves_nothing_behind(prepared: Config, fake_ssh: Path, tmp_
 def test_ssh_or_the_probe_fail(
     prepared: Config, fake_ssh: Path, monkeypatch: pytest.MonkeyPatch, script: str, what: str, found: str
 ) -> None:
-    monkeypatch.setattr(preflight, "_FACTS_SECONDS", 0.5)
+    monkeypatch.setattr(preflight, "FACTS_SECONDS", 0.5)
     fake_ssh.write_text(f"#!/bin/sh\n{script}\n")
     (finding,) = check_hosts([HostSlots(ELSEWHERE)], prepared)
     assert (finding.host, finding.check, finding.found, finding.fatal) == (ELSEWHERE, what, found, True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import host_lab
+from tests.support.launcher_jobs import environment
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 FLAGS = (
     *host_lab.SMALL_JOB,
     "--global_batch_size=512",
@@ -24,9 +23,8 @@ FLAGS = (
 
 @pytest.mark.timeout(300)
 def test_two_hosts(tmp_path: Path) -> None:
-    variables = {"DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
     # Reaches the workers, as every other variable: the log of each says at this level that Horovod has started.
-    variables["HOROVOD_LOG_LEVEL"] = "info"
+    variables = {**environment(), "HOROVOD_LOG_LEVEL": "info"}
     try:
         with host_lab.hosts(2) as (first, second):
             flags = [
@@ -37,7 +35,7 @@ def test_two_hosts(tmp_path: Path) -> None:
             flags += [f"--log_dir={tmp_path}/logs", f"--data_dir={tmp_path}/data", f"--output_dir={tmp_path}/output"]
             done = subprocess.run(
                 first.command([str(ROOT / "launch" / "horovodrun.sh"), *flags, *FLAGS]),
-                env={**os.environ, **variables},
+                env=variables,
                 capture_output=True,
                 text=True,
                 check=False,

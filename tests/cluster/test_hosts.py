@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +16,9 @@ from typing import NoReturn
 
 import pytest
 
-from din_dist.cluster import hosts as hosts_module
 from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.errors import InputError
+from tests.support.repository import ROOT
 
 
 def test_hosts_of_a_flag() -> None:
@@ -61,14 +63,21 @@ def test_what_is_local() -> None:
     assert not is_local("no.such.host.invalid")
 
 
-def test_localhost_needs_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(name: str) -> NoReturn:
-        raise socket.gaierror
+WITHOUT_NAME_SERVER = """
+import socket
+from din_dist.cluster.hosts import is_local
+def unknown(name):
+    raise socket.gaierror
+socket.gethostbyname = unknown
+print(is_local("localhost"), is_local("other.test"))
+"""
 
-    monkeypatch.setattr(socket, "gethostbyname", unknown)
-    monkeypatch.setattr("din_dist.cluster.hosts._is_local", hosts_module._is_local.__wrapped__)
-    assert is_local("localhost")
-    assert not is_local("other.test")
+
+def test_localhost_needs_no_name_server() -> None:
+    """In a process of its own: answers of name servers are remembered."""
+    command = [sys.executable, "-c", WITHOUT_NAME_SERVER]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True False\n"
 
 
 @contextlib.contextmanager
@@ -98,17 +107,17 @@ def host_list(folder: Path, lines: str, port: int, patience_seconds: float) -> H
 
 def test_hosts_that_do_not_answer_are_left_out_until_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("din_dist.cluster.hosts.is_local", lambda name: False)
-    monkeypatch.setattr("din_dist.cluster.hosts._NOTED_SECONDS", 0.0)
+    monkeypatch.setattr("din_dist.cluster.hosts.NOTED_SECONDS", 0.0)
     with greeter(b"SSH-2.0-test\r\n") as port:
         hosts = host_list(tmp_path, "127.0.0.1:4\n127.0.0.2:4\n127.0.0.3\nhalf a li", port, patience_seconds=0.0)
         path = tmp_path / "hosts"
         # The first answers; of the third a worker was heard of just now.
-        hosts._patience_seconds = 60.0
+        hosts.patience_seconds = 60.0
         assert refreshed(hosts, path, {"127.0.0.3"}) == ["127.0.0.1:4", "127.0.0.3:1"]
         assert hosts.silent == {"127.0.0.2"}
     # One that answered a moment ago may be busy: it keeps its workers for a while.
     assert refreshed(hosts, path, set()) == ["127.0.0.1:4", "127.0.0.3:1"]
-    hosts._patience_seconds = 0.0
+    hosts.patience_seconds = 0.0
     assert refreshed(hosts, path, set()) == []
     assert hosts.silent == {"127.0.0.1", "127.0.0.2", "127.0.0.3"}
 
@@ -133,7 +142,7 @@ def test_a_host_comes_back_when_the_workers_that_it_had_have_ended(
     assert refreshed(hosts, path, {"localhost"}) == ["localhost:1"], "Horovod may not have noted that it has"
     asyncio.run(hosts.refresh({"localhost"}, {"127.0.0.1"}))
     assert path.read_text() == "localhost:1\n", "Horovod still waits for it"
-    monkeypatch.setattr("din_dist.cluster.hosts._NOTED_SECONDS", 0.0)
+    monkeypatch.setattr("din_dist.cluster.hosts.NOTED_SECONDS", 0.0)
     assert refreshed(hosts, path, {"localhost"}) == ["localhost:1", "127.0.0.1:1"]
 
 
@@ -185,7 +194,7 @@ def test_a_name_server_that_is_away_holds_up_nothing_else(tmp_path: Path, monkey
 
     monkeypatch.setattr(socket, "gethostbyname", wait_in_vain)
     monkeypatch.setattr(socket, "getaddrinfo", wait_in_vain)
-    monkeypatch.setattr("din_dist.cluster.hosts._PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("din_dist.cluster.hosts.PROBE_SECONDS", 0.3)
     hosts = host_list(tmp_path, "away1.test\naway2.test\n", port=1, patience_seconds=0.0)
 
     async def refresh() -> float:

@@ -25,10 +25,10 @@ from tests.support import host_lab
 from tests.support.host_lab import Host
 from tests.support.overlays import render
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).parents[2]
 SECRET = f"planted-{secrets.token_hex(8)}"
 OPEN_FILES = 256
 FLAGS = (

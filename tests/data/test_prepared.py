@@ -30,7 +30,7 @@ from din_dist.data.builders import base
 from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import builder_for, data_dir, open_prepared, prepare, prepared_folder
 from din_dist.errors import InputError
-from tests.data.test_event_store import check_against_plain_python
+from tests.support.event_stores import check_against_plain_python
 
 ROWS = [
     {"user_id": f"u{n % 17}", "item_id": f"i{n * n % 23}", "category_id": f"c{n * n % 23 % 4}", "timestamp": n % 29}
@@ -79,7 +79,7 @@ def test_records_come_back_in_order_over_many_shards(
 
 def test_prepared_once(config: DataConfig) -> None:
     first = prepare(config)
-    with mock.patch.object(prepared, "_build") as build:
+    with mock.patch.object(prepared, "build") as build:
         second = prepare(config)
         third = open_prepared(config)
     assert not build.called
@@ -214,7 +214,7 @@ def test_nothing_is_left_after_an_error(config: DataConfig, changes: dict, expec
 
 
 def full_disk() -> AbstractContextManager:
-    return mock.patch.object(base, "_write_beside", side_effect=OSError(28, "No space left on device"))
+    return mock.patch.object(base, "write_beside", side_effect=OSError(28, "No space left on device"))
 
 
 def test_nothing_is_left_after_an_error_while_writing(config: DataConfig) -> None:
@@ -227,7 +227,7 @@ def test_tensorflow_reports_a_full_disk_in_its_own_way(config: DataConfig) -> No
     full = tf.errors.ResourceExhaustedError(None, None, "x.tfrecord; No space left on device")
     expected = r"cannot be written \(.*No space left on device\)"
     with (
-        mock.patch.object(base.EventsBuilder, "_examples", side_effect=full),
+        mock.patch.object(base.EventTally, "add", side_effect=full),
         pytest.raises(InputError, match=expected),
     ):
         prepare(config)
@@ -254,7 +254,7 @@ def test_a_process_that_was_killed_while_it_replaced_data(config: DataConfig) ->
     """On a file system that cannot exchange two names."""
     folder = prepare(config).folder
     folder.rename(folder.with_name(f".{folder.name}.replaced"))
-    with mock.patch.object(prepared, "_build") as build:
+    with mock.patch.object(prepared, "build") as build:
         check_against_plain_python(prepare(config), ROWS)
     assert not build.called
     assert list(folder.parent.iterdir()) == [folder]
@@ -382,7 +382,7 @@ def test_data_that_is_being_prepared_anew_under_a_job(config: DataConfig) -> Non
         open_prepared(config).check_unchanged()
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(base, "_write_beside", check), pytest.raises(InputError, match="cannot be written"):
+    with mock.patch.object(base, "write_beside", check), pytest.raises(InputError, match="cannot be written"):
         prepare(config, overwrite=True)
     store.check_unchanged()
     prepare(config, overwrite=True)
@@ -393,16 +393,16 @@ def test_data_that_is_being_prepared_anew_under_a_job(config: DataConfig) -> Non
 def test_data_that_is_prepared_anew_while_another_process_waits_to_pack(config: DataConfig) -> None:
     """The records of today are packed by the facts of today."""
     shutil.rmtree(prepare(config).folder / event_store.PACKED_DIR)
-    real_writing = prepared._writing
+    real_writing = prepared.writing
 
     @contextlib.contextmanager
     def writing(config: DataConfig) -> Iterator[Path]:
         with real_writing(config) as folder:
             write_log(Path(config.data_path), ROWS[:-1])
-            prepared._build(config, folder)  # as one does who had the lock before
+            prepared.build(config, folder)  # as one does who had the lock before
             yield folder
 
-    with mock.patch.object(prepared, "_writing", writing):
+    with mock.patch.object(prepared, "writing", writing):
         check_against_plain_python(open_prepared(config), ROWS[:-1])
 
 
@@ -433,7 +433,7 @@ def test_processes_that_open_at_once_pack_once(config: DataConfig) -> None:
 
 def test_threads_that_prepare_at_once_build_once(config: DataConfig) -> None:
     all_found_nothing, thread = threading.Barrier(4), threading.local()
-    real_writing = prepared._writing
+    real_writing = prepared.writing
 
     def writing(config: DataConfig) -> AbstractContextManager[Path]:
         if not hasattr(thread, "waited"):
@@ -442,8 +442,8 @@ def test_threads_that_prepare_at_once_build_once(config: DataConfig) -> None:
         return real_writing(config)
 
     with (
-        mock.patch.object(prepared, "_writing", writing),
-        mock.patch.object(prepared, "_build", side_effect=prepared._build) as build,
+        mock.patch.object(prepared, "writing", writing),
+        mock.patch.object(prepared, "build", side_effect=prepared.build) as build,
         ThreadPoolExecutor(4) as pool,
     ):
         stores = list(pool.map(lambda _: prepare(config), range(4)))
@@ -524,7 +524,7 @@ def test_what_an_earlier_version_may_have_read_wrongly(tmp_path: Path, config: D
         InputError, match="reads columns that begin late, and those that folders' names give.* Prepare it"
     ):
         open_prepared(config)
-    with mock.patch.object(prepared, "_build", wraps=prepared._build) as build:
+    with mock.patch.object(prepared, "build", wraps=prepared.build) as build:
         assert prepare(config).facts == expected
         assert prepare(config).facts == expected
     assert build.call_count == 1

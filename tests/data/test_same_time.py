@@ -119,7 +119,7 @@ def test_training_and_scoring_by_time_are_one(tmp_path: Path, order: str) -> Non
     job = assembly.Assembly(config, Runtime(), store)
     by_time = UserHistories(store, config.data.max_history_length)
     for split in SPLITS:
-        examples = job.evaluator._splits[split]
+        examples = job.splits[split]
         events, users = examples.events(), examples.user_of_example()
         own_users = pa.array(store.own_ids(event_store.USERS, users + 1))
         items, lengths = by_time.of(Ids(own_users), store.timestamps[events])

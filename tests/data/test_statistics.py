@@ -9,7 +9,7 @@ import pytest
 
 from din_dist.data import statistics
 from din_dist.data.statistics import describe, measure
-from tests.data.test_event_store import store_of
+from tests.support.event_stores import store_of
 
 
 def rows_of(lengths: list[int], labels: list[int] | None = None) -> list[dict]:
@@ -46,7 +46,7 @@ def test_without_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("users_at_once", [1, 2, 100])
 def test_with_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users_at_once: int) -> None:
-    monkeypatch.setattr(statistics, "_USERS_AT_ONCE", users_at_once)
+    monkeypatch.setattr(statistics, "USERS_AT_ONCE", users_at_once)
     lengths = [3, 8, 1, 4]
     labels = [*(1, 0, 1), *(1, 1, 0, 1, 1, 0, 0, 1), 0, *(0, 0, 1, 0)]
     found = measure(store_of(rows_of(lengths, labels), tmp_path / "s", 7), max_history_length=3)
@@ -84,7 +84,7 @@ def test_events_at_a_shared_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, users_at_once: int, labelled: bool
 ) -> None:
     """Two users at one time share nothing: each looks at its own events."""
-    monkeypatch.setattr(statistics, "_USERS_AT_ONCE", users_at_once)
+    monkeypatch.setattr(statistics, "USERS_AT_ONCE", users_at_once)
     times = {"a": [1, 1, 1, 2], "b": [2, 3, 3], "c": [3], "d": [4, 5]}
     rows = [
         {"user_id": user, "item_id": n, "category_id": n, "timestamp": time} | ({"label": n % 2} if labelled else {})

@@ -72,7 +72,7 @@ def test_with_labels_an_item_that_was_only_passed_over_was_seen_too(tmp_path: Pa
 @pytest.mark.parametrize("chunk", [10_000_000, 7])
 def test_what_users_touched_of_these_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """From the gaps of each user, the numbers of the items they touched, whatever is read at once."""
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "EVENTS_AT_ONCE", chunk)
     write_log(tmp_path / "log.parquet", num_items=1000)
     store, found = find(small_config(tmp_path, unknown_item=UnknownItem.FEATURES).data)
     assert 100 < len(found.ids) < len(found.occur) - 20
@@ -88,7 +88,7 @@ def test_what_users_touched_of_these_items(tmp_path: Path, monkeypatch: pytest.M
 def test_it_is_found_once_and_mapped_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write(tmp_path, HISTORIES)
     store, found = find(config)
-    monkeypatch.setattr(module, "_occurring", lambda *_: pytest.fail("found again"))
+    monkeypatch.setattr(module, "occurring_items", lambda *_: pytest.fail("found again"))
     _, again = find(config)
     for name in ("occur", "touched_offsets", "touched_gaps"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))

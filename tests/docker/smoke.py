@@ -29,8 +29,8 @@ from typing import Any
 import yaml
 
 from tests.support.overlays import render
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 COMPOSE_FILE = ROOT / "docker" / "docker-compose.yml"
 COMPOSE = yaml.safe_load(COMPOSE_FILE.read_text())
 IMAGE = COMPOSE["services"]["launcher"]["image"]

@@ -19,8 +19,8 @@ import yaml
 from din_dist import __version__
 from tests.support.fake_checkout import write_script
 from tests.support.programs import free_port, missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((DOCKER / "docker-compose.yml").read_text())

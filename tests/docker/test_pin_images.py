@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_checkout import ROOT, write_script
+from tests.support.fake_checkout import write_script
+from tests.support.repository import ROOT
 
 DEBIAN, CUDA, PROMETHEUS = (
     f"docker.io/{image}"

@@ -42,7 +42,7 @@ def far_from_the_start(model):
 @pytest.mark.parametrize("kind", ModelKind)
 def test_logits_are_those_of_one_by_one(kind, normalization, rows, monkeypatch):
     """In blocks of any size; also of empty histories and of repeated items."""
-    monkeypatch.setattr(din_dist.evaluation.catalogue, "_ROWS", rows)
+    monkeypatch.setattr(din_dist.evaluation.catalogue, "PAIRS_AT_ONCE", rows)
     model = far_from_the_start(
         small_model(model=kind, attention_normalization=normalization, activation=Activation.DICE)
     )
@@ -58,7 +58,7 @@ def test_any_activation_and_frozen_statistics(activation):
 
 
 def test_large_blocks_are_cut_by_their_memory(monkeypatch):
-    monkeypatch.setattr(din_dist.evaluation.catalogue, "_SCORES_BYTES", 100)  # ten keys: two candidates at once
+    monkeypatch.setattr(din_dist.evaluation.catalogue, "SCORES_BYTES", 100)  # ten keys: two candidates at once
     model = far_from_the_start(small_model())
     assert_allclose(at_once(model, HISTORIES), one_by_one(model, HISTORIES), rtol=1e-4, atol=1e-5)
 

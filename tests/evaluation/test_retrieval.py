@@ -106,8 +106,8 @@ def test_fewer_queries_are_those_of_whole_users(case: Case) -> None:
 @pytest.mark.parametrize("exclude", [True, False])
 def test_places_among_all_items(case: Case, exclude: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     num_items = case.store.facts.num_items
-    monkeypatch.setattr(din_dist.evaluation.retrieval, "_SCORES_BYTES", 4 * num_items * 7)  # seven queries at once
-    monkeypatch.setattr(din_dist.evaluation.retrieval, "_ROWS", 3)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "SCORES_BYTES", 4 * num_items * 7)  # seven queries at once
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "QUERIES_AT_ONCE", 3)
     scorer = FewScores(num_items)
     places = rank(case.store, case.queries, Task(0, exclude, seed=1), scorer, 28, Runtime())
     for place, target in enumerate(case.queries.targets):
@@ -143,7 +143,7 @@ def test_places_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -
         best = sorted(scores, key=lambda item: (-scores[item], item))
         assert places.top_items[place].tolist() == [*best, *[0] * (25 - len(best))]
     assert (counts < 20).any()  # some have touched too many
-    monkeypatch.setattr(din_dist.evaluation.retrieval, "_PAIRS", 1000)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "PAIRS_AT_ONCE", 1000)
     again = rank(store, queries, task, scorer, 25, Runtime())
     for name in ("greater", "tied", "num_candidates", "top_items"):
         assert_array_equal(getattr(again, name), getattr(places, name))
@@ -202,8 +202,8 @@ def test_logits_that_are_no_numbers_are_refused(case: Case) -> None:
 def test_progress_is_told_in_between(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks, each told half-way and at its end."""
     num_items, half = case.store.facts.num_items, -(-len(case.queries) // 2)
-    monkeypatch.setattr(din_dist.evaluation.retrieval, "_SCORES_BYTES", 4 * num_items * half)
-    monkeypatch.setattr(din_dist.evaluation.retrieval, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "SCORES_BYTES", 4 * num_items * half)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "REPORT_SECONDS", 0.0)
     told: list[float] = []
     rank(case.store, case.queries, Task(0, True, 1), FewScores(num_items), 5, Runtime(), lambda s, _: told.append(s))
     first = half / len(case.queries)

@@ -26,7 +26,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from din_dist.data.prepared import prepare
-from tests.support.jobs import ROOT, assert_same_training, records, start, train
+from tests.support.jobs import assert_same_training, records, start, train
+from tests.support.repository import ROOT
 from tests.support.train_cases import CASES, data_config
 
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # TF32 keeps 10 bits of a factor's mantissa

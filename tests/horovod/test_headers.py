@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_checkout import ROOT
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
 HEADERS = ROOT / "launch" / "horovod" / "files" / "third_party" / "gloo"
 

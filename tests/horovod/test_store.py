@@ -28,7 +28,7 @@ from horovod.runner.http import authentication, http_server
 from horovod.runner.http.http_client import StoreClient
 from horovod.runner.http.http_server import RendezvousServer, Values
 
-from tests.support.fake_checkout import ROOT
+from tests.support.repository import ROOT
 
 KEY = "k" * 64
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_checkout import path_without, write_script
-from tests.support.overlays import OVERLAYS, ROOT, kubectl, render
+from tests.support.overlays import OVERLAYS, kubectl, render
 from tests.support.programs import program
+from tests.support.repository import ROOT
 
 # Of several answers to calls that begin alike, each call takes the next, and the last one stays.
 KUBECTL = """#!{python}

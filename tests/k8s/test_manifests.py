@@ -22,7 +22,8 @@ from din_dist.cli import launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
-from tests.support.overlays import OVERLAYS, ROOT, Object, render
+from tests.support.overlays import OVERLAYS, Object, render
+from tests.support.repository import ROOT
 
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 FLAGS_FOLDER = "/etc/din_dist"
@@ -321,8 +322,7 @@ def test_commands_exist_and_take_their_flags(objects: list[Object], flags_folder
         (sshd,) = pods["Worker"]["spec"]["containers"][0]["args"]
         assert os.access(sshd, os.X_OK)
     assert not any("command" in container for container in containers_of(objects)), "tini has to go first"
-    values = copy.deepcopy(launch._FLAGS)
-    _, *trainer_flags = values(["train.sh", *given], known_only=True)
+    trainer_flags = launch.parse_launcher_flags(given)
     assert parse(*trainer_flags) == parse(f"--flagfile={flags_folder}/job.flags")
     prepare = next(container for container in containers_of(objects) if container["name"] == "prepare-data")
     words = " ".join(prepare["args"])

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_checkout import HOROVOD, ROOT, FakeCheckout, finished, path_without, pinned
+from tests.support.fake_checkout import HOROVOD, FakeCheckout, finished, path_without, pinned
 from tests.support.packages import make_sdist, make_wheel
+from tests.support.repository import ROOT
 
 # A Horovod of two files, and a series that changes one of them twice.
 INIT = f"__version__ = '{HOROVOD}'\n"

@@ -13,8 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.fake_checkout import ROOT, FakeCheckout
+from tests.support.fake_checkout import FakeCheckout
 from tests.support.packages import digest, index, make_sdist, make_wheel
+from tests.support.repository import ROOT
 
 # As in launch/setup.sh (test_setup.py has the command lines).
 INSTALL = 'install --require-hashes -c "$constraints" --no-build-isolation'

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_checkout import ROOT, FakeCheckout
+from tests.support.fake_checkout import FakeCheckout
+from tests.support.repository import ROOT
 
 # For a quick end; otherwise a flag that there is not.
 FLAGS = {"test.sh": "--version", "train.sh": "--num_workers=0", "horovodrun.sh": "--num_workers=0"}

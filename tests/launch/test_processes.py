@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_checkout import ROOT
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
 OTHER_USER = 54321  # has no process, which are counted by user
 LAUNCHERS = [

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_checkout import ROOT, FakeCheckout, write_script
+from tests.support.fake_checkout import FakeCheckout, write_script
+from tests.support.repository import ROOT
 
 # uv pip compile ... --output-file FILE writes two pins.
 UV = """#!/usr/bin/env python3

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from din_dist.cluster.addresses import card_towards
-from tests.support.fake_checkout import ROOT, finished, write_commands, write_script
+from tests.support.fake_checkout import finished, write_commands, write_script
+from tests.support.repository import ROOT
 
 SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
 PREPARE = """

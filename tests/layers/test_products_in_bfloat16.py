@@ -12,8 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
 from din_dist.execution import Execution, Mode
-from tests.layers.native.test_attention import built, large_inputs, run, with_padding
-from tests.layers.native.test_dense import Head
+from tests.support.native_layers import Head, built, large_inputs, run, with_padding
 from tests.support.programs import missing
 
 pytestmark = pytest.mark.usefixtures("processor")

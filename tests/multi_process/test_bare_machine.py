@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from din_dist.errors import EXIT_INPUT_ERROR
-from tests.multi_process.test_refusals import environment, launcher
+from tests.support.launcher_jobs import environment, launcher
 from tests.support.programs import missing
 
 _NAMELESS = """

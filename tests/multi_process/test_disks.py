@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_commands import ROOT, assert_one_line, command
-from tests.multi_process.test_refusals import environment, launcher
+from tests.support.commands import assert_one_line, command
 from tests.support.faulty_disk import FaultyDisk, NoFaultyDisk
+from tests.support.launcher_jobs import environment, launcher
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 ENDLESS = "--epochs=100000"

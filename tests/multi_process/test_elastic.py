@@ -15,34 +15,10 @@ from typing import Any
 import pytest
 
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
-from tests.cli.test_commands import run
-from tests.multi_process.test_refusals import environment, launcher, worker_of
+from tests.support.commands import prepare_log, run
+from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
 
 FLAGS = ("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02")
-
-
-def elastic(folder: Path, *flags: str) -> list[str]:
-    hosts = folder / "hosts"
-    hosts.write_text("localhost:1\n127.0.0.1:1  # the same\n")
-    words = launcher(folder, *FLAGS, *flags)
-    return [words[0], "--elastic", f"--hosts_file={hosts}", *words[1:]]
-
-
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        elastic(folder, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(job: subprocess.Popen[str], words: str) -> list[str]:
-    """The lines until one has `words`."""
-    assert job.stderr
-    lines = []
-    for line in job.stderr:
-        lines.append(line)
-        if words in line:
-            return lines
-    raise AssertionError("".join(lines))
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -53,7 +29,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A prepared log, and how one worker trains on it."""
     folder = tmp_path_factory.mktemp("elastic")
-    assert run("prepare_data", folder).returncode == 0
+    prepare_log(folder)
     done = run("train", folder, *FLAGS, f"--output_dir={folder / 'alone'}")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
@@ -78,7 +54,7 @@ def assert_as_if_nothing_happened(summary: dict[str, Any], undisturbed: dict[str
 
 def test_a_killed_chief_costs_no_example(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     expected = share_log(undisturbed, tmp_path)
-    with start(tmp_path) as job:
+    with start_elastic(tmp_path, *FLAGS) as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(0, tmp_path), signal.SIGKILL)
         out, err = job.communicate(timeout=200)
@@ -98,7 +74,7 @@ def test_a_killed_chief_costs_no_example(undisturbed: tuple[Path, dict[str, Any]
 def test_two_workers_become_four_and_three(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Of four each sums a part of the rows, while fewer gather all of them."""
     expected = share_log(undisturbed, tmp_path)
-    with start(tmp_path) as job:
+    with start_elastic(tmp_path, *FLAGS) as job:
         wait_for(job, "step 200 of ")
         (tmp_path / "hosts").write_text("localhost:2\n127.0.0.1:2\n")
         wait_for(job, f"{FEWEST_TO_SUM_AT_OWNERS} worker(s) from step ")
@@ -116,7 +92,7 @@ def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     expected = share_log(undisturbed, tmp_path)
-    with start(tmp_path, "--min_workers=2", "--rejoin_timeout_seconds=3") as job:
+    with start_elastic(tmp_path, *FLAGS, "--min_workers=2", "--rejoin_timeout_seconds=3") as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(0, tmp_path), signal.SIGKILL)
         err = job.communicate(timeout=100)[1]
@@ -134,7 +110,7 @@ def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
 
 def test_a_stop_while_a_lost_worker_is_waited_for(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     share_log(undisturbed, tmp_path)
-    with start(tmp_path, "--min_workers=2") as job:
+    with start_elastic(tmp_path, *FLAGS, "--min_workers=2") as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(1, tmp_path), signal.SIGKILL)
         wait_for(job, "a worker was lost")

@@ -8,28 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from din_dist.training.output_dir import claim_output_dir
-from tests.cli.test_commands import ROOT, assert_one_line, command, run
-
-
-def launcher(folder: Path, *flags: str) -> list[str]:
-    words = command("train", folder, *flags)
-    return [str(ROOT / "launch" / "train.sh"), "--num_workers=2", *words[words.index("din_dist.cli.train") + 1 :]]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
-
-
-def launch(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        launcher(folder, *flags), env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+from tests.support.commands import assert_one_line, command, prepare_log
+from tests.support.launcher_jobs import environment, launch, launcher, worker_of
 
 
 def without_preparation(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -57,7 +42,7 @@ def test_two_jobs_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_lost_worker_is_one_line_from_the_other(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     with subprocess.Popen(
         launcher(tmp_path, "--epochs=500"), env=environment(), stderr=subprocess.PIPE, text=True
     ) as job:
@@ -94,22 +79,6 @@ def test_a_card_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         "launch/README.md."
     }, done.stderr
     assert not [line for line in done.stderr.splitlines() if line.startswith("[") and "Traceback" in line]
-
-
-def worker_of(rank: int, folder: Path) -> int:
-    """Its process id, found as an operator would."""
-    for _ in range(100):
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            mine = f"--output_dir={folder / 'run'}".encode() in words and b"python" in words[0]
-            if mine and b"din_dist.cli.train" in words and f"HOROVOD_RANK={rank}".encode() in variables:
-                return int(entry.name)
-        time.sleep(0.1)
-    raise AssertionError(f"no worker {rank}")
 
 
 @pytest.mark.parametrize("host", ["192.0.2.7", "no-such-host.invalid"])

@@ -16,8 +16,9 @@ from din_dist.telemetry.prometheus import PHASES
 from din_dist.telemetry.step_report import PARTS
 from tests.support.exported_metrics import exported_metrics
 from tests.support.promql import FOREIGN_METRICS, PROMETHEUS, asked_values, metric_names, promtool
+from tests.support.repository import ROOT
 
-GRAFANA = Path(__file__).parents[2] / "docker" / "grafana"
+GRAFANA = ROOT / "docker" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "din_dist.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 DATASOURCES = yaml.safe_load((GRAFANA / "provisioning" / "datasources" / "prometheus.yml").read_text())["datasources"]

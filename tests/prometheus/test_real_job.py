@@ -18,13 +18,14 @@ from typing import Any
 
 import yaml
 
-from tests.cli.test_commands import ROOT, run
-from tests.multi_process.test_elastic import start, wait_for
-from tests.multi_process.test_refusals import environment, launcher, worker_of
+from tests.support.commands import prepare_log
+from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
 from tests.support.programs import free_port, program, running
+from tests.support.repository import ROOT
 
 INTERVAL = 1  # seconds between two scrapes
 WINDOW = 6  # seconds over which rates are compared
+FLAGS = ("--metrics_port=0", "--epochs=10000", "--optimizer=adagrad", "--learning_rate=0.02")
 
 
 class Prometheus:
@@ -78,7 +79,7 @@ def prometheus(folder: Path, runs: Path) -> Iterator[Prometheus]:
 
 
 def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     with prometheus(tmp_path / "prometheus", tmp_path / "run") as server:
         flags = ("--metrics_port=0", "--epochs=1000", "--max_steps=8000")
         with subprocess.Popen(
@@ -132,10 +133,10 @@ def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
 
 
 def test_the_loss_of_an_elastic_worker_is_seen(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+    prepare_log(tmp_path)
     with (
         prometheus(tmp_path / "prometheus", tmp_path / "run") as server,
-        start(tmp_path, "--metrics_port=0", "--epochs=10000") as job,
+        start_elastic(tmp_path, *FLAGS) as job,
     ):
         wait_for(job, "step 1,000 of ")
         drain = threading.Thread(target=job.communicate)

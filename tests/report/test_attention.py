@@ -109,11 +109,11 @@ def test_averages_by_hand(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     features[[1, 2]] = 1, 2
     store = dataclasses.replace(store, item_features={"kind": features})
     made = [
-        attention._Example(0, 1, 1, 0.5, np.array([1, 2]), np.array([0.7, 0.3])),
-        attention._Example(1, 2, 0, 0.5, np.array([1, 1, 2, 1]), np.array([0.1, 0.1, 0.6, 0.2])),
-        attention._Example(2, 2, 0, 0.5, np.array([1]), np.array([1.0])),  # one behaviour: nothing to weigh
+        attention.WeighedExample(0, 1, 1, 0.5, np.array([1, 2]), np.array([0.7, 0.3])),
+        attention.WeighedExample(1, 2, 0, 0.5, np.array([1, 1, 2, 1]), np.array([0.1, 0.1, 0.6, 0.2])),
+        attention.WeighedExample(2, 2, 0, 0.5, np.array([1]), np.array([1.0])),  # one behaviour: nothing to weigh
     ]
-    monkeypatch.setattr(attention, "_examples", lambda *arguments: iter(made))
+    monkeypatch.setattr(attention, "weighed_examples", lambda *arguments: iter(made))
     found = attention.averages(None, config, store, examples)
     assert found.num_examples == 2
     # Newest: .3 * 2 and .2 * 4; next: .7 * 2 and .6 * 4; ages 3 and 4 ("3-5"): .1 * 4 twice.

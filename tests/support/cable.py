@@ -1,8 +1,10 @@
-"""A cable between two network namespaces that can be made bad: `python -m tests.support.cable SPACE:CARD SPACE:CARD`.
+"""Connects two network namespaces by a cable that can be made bad, for kernels without netem.
 
-For kernels without netem. Each end is a TAP card of its namespace; this process carries the frames between them, and
-reads from stdin, a line of JSON each, how (see `Condition`). It answers each with a line: how many frames it has
-changed so far. Both cards go when it ends.
+    python -m tests.support.cable SPACE:CARD SPACE:CARD
+
+Each end is a TAP card of its namespace, and this process carries the frames between them. A line of JSON on stdin sets
+the `Condition` of the cable. The process answers each line with the number of frames it has changed so far. Both cards
+go when it ends.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _SSH = (22).to_bytes(2, "big")
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a cable does to the frames."""
+    """The treatment that the cable gives to frames."""
 
     delay_ms: float = 0.0  # one way
     loss: float = 0.0  # the share that is lost
@@ -40,9 +42,9 @@ class Condition:
 
 
 def change(frame: bytes, randomness: random.Random) -> bytes | None:
-    """Returns a frame with another bit in the data that it carries over TCP, as a broken card makes that sums up again.
+    """Returns the frame with one bit of its TCP data flipped and a checksum that fits, as a broken card may send it.
 
-    None where it carries none, and for ssh, which has a check of its own.
+    Returns None if the frame carries no TCP data, or belongs to ssh, which has a check of its own.
     """
     if int.from_bytes(frame[12:14], "big") != _IPV4 or frame[_ETHERNET_BYTES + 9] != _TCP:
         return None
@@ -70,7 +72,7 @@ def internet_checksum(data: bytes) -> int:
 
 
 def open_tap(namespace: str, card: str) -> int:
-    """A new card in a namespace; what is read from it was sent there."""
+    """Makes a card in a namespace; reading from it gives the frames that are sent there."""
     with Path("/run/netns", namespace).open() as entry:
         if ctypes.CDLL(None, use_errno=True).setns(entry.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"setns {namespace}")
@@ -80,7 +82,7 @@ def open_tap(namespace: str, card: str) -> int:
 
 
 def carry(ends: tuple[int, int], source: int) -> None:
-    """Until `source`, where the settings come from, is closed."""
+    """Carries frames between two cards until `source`, the descriptor of the settings, is closed."""
     condition, num_changed, randomness = Condition(), 0, random.Random()
     under_way: list[tuple[float, int, int, bytes]] = []  # when due, number, to which end
     sent = 0

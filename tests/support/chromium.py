@@ -1,4 +1,7 @@
-"""Debian's Chromium without a window: what a page becomes in a browser."""
+"""Opens a page in Debian's Chromium, without a window.
+
+document, console = open_page(tmp_path / "report.html", tmp_path / "profile")
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,17 @@ _QUIET = [
 
 
 def open_page(page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The document after loading, as HTML, and the lines of its console. `profile`: a folder of its own."""
+    """Returns the document after loading, as HTML, and the lines of its console.
+
+    Args:
+        profile: a folder for this run of the browser alone.
+    """
     done = _run("--dump-dom", page, profile)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def screenshot(page: Path, picture: Path, profile: Path, width: int, height: int, *flags: str) -> None:
+    """Writes a picture of the page, `width` by `height` pixels, as PNG."""
     _run(f"--screenshot={picture}", page, profile, "--hide-scrollbars", f"--window-size={width},{height}", *flags)
 
 

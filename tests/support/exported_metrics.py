@@ -1,4 +1,4 @@
-"""What a job exports, from the prometheus_metrics itself."""
+"""Lists the Prometheus time series that a training job exports, so that rules and dashboards can be checked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.telemetry.prometheus import PrometheusMetrics
 
 _SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "info": ["_info"]}
-# Of machines with a GPU, where no test runs.
+# Only machines with a GPU export these, and no test runs there.
 _GPU_METRICS = {"din_dist_gpu_memory_bytes"}
 
 
 @functools.cache
 def exported_metrics() -> frozenset[str]:
-    """Names of all time series of a rank, the process' own included."""
+    """Returns the names of all time series of a rank, those of its process included."""
     with tempfile.TemporaryDirectory() as folder:
         job = JobConfig(output_dir=folder, metrics_port=-1, baseline_examples_per_second=1.0)
         families = list(PrometheusMetrics(job, Runtime()).registry.collect())

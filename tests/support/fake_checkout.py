@@ -1,4 +1,9 @@
-"""A checkout to run the launchers in: the real scripts, and a Python whose pip only notes down what it is asked."""
+"""Makes a checkout with the real launch scripts and a Python whose pip only notes down what it is asked.
+
+checkout = FakeCheckout(tmp_path)
+assert checkout.run("setup.sh").returncode == 0
+assert checkout.pip_calls()
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,8 @@ import sys
 from pathlib import Path
 
 from tests.support.packages import digest
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 HOROVOD = "0.28.1"
 
 # `-m venv DIR` copies this file into DIR. What is neither venv nor pip nor answered here goes to the real Python.
@@ -66,6 +71,8 @@ echo whole >"$2/horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
 
 
 class FakeCheckout:
+    """A checkout in `folder`, with an environment and caches of its own."""
+
     def __init__(self, folder: Path) -> None:
         self.root = folder / "check out"  # paths with a space must do
         self.venv = self.root / ".venv"
@@ -104,6 +111,7 @@ class FakeCheckout:
         )
 
     def key(self, device: str = "cpu") -> str:
+        """Returns the name under which the cache keeps the wheel of Horovod."""
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
         revisions = re.search(
             r"revision=\(\[cpu\]=(\d+) \[gpu\]=(\d+)\)", (ROOT / "launch" / "horovod" / "build_horovod.sh").read_text()
@@ -113,6 +121,7 @@ class FakeCheckout:
         return f"horovod{HOROVOD}+{revision}-tensorflow{pinned('tensorflow')}-{tag}-{os.uname().machine}-{device}"
 
     def put_wheel(self, device: str = "cpu") -> Path:
+        """Puts Horovod and the kernels into the cache, as if they had been built before."""
         wheel = self.cache / "wheels" / self.key(device) / f"horovod-{HOROVOD}-cp311-cp311-linux_x86_64.whl"
         wheel.parent.mkdir(parents=True)
         wheel.write_text("whole\n")
@@ -120,7 +129,7 @@ class FakeCheckout:
         return wheel
 
     def put_kernels(self) -> None:
-        """As compiled before, by this version of their sources."""
+        """Puts the kernels into the cache, as if these sources had been compiled before."""
         folder = Path("din_dist", "kernels")
         sources = [path.name for ending in ("cc", "h") for path in sorted((self.root / folder).glob(f"*.{ending}"))]
         names = [*(str(folder / name) for name in sources), "launch/build_kernels.sh"]
@@ -132,7 +141,7 @@ class FakeCheckout:
         compiled.write_text("compiled\n")
 
     def pin(self, *files: Path) -> None:
-        """Pins these packages to these files; other pins stay."""
+        """Pins each package to its file; other pins stay."""
         constraints = self.root / "launch" / "constraints.txt"
         kept = constraints.read_text()
         for path in files:
@@ -143,6 +152,7 @@ class FakeCheckout:
         constraints.write_text(kept)
 
     def start(self, name: str, *flags: str, **env: str) -> subprocess.Popen[str]:
+        """Starts launch/`name`, with `env` beside the checkout's own variables."""
         return subprocess.Popen(
             [self.root / "launch" / name, *flags],
             cwd="/",
@@ -154,10 +164,11 @@ class FakeCheckout:
         )
 
     def run(self, name: str, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Runs launch/`name` to its end; see `start`."""
         return finished(self.start(name, *flags, **env))
 
     def error(self, name: str, *flags: str, **env: str) -> str:
-        """The one line of an error with exit code 2; what comes before it is progress."""
+        """Runs launch/`name`, which must end with exit code 2; returns its error, the last line of stderr."""
         done = self.run(name, *flags, **env)
         assert (done.returncode, done.stdout) == (2, ""), done
         *progress, error = done.stderr.splitlines()
@@ -165,26 +176,29 @@ class FakeCheckout:
         return error
 
     def asked(self) -> list[str]:
-        """The last file of requirements that pip was given."""
+        """Returns the lines of the last file of requirements that pip was given."""
         return Path(self.env["FAKE_REQUIREMENTS"]).read_text().split("\n")
 
     def pip_calls(self) -> list[str]:
+        """Returns the commands that pip was given, in order."""
         return [line for line in self.log.read_text().splitlines() if line.startswith("pip ")]
 
 
 def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Waits for the end of a process; returns its exit code and output."""
     stdout, stderr = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def pinned(name: str) -> str:
+    """Returns the version of a package in launch/constraints.txt."""
     found = re.search(rf"^{name}==(\S+)", (ROOT / "launch" / "constraints.txt").read_text(), re.MULTILINE)
     assert found, f"{name} is not in constraints.txt"
     return found[1]
 
 
 def path_without(folder: Path, *commands: str) -> str:
-    """A PATH with every command of this machine but these."""
+    """Returns a PATH with all commands of this machine except these."""
     folder.mkdir()
     for place in reversed(os.environ["PATH"].split(":")):
         for file in Path(place).iterdir() if Path(place).is_dir() else ():
@@ -195,7 +209,7 @@ def path_without(folder: Path, *commands: str) -> str:
 
 
 def write_commands(folder: Path, **sources: str) -> None:
-    """A package in `folder`, for PYTHONPATH, in which these of `din_dist.cli` are others; the rest is real."""
+    """Writes a package for PYTHONPATH in which some modules of `din_dist.cli` have other sources; the rest is real."""
     cli = folder / "din_dist" / "cli"
     cli.mkdir(parents=True)
     for package in (cli, cli.parent):
@@ -206,5 +220,6 @@ def write_commands(folder: Path, **sources: str) -> None:
 
 
 def write_script(path: Path, text: str) -> None:
+    """Writes an executable file."""
     path.write_text(text)
     path.chmod(0o755)

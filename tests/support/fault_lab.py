@@ -1,13 +1,13 @@
-"""An elastic job on real hosts, and faults for it: what dies, hangs, is cut off or full, and how it comes back.
+"""Runs an elastic job on several hosts, and injects faults: processes, hosts, cables and disks that fail or hang.
 
     with Laboratory(folder, data, seed) as laboratory:
         with laboratory.job("first") as job:
-            FAULTS["killed worker"](job)
+            FAULTS["SIGKILL of a worker"](job)
             summary = job.finish()
 
-Hosts are network namespaces with sshd (`tests/support/host_lab.py`): one for the launcher, another for each worker.
-`--output_dir` is a small file system that can be filled and frozen. Each worker reads the data from a disk of its own,
-which sticks or fails by order (`tests/support/faulty_disk.py`).
+Hosts are network namespaces with sshd (`tests/support/host_lab.py`): one for the launcher, one for each worker.
+`--output_dir` is a small file system that can be filled and frozen. Each worker reads its data from a disk of its own,
+which sticks or fails when ordered (`tests/support/faulty_disk.py`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ import psutil
 from tests.support import host_lab
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.host_lab import Host
+from tests.support.launcher_jobs import environment
 from tests.support.programs import program
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 NUM_WORKERS = 3
 DISK_BYTES = 192 << 20
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW of linux/fs.h
@@ -59,11 +60,11 @@ TRAINER_FLAGS = (
 
 
 class FaultError(AssertionError):
-    """A job did not do what it should after a fault."""
+    """A job did not recover from a fault as it should."""
 
 
 class Laboratory:
-    """Hosts, a small disk, and how an undisturbed job ends."""
+    """The hosts and disks that jobs run on, and the result of an undisturbed job."""
 
     def __init__(
         self,
@@ -74,7 +75,13 @@ class Laboratory:
         stall_timeout_seconds: float = 20,
         disturbance_seconds: float = 10,
     ) -> None:
-        """`disturbance_seconds`: how long a bad cable stays bad."""
+        """
+        Args:
+            folder: for data, disks and outputs.
+            beauty: the log to train on.
+            seed: decides which workers the faults strike.
+            disturbance_seconds: how long a bad cable stays bad.
+        """
         self.folder = folder
         self.stall_timeout_seconds, self.disturbance_seconds = stall_timeout_seconds, disturbance_seconds
         self.random = random.Random(seed)
@@ -86,7 +93,7 @@ class Laboratory:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            # Before the hosts: each has its own view of the mounts, as of its beginning.
+            # Before the hosts, because each host has its own view of the mounts, as they were when it began.
             self._mount_disk(stack)
             data = self.folder / "data"
             disks = [
@@ -102,7 +109,7 @@ class Laboratory:
         return self
 
     def _mount_disk(self, stack: contextlib.ExitStack) -> None:
-        """Mounts `disk`: of a kind that can be frozen, in a file in memory."""
+        """Mounts `disk`, a file system that can be frozen, in a file in memory."""
         memory = self.folder / "memory"
         for folder in (self.disk, memory):
             folder.mkdir(parents=True)
@@ -116,7 +123,7 @@ class Laboratory:
 
     @contextlib.contextmanager
     def frozen_disk(self) -> Iterator[None]:
-        """A block in which nobody can write to `disk`: who tries waits, and cannot be killed."""
+        """Freezes `disk` for a block: processes that write to it wait and cannot be killed."""
         descriptor = os.open(self.disk, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _FREEZE, 0)
@@ -131,7 +138,7 @@ class Laboratory:
         self._stack.close()
 
     def undisturbed(self) -> dict[str, Any]:
-        """The summary of the same job in one process that nothing happens to."""
+        """Runs the same job in one process, without faults, and returns its summary."""
         words = [*self.trainer_flags, f"--output_dir={self.folder / 'undisturbed'}"]
         for command in ("prepare_data", "train"):
             done = subprocess.run(
@@ -145,6 +152,7 @@ class Laboratory:
 
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[Job]:
+        """Runs a job for a block, on an empty disk."""
         for old in self.disk.iterdir():
             if old.name != "lost+found":
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -157,7 +165,7 @@ class Laboratory:
 
 
 class Job:
-    """One elastic job; after a fault of its launcher it is started again."""
+    """An elastic job. Faults that end its launcher start it again."""
 
     def __init__(self, laboratory: Laboratory, output: Path) -> None:
         self.laboratory, self.output = laboratory, output
@@ -167,6 +175,7 @@ class Job:
         self.log: list[str] = []
 
     def list_hosts(self, hosts: list[Host]) -> None:
+        """Replaces the hosts file that the job reads."""
         aside = self._hosts_file.with_suffix(".new")
         aside.write_text("".join(f"{host.address}:1\n" for host in hosts))
         aside.replace(self._hosts_file)
@@ -182,10 +191,9 @@ class Job:
             *self.laboratory.trainer_flags,
             f"--output_dir={self.output}",
         ]
-        variables = {"DIN_DIST_VENV": str(Path(sys.executable).parents[1]), "DIN_DIST_DEVICE": "cpu"}
         self.process = subprocess.Popen(
             self.laboratory.launcher.command(command),
-            env={**os.environ, **variables},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -200,7 +208,7 @@ class Job:
             reader.start()
 
     def end(self) -> None:
-        """Whatever state it is in."""
+        """Kills all processes of the job and repairs the hosts, whatever state they are in."""
         self.process.kill()
         for worker in self.trainers():
             worker.signal(signal.SIGKILL)
@@ -210,7 +218,7 @@ class Job:
             host.disturb()
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """Of metrics.jsonl."""
+        """Returns the records of one kind from metrics.jsonl."""
         with contextlib.suppress(FileNotFoundError):
             lines = (self.output / "metrics.jsonl").read_text().splitlines()
             return [record for line in lines if line.endswith("}") and (record := json.loads(line))["kind"] == kind]
@@ -221,15 +229,20 @@ class Job:
         return self.process.poll() is None
 
     def step(self) -> int:
-        """Of the last update."""
+        """Returns the step of the last recorded update, 0 before the first."""
         made = self.records("train")
         return made[-1]["step"] if made else 0
 
     def world_size(self) -> int:
+        """Returns the number of workers at the last start or change."""
         return max(self.records("elastic") + self.records("start"), key=lambda record: record["time"])["world_size"]
 
     def wait(self, what: str, holds: Callable[[], bool], seconds: float = 150) -> None:
-        """Until it holds, or the job has ended well."""
+        """Waits until `holds` returns True or the job has ended well.
+
+        Raises:
+            FaultError: the job failed, or `what` did not happen in time.
+        """
         deadline = time.monotonic() + seconds
         while not holds():
             if not self.running:
@@ -241,10 +254,11 @@ class Job:
             time.sleep(0.2)
 
     def tail(self) -> str:
+        """Returns the end of the job's log, without its lines about updates."""
         return "".join(line for line in self.log if not line.startswith(("step ", "[")))[-4000:]
 
     def wait_for_updates(self, updates: int = 5) -> None:
-        """By all workers."""
+        """Waits until all workers have made so many updates together."""
         self.wait("all workers to be at work", self._complete)
         before = self.step()
         self.wait("updates", lambda: self._complete() and self.step() >= before + updates)
@@ -253,7 +267,7 @@ class Job:
         return bool(self.records("train")) and self.world_size() == NUM_WORKERS
 
     def trainers(self) -> list[Trainer]:
-        """Those of the job that live."""
+        """Returns the trainer processes of the job that are alive, by host."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -266,7 +280,7 @@ class Job:
         return sorted(found, key=lambda trainer: trainer.host)
 
     def chief(self) -> Trainer:
-        """Who holds the lock of the output directory."""
+        """Returns the trainer that holds the lock of the output directory."""
         inode = (self.output / ".lock").stat().st_ino
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
@@ -288,7 +302,7 @@ class Job:
         return host
 
     def finish(self, seconds: float = 600) -> dict[str, Any]:
-        """Waits for its good end; the summary."""
+        """Waits until the job has ended well, and returns its summary."""
         code = self.process.wait(timeout=seconds)
         for reader in self._readers:
             reader.join()
@@ -312,7 +326,7 @@ class Trainer:
 
 
 def wrong_epochs(summary: dict[str, Any], undisturbed: dict[str, Any]) -> list[dict[str, Any]]:
-    """The epochs in which the history that survived has lost or doubled an example."""
+    """Returns the epochs in whose surviving updates an example was lost or repeated."""
     names = ("examples", "example_checksum")
     return [
         record
@@ -322,10 +336,10 @@ def wrong_epochs(summary: dict[str, Any], undisturbed: dict[str, Any]) -> list[d
 
 
 def check(summary: dict[str, Any], undisturbed: dict[str, Any]) -> None:
-    """A job went as if nothing had happened.
+    """Checks that a job ended as an undisturbed one does.
 
     Raises:
-        FaultError: examples were lost or doubled, or it learned something else.
+        FaultError: examples were lost or repeated, or the model learned something else.
     """
     wrong = wrong_epochs(summary, undisturbed)
     difference = abs(summary["test_gauc"] - undisturbed["test_gauc"])
@@ -337,7 +351,7 @@ def check(summary: dict[str, Any], undisturbed: dict[str, Any]) -> None:
 
 
 def _lose(job: Job, trainer: Trainer, how: Callable[[], None]) -> None:
-    """A worker goes; the others go on without it, and it comes back."""
+    """Takes a worker away by `how`, and waits until the others continue without it."""
     resets = len(job.records("elastic"))
     how()
     job.wait(
@@ -347,16 +361,19 @@ def _lose(job: Job, trainer: Trainer, how: Callable[[], None]) -> None:
 
 
 def kill_worker(job: Job) -> None:
+    """Kills a worker that is not the chief."""
     trainer = job.follower()
     _lose(job, trainer, lambda: trainer.signal(signal.SIGKILL))
 
 
 def kill_chief(job: Job) -> None:
+    """Kills the chief."""
     trainer = job.chief()
     _lose(job, trainer, lambda: trainer.signal(signal.SIGKILL))
 
 
 def evict(job: Job) -> None:
+    """Sends SIGTERM to a worker; no update may be undone by it."""
     trainer = job.any_trainer()
     steps = len(job.records("train"))
     _lose(job, trainer, lambda: trainer.signal(signal.SIGTERM))
@@ -366,20 +383,20 @@ def evict(job: Job) -> None:
 
 
 def stop_worker(job: Job) -> None:
-    """SIGSTOP of the trainer alone: its agent lives."""
+    """Sends SIGSTOP to a trainer alone, while its agent lives."""
     trainer = job.any_trainer()
     _lose(job, trainer, lambda: trainer.signal(signal.SIGSTOP))
 
 
 def freeze_host(job: Job) -> None:
-    """Everything of a worker stops, as on a machine that hangs: nobody there can tell."""
+    """Stops the trainer and the agent of a worker, as on a machine that hangs: nobody there can report it."""
     trainer = job.any_trainer()
     _lose(job, trainer, lambda: trainer.signal(signal.SIGSTOP, agent_too=True))
     trainer.signal(signal.SIGCONT, agent_too=True)  # the machine goes on at last: what is left over must end by itself
 
 
 def reset_host(job: Job) -> None:
-    """Everything on it is gone without a word, and it answers again soon: but of old connections it knows nothing."""
+    """Kills everything on a host without notice; it answers again soon, but knows nothing of old connections."""
     trainer = job.any_trainer()
     host = job.host_of(trainer)
 
@@ -398,7 +415,7 @@ def reset_host(job: Job) -> None:
 
 
 def cut_cable(job: Job) -> None:
-    """For longer than `--stall_timeout_seconds`."""
+    """Unplugs a host for longer than `--stall_timeout_seconds`."""
     trainer = job.any_trainer()
     host = job.host_of(trainer)
     _lose(job, trainer, host.unplug)
@@ -407,6 +424,7 @@ def cut_cable(job: Job) -> None:
 
 
 def cut_cable_briefly(job: Job) -> None:
+    """Unplugs a host for 0.5 to 4 seconds."""
     host = job.host_of(job.any_trainer())
     host.unplug()
     time.sleep(job.random.uniform(0.5, 4))
@@ -414,6 +432,7 @@ def cut_cable_briefly(job: Job) -> None:
 
 
 def lose_packets(job: Job) -> None:
+    """Loses 5 % of the packets of a host for a while."""
     host = job.host_of(job.any_trainer())
     host.disturb(loss=0.05)
     time.sleep(job.laboratory.disturbance_seconds)
@@ -421,6 +440,7 @@ def lose_packets(job: Job) -> None:
 
 
 def delay_packets(job: Job) -> None:
+    """Delays the packets of a host by 50 ms for a while."""
     host = job.host_of(job.any_trainer())
     host.disturb(delay_ms=50)
     time.sleep(job.laboratory.disturbance_seconds)
@@ -428,7 +448,7 @@ def delay_packets(job: Job) -> None:
 
 
 def change_bytes(job: Job) -> None:
-    """Until a worker was lost by it, as by a broken link: by the time that TCP does not notice, all others do."""
+    """Changes bytes so that TCP does not notice, until the workers notice and lose one."""
     host = job.host_of(job.any_trainer())
     resets, before = len(job.records("elastic")), host.disturb(changed=0.02)
     job.wait("the workers to part", lambda: len(job.records("elastic")) > resets)
@@ -437,7 +457,7 @@ def change_bytes(job: Job) -> None:
 
 
 def take_host_and_add_it(job: Job) -> None:
-    """The list of hosts shrinks and grows: an orderly change."""
+    """Takes a host from the list of hosts and adds it again: an orderly change."""
     trainer = job.any_trainer()
     left = [host for host in job.laboratory.workers if host.address != trainer.host]
     _lose(job, trainer, lambda: job.list_hosts(left))
@@ -445,7 +465,7 @@ def take_host_and_add_it(job: Job) -> None:
 
 
 def fill_disk(job: Job) -> None:
-    """Until a checkpoint has failed."""
+    """Fills the output disk until a checkpoint has failed."""
 
     def failed_checkpoints() -> int:
         return sum("a checkpoint must fit" in line and "No space left" in line for line in job.log)
@@ -463,7 +483,7 @@ def fill_disk(job: Job) -> None:
 
 
 def stick_output(job: Job) -> None:
-    """Until a checkpoint was given up and updates have gone on, and the next one was saved."""
+    """Freezes the output disk until a checkpoint is given up and updates continue, then waits for the next one."""
     said = len(job.log)
 
     def words() -> str:
@@ -481,7 +501,7 @@ def stick_output(job: Job) -> None:
 
 
 def stick_data(job: Job) -> None:
-    """Of one host, whose worker may not even be killed before the disk answers."""
+    """Makes the data disk of a host stick; its worker may not even be killable before the disk answers."""
     trainer, said = job.any_trainer(), len(job.log)
     disk = job.laboratory.data_disks[trainer.host]
     try:
@@ -493,7 +513,7 @@ def stick_data(job: Job) -> None:
 
 
 def fail_data(job: Job) -> None:
-    """Of one host, which is left out for good: it comes back with the next start of the job."""
+    """Makes reads of a host's data fail. The host is left out until the job is started again."""
     trainer, said = job.any_trainer(), len(job.log)
     disk = job.laboratory.data_disks[trainer.host]
     try:
@@ -516,7 +536,7 @@ def _restart(job: Job) -> None:
 
 
 def kill_driver(job: Job) -> None:
-    """Horovod's."""
+    """Kills the driver of Horovod."""
     driver = _descendant(job.process.pid, "horovodrun")
     os.kill(driver, signal.SIGKILL)
     code = job.process.wait(timeout=90)
@@ -526,7 +546,7 @@ def kill_driver(job: Job) -> None:
 
 
 def kill_launcher(job: Job) -> None:
-    """All that runs on the launcher's host."""
+    """Kills all processes on the launcher's host."""
     for pid in _pids_in(job.laboratory.launcher):
         name = Path(f"/proc/{pid}/comm")
         with contextlib.suppress(OSError):
@@ -537,7 +557,7 @@ def kill_launcher(job: Job) -> None:
 
 
 def stop_job(job: Job) -> None:
-    """SIGTERM to the launcher."""
+    """Sends SIGTERM to the launcher."""
     before = job.step()
     job.process.terminate()
     code = job.process.wait(timeout=90)
@@ -550,7 +570,7 @@ def stop_job(job: Job) -> None:
 
 
 def _cut_off_launcher(job: Job, direction: str) -> None:
-    """For longer than `--stall_timeout_seconds`: the workers save and stop by themselves."""
+    """Cuts the launcher off for longer than `--stall_timeout_seconds`; the workers save and stop by themselves."""
     before, said = job.step(), len(job.log)
     job.laboratory.launcher.disturb(cut=direction)
     code = job.process.wait(timeout=job.laboratory.stall_timeout_seconds + 90)
@@ -565,15 +585,17 @@ def _cut_off_launcher(job: Job, direction: str) -> None:
 
 
 def do_not_hear_launcher(job: Job) -> None:
+    """Loses what the launcher sends."""
     _cut_off_launcher(job, "from")
 
 
 def do_not_let_launcher_hear(job: Job) -> None:
+    """Loses what is sent to the launcher."""
     _cut_off_launcher(job, "to")
 
 
 def kill_all_workers(job: Job) -> None:
-    """A power cut of all hosts but the launcher's."""
+    """Kills all trainers, as a power cut of all hosts but the launcher's would."""
     for trainer in job.trainers():
         trainer.signal(signal.SIGKILL)
     job.process.wait(timeout=150)
@@ -610,9 +632,9 @@ FAULTS = FAULTS_OF_JOBS | FAULTS_OF_WORKERS
 
 
 def seconds_to_go_on(job: Job, since: float) -> float:
-    """From a fault at `since` to the first update of the workers that were left, or that were started again.
+    """Returns the seconds from a fault at `since` to the first update of the workers that were left or restarted.
 
-    Where none was lost: the longest time without an update.
+    If no worker was lost, returns the longest time without an update.
     """
     updates = [record["time"] for record in job.records("train") if record["time"] > since]
     changes = [record["time"] for kind in ("elastic", "start") for record in job.records(kind)]

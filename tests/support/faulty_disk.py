@@ -1,11 +1,11 @@
-"""A file system that fails by order: it shows a folder, and sticks or gives errors when a test says so.
+"""Mounts a file system that shows a folder, and that sticks or gives errors when a test orders it.
 
     with FaultyDisk(folder) as disk:      # files made under disk.path lie in `folder` too
-        disk.stick()                      # nothing is answered any more, and who asks cannot be killed
+        disk.stick()                      # no request is answered; whoever waits for one cannot be killed
         disk.release()
 
-A program of its own answers the kernel over /dev/fuse, without any library. Mounting takes root. When it ends, the
-kernel lets all go that wait for it.
+A separate process answers the kernel over /dev/fuse, without any library. Mounting needs root. When that process ends,
+the kernel releases all that wait for it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).parents[2]
-_FORCE, _DETACH = 1, 2  # of umount2: by force, nothing waits for the program any more
+from tests.support.repository import ROOT
+
+_FORCE, _DETACH = 1, 2  # flags of umount2: requests fail at once; the mount point goes at once
 _LARGEST_WRITE = 1 << 17
 _ROOT_NODE = 1
-_VALID_SECONDS = 1  # for which the kernel may believe what it knows of names and sizes
+_VALID_SECONDS = 1  # how long the kernel may cache names and sizes
 
 
 class NoFaultyDisk(Exception):
-    """This machine cannot have such a file system; the text says why."""
+    """The file system cannot be mounted on this machine; the text says why."""
 
 
 class FaultyDisk:
-    """The file system from the outside; `folder` is made where it is missing.
+    """Mounts and controls the file system; a missing `folder` is made.
 
     Args:
-        path: where it is mounted; None: beside `folder`.
+        path: where it is mounted; None stands for a path beside `folder`.
     """
 
     def __init__(self, folder: Path, path: Path | None = None) -> None:
@@ -80,23 +81,23 @@ class FaultyDisk:
         self._process.wait()
 
     def stick(self, *, killable: bool = False) -> None:
-        """Answers nothing from now on, and lets nobody read what the kernel remembers.
+        """Answers no request from now on; what the kernel has cached cannot be read either.
 
         Args:
-            killable: requests are not even taken from the kernel: then it lets who waits be killed.
+            killable: leaves requests with the kernel, which then lets waiting processes be killed.
         """
         self._order(order="stick", killable=killable)
 
     def release(self) -> None:
-        """Answers what has waited, and all that comes."""
+        """Answers the requests that wait, and all later ones."""
         self._order(order="release")
 
     def fail(self, name: str, first: int = 0) -> None:
-        """Gives EIO to who reads from byte `first` on of files whose paths end with `name`; none is remembered."""
+        """Answers EIO to reads beyond byte `first` of files whose paths end with `name`; their cache is dropped."""
         self._order(order="fail", name=name, first=first)
 
     def heal(self) -> None:
-        """Gives no error any more."""
+        """Stops giving errors."""
         self._order(order="heal")
 
     def num_waiting(self) -> int:
@@ -127,6 +128,8 @@ _RENAME_FLAGS = ctypes.c_uint
 
 
 class _Server:
+    """Answers the kernel's requests from the files of `folder`."""
+
     def __init__(self, device: int, folder: str) -> None:
         self._device = device
         # A descriptor that only names the file, so that it may be renamed or deleted; and the way back.
@@ -217,7 +220,7 @@ class _Server:
         print("done", flush=True)
 
     def _forget_pages(self) -> None:
-        """Lets the kernel forget what it remembers of all files; it waits for those that are being read."""
+        """Makes the kernel drop its cache of all files; it waits for reads that are under way."""
         for node in list(self._nodes):
             body = struct.pack("<Qqq", node, 0, 0)
             with contextlib.suppress(OSError):

@@ -1,12 +1,12 @@
-"""Several hosts on one machine: network namespaces behind one switch, with sshd in each, all gone afterwards.
+"""Makes several hosts on one machine: network namespaces behind one switch, with sshd in each. They go afterwards.
 
     with host_lab.hosts(2) as (first, second):
         second.limit("100mbit")
         subprocess.run(first.command(host_lab.horovodrun([first, second], ["python", "-m", ...])))
         second.unplug()
 
-Linux, as root. Nothing of it is to be seen outside: the switch lives in a namespace too, addresses mean something only
-behind it, and the ssh keys last as long as the lab. Labs can run side by side.
+It needs Linux and root. Nothing of it is visible outside: the switch lives in a namespace too, addresses are valid only
+behind it, and the ssh keys last as long as the lab. Several labs can run at the same time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NOBODY = "10.77.0.254"
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client"}
 
 
-SMALL_JOB = (  # flags of a trainer
+SMALL_JOB = (  # flags of the trainer
     "--dataset=synthetic",
     "--synthetic_num_users=300",
     "--synthetic_events_per_user=20",
@@ -45,7 +45,7 @@ SMALL_JOB = (  # flags of a trainer
 
 
 class LabError(Exception):
-    """This machine cannot have the lab. One line: what is missing, what to do."""
+    """The lab cannot be made on this machine; one line says what is missing and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +58,17 @@ class Host:
     cable: subprocess.Popen[str] | None = None  # where it is one of ours, see `hosts`
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """`command`, as run on this host."""
+        """Returns the words that run `command` on this host."""
         return ["ip", "netns", "exec", self.namespace, *command]
 
     def limit(self, rate: str, delay_ms: float = 0.0) -> None:
-        """Sets what the link carries in each direction, and half of the delay of the packets that pass it.
+        """Sets the rate of the link in each direction, and half of the delay of packets that pass it.
 
         Args:
-            rate: as tc(8) has it, for example 100mbit; `unlimited` takes the limit away.
-            delay_ms: one way, between two hosts that both have it. Needs the kernel's netem.
+            rate: in the form of tc(8), for example 100mbit; `unlimited` removes the limit.
+            delay_ms: one way, between two hosts that both have it; needs the kernel's netem.
         """
-        # Both ends are set, for an end limits only what it sends. A packet passes two links, and one end of each.
+        # Both ends are set, because an end limits only what it sends. A packet passes two links, and one end of each.
         for namespace, card in ((self.namespace, "eth0"), (self.switch, self.namespace)):
             tc = ["tc", "-n", namespace, "qdisc"]
             subprocess.run([*tc, "del", "dev", card, "root"], capture_output=True, check=False)
@@ -82,13 +82,13 @@ class Host:
                 _run([*tc, "add", "dev", card, "root", "tbf", "rate", rate, "burst", str(burst), "latency", "100ms"])
 
     def disturb(self, delay_ms: float = 0.0, loss: float = 0.0, changed: float = 0.0, cut: str = "") -> int:
-        """Makes a cable of ours bad, or good again without arguments; returns how many frames it has changed so far.
+        """Makes a cable of ours bad, or good again without arguments; returns the number of frames changed so far.
 
         Args:
-            delay_ms: as of `limit`.
-            loss: the share of the frames that get lost.
-            changed: the share, of those that carry data over TCP, in which a bit changes that TCP does not notice.
-            cut: `from` loses what this host sends, `to` what it is sent.
+            delay_ms: one way, as in `limit`.
+            loss: the share of frames that are lost.
+            changed: the share of frames with TCP data in which a bit changes that TCP does not notice.
+            cut: `from` loses what this host sends, `to` what is sent to it.
         """
         assert self.cable, "Only cables of ours can be made bad: give hosts() our_cables=True."
         assert self.cable.stdin
@@ -98,7 +98,7 @@ class Host:
         return int(self.cable.stdout.readline())
 
     def rename_card(self, before: str, after: str) -> None:
-        """Gives the network card another name: `eth0`, by which the lab knows it, is to come back."""
+        """Renames the network card; the test must give it back its name `eth0`, by which the lab knows it."""
         for change in (["down"], ["name", after], ["up"]):
             _run(["ip", "-n", self.namespace, "link", "set", after if change == ["up"] else before, *change])
 
@@ -107,14 +107,15 @@ class Host:
         _run(["ip", "-n", self.switch, "link", "set", self.namespace, "down"])
 
     def plug_in(self) -> None:
+        """Connects this host again."""
         _run(["ip", "-n", self.switch, "link", "set", self.namespace, "up"])
 
 
 def bits_per_second(rate: str) -> int:
-    """What tc(8) takes for a rate, for example 100mbit or 2.5gbit.
+    """Parses a rate in the form of tc(8), for example 100mbit or 2.5gbit.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `rate` is no rate.
     """
     match = re.fullmatch(r"([0-9.]+)([kmg]?)bit", rate)
     if not match:
@@ -123,7 +124,7 @@ def bits_per_second(rate: str) -> int:
 
 
 def horovodrun(hosts: Sequence[Host], command: Sequence[str]) -> list[str]:
-    """One worker a host. To be run on the first."""
+    """Returns the words that start one worker on each host; they are to be run on the first host."""
     launcher = str(Path(sys.executable).with_name("horovodrun"))
     slots = ",".join(f"{host.address}:1" for host in hosts)
     # The cache would remember that ssh reached these addresses in an earlier lab.
@@ -133,13 +134,15 @@ def horovodrun(hosts: Sequence[Host], command: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def hosts(num_hosts: int, *, our_cables: bool = False, own_names: bool = True) -> Iterator[list[Host]]:
-    """Builds the lab and takes it down, whatever happens in between; what a killed one left, the next takes down.
+    """Builds the lab for a block and takes it down, whatever happens; it also takes down what a killed one left.
 
-    `our_cables`: a process carries the packets of each host (see `cable`), slower than the kernel would.
-    `own_names`: each host knows an address for the name of the machine; else nobody does, and the name server is away.
+    Args:
+        our_cables: a process carries the packets of each host (see `cable`), slower than the kernel would.
+        own_names: each host knows an address for the name of the machine. Otherwise no host does, and the name server
+            does not answer.
 
     Raises:
-        LabError: this machine cannot have one.
+        LabError: the lab cannot be made on this machine.
     """
     _check_machine()
     _sweep()
@@ -148,7 +151,7 @@ def hosts(num_hosts: int, *, our_cables: bool = False, own_names: bool = True) -
         stack.enter_context(_sigterm_as_exit())
         stack.callback(_tear_down, prefix)
         switch = f"{prefix}switch"
-        folder = NETNS_ETC / switch  # of keys and logs: there the next lab finds what a killed one left
+        folder = NETNS_ETC / switch  # for keys and logs; the next lab finds here what a killed one left
         folder.mkdir(parents=True, mode=0o700)
         for key in ("host_key", "user_key"):
             _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)])
@@ -234,12 +237,12 @@ def _check_machine() -> None:
 
 
 def _tool(name: str) -> str:
-    """Its path; sshd insists on being called by an absolute one."""
+    """Returns the absolute path of a program, which sshd insists on."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or ""
 
 
 def has_netem() -> bool:
-    """Whether the kernel can delay packets."""
+    """Tells if the kernel can delay packets."""
     name = f"lab{os.getpid()}-probe"
     _run(["ip", "netns", "add", name])
     try:
@@ -270,7 +273,7 @@ def _tear_down(prefix: str) -> None:
 
 
 def _sweep() -> None:
-    """Takes down labs whose process is no more."""
+    """Takes down labs whose process has ended."""
     names = {*_namespaces(), *(path.name for path in NETNS_ETC.glob("lab*-*"))}
     for prefix in {match[0] for name in names if (match := re.match(r"lab(\d+)-", name))}:
         if not Path("/proc", prefix[3:-1]).exists():
@@ -284,7 +287,7 @@ def _namespaces() -> list[str]:
 
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Lets SIGTERM unwind as Ctrl-C does: by default it would leave everything standing."""
+    """Makes SIGTERM unwind the stack as Ctrl-C does; by default it would leave the lab standing."""
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)

@@ -1,4 +1,9 @@
-"""Jobs of `train_cases` in processes of their own, and what they leave."""
+"""Runs the cases of `train_cases` on one or several workers, and compares what the runs leave.
+
+train(tmp_path, "alone", world_size=1)
+train(tmp_path, "both", world_size=2)
+assert_same_training(tmp_path, "both", "alone", case="sgd")
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.repository import ROOT
 from tests.support.train_cases import CASES
 
 STEPS = 60
-ROOT = Path(__file__).parents[2]
 
 
 def train(
@@ -25,12 +30,20 @@ def train(
     cases: tuple[str, ...] = tuple(CASES),
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """`variables`: of the environment, beside those of this process."""
+    """Trains `cases` for `max_steps` updates; the results lie in `folder`/`run`/CASE.
+
+    Args:
+        variables: environment variables, beside those of this process.
+    """
     start(world_size, "tests.support.train_cases", str(folder), run, str(max_steps), *cases, variables=variables)
 
 
 def start(world_size: int, module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
-    """Runs a module to its end, alone or under horovodrun, and returns what it printed; `variables` as of `train`."""
+    """Runs a module to its end, alone or under horovodrun, and returns its stdout.
+
+    Args:
+        variables: environment variables, beside those of this process.
+    """
     command = [sys.executable, "-m", module, *arguments]
     if world_size > 1:
         launcher = Path(sys.executable).with_name("horovodrun")
@@ -42,28 +55,31 @@ def start(world_size: int, module: str, *arguments: str, variables: Mapping[str,
 
 
 def losses(folder: Path, run: str, case: str) -> np.ndarray:
+    """Returns the loss of each update, in order."""
     return np.array([line["loss"] for line in records(folder, run, case, "train")])
 
 
 def records(folder: Path, run: str, case: str, kind: str) -> list[dict]:
+    """Returns the records of one kind from metrics.jsonl."""
     lines = map(json.loads, (folder / run / case / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
 
 
 def weights(folder: Path, run: str, case: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of the checkpoint of step `STEPS`, by file name."""
     (checkpoint,) = (folder / run / case / "checkpoints").glob(f"step-{STEPS:012d}")
     return {path.name: np.load(path) for path in checkpoint.glob("*.npy")}
 
 
 def assert_same_training(folder: Path, run: str, expected: str, case: str, loose: float = 1) -> None:
-    """The losses of all steps, and the weights after them."""
+    """Asserts that two runs had the same losses, and the same weights after them; `loose` widens the tolerances."""
     assert len(losses(folder, run, case)) == STEPS
     np.testing.assert_allclose(losses(folder, run, case), losses(folder, expected, case), rtol=2e-4 * loose)
     assert_same_weights(weights(folder, run, case), weights(folder, expected, case), tolerance=1e-3 * loose)
 
 
 def assert_same_weights(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    """Equal relative to the largest weight of each variable."""
+    """Asserts that weights are equal; `tolerance` is relative to the largest weight of each variable."""
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         if "attention.scorer.output.bias" in name:

@@ -1,4 +1,4 @@
-"""What k8s/overlays render to."""
+"""Renders the overlays of k8s/overlays to the objects that `kubectl apply` would send."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 import yaml
 
 from tests.support.programs import missing
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 OVERLAYS = ["elastic", "gpu", "no-operator", "smoke-cpu"]
 
 Object = dict[str, Any]
 
 
 def kubectl() -> str:
-    """The one that the test dependencies bring, or else the machine's."""
+    """Returns the path of kubectl: that of the test dependencies, otherwise the machine's."""
     beside = Path(sys.executable).with_name("kubectl")
     return str(beside) if beside.exists() else shutil.which("kubectl") or missing("kubectl is not installed")
 
 
 @functools.cache
 def render(overlay: str) -> list[Object]:
-    """Not to be changed: others get the same."""
+    """Returns the objects of an overlay. They are shared between tests, which must not change them."""
     done = subprocess.run([kubectl(), "kustomize", ROOT / "k8s" / "overlays" / overlay], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # what is deprecated

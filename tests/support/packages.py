@@ -1,4 +1,9 @@
-"""Small packages for pip to find in a folder, and a package index on loopback that serves such a folder."""
+"""Makes small packages for pip, and serves a folder of them as a package index on 127.0.0.1.
+
+wheel = make_wheel(tmp_path, "some-package", "1.0")
+with index(tmp_path, {wheel.name: digest(wheel)}) as url:
+    ...
+"""
 
 from __future__ import annotations
 
@@ -22,13 +27,20 @@ setup(name={name!r}, version={version!r}, py_modules=[{module!r}])
 
 
 def module_of(name: str) -> str:
+    """Returns the name of the module of a package."""
     return name.replace("-", "_")
 
 
 def make_wheel(
     folder: Path, name: str, version: str, source: str = "", requires: tuple[str, ...] = (), module: str = ""
 ) -> Path:
-    """Writes a wheel whose only module, by default of the package's name, has this source."""
+    """Writes a wheel with one module.
+
+    Args:
+        source: the text of the module.
+        requires: lines of `Requires-Dist`.
+        module: the module's name; by default that of the package.
+    """
     package = module_of(name)
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     metadata += "".join(f"Requires-Dist: {one}\n" for one in requires)
@@ -48,7 +60,7 @@ def make_wheel(
 
 
 def make_sdist(folder: Path, name: str, version: str, first: str = "") -> Path:
-    """Writes a source distribution whose setup.py begins with this statement."""
+    """Writes a source distribution; `first` is the first statement of its setup.py."""
     module = module_of(name)
     files = {
         "setup.py": SETUP.format(first=first, name=name, version=version, module=module),
@@ -65,6 +77,7 @@ def make_sdist(folder: Path, name: str, version: str, first: str = "") -> Path:
 
 
 def digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -75,7 +88,11 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @contextmanager
 def index(folder: Path, told: dict[str, str]) -> Iterator[str]:
-    """Serves the files of a folder as a package index that tells these SHA-256 of them; gives its address."""
+    """Serves the packages of a folder for a block, and yields the URL of the index.
+
+    Args:
+        told: the SHA-256 that the index gives of each file.
+    """
     for path in [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]:
         project = folder / "simple" / path.name.split("-")[0].replace("_", "-")
         project.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,10 @@
-"""Commands as users run them, without the seconds that each spends on imports: forks of one process that has made them.
+"""Runs our commands without the seconds that each spends on imports: as forks of one process that has imported all.
 
-As a program: reads a command a line as JSON, forks, and answers with the process id; answers again when it has ended.
+    with preloaded(tmp_path / "printed") as commands:
+        done = commands.run("train", "--epochs=1", ...)
+
+As a program, this module reads one command a line as JSON, forks, and answers with the process id. It answers again
+when that process has ended.
 """
 
 from __future__ import annotations
@@ -16,20 +20,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.support.repository import ROOT
 
 
 class Running:
-    """A command at work."""
+    """A command that was started."""
 
     def __init__(self, pid: int, folder: Path, ends: dict[int, int]) -> None:
         self.pid, self._folder, self._ends = pid, folder, ends
 
     @property
     def stderr(self) -> str:
+        """The text that it has printed on stderr so far."""
         return (self._folder / "stderr").read_text()
 
     def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Waits for its end; returns its exit code and what it printed."""
         until = time.monotonic() + timeout
         while self.pid not in self._ends:
             assert time.monotonic() < until, self.stderr
@@ -39,7 +45,7 @@ class Running:
 
 
 class Preloaded:
-    """Starts commands; `folder` is for what they print."""
+    """Starts commands; what each prints goes to a file under `folder`."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self._folder = process, folder
@@ -58,7 +64,13 @@ class Preloaded:
                 self._ends[answer["ended"]] = answer["status"]
 
     def start(self, module: str, *words: str, environment: Mapping[str, str] | None = None) -> Running:
-        """`module` is that of a command, without `din_dist.cli`."""
+        """Starts a command.
+
+        Args:
+            module: the command's name, without `din_dist.cli`.
+            words: its arguments.
+            environment: variables beside those of this process.
+        """
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
@@ -73,11 +85,13 @@ class Preloaded:
         return Running(self._started[-1], folder, self._ends)
 
     def run(self, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end, whatever its exit code."""
         return self.start(module, *words).wait()
 
 
 @contextlib.contextmanager
 def preloaded(folder: Path) -> Iterator[Preloaded]:
+    """Starts the process that forks, for a block; makes `folder`."""
     folder.mkdir()
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.preloaded"],

@@ -1,4 +1,8 @@
-"""Programs that tests need and Python's package index does not have."""
+"""Finds and runs programs that tests need and Python's package index does not have, such as promtool.
+
+with running([program("prometheus"), ...], tmp_path / "log", ready_url=f"{url}/-/ready"):
+    ...
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ DEBIAN_PACKAGES = {"promtool": "prometheus", "mkfs.ext4": "e2fsprogs"}  # where 
 
 
 def program(name: str) -> str:
-    """Its path. Without it, see `missing`."""
+    """Returns the path of a program; without it the test ends as in `missing`."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     return shutil.which(name, path=path) or missing(
         f"{name} is not installed: apt-get install {DEBIAN_PACKAGES.get(name, name)}"
@@ -27,13 +31,14 @@ def program(name: str) -> str:
 
 
 def missing(reason: str) -> NoReturn:
-    """Ends a test for want of something: continuous integration fails, elsewhere the test is skipped."""
+    """Ends a test that lacks something: it fails in continuous integration and is skipped elsewhere."""
     if os.environ.get("CI", "").lower() == "true":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def free_port() -> int:
+    """Returns a port of 127.0.0.1 that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -41,7 +46,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: Sequence[str | Path], log: Path, ready_url: str) -> Iterator[None]:
-    """A server, from when it answers at `ready_url` to the end of the block."""
+    """Runs a server for a block, which begins when the server answers at `ready_url`; its output goes to `log`."""
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             until = time.monotonic() + 60

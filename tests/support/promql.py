@@ -1,4 +1,7 @@
-"""promtool, and what our own checks need to know of a PromQL expression."""
+"""Runs promtool, and finds the metrics and label values in a PromQL expression.
+
+metric_names('rate(din_dist_examples_total{run="a"}[5m])') == {"din_dist_examples_total"}
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import subprocess
 from pathlib import Path
 
 from tests.support.programs import program
+from tests.support.repository import ROOT
 
-PROMETHEUS = Path(__file__).parents[2] / "docker" / "prometheus"
-# Of Prometheus itself, and of a Pushgateway.
+PROMETHEUS = ROOT / "docker" / "prometheus"
+# Prometheus itself and a Pushgateway make these.
 FOREIGN_METRICS = {"up", "push_time_seconds", "ALERTS"}
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -21,12 +25,12 @@ _MATCHER = re.compile(r'(\w+)\s*(=~|=)\s*"([^"]*)"')
 
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs it; without it the test is skipped, and fails in continuous integration."""
+    """Runs promtool to its end; without it the test ends as in `programs.missing`."""
     return subprocess.run([program("promtool"), *arguments], capture_output=True, text=True)
 
 
 def metric_names(expression: str) -> set[str]:
-    """The metrics that an expression reads: its names that are no function, no label and no word of the language."""
+    """Returns the metrics that an expression reads: names that are no function, no label and no keyword."""
     bare = _RANGE.sub("", _LABELS.sub("", _STRING.sub('""', expression)))
     followed_by_call = {match.group() for match in re.finditer(r"[A-Za-z_:][A-Za-z0-9_:]*(?=\s*\()", bare)}
     numberless = re.sub(r"\b\d[\w.]*", "", bare)
@@ -34,5 +38,5 @@ def metric_names(expression: str) -> set[str]:
 
 
 def asked_values(expression: str, label: str) -> set[str]:
-    """The values of a label that an expression's matchers name."""
+    """Returns the values that an expression's matchers give for a label."""
     return {value for name, _, values in _MATCHER.findall(expression) if name == label for value in values.split("|")}

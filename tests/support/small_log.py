@@ -1,4 +1,8 @@
-"""A small log of made-up events, prepared for real: what tests of the pipeline and the trainer run on."""
+"""Writes a small log of made-up events, and makes the settings of a job on it that takes seconds.
+
+config = small_config(tmp_path, epochs=2, optimizer="sgd")
+store = prepare(config.data)
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,12 @@ from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, Optimize
 
 
 def write_log(path: Path, *, num_users: int = 40, num_items: int = 30, labels: bool = False, seed: int = 0) -> None:
-    """Users with 1 to 25 events in shuffled order, ids as strings; item i is of category i modulo 5.
+    """Writes a Parquet file of users with 1 to 25 events each, in shuffled order, with strings as ids.
 
-    Users like one category, so that there is something to learn.
+    Item i has category i modulo 5. Each user prefers one category, so that there is something to learn.
+
+    Args:
+        labels: adds a column of random labels.
     """
     random = np.random.default_rng(seed)
     rows: list[dict] = []
@@ -30,7 +37,12 @@ def write_log(path: Path, *, num_users: int = 40, num_items: int = 30, labels: b
 
 
 def small_config(folder: Path, *, labels: bool = False, **settings: object) -> Config:
-    """A job on `write_log`'s events that takes seconds; `settings` by their flag names."""
+    """Returns the settings of a small job in `folder`, and writes its log if there is none.
+
+    Args:
+        labels: whether a log that is written has labels.
+        settings: override the defaults below, by their flag names.
+    """
     log = folder / "log.parquet"
     if not log.exists():
         write_log(log, labels=labels)

@@ -1,4 +1,9 @@
-"""What may stand in the place of a file: opening a pipe waits for ever, and a device has no end."""
+"""Puts in the place of a file what is no regular file: opening a pipe blocks for ever, and a device has no end.
+
+@pytest.mark.parametrize("kind", special_files.KINDS)
+def test_what_is_no_record(kind, tmp_path):
+    special_files.put(kind, tmp_path / "record")
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ KINDS = ("pipe", "device", "folder", "dangling", "circle")
 
 
 def put(kind: str, path: Path) -> None:
-    """Puts something that is no regular file in the place of the file at `path`, if there is one."""
+    """Makes something of this kind at `path`, and removes the file that is there, if any."""
     path.unlink(missing_ok=True)
     match kind:
         case "pipe":

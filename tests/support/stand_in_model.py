@@ -1,4 +1,8 @@
-"""A server in a thread around a model of three lines, for tests of everything but the model."""
+"""Runs the HTTP server in a thread around a model of three lines, for tests of everything but the model.
+
+with running(max_candidates=4) as server:
+    status, answer = server.predict({"instances": [...]})
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ INTEGERS = Vocabulary("integer", {}, max_history_length=5)
 
 
 def logit(history: Sequence, candidate: object, features: Sequence = ()) -> float:
-    """Of one history: depends on the order of its items, and on nothing else."""
+    """Returns the stand-in's logit, which depends on the arguments alone and on the order of the history."""
     if candidate == NO_NUMBER:
         return float("nan")
     words = "|".join(map(str, [*history, "/", candidate, "/", *features]))
@@ -35,7 +39,13 @@ def logit(history: Sequence, candidate: object, features: Sequence = ()) -> floa
 
 
 class StandIn:
-    """Answers as a `Bundle` would. `gate` lets calls pass; `sizes` are the candidates of each call."""
+    """Answers as a `Bundle` does.
+
+    Attributes:
+        gate: calls wait until it is set.
+        entered: released by each call as it begins.
+        sizes: the number of candidates of each call.
+    """
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -89,7 +99,7 @@ class StandIn:
 
 
 class Running:
-    """A server that answers at `port`, and at `health_port` what asks for the server itself."""
+    """A server that answers predictions at `port`, and probes and metrics at `health_port`."""
 
     def __init__(self, model: StandIn, vocabulary: Vocabulary, **settings: Any) -> None:
         self.model, self.said = model, []  # type: ignore[var-annotated]
@@ -111,12 +121,12 @@ class Running:
         assert ready.wait(10)
 
     def stop(self) -> None:
-        """Asks, as a signal does."""
+        """Asks the server to stop, as a signal does."""
         with contextlib.suppress(RuntimeError):  # it has ended
             self.loop.call_soon_threadsafe(self.server.stop)
 
     def stop_amid(self, act: Callable[[], bool]) -> None:
-        """Asks to stop, and calls `act` at every turn of the event loop from then on, until it gives False."""
+        """Asks the server to stop, then calls `act` at every turn of the event loop until it returns False."""
         over = threading.Event()
 
         def turn() -> None:
@@ -129,7 +139,7 @@ class Running:
         assert over.wait(10)
 
     def block(self, seconds: float) -> None:
-        """Keeps the event loop from everything else, from now on."""
+        """Blocks the event loop for so many seconds, from now on."""
         begun = threading.Event()
         self.loop.call_soon_threadsafe(lambda: (begun.set(), time.sleep(seconds)))
         assert begun.wait(10)
@@ -138,14 +148,16 @@ class Running:
         return http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=30)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        """Status and JSON of one answer; `body` is JSON if it is not bytes."""
+        """Sends one request; returns the status and JSON of its answer. A `body` that is not bytes is sent as JSON."""
         with contextlib.closing(self.connect()) as connection:
             return ask(connection, method, path, body, **headers)
 
     def predict(self, body: Any, **headers: str) -> tuple[int, Any]:
+        """Asks for predictions; see `ask`."""
         return self.ask("POST", "/v1/models/din_dist:predict", body, **headers)
 
     def metrics(self) -> dict[str, float]:
+        """Returns the server's own metrics, without their prefix din_dist_serving_."""
         with contextlib.closing(self.connect(self.health_port)) as connection:
             connection.request("GET", "/metrics")
             lines = connection.getresponse().read().decode().splitlines()
@@ -156,6 +168,7 @@ class Running:
 def ask(
     connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str
 ) -> tuple[int, Any]:
+    """Sends one request on an open connection; see `Running.ask`. Header names have _ in place of -."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     connection.request(method, path, data, {name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
@@ -164,6 +177,7 @@ def ask(
 
 @contextlib.contextmanager
 def running(vocabulary: Vocabulary = STRINGS, **settings: Any) -> Iterator[Running]:
+    """Runs a server for a block; `settings` are those of `ServeConfig`."""
     server = Running(StandIn(), vocabulary, **settings)
     try:
         yield server

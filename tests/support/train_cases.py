@@ -1,6 +1,8 @@
-"""Trains every case in one process: `train_cases.py FOLDER RUN MAX_STEPS CASE...`, alone or under horovodrun.
+"""Trains several small jobs ("cases") in one process, alone or as a rank under horovodrun.
 
-Results lie under FOLDER/RUN/CASE, as a job leaves them.
+    python -m tests.support.train_cases FOLDER RUN MAX_STEPS CASE...
+
+Each case leaves its results in FOLDER/RUN/CASE, as a job does. `jobs` starts this program.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from din_dist.config import (
     Activation,
     AttentionNormalization,
     BatchNorm,
+    Config,
     DataConfig,
     OptimizerKind,
     UnknownItem,
@@ -54,21 +57,23 @@ BY_MESSAGES = {
     "bfloat16",
     "by_messages",
     "at_owners",
-}  # cases and runs whose workers speak as those of several machines do
+}  # cases and runs whose workers communicate as those of several machines do
 
 
-def config_of(folder: Path, run: str, case: str, max_steps: int):
+def config_of(folder: Path, run: str, case: str, max_steps: int) -> Config:
+    """Returns the settings of one case of a run."""
     return small_config(
         folder, output_dir=str(folder / run / case), max_steps=max_steps, epochs=100, log_every_steps=1, **CASES[case]
     )
 
 
 def data_config(folder: Path) -> DataConfig:
-    """Of every case."""
+    """Returns the data settings, which all cases share."""
     return config_of(folder, "any", "lazy_adam", 1).data
 
 
 def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
+    """Trains and tests each case as one rank, and checks that shared memory is used where it should be."""
     cores = claim_cores()
     runtime = open_runtime()
     claim_devices(runtime, len(cores))

@@ -1,4 +1,7 @@
-"""What a job leaves, without the job: checkpoints of random weights on the events of `small_log`."""
+"""Writes what a finished job leaves, without training: checkpoints of random weights on the events of `small_log`.
+
+model, store = write_job(small_config(tmp_path), steps=(3, 7))
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from tests.support.reference.compare import randomise
 
 
 def write_job(config: Config, steps: tuple[int, ...] = (7,)) -> tuple[RankingModel, EventStore]:
-    """The output folder of `config`, with a checkpoint of each of `steps`; returns the model of the last."""
+    """Writes the output folder of `config` with a checkpoint for each step; returns the last model and the data."""
     store = prepare(config.data)
     trained = trained_items(store, config.data, split_examples(store, config.data))
     row_of_item = trained.row_of_item if trained else None
@@ -35,7 +38,7 @@ def write_job(config: Config, steps: tuple[int, ...] = (7,)) -> tuple[RankingMod
 
 
 def flagfile_of(config: Config) -> str:
-    """As a job writes it; the default columns stay unasked for."""
+    """Returns the text of flags.txt as a job writes it: only settings that differ from their defaults."""
     lines = []
     for room in (config.data, config.model, config.optimizer, config.job):
         for field in dataclasses.fields(room):
@@ -46,7 +49,13 @@ def flagfile_of(config: Config) -> str:
 
 
 def histories_of_tests(path: Path, longest: int) -> tuple[list[list[str]], list[str]]:
-    """Read from the log itself: each user's last item, and what came before; users in the order of their first row."""
+    """Returns what the test split asks, read from the log itself: histories, and the candidate of each.
+
+    The candidate is the user's last item. Users come in the order of their first row in the log.
+
+    Args:
+        longest: how many items a history keeps, the newest.
+    """
     events: dict[str, list[tuple[int, str]]] = {}
     for row in pq.read_table(path).to_pylist():
         events.setdefault(row["user_id"], []).append((row["timestamp"], row["item_id"]))

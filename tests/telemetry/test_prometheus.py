@@ -26,6 +26,7 @@ from din_dist.schema import Batch
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from tests.support.programs import free_port, program, running
+from tests.support.repository import ROOT
 from tests.support.small_log import small_config
 
 
@@ -137,7 +138,7 @@ def test_two_jobs_in_one_process_do_not_clash(tmp_path: Path) -> None:
 
 
 def test_names_follow_the_conventions_and_stand_in_the_reference(tmp_path: Path) -> None:
-    package = Path(__file__).parents[2] / "din_dist"
+    package = ROOT / "din_dist"
     reference = "".join((package / room / "README.md").read_text() for room in ("telemetry", "serving"))
     told = set(re.findall(r"din_dist_[a-z_]+", reference))
     prometheus_metrics = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)

@@ -62,7 +62,7 @@ def test_a_full_disk_costs_records_but_not_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few updates in the middle cannot be recorded, as TensorBoard's writer then says it."""
-    monkeypatch.setattr("din_dist.telemetry.tensorboard._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("din_dist.telemetry.tensorboard.RETRY_SECONDS", 0.0)
     write = EventFileWriter.add_event
 
     def full(writer: EventFileWriter, event: Any) -> None:
@@ -111,7 +111,6 @@ def test_restarts_are_counted_and_outcomes_told(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_its_targets_and_names_its_step(tmp_path: Path) -> None:
     config = small_config(tmp_path, metrics_port=0)
-    job = assembly.Assembly(config, Runtime(), prepare(config.data))
     calls = iter(range(1, 1000))
 
     def run_out_of_memory() -> bool:
@@ -119,7 +118,7 @@ def test_a_failure_leaves_its_targets_and_names_its_step(tmp_path: Path) -> None
             raise MemoryError("no more")
         return False
 
-    job.trainer._signals = StopWhen(run_out_of_memory)
+    job = assembly.Assembly(config, Runtime(), prepare(config.data), signals=StopWhen(run_out_of_memory))
     with pytest.raises(MemoryError) as failure, job.telemetry.until_the_end(job.trainer):
         job.trainer.train()
     assert failure.value.__notes__ == ["step 4"]

@@ -33,10 +33,12 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.distributed.shared_memory import BUFFER_BYTES, SharedMemory
 from din_dist.errors import InputError, Interrupted
 from din_dist.execution import Mode
+from din_dist.files import make_folder
 from din_dist.layers.pairs import Pairs
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import feature_label
 from din_dist.telemetry.projector import write_projector
+from din_dist.training import checkpoint
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from din_dist.training.optimizers import OPTIMIZERS, Optimizer
 from tests.support.programs import missing
@@ -46,6 +48,12 @@ from tests.support.small_log import small_config, write_log
 
 def make(config: Config, **kwargs) -> assembly.Assembly:
     return assembly.Assembly(config, Runtime(), prepare(config.data), **kwargs)
+
+
+def restore(job: assembly.Assembly, step: int | None = None) -> None:
+    """Loads a checkpoint of the job's output folder, the newest or that of `step`, into its variables."""
+    checkpoints = CheckpointStore(job.config, job.store.facts.fingerprint, job.runtime)
+    assert checkpoints.restore(job.saved_variables, step)
 
 
 def lines(config: Config, kind: str) -> list[dict]:
@@ -68,13 +76,20 @@ def test_it_learns_what_users_like(tmp_path: Path, model: ModelKind) -> None:
 
 
 @pytest.mark.parametrize("xla", [False, True])
-def test_an_epoch_costs_one_trace(tmp_path: Path, xla: bool) -> None:
+def test_an_epoch_costs_one_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xla: bool) -> None:
     """No batch size or history length makes TensorFlow trace the step again, nor does the next epoch."""
     job = make(small_config(tmp_path, epochs=3, xla=xla, activation=Activation.DICE, dropout=0.1))
+    traces: list[str] = []
+    call = RankingModel.call
+
+    def note_trace(model: RankingModel, batch: Any, training: bool = False) -> tf.Tensor:
+        traces.append("training" if training else "evaluation")
+        return call(model, batch, training=training)
+
+    monkeypatch.setattr(RankingModel, "call", note_trace)
     job.trainer.train()
-    assert job.trainer._step._run.experimental_get_tracing_count() == 1
     job.trainer.test()
-    assert job.trainer._logits_of.experimental_get_tracing_count() == 1
+    assert traces == ["training", "evaluation"]
 
 
 def test_only_what_is_known_last_waits_for_the_last_pass(tmp_path: Path) -> None:
@@ -246,11 +261,8 @@ def test_events_of_a_row_where_ids_are_hidden(with_new_items: Callable[..., Conf
     """For the mini-batch aware penalty: 0.3 of all are those of the reserved row, and 0.7 of an item's are its own."""
     config = with_new_items(unknown_item=UnknownItem.FEATURES, unknown_item_rate=0.3)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, mini_batch_aware_l2=0.1))
-    job, store = make(config), prepare(config.data)
-    splits = split_examples(store, config.data)
-    trained = trained_items(store, config.data, splits)
-    counts = assembly._row_counts(config, store, splits, trained, job.model.lookup)
-    events = item_counts(store, splits)
+    job = make(config)
+    counts, events = job.row_counts, item_counts(job.store, job.splits)
     assert counts["lookup/item"][0] == pytest.approx(0.3 * events.sum())
     np.testing.assert_allclose(counts["lookup/item"][1:], 0.7 * events[1:])
     assert counts["lookup/category_id"].sum() == events.sum()
@@ -305,7 +317,7 @@ def test_bad_updates_are_skipped_and_leave_no_trace(tmp_path: Path, capfd: pytes
     assert state.examples_seen == 64 * state.step  # the skipped ones count: the epoch goes on behind them
     assert job.telemetry.prometheus_metrics.values()["din_dist_nonfinite_steps_total"] == 3
     assert "Skipped, 2 of at most 2." in capfd.readouterr().err
-    for name, variable in job.trainer._variables.items():
+    for name, variable in job.saved_variables.items():
         values = np.delete(variable.numpy(), item, axis=0) if name == "lookup/item" else variable.numpy()
         assert np.isfinite(values).all(), name  # the averages of batch statistics included
 
@@ -321,7 +333,7 @@ def test_the_best_weights_by_validation_are_tested(tmp_path: Path) -> None:
     assert state.best_step == best_epoch * state.step // 6
     tested = job.trainer.test()
     again = make(small_config(tmp_path, split=Split.LEAVE_TWO_OUT, epochs=6, learning_rate=0.05))
-    again.trainer._checkpoints.restore(again.trainer._variables, state.best_step)
+    restore(again, state.best_step)
     assert again.evaluator.evaluate("test", again.model)["log_loss"] == pytest.approx(tested["log_loss"], abs=1e-6)
 
 
@@ -360,8 +372,8 @@ def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path: Path) -> None
     pairs = zip(resumed.trainer.state.epoch_records, straight.trainer.state.epoch_records, strict=True)
     for found, expected in pairs:
         assert found == {**expected, "loss": pytest.approx(expected["loss"])}
-    for name, variable in straight.trainer._variables.items():
-        np.testing.assert_allclose(resumed.trainer._variables[name], variable, atol=1e-6, err_msg=name)
+    for name, variable in straight.saved_variables.items():
+        np.testing.assert_allclose(resumed.saved_variables[name], variable, atol=1e-6, err_msg=name)
 
 
 def test_checkpoints_and_validations_come_when_due(tmp_path: Path) -> None:
@@ -426,7 +438,7 @@ def test_item_features_may_be_called_what_they_like(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "log.parquet")
     config = small_config(tmp_path, item_features=tuple(NAMES), embedding_dim=(4,), l2=0.01, epochs=1)
     job = make(config)
-    tables = {spec.name: spec.num_rows - 1 for spec in assembly.table_specs(config.model, job.trainer._store.facts)}
+    tables = {spec.name: spec.num_rows - 1 for spec in assembly.table_specs(config.model, job.store.facts)}
     assert len(tables) == 1 + len(NAMES) and tables["item"] == 30
     for name in NAMES:
         assert tables[feature_label(name)] == len(set(of_item[name][items])), name
@@ -435,10 +447,10 @@ def test_item_features_may_be_called_what_they_like(tmp_path: Path) -> None:
     assert {"popularity", "user_repeat"} < floors.keys() and len(floors) == 2 + len(NAMES)
     job.trainer.train()
     again = make(dataclasses.replace(config, job=dataclasses.replace(config.job, epochs=2)))
-    again.trainer._join()
+    restore(again)
     for weight, other in zip(job.model.weights, again.model.weights, strict=True):
         np.testing.assert_array_equal(weight.numpy(), other.numpy(), err_msg=weight.path)
-    write_projector(tmp_path, job.model.lookup, job.trainer._store, 3)
+    write_projector(tmp_path, job.model.lookup, job.store, 3)
     header, first, *_ = (tmp_path / "items.tsv").read_text().splitlines()
     columns = dict(zip(header.split("\t"), first.split("\t"), strict=True))
     item = int(columns["item"][1:])
@@ -469,15 +481,15 @@ def test_where_no_user_has_both_labels_auc_decides(tmp_path: Path, capsys: pytes
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     """For so many checkpoints."""
-    write, calls = CheckpointStore._write, itertools.count(1)
+    calls = itertools.count(1)
 
-    def fail_at_first(*arguments: object) -> int:
+    def fail_at_first(folder: Path) -> None:
         if next(calls) <= writes:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*arguments)
+        make_folder(folder)
 
-    monkeypatch.setattr(CheckpointStore, "_write", fail_at_first)
-    monkeypatch.setattr("din_dist.training.checkpoint._TRY_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "make_folder", fail_at_first)
+    monkeypatch.setattr(checkpoint, "TRY_AGAIN_SECONDS", 0.0)
 
 
 def test_a_disk_that_is_full_for_a_moment_does_not_cost_the_best_weights(
@@ -545,10 +557,10 @@ def test_workers_with_other_data_or_settings_are_refused(tmp_path: Path) -> None
 def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make(small_config(tmp_path, epochs=1))
 
-    def fail(*arguments: object) -> int:
+    def fail(folder: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(CheckpointStore, "_write", fail)
+    monkeypatch.setattr(checkpoint, "make_folder", fail)
     with pytest.raises(InputError, match="Received: Read-only file system while saving step"):
         job.trainer.train()
     job.telemetry.close()

@@ -13,9 +13,10 @@ from din_dist import assembly
 from din_dist.config import OptimizerKind
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
-from din_dist.telemetry.step_report import Moment
-from din_dist.training.trainer import Update
+from din_dist.errors import Interrupted
 from din_dist.training.undo import agree
+from din_dist.training_state import TrainingState
+from tests.support.signals import StopWhen
 from tests.support.small_log import small_config
 
 
@@ -27,36 +28,41 @@ class Elastic(Runtime):
 
 @pytest.mark.parametrize("optimizer", list(OptimizerKind))
 def test_an_update_is_undone_to_the_bit(tmp_path: Path, optimizer: OptimizerKind) -> None:
-    config = small_config(tmp_path, optimizer=optimizer, adagrad_row_wise=True, activation="dice")
-    job = assembly.Assembly(config, Elastic(), prepare(config.data))
-    trainer = job.trainer
-    trainer._join()
-    seen = []
-    batches = trainer._batches()
-    for _ in range(4):
-        seen.append(({name: variable.numpy() for name, variable in trainer._variables.items()}, trainer.state.copy()))
-        batch, waited = next(batches)
-        result = trainer._train_on(batch, 0.1, 64)
-        trainer._count(Update(batch, result, 0.1, 64, waited, Moment.now()))
-        trainer._after_update()
+    config = small_config(
+        tmp_path, optimizer=optimizer, learning_rate=0.1, epochs=2, adagrad_row_wise=True, activation="dice"
+    )
+    seen: list[tuple[dict[str, np.ndarray], TrainingState]] = []  # before each update
+
+    def stop_at_fourth() -> bool:
+        seen.append((values_of(job), job.trainer.state.copy()))
+        return len(seen) == 4
+
+    job = assembly.Assembly(config, Elastic(), prepare(config.data), signals=StopWhen(stop_at_fourth))
+    with pytest.raises(Interrupted):
+        job.trainer.train()
     job.telemetry.close()
-    before, state = seen[-1]
+    before, state = seen[3]
     # As if another update had been broken off: the averages have moved.
-    for variable in trainer._undo_log.others:
+    for variable in job.undo_log.others:
         variable.assign(variable + 1)
-    assert trainer._undo_log.newest() == (4, True)
-    assert trainer._undo_log.go_back(3, finished=True) == state
-    for name, variable in trainer._variables.items():
-        np.testing.assert_array_equal(variable.numpy(), before[name], err_msg=name)
+    assert job.undo_log.newest() == (4, True)
+    assert job.undo_log.go_back(3, finished=True) == state
+    for name, value in values_of(job).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
     with pytest.raises(RuntimeError, match="Update 2 is not kept"):
-        trainer._undo_log.go_back(2, finished=True)
+        job.undo_log.go_back(2, finished=True)
+
+
+def values_of(job: assembly.Assembly) -> dict[str, np.ndarray]:
+    """Returns a copy of all that a checkpoint would keep."""
+    return {name: variable.numpy() for name, variable in job.saved_variables.items()}
 
 
 def test_what_was_due_is_done_again_where_not_all_had_done_it(tmp_path: Path) -> None:
     config = small_config(tmp_path, split="leave_two_out", epochs=1, global_batch_size=2000)
     job = assembly.Assembly(config, Elastic(), prepare(config.data))
     job.trainer.train()  # one update, which ends the epoch
-    history = job.trainer._undo_log
+    history = job.undo_log
     assert history.newest() == (1, True)
     after = history.go_back(1, finished=True)
     assert (after.epoch, after.examples_seen, after.best_step, len(after.epoch_records)) == (1, 0, 1, 1)
@@ -64,7 +70,7 @@ def test_what_was_due_is_done_again_where_not_all_had_done_it(tmp_path: Path) ->
     assert (before.epoch, before.best_step, before.epoch_records) == (0, 0, [])
     assert before.examples_seen == after.epoch_records[0]["examples"]
     assert history.newest() == (1, False)
-    job.trainer._join()  # all that are left are at this place
+    job.trainer.train()  # all that are left are at this place, and nothing is left to do
     assert job.trainer.state == after
     job.telemetry.close()
 
@@ -74,12 +80,12 @@ def test_a_job_that_was_tested_takes_up_its_checkpoint(tmp_path: Path) -> None:
     config = small_config(tmp_path, split="leave_two_out", epochs=2)
     job = assembly.Assembly(config, Elastic(), prepare(config.data))
     job.trainer.train()
-    last = {name: variable.numpy() for name, variable in job.trainer._variables.items()}
+    last = values_of(job)
     job.trainer.test()
-    assert job.trainer._undo_log.newest() is None
-    job.trainer._join()
-    for name, variable in job.trainer._variables.items():
-        np.testing.assert_array_equal(variable.numpy(), last[name], err_msg=name)
+    assert job.undo_log.newest() is None
+    job.trainer.train()
+    for name, value in values_of(job).items():
+        np.testing.assert_array_equal(value, last[name], err_msg=name)
     job.telemetry.close()
 
 

@@ -70,9 +70,9 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
         self._log, sources = self._read(dl_manager)
-        self._tally = _Tally()
+        self._tally = EventTally()
         super()._download_and_prepare(dl_manager, download_config)
-        _write_beside(Path(self.data_path), self._log, self._tally, sources, self._fingerprint(sources))
+        write_beside(Path(self.data_path), self._log, self._tally, sources, self._fingerprint(sources))
         del self._log, self._tally
 
     def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> Mapping[str, Sequence]:
@@ -114,8 +114,8 @@ class _LocalInfo(tfds.core.DatasetInfo):
         """Does nothing. TFDS would look for data of this name in Google's bucket, and leave a temporary folder."""
 
 
-class _Tally:
-    """Counts events as they pass."""
+class EventTally:
+    """Counts the events of blocks and finds their first and last timestamp."""
 
     def __init__(self) -> None:
         self.num_events = 0
@@ -128,7 +128,10 @@ class _Tally:
         self.last_timestamp = max(self.last_timestamp, int(block.timestamps.max()))
 
 
-def _write_beside(folder: Path, log: EventLog, tally: _Tally, sources: Mapping[str, Mapping], fingerprint: str) -> None:
+def write_beside(
+    folder: Path, log: EventLog, tally: EventTally, sources: Mapping[str, Mapping], fingerprint: str
+) -> None:
+    """Writes facts, vocabularies and item features of `log` to `folder`, beside the records."""
     vocabularies = {USERS: log.user_ids, ITEMS: log.item_ids}
     vocabularies |= {vocabulary_of(name): feature.ids for name, feature in log.item_features.items()}
     for name, ids in vocabularies.items():

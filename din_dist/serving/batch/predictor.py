@@ -32,7 +32,7 @@ from din_dist.text import duration
 LOGIT, PROBABILITY, TOP_ITEMS = "logit", "click_probability", "top_items"
 PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough for the caches, enough for all cores
 _CALL_COST = 8  # a candidate takes as long as this many pairs, in addition to those with its history
-_SHOW_SECONDS = 10.0
+SHOW_SECONDS = 10.0
 
 _Value = TypeVar("_Value")
 
@@ -120,7 +120,7 @@ class Predictor:
             Stopped: this process or another one was asked to stop.
             InputError: the input breaks a rule, or the folder cannot be written.
         """
-        progress = _Progress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
+        progress = RowProgress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
         started = time.perf_counter()
         tables: dict[str, TableReader] = {}
         try:
@@ -141,17 +141,17 @@ class Predictor:
             self.counts.seconds = time.perf_counter() - started
             progress.close()
 
-    def _write(self, table: TableReader, part: Part, rows_per_batch: int, progress: _Progress) -> None:
+    def _write(self, table: TableReader, part: Part, rows_per_batch: int, progress: RowProgress) -> None:
         path = self._folder.folder / part.name
         with at(f"writing {path}"), published(path) as stream:
             results = self._results(table, part, rows_per_batch, progress)
             write_results(part.path, stream, results, self._columns.added)
 
     def _results(
-        self, table: TableReader, part: Part, rows_per_batch: int, progress: _Progress
+        self, table: TableReader, part: Part, rows_per_batch: int, progress: RowProgress
     ) -> Iterator[tuple[pa.Table, list[Added]]]:
         """Yields the part's rows with the columns to add."""
-        for rows, scores in each(_ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
+        for rows, scores in each(ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
             yield rows, self._answer(scores)
             self.counts.rows += len(rows)
             self.counts.candidates += len(scores.candidates.values)
@@ -263,7 +263,7 @@ def top_indices(logits: np.ndarray, offsets: np.ndarray, most: int) -> tuple[np.
     return order[kept], np.concatenate([[0], np.cumsum(np.minimum(counts, most))])
 
 
-def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
+def ahead(values: Iterator[_Value]) -> Iterator[_Value]:
     """Yields the values of an iterator; a thread makes the next one while this one is used."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=1)
     end = object()
@@ -296,7 +296,7 @@ def _ahead(values: Iterator[_Value]) -> Iterator[_Value]:
                 continue
 
 
-class _Progress:
+class RowProgress:
     """Shows on the chief how many rows are done: those of parts that any process has published, and its own so far."""
 
     def __init__(
@@ -321,7 +321,7 @@ class _Progress:
             return
         now = time.perf_counter()
         at = max(self._at, self._before + counts.rows)
-        if now - self._shown >= (1.0 if self._terminal.has_bar else _SHOW_SECONDS):
+        if now - self._shown >= (1.0 if self._terminal.has_bar else SHOW_SECONDS):
             at = max(at, self._published())
             self._shown = now
             seconds = now - self._started

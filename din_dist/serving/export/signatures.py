@@ -27,7 +27,7 @@ HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate
 COUNTS = "candidate_counts"
 BY_ITEM_ID = {tf.string: "", tf.int64: tf.int64.min}  # a feature with this value is looked up by the item id
 
-_PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about 0.5 GB at width 128
+PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about 0.5 GB at width 128
 _CANDIDATE_COST = 8  # a candidate takes the memory of this many pairs, in addition to those with its history
 
 
@@ -227,8 +227,8 @@ class Signatures:
         starts = tf.gather(tf.cumsum(lengths, exclusive=True), history_of)
         ends = starts + tf.gather(lengths, history_of)
         costs = tf.cumsum(tf.cast(ends - starts + _CANDIDATE_COST, tf.int64))
-        num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // _PAIRS_AT_ONCE + 1
-        bounds = tf.searchsorted((costs - 1) // _PAIRS_AT_ONCE, tf.range(num_parts + 1))
+        num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
+        bounds = tf.searchsorted((costs - 1) // PAIRS_AT_ONCE, tf.range(num_parts + 1))
         positions_from, positions_to = tf.concat([starts, [0]], axis=0), tf.concat([[0], ends], axis=0)
 
         def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:

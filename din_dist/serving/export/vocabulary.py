@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from din_dist import schema
 
-_CHUNK = 1_000_000  # most ids that are Python objects at once
+IDS_AT_ONCE = 1_000_000  # most ids that are Python objects at once
 _EMPTY = rb"\e"  # no other id becomes this, because their backslashes are followed by a backslash, n or r
 _ESCAPES = ((b"\\", rb"\\"), (b"\n", rb"\n"), (b"\r", rb"\r"))
 
@@ -35,8 +35,8 @@ class IdTable(tf.Module):
         self.table = None  # TensorFlow has no empty tables
         if len(ids):
             with path.open("wb") as file:
-                for first in range(0, len(ids), _CHUNK):
-                    file.write(b"".join(self._lines(ids[first : first + _CHUNK])))
+                for first in range(0, len(ids), IDS_AT_ONCE):
+                    file.write(b"".join(self._lines(ids[first : first + IDS_AT_ONCE])))
             words = self.dtype == tf.string
             source = tf.lookup.TextFileInitializer(
                 str(path),

@@ -98,7 +98,7 @@ def export(
     check_target(folder, overwrite)
     with _temporary_folder(folder) as temporary:
         with _writing(folder):
-            _write_saved_model(trained, temporary)
+            write_saved_model(trained, temporary)
         largest, num_compared = largest_difference(trained, temporary, evaluator, split)
         with _writing(folder):
             manifest = _write_manifest(trained, temporary, split, largest, num_compared)
@@ -154,7 +154,7 @@ def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator
     return largest, len(expected)
 
 
-def _write_saved_model(trained: TrainedModel, folder: Path) -> None:
+def write_saved_model(trained: TrainedModel, folder: Path) -> None:
     store = trained.store
     with tempfile.TemporaryDirectory(dir=folder) as vocabularies:
         signatures = Signatures(

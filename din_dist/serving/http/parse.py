@@ -110,7 +110,7 @@ def load(body: bytes, most: int) -> object:
     """
     _check_parts(body, most)
     try:
-        return json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+        return json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body must be UTF-8. Received: byte {body[error.start]:#x} at {error.start}.") from None
     except RecursionError:
@@ -419,7 +419,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise BadRequest(f"The body must be JSON, which has no {name}.")
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object as a dict, and refuses a key that occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()

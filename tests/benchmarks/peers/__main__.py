@@ -50,9 +50,9 @@ from din_dist.cli import entry
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.metrics.ranking import gauc
+from tests.support.repository import ROOT
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 OURS = "din_dist"
 PEERS = {"deepctr": "DeepCTR", "fuxictr": "FuxiCTR"}
 SIZES = {

@@ -17,8 +17,8 @@ from din_dist.data.builders.complete_journey import PACKAGE, package_data
 from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.errors import InputError
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[3]
 FEATURES = ("category_id", "department_id", "manufacturer_id", "brand")
 
 

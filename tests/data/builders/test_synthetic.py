@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from din_dist import schema
+from din_dist.config import DataConfig
 from din_dist.data import blocks as blocks_module
 from din_dist.data.blocks import Block
 from din_dist.data.builders import synthetic
 from din_dist.data.builders.synthetic import Synthetic, SyntheticBlocks, SyntheticConfig
+from din_dist.data.prepared import prepare
 
 _FOLDER = tempfile.TemporaryDirectory()
 SIZE = {"num_users": 4_000, "num_items": 3_000, "num_categories": 60, "events_per_user": 25, "seed": 7}
@@ -96,13 +99,12 @@ def test_small_sizes(size: dict) -> None:
     assert config.num_categories <= config.num_items
 
 
-def test_every_item_has_its_category(tmp_path_factory: pytest.TempPathFactory) -> None:
-    config = SyntheticConfig.sized(**{**SIZE, "num_items": 7, "num_categories": 3})
-    builder = Synthetic(data_dir=tmp_path_factory.mktemp("s"), config=config)
-    log, sources = builder._read(None)
-    feature = log.item_features["category_id"]
-    assert feature.of_item.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
-    assert (len(log.user_ids), len(log.item_ids), len(feature.ids), sources) == (4_000, 7, 3, {})
+def test_every_item_has_its_category(tmp_path: Path) -> None:
+    sizes = {f"synthetic_{name}": value for name, value in {**SIZE, "num_items": 7, "num_categories": 3}.items()}
+    store = prepare(DataConfig(dataset="synthetic", data_dir=str(tmp_path), **sizes))
+    assert store.item_features["category_id"].tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert (store.facts.num_users, store.facts.num_items, store.facts.sources) == (4_000, 7, {})
+    assert store.facts.item_features == {"category_id": 3}
 
 
 def test_a_block_does_not_depend_on_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

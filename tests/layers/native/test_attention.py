@@ -13,38 +13,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
-from din_dist.execution import TRAINING, Execution, Mode
-from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.pairs import Pairs
+from tests.support.native_layers import KERNELS, assert_units_agree, built, large_inputs, run, with_padding
 from tests.support.programs import missing
 from tests.support.reference import padded_din
-from tests.support.reference.compare import assert_same_gradients, randomise, weights_of
+from tests.support.reference.compare import assert_same_gradients, weights_of
 
 SOFTMAX, NONE = AttentionNormalization
 OLDER = {"avx2": "avx2", "plain": ""}  # instructions, and what /proc/cpuinfo calls them
-
-
-KERNELS = Mode(True, Execution(kernels=True))
-
-
-def built(width, hidden_units, activation=Activation.DICE, normalization=SOFTMAX, **settings):
-    unit = LocalActivationUnit(hidden_units, activation, normalization, name="attention", **settings)
-    unit.build((None, width))
-    randomise(unit)
-    return unit
-
-
-def run(unit, candidate, keys, candidate_of, key_of, direction, mode=KERNELS):
-    """The interest, and the gradient of its product with `direction` by each weight, the candidates and the keys."""
-    watched = {w.path.removeprefix("attention/"): w.value for w in unit.trainable_weights}
-    watched |= {"candidate": candidate, "keys": keys}
-    with tf.GradientTape() as tape:
-        tape.watch([candidate, keys])
-        interest = unit(candidate, keys, Pairs(candidate_of, key_of), mode=mode)
-        total = tf.reduce_sum(interest * direction)
-    found = tape.gradient(total, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return interest.numpy(), {name: gradient.numpy() for name, gradient in found.items()}
 
 
 @pytest.mark.parametrize("normalization", AttentionNormalization)
@@ -84,31 +61,6 @@ def test_interest_and_gradients_equal_the_reference(hidden_units, activation, fr
     assert_same_gradients(gradients, expected)
 
 
-def large_inputs(seed, width, num_candidates=50, num_keys=40, num_pairs=200):
-    """More pairs than a tile, candidates without any, and keys that many share or nobody has."""
-    random = np.random.default_rng(seed)
-    return (
-        tf.constant(random.normal(size=(num_candidates, width)), tf.float32),
-        tf.constant(random.normal(size=(num_keys, width)), tf.float32),
-        tf.constant(np.sort(random.integers(0, num_candidates, num_pairs)), tf.int32),
-        tf.constant(random.integers(0, num_keys // 2, num_pairs), tf.int32),
-        tf.constant(random.normal(size=(num_candidates, width)), tf.float32),
-    )
-
-
-def assert_units_agree(inputs, *settings, **more):
-    width = inputs[0].shape[1]
-    theirs, ours = (built(width, *settings, **more) for _ in range(2))
-    for _ in range(2):  # the second time with moving averages that both have changed
-        expected_interest, expected = run(theirs, *inputs, mode=TRAINING)
-        interest, gradients = run(ours, *inputs)
-        largest = max(1.0, np.abs(expected_interest).max())
-        assert_allclose(interest, expected_interest, rtol=1e-4, atol=1e-5 * largest)
-        assert_same_gradients(gradients, expected)
-        for own, other in zip(ours.non_trainable_weights, theirs.non_trainable_weights, strict=True):
-            assert_allclose(own, other, rtol=1e-5, atol=1e-6, err_msg=own.path)
-
-
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("activation", "normalization"), [*itertools.product(Activation, AttentionNormalization)])
@@ -145,7 +97,7 @@ def test_older_instructions(instructions):
 
 
 def test_instructions_that_do_not_exist():
-    program = "from tests.layers.native import test_attention as t; t.assert_units_agree(t.large_inputs(0, 4), [3])"
+    program = "from tests.support import native_layers as t; t.assert_units_agree(t.large_inputs(0, 4), [3])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "DIN_DIST_INSTRUCTIONS": "sse9"},
@@ -200,10 +152,6 @@ def test_sigmoid_to_the_last_places():
     assert (np.abs(sigmoid(x) - exact) <= (5e-7 + 1.2e-7 * np.abs(x)) * exact).all()
     assert_allclose(sigmoid([np.inf, 1e30, 200, 0, -200, -1e30, -np.inf]), [1, 1, 1, 0.5, 0, 0, 0], rtol=0, atol=2e-38)
     assert np.isnan(sigmoid([np.nan])).all()
-
-
-def with_padding(rows):
-    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % kernels.LANES)])
 
 
 def sigmoid(values):

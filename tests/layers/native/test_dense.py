@@ -11,58 +11,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import kernels
 from din_dist.config import Activation
 from din_dist.execution import Execution, Mode
-from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.native.dense import run_by_kernels
 from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
-from tests.support.reference.compare import assert_same_gradients, randomise
+from tests.support.native_layers import Head
+from tests.support.reference.compare import assert_same_gradients
 from tests.support.reference.ranks import ThreadedRanks
 
 KEYS = np.random.default_rng(0).integers(-(2**63), 2**63, 500)
-
-
-class Head:
-    """Batch normalisation, hidden layers and one output unit, by TensorFlow's operations or by kernels."""
-
-    def __init__(
-        self,
-        width,
-        units,
-        activation=Activation.DICE,
-        native=False,
-        frozen=False,
-        dropout=0.0,
-        in_bfloat16=False,
-        compiled=False,
-        sum_over_ranks=tf.identity,
-    ):
-        self.norm = BatchNormalization(frozen, name="norm")
-        self.hidden = HiddenLayers(units, activation, frozen=frozen, dropout=dropout, name="hidden")
-        self.mode = Mode(True, Execution(native, compiled, in_bfloat16), sum_over_ranks)
-        for layer in (self.norm, self.hidden):
-            layer.build((None, width))
-            randomise(layer)
-
-    def __call__(self, inputs, keys=None):
-        if not self.mode.kernels:
-            return self.hidden(self.norm(inputs, mode=self.mode), keys, mode=self.mode)
-        stages = [Stage(self.norm, self.hidden.dense_layers[0]), *self.hidden.stages]
-        return tf.squeeze(run_by_kernels(stages, inputs, keys, self.mode), axis=1)
-
-    @property
-    def averages(self):
-        return [*self.norm.non_trainable_weights, *self.hidden.non_trainable_weights]
-
-    def run(self, inputs, direction, keys=None):
-        """Outputs, and the gradients of their product with `direction` by the inputs and each weight."""
-        weights = [*self.norm.trainable_weights, *self.hidden.trainable_weights]
-        watched = {weight.path: weight.value for weight in weights} | {"inputs": inputs}
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            outputs = self(inputs, keys)
-            total = tf.reduce_sum(outputs * direction)
-        found = tape.gradient(total, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return outputs.numpy(), {name: gradient.numpy() for name, gradient in found.items()}
 
 
 def assert_heads_agree(width, units, num_rows=200, keys=None, mean=3.0, **settings):

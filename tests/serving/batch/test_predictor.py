@@ -37,9 +37,14 @@ class Sums:
         return ((sums + candidates.numpy()) / 1000).astype(np.float32)
 
 
-def predictor(folder: Path, model: Any, **more: Any) -> Predictor:
-    folder.mkdir()
-    return Predictor(model, GivenHistories(3), more.pop("columns", COLUMNS), PartsFolder(folder), **more)
+def predictor(folder: PartsFolder, model: Any, columns: RowColumns = COLUMNS, **more: Any) -> Predictor:
+    return Predictor(model, GivenHistories(3), columns, folder, **more)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> PartsFolder:
+    (tmp_path / "out").mkdir()
+    return PartsFolder(tmp_path / "out")
 
 
 def rows(num_rows: int, seed: int = 0) -> dict[str, list[list[int]]]:
@@ -77,13 +82,15 @@ def test_a_batch_is_divided_among_calls() -> None:
 
 
 @pytest.mark.parametrize("most_pairs", [1, 30, 1 << 20])
-def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_pairs: int) -> None:
+def test_any_division_gives_the_same(
+    tmp_path: Path, out: PartsFolder, monkeypatch: pytest.MonkeyPatch, most_pairs: int
+) -> None:
     monkeypatch.setattr(predict, "PAIRS_PER_CALL", most_pairs)
     table = rows(50)
     pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     model = Sums()
-    work = predictor(tmp_path / "out", model)
-    plan = work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
+    work = predictor(out, model)
+    plan = out.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
     work.run(plan)
     found = pa.concat_tables(pq.read_table(path) for path in sorted((tmp_path / "out").glob("part-*")))
     assert found["candidates"].to_pylist() == table["candidates"]
@@ -96,34 +103,34 @@ def test_any_division_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (work.counts.rows, work.counts.parts) == (50, 3)
 
 
-def test_a_row_with_more_than_a_call_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_more_than_a_call_takes(tmp_path: Path, out: PartsFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "PAIRS_PER_CALL", 5000)
     candidates = np.random.default_rng(0).permutation(100_000).tolist()
     pq.write_table(pa.table({"history": [[1] * 50_000], "candidates": [candidates]}), tmp_path / "rows.parquet")
-    work = predictor(tmp_path / "out", Sums(), columns=RowColumns(*[COLUMNS.history, COLUMNS.candidates], top_k=2))
-    work.run(work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False))
+    work = predictor(out, Sums(), columns=RowColumns(*[COLUMNS.history, COLUMNS.candidates], top_k=2))
+    work.run(out.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False))
     found = pq.read_table(next((tmp_path / "out").glob("part-*"))).to_pydict()
     assert found["top_items"] == [[99_999, 99_998]]
     np.testing.assert_allclose(found["logit"], [[100.002, 100.001]], rtol=1e-6)
 
 
-def test_a_logit_that_is_no_number_is_not_published(tmp_path: Path) -> None:
+def test_a_logit_that_is_no_number_is_not_published(tmp_path: Path, out: PartsFolder) -> None:
     class Broken(Sums):
         def rank_histories(self, *inputs: Any) -> np.ndarray:
             return super().rank_histories(*inputs) * np.float32("nan")
 
     pq.write_table(pa.table(rows(5)), tmp_path / "rows.parquet")
-    work = predictor(tmp_path / "out", Broken())
+    work = predictor(out, Broken())
     with pytest.raises(FloatingPointError, match="not finite"):
-        work.run(work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False))
+        work.run(out.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False))
     assert not list((tmp_path / "out").glob("*part-*"))
 
 
-def test_a_request_to_stop_is_heard_by_all(tmp_path: Path) -> None:
+def test_a_request_to_stop_is_heard_by_all(tmp_path: Path, out: PartsFolder) -> None:
     pq.write_table(pa.table(rows(50)), tmp_path / "rows.parquet")
     asked = threading.Event()
-    work = predictor(tmp_path / "out", Sums(), stop_requested=asked.is_set)
-    plan = work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
+    work = predictor(out, Sums(), stop_requested=asked.is_set)
+    plan = out.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
     asked.set()
     with pytest.raises(Stopped):
         work.run(plan)
@@ -144,11 +151,11 @@ def test_what_is_made_ahead() -> None:
 
     seen = []
     with pytest.raises(ValueError, match="at the end"):
-        for number in predict._ahead(values()):
+        for number in predict.ahead(values()):
             seen.append(number)
     assert seen == list(range(5))
     made.clear()
-    running = predict._ahead(values())
+    running = predict.ahead(values())
     assert next(running) == 0
     time.sleep(0.05)
     running.close()
@@ -157,14 +164,14 @@ def test_what_is_made_ahead() -> None:
 
 
 def test_progress_counts_the_parts_of_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    tmp_path: Path, out: PartsFolder, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(predict, "_SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(predict, "SHOW_SECONDS", 0.0)
     pq.write_table(pa.table(rows(50)), tmp_path / "rows.parquet")
-    work = predictor(tmp_path / "out", Sums())
-    plan = work._folder.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
+    work = predictor(out, Sums())
+    plan = out.begin([tmp_path / "rows.parquet"], 20, {}, overwrite=False)
     last = tmp_path / "out" / plan.parts()[-1].name  # as if another process had just published it
-    shown = predict._Progress(plan, work._folder, predict.LogFormat.TEXT, 2, silent=False)
+    shown = predict.RowProgress(plan, out, predict.LogFormat.TEXT, 2, silent=False)
     last.write_text("")
     work.counts.rows, work.counts.candidates = 5, 9
     shown.show(work.counts)

@@ -170,7 +170,7 @@ def make_setup(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setu
     @functools.cache
     def make(name: str) -> Setup:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(signatures, "_PAIRS_AT_ONCE", 10)
+            patch.setattr(signatures, "PAIRS_AT_ONCE", 10)
             return Setup(CASES[name], tmp_path_factory.mktemp(name))
 
     return make

@@ -41,7 +41,7 @@ def test_rectangles_and_none(tmp_path: Path) -> None:
 
 
 def test_many_are_written_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_CHUNK", 3)
+    monkeypatch.setattr(vocabulary, "IDS_AT_ONCE", 3)
     words = [f"word {number}" for number in range(10)]
     found = IdTable(pa.chunked_array([words[:4], words[4:]]), tmp_path / "ids.txt")
     assert_array_equal(found.dense_ids(tf.constant(words)), np.arange(1, 11))

@@ -92,7 +92,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(trained: TrainedModel, folder: Path) -> None:
         (folder / "saved_model.pb").write_text(str(trained.step))
 
-    monkeypatch.setattr(exporting, "_write_saved_model", write)
+    monkeypatch.setattr(exporting, "write_saved_model", write)
     monkeypatch.setattr(exporting, "largest_difference", lambda *_: (0.0, 1))
 
 
@@ -183,7 +183,7 @@ def test_other_logits_than_the_trainers_are_not_published(
     def write_as_before(_: TrainedModel, folder: Path) -> None:
         shutil.copytree(published[0], folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(exporting, "_write_saved_model", write_as_before)
+    monkeypatch.setattr(exporting, "write_saved_model", write_as_before)
     bias = trained.model.head.output_layer.bias
     before = bias.numpy()
     bias.assign(before + wrong)
@@ -223,7 +223,7 @@ def test_an_export_is_replaced_when_asked(
     can_exchange: bool,
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
     folder = tmp_path / "export"
     folder.mkdir()  # empty: as good as none
     export(trained, evaluator, "test", folder)
@@ -258,7 +258,7 @@ def test_broken_off_at_any_moment_it_leaves_an_export(
 
     rename = Path.rename
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_exchange", lambda *_: False)
+        patch.setattr(files, "exchange", lambda *_: False)
         patch.setattr(Path, "rename", lambda path, target: (die_when_it_is_time(), rename(path, target))[1])
         patch.setattr(shutil, "rmtree", lambda *_, **__: die_when_it_is_time())  # the dead clear nothing up
         later = TrainedModel(trained.model, trained.store, trained.config, 9, "", None)
@@ -267,7 +267,7 @@ def test_broken_off_at_any_moment_it_leaves_an_export(
     assert len(list(tmp_path.iterdir())) > 1
     with monkeypatch.context() as patch:  # the next one fails early, but brings things in order
         patch.setattr(
-            exporting, "_write_saved_model", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space"))
+            exporting, "write_saved_model", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space"))
         )
         with pytest.raises(InputError, match="with room for the model. Received: .*/export, No space. Make room"):
             export(trained, evaluator, "test", folder, overwrite=True)

@@ -14,11 +14,11 @@ from din_dist.serving.http.parse import (
     BadRequest,
     Instance,
     Predict,
-    _without_repeats,
     answer,
     load,
     most_parts,
     parse,
+    without_repeats,
 )
 from din_dist.serving.http.settings import ServeConfig
 from tests.support.stand_in_model import INTEGERS, STRINGS
@@ -276,7 +276,7 @@ def test_a_repeated_key_is_found_without_comparing_each_with_all() -> None:
     Counted.count = 0
     pairs: list[tuple[str, Any]] = [(Counted(number), 1) for number in range(2_000)]
     with pytest.raises(BadRequest, match='must have each key once. Received: "1999".'):
-        _without_repeats([*pairs, (Counted(1_999), 2)])
+        without_repeats([*pairs, (Counted(1_999), 2)])
     assert Counted.count < 50  # looked up by hash; 2 million where each is compared with all
 
 

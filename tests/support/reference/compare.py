@@ -1,4 +1,8 @@
-"""Batches and weights in the two forms, the model's and the reference's, and what counts as equal."""
+"""Makes small models and batches in two forms, the model's packed and the reference's padded, and compares gradients.
+
+model, batch = small_model(activation="dice"), padded_batch(RAGGED)
+logits, loss, gradients = loss_and_gradients(model, packed(batch), training=True)
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def small_model(
     native: bool = False,
     **config,
 ) -> RankingModel:
-    """Embeddings 3 + 2, hidden layers 5 and 4; every weight random, so that no zero hides a mistake."""
+    """Returns a model of embeddings 3 + 2 and hidden layers 5 and 4; every weight is random, as zeros hide mistakes."""
     sizes = {"embedding_dim": (3, 2), "attention_hidden_units": (5, 4), "hidden_units": (5, 4)}
     model = make_model(
         ModelConfig(**{**sizes, **config}),
@@ -48,7 +52,7 @@ def small_model(
 
 
 def randomise(layer: keras.layers.Layer, seed: int = 0) -> None:
-    """Gives every weight of `layer` a random value; variances a positive one."""
+    """Gives every weight of `layer` a random value; variances and gammas get a positive one."""
     random = np.random.default_rng(seed)
     for weight in layer.weights:
         values = random.normal(0.0, 0.6, weight.shape)
@@ -56,12 +60,12 @@ def randomise(layer: keras.layers.Layer, seed: int = 0) -> None:
 
 
 def weights_of(layer: keras.layers.Layer, prefix: str = "") -> dict[str, np.ndarray]:
-    """By path, without `prefix`, in float64."""
+    """Returns the weights in float64, by path without `prefix`."""
     return {w.path.removeprefix(prefix): w.numpy().astype(np.float64) for w in layer.weights}
 
 
 def padded_batch(lengths: Sequence[int], seed: int = 0) -> PaddedBatch:
-    """Random candidates, histories of `lengths` with random items in their padding too, and labels."""
+    """Returns random candidates, labels, and histories of these lengths; their padding has random items too."""
     random = np.random.default_rng(seed)
     lengths = np.array(lengths, np.int64)
     longest = max(lengths, default=0)
@@ -74,7 +78,7 @@ def padded_batch(lengths: Sequence[int], seed: int = 0) -> PaddedBatch:
 
 
 def packed(batch: PaddedBatch) -> Batch:
-    """The same batch as the model takes it."""
+    """Returns the same batch in the form that the model takes."""
     num_examples = len(batch.labels)
     return Batch(
         candidate_item_ids=tf.constant(batch.candidate_item_ids, tf.int32),
@@ -87,7 +91,7 @@ def packed(batch: PaddedBatch) -> Batch:
 
 
 def take(batch: Batch, examples: Sequence[int]) -> Batch:
-    """The packed batch of some of the examples of a packed batch, in this order."""
+    """Returns the packed batch of some examples of a packed batch, in this order."""
     ends = np.cumsum(batch.history_lengths)
     starts = ends - batch.history_lengths
     positions = np.concatenate([np.arange(starts[i], ends[i]) for i in examples] + [np.arange(0)]).astype(np.int32)
@@ -100,7 +104,11 @@ def take(batch: Batch, examples: Sequence[int]) -> Batch:
 def loss_and_gradients(
     model: RankingModel, batch: Batch, training: bool, num_examples: int | None = None
 ) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-    """Logits, sum of losses / `num_examples` (of the whole batch, if this is a share of it) and dense gradients."""
+    """Returns logits, the sum of losses divided by `num_examples`, and dense gradients.
+
+    Args:
+        num_examples: the size of the whole batch, if `batch` is a share of it.
+    """
     labels = batch.labels
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     with tf.GradientTape() as tape:
@@ -112,7 +120,7 @@ def loss_and_gradients(
 
 
 def assert_same_gradients(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
-    """Equal to float32 rounding, measured by the largest element of all: some are zero but for cancellation."""
+    """Asserts equality up to float32 rounding of the largest element: some are zero except for cancellation."""
     assert set(actual) == set(expected)
     largest = max(np.abs(gradient).max(initial=0.0) for gradient in expected.values())
     for path, gradient in expected.items():

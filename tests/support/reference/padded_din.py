@@ -1,4 +1,4 @@
-"""DIN and mean pooling in NumPy float64 and padded form: the judge of the packed model.
+"""Computes DIN and mean pooling in NumPy float64 and padded form: the judge of the packed model.
 
 Written from the formulas of DESIGN.md ("Model"), as plainly as they stand there: histories are rectangles with a mask,
 the four inputs of the attention are concatenated, gradients are central differences. It shares no code with `din_dist`.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-EPSILON = 1e-3  # of batch normalisation, as tf.layers'
+EPSILON = 1e-3  # of batch normalization, as in tf.layers
 
 Weights = Mapping[str, np.ndarray]  # by path, for example "model/head/dense_0/kernel"
 
@@ -28,9 +28,13 @@ class PaddedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedModel:
-    """`item_features`: name -> the feature's id of each item. `batch_statistics`: in training, unless frozen.
+    """The reference model.
 
-    `row_of_item`: of each item in the item's table, where -id is item `id` in row 0; None: its own.
+    Args:
+        item_features: for each feature by name, the id of each item.
+        batch_statistics: True in training, unless batch normalization is frozen.
+        row_of_item: the row of each item in the item's table; None gives each item its own. The id -i is item i in
+            row 0.
     """
 
     item_features: Mapping[str, np.ndarray]
@@ -45,7 +49,7 @@ class PaddedModel:
         return float(-np.mean(np.log(np.where(batch.labels == 1, probability, 1 - probability))))
 
     def logits(self, weights: Weights, batch: PaddedBatch) -> np.ndarray:
-        """`[B]`."""
+        """Returns the logits `[B]`."""
         candidate = self.embed(weights, batch.candidate_item_ids)  # [B, H]
         keys = self.embed(weights, batch.history_item_ids)  # [B, T, H]
         mask = batch.history_mask
@@ -65,7 +69,7 @@ class PaddedModel:
         return head + weights["lookup/item_bias"][self.rows(batch.candidate_item_ids), 0]
 
     def embed(self, weights: Weights, item_ids: np.ndarray) -> np.ndarray:
-        """The item's own embedding and those of its features, side by side: `[..., H]`."""
+        """Returns the embeddings of items and of their features, concatenated: `[..., H]`."""
         items = np.abs(item_ids)
         parts = [weights["lookup/item"][self.rows(item_ids)]]
         parts += [weights[f"lookup/{name}"][feature[items]] for name, feature in self.item_features.items()]
@@ -84,7 +88,7 @@ def attend(
     normalization: str,
     batch_statistics: bool,
 ) -> np.ndarray:
-    """The interest `[B, H]` of `candidate` `[B, H]` in `keys` `[B, T, H]`; zeros where `mask` `[B, T]` is all False."""
+    """Pools `keys` `[B, T, H]` for `candidate` `[B, H]` into `[B, H]`; zeros where `mask` `[B, T]` is all False."""
     weights_of_keys = attention_weights(weights, candidate, keys, mask, activation, normalization, batch_statistics)
     return (weights_of_keys[..., None] * keys).sum(axis=1)
 
@@ -98,7 +102,7 @@ def attention_weights(
     normalization: str,
     batch_statistics: bool,
 ) -> np.ndarray:
-    """How much each of `keys` counts, `[B, T]`: 0 where `mask` is False."""
+    """Returns the weight of each of `keys`, `[B, T]`; 0 where `mask` is False."""
     query = np.broadcast_to(candidate[:, None, :], keys.shape)
     pairs = np.concatenate([query, keys, query - keys, query * keys], axis=-1)  # [B, T, 4H]
     scores = perceptron(scope(weights, "scorer/"), pairs, activation, batch_statistics, mask)  # [B, T]
@@ -114,7 +118,7 @@ def attention_weights(
 def perceptron(
     weights: Weights, inputs: np.ndarray, activation: str, batch_statistics: bool, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """Hidden layers, then one output unit: `[..., W] -> [...]`. Batch statistics are of the rows in `mask`."""
+    """Applies hidden layers and one output unit: `[..., W] -> [...]`. Batch statistics are over the rows in `mask`."""
     hidden = inputs
     for i in range(sum(name.endswith("kernel") for name in weights) - 1):
         hidden = dense(scope(weights, f"dense_{i}/"), hidden)
@@ -156,14 +160,14 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def scope(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
-    """The weights under `prefix`, without it."""
+    """Returns the weights whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def central_differences(
     function: Callable[[Weights], float], weights: Weights, names: list[str], step: float = 1e-5
 ) -> dict[str, np.ndarray]:
-    """The gradient of `function` with respect to every element of `weights[name]`, for each of `names`."""
+    """Returns the gradient of `function` with respect to every element of `weights[name]`, for each of `names`."""
     weights = {name: np.array(value, np.float64) for name, value in weights.items()}
     gradients = {}
     for name in names:

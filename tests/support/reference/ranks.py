@@ -1,4 +1,8 @@
-"""Several ranks in one process: threads that meet where real ones meet in an all-reduce."""
+"""Runs several ranks in one process: threads that wait for each other where real ranks do an all-reduce.
+
+ranks = ThreadedRanks(2)
+results = ranks.run(lambda rank: small_model(sum_over_ranks=ranks.sum_over_ranks(rank))(shares[rank], training=True))
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class ThreadedRanks:
-    """Hands out `sum_over_ranks` functions whose gradient is summed over the ranks as well, as Horovod's is."""
+    """Makes `sum_over_ranks` functions whose gradients are summed over the ranks as well, as Horovod's are."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -28,7 +32,7 @@ class ThreadedRanks:
         return total
 
     def run(self, work: Callable[[int], Result]) -> list[Result]:
-        """`work(rank)` of every rank, at the same time."""
+        """Calls `work(rank)` for every rank at the same time; returns the results in the order of ranks."""
 
         def guarded(rank: int) -> Result:
             try:
