@@ -1,4 +1,4 @@
-"""Tells what a job did as one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
+"""Shows what a job did as one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
 
 The job may be finished, at work or broken off: its folder is only read, and its GPUs are left alone. The last line on
 stdout is the report's path.
@@ -14,6 +14,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
+from din_dist.cli.help import theme
 from din_dist.cli.saved_job import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     from din_dist.data.splits import Examples
     from din_dist.report.page import Findings
 
-OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
-REPORT_PATH = define_path("report_path", "", "Where the report goes. Default: report.html in --output_dir.")
-MAX_EXAMPLES = flags.DEFINE_integer(
-    "report_max_examples",
-    200_000,
-    "Most examples to score: of a larger split whole users, evenly spaced, the same ones every time.",
-)
+with theme("report"):
+    OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
+    REPORT_PATH = define_path("report_path", "", "File of the report. Default: report.html in --output_dir.")
+    MAX_EXAMPLES = flags.DEFINE_integer(
+        "report_max_examples",
+        200_000,
+        "Most examples to score. A larger split is reduced to whole users that are evenly spaced, the same ones every "
+        "time.",
+    )
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
 
 
 def _find(record: JobRecord, most: int) -> Findings:
-    """All that the files allow to tell; the report itself says what they do not."""
+    """Finds everything that the files tell. The report itself says what is missing."""
     import tensorflow as tf
 
     from din_dist.data.prepared import open_prepared
@@ -89,7 +92,7 @@ def _find(record: JobRecord, most: int) -> Findings:
 
 
 def _split_to_score(record: JobRecord, splits: Mapping[str, Examples]) -> str:
-    """Test results are for finished jobs: what may still change must not be chosen by them.
+    """Returns the split to score: the test split only of finished jobs, because results must not be chosen by it.
 
     Raises:
         InputError: neither split has examples.

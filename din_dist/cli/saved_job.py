@@ -1,17 +1,15 @@
-"""What a training job left behind, opened again: its settings, its data and the model with its best weights."""
+"""Opens again what a training job left: its settings, its data and the model with its best weights."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
-from din_dist.config import Config, DataConfig, JobConfig
+from din_dist.config import Config
 from din_dist.errors import InputError
 from din_dist.files import read_record
 
@@ -19,35 +17,11 @@ if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
     from din_dist.models.ranking_model import RankingModel
 
-WHERE_DATA_LIES: Mapping[type, Sequence[str]] = {DataConfig: ("data_path", "data_dir")}
-
-
-def define_anew(names: Mapping[type, Sequence[str]]) -> None:
-    """Flags for settings of the job that may be said anew, by the class that has them."""
-    for kind, fields in names.items():
-        for field in dataclasses.fields(kind):
-            if field.name in fields:
-                is_path = field.metadata.get("path")
-                define: Any = settings.define_path if is_path else flags.DEFINE_integer
-                help_text = field.metadata["help"].partition(" Default:")[0]
-                define(field.name, None, f"{help_text} Default: as in training.")
-
-
-def said_anew(config: Config, names: Mapping[type, Sequence[str]]) -> Config:
-    """`config` with what the flags of `define_anew` say."""
-    rooms = {
-        kind: {name: value for name in fields if (value := flags.FLAGS[name].value) is not None}
-        for kind, fields in names.items()
-    }
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **rooms.get(DataConfig, {})),
-        job=dataclasses.replace(config.job, **rooms.get(JobConfig, {})),
-    )
+WHERE_DATA_LIES = ("data_path", "data_dir")
 
 
 def config_of(folder: Path) -> Config:
-    """The settings of the job whose `--output_dir` now lies in `folder`, wherever it was then.
+    """Returns the settings of the job whose `--output_dir` is now `folder`, wherever it was then.
 
     Raises:
         InputError: they are not there, or are not settings of this version.
@@ -59,11 +33,11 @@ def config_of(folder: Path) -> Config:
             "job was given."
         )
     config = config_from_text(read_record(path, errors="replace"), path)
-    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(folder)))
+    return config.replace(output_dir=str(folder))
 
 
 def config_from_text(text: str, path: Path) -> Config:
-    """The settings that a flagfile's text gives, which was found in `path`.
+    """Returns the settings that the text of a flagfile gives, which was found in `path`.
 
     Raises:
         InputError: they are not settings of this version.
@@ -83,7 +57,7 @@ def config_from_text(text: str, path: Path) -> Config:
 
 
 def trained_model(config: Config, store: EventStore, step: int | None = None) -> tuple[RankingModel, int]:
-    """The model with its weights after update `step`, and that update.
+    """Returns the model with its weights after update `step`, and that update.
 
     Args:
         step: which checkpoint; None: the best by validation, or the newest where there is no validation.
@@ -125,7 +99,7 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
 
 
 def require_checkpoint(step: int, folder: Path) -> None:
-    """Raises `InputError` where `folder`, of a job's checkpoints, has none of update `step`."""
+    """Raises `InputError` if the folder of a job's checkpoints has none of update `step`."""
     from din_dist.training.checkpoint import published_steps
 
     steps = published_steps(folder)
