@@ -1,7 +1,7 @@
 """Measures training speed on prepared data: `python -m din_dist.cli.benchmark`, alone or under `horovodrun`.
 
-Takes the trainer's flags. Prints a table to stderr and, as the last line on stdout, the same numbers as JSON.
-Nothing is written to --output_dir.
+It takes the trainer's flags. It prints a table to stderr and, as the last line on stdout, the same numbers as JSON. It
+writes nothing to --output_dir.
 """
 
 from __future__ import annotations

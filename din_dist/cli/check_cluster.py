@@ -1,8 +1,8 @@
 """Checks that a job can run on these hosts: `python -m din_dist.cli.check_cluster -H host:slots,host:slots [FLAGS]`.
 
-Takes every flag of the trainer: it goes by those that say where data and results lie, and by --metrics_port. Prints a
-line for each host that is fine, and a table of what is wrong with the others and how to mend it. Exit code 0: a job
-will start, though there may be warnings; 2: it will not.
+It takes every flag of the trainer. It uses those that name the folders of data and results, and --metrics_port. It
+prints a line for each host that is fine, and a table of what is wrong with the others and how to mend it. Exit code 0:
+a job will start, though there may be warnings. 2: it will not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Scores what a job learned: `python -m din_dist.cli.evaluate --output_dir DIR`, alone or under `horovodrun`.
+"""Evaluates a trained model: `python -m din_dist.cli.evaluate --output_dir DIR`, alone or under `horovodrun`.
 
-Or an export, with --export_dir. The trainer's metrics of any split, and how near the top of a whole catalogue the
-chosen items stand; all with 95 % intervals. Nothing is written but --evaluation_path. Prints a table to stderr and, as
-the last line on stdout, the same numbers as JSON.
+With --export_dir it evaluates an export instead. It computes the trainer's metrics of any split, and retrieval metrics:
+how near the top of the whole catalogue the chosen items stand. All of them come with 95 % intervals. It prints a table
+to stderr and, as the last line on stdout, the same numbers as JSON. It writes no file except --evaluation_path.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Turns what a job has learned into a SavedModel: `python -m din_dist.cli.export --output_dir DIR --export_dir DIR2`.
+"""Exports a trained model as a SavedModel: `python -m din_dist.cli.export --output_dir DIR --export_dir DIR2`.
 
-It takes the log's own ids and needs nothing of this package to load; the README names its signatures. The job's
-prepared data must be there. The last line on stdout says what was exported, as JSON.
+The SavedModel takes the log's own ids and loads without this package; the README names its signatures. The command
+needs the job's prepared data. The last line on stdout says what was exported, as JSON.
 """
 
 from __future__ import annotations

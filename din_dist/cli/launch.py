@@ -1,4 +1,4 @@
-"""Prepares the data and starts the workers: what `launch/train.sh` runs once everything is set up."""
+"""Prepares the data and starts the workers. `launch/train.sh` runs it when everything is set up."""
 
 from __future__ import annotations
 

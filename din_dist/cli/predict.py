@@ -1,7 +1,7 @@
 """Scores files of any size with an export: `python -m din_dist.cli.predict`, alone or under `horovodrun`.
 
-A row is a user, or a history, and a candidate or a list of them. Parts of the result are published one by one: the
-same command goes on where it was stopped or killed. The last line on stdout tells this run as JSON.
+A row holds a user or a history, and a candidate or a list of candidates. The parts of the result are published one by
+one, so the same command resumes after a stop or a kill. The last line on stdout is a summary of this run, as JSON.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Predicts training speed on more workers: `python -m din_dist.cli.predict_scaling --measured=one_worker.json ...`.
 
-`--measured` holds the last line on stdout of `python -m din_dist.cli.benchmark`, run with one worker. Prints a table to
-stderr and, as the last line on stdout, the same numbers as JSON. `din_dist/benchmark/scaling_model.py` has the model.
+The file of `--measured` ends with the last line on stdout of `python -m din_dist.cli.benchmark`, run with one worker.
+The command prints a table to stderr and, as the last line on stdout, the same numbers as JSON. The model of scaling is
+in `din_dist/benchmark/scaling_model.py`.
 """
 
 from __future__ import annotations

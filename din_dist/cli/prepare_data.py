@@ -1,6 +1,6 @@
 """Prepares a data set for training and prints what it found: `python -m din_dist.cli.prepare_data`.
 
-Takes every flag of the trainer and checks all of them, so that a wrong one is found before any worker starts.
+It takes every flag of the trainer and checks all of them, so that a wrong one is found before any worker starts.
 """
 
 from __future__ import annotations

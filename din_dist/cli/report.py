@@ -1,7 +1,7 @@
 """Shows what a job did as one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
 
-The job may be finished, at work or broken off: its folder is only read, and its GPUs are left alone. The last line on
-stdout is the report's path.
+The job may be finished, running or broken off. The command only reads its folder and does not use its GPUs. The last
+line on stdout is the report's path.
 """
 
 from __future__ import annotations

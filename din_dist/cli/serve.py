@@ -1,7 +1,7 @@
 """Serves an export over HTTP: `python -m din_dist.cli.serve --export_dir DIR`.
 
-The API is that of TensorFlow Serving's REST endpoint. The line on stdout is the model's URL, printed when requests are
-taken on. SIGTERM, SIGINT and SIGHUP end it: what was accepted is answered first.
+The API is that of TensorFlow Serving's REST endpoint. The server prints the model's URL on stdout when it is ready for
+requests. SIGTERM, SIGINT and SIGHUP end it after it has answered the accepted requests.
 """
 
 from __future__ import annotations
