@@ -62,7 +62,7 @@ class _Training:
         self._lock = OutputDirLock(self._folder, os.environ.get(JOB_VARIABLE, ""))
         with self._runtime.together():
             self._lock.hold(self._runtime.is_chief)
-            self._prometheus_metrics = PrometheusMetrics(config.job, self._runtime)
+            self._prometheus_metrics = PrometheusMetrics(config, self._runtime)
         self._store = open_prepared(config.data)
         self._job = Assembly(
             config,
@@ -83,7 +83,7 @@ class _Training:
         from din_dist.distributed.elastic import run_elastic
 
         job = self._job
-        waiting = _Waiting(self._folder, job.trainer, self._signals, self._config.job.rejoin_timeout_seconds)
+        waiting = _Waiting(self._folder, job.trainer, self._signals, self._config.recovery.rejoin_timeout_seconds)
         with job.telemetry.until_the_end(job.trainer):
             summary = run_elastic(self._runtime, self._run_with_these_workers, job.telemetry.say, waiting)
         self._runtime.barrier()
@@ -109,7 +109,7 @@ class _Training:
         """Computes the floors of the test split and writes the projector's files."""
         from din_dist.telemetry.projector import write_projector
 
-        job, num_items = self._job, self._config.job.projector_items
+        job, num_items = self._job, self._config.telemetry.projector_items
         floors_started = time.perf_counter()
         with job.telemetry.phase("test"):
             floors = job.evaluator.floors("test") if has_results else {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, Split, UnknownItem
-from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, RecoveryConfig, TrainingConfig
+from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
 from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
 from din_dist.config.settings import Settings, list_text, require
@@ -23,15 +23,19 @@ __all__ = [
     "ComputeDtype",
     "Config",
     "DataConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
     "JobConfig",
     "LogFormat",
     "ModelConfig",
     "ModelKind",
     "OptimizerConfig",
     "OptimizerKind",
+    "RecoveryConfig",
     "Schedule",
     "Settings",
     "Split",
+    "TelemetryConfig",
     "UnknownItem",
     "WireDtype",
     "differences",
@@ -40,10 +44,7 @@ __all__ = [
     "require",
 ]
 
-
-@dataclasses.dataclass(frozen=True)
-class JobConfig(TelemetryConfig, EvaluationConfig, RecoveryConfig, ExecutionConfig, TrainingConfig):
-    """Everything else about a job. The fields of the last class come first."""
+_OWN_ROOMS = ("data", "model", "optimizer")  # of a manifest, which keeps all other settings under "job"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,17 @@ class Config:
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     job: JobConfig = JobConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     def __post_init__(self) -> None:
         require(
-            self.data.split is not Split.LEAVE_ONE_OUT or not self.job.early_stopping_patience,
+            self.data.split is not Split.LEAVE_ONE_OUT or not self.evaluation.early_stopping_patience,
             "needs a validation split, which leave_one_out has not",
             "early_stopping_patience",
-            self.job.early_stopping_patience,
+            self.evaluation.early_stopping_patience,
             "Use --split=leave_two_out or temporal, or drop it.",
         )
 
@@ -86,7 +91,10 @@ class Config:
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Returns the settings as a checkpoint's manifest keeps them."""
-        return dataclasses.asdict(self)
+        rooms: dict[str, dict[str, Any]] = {}
+        for name, part in self.parts():
+            rooms.setdefault(_room(name), {}).update(dataclasses.asdict(part))
+        return rooms
 
 
 def differences(saved: dict, current: dict) -> list[str]:
@@ -109,10 +117,14 @@ def _decisive(rooms: dict) -> dict[str, Any]:
     """Returns those settings of a `Config.to_json()` that decide what is learned."""
     return {
         field.name: _plain(rooms[room][field.name])
-        for room, part in Config().parts()
+        for name, part in Config().parts()
         for field in dataclasses.fields(part)
-        if not field.metadata.get("may_change") and field.name in rooms.get(room, {})
+        if not field.metadata.get("may_change") and field.name in rooms.get(room := _room(name), {})
     }
+
+
+def _room(part: str) -> str:
+    return part if part in _OWN_ROOMS else "job"
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ def _check_output_dir(name: str, value: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig(Settings):
+class JobConfig(Settings):
     """The length and the order of training, and where its results go."""
 
     THEME: ClassVar[str] = "training"

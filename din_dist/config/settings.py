@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import inspect
 import io
 import math
 import operator
-import typing
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -46,7 +44,7 @@ def setting(
 
     Args:
         at_least: inclusive lower bound; `above` is the exclusive one.
-        at_most: inclusive upper bound; `below` is the exclusive one. Whole numbers have one in any case: int32's.
+        at_most: inclusive upper bound; `below` is the exclusive one. Whole numbers without either must fit into int32.
         may_change: true if a job may be resumed with another value. Such a setting must not decide what is learned.
         theme: heading of the flag in `--help`. Default: that of the class.
     """
@@ -116,14 +114,13 @@ class Settings:
 
 def theme_of(kind: type[Settings], field: dataclasses.Field) -> str:
     """Returns the heading of a setting in `--help`."""
-    owner = next(base for base in kind.__mro__ if field.name in inspect.get_annotations(base))
-    return field.metadata.get("theme") or typing.cast(type[Settings], owner).THEME
+    return field.metadata.get("theme") or kind.THEME
 
 
 def _check_number(field: dataclasses.Field, number: float) -> None:
     bounds = field.metadata.get("bounds", {})
     if isinstance(number, int):
-        most = bounds.get("at_most", INT32_MAX)
+        most = max(bounds.get("at_most", 0), INT32_MAX)
         bounds = {"at_least": -most, "at_most": most} | bounds
     remedy = f"For example {_text(field.default)}."
     require(math.isfinite(number), "must be finite", field.name, number, remedy)

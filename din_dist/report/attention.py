@@ -189,7 +189,7 @@ def _examples(model: RankingModel, config: Config, store: EventStore, examples: 
         examples,
         config.data,
         seed=config.job.seed,
-        batch_size=config.job.evaluation_batch_size,
+        batch_size=config.evaluation.evaluation_batch_size,
         shard_index=0,
         num_shards=1,
     )

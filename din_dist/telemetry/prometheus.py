@@ -23,7 +23,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import basic_auth_handler, default_handler
 from prometheus_client.registry import Collector
 
-from din_dist.config import JobConfig
+from din_dist.config import Config
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.files import read_text
@@ -39,35 +39,36 @@ _PUSH_SECONDS = 10.0
 
 
 class PrometheusMetrics:
-    """Metrics in a registry of their own, served at `/metrics` unless `job.metrics_port` is -1.
+    """Metrics in a registry of their own, served at `/metrics` unless `--metrics_port` is -1.
 
     Raises:
         InputError: the port is taken, or the files for TLS or authentication are of no use.
     """
 
-    def __init__(self, job: JobConfig, runtime: Runtime) -> None:
-        self._job, self._rank = job, runtime.rank
-        self._login = _login(job.pushgateway_password_file) if job.pushgateway_password_file else None
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        settings = config.telemetry
+        self._settings, self._output_dir, self._rank = settings, config.job.output_dir, runtime.rank
+        self._login = _login(settings.pushgateway_password_file) if settings.pushgateway_password_file else None
         self.registry = CollectorRegistry()
-        self._define(job)
+        self._define(config)
         self.world_size.set(runtime.world_size)
         self.rank.set(runtime.rank)
         self.enter_phase("starting")
         self._server = None
         self.address = ""  # where the metrics are, as a Prometheus elsewhere would reach them
-        if job.metrics_port >= 0:
+        if settings.metrics_port >= 0:
             self._server = MetricsServer(
-                job, self.registry, job.metrics_port + runtime.local_rank if job.metrics_port else 0
+                settings, self.registry, settings.metrics_port + runtime.local_rank if settings.metrics_port else 0
             )
-            host = socket.gethostname() if job.metrics_host in ("0.0.0.0", "::") else job.metrics_host
+            host = socket.gethostname() if settings.metrics_host in ("0.0.0.0", "::") else settings.metrics_host
             self.address = f"[{host}]:{self._server.port}" if ":" in host else f"{host}:{self._server.port}"
 
-    def _define(self, job: JobConfig) -> None:
+    def _define(self, config: Config) -> None:
         self._define_training()
-        self._define_job(job)
+        self._define_job(config)
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self.registry.register(_OutputFolder(job.output_dir))
+        self.registry.register(_OutputFolder(config.job.output_dir))
         if tf.config.list_physical_devices("GPU"):
             self.registry.register(_GpuMemory())
 
@@ -109,20 +110,20 @@ class PrometheusMetrics:
             "log_loss": self._gauge("log_loss", "Mean log loss at the last evaluation, in nats.", "split"),
         }
 
-    def _define_job(self, job: JobConfig) -> None:
+    def _define_job(self, config: Config) -> None:
         """Defines the size, the checkpoints and the state of the job."""
         self.global_batch_size = self._gauge("global_batch_size", "Examples per update over all ranks.")
-        self.global_batch_size.set(job.global_batch_size)
+        self.global_batch_size.set(config.job.global_batch_size)
         self.world_size = self._gauge("world_size", "Ranks in the job.")
         self.rank = self._gauge("rank", "Number of this process among all ranks.")
         self.elastic_resets = self._counter(
             "elastic_resets", "Times the set of workers changed while this process lived."
         )
         self.restarts = self._counter("restarts", "Times the job was started again in this output directory.")
-        if job.baseline_examples_per_second:
+        if config.telemetry.baseline_examples_per_second:
             self._gauge(
                 "baseline_examples_per_second", "What one worker alone does, by --baseline_examples_per_second."
-            ).set(job.baseline_examples_per_second)
+            ).set(config.telemetry.baseline_examples_per_second)
         self.checkpoint_seconds = self._histogram(
             "checkpoint_seconds", "Time to write and publish a checkpoint.", _CHECKPOINT_BUCKETS
         )
@@ -194,18 +195,18 @@ class PrometheusMetrics:
         }
 
     def push(self) -> str | None:
-        """Leaves the metrics at `job.pushgateway`, for jobs that end before a scrape; says what went wrong."""
+        """Leaves the metrics at `--pushgateway`, for jobs that end before a scrape; says what went wrong."""
         try:
             push_to_gateway(
-                self._job.pushgateway,
+                self._settings.pushgateway,
                 "din_dist",
                 self.registry,
-                grouping_key={"run": self._job.output_dir, "rank": str(self._rank)},
+                grouping_key={"run": self._output_dir, "rank": str(self._rank)},
                 timeout=_PUSH_SECONDS,
                 handler=self._authenticated if self._login else default_handler,
             )
         except (OSError, ValueError) as error:
-            return f"--pushgateway: {self._job.pushgateway} did not take the metrics: {error}"
+            return f"--pushgateway: {self._settings.pushgateway} did not take the metrics: {error}"
         return None
 
     def _authenticated(

@@ -38,7 +38,7 @@ def main() -> None:
             shard_index=0,
             num_shards=1,
             trained=trained_items(store, config.data, splits),
-            native=config.job.native,
+            native=config.execution.native,
         )
     )
     next(batches)  # tracing
