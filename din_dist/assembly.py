@@ -118,7 +118,7 @@ class Assembly:
         config: all settings.
         runtime: this rank's way to the others.
         store: the prepared data; nothing is downloaded or built here.
-        prometheus_metrics: this process' metrics; None: new ones, served by `config.job.metrics_port`.
+        prometheus_metrics: this process' metrics; None: new ones, served by `config.telemetry.metrics_port`.
         signals: what this process was asked to do.
         num_threads: for the input pipeline, this process' share of the cores.
 
@@ -228,7 +228,7 @@ class Assembly:
     @functools.cached_property
     def step(self) -> TrainStep:
         """One update."""
-        can_go_back = self.runtime.elastic or self.config.job.skip_nonfinite_steps > 0
+        can_go_back = self.runtime.elastic or self.config.recovery.skip_nonfinite_steps > 0
         return self.step_class(
             self.model,
             self.optimizer,
@@ -280,9 +280,9 @@ class Assembly:
     @functools.cached_property
     def telemetry(self) -> Reporter:
         """The reporter of the job."""
-        metrics = self._prometheus_metrics or PrometheusMetrics(self.config.job, self.runtime)
+        metrics = self._prometheus_metrics or PrometheusMetrics(self.config, self.runtime)
         num_steps = num_updates(self.config, self.splits["train"].num_examples)
-        return Reporter(self.config.job, self.runtime, metrics, num_steps)
+        return Reporter(self.config, self.runtime, metrics, num_steps)
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -298,15 +298,15 @@ def choose_execution(config: Config) -> Execution:
     Raises:
         InputError: the processor or the set-up lacks what the settings ask for.
     """
-    in_bfloat16 = config.job.compute_dtype is ComputeDtype.BFLOAT16
-    return Execution(_uses_kernels(config), config.job.xla, in_bfloat16)
+    in_bfloat16 = config.execution.compute_dtype is ComputeDtype.BFLOAT16
+    return Execution(_uses_kernels(config), config.execution.xla, in_bfloat16)
 
 
 def _uses_kernels(config: Config) -> bool:
     """Tells whether this process is to train by our kernels."""
-    in_bfloat16 = config.job.compute_dtype is ComputeDtype.BFLOAT16
-    if not config.job.native or tf.config.get_visible_devices("GPU"):
-        received = "a GPU" if config.job.native else "--nonative"
+    in_bfloat16 = config.execution.compute_dtype is ComputeDtype.BFLOAT16
+    if not config.execution.native or tf.config.get_visible_devices("GPU"):
+        received = "a GPU" if config.execution.native else "--nonative"
         require(
             not in_bfloat16,
             "bfloat16 is for our kernels, which run on CPUs",

@@ -139,7 +139,7 @@ class Watch:
 
 @dataclasses.dataclass(frozen=True)
 class SignsOfLife:
-    """What the process has used up so far: only one that works uses more."""
+    """The resources that the process has used so far; only one that works uses more."""
 
     cpu_seconds: float
     reads: int  # from disks: pages of mapped files plus blocks

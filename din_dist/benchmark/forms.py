@@ -100,18 +100,14 @@ def assembly_of(form: str) -> type[Assembly]:
 
 def config_of(form: str, config: Config) -> Config:
     """Returns the settings of a form."""
-
-    def with_job(**changes: object) -> Config:
-        return dataclasses.replace(config, job=dataclasses.replace(config.job, **changes))  # type: ignore[arg-type]
-
     if form in ("padded", "unfactored", "without_xla"):
-        return with_job(compute_dtype=ComputeDtype.FLOAT32, xla=False, native=False)
+        return config.replace(compute_dtype=ComputeDtype.FLOAT32, xla=False, native=False)
     if form == "without_native":
-        return with_job(compute_dtype=ComputeDtype.FLOAT32, native=False)
+        return config.replace(compute_dtype=ComputeDtype.FLOAT32, native=False)
     if form == "in_float32":
-        return with_job(compute_dtype=ComputeDtype.FLOAT32)
+        return config.replace(compute_dtype=ComputeDtype.FLOAT32)
     if form == "undoable":  # as a job that may skip an update must be
-        return with_job(skip_nonfinite_steps=1)
+        return config.replace(skip_nonfinite_steps=1)
     if form == "without_group_negatives":
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, group_negatives=False))
+        return config.replace(group_negatives=False)
     return config

@@ -14,22 +14,30 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.cli.help import theme
 from din_dist.cluster.hosts import parse_hosts, read_hosts_file
 from din_dist.cluster.preflight import check_hosts, render
 from din_dist.config import require
 from din_dist.errors import InputError
 
+with theme("hosts"):
+    HOSTS = flags.DEFINE_string(
+        "hosts",
+        "",
+        "Hosts to check: HOST or HOST:SLOTS, comma-separated. Default: those in --hosts_file.",
+        short_name="H",
+    )
+    HOSTS_FILE = settings.define_path(
+        "hosts_file", "", "File with a line HOST or HOST:SLOTS for each host. Default: none, see --hosts."
+    )
+    SSH_PORT = flags.DEFINE_integer("ssh_port", None, "Port of sshd on the hosts. Default: the one that ssh takes.")
+    CARD = flags.DEFINE_string(
+        "network_interface",
+        "",
+        "Network card by which the workers reach each other. Default: on each host the one towards this machine.",
+    )
+    ELASTIC = flags.DEFINE_boolean("elastic", False, "The job will be elastic: all hosts must share --output_dir.")
 settings.define_flags()
-flags.adopt_module_key_flags(settings)  # for --help
-HOSTS = flags.DEFINE_string("hosts", "", "HOST or HOST:SLOTS, comma-separated.", short_name="H")
-HOSTS_FILE = settings.define_path("hosts_file", "", "Instead: a file with a line HOST or HOST:SLOTS for each host.")
-SSH_PORT = flags.DEFINE_integer("ssh_port", None, "Port of sshd on the hosts. Default: what ssh takes.")
-CARD = flags.DEFINE_string(
-    "network_interface",
-    "",
-    "Network card by which the workers reach each other. Default: on each host the one towards this machine.",
-)
-ELASTIC = flags.DEFINE_boolean("elastic", False, "The job will be elastic: all hosts must share --output_dir.")
 
 
 def main() -> None:

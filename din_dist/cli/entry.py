@@ -19,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist import environment, mapped_files, progress, streams
+from din_dist.cli import help
 from din_dist.cluster.link import BEAT_SECONDS
 from din_dist.config import LogFormat
 from din_dist.errors import (
@@ -38,7 +39,7 @@ from din_dist.place import Place
 from din_dist.telemetry.terminal import format_line
 from din_dist.text import printable
 
-_HELP = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("?", "help", "helpshort", "helpfull", "helpxml")}
+_HELP_OF_ABSL = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("helpfull", "helpxml")}
 _MOST_LAST_WORDS = 1 << 20  # bytes
 _PRINTING_SECONDS = 2.0  # for the last line of a stuck process
 
@@ -61,8 +62,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(lambda _: _exit_code(main), flags_parser=_parse_flags)
     except SystemExit as end:
-        if end.code == 1 and _HELP & set(sys.argv[1:]):
-            sys.exit(0)  # absl treats --help as a failure
+        if end.code == 1 and _HELP_OF_ABSL & set(sys.argv[1:]):
+            sys.exit(0)  # absl exits as after a failure
         problem = streams.unwritten()
         if problem and not end.code:
             _leave(1, f"standard output must take the result. Received: {problem.strerror}. It is not complete.")
@@ -168,6 +169,9 @@ def _watch_disks() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    if help.is_asked_for(argv[1:]):
+        print(help.page(sys.modules["__main__"].__doc__, flags.FLAGS), flush=True)
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:

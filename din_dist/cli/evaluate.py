@@ -1,24 +1,25 @@
-"""Scores what a job learned: `python -m din_dist.cli.evaluate --output_dir DIR`, alone or under `horovodrun`.
+"""Evaluates a trained model: `python -m din_dist.cli.evaluate --output_dir DIR`, alone or under `horovodrun`.
 
-Or an export, with --export_dir. The trainer's metrics of any split, and how near the top of a whole catalogue the
-chosen items stand; all with 95 % intervals. Nothing is written but --evaluation_path. Prints a table to stderr and, as
-the last line on stdout, the same numbers as JSON.
+With --export_dir it evaluates an export instead. It computes the trainer's metrics of any split, and retrieval metrics:
+how near the top of the whole catalogue the chosen items stand. All of them come with 95 % intervals. It prints a table
+to stderr and, as the last line on stdout, the same numbers as JSON. It writes no file except --evaluation_path.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.flags import define_path
-from din_dist.cli.saved_job import config_from_text, config_of, define_anew, said_anew, trained_model
-from din_dist.config import Config, DataConfig, JobConfig, differences, require
+from din_dist.cli.flags import define_overrides, define_path, overridden
+from din_dist.cli.help import theme
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_from_text, config_of, trained_model
+from din_dist.config import Config, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
 from din_dist.evaluation.request import ALL, AUTO, NONE, EvaluationRequest
@@ -31,47 +32,48 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from din_dist.data.event_store import EventStore
+    from din_dist.data.splits import Examples
     from din_dist.distributed.runtime import Runtime
     from din_dist.evaluation.retrieval import CandidateScorer
     from din_dist.serving.bundle import Bundle
 
-_OVERRIDES: Mapping[type, Sequence[str]] = {
-    DataConfig: ("data_path", "data_dir", "evaluation_negatives_per_positive"),
-    JobConfig: ("evaluation_batch_size",),
-}
+_OVERRIDES = (*WHERE_DATA_LIES, "evaluation_negatives_per_positive", "evaluation_batch_size")
 
-define_path("output_dir", "", "The job's --output_dir. Default: runs/latest, or none with --export_dir.")
-define_path("export_dir", "", "Evaluate this export in place of a checkpoint, on its own job's data.")
-flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
-flags.DEFINE_integer(
-    "checkpoint_step", 0, "The update whose weights are evaluated. Default: the best by validation, or the newest."
-)
-flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
-flags.DEFINE_string(
-    "rank_against",
-    ALL,
-    "What each chosen item is ranked against: all (items of the catalogue), a number of items that the user never "
-    "touched, drawn by (seed, event), or none (leave retrieval metrics out). Figures are comparable only at the same "
-    "value.",
-)
-flags.DEFINE_boolean(
-    "exclude_history",
-    True,
-    "With --rank_against=all: leave out what the user had before the event, as papers do on logs without repeats. The "
-    "chosen item always stays. Turn it off where users come back to the same items.",
-)
-flags.DEFINE_list("ks", ["1", "5", "10", "20"], "Lengths of the lists whose recall, NDCG, ... are told.")
-flags.DEFINE_string(
-    "max_events",
-    AUTO,
-    "Most events to rank, whole users evenly spaced: a number, all, or auto, as many as have 30 million candidates in "
-    "all.",
-)
-flags.DEFINE_integer(
-    "bootstrap_samples", 1000, "Samples of users that the 95 % intervals are drawn from; 0: no intervals."
-)
-define_path("evaluation_path", "", "Write the JSON to this file as well.")
-define_anew(_OVERRIDES)
+with theme("what to evaluate"):
+    define_path("output_dir", "", "The job's --output_dir. Default: runs/latest, or none with --export_dir.")
+    flags.DEFINE_integer(
+        "checkpoint_step", 0, "The update whose weights are evaluated. Default: the best by validation, or the newest."
+    )
+    define_path("export_dir", "", "Evaluate this export instead of a checkpoint, on its own job's data. Default: none.")
+    flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
+    flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
+with theme("retrieval metrics"):
+    flags.DEFINE_string(
+        "rank_against",
+        ALL,
+        "What each chosen item is ranked against. all: the items of the catalogue. A number: so many items that the "
+        "user never touched, drawn by (seed, event). none: leave retrieval metrics out. Compare figures only at the "
+        "same value.",
+    )
+    flags.DEFINE_boolean(
+        "exclude_history",
+        True,
+        "With --rank_against=all: leave out what the user had before the event, as papers do on logs without repeats. "
+        "The chosen item always stays. Turn it off where users come back to the same items.",
+    )
+    flags.DEFINE_list("ks", ["1", "5", "10", "20"], "Lengths of the lists for recall, NDCG and the other metrics.")
+    flags.DEFINE_string(
+        "max_events",
+        AUTO,
+        "Most events to rank, as whole users that are evenly spaced: a number, all, or auto. auto ranks as many as "
+        "have 30 million candidates in all.",
+    )
+with theme("result"):
+    flags.DEFINE_integer(
+        "bootstrap_samples", 1000, "Samples of users from which the 95 % intervals are computed; 0: no intervals."
+    )
+    define_path("evaluation_path", "", "Write the JSON to this file as well. Default: none.")
+define_overrides(_OVERRIDES)
 
 
 def main() -> None:
@@ -79,16 +81,12 @@ def main() -> None:
     asked, values = _asked(), flags.FLAGS
     output_dir = values.output_dir or ("" if values.export_dir else "runs/latest")
     _check_path(values.evaluation_path)
-    given = said_anew(config_of(Path(output_dir)), _OVERRIDES) if output_dir else None
+    given = overridden(config_of(Path(output_dir)), _OVERRIDES) if output_dir else None
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import split_examples
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.evaluation.evaluator import Evaluator
-    from din_dist.evaluation.summary import rank_split, score_split
-    from din_dist.text import to_json
-    from din_dist.versions import build_info
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
@@ -98,8 +96,38 @@ def main() -> None:
         splits = split_examples(store, config.data)
         _check_data(bundle, store)
         asked = asked.fitted(config, store, splits)
+    job = _Job(config, store, splits, bundle, output_dir)
+    found = _evaluate(job, asked, runtime, started)
+    with runtime.together():
+        if runtime.is_chief:
+            _publish(found)
+    runtime.shutdown()
+
+
+class _Job(NamedTuple):
+    """A trained job, opened again.
+
+    Attributes:
+        bundle: the export to score; None: a checkpoint is scored.
+        output_dir: as the flag gives it; empty if only the export is known.
+    """
+
+    config: Config
+    store: EventStore
+    splits: Mapping[str, Examples]
+    bundle: Bundle | None
+    output_dir: str
+
+
+def _evaluate(job: _Job, asked: EvaluationRequest, runtime: Runtime, started: float) -> dict[str, Any]:
+    """Scores the split and, if asked for, ranks its chosen items. Returns the report."""
+    from din_dist.evaluation.evaluator import Evaluator
+    from din_dist.evaluation.summary import rank_split, score_split
+    from din_dist.versions import build_info
+
+    config, store, splits = job.config, job.store, job.splits
     examples = splits[asked.evaluation_split]
-    logits_of, candidates_of, step = _what_scores(config, store, runtime, bundle)
+    logits_of, candidates_of, step = _scorers(config, store, runtime, job.bundle)
     say: Callable[[str], None] = entry.say if runtime.is_chief else lambda text: None
     say(
         f"scoring {examples.num_examples:,} examples of the {asked.evaluation_split} split with the weights of update "
@@ -107,8 +135,8 @@ def main() -> None:
     )
     seconds = {"start": time.perf_counter() - started}
     found = {
-        "output_dir": output_dir,
-        "export_dir": values.export_dir,
+        "output_dir": job.output_dir,
+        "export_dir": flags.FLAGS.export_dir,
         "step": step,
         "split": asked.evaluation_split,
         "seed": config.job.seed,
@@ -122,17 +150,21 @@ def main() -> None:
     seconds["total"] = time.perf_counter() - started
     found["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     found["versions"] = build_info()
-    with runtime.together():
-        if runtime.is_chief:
-            say(table(found))
-            text = to_json(found)
-            print(text, flush=True)
-            _write(values.evaluation_path, text)
-    runtime.shutdown()
+    return found
+
+
+def _publish(found: dict[str, Any]) -> None:
+    """Prints the report, and writes it to --evaluation_path if that is given."""
+    from din_dist.text import to_json
+
+    entry.say(table(found))
+    text = to_json(found)
+    print(text, flush=True)
+    _write(flags.FLAGS.evaluation_path, text)
 
 
 def _asked() -> EvaluationRequest:
-    """The flags, checked."""
+    """Returns the request that the flags make, checked."""
     values = flags.FLAGS
     against: int | None = {ALL: 0, NONE: None}.get(values.rank_against, -1)
     if against == -1:
@@ -165,7 +197,7 @@ def _whole_number(text: str, name: str, remedy: str) -> int:
 
 
 def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bundle | None]:
-    """Those of --output_dir, `given`, or else those of the export; and the export, if there is one.
+    """Returns the settings of --output_dir (`given`), otherwise the export's, and the export if there is one.
 
     Raises:
         InputError: there is no such export, or it is of another job.
@@ -177,7 +209,7 @@ def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bu
 
     bundle = Bundle.open(export_dir, flags.FLAGS.expect_digest)
     if given is None:
-        return said_anew(config_from_text(bundle.manifest.flags, export_dir), _OVERRIDES), bundle
+        return overridden(config_from_text(bundle.manifest.flags, export_dir), _OVERRIDES), bundle
     if found := differences(dict(bundle.manifest.settings), given.to_json()):
         raise InputError(
             f"--export_dir: an export is evaluated as its own job was. Received: {export_dir}, and in --output_dir "
@@ -194,10 +226,10 @@ def _check_data(bundle: Bundle | None, store: EventStore) -> None:
         )
 
 
-def _what_scores(
+def _scorers(
     config: Config, store: EventStore, runtime: Runtime, bundle: Bundle | None
 ) -> tuple[Callable[[Batch], tf.Tensor], Callable[[], CandidateScorer], int]:
-    """What gives the logits of a batch, what makes a scorer of candidates, and the update whose weights they have."""
+    """Returns a function from a batch to logits, a maker of a scorer of candidates, and the update of their weights."""
     import tensorflow as tf
 
     from din_dist.data.pipeline import BATCH_SIGNATURE
@@ -222,7 +254,7 @@ def _what_scores(
 
 
 def _check_path(path: str) -> None:
-    """That --evaluation_path can be written, as far as can be told before the work is done."""
+    """Checks that --evaluation_path can be written, as far as this can be known before the work is done."""
     if Path(path).is_dir() and path:
         raise _cannot_write(path, "a folder")
     if path and not os.access(Path(path).parent, os.W_OK | os.X_OK):

@@ -13,19 +13,22 @@ from typing import Any
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.flags import define_path
-from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, define_anew, said_anew, trained_model
+from din_dist.cli.flags import define_overrides, define_path, overridden
+from din_dist.cli.help import theme
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import Config, require
 from din_dist.files import read_record
 from din_dist.text import parse_json
 
-OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
-EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder.")
-CHECKPOINT_STEP = flags.DEFINE_integer(
-    "checkpoint_step", 0, "The update whose weights are exported. Default: the best by validation, or the newest."
-)
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the export that is in --export_dir.")
-define_anew(WHERE_DATA_LIES)
+with theme("what to export"):
+    OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
+    CHECKPOINT_STEP = flags.DEFINE_integer(
+        "checkpoint_step", 0, "The update whose weights are exported. Default: the best by validation, or the newest."
+    )
+with theme("result"):
+    EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder. Required.")
+    OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the export that is in --export_dir.")
+define_overrides(WHERE_DATA_LIES)
 
 _MAX_COMPARED = 10_000  # examples
 
@@ -40,7 +43,7 @@ def main() -> None:
         CHECKPOINT_STEP.value,
         "For example 1000.",
     )
-    config = said_anew(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
+    config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
 

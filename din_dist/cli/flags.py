@@ -1,39 +1,70 @@
-"""Flags, made from the fields of `config` (each written down there once), and back to a `Config`."""
+"""Makes flags from the fields of `config`, and a `Config` from flags."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import typing
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from absl import flags
 
-from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig
+from din_dist.cli.help import theme
+from din_dist.config import Config, Settings
+from din_dist.config.settings import theme_of
 from din_dist.files import local_path
 
-_ROOMS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "job": JobConfig}
+_ABSENT_BY_DEFAULT = ("label_column", "item_features")  # a log may lack these columns unless the user asks for them
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines a flag for each setting."""
-    for kind in _ROOMS.values():
-        types = typing.get_type_hints(kind)
-        for field in _fields(kind):
-            if field.metadata.get("path"):
-                define_path(field.name, field.default, field.metadata["help"], flag_values)
-            else:
-                _define(field.name, types[field.name], field.default, field.metadata["help"], flag_values)
-    flags.DEFINE_boolean(
-        "overwrite_prepared",
-        False,
-        "For prepare_data: prepare again, as after a change of the source. Other commands take no notice.",
-        flag_values=flag_values,
-    )
+    """Defines a flag for each setting of a job, and the flag of prepare_data that all commands accept."""
+    for _, part in Config().parts():
+        define_settings(type(part), flag_values)
+    with theme("data", flag_values):
+        flags.DEFINE_boolean(
+            "overwrite_prepared",
+            False,
+            "For prepare_data: prepare the data again, for example after a change of the source. Other commands ignore "
+            "it.",
+            flag_values=flag_values,
+        )
+
+
+def define_settings(kind: type[Settings], flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines a flag for each setting of a class, under its theme of `--help`."""
+    types = typing.get_type_hints(kind)
+    for title, fields in itertools.groupby(fields_with_flags(kind), key=lambda field: theme_of(kind, field)):
+        with theme(title, flag_values):
+            for field in fields:
+                _define(field, types[field.name], flag_values)
+
+
+def define_overrides(names: Collection[str]) -> None:
+    """Defines flags that change settings of a job that is already trained; see `overridden`.
+
+    Args:
+        names: of paths and whole numbers.
+    """
+    for _, part in Config().parts():
+        for field in fields_with_flags(type(part)):
+            if field.name in names:
+                define: Any = define_path if field.metadata.get("path") else flags.DEFINE_integer
+                help_text = field.metadata["help"].partition(" Default:")[0]
+                with theme(theme_of(type(part), field)):
+                    define(field.name, None, f"{help_text} Default: as in training.")
+
+
+def overridden(config: Config, names: Collection[str]) -> Config:
+    """Returns `config` with the values that the flags of `define_overrides` were given."""
+    given = {name: flags.FLAGS[name].value for name in names}
+    return config.replace(**{name: value for name, value in given.items() if value is not None})
 
 
 class PathParser(flags.ArgumentParser):
-    """Reads a flag that is a path; see `files.local_path`."""
+    """Parses a flag that is a path; see `files.local_path`."""
 
     syntactic_help = "a path"
 
@@ -55,60 +86,65 @@ def define_path(
     flag_values: flags.FlagValues = flags.FLAGS,
     short_name: str | None = None,
 ) -> flags.FlagHolder[str]:
-    """Defines a flag whose value is a path; every one of them is defined here."""
+    """Defines a flag whose value is a path. Every such flag is defined here."""
     return flags.DEFINE(
         PathParser(name), name, default, help_text, flag_values, flags.ArgumentSerializer(), short_name=short_name
     )
 
 
 def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The settings that the flags give.
+    """Returns the settings that the flags give.
 
     Raises:
         InputError: they break a rule.
     """
-    rooms: dict[str, Any] = {}
-    for room, kind in _ROOMS.items():
-        types = typing.get_type_hints(kind)
-        values = {field.name: _value(types[field.name], flag_values[field.name].value) for field in _fields(kind)}
-        if room == "data":  # a default column may be absent from a log; one that was asked for may not
-            values["label_column_required"] = flag_values["label_column"].present > 0
-            values["item_features_required"] = flag_values["item_features"].present > 0
-        rooms[room] = kind(**values)
-    return Config(**rooms)
+    parts: dict[str, Any] = {}
+    for name, part in Config().parts():
+        values = settings_from_flags(type(part), flag_values)
+        if name == "data":
+            values |= {f"{column}_required": flag_values[column].present > 0 for column in _ABSENT_BY_DEFAULT}
+        parts[name] = type(part)(**values)
+    return Config(**parts)
+
+
+def settings_from_flags(kind: type[Settings], flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns, by name, the values of the flags that `define_settings` defined."""
+    types = typing.get_type_hints(kind)
+    return {field.name: _value(types[field.name], flag_values[field.name].value) for field in fields_with_flags(kind)}
 
 
 def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
-    """The settings in force, as a flagfile that repeats the job."""
-    names = [field.name for kind in _ROOMS.values() for field in _fields(kind)]
-    lines = (
-        # Flags that were not given stay out where that has a meaning of its own.
-        flag_values[name].serialize()
-        for name in names
-        if flag_values[name].present or name not in ("label_column", "item_features")
-    )
+    """Returns the settings in force, as a flagfile that repeats the job."""
+    names = [field.name for _, part in Config().parts() for field in fields_with_flags(type(part))]
+    # Naming one of these columns would make it required.
+    given = [name for name in names if flag_values[name].present or name not in _ABSENT_BY_DEFAULT]
+    lines = [flag_values[name].serialize() for name in given]
     return "".join(f"{line}\n" for line in lines if line)
 
 
-def _fields(kind: type) -> list[dataclasses.Field]:
-    """Those that have a flag."""
-    return [field for field in dataclasses.fields(kind) if "help" in field.metadata]
+def fields_with_flags(kind: type[Settings]) -> Iterator[dataclasses.Field]:
+    """Yields the settings of a class that have a flag."""
+    return (field for field in dataclasses.fields(kind) if "help" in field.metadata)
 
 
-def _define(name: str, type_: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
-    if type_ is bool:
-        flags.DEFINE_boolean(name, default, help_text, flag_values=flag_values)
-    elif type_ is int:
-        flags.DEFINE_integer(name, default, help_text, flag_values=flag_values)
-    elif type_ is float:
-        flags.DEFINE_float(name, default, help_text, flag_values=flag_values)
-    elif type_ is str:
-        flags.DEFINE_string(name, default, help_text, flag_values=flag_values)
-    elif issubclass(typing.get_origin(type_) or type_, tuple):
-        flags.DEFINE_list(name, [str(value) for value in default], help_text, flag_values=flag_values)
+def _define(field: dataclasses.Field, type_: Any, flag_values: flags.FlagValues) -> None:
+    name, default, help_text = field.name, field.default, field.metadata["help"]
+    simple: dict[Any, Any] = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    if field.metadata.get("path"):
+        define_path(name, default, help_text, flag_values)
+    elif type_ in simple:
+        simple[type_](name, default, help_text, flag_values=flag_values)
+    elif typing.get_origin(type_) is tuple:
+        values = [str(value) for value in typing.cast(tuple, default)]
+        flags.DEFINE_list(name, values, help_text, flag_values=flag_values)
     else:
         choices = [choice.value for choice in type_]
-        flags.DEFINE_enum(name, default.value, choices, help_text, flag_values=flag_values)
+        flags.DEFINE_enum(name, typing.cast(enum.Enum, default).value, choices, help_text, flag_values=flag_values)
 
 
 def _value(type_: Any, value: Any) -> Any:
@@ -117,5 +153,5 @@ def _value(type_: Any, value: Any) -> Any:
         try:
             return tuple(element(part) for part in value)
         except ValueError:
-            return value  # words where numbers belong: the config's own check names the flag
+            return value  # not numbers: the rule of the setting names the flag
     return type_(value) if issubclass(type_, enum.Enum) else value

@@ -19,6 +19,8 @@ from absl import flags
 
 from din_dist import environment, place, streams
 from din_dist.cli import flags as settings
+from din_dist.cli import help
+from din_dist.cli.help import theme
 from din_dist.cluster.addresses import card_towards, loopback_card, own_address
 from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.cluster.supervisor import Supervisor
@@ -48,7 +50,7 @@ everything else goes to stderr. SIGTERM, SIGINT and SIGHUP let the workers finis
 several hosts, the checkout, the prepared data and --output_dir must be the same for all.
 
 Exit codes: 0 done, 2 wrong input, 75 stopped by a signal (run it again to go on), 80 a worker hung or its disk did not
-answer, else what the first failed worker gave.
+answer, otherwise what the first failed worker gave.
 Environment: that of launch/setup.sh; DIN_DIST_DEVICE=cpu or gpu overrides the search for GPUs.
 """
 
@@ -62,63 +64,75 @@ def _define(name: str, default: str, help_text: str, short_name: str | None = No
     flags.DEFINE_string(name, default, help_text, short_name=short_name, flag_values=_FLAGS)
 
 
-_define("num_workers", "", "Processes to train with. Default: the sum of the hosts' slots; here one a GPU, else 2.")
-_define("num_gpus", "0", "GPUs of this machine, as launch/train.sh has counted them. Hosts without SLOTS get as many.")
-_define(
-    "hosts",
-    "",
-    "Hosts to train on, HOST or HOST:SLOTS comma-separated, or slurm: those of the SLURM job. Default: this one.",
-    short_name="H",
-)
-settings.define_path(
-    "hosts_file",
-    "",
-    "File with a line HOST, HOST:SLOTS or HOST slots=SLOTS for each host; # begins a comment. With --elastic it may "
-    "change at any time; without it the script is asked that Kubernetes' MPI operator mounts.",
-    _FLAGS,
-)
-_define("wait_for_hosts_seconds", "0", "How long to wait until the ssh servers of all hosts answer.")
-settings.define_path("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.", _FLAGS)
-_define("ssh_port", "22", "Port of the hosts' ssh servers.")
-_define(
-    "network_interface",
-    "",
-    "Network card by which the workers reach each other, of that name on every host. Default: on each host the card "
-    "towards the launcher, whatever its name.",
-)
-_define(
-    "pass_environment",
-    "",
-    "Further variables of the environment for workers on other hosts, comma-separated. They get those that such a job "
-    "needs (see launch/README.md), and no others.",
-)
-_define(
-    "stall_timeout_seconds",
-    "60",
-    "After how long a worker that gives no sign of life, or that waits for a disk, is treated as lost. Also how long "
-    "the others wait for a new one to start.",
-)
-flags.DEFINE_boolean(
-    "elastic",
-    False,
-    "Go on when workers are lost or added. --num_workers are waited for at the start.",
-    flag_values=_FLAGS,
-)
-_define("min_workers", "1", "With --elastic: wait for others with fewer than this.")
-_define("max_workers", "", "With --elastic: never use more than this. Default: no limit.")
-_define(
-    "host_cooldown_seconds",
-    "10",
-    "With --elastic: how long a host is left out whose worker failed; doubled each time, up to 30 times.",
-)
-flags.DEFINE_boolean("preflight", True, "Check all hosts before a start on more than one.", flag_values=_FLAGS)
-flags.DEFINE_boolean(
-    "dry_run",
-    False,
-    "Print the command that would start the workers, and start nothing. It serves to be read: each worker is an agent, "
-    "which wants a launcher.",
-    flag_values=_FLAGS,
-)
+with theme("workers and hosts", _FLAGS):
+    _define(
+        "num_workers",
+        "",
+        "Processes to train with. Default: the sum of the hosts' slots; here one per GPU, otherwise 2.",
+    )
+    _define(
+        "num_gpus",
+        "0",
+        "GPUs of this machine, as launch/train.sh counts them. Hosts without SLOTS get the same number.",
+    )
+    _define(
+        "hosts",
+        "",
+        "Hosts to train on, HOST or HOST:SLOTS comma-separated, or slurm: those of the SLURM job. Default: this one.",
+        short_name="H",
+    )
+    settings.define_path(
+        "hosts_file",
+        "",
+        "File with a line HOST, HOST:SLOTS or HOST slots=SLOTS for each host; # begins a comment. With --elastic it "
+        "may change at any time. Default: none. --elastic then asks the script that Kubernetes' MPI operator mounts.",
+        _FLAGS,
+    )
+    _define("wait_for_hosts_seconds", "0", "How long to wait until the ssh servers of all hosts answer, in seconds.")
+    _define("ssh_port", "22", "Port of the hosts' ssh servers.")
+    _define(
+        "network_interface",
+        "",
+        "Network card by which the workers reach each other, of that name on every host. Default: on each host the "
+        "card towards the launcher, whatever its name.",
+    )
+    _define(
+        "pass_environment",
+        "",
+        "Further environment variables for workers on other hosts, comma-separated. Default: only those that such a "
+        "job needs (see launch/README.md).",
+    )
+with theme("elastic", _FLAGS):
+    flags.DEFINE_boolean(
+        "elastic",
+        False,
+        "Go on when workers are lost or added. The start waits for --num_workers.",
+        flag_values=_FLAGS,
+    )
+    _define("min_workers", "1", "With --elastic: fewest workers to train with. Fewer wait for others.")
+    _define("max_workers", "", "With --elastic: most workers to train with. Default: no limit.")
+    _define(
+        "host_cooldown_seconds",
+        "10",
+        "With --elastic: how long a host is left out whose worker failed, in seconds. Each failure doubles it, up to "
+        "30 times.",
+    )
+    _define(
+        "stall_timeout_seconds",
+        "60",
+        "After how many seconds a worker counts as lost that gives no sign of life or waits for a disk. The others "
+        "wait as long for a new one to start.",
+    )
+with theme("start and logs", _FLAGS):
+    settings.define_path("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.", _FLAGS)
+    flags.DEFINE_boolean("preflight", True, "Check all hosts before a start on more than one.", flag_values=_FLAGS)
+    flags.DEFINE_boolean(
+        "dry_run",
+        False,
+        "Print the command that would start the workers, and start nothing. The command is only for reading, because "
+        "each worker is an agent that needs a launcher.",
+        flag_values=_FLAGS,
+    )
 
 
 def parse_launcher_flags(arguments: Sequence[str]) -> list[str]:
@@ -429,8 +443,7 @@ def _run_first(name: str, arguments: Sequence[str]) -> int:
 def _print_help() -> None:
     """Prints the launcher's flags, then the trainer's."""
     settings.define_flags()
-    print(f"{__doc__}\n\n{_USAGE}\n{_FLAGS.get_help()}\n\nOf the trainer:\n")
-    print(flags.FLAGS.module_help(settings))
+    print(help.page(f"{__doc__}\n\n{_USAGE}", _FLAGS, flags.FLAGS))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Scores files of any size with an export: `python -m din_dist.cli.predict`, alone or under `horovodrun`.
 
-A row is a user, or a history, and a candidate or a list of them. Parts of the result are published one by one: the
-same command goes on where it was stopped or killed. The last line on stdout tells this run as JSON.
+A row holds a user or a history, and a candidate or a list of candidates. The parts of the result are published one by
+one, so the same command resumes after a stop or a kill. The last line on stdout is a summary of this run, as JSON.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.flags import define_path
-from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, define_anew, said_anew
-from din_dist.config import LogFormat, require
+from din_dist.cli.flags import define_overrides, define_path, overridden
+from din_dist.cli.help import theme
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of
+from din_dist.config import Config, LogFormat, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError, Interrupted
 from din_dist.serving.manifest import DIGEST_HELP, read_manifest
@@ -24,107 +25,197 @@ from din_dist.tables.sources import find_files
 from din_dist.text import duration
 
 if TYPE_CHECKING:
-    from din_dist.serving.batch.predictor import Histories, RowColumns
+    from typing import TextIO
+
+    from din_dist.data.event_store import EventStore
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.serving.batch.parts import PartsFolder, Plan
+    from din_dist.serving.batch.predictor import Histories, Predictor, RowColumns
+    from din_dist.serving.bundle import Bundle
     from din_dist.serving.manifest import Manifest
 
-EXPORT_DIR = define_path("export_dir", "", "The export to score with, made by din_dist.cli.export.")
-EXPECT_DIGEST = flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
-INPUT = define_path(
-    "input", "", "Rows to score: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob."
-)
-PREDICTIONS_DIR = define_path(
-    "predictions_dir",
-    "",
-    "Folder for the results, in the input's format: its rows with the columns logit and click_probability. Workers of "
-    "several hosts must share it.",
-)
-HISTORY_COLUMN = flags.DEFINE_string(
-    "history_column", "history", "Column of the history: a list of item ids, oldest first. Not with --user_histories."
-)
-ITEM_COLUMN = flags.DEFINE_string("item_column", "item_id", "Column of the candidate's item id.")
-CANDIDATES_COLUMN = flags.DEFINE_string(
-    "candidates_column",
-    "candidates",
-    "Column of a list of candidates. Taken for --item_column if that is not given and the first file has it.",
-)
-USER_HISTORIES = define_path(
-    "user_histories",
-    "",
-    "Take the history of the user in --user_column from prepared data: that of the job with this --output_dir, whose "
-    "flags.txt names it. It is all that the user ever acted on. A user that is not there has an empty one.",
-)
-USER_COLUMN = flags.DEFINE_string("user_column", "user_id", "Column of the user's id, for --user_histories.")
-BEFORE_COLUMN = flags.DEFINE_string(
-    "before_column",
-    "",
-    "With --user_histories: column of a time, of the log's kind and unit; the history is what the user did before. "
-    "Default: all of it.",
-)
-LIST_SEPARATOR = flags.DEFINE_string(
-    "list_separator",
-    "",
-    "Lists are text with this between the ids. Default: in CSV, a cell with a list is a JSON array.",
-)
-TOP_K = flags.DEFINE_integer(
-    "top_k",
-    0,
-    "Of a list of candidates keep the best so many, best first, with their ids as top_items. 0: all, as given.",
-)
-ROWS_PER_PART = flags.DEFINE_integer("rows_per_part", 200_000, "Rows of a file of results; what a kill can cost.")
-define_anew(WHERE_DATA_LIES)
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Begin anew, whatever was begun in --predictions_dir.")
-LOG_FORMAT = flags.DEFINE_enum(
-    "log_format", LogFormat.TEXT.value, [form.value for form in LogFormat], "Lines for people, or an object a line."
-)
+with theme("model"):
+    EXPORT_DIR = define_path("export_dir", "", "The export to score with, made by din_dist.cli.export. Required.")
+    EXPECT_DIGEST = flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
+with theme("input"):
+    INPUT = define_path(
+        "input",
+        "",
+        "Rows to score: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob. Required.",
+    )
+    HISTORY_COLUMN = flags.DEFINE_string(
+        "history_column",
+        "history",
+        "Column of the history: a list of item ids, oldest first. Not with --user_histories.",
+    )
+    ITEM_COLUMN = flags.DEFINE_string("item_column", "item_id", "Column of the candidate's item id.")
+    CANDIDATES_COLUMN = flags.DEFINE_string(
+        "candidates_column",
+        "candidates",
+        "Column of a list of candidates. It is used if --item_column is not given and the first file has it.",
+    )
+    LIST_SEPARATOR = flags.DEFINE_string(
+        "list_separator",
+        "",
+        "Text between the ids of a list. Default: none. In CSV, a list is then a cell with a JSON array.",
+    )
+with theme("histories from prepared data"):
+    USER_HISTORIES = define_path(
+        "user_histories",
+        "",
+        "The --output_dir of a job: histories are taken from the job's prepared data, by the user in --user_column. A "
+        "history is all that the user ever acted on. A user that is not there has an empty one. Default: none, "
+        "histories are in --history_column.",
+    )
+    USER_COLUMN = flags.DEFINE_string("user_column", "user_id", "Column of the user's id, for --user_histories.")
+    BEFORE_COLUMN = flags.DEFINE_string(
+        "before_column",
+        "",
+        "With --user_histories: column of a time, of the log's kind and unit. The history is what the user did before "
+        "it. Default: none, all of the history counts.",
+    )
+define_overrides(WHERE_DATA_LIES)
+with theme("result"):
+    PREDICTIONS_DIR = define_path(
+        "predictions_dir",
+        "",
+        "Folder for the results, in the input's format: its rows with the columns logit and click_probability. Workers "
+        "on several hosts must share it. Required.",
+    )
+    TOP_K = flags.DEFINE_integer(
+        "top_k",
+        0,
+        "Number of candidates of a list to keep: the best, best first, with their ids as top_items. 0: all, as given.",
+    )
+    ROWS_PER_PART = flags.DEFINE_integer(
+        "rows_per_part", 200_000, "Rows of a file of results. A kill costs at most one file."
+    )
+    OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Begin anew, whatever was begun in --predictions_dir.")
+with theme("logs"):
+    LOG_FORMAT = flags.DEFINE_enum(
+        "log_format",
+        LogFormat.TEXT.value,
+        [form.value for form in LogFormat],
+        "Format of the lines on stderr: text for people, or json, one object per line.",
+    )
 
 
 def main() -> None:
     started = time.perf_counter()
     files, folder = _checked_flags()
-    export = Path(EXPORT_DIR.value)
-    digest = read_manifest(export, EXPECT_DIGEST.value).digest
-    job = said_anew(config_of(Path(USER_HISTORIES.value)), WHERE_DATA_LIES) if USER_HISTORIES.value else None
-    requests = entry.Signals("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
+    digest = read_manifest(Path(EXPORT_DIR.value), EXPECT_DIGEST.value).digest
+    job = overridden(config_of(Path(USER_HISTORIES.value)), WHERE_DATA_LIES) if USER_HISTORIES.value else None
+    signals = entry.Signals("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
-    import numpy as np
-
-    from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.serving.batch.histories import GivenHistories, UserHistories, check_item_types
-    from din_dist.serving.batch.parts import PartsFolder, Plan
-    from din_dist.serving.batch.predictor import Predictor, Stopped, check_columns
-    from din_dist.serving.bundle import Bundle
+    from din_dist.serving.batch.parts import PartsFolder
+    from din_dist.serving.batch.predictor import Predictor
     from din_dist.text import to_json
-    from din_dist.training.output_dir import claim_output_dir
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
-    lock = plan = None
+    parts = PartsFolder(folder)
     with runtime.together():
-        bundle = Bundle.open(export, digest)
-        manifest = bundle.manifest
-        users_are_integers = data = None
-        histories: Histories = GivenHistories(manifest.max_history_length)
-        if job:
-            store = open_prepared(job.data)
-            histories = UserHistories(store, manifest.max_history_length)
-            check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
-            users_are_integers, data = histories.users_are_integers, store.facts.fingerprint
-        columns = _columns(manifest, users_are_integers, files)
-        parts = PartsFolder(folder)
-        if runtime.is_chief:
-            lock = claim_output_dir(folder, flag="--predictions_dir")
-            plan = parts.begin(
-                files,
-                ROWS_PER_PART.value,
-                _settings(manifest, columns, data),
-                OVERWRITE.value,
-                lambda plan: check_columns(plan, columns),
-            )
-    plan = Plan.from_json(runtime.broadcast_object(plan.to_json() if plan else None))
-    predictor = Predictor(bundle, histories, columns, parts, lambda: requests.stop, LogFormat(LOG_FORMAT.value))
+        source = _open_source(job, files, digest)
+        lock, plan = _begin(parts, source, files) if runtime.is_chief else (None, None)
+    plan = _broadcast(plan, runtime)
+    predictor = Predictor(
+        source.bundle, source.histories, source.columns, parts, lambda: signals.stop, LogFormat(LOG_FORMAT.value)
+    )
     begun = time.perf_counter()
+    counts = _predict(predictor, source.histories, plan, parts, runtime)
+    with runtime.together():
+        if runtime.is_chief:
+            parts.finish(plan)
+    runtime.shutdown()
+    if not runtime.is_chief:
+        return
+    seconds = {"start": begun - started, "predict": time.perf_counter() - begun}
+    found = _report(plan, counts, seconds, runtime.world_size)
+    if job:
+        _report_histories(found, counts, source)
+    entry.say(_table(found))
+    print(to_json(found), flush=True)
+    if lock:
+        lock.close()
+
+
+class _Source(NamedTuple):
+    """The export, histories and columns that every row is scored with.
+
+    Attributes:
+        store: the prepared data of `--user_histories`.
+    """
+
+    bundle: Bundle
+    histories: Histories
+    columns: RowColumns
+    store: EventStore | None
+
+
+class _Counts(NamedTuple):
+    """The counts of this run, summed over all ranks."""
+
+    rows: int
+    candidates: int
+    parts: int
+    unknown_users: int
+    timed_rows: int  # of users who have a history
+    too_early: int  # of these, with a time before all of it
+    stopped: int  # ranks
+
+
+def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Source:
+    """Opens the export and, if `job` is given, the histories in its prepared data."""
+    from din_dist.data.prepared import open_prepared
+    from din_dist.serving.batch.histories import GivenHistories, UserHistories, check_item_types
+    from din_dist.serving.bundle import Bundle
+
+    bundle = Bundle.open(Path(EXPORT_DIR.value), digest)
+    manifest = bundle.manifest
+    if job is None:
+        columns = _columns(manifest, None, files)
+        return _Source(bundle, GivenHistories(manifest.max_history_length), columns, None)
+    store = open_prepared(job.data)
+    histories = UserHistories(store, manifest.max_history_length)
+    check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
+    return _Source(bundle, histories, _columns(manifest, histories.users_are_integers, files), store)
+
+
+def _begin(parts: PartsFolder, source: _Source, files: Sequence[Path]) -> tuple[TextIO, Plan]:
+    """Locks the folder of results and plans its parts, or takes up the plan that is there."""
+    from din_dist.serving.batch.predictor import check_columns
+    from din_dist.training.output_dir import claim_output_dir
+
+    lock = claim_output_dir(parts.folder, flag="--predictions_dir")
+    data = source.store.facts.fingerprint if source.store else None
+    plan = parts.begin(
+        files,
+        ROWS_PER_PART.value,
+        _settings(source.bundle.manifest, source.columns, data),
+        OVERWRITE.value,
+        lambda plan: check_columns(plan, source.columns),
+    )
+    return lock, plan
+
+
+def _broadcast(plan: Plan | None, runtime: Runtime) -> Plan:
+    from din_dist.serving.batch.parts import Plan
+
+    return Plan.from_json(runtime.broadcast_object(plan.to_json() if plan else None))
+
+
+def _predict(predictor: Predictor, histories: Histories, plan: Plan, parts: PartsFolder, runtime: Runtime) -> _Counts:
+    """Scores this rank's parts.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
+    """
+    import numpy as np
+
+    from din_dist.serving.batch.predictor import Stopped
+
     stopped = False
     with runtime.together():
         try:
@@ -134,48 +225,47 @@ def main() -> None:
     done = predictor.counts
     mine = [done.rows, done.candidates, done.parts, histories.num_unknown, histories.num_timed]
     mine += [histories.num_too_early, stopped]
-    rows, candidates, num_parts, unknown, timed, too_early, num_stopped = runtime.sum(np.array(mine, np.int64)).tolist()
-    if num_stopped:
+    counts = _Counts(*runtime.sum(np.array(mine, np.int64)).tolist())
+    if counts.stopped:
         raise Interrupted(
             f"on request, with {len(plan.parts()) - len(parts.missing(plan))} of {len(plan.parts())} parts published. "
             "The same command goes on from there"
         )
-    with runtime.together():
-        if runtime.is_chief:
-            parts.finish(plan)
-    runtime.shutdown()
-    if not runtime.is_chief:
-        return
-    seconds = {"start": begun - started, "predict": time.perf_counter() - begun}
-    found: dict[str, Any] = {
-        "predictions_dir": str(folder),
+    return counts
+
+
+def _report(plan: Plan, counts: _Counts, seconds: dict[str, float], world_size: int) -> dict[str, Any]:
+    return {
+        "predictions_dir": str(Path(PREDICTIONS_DIR.value).absolute()),
         "num_rows": plan.num_rows,
         "num_parts": len(plan.parts()),
-        "rows": rows,
-        "parts": num_parts,
-        "candidates": candidates,
-        "candidates_per_second": round(candidates / seconds["predict"], 1),
-        "world_size": runtime.world_size,
+        "rows": counts.rows,
+        "parts": counts.parts,
+        "candidates": counts.candidates,
+        "candidates_per_second": round(counts.candidates / seconds["predict"], 1),
+        "world_size": world_size,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
-    if job:
-        found["rows_of_unknown_users"] = unknown
-    if job and BEFORE_COLUMN.value:
-        found["rows_before_all_history"] = too_early
-        if too_early == timed > 0:
-            entry.warn(
-                f"--before_column: no row has a history. All {timed:,} rows of users who have one have a time before "
-                f"it; the log's times, as prepared, go from {store.facts.first_timestamp} to "
-                f"{store.facts.last_timestamp}. Are they of the same unit?"
-            )
-    entry.say(_told(found))
-    print(to_json(found), flush=True)
-    if lock:
-        lock.close()
+
+
+def _report_histories(found: dict[str, Any], counts: _Counts, source: _Source) -> None:
+    """Adds to the report how many rows have no history. Warns if none has one because of its time."""
+    found["rows_of_unknown_users"] = counts.unknown_users
+    if not BEFORE_COLUMN.value:
+        return
+    found["rows_before_all_history"] = counts.too_early
+    if counts.too_early == counts.timed_rows > 0:
+        assert source.store
+        facts = source.store.facts
+        entry.warn(
+            f"--before_column: no row has a history. All {counts.timed_rows:,} rows of users who have one have a time "
+            f"before it; the log's times, as prepared, go from {facts.first_timestamp} to {facts.last_timestamp}. Are "
+            "they of the same unit?"
+        )
 
 
 def _checked_flags() -> tuple[list[Path], Path]:
-    """The files to read, and the folder to write to."""
+    """Checks the flags. Returns the files to read and the folder to write to."""
     for flag in (EXPORT_DIR, INPUT, PREDICTIONS_DIR):
         require(bool(flag.value), "must be given", flag.name, flag.value, "See --help.")
     require(ROWS_PER_PART.value >= 1, "must be at least 1", ROWS_PER_PART.name, ROWS_PER_PART.value, "Say 200000.")
@@ -240,7 +330,7 @@ def _settings(manifest: Manifest, columns: RowColumns, data_fingerprint: str | N
     }
 
 
-def _told(found: dict[str, Any]) -> str:
+def _table(found: dict[str, Any]) -> str:
     seconds = found["seconds"]
     kept = found["num_parts"] - found["parts"]
     lines = [f"  {found['num_rows']:,} rows in {found['num_parts']:,} part(s): {found['predictions_dir']}"]

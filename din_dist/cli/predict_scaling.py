@@ -18,24 +18,30 @@ from absl import flags
 from din_dist.benchmark.scaling_model import Cluster, Measured, Prediction, predict
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
+from din_dist.cli.help import theme
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import read_text
 
-define_path("measured", "", "File with the JSON line of the benchmark, run with one worker. Required.")
-flags.DEFINE_float("bandwidth_gbits", None, "What each worker's link carries in each direction, in Gbit/s. Required.")
-flags.DEFINE_float(
-    "latency_us",
-    None,
-    "Microseconds that a small message takes from one worker's process to another's: half a round trip over TCP, not "
-    "the data sheet of the switch. Required.",
-)
-flags.DEFINE_float(
-    "overhead_us",
-    0.0,
-    "Microseconds of software for each message of a step, as `python -m tests.benchmarks.network` finds them.",
-)
-flags.DEFINE_list("workers", [str(2**power) for power in range(3, 11)], "Numbers of workers to predict for.")
+with theme("measurement"):
+    define_path("measured", "", "File with the JSON line of the benchmark, run with one worker. Required.")
+with theme("cluster"):
+    flags.DEFINE_float(
+        "bandwidth_gbits", None, "Bandwidth of each worker's link in each direction, in Gbit/s. Required."
+    )
+    flags.DEFINE_float(
+        "latency_us",
+        None,
+        "Time that a small message takes from one worker's process to another's, in microseconds: half a round trip "
+        "over TCP, not the data sheet of the switch. Required.",
+    )
+    flags.DEFINE_float(
+        "overhead_us",
+        0.0,
+        "Time of software for each message of a step, in microseconds, as `python -m tests.benchmarks.network` "
+        "measures it.",
+    )
+    flags.DEFINE_list("workers", [str(2**power) for power in range(3, 11)], "Numbers of workers to predict for.")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from din_dist.cli import flags as settings
 from din_dist.text import printable
 
 settings.define_flags()
-flags.adopt_module_key_flags(settings)  # for --help
 
 
 def main() -> None:

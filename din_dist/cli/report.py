@@ -14,6 +14,7 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli.flags import define_path
+from din_dist.cli.help import theme
 from din_dist.cli.saved_job import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     from din_dist.data.splits import Examples
     from din_dist.report.page import Findings
 
-OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
-REPORT_PATH = define_path("report_path", "", "Where the report goes. Default: report.html in --output_dir.")
-MAX_EXAMPLES = flags.DEFINE_integer(
-    "report_max_examples",
-    200_000,
-    "Most examples to score: of a larger split whole users, evenly spaced, the same ones every time.",
-)
+with theme("report"):
+    OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
+    REPORT_PATH = define_path("report_path", "", "File of the report. Default: report.html in --output_dir.")
+    MAX_EXAMPLES = flags.DEFINE_integer(
+        "report_max_examples",
+        200_000,
+        "Most examples to score. A larger split is reduced to whole users that are evenly spaced, the same ones every "
+        "time.",
+    )
 
 
 def main() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
-from din_dist.config import Config, DataConfig, JobConfig
+from din_dist.config import Config
 from din_dist.errors import InputError
 from din_dist.files import read_record
 
@@ -19,31 +17,7 @@ if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
     from din_dist.models.ranking_model import RankingModel
 
-WHERE_DATA_LIES: Mapping[type, Sequence[str]] = {DataConfig: ("data_path", "data_dir")}
-
-
-def define_anew(names: Mapping[type, Sequence[str]]) -> None:
-    """Defines flags that override some of the job's settings, given by the class that holds them."""
-    for kind, fields in names.items():
-        for field in dataclasses.fields(kind):
-            if field.name in fields:
-                is_path = field.metadata.get("path")
-                define: Any = settings.define_path if is_path else flags.DEFINE_integer
-                help_text = field.metadata["help"].partition(" Default:")[0]
-                define(field.name, None, f"{help_text} Default: as in training.")
-
-
-def said_anew(config: Config, names: Mapping[type, Sequence[str]]) -> Config:
-    """Returns `config` with the values of the flags of `define_anew` that were given."""
-    rooms = {
-        kind: {name: value for name in fields if (value := flags.FLAGS[name].value) is not None}
-        for kind, fields in names.items()
-    }
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **rooms.get(DataConfig, {})),
-        job=dataclasses.replace(config.job, **rooms.get(JobConfig, {})),
-    )
+WHERE_DATA_LIES = ("data_path", "data_dir")
 
 
 def config_of(folder: Path) -> Config:
@@ -59,7 +33,7 @@ def config_of(folder: Path) -> Config:
             "job was given."
         )
     config = config_from_text(read_record(path, errors="replace"), path)
-    return dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=str(folder)))
+    return config.replace(output_dir=str(folder))
 
 
 def config_from_text(text: str, path: Path) -> Config:

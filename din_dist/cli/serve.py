@@ -13,16 +13,13 @@ import os
 import resource
 import signal
 import socket
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from din_dist import environment
 from din_dist.cli import entry
-from din_dist.cli.flags import define_path
+from din_dist.cli.flags import define_settings, settings_from_flags
 from din_dist.errors import EXIT_SIGINT, InputError
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import find_export
@@ -31,18 +28,12 @@ from din_dist.serving.manifest import Manifest, read_manifest
 _OTHER_FILES = 128  # for probes, connections that are just accepted or closed, and a margin
 _OF_THE_MODEL = 128  # the most files of the model, and those that were open before
 
-_DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-for _field in dataclasses.fields(ServeConfig):
-    _kind = typing.get_type_hints(ServeConfig)[_field.name]
-    _define = define_path if _field.metadata.get("path") else _DEFINE[_kind]
-    _define(_field.name, _field.default, _field.metadata["help"])
+define_settings(ServeConfig)
 
 
 def main() -> None:
     """Loads the export and serves it until a signal comes."""
-    values = flags.FLAGS
-    given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(ServeConfig)}
-    config = ServeConfig(**given)
+    config = ServeConfig(**settings_from_flags(ServeConfig))
     folder, version = find_export(Path(config.export_dir))
     manifest = read_manifest(folder, config.expect_digest)
     from din_dist.serving.http.listener import listen

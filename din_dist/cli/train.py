@@ -6,14 +6,14 @@ The last line on stdout is the summary, as JSON.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from absl import flags
 
 from din_dist import progress
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.config import Config
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import EXIT_GAVE_UP, InputError
 from din_dist.files import read_record, write_text
@@ -26,116 +26,162 @@ if TYPE_CHECKING:
 _SAVING_LOCK = ".saving"
 
 settings.define_flags()
-flags.adopt_module_key_flags(settings)  # for --help
 
 
 def main() -> None:
     started = time.perf_counter()
     config = settings.config_from_flags()
-    requests = entry.Signals()
+    signals = entry.Signals()
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
-    import numpy as np
+    summary = _Training(config, signals, len(cores), started).run()
+    if summary:
+        print(summary, flush=True)
 
-    from din_dist.assembly import Assembly
-    from din_dist.data.prepared import open_prepared
-    from din_dist.distributed.elastic import run_elastic
-    from din_dist.distributed.runtime import claim_devices, open_runtime
-    from din_dist.telemetry.projector import write_projector
-    from din_dist.telemetry.prometheus import PrometheusMetrics
-    from din_dist.text import to_json
-    from din_dist.training.output_dir import OutputDirLock
-    from din_dist.training.trainer import peak_memory_bytes
-    from din_dist.versions import build_info
 
-    runtime = open_runtime()
-    claim_devices(runtime, len(cores))
-    folder = Path(config.job.output_dir)
-    lock = OutputDirLock(folder, Place.from_environment().job)
-    with runtime.together():
-        lock.hold(runtime.is_chief)
-        prometheus_metrics = PrometheusMetrics(config.job, runtime)
-    store = open_prepared(config.data)
-    job = Assembly(
-        config,
-        runtime,
-        store,
-        prometheus_metrics=prometheus_metrics,
-        signals=requests,
-        num_threads=len(cores),
-    )
-    seconds = {"start": time.perf_counter() - started}
+class _Training:
+    """One process of a training job: it is wired when it is built.
 
-    def run() -> str | None:
-        """The summary, on the chief. Called again when workers came or went."""
-        lock.hold(runtime.is_chief)
+    Args:
+        num_threads: how many cores this process may use.
+        started: `time.perf_counter` at the start of the process.
+    """
+
+    def __init__(self, config: Config, signals: entry.Signals, num_threads: int, started: float) -> None:
+        from din_dist.assembly import Assembly
+        from din_dist.data.prepared import open_prepared
+        from din_dist.distributed.runtime import claim_devices, open_runtime
+        from din_dist.telemetry.prometheus import PrometheusMetrics
+        from din_dist.training.output_dir import OutputDirLock
+
+        self._config, self._signals, self._started = config, signals, started
+        self._folder = Path(config.job.output_dir)
+        self._runtime = open_runtime()
+        claim_devices(self._runtime, num_threads)
+        self._lock = OutputDirLock(self._folder, Place.from_environment().job)
+        with self._runtime.together():
+            self._lock.hold(self._runtime.is_chief)
+            self._prometheus_metrics = PrometheusMetrics(config, self._runtime)
+        self._store = open_prepared(config.data)
+        self._job = Assembly(
+            config,
+            self._runtime,
+            self._store,
+            prometheus_metrics=self._prometheus_metrics,
+            signals=signals,
+            num_threads=num_threads,
+        )
+        self._seconds = {"start": time.perf_counter() - started}
+
+    def run(self) -> str | None:
+        """Trains and tests until the job is done, however often workers come or go.
+
+        Returns:
+            The summary, on the chief.
+        """
+        from din_dist.distributed.elastic import run_elastic
+
+        job = self._job
+        waiting = _Waiting(self._folder, job.trainer, self._signals, self._config.recovery.rejoin_timeout_seconds)
+        with job.telemetry.until_the_end(job.trainer):
+            summary = run_elastic(self._runtime, self._run_with_these_workers, job.telemetry.say, waiting)
+        self._runtime.barrier()
+        self._runtime.shutdown()
+        if summary:
+            self._lock.release()
+        return summary
+
+    def _run_with_these_workers(self) -> str | None:
+        """Trains and tests. `run_elastic` calls it again when the set of workers has changed."""
+        job = self._job
+        self._lock.hold(self._runtime.is_chief)
         job.telemetry.show_flags(settings.to_flagfile())
         job.trainer.train()
         test = job.trainer.test()
+        floors = self._finish_test(has_results=bool(test))
+        peak_memory = self._peak_memory_bytes()
+        if not self._runtime.is_chief:
+            return None
+        return self._publish(self._summary(test, floors, peak_memory))
+
+    def _finish_test(self, *, has_results: bool) -> dict[str, Any]:
+        """Computes the floors of the test split and writes the projector's files."""
+        from din_dist.telemetry.projector import write_projector
+
+        job, num_items = self._job, self._config.telemetry.projector_items
         floors_started = time.perf_counter()
         with job.telemetry.phase("test"):
-            floors = job.evaluator.floors("test") if test else {}
-            if runtime.is_chief and config.job.projector_items:
+            floors = job.evaluator.floors("test") if has_results else {}
+            if self._runtime.is_chief and num_items:
                 with job.telemetry.dispensable():
-                    write_projector(folder / "tensorboard", job.model.lookup, store, config.job.projector_items)
-        prometheus_metrics.enter_phase("done")
-        seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
-        seconds["total"] = time.perf_counter() - started
-        peak_memory = int(runtime.gather(np.array([peak_memory_bytes()])).max())
-        if not runtime.is_chief:
-            return None
-        summary = {
+                    write_projector(self._folder / "tensorboard", job.model.lookup, self._store, num_items)
+        self._prometheus_metrics.enter_phase("done")
+        self._seconds.update(job.trainer.seconds, floors=time.perf_counter() - floors_started)
+        self._seconds["total"] = time.perf_counter() - self._started
+        return floors
+
+    def _peak_memory_bytes(self) -> int:
+        """Returns the largest peak of all ranks, each of which must call it."""
+        import numpy as np
+
+        from din_dist.training.trainer import peak_memory_bytes
+
+        return int(self._runtime.gather(np.array([peak_memory_bytes()])).max())
+
+    def _summary(self, test: Mapping[str, float], floors: dict[str, Any], peak_memory: int) -> dict[str, Any]:
+        """Returns what summary.json holds."""
+        from din_dist.versions import build_info
+
+        trainer = self._job.trainer
+        return {
             **{f"test_{name}": value for name, value in test.items()},
             "test_floors": floors,
-            f"best_validation_{job.trainer.validation_metric}": job.trainer.state.best_validation,
-            "best_step": job.trainer.state.best_step or job.trainer.state.step,
-            "examples_per_second": round(job.trainer.examples_per_second, 1) or None,
-            "epochs": job.trainer.state.epoch,
-            "steps": job.trainer.state.step,
-            "epoch_records": job.trainer.state.epoch_records,
-            "world_size": runtime.world_size,
-            "global_batch_size": config.job.global_batch_size,
-            "num_parameters": job.model.count_params(),
+            f"best_validation_{trainer.validation_metric}": trainer.state.best_validation,
+            "best_step": trainer.state.best_step or trainer.state.step,
+            "examples_per_second": round(trainer.examples_per_second, 1) or None,
+            "epochs": trainer.state.epoch,
+            "steps": trainer.state.step,
+            "epoch_records": trainer.state.epoch_records,
+            "world_size": self._runtime.world_size,
+            "global_batch_size": self._config.job.global_batch_size,
+            "num_parameters": self._job.model.count_params(),
             "peak_memory_bytes": peak_memory,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "versions": build_info(),
-            "metrics": prometheus_metrics.values(),
+            "metrics": self._prometheus_metrics.values(),
         }
-        if not job.trainer.seconds["training"]:
-            with progress.at(f"reading {folder / 'summary.json'}"):
-                summary = _with_what_was_measured(summary, folder)
-        job.telemetry.say(_table(summary), summary=summary)
-        text = to_json(summary)
-        with job.telemetry.dispensable():
-            write_text(folder / "summary.json", text + "\n")
-        return text
 
-    waiting = _Waiting(folder, job.trainer, requests, config.job.rejoin_timeout_seconds)
-    with job.telemetry.until_the_end(job.trainer):
-        summary = run_elastic(runtime, run, job.telemetry.say, waiting)
-    runtime.barrier()
-    runtime.shutdown()
-    if summary:
-        print(summary, flush=True)
-        lock.release()
+    def _publish(self, summary: dict[str, Any]) -> str:
+        """Shows the summary, writes it, and returns it as JSON."""
+        from din_dist.text import to_json
+
+        path, telemetry = self._folder / "summary.json", self._job.telemetry
+        if not self._job.trainer.seconds["training"]:
+            with progress.at(f"reading {path}"):
+                summary = _with_what_was_measured(summary, self._folder)
+        telemetry.say(_table(summary), summary=summary)
+        text = to_json(summary)
+        with telemetry.dispensable():
+            write_text(path, text + "\n")
+        return text
 
 
 class _Waiting:
-    """While this worker of an elastic job waits for the others: see `distributed.elastic.Waiting`."""
+    """The work of a worker of an elastic job while it waits for the others; see `distributed.elastic.Waiting`."""
 
-    def __init__(self, folder: Path, trainer: Trainer, requests: entry.Signals, patience_seconds: float) -> None:
-        self._folder, self._trainer, self._requests = folder, trainer, requests
+    def __init__(self, folder: Path, trainer: Trainer, signals: entry.Signals, patience_seconds: float) -> None:
+        self._folder, self._trainer, self._signals = folder, trainer, signals
         self.patience_seconds = patience_seconds
 
     def stop_requested(self) -> bool:
-        return self._requests.stop
+        return self._signals.stop
 
     def give_up(self, waited_seconds: float) -> None:
         reason = "on request" if self.stop_requested() else f"fewer than --min_workers for {waited_seconds:.0f} s"
         entry.leave_at_once(EXIT_GAVE_UP, f"{reason}; {self._save()}")
 
     def _save(self) -> str:
-        """One worker does; not by the chief's lock, for that may be the one that all wait for."""
+        """Lets one worker save. It takes a lock of its own, because the chief may be the one that all wait for."""
         from din_dist.training.output_dir import claim_output_dir
 
         try:
@@ -169,7 +215,7 @@ def _is_like(value: Any, ours: Any) -> bool:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    """The end of a job for people: the model against its floors, and where the time went."""
+    """Renders the end of a job for people: the model against its floors, and where the time went."""
     lines = []
     if "test_gauc" in summary:
         rows = {"this model": {"gauc": summary["test_gauc"], "auc": summary["test_auc"]}, **summary["test_floors"]}

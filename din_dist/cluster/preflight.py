@@ -92,7 +92,7 @@ def check_hosts(
         probes = list(pool.map(lambda host: stack.enter_context(_Probe(host, ssh_port)), hosts))
         question = stack.enter_context(_question(config, _own_address(hosts, card), card))  # takes a second, meanwhile
         here = find_facts(question)
-        answers = _ask_all(pool, probes, findings, lambda probe: probe.meet(question, config.job.metrics_port))
+        answers = _ask_all(pool, probes, findings, lambda probe: probe.meet(question, config.telemetry.metrics_port))
         peers = {name: (found.facts.address, found.port) for name, found in answers.items() if found.facts.address}
         if answers and not any(probe.is_local for probe in probes):  # workers must reach Horovod's driver as well
             listener = stack.enter_context(listen(question.launcher))
@@ -248,11 +248,11 @@ def _processors(host: HostSlots, facts: Facts, any_gpu: bool) -> Iterator[Findin
 
 
 def _metrics_ports(host: HostSlots, facts: Facts, first_name: str, config: Config) -> Iterator[Finding]:
-    port = config.job.metrics_port
+    port = config.telemetry.metrics_port
     remedy = "Free them, or give another --metrics_port (0: any free ones) or --metrics_host."
     if facts.taken_ports:
         found = _shorten([f"{taken} ({reason})" for taken, reason in facts.taken_ports.items()])
-        yield Finding(host.name, "metrics ports", f"cannot be had on {config.job.metrics_host}: {found}", remedy)
+        yield Finding(host.name, "metrics ports", f"cannot be had on {config.telemetry.metrics_host}: {found}", remedy)
     elif port > 0 and first_name != host.name:
         found = f"the same machine as {first_name}: its workers too would take {port} and up"
         yield Finding(host.name, "metrics ports", found, "Give --metrics_port=0, or the machine one name.")
@@ -305,7 +305,7 @@ def _question(config: Config, launcher: str, card: str) -> Iterator[Question]:
             "Name another one."
         ) from error
     try:
-        yield Question(str(data_folder), str(folder), token.name, launcher, card, config.job.metrics_host, ())
+        yield Question(str(data_folder), str(folder), token.name, launcher, card, config.telemetry.metrics_host, ())
     finally:
         token.unlink(missing_ok=True)
         for path in made:

@@ -90,7 +90,7 @@ class Evaluator:
             self._splits[split],
             self._config.data,
             seed=self._config.job.seed,
-            batch_size=self._config.job.evaluation_batch_size,
+            batch_size=self._config.evaluation.evaluation_batch_size,
             shard_index=self._runtime.rank,
             num_shards=self._runtime.world_size,
         )

@@ -217,7 +217,7 @@ def weighed_examples(
         examples,
         config.data,
         seed=config.job.seed,
-        batch_size=config.job.evaluation_batch_size,
+        batch_size=config.evaluation.evaluation_batch_size,
         shard_index=0,
         num_shards=1,
     )

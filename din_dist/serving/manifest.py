@@ -20,8 +20,8 @@ from din_dist.text import is_count, parse_json, reason, shown
 MANIFEST = Path("assets.extra") / "manifest.json"  # the folder that TensorFlow reserves for files of others
 FORMAT_VERSION = 1
 DIGEST_HELP = (
-    "SHA-256 of the export's assets.extra/manifest.json, the digest that cli.export prints: any other export is "
-    "refused before it is loaded."
+    "SHA-256 of the export's assets.extra/manifest.json: the digest that cli.export prints. Any other export is "
+    "refused before it is loaded. Default: none, every export is taken."
 )
 _MOST_BYTES = 4 << 20  # largest manifest
 _FOLDERS = ("variables", "assets", "debug")  # folders of a SavedModel

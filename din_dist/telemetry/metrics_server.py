@@ -18,23 +18,23 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import MetricsHandler
 
 from din_dist.bounded_server import BoundedServer
-from din_dist.config import JobConfig
+from din_dist.config import TelemetryConfig
 from din_dist.errors import InputError
 
 _CLIENT_SECONDS = 10.0  # a client that is silent for longer is disconnected
 
 
 class MetricsServer:
-    """Answers at `port` (0: a free one, see `port`) of `job.metrics_host` until it is closed.
+    """Answers at `port` (0: a free one, see `port`) of `settings.metrics_host` until it is closed.
 
     Raises:
         InputError: the port is taken, the host is not this machine, or the files for TLS or authentication are
             unusable.
     """
 
-    def __init__(self, job: JobConfig, registry: CollectorRegistry, port: int) -> None:
-        context = _tls_context(job) if job.metrics_tls_certificate else None
-        logins = _logins(job.metrics_password_file) if job.metrics_password_file else None
+    def __init__(self, settings: TelemetryConfig, registry: CollectorRegistry, port: int) -> None:
+        context = _tls_context(settings) if settings.metrics_tls_certificate else None
+        logins = _logins(settings.metrics_password_file) if settings.metrics_password_file else None
 
         class Handler(MetricsHandler):
             timeout = _CLIENT_SECONDS
@@ -50,16 +50,16 @@ class MetricsServer:
                 self.end_headers()
 
         try:
-            self._server = BoundedServer((job.metrics_host, port), Handler.factory(registry))
+            self._server = BoundedServer((settings.metrics_host, port), Handler.factory(registry))
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise InputError(
                     "--metrics_host: must be a name or address of this machine. Received: "
-                    f"{job.metrics_host}, {error.strerror or error}. For example 0.0.0.0 for all of its cards."
+                    f"{settings.metrics_host}, {error.strerror or error}. For example 0.0.0.0 for all of its cards."
                 ) from error
             raise InputError(
-                f"--metrics_port: each rank of a machine needs a free port on {job.metrics_host}. Received: {port}, "
-                f"{error.strerror or error}. Choose another, or 0 for any free one."
+                f"--metrics_port: each rank of a machine needs a free port on {settings.metrics_host}. Received: "
+                f"{port}, {error.strerror or error}. Choose another, or 0 for any free one."
             ) from error
         if context:
             # The handshake runs in the client's own thread. In the accepting thread, a silent client would block all.
@@ -76,14 +76,15 @@ class MetricsServer:
         self._thread.join()
 
 
-def _tls_context(job: JobConfig) -> ssl.SSLContext:
+def _tls_context(settings: TelemetryConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(job.metrics_tls_certificate, job.metrics_tls_key)
+        context.load_cert_chain(settings.metrics_tls_certificate, settings.metrics_tls_key)
     except OSError as error:  # of which ssl.SSLError is one
         raise InputError(
             "--metrics_tls_certificate, --metrics_tls_key: must be a PEM certificate and its key. Received: "
-            f"{job.metrics_tls_certificate} and {job.metrics_tls_key}, {error.strerror or error}. Correct the files."
+            f"{settings.metrics_tls_certificate} and {settings.metrics_tls_key}, {error.strerror or error}. Correct "
+            "the files."
         ) from error
     return context
 

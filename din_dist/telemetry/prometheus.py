@@ -23,7 +23,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import basic_auth_handler, default_handler
 from prometheus_client.registry import Collector
 
-from din_dist.config import JobConfig
+from din_dist.config import Config
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.files import read_text
@@ -39,99 +39,114 @@ _PUSH_SECONDS = 10.0
 
 
 class PrometheusMetrics:
-    """Metrics in a registry of their own, served at `/metrics` unless `job.metrics_port` is -1.
+    """Metrics in a registry of their own, served at `/metrics` unless `--metrics_port` is -1.
 
     Raises:
         InputError: the port is taken, or the files for TLS or authentication are of no use.
     """
 
-    def __init__(self, job: JobConfig, runtime: Runtime) -> None:
-        self._job, self._rank = job, runtime.rank
-        self._login = _login(job.pushgateway_password_file) if job.pushgateway_password_file else None
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        settings = config.telemetry
+        self._settings, self._output_dir, self._rank = settings, config.job.output_dir, runtime.rank
+        self._login = _login(settings.pushgateway_password_file) if settings.pushgateway_password_file else None
         self.registry = CollectorRegistry()
-        self._define(job)
+        self._define(config)
         self.world_size.set(runtime.world_size)
         self.rank.set(runtime.rank)
         self.enter_phase("starting")
         self._server = None
         self.address = ""  # host and port at which a Prometheus on another machine reaches the metrics
-        if job.metrics_port >= 0:
+        if settings.metrics_port >= 0:
             self._server = MetricsServer(
-                job, self.registry, job.metrics_port + runtime.local_rank if job.metrics_port else 0
+                settings, self.registry, settings.metrics_port + runtime.local_rank if settings.metrics_port else 0
             )
-            host = socket.gethostname() if job.metrics_host in ("0.0.0.0", "::") else job.metrics_host
+            host = socket.gethostname() if settings.metrics_host in ("0.0.0.0", "::") else settings.metrics_host
             self.address = f"[{host}]:{self._server.port}" if ":" in host else f"{host}:{self._server.port}"
 
-    def _define(self, job: JobConfig) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"din_dist_{name}", text, labels, registry=self.registry)
+    def _define(self, config: Config) -> None:
+        self._define_training()
+        self._define_job(config)
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.registry.register(_OutputFolder(config.job.output_dir))
+        if tf.config.list_physical_devices("GPU"):
+            self.registry.register(_GpuMemory())
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"din_dist_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"din_dist_{name}", text, buckets=buckets, registry=self.registry)
-
-        self.examples = counter("examples", "Examples trained on by this rank.")
-        self.positions = counter("positions", "Positions of behaviour histories trained on by this rank.")
-        self.steps = counter("steps", "Updates made by this process.")
-        self.epochs = counter("epochs", "Epochs completed by this process.")
-        self.step = gauge("step", "Updates of the whole job so far.")
-        self.steps_planned = gauge("steps_planned", "Updates at which the job ends.")
-        self.epoch = gauge("epoch", "Epochs completed by the whole job.")
-        self.step_seconds = histogram("step_seconds", "One update with its wait for input.", _STEP_BUCKETS)
-        self.step_part_seconds = counter(
+    def _define_training(self) -> None:
+        """Defines what is counted in each update and at each evaluation."""
+        self.examples = self._counter("examples", "Examples trained on by this rank.")
+        self.positions = self._counter("positions", "Positions of behaviour histories trained on by this rank.")
+        self.steps = self._counter("steps", "Updates made by this process.")
+        self.epochs = self._counter("epochs", "Epochs completed by this process.")
+        self.step = self._gauge("step", "Updates of the whole job so far.")
+        self.steps_planned = self._gauge("steps_planned", "Updates at which the job ends.")
+        self.epoch = self._gauge("epoch", "Epochs completed by the whole job.")
+        self.step_seconds = self._histogram("step_seconds", "One update with its wait for input.", _STEP_BUCKETS)
+        self.step_part_seconds = self._counter(
             "step_part_seconds",
             "Where that time went: input_wait, compute (forward and backward, batch statistics' messages included), "
             "exchange (of gradients, beyond what ran beside compute), update.",
             "part",
         )
-        self.loss = gauge("loss", "Mean loss of the last global batch, in nats.")
-        self.gradient_norm = gauge("gradient_norm", "Global norm of the last gradient, before clipping.")
-        self.learning_rate = gauge("learning_rate", "Learning rate of the last update.")
-        self.nonfinite_steps = counter(
+        self.loss = self._gauge("loss", "Mean loss of the last global batch, in nats.")
+        self.gradient_norm = self._gauge("gradient_norm", "Global norm of the last gradient, before clipping.")
+        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last update.")
+        self.nonfinite_steps = self._counter(
             "nonfinite_steps", "Updates refused because loss or gradient was not a finite number."
         )
-        self.unknown_ids_ratio = gauge(
+        self.unknown_ids_ratio = self._gauge(
             "unknown_ids_ratio", "Share of the last batch's candidates and positions without a known id.", "table"
         )
-        self.padding_ratio = gauge("padding_ratio", "Share of the positions of the last update that were padding.")
-        self.exchanged_bytes = counter(
+        self.padding_ratio = self._gauge(
+            "padding_ratio", "Share of the positions of the last update that were padding."
+        )
+        self.exchanged_bytes = self._counter(
             "exchanged_bytes", "Bytes that this rank handed to the exchange between workers.", "kind"
         )
-        self.unique_rows = gauge("unique_rows", "Rows of a table that the last update changed.", "table")
+        self.unique_rows = self._gauge("unique_rows", "Rows of a table that the last update changed.", "table")
         self.evaluated = {
-            "gauc": gauge("gauc", "Per-user AUC averaged by impressions, at the last evaluation.", "split"),
-            "auc": gauge("auc", "AUC at the last evaluation.", "split"),
-            "log_loss": gauge("log_loss", "Mean log loss at the last evaluation, in nats.", "split"),
+            "gauc": self._gauge("gauc", "Per-user AUC averaged by impressions, at the last evaluation.", "split"),
+            "auc": self._gauge("auc", "AUC at the last evaluation.", "split"),
+            "log_loss": self._gauge("log_loss", "Mean log loss at the last evaluation, in nats.", "split"),
         }
-        self.global_batch_size = gauge("global_batch_size", "Examples per update over all ranks.")
-        self.global_batch_size.set(job.global_batch_size)
-        self.world_size = gauge("world_size", "Ranks in the job.")
-        self.rank = gauge("rank", "Number of this process among all ranks.")
-        self.elastic_resets = counter("elastic_resets", "Times the set of workers changed while this process lived.")
-        self.restarts = counter("restarts", "Times the job was started again in this output directory.")
-        if job.baseline_examples_per_second:
-            gauge("baseline_examples_per_second", "What one worker alone does, by --baseline_examples_per_second.").set(
-                job.baseline_examples_per_second
-            )
-        self.checkpoint_seconds = histogram(
+
+    def _define_job(self, config: Config) -> None:
+        """Defines the size, the checkpoints and the state of the job."""
+        self.global_batch_size = self._gauge("global_batch_size", "Examples per update over all ranks.")
+        self.global_batch_size.set(config.job.global_batch_size)
+        self.world_size = self._gauge("world_size", "Ranks in the job.")
+        self.rank = self._gauge("rank", "Number of this process among all ranks.")
+        self.elastic_resets = self._counter(
+            "elastic_resets", "Times the set of workers changed while this process lived."
+        )
+        self.restarts = self._counter("restarts", "Times the job was started again in this output directory.")
+        if config.telemetry.baseline_examples_per_second:
+            self._gauge(
+                "baseline_examples_per_second", "What one worker alone does, by --baseline_examples_per_second."
+            ).set(config.telemetry.baseline_examples_per_second)
+        self.checkpoint_seconds = self._histogram(
             "checkpoint_seconds", "Time to write and publish a checkpoint.", _CHECKPOINT_BUCKETS
         )
-        self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the last checkpoint.")
-        self.checkpoint_time = gauge(
+        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.")
+        self.checkpoint_time = self._gauge(
             "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was published; 0 before the first."
         )
-        self.checkpoint_failures = counter("checkpoint_failures", "Checkpoints that could not be written.")
-        gauge("start_timestamp_seconds", "When this process began.").set(time.time())
-        self.last_step_time = gauge("last_step_timestamp_seconds", "When the last update ended; 0 before the first.")
-        self.phase = gauge("phase", f"1 for what the job is doing now, of {', '.join(PHASES)}; else 0.", "phase")
+        self.checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
+        self._gauge("start_timestamp_seconds", "When this process began.").set(time.time())
+        self.last_step_time = self._gauge(
+            "last_step_timestamp_seconds", "When the last update ended; 0 before the first."
+        )
+        self.phase = self._gauge("phase", f"1 for what the job is doing now, of {', '.join(PHASES)}; else 0.", "phase")
         Info("din_dist_build", "Versions.", registry=self.registry).info(build_info())
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        self.registry.register(_OutputFolder(job.output_dir))
-        if tf.config.list_physical_devices("GPU"):
-            self.registry.register(_GpuMemory())
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"din_dist_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"din_dist_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"din_dist_{name}", text, buckets=buckets, registry=self.registry)
 
     def enter_phase(self, current: str) -> None:
         """Shows `current`, one of `PHASES`, as what the job is doing."""
@@ -182,18 +197,18 @@ class PrometheusMetrics:
         }
 
     def push(self) -> str | None:
-        """Leaves the metrics at `job.pushgateway`, for jobs that end before a scrape; says what went wrong."""
+        """Leaves the metrics at `--pushgateway`, for jobs that end before a scrape; says what went wrong."""
         try:
             push_to_gateway(
-                self._job.pushgateway,
+                self._settings.pushgateway,
                 "din_dist",
                 self.registry,
-                grouping_key={"run": self._job.output_dir, "rank": str(self._rank)},
+                grouping_key={"run": self._output_dir, "rank": str(self._rank)},
                 timeout=_PUSH_SECONDS,
                 handler=self._authenticated if self._login else default_handler,
             )
         except (OSError, ValueError) as error:
-            return f"--pushgateway: {self._job.pushgateway} did not take the metrics: {error}"
+            return f"--pushgateway: {self._settings.pushgateway} did not take the metrics: {error}"
         return None
 
     def _authenticated(

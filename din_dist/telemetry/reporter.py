@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from din_dist import progress
 from din_dist.background_writer import Writer
-from din_dist.config import JobConfig
+from din_dist.config import Config
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted, Left
 from din_dist.files import make_folder, sync, write_text
@@ -49,9 +49,10 @@ class Reporter:
         num_steps: the number of updates at which the job ends.
     """
 
-    def __init__(self, job: JobConfig, runtime: Runtime, prometheus_metrics: PrometheusMetrics, num_steps: int) -> None:
-        self._job, self._runtime, self.prometheus_metrics, self._num_steps = job, runtime, prometheus_metrics, num_steps
-        self._folder = Path(job.output_dir)
+    def __init__(self, config: Config, runtime: Runtime, prometheus_metrics: PrometheusMetrics, num_steps: int) -> None:
+        self._job, self._settings, self._runtime, self._num_steps = config.job, config.telemetry, runtime, num_steps
+        self.prometheus_metrics = prometheus_metrics
+        self._folder = Path(config.job.output_dir)
         self._since_log = _Interval()
         prometheus_metrics.steps_planned.set(num_steps)
         self._restarts: int | None = None
@@ -66,7 +67,7 @@ class Reporter:
 
     def _open(self) -> None:
         """Opens the terminal and, on the chief, the files. After an elastic reset the chief may be another rank."""
-        self._terminal = Terminal(self._job.log_format, self._num_steps, silent=not self._runtime.is_chief)
+        self._terminal = Terminal(self._settings.log_format, self._num_steps, silent=not self._runtime.is_chief)
         self._reports = self._runtime.is_chief
         if self._reports:
             with self._at_records():
@@ -178,7 +179,7 @@ class Reporter:
             return
         self._terminal.advance()
         self._since_log.add(report)
-        if state.step % self._job.log_every_steps == 0:
+        if state.step % self._settings.log_every_steps == 0:
             found = {
                 "epoch": state.epoch + 1,
                 "examples": state.examples,
@@ -189,7 +190,7 @@ class Reporter:
             rate = found["examples_per_second"]
             left = (self._num_steps - state.step) * self._job.global_batch_size / max(rate, 1e-9)
             self._terminal.show_progress(state.step, found["loss"], rate, left, found)
-        if self._job.histograms_every_steps and state.step % self._job.histograms_every_steps == 0:
+        if self._settings.histograms_every_steps and state.step % self._settings.histograms_every_steps == 0:
             step, tensorboard = state.step, self._tensorboard
             for name, values in histograms().items():
                 self._later(lambda name=name, values=values: tensorboard.histogram(name, step, values))  # type: ignore[misc]
@@ -270,10 +271,10 @@ class Reporter:
     def _end(self, trainer: Reported, outcome: str) -> None:
         self.prometheus_metrics.enter_phase(outcome)
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
-        if self._reports and self._job.metrics_port >= 0 and outcome != "failed":
+        if self._reports and self._settings.metrics_port >= 0 and outcome != "failed":
             # An empty list, so that Prometheus alerts about jobs that broke down, not about those that ended.
             self._later(lambda: write_text(self._folder / "targets.json", "[]"))
-        if self._job.pushgateway and (problem := self.prometheus_metrics.push()):
+        if self._settings.pushgateway and (problem := self.prometheus_metrics.push()):
             self.say(problem, level="warning")
 
     def close(self) -> None:
@@ -283,8 +284,8 @@ class Reporter:
     def _profile_if_asked(self, step: int) -> None:
         if self._tensorboard.stop_profile_if_due(step):
             self.say(f"profile of {PROFILED_STEPS} updates: tensorboard --logdir {self._folder / 'tensorboard'}")
-        asked = step + 1 == self._job.profile_at_step or self._profile_is_asked_for
-        if step % self._job.log_every_steps == 0:
+        asked = step + 1 == self._settings.profile_at_step or self._profile_is_asked_for
+        if step % self._settings.log_every_steps == 0:
             self._later(self._look_for_request)
         self._profile_is_asked_for = False if asked else self._profile_is_asked_for
         if asked and (problem := self._tensorboard.start_profile(step)):
@@ -298,14 +299,14 @@ class Reporter:
 
     def _write_targets(self) -> None:
         """Writes `targets.json`, from which Prometheus learns all ranks' addresses (file-based service discovery)."""
-        if self._job.metrics_port < 0:
+        if self._settings.metrics_port < 0:
             return
         address = np.zeros((1, 256), np.uint8)
         encoded = self.prometheus_metrics.address.encode()
         address[0, : len(encoded)] = list(encoded)
         addresses = [bytes(row[row > 0]).decode() for row in self._runtime.gather(address)]
         if self._runtime.is_chief:
-            scheme = "https" if self._job.metrics_tls_certificate else "http"
+            scheme = "https" if self._settings.metrics_tls_certificate else "http"
             labels = {"job": "din_dist", "run": self._job.output_dir, "__scheme__": scheme}
             targets = [
                 {"targets": [address], "labels": {**labels, "rank": str(rank)}}

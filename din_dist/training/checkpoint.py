@@ -216,7 +216,7 @@ class CheckpointStore:
 
     def _prune(self, best_step: int) -> None:
         folders = _published(self._root)
-        for folder in folders[: -self._config.job.keep_checkpoints]:
+        for folder in folders[: -self._config.recovery.keep_checkpoints]:
             if folder.name != _folder_name(best_step):
                 shutil.rmtree(folder)
 

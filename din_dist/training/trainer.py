@@ -280,10 +280,11 @@ class Trainer:
         )
         if self._step.can_be_undone:
             self._undo_log.go_back(self.state.step, finished=True)  # it has moved the averages of batch statistics
-        if self.state.skipped_steps < self._config.job.skip_nonfinite_steps:
+        if self.state.skipped_steps < self._config.recovery.skip_nonfinite_steps:
             self.state.skipped_steps += 1
             self._telemetry.say(
-                f"{problem} Skipped, {self.state.skipped_steps} of at most {self._config.job.skip_nonfinite_steps}.",
+                f"{problem} Skipped, {self.state.skipped_steps} of at most "
+                f"{self._config.recovery.skip_nonfinite_steps}.",
                 level="warning",
             )
             return
@@ -380,9 +381,9 @@ class Trainer:
 
     def _do_what_is_due(self) -> None:
         """Within an epoch, as often as the flags say; due by the step alone, so on every rank."""
-        job, step = self._config.job, self.state.step
-        improved = _is_due(step, job.evaluate_every_steps) and self._validate()
-        if improved or _is_due(step, job.checkpoint_every_steps):
+        config, step = self._config, self.state.step
+        improved = _is_due(step, config.evaluation.evaluate_every_steps) and self._validate()
+        if improved or _is_due(step, config.recovery.checkpoint_every_steps):
             self.save(is_best=improved)
 
     def _validate(self) -> bool:
@@ -410,7 +411,7 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - started
 
     def _should_stop_early(self) -> bool:
-        patience = self._config.job.early_stopping_patience
+        patience = self._config.evaluation.early_stopping_patience
         return bool(patience) and self.state.validations_without_gain >= patience
 
     def _stop(self) -> None:

@@ -36,7 +36,7 @@ def main() -> None:
                 config.data,
                 config.job.seed,
                 trained_items(store, config.data, splits),
-                Execution(kernels=config.job.native),
+                Execution(kernels=config.execution.native),
             ),
             config.data,
             global_batch_size=config.job.global_batch_size,

@@ -255,7 +255,7 @@ def test_only_the_job_and_prometheus_may_connect(objects: list[Object]) -> None:
 
 
 def test_each_trainer_of_a_pod_has_its_metrics_port(objects: list[Object], flags_folder: Path) -> None:
-    first = parse(f"--flagfile={flags_folder}/job.flags").job.metrics_port
+    first = parse(f"--flagfile={flags_folder}/job.flags").telemetry.metrics_port
     num_trainers = trainers_of(objects, flags_folder)
     worker = pods_of(objects)["Worker"]
     wanted = {f"metrics-{rank}": first + rank for rank in range(num_trainers)}
@@ -305,7 +305,7 @@ def test_flagfiles_say_where_and_name_what(objects: list[Object], flags_folder: 
     config = parse(f"--flagfile={flags_folder}/job.flags")
     assert config.data.data_dir == "/data/prepared"
     assert config.job.output_dir.startswith("/runs/")
-    assert config.job.metrics_host == "0.0.0.0"
+    assert config.telemetry.metrics_host == "0.0.0.0"
     given = re.findall(r"^--(\w+)=(.*)$", "".join(one(objects, "ConfigMap")["data"].values()), re.MULTILINE)
     places = {"data_dir", "data_path", "output_dir", "metrics_host", "metrics_port"}
     assert {name for name, _ in given} <= {"flagfile", *places}

@@ -6,14 +6,13 @@ store = prepare(config.data)
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from din_dist.config import Config, DataConfig, JobConfig, ModelConfig, OptimizerConfig
+from din_dist.config import Config
 
 
 def write_log(path: Path, *, num_users: int = 40, num_items: int = 30, labels: bool = False, seed: int = 0) -> None:
@@ -59,14 +58,4 @@ def small_config(folder: Path, *, labels: bool = False, **settings: object) -> C
         "metrics_port": -1,
         "xla": False,  # compiling would take longer than the job
     }
-    values = defaults | settings
-    rooms = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "job": JobConfig}
-    names = {room: {field.name for field in dataclasses.fields(kind)} for room, kind in rooms.items()}
-    unknown = values.keys() - set().union(*names.values())
-    if unknown:
-        raise TypeError(f"No such settings: {unknown}")
-    parts = {
-        room: kind(**{name: value for name, value in values.items() if name in names[room]})
-        for room, kind in rooms.items()
-    }
-    return Config(**parts)
+    return Config().replace(**defaults | settings)

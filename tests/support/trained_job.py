@@ -40,9 +40,9 @@ def write_job(config: Config, steps: tuple[int, ...] = (7,)) -> tuple[RankingMod
 def flagfile_of(config: Config) -> str:
     """Returns the text of flags.txt as a job writes it: only settings that differ from their defaults."""
     lines = []
-    for room in (config.data, config.model, config.optimizer, config.job):
-        for field in dataclasses.fields(room):
-            value = getattr(room, field.name)
+    for _, part in config.parts():
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
             if "help" in field.metadata and value != field.default:
                 lines.append(f"--{field.name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return "\n".join(lines) + "\n"

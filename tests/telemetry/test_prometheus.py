@@ -31,7 +31,7 @@ from tests.support.small_log import small_config
 
 
 def exporter_of(folder: Path, **settings: object) -> PrometheusMetrics:
-    return PrometheusMetrics(small_config(folder, **{"metrics_port": 0, **settings}).job, Runtime())
+    return PrometheusMetrics(small_config(folder, **{"metrics_port": 0, **settings}), Runtime())
 
 
 def train(config: Config) -> assembly.Job:

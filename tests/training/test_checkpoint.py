@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from din_dist.config import Config, DataConfig, JobConfig, OptimizerConfig, UnknownItem
+from din_dist.config import Config, DataConfig, UnknownItem
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
@@ -29,8 +29,7 @@ from tests.support.programs import missing
 def make(
     folder: Path, *, learning_rate: float = 0.1, keep: int = 2, data: str = "d1"
 ) -> tuple[Config, CheckpointStore]:
-    job = JobConfig(output_dir=str(folder), keep_checkpoints=keep)
-    config = Config(optimizer=OptimizerConfig(learning_rate=learning_rate), job=job)
+    config = Config().replace(output_dir=str(folder), keep_checkpoints=keep, learning_rate=learning_rate)
     return config, CheckpointStore(config, data, Runtime())
 
 

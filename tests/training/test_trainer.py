@@ -446,7 +446,7 @@ def test_item_features_may_be_called_what_they_like(tmp_path: Path) -> None:
     floors = job.evaluator.floor_scorers()
     assert {"popularity", "user_repeat"} < floors.keys() and len(floors) == 2 + len(NAMES)
     job.trainer.train()
-    again = make(dataclasses.replace(config, job=dataclasses.replace(config.job, epochs=2)))
+    again = make(config.replace(epochs=2))
     restore(again)
     for weight, other in zip(job.model.weights, again.model.weights, strict=True):
         np.testing.assert_array_equal(weight.numpy(), other.numpy(), err_msg=weight.path)

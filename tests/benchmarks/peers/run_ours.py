@@ -5,7 +5,6 @@ Its speed is measured by `din_dist.cli.benchmark`. Here the loop is that of `ben
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import tempfile
@@ -27,7 +26,7 @@ def main() -> None:
     sys.argv[1:] = [flags.FLAGS.job]
     entry.import_tensorflow()
     with tempfile.TemporaryDirectory() as folder:
-        _train(dataclasses.replace(config, job=dataclasses.replace(config.job, output_dir=folder)))
+        _train(config.replace(output_dir=folder))
 
 
 def _train(config: Config) -> None:
@@ -50,7 +49,7 @@ def _train(config: Config) -> None:
         split_examples(store, config.data)["test"],
         config.data,
         seed=config.job.seed,
-        batch_size=config.job.evaluation_batch_size,
+        batch_size=config.evaluation.evaluation_batch_size,
         shard_index=0,
         num_shards=1,
     )

@@ -1,0 +1,131 @@
+"""Every setting of a job, checked when it is built: one class per theme, all of them together in `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, Split, UnknownItem
+from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
+from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
+from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
+from din_dist.config.settings import Settings, list_text, require
+from din_dist.config.telemetry import LogFormat, TelemetryConfig
+
+__all__ = [
+    "UNKNOWN_ITEM_RATE",
+    "Activation",
+    "AttentionNormalization",
+    "BatchNorm",
+    "ComputeDtype",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "JobConfig",
+    "LogFormat",
+    "ModelConfig",
+    "ModelKind",
+    "OptimizerConfig",
+    "OptimizerKind",
+    "RecoveryConfig",
+    "Schedule",
+    "Settings",
+    "Split",
+    "TelemetryConfig",
+    "UnknownItem",
+    "WireDtype",
+    "differences",
+    "digest_of",
+    "list_text",
+    "require",
+]
+
+_OWN_ROOMS = ("data", "model", "optimizer")  # of a manifest, which keeps all other settings under "job"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a training job. Manifests and flagfiles keep the order of the fields."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    job: JobConfig = JobConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    def __post_init__(self) -> None:
+        require(
+            self.data.split is not Split.LEAVE_ONE_OUT or not self.evaluation.early_stopping_patience,
+            "needs a validation split, which leave_one_out has not",
+            "early_stopping_patience",
+            self.evaluation.early_stopping_patience,
+            "Use --split=leave_two_out or temporal, or drop it.",
+        )
+
+    def parts(self) -> Iterator[tuple[str, Settings]]:
+        """Yields the name and the settings of each theme."""
+        for field in dataclasses.fields(self):
+            yield field.name, getattr(self, field.name)
+
+    def replace(self, **values: Any) -> Config:
+        """Returns these settings with some changed, each given by the name of its flag.
+
+        Raises:
+            InputError: the new values break a rule.
+            TypeError: there is no such setting.
+        """
+        parts = {}
+        for name, part in self.parts():
+            own = {field.name for field in dataclasses.fields(part)} & values.keys()
+            parts[name] = dataclasses.replace(part, **{setting: values.pop(setting) for setting in own})
+        if values:
+            raise TypeError(f"No such settings: {', '.join(values)}.")
+        return Config(**parts)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Returns the settings as a checkpoint's manifest keeps them."""
+        rooms: dict[str, dict[str, Any]] = {}
+        for name, part in self.parts():
+            rooms.setdefault(_room(name), {}).update(dataclasses.asdict(part))
+        return rooms
+
+
+def differences(saved: dict, current: dict) -> list[str]:
+    """Lists, as `--name: saved, now current`, the settings by which two `Config.to_json()` learn different models.
+
+    A setting that `saved` does not have yet had its default, because settings are added so that their default is what
+    was done before.
+    """
+    before, now = _decisive(Config().to_json()) | _decisive(saved), _decisive(current)
+    return [f"--{name}: {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+
+
+def digest_of(config: Config, data_fingerprint: str) -> int:
+    """Returns a number of 63 bits that is equal for jobs that train the same model on the same data."""
+    text = json.dumps([_decisive(config.to_json()), data_fingerprint], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _decisive(rooms: dict) -> dict[str, Any]:
+    """Returns those settings of a `Config.to_json()` that decide what is learned."""
+    return {
+        field.name: _plain(rooms[room][field.name])
+        for name, part in Config().parts()
+        for field in dataclasses.fields(part)
+        if not field.metadata.get("may_change") and field.name in rooms.get(room := _room(name), {})
+    }
+
+
+def _room(part: str) -> str:
+    return part if part in _OWN_ROOMS else "job"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

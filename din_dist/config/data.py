@@ -1,0 +1,206 @@
+"""Settings of the data: which events there are, and which examples are made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import ClassVar
+
+from din_dist.config.settings import (
+    INT64_MAX,
+    Settings,
+    flagless,
+    path_setting,
+    require,
+    setting,
+    text_setting,
+)
+
+UNKNOWN_ITEM_RATE = 0.1
+_DATASETS = ("complete_journey", "amazon_reviews", "event_log", "synthetic")
+_SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
+
+
+class Split(enum.StrEnum):
+    LEAVE_ONE_OUT = "leave_one_out"
+    LEAVE_TWO_OUT = "leave_two_out"
+    TEMPORAL = "temporal"
+
+
+class UnknownItem(enum.StrEnum):
+    UNTRAINED = "untrained"
+    FEATURES = "features"
+
+
+def _check_dataset(name: str, value: str) -> None:
+    kind, _, category = value.partition("/")
+    require(kind in _DATASETS, "unknown data set", name, value, f"Choose one of {', '.join(_DATASETS)}.")
+    is_plain = kind == "amazon_reviews" or not category
+    require(is_plain, "only amazon_reviews has configurations", name, value, f"Write --dataset={kind}.")
+
+
+def _check_features(name: str, value: tuple[str, ...]) -> None:
+    is_unique = len(set(value)) == len(value)
+    require(is_unique, "each feature may be named once", name, ",".join(value), "Remove the repetition.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Settings):
+    """The events and the examples that are made of them."""
+
+    THEME: ClassVar[str] = "data"
+
+    dataset: str = text_setting(
+        "complete_journey",
+        "Data set: complete_journey (real purchases, installed with the package), amazon_reviews/CATEGORY (McAuley's "
+        "5-core files), event_log (your own files, see --data_path) or synthetic (any size, for tests).",
+        check=_check_dataset,
+    )
+    data_path: str = path_setting(
+        "",
+        "Your events for --dataset=event_log: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob. "
+        "For amazon_reviews: a folder with files downloaded by hand.",
+        may_change=True,
+    )
+    data_dir: str = path_setting(
+        "",
+        "Folder of the prepared data. Default: the folder `din_dist` in the user's cache folder.",
+        may_change=True,
+    )
+    user_column: str = text_setting("user_id", "Column of the user's id (string or integer).")
+    item_column: str = text_setting("item_id", "Column of the item's id (string or integer).")
+    timestamp_column: str = text_setting("timestamp", "Column of the event's time (integer, any unit, or a date type).")
+    label_column: str = text_setting(
+        "label",
+        "Column of the click label, 0 or 1. The default column may be absent; every event is then a positive.",
+    )
+    label_column_required: bool = flagless(
+        False
+    )  # true if the user gave the flag; the fingerprint tells what was found
+    item_features: tuple[str, ...] = text_setting(
+        ("category_id",),
+        "Columns that describe the item (category, brand, ...), comma-separated. Each gets an embedding, which is "
+        "concatenated with the item's own. Empty for none. The default column may be absent.",
+        check=_check_features,
+    )
+    item_features_required: bool = flagless(False)  # likewise
+    presorted: bool = setting(
+        False, "Keep the order of the log's rows. Preparing fails if a user's events are not in order of time."
+    )
+    synthetic_num_users: int = setting(10_000, "Users of --dataset=synthetic.", at_least=1, theme=_SYNTHETIC)
+    synthetic_num_items: int = setting(10_000, "Items of --dataset=synthetic.", at_least=2, theme=_SYNTHETIC)
+    synthetic_num_categories: int = setting(
+        100, "Item categories of --dataset=synthetic.", at_least=1, theme=_SYNTHETIC
+    )
+    synthetic_events_per_user: int = setting(
+        30, "Mean number of events per user of --dataset=synthetic.", at_least=2, theme=_SYNTHETIC
+    )
+    synthetic_seed: int = setting(0, "Seed of --dataset=synthetic.", at_least=0, at_most=INT64_MAX, theme=_SYNTHETIC)
+    split: Split = setting(
+        Split.LEAVE_ONE_OUT,
+        "leave_one_out: each user's last event is the test example and the others train (the authors' protocol). "
+        "leave_two_out: the last event tests and the one before it validates. temporal: the splits are cut by time.",
+        theme=_EXAMPLES,
+    )
+    validation_from: int = setting(
+        0,
+        "For --split=temporal: events from this timestamp on validate. 0: the time before which 80 % of the events "
+        "lie.",
+        at_most=INT64_MAX,
+        theme=_EXAMPLES,
+    )
+    test_from: int = setting(
+        0,
+        "For --split=temporal: events from this timestamp on test. 0: the time before which 90 % of the events lie.",
+        at_most=INT64_MAX,
+        theme=_EXAMPLES,
+    )
+    max_history_length: int = setting(
+        100, "Longest behaviour history, in events; the newest are kept.", at_least=1, theme=_EXAMPLES
+    )
+    negatives_per_positive: int = setting(
+        1,
+        "For logs without labels: random items that the user never touched, per positive, for training.",
+        at_least=1,
+        theme=_EXAMPLES,
+    )
+    resample_negatives: bool = setting(False, "Draw other training negatives in each epoch.", theme=_EXAMPLES)
+    group_negatives: bool = setting(
+        False,
+        "For logs without labels: keep an event and its negatives together in the order of an epoch. They share a "
+        "history, so an update has fewer distinct items, and sends and changes fewer table rows. Each row is then in "
+        "fewer updates: a penalty on the rows in use (--embedding_l2) may be larger.",
+        theme=_EXAMPLES,
+    )
+    evaluation_negatives_per_positive: int = setting(
+        1,
+        "For logs without labels: negatives per positive for validation and test (the authors use 1). They are never "
+        "redrawn.",
+        at_least=1,
+        may_change=True,
+        theme=_EXAMPLES,
+    )
+    unknown_item: UnknownItem = setting(
+        UnknownItem.UNTRAINED,
+        "How the model scores items that training never saw. untrained: by vectors that have learned nothing. "
+        "features: by their item features, which the model learns by hiding item ids at random (--unknown_item_rate).",
+        theme=_EXAMPLES,
+    )
+    unknown_item_rate: float = setting(
+        UNKNOWN_ITEM_RATE,
+        "For --unknown_item=features: share of the item ids that training hides, between 0 and 1.",
+        above=0,
+        below=1,
+        theme=_EXAMPLES,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_source()
+        self._check_columns()
+        self._check_split()
+        require(
+            self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
+            "belongs to --unknown_item=features",
+            "unknown_item_rate",
+            self.unknown_item_rate,
+            "Add --unknown_item=features, or drop it.",
+        )
+
+    def _check_source(self) -> None:
+        kind = self.dataset.partition("/")[0]
+        require(
+            kind != "event_log" or bool(self.data_path),
+            "--dataset=event_log needs your files",
+            "data_path",
+            self.data_path,
+            "Give a file, a folder or a glob.",
+        )
+        require(
+            kind in ("event_log", "amazon_reviews") or not self.data_path,
+            f"--dataset={kind} reads no files of yours",
+            "data_path",
+            self.data_path,
+            "Add --dataset=event_log.",
+        )
+
+    def _check_columns(self) -> None:
+        columns = (self.user_column, self.item_column, self.timestamp_column, self.label_column, *self.item_features)
+        for name in columns:
+            require(columns.count(name) == 1, "a column can have one role", "item_features", name, "Use it once.")
+            rule, remedy = "a column's name must be one line", "Rename the column."
+            require(len(name.splitlines()) <= 1, rule, "item_features", name, remedy)
+
+    def _check_split(self) -> None:
+        if self.split is not Split.TEMPORAL:
+            for name in ("validation_from", "test_from"):
+                value = getattr(self, name)
+                require(not value, "belongs to --split=temporal", name, value, "Drop it, or use --split=temporal.")
+        elif self.validation_from and self.test_from:
+            require(
+                self.validation_from < self.test_from,
+                "must be earlier than --test_from",
+                "validation_from",
+                self.validation_from,
+                f"Give a timestamp before {self.test_from}.",
+            )
