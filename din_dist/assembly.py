@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels, progress, schema
-from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, OptimizerKind, require
+from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
@@ -31,7 +31,7 @@ from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.reporter import Reporter
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.learner import Learner
-from din_dist.training.optimizers import Optimizer, make_optimizer
+from din_dist.training.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import NoSignals, Signals, Trainer, TrainingData, num_updates
@@ -53,9 +53,6 @@ def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.
     return [schema.TableSpec(name, sizes[name] + 1, width) for name, width in zip(sizes, widths, strict=True)]
 
 
-_SLOTS = {OptimizerKind.SGD: 0, OptimizerKind.ADAGRAD: 1, OptimizerKind.LAZY_ADAM: 2}  # beside each weight
-
-
 def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> None:
     """Checks that this machine could hold the tables and their slots, once.
 
@@ -63,7 +60,7 @@ def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> Non
         InputError: it could not.
     """
     specs = table_specs(config.model, facts)
-    slots = 0 if config.optimizer.adagrad_row_wise else _SLOTS[config.optimizer.optimizer]
+    slots = 0 if config.optimizer.adagrad_row_wise else len(OPTIMIZERS[config.optimizer.optimizer].initial_state)
     wanted = 4 * (1 + slots) * sum(spec.num_rows * spec.width for spec in specs)
     have = memory_bytes()
     require(

@@ -1,7 +1,7 @@
 """Exports a job's model as a SavedModel: `python -m din_dist.cli.export --output_dir DIR --export_dir DIR2`.
 
-The SavedModel takes the log's own ids and loads without this package; the README names its signatures. The job's
-prepared data must be there. The last line on stdout describes the export as JSON.
+The SavedModel takes the log's own ids and loads without this package. din_dist/serving/README.md names its signatures.
+The job's prepared data must be there. The last line on stdout describes the export as JSON.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
         limits: of a request.
 
     Raises:
-        BadRequest: the body does not have the form that the README describes, or it is too large.
+        BadRequest: the body does not have the form that din_dist/serving/README.md describes, or it is too large.
     """
     if not isinstance(body, dict):
         _refuse("The body", "must be a JSON object", body)
