@@ -30,11 +30,12 @@ from din_dist.schema import Batch
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.reporter import Reporter
 from din_dist.training.checkpoint import CheckpointStore
-from din_dist.training.learner import Learner
+from din_dist.training.learner import Learner, TrainingData
 from din_dist.training.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from din_dist.training.regularization import Regularization
+from din_dist.training.schedules import num_updates
 from din_dist.training.train_step import MessageSizes, TrainStep
-from din_dist.training.trainer import NoSignals, Signals, Trainer, TrainingData, num_updates
+from din_dist.training.trainer import NoSignals, Signals, Trainer
 from din_dist.training.undo import UndoLog
 
 

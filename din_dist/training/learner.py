@@ -1,13 +1,16 @@
-"""The parts of a job that learn."""
+"""The parts of a job that learn, and what they learn from."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import tensorflow as tf
 
+from din_dist.data.event_store import EventStore
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.undo import UndoLog
 
@@ -29,3 +32,11 @@ class Learner:
     undo_log: UndoLog
     variables: Mapping[str, tf.Variable]
     message_sizes: MessageSizes
+
+
+class TrainingData(NamedTuple):
+    """The examples that a job learns from."""
+
+    store: EventStore
+    examples_per_epoch: int
+    make_batches: Callable[[int, int], Iterator[Batch]]  # this rank's share of updates first to last - 1

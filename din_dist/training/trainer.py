@@ -6,31 +6,29 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist import progress
-from din_dist.config import Config, digest_of
-from din_dist.data.event_store import EventStore
+from din_dist.config import Config
 from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
+from din_dist.errors import FailedElsewhere, Interrupted, Left
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.schema import Batch
 from din_dist.telemetry.reporter import Reporter
 from din_dist.telemetry.step_report import PARTS, Moment, StepReport
 from din_dist.training.checkpoint import CheckpointStore
-from din_dist.training.learner import Learner
-from din_dist.training.schedules import learning_rate
+from din_dist.training.learner import Learner, TrainingData
+from din_dist.training.rejoin import Rejoin, Standing
+from din_dist.training.schedules import learning_rate, num_updates
 from din_dist.training.train_step import Requests, StepResult, checksum_of
-from din_dist.training.undo import agree
 from din_dist.training_state import TrainingState
 
-MakeBatches = Callable[[int, int], Iterator[Batch]]  # updates first to last - 1, this rank's share of each
 _NAMED_EXAMPLES = 10  # of each rank, in an error
 _FURTHER_TRIES = 5  # to save the best weights
 _PATIENCE_SECONDS = 5.0  # at the end, with a checkpoint that is still being written
@@ -48,14 +46,6 @@ class NoSignals:
     """A process that nobody asks for anything."""
 
     stop = leave = False
-
-
-class TrainingData(NamedTuple):
-    """The examples that a job learns from."""
-
-    store: EventStore
-    examples_per_epoch: int
-    make_batches: MakeBatches
 
 
 class Update(NamedTuple):
@@ -87,7 +77,8 @@ class Trainer:
         self._model, self._step, self._undo_log = learner.model, learner.step, learner.undo_log
         self._variables, self._message_sizes = learner.variables, learner.message_sizes
         self._make_batches, self._examples_per_epoch = data.make_batches, data.examples_per_epoch
-        self._store, self._digest = data.store, digest_of(config, data.store.facts.fingerprint)
+        self._store = data.store
+        self._rejoin = Rejoin(config, runtime, learner, data, checkpoints, telemetry)
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._logits_of = tf.function(
             lambda batch: self._model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
@@ -104,19 +95,10 @@ class Trainer:
         self._timed_examples, self._timed_seconds = 0, 0.0
 
     def _join(self) -> None:
-        """Takes up training where the job stands: in the memory of its ranks, else in its last checkpoint."""
-        positions = self._positions()
-        holders = [rank for rank, position in enumerate(positions) if position]
-        finished = True
-        if holders:
-            step, finished = agree([position for position in positions if position])
-            if positions[self._runtime.rank]:
-                self.state = self._undo_log.go_back(step, finished=finished)
-            if len(holders) < len(positions):
-                self._take_over_from(holders[0])
-        else:
-            self._restore_latest()
-            finished = self.state.examples_seen < self._examples_per_epoch  # else saved alone, before the epoch's end
+        """Takes up training where the job stands, and does what was due there."""
+        standing = Standing(self.state, self._saved_step, self.validation_metric)
+        standing, finished = self._rejoin.take_up(standing)
+        self.state, self._saved_step, self.validation_metric = standing
         if self._step.can_be_undone:
             self._undo_log.begin(self.state, finished=finished)
         self._telemetry.started(self.state)
@@ -227,24 +209,6 @@ class Trainer:
             return  # the disk has it, or nothing was learned yet
         self.state = self._undo_log.go_back(position[0], finished=position[1])
         self._checkpoints.save_alone(self._variables, self.state)
-
-    def _restore_latest(self) -> None:
-        state = self._checkpoints.restore(self._variables)
-        for problem in self._checkpoints.damaged:
-            self._telemetry.say(f"{problem} Going on from the checkpoint before it.", level="warning")
-        if state is None:
-            self.state, self._saved_step = TrainingState(), 0
-            self._runtime.broadcast_variables(list(self._variables.values()))
-            return
-        self.state = state
-        self._saved_step = state.step
-        if state.step >= self.num_steps:
-            self._telemetry.say(f"trained to the end already, step {state.step}")
-            return
-        self._telemetry.say(
-            f"resuming at epoch {state.epoch + 1}, example {state.examples_seen:,} of "
-            f"{self._examples_per_epoch:,} (step {state.step})"
-        )
 
     def _batches(self) -> Iterator[tuple[Batch, float]]:
         if self._should_stop_early():
@@ -419,37 +383,6 @@ class Trainer:
         raise Interrupted(
             f"on request, after the checkpoint of step {self.state.step}. The same command goes on from there."
         )
-
-    def _positions(self) -> list[tuple[int, bool] | None]:
-        """Returns where the memory of each rank stands.
-
-        Raises:
-            InputError: this rank trains something else than the job.
-        """
-        step, finished = self._undo_log.newest() or (-1, False)
-        rows = self._runtime.gather(np.array([[step, finished, self._digest]], np.int64)).tolist()
-        positions = [(step, bool(finished)) if step >= 0 else None for step, finished, _ in rows]
-        of_job = next((row[2] for row, position in zip(rows, positions, strict=True) if position), rows[0][2])
-        if self._digest != of_job:
-            raise InputError(
-                "All workers must have the same settings and the same prepared data. Received: others on rank "
-                f"{self._runtime.rank} than the job's. Prepare the data anew there, or copy it, and start all workers "
-                "by one command."
-            )
-        return positions
-
-    def _take_over_from(self, rank: int) -> None:
-        """Gives every rank what `rank` has."""
-        self._runtime.broadcast_variables(list(self._variables.values()), root=rank)
-        known = (self.state.to_json(), self._saved_step, self.validation_metric)
-        fields, self._saved_step, self.validation_metric = self._runtime.broadcast_object(known, root=rank)
-        self.state = TrainingState.from_json(fields)
-
-
-def num_updates(config: Config, examples_per_epoch: int) -> int:
-    """Updates of the whole job."""
-    steps = config.job.epochs * num_steps_per_epoch(examples_per_epoch, config.job.global_batch_size)
-    return min(steps, config.job.max_steps) if config.job.max_steps else steps
 
 
 def peak_memory_bytes() -> int:
