@@ -1,6 +1,6 @@
 """Evaluates a trained model: `python -m din_dist.cli.evaluate --output_dir DIR`, alone or under `horovodrun`.
 
-With --export_dir it evaluates an export instead. It computes the trainer's metrics of any split, and retrieval metrics:
+With --export_dir it evaluates an export instead. It computes the trainer's metrics of any split. Retrieval metrics tell
 how near the top of the whole catalogue the chosen items stand. All of them come with 95 % intervals. It prints a table
 to stderr and, as the last line on stdout, the same numbers as JSON. It writes no file except --evaluation_path.
 """
