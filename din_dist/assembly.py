@@ -55,10 +55,10 @@ def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.
 
 
 def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> None:
-    """Checks that this machine could hold the tables and their slots, once.
+    """Checks that this machine has memory for one copy of the tables and their slots.
 
     Raises:
-        InputError: it could not.
+        InputError: the memory is too small.
     """
     specs = table_specs(config.model, facts)
     slots = 0 if config.optimizer.adagrad_row_wise else len(OPTIMIZERS[config.optimizer.optimizer].initial_state)
@@ -96,7 +96,7 @@ def make_model(
         item_features: name -> int32 `[num_items + 1]`, the feature's id of each item.
         seed: of the initial weights.
         row_of_item: as of `LocalLookup`.
-        training_mode: of a pass in training; None: by TensorFlow's operations, without peers.
+        training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
         model_class: None: the one of `MODELS` that `config` names.
     """
     keras.utils.set_random_seed(seed)

@@ -1,4 +1,4 @@
-"""How an update is computed: by TensorFlow's operations, by chains of them compiled by XLA, or by our own kernels.
+"""Chooses how an update is computed: TensorFlow's operations, chains of them compiled by XLA, or our own kernels.
 
 Between its matrix products a ranking model does many cheap things to large arrays: gathers, products, gates, sums. Run
 one by one they read and write memory at every step, which takes longer than the products. XLA makes one loop of each
@@ -57,7 +57,7 @@ class Mode:
         return self.training and self.execution.kernels
 
     def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns `function`, compiled if this pass is."""
+        """Returns `function`, compiled if this pass trains and the execution compiles."""
         return self.execution.fused(function) if self.training else function
 
 

@@ -167,7 +167,7 @@ def variables_of_agents(launcher: LauncherAddress, key: str, job: str) -> dict[s
 
 
 def variables_of_trainer(beats: int) -> dict[str, str]:
-    """Returns the variable by which a trainer finds the descriptor for its signs of life."""
+    """Returns the variable by which a trainer finds the descriptor for its heartbeats."""
     return {_BEATS: str(beats)}
 
 
@@ -177,7 +177,7 @@ def let_agents_find_card() -> None:
 
 
 def slots_of_mpi_operator() -> int:
-    """Returns the slots of each host in a job of Kubernetes' MPI operator, whose script names none; 0 elsewhere."""
+    """Returns the slots of each host in a job of Kubernetes' MPI operator, whose host list has none; otherwise 0."""
     return _number(os.environ, "OMPI_MCA_orte_set_default_slots", 0)
 
 

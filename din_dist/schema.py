@@ -69,7 +69,7 @@ class DatasetFacts:
 
     `num_items` and the values of `item_features` count real ids: tables need one row more, for `UNKNOWN_ID`.
     `sources` names what it was made from: path -> size, mtime_ns and content digest, empty where nothing can change.
-    `fingerprint` changes whenever the prepared events or their histories would.
+    `fingerprint` differs whenever the prepared events or their histories would differ.
     `history_rule` is the one by which histories were cut; earlier versions knew one only, and wrote none.
     `reader` counts what was changed in reading: data that an earlier one read may lack columns.
     """

@@ -37,11 +37,11 @@ class TrainingState:
 
     @property
     def examples(self) -> int:
-        """Seen in all epochs."""
+        """The number of examples seen in all epochs."""
         return self.examples_seen + sum(record["examples"] for record in self.epoch_records)
 
     def end_epoch(self) -> dict[str, Any]:
-        """Files the epoch that is complete and starts the next one."""
+        """Records the complete epoch and starts the next one."""
         self.epoch += 1
         record = {
             "epoch": self.epoch,
@@ -54,7 +54,7 @@ class TrainingState:
         return record
 
     def note_validation(self, value: float) -> bool:
-        """Files a validation; says whether it is the best so far."""
+        """Records a validation. Returns True if it is the best so far."""
         if value > self.best_validation:
             self.best_validation, self.best_step, self.validations_without_gain = value, self.step, 0
             return True

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains, and goes on when workers are lost or added: launch/train.sh --elastic.
+# Trains, and continues when workers are lost or added: launch/train.sh --elastic.
 #
 #   launch/elastic.sh --hosts_file FILE [--num_workers N] [--min_workers N] [--max_workers N] [trainer flags]
 set -euo pipefail

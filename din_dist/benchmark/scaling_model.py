@@ -10,7 +10,7 @@ Source of the message counts: Horovod 0.28.1 with Gloo (`horovod/common/controll
 - All-reduces of few bytes use recursive doubling, as does the negotiation of which tensors are ready.
 - In an all-to-all each worker sends to all others at once.
 
-`gradients.py` says how rows travel.
+`gradients.py` describes how rows are sent.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def doubling_steps(world_size: int) -> int:
 
 
 def allreduce_bytes(num_bytes: float, world_size: int, num_messages: float = 1) -> float:
-    """Returns the bytes that a worker sends, and receives, in equal all-reduces.
+    """Returns the bytes that a worker sends in all-reduces of equal size. It receives as many.
 
     A small message is sent whole in each step. A large one is cut into N parts, each of which travels N-1 hops of a
     ring, twice.
@@ -131,7 +131,7 @@ def allreduce_bytes(num_bytes: float, world_size: int, num_messages: float = 1) 
     Source: Patarasu and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
 
     Args:
-        num_bytes: of all the messages together.
+        num_bytes: the bytes of all messages together.
         world_size: N.
         num_messages: the number of all-reduces.
     """
@@ -141,12 +141,12 @@ def allreduce_bytes(num_bytes: float, world_size: int, num_messages: float = 1) 
 
 
 def allgather_bytes(own_bytes: float, world_size: int) -> float:
-    """Returns the bytes that a worker sends, and receives, in a ring all-gather: all parts but one."""
+    """Returns the bytes that a worker sends in a ring all-gather: all parts but one. It receives as many."""
     return (world_size - 1) * own_bytes
 
 
 def row_bytes(own_bytes: float, summed_bytes: float, world_size: int, at_owners: bool) -> float:
-    """Returns the bytes of row gradients that a worker sends, and receives.
+    """Returns the bytes of row gradients that a worker sends. It receives as many.
 
     Args:
         own_bytes: the rows that one worker has touched.

@@ -75,7 +75,7 @@ class Signals:
 
     SIGINT, SIGTERM and SIGHUP ask it to stop the job after the current step and a checkpoint. A second SIGINT ends the
     process at once, without a checkpoint. In an elastic job SIGTERM announces an eviction and asks only this worker to
-    leave. A thread handles the signals, whatever the main thread waits for. The thread also gives signs of life to the
+    leave. A thread handles the signals, whatever the main thread waits for. The thread also sends heartbeats to the
     worker's agent. It ends the process when a disk does not answer, because that holds up the other workers.
 
     Args:

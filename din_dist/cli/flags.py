@@ -96,7 +96,7 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     """Returns the settings that the flags give.
 
     Raises:
-        InputError: they break a rule.
+        InputError: a setting breaks a rule.
     """
     parts: dict[str, Any] = {}
     for name, part in Config().parts():

@@ -290,7 +290,7 @@ def _require_room(num_workers: int, hosts: Sequence[HostSlots]) -> None:
     """Checks that the hosts, or this machine, have room for all workers.
 
     Raises:
-        InputError: they do not.
+        InputError: there are more workers than slots.
     """
     if hosts:
         slots = sum(host.slots for host in hosts)

@@ -1,7 +1,7 @@
 """Describes a job on one HTML page: `python -m din_dist.cli.report --output_dir DIR`.
 
-The job may be finished, running or broken off. Its folder is only read, and its GPUs are not used. The last line on
-stdout is the report's path.
+The job may be finished, running or interrupted. The command uses no GPU, and changes nothing in the job's folder
+but the report. The last line on stdout is the report's path.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def require_checkpoint(step: int, folder: Path) -> None:
     """Checks that the folder of a job's checkpoints has one of update `step`.
 
     Raises:
-        InputError: it has none.
+        InputError: there is no such checkpoint.
     """
     from din_dist.training.checkpoint import published_steps
 

@@ -113,7 +113,7 @@ def _num_connections(wanted: int) -> int:
     """Returns how many connections the limit of open files allows now, at most `wanted`.
 
     Raises:
-        InputError: it allows none.
+        InputError: the limit allows no connection.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:

@@ -138,7 +138,7 @@ class _Lookup:
 
 
 async def wait_for_ssh(names: Sequence[str], port: int, seconds: float) -> list[str]:
-    """Returns the hosts on other machines whose ssh server does not answer within that many seconds."""
+    """Returns the hosts on other machines whose ssh server does not answer within `seconds`."""
     until = time.monotonic() + seconds
     silent = list(names)
     while True:
@@ -195,7 +195,7 @@ class HostList:
         """Finds which hosts answer and writes them to Horovod's file.
 
         Args:
-            at_work: hosts of workers that gave a sign of life just now.
+            at_work: hosts of workers whose heartbeat arrived just now.
             with_workers: hosts of workers for which Horovod still waits.
 
         Raises:

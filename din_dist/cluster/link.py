@@ -7,7 +7,7 @@ launcher:  {"stop": n}         the job must stop; n = 2: at once, without a chec
 launcher:  {"given_up": true}  the job continues without this worker, which was silent for too long
 agent:     {"parted": true}    the launcher was silent for too long, so the agent stops the trainer
 agent:     {"ended": code}     the exit code with which its trainer has ended, or is about to end
-both:      {}                  a sign of life, every `BEAT_SECONDS`; the launcher's first one accepts the agent
+both:      {}                  a heartbeat, every `BEAT_SECONDS`; the launcher's first one accepts the agent
 
 All but the first two lines are JSON after a digest that proves the job's key. The digest covers the challenge, the
 nonce, the side that sends the line and the line's number. So a line cannot be replayed, and a changed one is rejected.

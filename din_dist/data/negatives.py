@@ -33,7 +33,7 @@ def untouched_items(
         touched_gaps: int32 `[T]`, see `EventStore`.
         num_items: the number of items to draw from.
         num_halvings: `ceil(log2(longest + 1))` for the longest window.
-        execution: how it is computed; None: by TensorFlow's operations.
+        execution: how the draws are computed. None: TensorFlow's operations compute them.
     """
     begins, ends = tf.cast(begins, tf.int64), tf.cast(ends, tf.int64)
     if execution is not None and execution.kernels:

@@ -113,7 +113,7 @@ class BatchMaker:
             config: of the data.
             seed: the seed of all draws.
             trained: the items of training, if other items are hidden at random; see `trained_items`.
-            execution: how batches are made; None: by TensorFlow's operations.
+            execution: how batches are made. None: TensorFlow's operations make them.
         """
         if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
             raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -343,7 +343,7 @@ def evaluation_batches(
     num_shards: int,
     num_parallel_calls: int = 2,
 ) -> tf.data.Dataset:
-    """Returns this shard's batches of a split in order. All shards, concatenated, have each example of it once.
+    """Returns this shard's batches of a split, in order. Together the shards have each example exactly once.
 
     The draws depend on the event alone, so validation and test negatives stay the same from epoch to epoch.
     """

@@ -19,13 +19,13 @@ Gradient: TypeAlias = tf.Tensor | RowGradients
 class GradientExchange:
     """Sums gradients over the ranks; each rank's loss must already be divided by the global number of examples.
 
-    Dense gradients, and the numbers that ride along with them, go in one grouped all-reduce. Those that are known early
-    go before. Of an embedding table only the touched rows travel, by a `RowTransport`. Bytes an update depend on the
-    rows touched, never on the size of the table.
+    One grouped all-reduce sums the dense gradients and the numbers that are sent with them. Early gradients have one
+    of their own before it. A `RowTransport` sends only the touched rows of an embedding table. The bytes of an update
+    therefore depend on the rows touched, never on the size of the table.
 
     Args:
         ranks: the other ranks.
-        wire_dtype: of rows on their way; what does not travel stays float32.
+        wire_dtype: the type of rows that are sent through Horovod. Elsewhere rows stay float32.
         execution: how rows are merged and packed. Ranks that share tables need our kernels.
     """
 
@@ -43,7 +43,7 @@ class GradientExchange:
 
     @property
     def _packs(self) -> bool:
-        """True if rows and ids of all tables travel as one message."""
+        """True if rows and ids of all tables are sent as one message."""
         return self._execution.kernels and self._ranks.travels
 
     @property
@@ -53,7 +53,7 @@ class GradientExchange:
 
     @property
     def rows(self) -> RowTransport:
-        """How rows travel now."""
+        """The transport that sends the rows of tables now."""
         kinds = (SharedTables, self._tables), (Owners, self.sums_at_owners), (Packed, self._packs), (Gathered, True)
         kind = next(kind for kind, fits in kinds if fits)
         return kind(self._ranks, self._execution)

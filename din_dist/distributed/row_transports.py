@@ -1,4 +1,4 @@
-"""The ways in which rows of embedding tables travel between ranks; one is chosen when an update's graph is built."""
+"""The ways to send rows of embedding tables between ranks; one is chosen when an update's graph is built."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Wire:
         return Wire(self._dtype, self._scale / tf.cast(count, tf.float32))
 
     def pack(self, rows: tf.Tensor) -> tf.Tensor:
-        """Returns rows `[R, D]` as they travel."""
+        """Returns rows `[R, D]` in the form in which they are sent."""
         if self._dtype is WireDtype.FLOAT32:
             return rows
         # As plain 16-bit integers: a gather only moves bits, and so need not know the format.
         return tf.bitcast(tf.cast(rows * self._scale, self._dtype.value), tf.uint16)
 
     def unpack(self, rows: tf.Tensor) -> tf.Tensor:
-        """Returns rows that have travelled, float32 `[R, D]`."""
+        """Returns received rows as float32 `[R, D]`, without the scale."""
         if self._dtype is WireDtype.FLOAT32:
             return rows
         return tf.cast(tf.bitcast(rows, self._dtype.value), tf.float32) / self._scale

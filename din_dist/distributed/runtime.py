@@ -62,7 +62,7 @@ def _is_lost_peer(error: Exception) -> bool:
 class Collectives:
     """Collective operations within a graph; all ranks must call them in one order. Here: a rank without peers."""
 
-    travels = True  # whether what is told goes through Horovod: few bytes are worth work, and few lengths padding
+    travels = True  # messages go through Horovod: saving bytes is worth work, and few lengths are worth padding
     world_size = 1
 
     @property
@@ -95,9 +95,9 @@ class Collectives:
         return message[: lengths[0]]
 
     def share(self, variables: Sequence[tf.Variable]) -> bool:
-        """Keeps `variables`, equal on all ranks, once for all of them, where they have memory in common.
+        """Keeps one copy of `variables`, which are equal on all ranks, in memory that the ranks share, if any.
 
-        Then what one rank writes all have, and each updates those rows that `reduce_scatter_rows` gives it.
+        Then all ranks see what one writes, and each updates those rows that `reduce_scatter_rows` gives it.
         """
         return False
 
@@ -147,7 +147,7 @@ class Runtime(Collectives):
         """Gives every rank the values that rank `root` has."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """The `value` of rank `root`, on every rank. It travels as JSON: tuples become lists."""
+        """Returns the `value` of rank `root` on every rank. It is sent as JSON, so tuples become lists."""
         return value
 
     def barrier(self) -> None:
@@ -170,7 +170,7 @@ class Runtime(Collectives):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that may be refused on some ranks only: all go on after it, or none.
+        """Runs a block that may fail on some ranks only. Afterwards all ranks continue, or none does.
 
         Raises:
             InputError: on the first rank whose block raised one.
@@ -204,7 +204,7 @@ class HorovodRuntime(Runtime):
         """Joins the other workers.
 
         Raises:
-            CannotJoin: they were not reached.
+            CannotJoin: the other workers were not reached.
         """
         try:
             with progress.pollers():
@@ -285,7 +285,7 @@ class ElasticRuntime(HorovodRuntime):
         notifications.register_listener(self)
 
     def on_hosts_updated(self, timestamp: float, result: object) -> None:
-        """Called by Horovod, on the chief only."""
+        """Notes that the hosts have changed. Horovod calls it, on the chief only."""
         self._changed.set()
 
     def workers_changed(self) -> bool:
@@ -330,7 +330,7 @@ def open_runtime() -> Runtime:
 
 
 def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:
-    """One GPU a process, and as many threads as cores. Must come before TensorFlow's first operation.
+    """Gives this process one GPU and as many threads as cores. Call it before TensorFlow's first operation.
 
     Raises:
         InputError: there are GPUs, but fewer than processes on this machine, and NCCL was not told to bear that.

@@ -2,8 +2,8 @@
 
 A step waits for a sum at each synchronised layer, forward and backward, and then for the gradients of all. As a message
 of Horovod's each takes most of a millisecond, however small: threads are woken on both sides and speak through sockets.
-Here each worker writes its values where the others see them, and waits until all have. And they keep the tables in such
-memory, once for all of them: each updates a part of the rows, and so takes part in sums of these alone.
+Here each worker writes its values where the others see them, and waits until all have. The workers also share one copy
+of the tables in such memory. Each updates a part of the rows, and therefore sums the gradients of these rows alone.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def intervals_of_scores(
         users: int `[M]`.
         draws_per_row: one positive and its drawn negatives; None if the log has labels.
         num_samples: the number of bootstrap samples.
-        seed: of the samples.
+        seed: the seed of the bootstrap samples.
     """
     found, user_of = np.unique(users, return_inverse=True)
     aucs, impressions = aucs_by_user(scores, labels, users)

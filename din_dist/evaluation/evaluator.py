@@ -35,7 +35,7 @@ class Evaluator:
         return self.metrics_of(split, self.scores(split, logits_of))
 
     def metrics_of(self, split: str, logits: np.ndarray) -> dict[str, float]:
-        """Returns the metrics of `evaluate` for known `logits` `[num_examples]` of a split."""
+        """Returns the same metrics as `evaluate`, from a split's `logits` `[num_examples]`."""
         metrics = self._ranking_metrics(split, logits)
         metrics["log_loss"] = log_loss(logits, self.labels(split))
         metrics["num_examples"] = len(logits)

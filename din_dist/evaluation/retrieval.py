@@ -149,7 +149,7 @@ class Task:
         num_negatives: the number of items that the user never touched, or all of those if there are fewer. They are
             drawn by (seed, event) without repetition. 0: all items of the catalogue.
         exclude_history: with all items, leave out those of the user's history, but never the target.
-        seed: of the draws.
+        seed: the seed of the drawn negatives.
     """
 
     num_negatives: int

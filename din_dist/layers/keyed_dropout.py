@@ -33,7 +33,7 @@ class KeyedDropout(keras.layers.Layer):
         return mode.fused(_drop)(inputs, _required(seeds), self.rate, self.stream)
 
     def factors(self, seeds: tf.Tensor | None, width: int, mode: Mode) -> tf.Tensor:
-        """Returns the factors of the `width` units of each example in training, float32 `[B, width]`."""
+        """Returns the factor of each of an example's `width` units, float32 `[B, width]`: 0 or 1 / (1 - rate)."""
         return mode.fused(_factors)(_required(seeds), self.rate, self.stream, width)
 
     def get_config(self) -> dict:

@@ -39,7 +39,7 @@ class RankingModel(keras.Model):
     Args:
         lookup: turns item ids into vectors. The model does not know where the tables lie.
         config: sizes, activations and normalization.
-        training_mode: of a pass in training; None: by TensorFlow's operations, without peers.
+        training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
     """
 
     def __init__(

@@ -86,11 +86,11 @@ def line_chart(
     Args:
         series: the lines.
         title: for screen readers.
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis.
+        x_label: the label of the horizontal axis.
+        y_label: the label of the vertical axis.
         marks: vertical lines.
         from_zero: the vertical axis begins at 0.
-        y_format: of the values on the vertical axis.
+        y_format: the format of the values on the vertical axis.
         tip: the template of a point's tooltip.
     """
     points = [

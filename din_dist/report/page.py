@@ -381,7 +381,7 @@ def _weight_bar(shown: ShownExample, weight: float, *, shares: bool) -> Markup:
 
     Args:
         shown: the example.
-        weight: of one behaviour.
+        weight: the weight of one behaviour.
         shares: the weights of a history sum to 1.
     """
     largest = max(abs(behaviour.weight or 0.0) for behaviour in shown.behaviours) or 1.0

@@ -123,7 +123,7 @@ def read_rows(
         file: the file to read.
         form: its format.
         first_row: the row to begin at, from 0.
-        rows_per_batch: of Parquet: the most rows of a batch. Text comes in blocks of some MiB.
+        rows_per_batch: the most rows of a batch of Parquet. Text comes in blocks of some MiB.
 
     Raises:
         InputError: the file is damaged; the text names the row where it can.

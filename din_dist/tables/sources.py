@@ -38,7 +38,7 @@ class Found:
     passed_over: list[str]
 
     def describe(self) -> str:
-        """Returns one line that tells how many files were read and which were not."""
+        """Returns one line with the number of files read and the names of those that were not."""
         line = f"files: {len(self.files):,} read"
         if not self.passed_over:
             return line
@@ -169,10 +169,10 @@ class _Search:
             self.files.append(path)
 
     def exists(self, path: Path) -> bool:
-        """Tells whether there is something at `path`.
+        """Returns True if there is something at `path`.
 
         Raises:
-            InputError: rights are missing to tell that.
+            InputError: the rights to look there are missing.
         """
         try:
             path.stat()

@@ -197,7 +197,7 @@ class PrometheusMetrics:
         }
 
     def push(self) -> str | None:
-        """Leaves the metrics at `--pushgateway`, for jobs that end before a scrape; says what went wrong."""
+        """Pushes the metrics to `--pushgateway`, for jobs that end before a scrape. Returns the problem, if any."""
         try:
             push_to_gateway(
                 self._settings.pushgateway,

@@ -45,7 +45,7 @@ class Reporter:
 
     Args:
         runtime: the ranks.
-        prometheus_metrics: of this rank.
+        prometheus_metrics: this rank's metrics.
         num_steps: the number of updates at which the job ends.
     """
 

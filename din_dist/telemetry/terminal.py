@@ -29,7 +29,7 @@ class Terminal:
         log_format: text or JSON lines.
         num_steps: the length of the bar.
         silent: show nothing.
-        unit: of the bar.
+        unit: the unit of the bar.
     """
 
     def __init__(self, log_format: LogFormat, num_steps: int, *, silent: bool, unit: str = "step") -> None:

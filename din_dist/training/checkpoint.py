@@ -95,8 +95,8 @@ class CheckpointStore:
 
         Args:
             tries: how often it is tried, once a second.
-            saved: told by another thread of the state, the seconds and the bytes.
-            failed: told of each try in vain.
+            saved: called, perhaps in another thread, with the state, the seconds and the bytes.
+            failed: called with the problem after each failed try.
         """
         if not self._writer.wait(0 if self._is_stuck else _PATIENCE_SECONDS):
             self._is_stuck = True
@@ -132,7 +132,7 @@ class CheckpointStore:
                 write()
 
     def finish(self, patience_seconds: float = math.inf) -> bool:
-        """Waits for what `save_later` writes; False when nothing of it was written for so long."""
+        """Waits for what `save_later` writes. Returns False after `patience_seconds` without progress."""
         with progress.at(f"waiting for a checkpoint in {self._root}"):
             return self._writer.wait(patience_seconds)
 
@@ -148,7 +148,7 @@ class CheckpointStore:
         """Saves by this rank alone, because the others may be gone.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the checkpoint could not be written.
         """
         with progress.at(f"saving step {state.step} in {self._root}"):
             self._write(_values(variables), state)
@@ -260,7 +260,7 @@ def checkpoints_dir(config: Config) -> Path:
 
 
 def latest_checkpoint(config: Config) -> Path | None:
-    """The newest published checkpoint's folder."""
+    """Returns the folder of the newest published checkpoint, if any."""
     folders = _published(checkpoints_dir(config))
     return folders[-1] if folders else None
 
@@ -274,11 +274,11 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str | None)
     """Returns the manifest of a checkpoint that `config` may go on from.
 
     Args:
-        data_fingerprint: of the prepared data; None: they are not there yet, and not compared.
+        data_fingerprint: the fingerprint of the prepared data. None: there are none yet, and they are not compared.
 
     Raises:
-        InputError: its settings or data are others.
-        DamagedCheckpoint: it cannot be read.
+        InputError: the checkpoint has other settings or data.
+        DamagedCheckpoint: the checkpoint cannot be read.
     """
     try:
         manifest = _read_manifest(folder / _MANIFEST)
@@ -301,8 +301,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest in `path`, each part of the kind that is written.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no manifest of a checkpoint.
+        OSError: the file cannot be read.
+        ValueError: the file is no manifest of a checkpoint.
     """
     manifest = parse_json(read_bounded(path, _MOST_MANIFEST_BYTES))
     kinds = {"state": dict, "config": dict, "data_fingerprint": str, "variables": dict}
@@ -327,8 +327,8 @@ def _read_array(path: Path, digest: str, shape: tuple[int, ...], dtype: np.dtype
     """Returns the array in `path`, which must have this digest, shape and type.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is another one.
+        OSError: the file cannot be read.
+        ValueError: the array in the file is another one.
     """
     with open_regular(path) as file:
         if _digest(file) != digest:

@@ -24,7 +24,7 @@ class Learner:
         step: one update of the model, the same on every rank.
         undo_log: the last updates.
         variables: all that a checkpoint keeps, by name.
-        message_sizes: of what an update sends to other ranks.
+        message_sizes: the bytes that an update sends to other ranks.
     """
 
     model: RankingModel

@@ -21,7 +21,7 @@ from din_dist.execution import Execution
 
 RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc
 
-# The weights that a gradient belongs to. Of a gradient of rows those rows, or, for our kernels, the whole table.
+# The weights that a gradient belongs to. For a row gradient: those rows or, with our kernels, the whole table.
 Values: TypeAlias = tf.Tensor | tf.Variable
 
 _Each = TypeVar("_Each")
@@ -49,7 +49,7 @@ class Optimizer(abc.ABC):
     Args:
         tables: the names of the variables that are tables: those are given row gradients.
         execution: how updates are computed. Our kernels write to the rows of tables where they are. A rule without a
-            kernel runs by TensorFlow's operations.
+            kernel uses TensorFlow's operations.
     """
 
     initial_state: ClassVar[Mapping[str, float]] = {}  # kind of slot variable -> its first values
@@ -86,7 +86,7 @@ class Optimizer(abc.ABC):
         ]
 
     def values_of(self, gradients: Sequence[Gradient]) -> list[Values]:
-        """The weights that each gradient belongs to."""
+        """Returns the weights that each gradient belongs to."""
         return [
             variable if self.updates_in_place and isinstance(gradient, RowGradients) else _read(variable, gradient)
             for variable, gradient in zip(self.variables, gradients, strict=True)
@@ -100,7 +100,7 @@ class Optimizer(abc.ABC):
         step: tf.Tensor,
         keep: bool = False,
     ) -> list[RowGradients]:
-        """One update.
+        """Changes the variables by one update.
 
         Args:
             values: `values_of` the gradients.

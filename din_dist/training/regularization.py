@@ -49,12 +49,12 @@ class Regularization:
         names: Sequence[str],
         sum_of_parts: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     ) -> tuple[list[Gradient], tf.Tensor]:
-        """The gradients with penalties, and the Euclidean norm of all together.
+        """Returns the gradients with penalties, and the Euclidean norm of all of them together.
 
         Args:
             values: `Optimizer.values_of` the gradients.
-            names: of their variables.
-            sum_of_parts: of a number that each rank finds of its gradients of rows, that of all ranks' rows.
+            names: the names of their variables.
+            sum_of_parts: sums over the ranks a number that each computed from its own rows' gradients.
         """
         if self._config.l2:
             gradients = [

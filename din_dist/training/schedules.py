@@ -9,7 +9,7 @@ from din_dist.data.pipeline import num_steps_per_epoch
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of update `step`, counted from 1, of `num_steps` in all.
+    """Returns the rate of update `step`, counted from 1, of `num_steps` in all.
 
     The warm-up reaches the full rate at its last step; the decay after it reaches 0 one step past the end, so that
     every step moves.

@@ -106,7 +106,7 @@ class Trainer:
             self._after_update()
 
     def train(self) -> None:
-        """Every update that is left, from where the job stands.
+        """Runs all remaining updates.
 
         Raises:
             Interrupted: after a checkpoint, when any rank was asked to stop, or all to leave.
@@ -202,7 +202,7 @@ class Trainer:
         """Publishes a checkpoint of where this rank's memory stands, when the others cannot be reached.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the checkpoint could not be written.
         """
         position = self._undo_log.newest()
         if position is None or position[0] <= self._saved_step:
@@ -351,7 +351,7 @@ class Trainer:
             self.save(is_best=improved)
 
     def _validate(self) -> bool:
-        """Scores the validation split, if there is one; says whether it is the best so far."""
+        """Scores the validation split, if there is one. Returns True if the result is the best so far."""
         if not self._evaluator.has_examples("validation"):
             return False
         with self._phase("validation"):

@@ -41,7 +41,7 @@ class UndoLog:
         self._positions: collections.deque[_Position] = collections.deque(maxlen=_KEPT)
 
     def clear(self) -> None:
-        """The variables are about to become others than training's."""
+        """Forgets all updates, because the variables are about to get values from elsewhere."""
         self._positions.clear()
 
     def begin(self, state: TrainingState, *, finished: bool) -> None:
@@ -64,7 +64,7 @@ class UndoLog:
         self._positions[-1].finished = state.copy()
 
     def newest(self) -> tuple[int, bool] | None:
-        """The newest update, and whether what was due after it is done; None where there is nothing to go back to."""
+        """Returns the newest update, and whether what was due after it is done; None if no update is kept."""
         if not self._positions:
             return None
         return self._positions[-1].reached.step, self._positions[-1].finished is not None
@@ -79,7 +79,7 @@ class UndoLog:
             for table, rows in zip(self.tables, undone.replaced, strict=True):
                 table.scatter_update(tf.IndexedSlices(rows.rows, rows.row_ids))
         position = self._positions[-1]
-        # Always: an update that was broken off has moved the averages of batch statistics.
+        # Always, because an interrupted update has moved the averages of batch statistics.
         for variable, value in zip(self.others, position.values, strict=True):
             variable.assign(value)
         if not finished:
@@ -88,6 +88,10 @@ class UndoLog:
 
 
 def agree(positions: Sequence[tuple[int, bool]]) -> tuple[int, bool]:
-    """Where all ranks can go on, from the newest update of each and whether what was due after it is done there."""
+    """Returns the last update that all ranks have made, and whether what was due after it is done.
+
+    Args:
+        positions: `UndoLog.newest` of each rank.
+    """
     step = min(reached for reached, _ in positions)
     return step, all(finished for reached, finished in positions if reached == step)

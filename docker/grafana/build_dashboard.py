@@ -72,7 +72,7 @@ def per_rank(metric: str) -> str:
 
 
 def job_wide(metric: str) -> str:
-    """Of a gauge that is the same on all ranks."""
+    """Returns the query of a gauge that is the same on all ranks."""
     return f"max({metric}{RANKS})"
 
 

@@ -1,4 +1,4 @@
-"""Runs our commands as users do: real processes on the made-up log of `small_log`.
+"""Runs our commands as users do: real processes on the synthetic log of `small_log`.
 
 prepare_log(tmp_path)
 done = run("train", tmp_path, "--epochs=1")

@@ -238,7 +238,7 @@ class Job:
         return max(self.records("elastic") + self.records("start"), key=lambda record: record["time"])["world_size"]
 
     def wait(self, what: str, holds: Callable[[], bool], seconds: float = 150) -> None:
-        """Waits until `holds` returns True or the job has ended well.
+        """Waits until `holds` returns True or the job has completed.
 
         Raises:
             FaultError: the job failed, or `what` did not happen in time.
@@ -302,7 +302,7 @@ class Job:
         return host
 
     def finish(self, seconds: float = 600) -> dict[str, Any]:
-        """Waits until the job has ended well, and returns its summary."""
+        """Waits until the job has completed, and returns its summary."""
         code = self.process.wait(timeout=seconds)
         for reader in self._readers:
             reader.join()
@@ -392,7 +392,7 @@ def freeze_host(job: Job) -> None:
     """Stops the trainer and the agent of a worker, as on a machine that hangs: nobody there can report it."""
     trainer = job.any_trainer()
     _lose(job, trainer, lambda: trainer.signal(signal.SIGSTOP, agent_too=True))
-    trainer.signal(signal.SIGCONT, agent_too=True)  # the machine goes on at last: what is left over must end by itself
+    trainer.signal(signal.SIGCONT, agent_too=True)  # the machine continues at last: leftover processes must end unaided
 
 
 def reset_host(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""Writes a small log of made-up events, and makes the settings of a job on it that takes seconds.
+"""Writes a small log of synthetic events, and makes the settings of a job on it that takes seconds.
 
 config = small_config(tmp_path, epochs=2, optimizer="sgd")
 store = prepare(config.data)

@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
 
 def concatenated(parts: Sequence[Part]) -> tf.Tensor:
-    """Returns the vectors `[U, H]`, by TensorFlow's operations."""
+    """Returns the vectors `[U, H]`, computed by TensorFlow's operations."""
     rows = [part.rows if part.row_of is None else tf.gather(part.rows, part.row_of) for part in parts]
     return tf.concat(rows, axis=1)
 

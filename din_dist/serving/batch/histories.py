@@ -168,7 +168,7 @@ def check_item_types(histories: UserHistories, export_has_integers: bool, folder
     """Checks that the data and the export have item ids of the same type.
 
     Raises:
-        InputError: they have not.
+        InputError: the types differ.
     """
     if histories.items_are_integers != export_has_integers:
         words = {True: "integers", False: "strings"}

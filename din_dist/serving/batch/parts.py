@@ -221,11 +221,11 @@ class PartsFolder:
 def in_turn(parts: Sequence[Part], index: int, count: int) -> list[Part]:
     """Returns the order in which one of `count` processes claims parts: its own share first, then those of the others.
 
-    A share is a range of consecutive parts, so that a process reads on without skipping. The shares of the others are
-    taken from their ends.
+    A share is a range of consecutive parts, so that a process reads on without skipping. Shares of other processes
+    are taken from the last part backwards.
 
     Args:
-        parts: all that are missing.
+        parts: all missing parts.
         index: number of this process.
         count: number of processes.
     """

@@ -68,7 +68,7 @@ class RowColumns:
 
     @property
     def added(self) -> list[Added]:
-        """The columns to add, empty."""
+        """The columns to add, without rows yet."""
         offsets = np.zeros(1, np.int64) if self.candidates.is_list else None
         columns = [Added(name, pa.array([], pa.float32()), offsets) for name in (LOGIT, PROBABILITY)]
         if self.top_k:
@@ -297,7 +297,10 @@ def ahead(values: Iterator[_Value]) -> Iterator[_Value]:
 
 
 class RowProgress:
-    """Shows on the chief how many rows are done: those of parts that any process has published, and its own so far."""
+    """Shows on the chief how many rows are done.
+
+    It shows the larger of two counts: rows in published parts, and rows published at the start plus the chief's own.
+    """
 
     def __init__(
         self, plan: Plan, folder: PartsFolder, log_format: LogFormat, world_size: int, *, silent: bool

@@ -1,4 +1,4 @@
-"""Connections: limits their number, closes idle ones to make room, and hangs up on clients that do not read."""
+"""Connections: limits their number, closes idle ones to make room, and disconnects clients that do not read."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Passes data on. Reading pauses while the client has not read its last answer, which bounds the memory."""
+        """Passes data on. To bound the memory, reads no more until the client is answered and reads that answer."""
         super().data_received(data)
         if not self._pipe:
             return

@@ -17,7 +17,7 @@ def error(code: int, text: str) -> web.Response:
 
 
 def busy() -> web.Response:
-    """Returns the answer of a full queue."""
+    """Returns the error for a request that finds the queue full (429)."""
     return error(429, "Too many requests wait already. Try again later.")
 
 
