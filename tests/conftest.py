@@ -14,6 +14,7 @@ FAST = {
     "tests/cluster/test_hosts.py": (),
     "tests/cluster/test_link.py": (),
     "tests/cluster/test_slurm.py": (),
+    "tests/config": (),
     "tests/data/builders": ("first_command",),
     "tests/data/test_event_store.py": (),
     "tests/data/test_hashing.py": (),
