@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.commands import assert_one_line, command
@@ -160,7 +161,13 @@ def test_a_request_to_stop_while_data_are_prepared(tmp_path: Path, disk: FaultyD
     disk.stick()
     job = Job(tmp_path, on(disk, with_workers(tmp_path, 1)))
 
-    job.wait(lambda: disk.num_waiting() > 0)
+    def waits_for_disk() -> bool:
+        found = psutil.Process(job.process.pid).children(recursive=True)
+        stacks = [stack.read_text() for child in found for stack in Path(f"/proc/{child.pid}/task").glob("*/stack")]
+        # A request that the disk has not yet taken would still let its process be killed.
+        return any("fuse_" in stack for stack in stacks) and disk.num_waiting() > 0
+
+    job.wait(waits_for_disk)
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 75, job.said
     assert "train.sh: prepare_data did not end within 10 s: it is killed" in job.said
