@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from din_dist.config import WireDtype
-from din_dist.distributed.runtime import Collectives
+from din_dist.distributed.collectives import Collectives
 from din_dist.execution import Execution, round_up
 from din_dist.kernels import operations
 from din_dist.layers.packed import padded, segment_sum

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from din_dist.distributed.runtime import Collectives, Runtime, after
+from din_dist.distributed.collectives import Collectives, after
+from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
 from din_dist.kernels import operations
 
