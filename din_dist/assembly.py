@@ -16,8 +16,9 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
+from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import GradientExchange
-from din_dist.distributed.runtime import Collectives, Runtime
+from din_dist.distributed.runtime import Runtime
 from din_dist.distributed.shared_memory import share_memory
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.execution import Execution, Mode

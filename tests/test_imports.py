@@ -124,3 +124,9 @@ def test_the_place_is_read_where_it_should_be():
     """Otherwise the pattern may match nothing."""
     found = launch_variables(ast.parse(FILES["place.py"].read_text()))
     assert found >= {"HOROVOD_RANK", "SLURM_JOB_NODELIST", "OMPI_MCA_orte_set_default_slots", "DIN_DIST_LAUNCHER"}
+
+
+def test_operations_of_the_kernels_are_called_in_one_module() -> None:
+    """By the library that TensorFlow loads; mapped_files.py and kernels/__init__.py call plain C functions."""
+    calls = re.compile(r"library\(\)\.din_dist_\w+\(")
+    assert [file for file, path in FILES.items() if calls.search(path.read_text())] == ["kernels/operations.py"]

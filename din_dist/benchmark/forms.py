@@ -11,8 +11,8 @@ import numpy as np
 from din_dist.assembly import Assembly, make_model
 from din_dist.benchmark.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
 from din_dist.config import ComputeDtype, Config
+from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import DenseExchange
-from din_dist.distributed.runtime import Collectives
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.ranking_model import RankingModel

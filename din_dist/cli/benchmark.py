@@ -76,7 +76,8 @@ def main() -> None:
     cores = claim_cores()
     entry.import_tensorflow()
     from din_dist.data.prepared import open_prepared
-    from din_dist.distributed.runtime import claim_devices, open_runtime, raise_lost_peer
+    from din_dist.distributed.devices import claim_devices
+    from din_dist.distributed.runtime import open_runtime, raise_lost_peer
     from din_dist.text import to_json
 
     runtime = open_runtime()

@@ -86,7 +86,8 @@ def main() -> None:
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import split_examples
-    from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.distributed.devices import claim_devices
+    from din_dist.distributed.runtime import open_runtime
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))

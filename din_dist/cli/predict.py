@@ -108,7 +108,8 @@ def main() -> None:
     signals = entry.Signals("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
-    from din_dist.distributed.runtime import claim_devices, open_runtime
+    from din_dist.distributed.devices import claim_devices
+    from din_dist.distributed.runtime import open_runtime
     from din_dist.serving.batch.parts import PartsFolder
     from din_dist.serving.batch.predictor import Predictor
     from din_dist.text import to_json

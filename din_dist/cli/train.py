@@ -50,7 +50,8 @@ class _Training:
     def __init__(self, config: Config, signals: entry.Signals, num_threads: int, started: float) -> None:
         from din_dist.assembly import Assembly
         from din_dist.data.prepared import open_prepared
-        from din_dist.distributed.runtime import claim_devices, open_runtime
+        from din_dist.distributed.devices import claim_devices
+        from din_dist.distributed.runtime import open_runtime
         from din_dist.telemetry.prometheus import PrometheusMetrics
         from din_dist.training.output_dir import OutputDirLock
 

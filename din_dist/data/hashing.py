@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.execution import Execution
+from din_dist.kernels import operations
 
 
 def hash64(*parts: tf.Tensor | int, execution: Execution | None = None) -> tf.Tensor:
@@ -23,9 +23,7 @@ def hash64(*parts: tf.Tensor | int, execution: Execution | None = None) -> tf.Te
             of them is a vector. None: by TensorFlow's operations.
     """
     if execution is not None and execution.kernels:
-        hashes = kernels.library().din_dist_hash64([_as_uint64(part) for part in parts])
-        hashes.set_shape([None])
-        return hashes
+        return operations.hash64([_as_uint64(part) for part in parts])
     state = tf.constant(0, tf.uint64)
     for part in parts:
         state = _mix(state + _as_uint64(part) + tf.constant(0x9E3779B97F4A7C15, tf.uint64))

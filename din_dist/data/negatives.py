@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.data.hashing import place_in_random_order
 from din_dist.execution import Execution
+from din_dist.kernels import operations
 
 
 def untouched_items(
@@ -37,8 +37,7 @@ def untouched_items(
     """
     begins, ends = tf.cast(begins, tf.int64), tf.cast(ends, tf.int64)
     if execution is not None and execution.kernels:
-        items = kernels.library().din_dist_untouched_items(random, begins, ends, touched_gaps, num_items=num_items)
-        return tf.ensure_shape(items, random.shape)
+        return operations.untouched_items(random, begins, ends, touched_gaps, num_items)
     num_untouched = num_items - (ends - begins)
     rank = tf.cast(tf.math.floormod(random, tf.cast(num_untouched, tf.uint64)), tf.int64)
     low, high = begins, ends

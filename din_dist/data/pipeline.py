@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.hashing import hash64
@@ -26,6 +25,7 @@ from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
 from din_dist.execution import Execution
+from din_dist.kernels import operations
 from din_dist.schema import Batch
 
 BATCH_SIGNATURE = Batch(
@@ -215,14 +215,13 @@ class BatchMaker:
         """Returns `values[begin:end]` for each pair of `begins` and `ends` `[B]`, concatenated."""
         if not self.execution.kernels:
             return tf.gather(values, tf.ragged.range(begins, ends).values)
-        return tf.ensure_shape(kernels.library().din_dist_windows(values, begins, ends), [None])
+        return operations.windows(values, begins, ends)
 
     def _distinct(self, candidate: tf.Tensor, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the distinct items, and the index among them of each candidate and then each history position."""
         if not self.execution.kernels:
             return tf.unique(tf.concat([candidate, history], axis=0))
-        distinct, places = kernels.library().din_dist_distinct_ids([candidate, history])
-        return tf.ensure_shape(distinct, [None]), tf.ensure_shape(places, [None])
+        return operations.distinct_ids([candidate, history])
 
     def _hide(
         self,

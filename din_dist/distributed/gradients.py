@@ -8,9 +8,9 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from din_dist.config import WireDtype
+from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.row_transports import Gathered, Owners, Packed, RowGradients, RowTransport, SharedTables, Wire
-from din_dist.distributed.runtime import Collectives
 from din_dist.execution import Execution
 
 Gradient: TypeAlias = tf.Tensor | RowGradients

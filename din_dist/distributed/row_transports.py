@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.config import WireDtype
-from din_dist.distributed.runtime import Collectives
+from din_dist.distributed.collectives import Collectives
 from din_dist.execution import Execution, round_up
+from din_dist.kernels import operations
 from din_dist.layers.packed import padded, segment_sum
 
 NO_ROW = -1  # padding
@@ -158,9 +158,7 @@ class Owners(Packed):
 def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor, execution: Execution | None = None) -> RowGradients:
     """Sums the rows `[R, D]` that share an id, int32 `[R]`, and leaves out those of `NO_ROW`."""
     if execution is not None and execution.kernels:
-        ops, num_threads = kernels.library(), kernels.num_threads()
-        distinct, merged = ops.din_dist_merge_rows(row_ids, rows, num_threads=num_threads)
-        return RowGradients(tf.ensure_shape(distinct, [None]), tf.ensure_shape(merged, [None, rows.shape[1]]))
+        return RowGradients(*operations.merge_rows(row_ids, rows))
     real = tf.where(row_ids != NO_ROW)  # [M, 1]
     distinct, index = tf.unique(tf.gather_nd(row_ids, real))
     segments = tf.tensor_scatter_nd_update(tf.fill(tf.shape(row_ids), -1), real, index)
@@ -170,15 +168,11 @@ def merge_rows(row_ids: tf.Tensor, rows: tf.Tensor, execution: Execution | None 
 def _message(gradients: Sequence[RowGradients], wire: Wire, num_parts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the rows in a part for each owner, int32 `[words]`, and the parts' lengths, int32 `[num_parts]`."""
     rows = [wire.pack(each.rows) for each in gradients]
-    message, lengths = kernels.library().din_dist_pack_rows(num_parts, [each.row_ids for each in gradients], rows)
-    return tf.ensure_shape(message, [None]), tf.ensure_shape(lengths, [None])
+    return operations.pack_rows(num_parts, [each.row_ids for each in gradients], rows)
 
 
 def _rows_of(message: tf.Tensor, gradients: Sequence[RowGradients], wire: Wire) -> list[tuple[tf.Tensor, tf.Tensor]]:
     """Returns ids and rows of the tables of `gradients`, from concatenated parts of messages."""
     widths = [each.rows.shape[1] for each in gradients]
-    ids, rows = kernels.library().din_dist_unpack_rows(message, N=len(widths), T=wire.dtype, widths=widths)
-    return [
-        (tf.ensure_shape(some_ids, [None]), wire.unpack(tf.ensure_shape(some_rows, [None, width])))
-        for some_ids, some_rows, width in zip(ids, rows, widths, strict=True)
-    ]
+    ids, rows = operations.unpack_rows(message, widths, wire.dtype)
+    return [*zip(ids, map(wire.unpack, rows), strict=True)]

@@ -1,4 +1,4 @@
-"""The workers of a job and how they speak: Horovod, or nobody to speak to.
+"""The ranks of a job: Horovod, or a process alone.
 
 This is the only module that imports Horovod.
 """
@@ -20,19 +20,13 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import progress
-from din_dist.environment import SEVERAL_ON_A_GPU
+from din_dist.distributed.collectives import Collectives, after
 from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, LostPeer
 from din_dist.place import Place, is_dismissed
 
 _JOIN_AGAIN_SECONDS = 0.2
 _MOST_FAILED_JOINS = 10  # in a row, each within `_AT_ONCE_SECONDS`: what is wrong is not that others come and go
 _AT_ONCE_SECONDS = 2.0
-
-
-def after(last: tf.Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """Lets the operations of a block wait for `last`, if that is of the same graph."""
-    known = last is not None and not tf.executing_eagerly() and last.graph is tf.compat.v1.get_default_graph()
-    return tf.control_dependencies([last] if known else [])
 
 
 @contextlib.contextmanager
@@ -57,66 +51,6 @@ def _is_lost_peer(error: Exception) -> bool:
     if isinstance(error, tf.errors.OpError):
         return "horovod" in str(error).lower()
     return type(error).__name__ == "HorovodInternalError"
-
-
-class Collectives:
-    """Collective operations within a graph; all ranks must call them in one order. Here: a rank without peers."""
-
-    travels = True  # messages go through Horovod: saving bytes is worth work, and few lengths are worth padding
-    world_size = 1
-
-    @property
-    def has_peers(self) -> bool:
-        """True if there are other ranks, or may be later."""
-        return False
-
-    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str | None = None) -> list[tf.Tensor]:
-        """Sums each tensor over the ranks, in one message. Without a name, that of the tensor in its graph serves."""
-        return list(tensors)
-
-    def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """Joins each tensor's rows from all ranks, in the order of the ranks; lengths may differ."""
-        return list(tensors)
-
-    def after_sums(self) -> contextlib.AbstractContextManager[None]:
-        """Starts the operations of a block after all sums that were begun before in the same graph."""
-        return contextlib.nullcontext()
-
-    def num_ranks(self) -> tf.Tensor:
-        """The number of ranks, int32: those that there are when it is asked, where it may change."""
-        return tf.constant(self.world_size)
-
-    def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
-        """Gives each rank a part of this rank's `message`; joins what all ranks give this one, in their order.
-
-        Args:
-            lengths: int32 `[ranks]`, of the parts, one after the other; what is left at the end is given to nobody.
-        """
-        return message[: lengths[0]]
-
-    def share(self, variables: Sequence[tf.Variable]) -> bool:
-        """Keeps one copy of `variables`, which are equal on all ranks, in memory that the ranks share, if any.
-
-        Then all ranks see what one writes, and each updates those rows that `reduce_scatter_rows` gives it.
-        """
-        return False
-
-    def reduce_scatter_rows(
-        self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-        """Sums the rows that ranks have for tables that they share, each row on the rank that is to update it.
-
-        Args:
-            row_ids: int32 `[R]` of each table, none twice.
-            rows: float32 `[R, D]` of each.
-
-        Returns:
-            The ids of this rank's rows, the sums, and how many rows all ranks together have (int32), of each table.
-        """
-        return list(row_ids), list(rows), [tf.size(ids) for ids in row_ids]
-
-    def fence(self, variables: Sequence[tf.Variable]) -> None:
-        """Waits until all ranks have updated their rows of `variables`, which they share."""
 
 
 class Runtime(Collectives):
@@ -327,23 +261,3 @@ def open_runtime() -> Runtime:
     if place.elastic:
         return ElasticRuntime()
     return Runtime() if place.alone else HorovodRuntime()
-
-
-def claim_devices(runtime: Runtime, num_cores: int, gpus: Sequence[Any] | None = None) -> None:
-    """Gives this process one GPU and as many threads as cores. Call it before TensorFlow's first operation.
-
-    Raises:
-        InputError: there are GPUs, but fewer than processes on this machine, and NCCL was not told to bear that.
-    """
-    gpus = tf.config.list_physical_devices("GPU") if gpus is None else gpus
-    if gpus:
-        if runtime.local_size > len(gpus) and os.environ.get(SEVERAL_ON_A_GPU) != "1":
-            raise InputError(
-                f"Each worker needs a GPU of its own. Received: {runtime.local_size} workers and {len(gpus)} GPU(s) on "
-                f"this machine. Start at most {len(gpus)} workers here; to try more, set {SEVERAL_ON_A_GPU}=1."
-            )
-        mine = gpus[runtime.local_rank % len(gpus)]
-        tf.config.set_visible_devices(mine, "GPU")
-        tf.config.experimental.set_memory_growth(mine, True)
-    tf.config.threading.set_intra_op_parallelism_threads(num_cores)
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, num_cores))

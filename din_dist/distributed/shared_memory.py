@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from din_dist import kernels
-from din_dist.distributed.runtime import Collectives, Runtime, after
+from din_dist.distributed.collectives import Collectives, after
+from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
+from din_dist.kernels import operations
 
 BUFFER_BYTES = 1 << 20
 _LINE = 64  # bytes, as in kernels/neighbours.cc
@@ -75,17 +76,15 @@ class SharedMemory(Collectives):
         """Sums float32 tensors of known shapes over the ranks."""
         flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         with self._in_order():
-            self._last = kernels.library().din_dist_neighbours_sum(flat, **self._place)
+            self._last = operations.shared_sum(flat, self._place)
         parts = tf.split(self._last, [tensor.shape.num_elements() for tensor in tensors])
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def all_gather(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Joins the rows of tensors that are all float32 or all int32."""
         with self._in_order():
-            gathered = kernels.library().din_dist_neighbours_gather(tensors, **self._place)
+            gathered = operations.shared_gather(tensors, self._place)
         self._last = gathered[0]
-        for rows, tensor in zip(gathered, tensors, strict=True):
-            rows.set_shape([None, *tensor.shape[1:]])
         return gathered
 
     def share(self, variables: Sequence[tf.Variable]) -> bool:
@@ -113,7 +112,7 @@ class SharedMemory(Collectives):
                 for variable, file in zip(variables, files, strict=True):
                     if chief:
                         os.posix_fallocate(file, 0, os.fstat(file).st_size)
-                    kernels.library().din_dist_share(variable.handle, fd=file, fill=chief)
+                    operations.share(variable, file, fill=chief)
             except (OSError, tf.errors.OpError):
                 moved = False
         return bool(self._runtime.gather(np.array([moved])).all())
@@ -122,17 +121,12 @@ class SharedMemory(Collectives):
         self, row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor]
     ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
         with self._in_order():
-            summed_ids, sums, self._last = kernels.library().din_dist_neighbours_reduce_rows(
-                row_ids, rows, **self._place
-            )
-        for ids, of_table, own in zip(summed_ids, sums, rows, strict=True):
-            ids.set_shape([None])
-            of_table.set_shape([None, own.shape[1]])
+            summed_ids, sums, self._last = operations.shared_reduce_rows(row_ids, rows, self._place)
         return summed_ids, sums, tf.unstack(tf.ensure_shape(self._last, [len(rows)]))
 
     def fence(self, variables: Sequence[tf.Variable]) -> None:
         with self._in_order():
-            kernels.library().din_dist_neighbours_finish([variable.handle for variable in variables], **self._place)
+            operations.shared_fence(variables, self._place)
 
     def _in_order(self) -> contextlib.AbstractContextManager[None]:
         return after(self._last)

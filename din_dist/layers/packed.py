@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.execution import INFERENCE, Mode
+from din_dist.kernels import operations
 from din_dist.layers.pairs import Pairs
 
 
@@ -20,9 +20,7 @@ def segment_ids(lengths: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
         mode: of the pass. Our kernel is faster than TensorFlow's cumulative sums.
     """
     if mode.kernels:
-        ids = kernels.library().din_dist_segment_ids(lengths)
-        ids.set_shape([None])
-        return ids
+        return operations.segment_ids(lengths)
     starts = tf.cumsum(lengths, exclusive=True)
     # One is added where each segment begins. `tf.repeat` would make a rectangle, [B, the longest].
     begun = tf.math.unsorted_segment_sum(tf.ones_like(lengths), starts, tf.reduce_sum(lengths) + 1)

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.execution import INFERENCE, Mode
+from din_dist.kernels import operations
 
 # (x [M, W], standardised x [M, W], *parameters [W]) -> [M, W], element by element.
 ElementWise = Callable[..., tf.Tensor]
@@ -105,7 +105,7 @@ class Standardize(keras.layers.Layer):
         sums.set_shape([2 * width + 1])
         sums = mode.sum_over_ranks(sums)  # one message a layer
         averages = self.moving_mean.value, self.moving_variance.value
-        find = kernels.library().din_dist_statistics if mode.kernels else mode.fused(_statistics)
+        find = operations.statistics if mode.kernels else mode.fused(_statistics)
         mean, scale, count, *new_averages = find(sums, *averages, tf.constant([self.momentum, self.epsilon]))
         for average, value in zip((self.moving_mean, self.moving_variance), new_averages, strict=True):
             value.set_shape(average.shape)

@@ -13,11 +13,11 @@ from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import Gradient
 from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import Execution
+from din_dist.kernels import operations
 
 RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc
 
@@ -146,14 +146,8 @@ class Optimizer(abc.ABC):
 
     def _update_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor) -> None:
         before, count = [_before(change) for change in changes], len(changes)
-        updated = kernels.library().din_dist_update(
-            rate,
-            tf.constant(self.constants, tf.float32, [len(self.constants)]),
-            [change.gradient for change in changes],
-            _by_kind(before),
-            rule=RULES.index(type(self).__name__),
-            num_threads=kernels.num_threads(),
-        )
+        rule, gradients = RULES.index(type(self).__name__), [change.gradient for change in changes]
+        updated = operations.update(rule, rate, self.constants, gradients, _by_kind(before))
         for place, change in enumerate(changes):
             after = updated[place::count]
             for new, variable in zip(after, change.variables, strict=True):
@@ -163,20 +157,9 @@ class Optimizer(abc.ABC):
     def _update_rows_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor, keep: bool) -> list[tf.Tensor]:
         """Returns what `_update_rows` returns if it is to be kept, otherwise nothing."""
         variables = _by_kind([change.variables for change in changes])
-        before = kernels.library().din_dist_update_rows(
-            rate,
-            tf.constant(self.constants, tf.float32, [len(self.constants)]),
-            [change.gradient for change in changes],
-            [change.row_ids for change in changes],
-            [variable.handle for variable in variables],
-            B=len(variables) if keep else 0,
-            rule=RULES.index(self._rule_of_rows),
-            num_threads=kernels.num_threads(),
-        )
-        if not keep:
-            return []
-        for rows, variable in zip(before, variables, strict=True):
-            rows.set_shape([None, *variable.shape[1:]])
+        rule, gradients = RULES.index(self._rule_of_rows), [change.gradient for change in changes]
+        row_ids = [change.row_ids for change in changes]
+        before = operations.update_rows(rule, rate, self.constants, gradients, row_ids, variables, keep)
         return [rows for place in range(len(changes)) for rows in before[place :: len(changes)]]
 
     @property

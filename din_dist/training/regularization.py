@@ -8,11 +8,11 @@ from typing import TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.config import OptimizerConfig
 from din_dist.distributed.gradients import Gradient
 from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import Execution
+from din_dist.kernels import operations
 from din_dist.training.optimizers import Values
 
 # A table's gradient, what `Optimizer.values_of` it is, and a weight for each row of the table, if they differ.
@@ -95,19 +95,14 @@ class Regularization:
         self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]
     ) -> _Added:
         gradients, tables, row_weights = [*zip(*penalised, strict=True)] or [()] * 3
-        added, squares = kernels.library().din_dist_regularize(
+        return operations.regularize(
             tf.constant(self._config.embedding_l2, tf.float32),
             [*(gradient.rows for gradient in gradients), *rows, *whole],
-            [table.handle for table in tables],
+            tables,
             [gradient.row_ids for gradient in gradients],
             [tf.zeros([0]) if weights is None else weights for weights in row_weights],
             num_row_gradients=len(gradients) + len(rows),
-            num_threads=kernels.num_threads(),
         )
-        for new, gradient in zip(added, gradients, strict=True):
-            new.set_shape(gradient.rows.shape)
-        of_rows, of_whole = tf.unstack(tf.ensure_shape(squares, [2]))
-        return added, of_rows, of_whole
 
 
 def _sum_of_squares(*values: tf.Tensor) -> tf.Tensor:

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import tensorflow as tf
 
-from din_dist.distributed.runtime import Runtime, claim_devices, open_runtime, raise_lost_peer
+from din_dist.distributed.devices import claim_devices
+from din_dist.distributed.runtime import Runtime, open_runtime, raise_lost_peer
 from din_dist.errors import InputError, LostPeer
 
 

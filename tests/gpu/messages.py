@@ -10,7 +10,8 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from din_dist.distributed.runtime import HorovodRuntime, claim_devices
+from din_dist.distributed.devices import claim_devices
+from din_dist.distributed.runtime import HorovodRuntime
 
 ROUNDS = 200
 

@@ -26,7 +26,8 @@ from din_dist.config import (
 )
 from din_dist.data.prepared import open_prepared
 from din_dist.distributed.cores import claim_cores
-from din_dist.distributed.runtime import claim_devices, open_runtime
+from din_dist.distributed.devices import claim_devices
+from din_dist.distributed.runtime import open_runtime
 from din_dist.distributed.shared_memory import SharedMemory, share_memory
 from tests.support.small_log import small_config
 

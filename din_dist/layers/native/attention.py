@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from din_dist import kernels
 from din_dist.config import AttentionNormalization
 from din_dist.execution import Mode
+from din_dist.kernels import operations
+from din_dist.kernels.operations import FirstKernels, PairsOf, PooledGradient, ScoreScale
 from din_dist.layers.native.dense import Gate, Gated, dense, dense_gradient, has_kernel
 from din_dist.layers.pairs import Pairs
 
@@ -65,49 +66,40 @@ class _Update:
     ) -> None:
         self._sources, self._mode = sources, mode
         depth = len(gates)
-        self._candidate, self._behaviours, *self._first, first_bias, output, self._bias = sources[:8]
-        self._first_bias, self._output = first_bias, tf.squeeze(output, axis=1)
+        self._candidate, self._behaviours, *first, self._first_bias, output, self._bias = sources[:8]
+        self._first, self._output = FirstKernels(*first), tf.squeeze(output, axis=1)
         alphas, weights = sources[8 : 8 + depth], sources[8 + depth :]
         self._gates = [gate._replace(alpha=alpha) for gate, alpha in zip(gates, alphas, strict=True)]
         self._kernels, self._biases = weights[: depth - 1], weights[depth - 1 :]
         softmax = unit.normalization is AttentionNormalization.SOFTMAX
-        self._divisor = tf.constant(math.sqrt(self._behaviours.shape[-1]) if softmax else 1.0)
-        self._ops = kernels.library()
-        self._pairs = {
-            "candidate_of": pairs.candidate_of,
-            "key_of": pairs.behaviour_of,
-            "num_threads": kernels.num_threads(),
-        }
-        self._last = {"activation": gates[-1].kind, "softmax": softmax, **self._pairs}
+        self._scale = ScoreScale(tf.constant(math.sqrt(self._behaviours.shape[-1]) if softmax else 1.0), softmax)
+        self._pairs = PairsOf(pairs.candidate_of, pairs.behaviour_of)
         self._layers: list[Gated] = []
 
     def interest(self) -> tf.Tensor:
         """Returns the interests, float32 `[C, H]`."""
         candidate, behaviours = self._candidate, self._behaviours
-        inputs, sums = self._ops.din_dist_first(
-            candidate,
-            behaviours,
-            *self._first,
-            self._first_bias,
-            self._gates[0].centre,
-            in_bfloat16=self._mode.execution.bfloat16,
-            **self._pairs,
+        centre, bfloat16 = self._gates[0].centre, self._mode.execution.bfloat16
+        inputs, sums = operations.attention_first(
+            candidate, behaviours, self._first, self._first_bias, centre, self._pairs, bfloat16
         )
         self._layers = [self._gates[0].before(inputs, sums, self._mode)]
         for kernel, bias, above in zip(self._kernels, self._biases, self._gates[1:], strict=True):
             self._layers.append(dense(self._layers[-1], kernel, bias, above))
         top, num_candidates = self._layers[-1], tf.shape(candidate)[0]
-        interest, self._weights = self._ops.din_dist_pool(
-            top.inputs, self._output, self._bias, *top.known, behaviours, num_candidates, self._divisor, **self._last
+        output = (self._output, self._bias)
+        interest, self._weights = operations.attention_pool(
+            top.inputs, top.as_inputs, output, behaviours, num_candidates, self._scale, self._pairs
         )
-        interest.set_shape([None, behaviours.shape[-1]])
         return interest
 
     def gradients(self, upstream: tf.Tensor) -> list[tf.Tensor]:
         """Returns the gradients of the sources, in their order, given that of the interests `[C, H]`."""
         top = self._layers[-1]
-        held, of_output, of_bias, of_standardised, of_alpha = self._ops.din_dist_pool_gradient(
-            top.inputs, self._output, *top.known, self._behaviours, self._weights, upstream, self._divisor, **self._last
+        held, of_output, of_bias, of_standardised, of_alpha = operations.attention_pool_gradient(
+            *(top.inputs, top.as_inputs, self._output, self._behaviours, self._weights, upstream),
+            scale=self._scale,
+            pairs=self._pairs,
         )
         of_alphas = [of_alpha]
         of_kernels: list[tf.Tensor] = []
@@ -120,17 +112,15 @@ class _Update:
             of_alphas, of_kernels = [of_dense.of_alpha, *of_alphas], [of_dense.of_kernel, *of_kernels]
             of_biases = [of_dense.of_bias, *of_biases]
         first = self._layers[0]
-        of_first = self._ops.din_dist_first_gradient(
+        of_first = operations.attention_first_gradient(
             self._candidate,
             self._behaviours,
-            *self._first,
+            self._first,
             first.inputs,
-            *first.statistics(of_standardised),
-            held,
-            self._weights,
-            upstream,
-            in_bfloat16=self._mode.execution.bfloat16,
-            **self._pairs,
+            first.statistics(of_standardised),
+            PooledGradient(held, self._weights, upstream),
+            self._pairs,
+            self._mode.execution.bfloat16,
         )
         found = [*of_first, of_output[:, None], of_bias, *of_alphas, *of_kernels, *of_biases]
         for gradient, source in zip(found, self._sources, strict=True):

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from din_dist import kernels
 from din_dist.execution import Mode
+from din_dist.kernels import operations
+from din_dist.kernels.operations import GateInputs, GateStatistics
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
 from din_dist.layers.stages import Stage
@@ -82,12 +84,12 @@ class Gated(NamedTuple):
     mode: Mode
 
     @property
-    def known(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Mean, scale and alpha, `[W]` each."""
-        return self.mean, self.scale, self.gate.alpha
+    def as_inputs(self) -> GateInputs:
+        """The gate as kernels take it."""
+        return GateInputs(self.gate.kind, self.mean, self.scale, self.gate.alpha, self.gate.beta)
 
-    def statistics(self, of_standardised: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns mean, scale, sums over all ranks `[2W]` and their number of rows `[1]`, for the inputs' gradient.
+    def statistics(self, of_standardised: tf.Tensor | None) -> GateStatistics:
+        """Returns the statistics for the inputs' gradient, summed over all ranks.
 
         Args:
             of_standardised: float32 `[2W]`, this rank's sums of the standardised inputs' gradient, and of the gradient
@@ -97,7 +99,7 @@ class Gated(NamedTuple):
         if of_standardised is not None and self.num_rows is not None:
             of_standardised.set_shape(sums.shape)
             sums, num_rows = self.mode.sum_over_ranks(of_standardised), self.num_rows
-        return self.mean, self.scale, sums, num_rows
+        return GateStatistics(self.mean, self.scale, sums, num_rows)
 
 
 def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors: tf.Tensor | None = None) -> Gated:
@@ -110,17 +112,9 @@ def dense(below: Gated, kernel: tf.Tensor, bias: tf.Tensor, above: Gate, factors
         above: the gate that follows.
         factors: float32 `[M, padded W]`; None: all are 1.
     """
-    values, sums = kernels.library().din_dist_dense(
-        below.inputs,
-        kernel,
-        bias,
-        above.centre,
-        *below.known,
-        below.gate.beta,
-        _or_nothing(factors),
-        activation=below.gate.kind,
-        in_bfloat16=below.mode.execution.bfloat16,
-        num_threads=kernels.num_threads(),
+    bfloat16 = below.mode.execution.bfloat16
+    values, sums = operations.dense(
+        below.inputs, below.as_inputs, kernel, bias, above.centre, _or_nothing(factors), bfloat16
     )
     return above.before(values, sums, below.mode)
 
@@ -139,7 +133,7 @@ class DenseGradient(NamedTuple):
 def dense_gradient(
     below: Gated,
     kernel: tf.Tensor,
-    statistics: Sequence[tf.Tensor],
+    statistics: GateStatistics,
     above: tf.Tensor,
     held: tf.Tensor,
     factors: tf.Tensor | None = None,
@@ -154,21 +148,11 @@ def dense_gradient(
         held: float32, as large: their gradient with their statistics held fixed.
         factors: float32 `[M, padded W]`; None: all are 1.
     """
-    return DenseGradient(
-        *kernels.library().din_dist_dense_gradient(
-            below.inputs,
-            above,
-            kernel,
-            *below.known,
-            below.gate.beta,
-            _or_nothing(factors),
-            *statistics,
-            held,
-            activation=below.gate.kind,
-            in_bfloat16=below.mode.execution.bfloat16,
-            num_threads=kernels.num_threads(),
-        )
+    bfloat16 = below.mode.execution.bfloat16
+    found = operations.dense_gradient(
+        below.inputs, below.as_inputs, kernel, above, statistics, held, _or_nothing(factors), bfloat16
     )
+    return DenseGradient(*found)
 
 
 def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
@@ -183,8 +167,7 @@ def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor 
     layers, parameters = pairs[: len(stages)], pairs[len(stages) :]
     gates = [gate._replace(alpha=a, beta=b) for gate, (a, b) in zip(gates, [*parameters, gates[-1][2:]], strict=True)]
 
-    ops, threads = kernels.library(), {"num_threads": kernels.num_threads()}
-    sums = ops.din_dist_sums_about(held_inputs, gates[0].centre, **threads) if gates[0].needs_sums else None
+    sums = operations.sums_about(held_inputs, gates[0].centre) if gates[0].needs_sums else None
     gated = [gates[0].before(_with_padding(held_inputs), sums, mode)]
     for (kernel, bias), above, factor in zip(layers, gates[1:], factors, strict=True):
         gated.append(dense(gated[-1], kernel, bias, above, factor))
@@ -199,7 +182,7 @@ def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor 
             held, statistics = of_dense.held, below.statistics(of_dense.of_standardised)
             of_weights = [of_dense.of_kernel, of_dense.of_bias, *of_weights]
             of_parameters = [of_dense.of_alpha, of_dense.of_beta, *of_parameters]
-        of_inputs = ops.din_dist_normalised_gradient(held_inputs, held[:, : widths[0]], *statistics, **threads)
+        of_inputs = operations.normalised_gradient(held_inputs, held[:, : widths[0]], statistics)
         found = [of_inputs, *of_weights, *of_parameters]
         for own, source in zip(found, sources, strict=True):
             own.set_shape(source.shape)

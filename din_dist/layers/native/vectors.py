@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from din_dist import kernels
+from din_dist.kernels import operations
 
 
 class Part(NamedTuple):
@@ -30,22 +30,15 @@ def vectors_and_candidates(parts: Sequence[Part], candidate_index: tf.Tensor) ->
         parts: of all vectors.
         candidate_index: int32 `[C]`, the rows of the candidates.
     """
-    ops, width = kernels.library(), sum(part.rows.shape[1] for part in parts)
-    settings = {"shared": [part.row_of is not None for part in parts], "num_threads": kernels.num_threads()}
+    shared = [part.row_of is not None for part in parts]
     index = [tf.zeros([0], tf.int32) if part.row_of is None else part.row_of for part in parts]
 
     @tf.custom_gradient
     def differentiable(*rows: tf.Tensor) -> Any:
         def gradient(of_vectors: tf.Tensor, of_candidates: tf.Tensor) -> list[tf.Tensor]:
-            found = ops.din_dist_vectors_gradient(of_vectors, of_candidates, rows, index, candidate_index, **settings)
-            for own, source in zip(found, rows, strict=True):
-                own.set_shape(source.shape)
-            return found
+            return operations.vectors_gradient(of_vectors, of_candidates, rows, index, shared, candidate_index)
 
-        vectors, candidates = ops.din_dist_vectors(rows, index, candidate_index, **settings)
-        for found in (vectors, candidates):
-            found.set_shape([None, width])
-        return (vectors, candidates), gradient
+        return operations.vectors(rows, index, shared, candidate_index), gradient
 
     return differentiable(*(part.rows for part in parts))
 
@@ -53,14 +46,8 @@ def vectors_and_candidates(parts: Sequence[Part], candidate_index: tf.Tensor) ->
 @tf.custom_gradient
 def beside_product(a: tf.Tensor, b: tf.Tensor) -> Any:
     """Returns `[a, b, a * b]` of two `[M, H]`, `[M, 3H]`."""
-    ops, threads = kernels.library(), {"num_threads": kernels.num_threads()}
 
     def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-        found = ops.din_dist_beside_product_gradient(a, b, upstream, **threads)
-        for own, source in zip(found, (a, b), strict=True):
-            own.set_shape(source.shape)
-        return found
+        return operations.beside_product_gradient(a, b, upstream)
 
-    beside = ops.din_dist_beside_product(a, b, **threads)
-    beside.set_shape([None, 3 * a.shape[1]])
-    return beside, gradient
+    return operations.beside_product(a, b), gradient

@@ -36,7 +36,8 @@ def _train(config: Config) -> None:
     from din_dist.data.pipeline import BATCH_SIGNATURE, evaluation_batches
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import split_examples
-    from din_dist.distributed.runtime import Runtime, claim_devices
+    from din_dist.distributed.devices import claim_devices
+    from din_dist.distributed.runtime import Runtime
 
     job, channel = stopwatch.start()
     runtime = Runtime()
