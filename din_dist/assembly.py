@@ -255,7 +255,11 @@ class Assembly:
         return TrainingData(self.store, self.splits["train"].num_examples, self.make_batches)
 
     def make_batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
-        """Yields this rank's share of the batches of updates `first_step` to `end_step` - 1."""
+        """Yields this rank's share of the batches of updates `first_step` to `end_step` - 1, each fetched ahead."""
+        return read_ahead(self.batches(first_step, end_step))
+
+    def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
+        """Yields what `make_batches` yields, fetched when it is asked for."""
         batches = training_batches(
             self._maker,
             self.config.data,
@@ -264,7 +268,7 @@ class Assembly:
             shard=Shard(self.runtime.rank, self.runtime.world_size),
             num_parallel_calls=self._num_threads,
         )
-        return read_ahead(iter(batches))
+        return iter(batches)
 
     @functools.cached_property
     def _maker(self) -> BatchMaker:

@@ -77,8 +77,8 @@ def with_idle_rows(form: type[Assembly], idle_rows_per_item: int) -> type[Assemb
                 **self.model_arguments,
             )
 
-        def make_batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
-            for batch in super().make_batches(first_step, end_step):
+        def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
+            for batch in super().batches(first_step, end_step):
                 yield batch._replace(distinct_item_ids=batch.distinct_item_ids * count)
 
     return WithIdleRows
