@@ -14,6 +14,7 @@ import tensorflow as tf
 from din_dist import kernels
 
 Place = Mapping[str, int]  # of shared memory: fd, buffer, rank, num_ranks
+PairIndex = tuple[tf.Tensor, tf.Tensor]
 
 
 class GateInputs(NamedTuple):
@@ -41,13 +42,6 @@ class FirstKernels(NamedTuple):
     of_candidate: tf.Tensor  # float32 [H, W]
     of_behaviour: tf.Tensor  # float32 [H, W]
     of_product: tf.Tensor  # float32 [H, W]
-
-
-class PairsOf(NamedTuple):
-    """Candidate and behaviour of each pair, by ascending candidate."""
-
-    candidate_of: tf.Tensor  # int32 [P]
-    behaviour_of: tf.Tensor  # int32 [P]
 
 
 class ScoreScale(NamedTuple):
@@ -277,7 +271,7 @@ def attention_first(
     first: FirstKernels,
     bias: tf.Tensor,
     centre: tf.Tensor,
-    pairs: PairsOf,
+    pairs: PairIndex,
     bfloat16: bool,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the first layer's results `[P, padded W]`, and their `sums_about` the `centre`.
@@ -288,7 +282,7 @@ def attention_first(
         first: the layer's kernels.
         bias: float32 `[W]`.
         centre: float32 `[W]`.
-        pairs: P pairs.
+        pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
         bfloat16: round the factors of products.
     """
     return kernels.library().din_dist_first(
@@ -303,7 +297,7 @@ def attention_first_gradient(
     inputs: tf.Tensor,
     found: GateStatistics,
     pooled: PooledGradient,
-    pairs: PairsOf,
+    pairs: PairIndex,
     bfloat16: bool,
 ) -> tuple[tf.Tensor, ...]:
     """Returns the gradients of candidate, behaviours, the three kernels and the bias of `attention_first`.
@@ -315,7 +309,7 @@ def attention_first_gradient(
         inputs: float32 `[P, padded W]`, the results of `attention_first`.
         found: statistics of the gate above.
         pooled: the gradient from above.
-        pairs: P pairs.
+        pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
         bfloat16: round the factors of products.
     """
     return kernels.library().din_dist_first_gradient(
@@ -332,7 +326,7 @@ def attention_pool(
     behaviours: tf.Tensor,
     num_candidates: tf.Tensor,
     scale: ScoreScale,
-    pairs: PairsOf,
+    pairs: PairIndex,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the interests `[C, H]`, and the weights with which behaviours were pooled, `[P]`.
 
@@ -343,7 +337,7 @@ def attention_pool(
         behaviours: float32 `[K, H]`.
         num_candidates: int32.
         scale: how scores become weights.
-        pairs: P pairs.
+        pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
     """
     interest, weights = kernels.library().din_dist_pool(
         *(inputs, *output, gate.mean, gate.scale, gate.alpha, behaviours, num_candidates, scale.divisor, *pairs),
@@ -362,7 +356,7 @@ def attention_pool_gradient(
     weights: tf.Tensor,
     of_interest: tf.Tensor,
     scale: ScoreScale,
-    pairs: PairsOf,
+    pairs: PairIndex,
 ) -> tuple[tf.Tensor, ...]:
     """Returns the gradients of inputs (with their statistics held fixed), output, bias, standardised inputs and alpha.
 
@@ -374,7 +368,7 @@ def attention_pool_gradient(
         weights: float32 `[P]`, of `attention_pool`.
         of_interest: float32 `[C, H]`, the gradient of its interests.
         scale: how scores become weights.
-        pairs: P pairs.
+        pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
     """
     return kernels.library().din_dist_pool_gradient(
         *(inputs, output, gate.mean, gate.scale, gate.alpha, behaviours, weights, of_interest, scale.divisor, *pairs),

@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist.config import AttentionNormalization
 from din_dist.execution import Mode
 from din_dist.kernels import operations
-from din_dist.kernels.operations import FirstKernels, PairsOf, PooledGradient, ScoreScale
+from din_dist.kernels.operations import FirstKernels, PooledGradient, ScoreScale
 from din_dist.layers.native.dense import Gate, Gated, dense, dense_gradient, has_kernel
 from din_dist.layers.pairs import Pairs
 
@@ -73,7 +73,7 @@ class _Update:
         self._kernels, self._biases = weights[: depth - 1], weights[depth - 1 :]
         softmax = unit.normalization is AttentionNormalization.SOFTMAX
         self._scale = ScoreScale(tf.constant(math.sqrt(self._behaviours.shape[-1]) if softmax else 1.0), softmax)
-        self._pairs = PairsOf(pairs.candidate_of, pairs.behaviour_of)
+        self._pairs = (pairs.candidate_of, pairs.behaviour_of)
         self._layers: list[Gated] = []
 
     def interest(self) -> tf.Tensor:
