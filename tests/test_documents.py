@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.repository import ROOT
+
 FOLDERS = ("din_dist", "docker", "k8s", "launch", "tests")
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.conftest import FAST, is_fast
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 ROOMS = sorted(path.parent.name for path in ROOT.glob("din_dist/*/__init__.py") if path.parent.name != "kernels")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.repository import ROOT
 
 
 def lint(root: Path, *flags: str, environment: str = sys.prefix) -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "din_dist"
+from tests.support.repository import ROOT
+
+PACKAGE = ROOT / "din_dist"
 MOST_PARAMETERS, MOST_LINES = 8, 60
 HOW_TO_COMPUTE = {"compiled", "in_bfloat16", "native", "sum_over_ranks"}  # execution.py and `Mode` say it, once
 # Still larger, or still told how to compute; none may be added.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from din_dist import __version__
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 IMAGE = re.compile(r"""din-dist:(\d[\w.]*\d)|image\.version="([^"]*)"|newTag: (\d[\w.]*\d)""")
 PLACES = [
     *("README.md", "docker/Dockerfile", "docker/docker-compose.yml"),

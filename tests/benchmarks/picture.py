@@ -26,8 +26,8 @@ from din_dist.data.splits import split_examples
 from din_dist.data.thinning import thin_out
 from din_dist.report import attention
 from din_dist.report.attention import ShownExample
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 NUM_BEHAVIOURS = 12
 NUM_EXAMPLES = 20_000  # among which to look
 TEXT = "#767676"  # readable on white and on dark pages

@@ -8,10 +8,9 @@ from xml.etree import ElementTree
 
 from din_dist.config import Split
 from tests.benchmarks import picture
+from tests.support.repository import ROOT
 from tests.support.small_log import small_config
 from tests.support.trained_job import write_job
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_readme_shows_a_small_picture() -> None:

@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
 
 from din_dist.cli import help
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAINER = [
     *("data", "synthetic data", "examples", "model", "optimizer", "schedule", "training", "execution"),
     *("checkpoints and recovery", "elastic", "evaluation", "logs and TensorBoard", "Prometheus"),
