@@ -30,7 +30,7 @@ _FIND_CARD = "DIN_DIST_FIND_CARD"
 
 @dataclasses.dataclass(frozen=True)
 class LauncherAddress:
-    """Where an agent reaches its launcher, and after how many seconds the silence of either counts."""
+    """The address at which an agent reaches its launcher, and the seconds after which the silence of either counts."""
 
     host: str
     port: int

@@ -52,7 +52,7 @@ ITEM_FEATURES_DIR = "item_features"  # NAME.npy, int32 [num_items + 1]: an item'
 
 
 class HistoryRule(enum.StrEnum):
-    """Where the history of an event ends."""
+    """The rule by which the history of an event ends."""
 
     BEFORE_EVENT = "before_event"  # all that comes before it in the user's order: the next item of a basket
     BEFORE_TIME = "before_time"  # all of an earlier time: what was clicked on the same page is not known yet

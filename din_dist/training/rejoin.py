@@ -18,7 +18,7 @@ from din_dist.training_state import TrainingState
 
 
 class Standing(NamedTuple):
-    """Where the job stands for one rank."""
+    """The position of the job, as one rank knows it."""
 
     state: TrainingState
     saved_step: int = 0  # of the newest checkpoint
