@@ -101,11 +101,15 @@ class Signals:
         """Handles signals for as long as the process lives, and keeps the sending end `tell` open."""
         hear.settimeout(BEAT_SECONDS)
         watch = progress.Watch(_patience_seconds())
+        numbers = environment.ending_signals()
         while True:
             _tell_agent(b".")
             with contextlib.suppress(TimeoutError):
                 for number in hear.recv(64):
                     self._note(number)
+            # The kernel gives a signal to the main thread, which cannot take one while it waits for a disk.
+            while waiting := signal.sigtimedwait(numbers, 0):
+                self._note(waiting.si_signo)
             if self.stop or self.leave:
                 watch.stop()
             self._look_for_what_is_stuck(watch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -104,6 +105,39 @@ def test_a_request_to_stop_that_waits_for_data(tmp_path: Path, disk: FaultyDisk,
     assert job.end() == 75, job.said
     assert "error: a disk must answer. Received: nothing for " in job.said
     assert ("cannot be ended before its disk answers" in job.said) == (not killable)
+
+
+def test_a_request_to_stop_when_the_main_thread_waits_for_data(tmp_path: Path, disk: FaultyDisk) -> None:
+    """The kernel picks that thread for the signal, and it cannot take one: another has to look."""
+    file = disk.path / "values"
+    file.write_bytes(b"x" * 4096)
+    program = f"""
+import ctypes, mmap, time
+from din_dist import progress
+from din_dist.cli import entry
+
+def read():
+    entry.Signals()
+    with open({str(file)!r}, "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    print("ready", flush=True)
+    while True:  # the disk soon sticks; memmove lets other threads run
+        with progress.at("reading data"):
+            ctypes.memmove(ctypes.create_string_buffer(1), first, 1)
+        time.sleep(0.01)
+
+entry.run(read)
+"""
+    job = Job(tmp_path, [sys.executable, "-c", program])
+    job.wait_for("ready")
+    disk.stick()
+    job.wait(lambda: disk.num_waiting() > 0)
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for("stopping after this step and a checkpoint")
+    job.wait_for("while rank 0 was reading data. This process ends;")
+    disk.release()
+    assert job.end() == 75, job.said
 
 
 def test_an_output_folder_that_takes_nothing_for_a_while(tmp_path: Path, disk: FaultyDisk) -> None:
