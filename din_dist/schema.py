@@ -34,6 +34,9 @@ class Batch(NamedTuple):
     distinct_item_ids: Any = None  # int32 [U], the items of candidates and histories, each once
     item_index: Any = None  # int32 [B + N], the place of each candidate and then each history position among those
     example_ids: Any = None  # int64 [B], position among the split's examples
+    # Name -> the user, context and candidate features of each example, by form: int32 [B], `Lists` of B, float32 [B] or
+    # float16 [B, D]. None stands for none.
+    features: Any = None
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---

@@ -18,6 +18,7 @@ LEAVES = {
         "environment",
         "errors",
         "execution",
+        "features",
         "files",
         "kernels",
         "machine",

@@ -23,6 +23,7 @@ from din_dist import mapped_files, progress, schema
 from din_dist.data import checksums
 from din_dist.data.blocks import Block
 from din_dist.errors import InputError
+from din_dist.features.encoding import StoredFeature
 from din_dist.files import published_folder, read_record, write_text
 from din_dist.text import parse_json, reason, shown
 
@@ -73,6 +74,7 @@ class EventStore:
             `t_j - 1 - j`: the number of smaller ids the user never touched.
             Nondecreasing for each user. None with labels.
         item_features: name -> int32 `[num_items + 1]`, an item's dense id -> its feature's dense id; 0 for item 0.
+        features: name -> a declared feature. Its rows are users, events, or items with item 0, by its owner.
         files: the state of each file just before it was opened, so that every later change is noticed.
     """
 
@@ -88,6 +90,7 @@ class EventStore:
     touched_offsets: np.ndarray | None
     touched_gaps: np.ndarray | None
     item_features: Mapping[str, np.ndarray]
+    features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
 
     @property
