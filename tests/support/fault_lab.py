@@ -74,14 +74,18 @@ class Laboratory:
         epochs: int = EPOCHS,
         stall_timeout_seconds: float = 20,
         disturbance_seconds: float = 10,
+        delay_ms: float = 0.0,
     ) -> None:
         """
         Args:
             folder: for data, disks and outputs.
-            beauty: the log to train on.
+            log: the log to train on.
             seed: decides which workers the faults strike.
             disturbance_seconds: how long a bad cable stays bad.
+            delay_ms: of the cables of workers at all times. An update then waits for messages and leaves the
+                processor to workers that start.
         """
+        self.delay_ms = delay_ms
         self.folder = folder
         self.stall_timeout_seconds, self.disturbance_seconds = stall_timeout_seconds, disturbance_seconds
         self.random = random.Random(seed)
@@ -137,6 +141,10 @@ class Laboratory:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    def calm(self, host: Host) -> int:
+        """Makes the cable of a worker's host good again; returns the number of frames changed so far."""
+        return host.disturb(delay_ms=self.delay_ms)
+
     def undisturbed(self) -> dict[str, Any]:
         """Runs the same job in one process, without faults, and returns its summary."""
         words = [*self.trainer_flags, f"--output_dir={self.folder / 'undisturbed'}"]
@@ -153,6 +161,8 @@ class Laboratory:
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[Job]:
         """Runs a job for a block, on an empty disk."""
+        for host in self.workers:
+            self.calm(host)
         for old in self.disk.iterdir():
             if old.name != "lost+found":
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -215,7 +225,7 @@ class Job:
         self.process.wait()
         for host in self.laboratory.workers:
             host.plug_in()
-            host.disturb()
+            self.laboratory.calm(host)
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Returns the records of one kind from metrics.jsonl."""
@@ -302,7 +312,10 @@ class Job:
         return host
 
     def finish(self, seconds: float = 600) -> dict[str, Any]:
-        """Waits until the job has completed, and returns its summary."""
+        """Waits until the job has completed, without delays from now on, and returns its summary."""
+        self.laboratory.delay_ms = 0.0
+        for host in self.laboratory.workers:
+            self.laboratory.calm(host)
         code = self.process.wait(timeout=seconds)
         for reader in self._readers:
             reader.join()
@@ -436,7 +449,7 @@ def lose_packets(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     host.disturb(loss=0.05)
     time.sleep(job.laboratory.disturbance_seconds)
-    host.disturb()
+    job.laboratory.calm(host)
 
 
 def delay_packets(job: Job) -> None:
@@ -444,7 +457,7 @@ def delay_packets(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     host.disturb(delay_ms=50)
     time.sleep(job.laboratory.disturbance_seconds)
-    host.disturb()
+    job.laboratory.calm(host)
 
 
 def change_bytes(job: Job) -> None:
@@ -452,7 +465,7 @@ def change_bytes(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     resets, before = len(job.records("elastic")), host.disturb(changed=0.02)
     job.wait("the workers to part", lambda: len(job.records("elastic")) > resets)
-    if host.disturb() == before:
+    if job.laboratory.calm(host) == before:
         raise FaultError("no byte has changed")
 
 
