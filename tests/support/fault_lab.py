@@ -42,6 +42,7 @@ from tests.support.repository import ROOT
 NUM_WORKERS = 3
 DISK_BYTES = 192 << 20
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW of linux/fs.h
+_OF_AN_UPDATE = re.compile(r"(\[\d+\])? ?step ")  # the chief may be any rank
 EPOCHS = 14  # the faults take half of them or more: the job must not end before the last one has passed
 TRAINER_FLAGS = (
     "--dataset=event_log",
@@ -265,7 +266,7 @@ class Job:
 
     def tail(self) -> str:
         """Returns the end of the job's log, without its lines about updates."""
-        return "".join(line for line in self.log if not line.startswith(("step ", "[")))[-4000:]
+        return "".join(line for line in self.log if not _OF_AN_UPDATE.match(line))[-6000:]
 
     def wait_for_updates(self, updates: int = 5) -> None:
         """Waits until all workers have made so many updates together."""
