@@ -141,7 +141,7 @@ def _declarations(flag_values: flags.FlagValues) -> str:
         )
     if path and not flag.value:
         flag.value = to_text(read_declarations(Path(path)))
-    return flag.value
+    return str(flag.value)
 
 
 def fields_with_flags(kind: type[Settings]) -> Iterator[dataclasses.Field]:

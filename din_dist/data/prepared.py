@@ -40,6 +40,7 @@ from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_p
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import absolute, check_unchanged, find_files, partition_text
 
+_WHERE_FILES_LIE = ("data_path", "items_path", "users_path")
 Check = Callable[[schema.DatasetFacts], None]
 
 
@@ -343,8 +344,7 @@ def _flags(config: DataConfig) -> str:
 
 
 def _decides_what_is_prepared(name: str) -> bool:
-    names = ("data_path", "data_dir", "item_features", "presorted", "items_path", "users_path")
-    names += ("features", "feature_declarations")
+    names = [*_WHERE_FILES_LIE, "data_dir", "item_features", "presorted", "features", "feature_declarations"]
     return name in names or name.endswith("_column") or name.startswith("synthetic_")
 
 

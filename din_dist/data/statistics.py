@@ -16,6 +16,7 @@ from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Kind, Scale
 from din_dist.schema import HistoryRule
 
+_COUNTED = (Kind.CATEGORY, Kind.CATEGORIES)  # kinds whose values may be rare
 _MOST_BOUNDS = 8  # that a line shows
 PERCENTILES = (50, 90, 99, 100)
 USERS_AT_ONCE = 1 << 16  # bounds the memory
@@ -54,7 +55,7 @@ def _feature_line(feature: StoredFeature) -> str:
     counts = found.counts
     words = [f"feature {spec.name}: {spec.owner} {spec.kind}", f"{counts.distinct:,} distinct"]
     words += [f"{counts.missing:,} missing"] if spec.kind not in TIME_KINDS else [f"{found.unit}, {found.timezone}"]
-    if feature.vocabulary is not None:
+    if spec.kind in _COUNTED and not spec.rows:
         words.append(f"{counts.rare:,} rare (fewer than {spec.min_count:,} training events)")
     if spec.rows:
         words.append(f"{spec.rows:,} rows, {counts.colliding:.1%} of the training events collide")
@@ -71,8 +72,8 @@ def _feature_line(feature: StoredFeature) -> str:
 
 def _table_line(name: str, counts: TableCounts) -> str:
     return (
-        f"table of {name}: {counts.rows:,} rows, {counts.without_events:,} without events; {counts.ids_without_a_row:,} "
-        f"{name} without a row"
+        f"table of {name}: {counts.rows:,} rows, {counts.without_events:,} without events; "
+        f"{counts.ids_without_a_row:,} {name} without a row"
     )
 
 

@@ -114,10 +114,10 @@ class StoredFeature:
             encoded, NaN where missing; VECTORS: float16 `[n, D]`, NaN where missing.
         offsets: of LISTS, int64 `[n + 1]`, where each row's list begins; otherwise None.
         weights: of weighted LISTS, float32 `[M]`; otherwise None.
-        start: of vectors that are trained, float16 `[num_rows, D]`, the first values of each row of the table; NaN where
-            there are none; otherwise None.
-        vocabulary: of ids with rows of their own, int32 `[num_rows - 1]`: entry i is the place, in the vocabulary of the
-            raw column, of the id that has row i + 1; otherwise None.
+        start: of vectors that are trained, float16 `[num_rows, D]`, the first values of each row of the table, NaN
+            where there are none; otherwise None.
+        vocabulary: of ids with rows of their own, int32 `[num_rows - 1]`: entry i is the place, in the vocabulary of
+            the raw column, of the id that has row i + 1; otherwise None.
     """
 
     encoding: Encoding

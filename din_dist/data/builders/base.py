@@ -30,8 +30,8 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
     A `ShardBasedBuilder` keeps that order and holds one shard in memory. TFDS's `GeneratorBasedBuilder` would hold up
     to 1 GB, and without shuffling all records.
 
-    These are written beside the records: `facts.json`, `vocabulary/`, `item_features/`, `raw_features/`. All lie in TFDS's
-    incomplete folder until they are complete.
+    These are written beside the records: `facts.json`, `vocabulary/`, `item_features/`, `raw_features/`. All lie in
+    TFDS's incomplete folder until they are complete.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
