@@ -306,7 +306,8 @@ def _parsed(column: Column, cells: pa.Array, kinds: list[pa.DataType], remedy: s
         rule = f"the JSON arrays of {column.name} must all be of one type"
     else:
         rule = f"{column.name} must be a JSON array of {words}"
-    raise column.reject(pa.array(wrong), cells, rule, f'Correct the cell, or give separator = ";" for a;b;c. {remedy}?')
+    hint = f'Correct the cell, give separator = ";" for a;b;c, or {remedy[0].lower()}{remedy[1:]}.'
+    raise column.reject(pa.array(wrong), cells, rule, hint)
 
 
 def _is_array(cell: str, words: str) -> bool:
