@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from din_dist.config import DataConfig
@@ -56,15 +56,13 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             declare("context", "category"),
             (["a"], None, ["b"], None),
             ".parquet",
-            "log.parquet, row 1: kind = \"category\" takes one id a row. Received: f=['a']. "
-            'Write kind = "categories".',
+            'log.parquet, row 1: kind = "category" takes one id a row. Received: f=[\'a\']. Write kind = "categories".',
         ),
         (
             declare("context", "category"),
             (None, ["a"], ["b"], None),
             ".jsonl",
-            "log.jsonl, row 2: kind = \"category\" takes one id a row. Received: f=['a']. "
-            'Write kind = "categories".',
+            'log.jsonl, row 2: kind = "category" takes one id a row. Received: f=[\'a\']. Write kind = "categories".',
         ),
         (
             declare("context", "category"),
@@ -208,7 +206,7 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             (None, 1.5, None, 2.5),
             ".parquet",
             "log.parquet, row 4: a feature of users has one value for each, here f. Received: user 'a' with 1.5 "
-            "(log.parquet, row 2) and here with 2.5. Correct one of the two rows, or write of = \"context\" in the "
+            '(log.parquet, row 2) and here with 2.5. Correct one of the two rows, or write of = "context" in the '
             "file of --features.",
         ),
         (
@@ -330,9 +328,7 @@ def test_data_sets_without_such_columns(tmp_path: Path, dataset: str, declared: 
 def test_a_data_set_of_ours_has_features_of_the_time(tmp_path: Path) -> None:
     declared = '[h]\nof = "context"\nkind = "hour_of_day"\nfrom = "timestamp"'
     text = config_for(tmp_path / "log.csv", declared).feature_declarations
-    config = DataConfig(
-        dataset="synthetic", synthetic_num_users=20, data_dir=str(tmp_path), feature_declarations=text
-    )
+    config = DataConfig(dataset="synthetic", synthetic_num_users=20, data_dir=str(tmp_path), feature_declarations=text)
     assert set(np.unique(prepare(config).features["h"].values)) == set(range(1, 25))
 
 
@@ -341,7 +337,11 @@ def test_a_data_set_of_ours_has_features_of_the_time(tmp_path: Path) -> None:
     [
         (np.zeros((2, 2)), "i0\n", "v.txt: must have one id for each row of v.npy. Received: 1 lines and 2 rows. "),
         (np.zeros((2, 2)), "i0\ni0\n", "v.txt, line 2: each id stands once. Received: 'i0', as in line 1. Remove "),
-        (np.zeros(2), "i0\ni1\n", "v.npy: must be an .npy file of numbers with one vector a row. Received: float64 of "),
+        (
+            np.zeros(2),
+            "i0\ni1\n",
+            "v.npy: must be an .npy file of numbers with one vector a row. Received: float64 of ",
+        ),
         (np.array([["a"]]), "i0\n", "v.npy: must be an .npy file of numbers with one vector a row. Received: <U1 of "),
         (np.array([[1, 2], [1, np.nan]]), "i0\ni1\n", "v.npy, row 2: must hold numbers up to 65504, none of them NaN "),
         (np.array([[1, np.inf], [1, 2]]), "i0\ni1\n", "v.npy, row 1: must hold numbers up to 65504, none of them NaN "),
@@ -414,7 +414,7 @@ DECLARATIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     declared=st.dictionaries(st.sampled_from(["f", "g", "h"]), DECLARATIONS, min_size=1),
     first=COLUMNS,
@@ -453,8 +453,10 @@ def test_prepared_or_refused(
             config = config_for(log, text, item_features=(), **paths)
             store = prepare(config)
         except InputError as error:
+            event("refused")
             assert "\n" not in str(error)
             return
+        event("prepared")
         for feature in store.features.values():
             n = {"user": store.facts.num_users, "item": store.facts.num_items + 1}
             rows_of_feature = n.get(feature.encoding.spec.owner, store.facts.num_events)
