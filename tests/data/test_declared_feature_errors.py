@@ -463,6 +463,6 @@ def test_prepared_or_refused(
             found = feature.values if feature.offsets is None else feature.offsets[:-1]
             assert len(found) == rows_of_feature
             if feature.values.dtype == np.int32 and len(feature.values):
-                assert 0 <= feature.values.min()
+                assert feature.values.min() >= 0
                 assert feature.values.max() < feature.encoding.num_rows
             assert not np.isinf(feature.values).any()
