@@ -14,12 +14,15 @@ Letters of shapes: I items, C of them at once, H the width of their vectors, K d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
+from din_dist.errors import InputError
+from din_dist.features.spec import Owner
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
@@ -42,10 +45,15 @@ class CatalogueScorer:
         # The interest of a history without behaviours, `[1, H]`.
         self._empty_interest = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value
 
-        scale, offset = model.head_norm.affine()
-        self._head, first = model.head, model.head.dense_layers[0]
-        self._head_bias = tf.matmul(offset[None], first.kernel.value) + first.bias.value  # [1, D]
-        parts = tf.split(scale[:, None] * first.kernel.value, first.kernel.shape[0] // width, axis=0)
+        if refused := [each.spec.name for each in model.encodings if each.spec.owner is Owner.CANDIDATE]:
+            raise InputError(
+                "--rank_against: items that no event has shown have no values of candidate features. Received: the "
+                f"candidate features {', '.join(refused)}. Use --rank_against=none."
+            )
+        head = model.split_head()
+        self._head, self._head_bias, self._history_terms = model.head, head.bias[None], model.history_terms  # [1, D]
+        self._has_terms = head.of_history.shape[0] > 0
+        parts = tf.split(head.of_items, head.of_items.shape[0] // width, axis=0)
         self._of_interest, self._of_candidate, *of_product = parts  # [H, D] each
         self._attention: LocalActivationUnit | None = None
         self._of_product: tf.Tensor | None = None
@@ -60,7 +68,7 @@ class CatalogueScorer:
         self._relevance = tf.function(self._relevance_of, input_signature=[matrix, matrix], autograph=False)
         self._score = tf.function(
             self._logits_of,
-            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, vector],
+            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, vector, matrix],
             autograph=False,
         )
 
@@ -69,6 +77,7 @@ class CatalogueScorer:
         history_item_ids: np.ndarray,
         history_lengths: np.ndarray,
         tick: Callable[[float], None] = lambda share: None,
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """Returns the logits of all items for B histories: float32 `[B, I]`. Column i belongs to item i + 1.
 
@@ -76,7 +85,9 @@ class CatalogueScorer:
             history_item_ids: int `[N]`, B histories concatenated.
             history_lengths: int `[B]`.
             tick: called often with the share of the work that is done.
+            features: name -> B values of each user and context feature of the model, as in `Batch.features`.
         """
+        terms = self._history_terms(features)  # [B, D], or None
         behaviour_ids, index = np.unique(history_item_ids, return_inverse=True)
         behaviours, _ = self._lookup(tf.constant(behaviour_ids, tf.int32))  # [K, H]
         by_behaviour = self._by_behaviour(behaviours)
@@ -95,7 +106,8 @@ class CatalogueScorer:
             scores = self._scores(behaviours, candidates, scored)
             by_candidate = self._by_candidate(candidates)
             for group, (histories, rectangle) in enumerate(groups):
-                found = self._score(scores, by_behaviour, rectangle, candidates, by_candidate, biases)
+                own = tf.zeros([1, self._head_bias.shape[1]]) if terms is None else tf.gather(terms, histories)
+                found = self._score(scores, by_behaviour, rectangle, candidates, by_candidate, biases, own)
                 logits[histories, first:end] = found.numpy()
                 tick((number + 1 / 2 + (group + 1) / (2 * len(groups))) / len(firsts))
         return logits
@@ -154,6 +166,7 @@ class CatalogueScorer:
         candidates: tf.Tensor,
         by_candidate: tf.Tensor,
         biases: tf.Tensor,
+        history_terms: tf.Tensor,
     ) -> tf.Tensor:
         """Returns the logits of a group of G histories, `[G, C]`.
 
@@ -164,6 +177,7 @@ class CatalogueScorer:
             candidates: float32 `[C, H]`.
             by_candidate: float32 `[C, D]`.
             biases: float32 `[C]`.
+            history_terms: float32 `[G, D]`, as from `RankingModel.history_terms`; `[1, D]` zeros without features.
         """
         real = rectangle[:, :, None] >= 0  # [G, T, 1]
         index = tf.maximum(rectangle, 0)
@@ -179,6 +193,8 @@ class CatalogueScorer:
         pooled = tf.matmul(weights, tf.gather(by_behaviour, index), transpose_a=True)  # [G, C or 1, D or D + H]
         units = self._head_bias.shape[1]
         projected = pooled[:, :, :units] + by_candidate
+        if self._has_terms:
+            projected += history_terms[:, None, :]
         if self._of_product is not None:
             projected += tf.matmul(pooled[:, :, units:] * candidates, self._of_product)
         logits = self._head.after_first(tf.reshape(projected, [-1, units]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -17,12 +17,13 @@ import tensorflow as tf
 from din_dist.data.event_store import EventStore, touched_gaps
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import distinct_untouched_items
-from din_dist.data.pipeline import share
+from din_dist.data.pipeline import ExampleFeatures, share
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import evenly_spaced, of_segments
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
 from din_dist.evaluation.catalogue import CatalogueScorer
+from din_dist.features.gathering import signature_of
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
 from din_dist.models.ranking_model import RankingModel
 
@@ -38,10 +39,16 @@ Tick = Callable[[float], None]  # called now and then with the share of the work
 class CandidateScorer(Protocol):
     """Anything that returns logits: a model, an export, or a floor."""
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
+    def of_all(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Tick,
+        features: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
         """Returns the logits of all items for B concatenated histories: `[B, I]`, which the caller may change.
 
-        Column i belongs to item i + 1.
+        Column i belongs to item i + 1. `features` has B values of each user and context feature, if there are any.
         """
 
     def of_some(
@@ -50,6 +57,7 @@ class CandidateScorer(Protocol):
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """Returns the logits `[C]` of each history's own candidates, like `RankingModel.score_candidates`."""
 
@@ -59,12 +67,17 @@ class ModelScorer:
 
     def __init__(self, model: RankingModel, num_items: int) -> None:
         self._catalogue = CatalogueScorer(model, num_items)
-        self._score = tf.function(
-            model.score_candidates, input_signature=[tf.TensorSpec([None], tf.int32)] * 4, autograph=False
-        )
+        signature = [*[tf.TensorSpec([None], tf.int32)] * 4, signature_of(model.encodings) or ()]
+        self._score = tf.function(model.score_candidates, input_signature=signature, autograph=False)
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
-        return self._catalogue.logits(history_item_ids, history_lengths, tick)
+    def of_all(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Tick,
+        features: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        return self._catalogue.logits(history_item_ids, history_lengths, tick, features)
 
     def of_some(
         self,
@@ -72,9 +85,10 @@ class ModelScorer:
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         arrays = (history_item_ids, history_lengths, candidate_item_ids, candidate_counts)
-        return self._score(*(tf.constant(array, tf.int32) for array in arrays)).numpy()
+        return self._score(*(tf.constant(array, tf.int32) for array in arrays), features or ()).numpy()
 
 
 class PopularityScorer:
@@ -83,7 +97,13 @@ class PopularityScorer:
     def __init__(self, counts: np.ndarray) -> None:
         self._counts = counts
 
-    def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
+    def of_all(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Tick,
+        features: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
         return np.tile(self._counts[1:].astype(np.float32), (len(history_lengths), 1))
 
     def of_some(
@@ -92,6 +112,7 @@ class PopularityScorer:
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         return self._counts[candidate_item_ids]
 
@@ -241,8 +262,10 @@ def _score(
     """
     lengths = queries.history_ends - queries.history_starts
     histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
+    of_examples = ExampleFeatures(store).of(tf.constant(queries.users), tf.constant(queries.events))
+    given = {"features": of_examples} if of_examples else {}
     if not task.num_negatives:
-        scores = scorer.of_all(histories, lengths, tick)
+        scores = scorer.of_all(histories, lengths, tick, **given)
         if task.exclude_history:
             num_seen = queries.history_ends - queries.seen_starts
             seen = store.history_item_ids[_windows(queries.seen_starts, num_seen)]
@@ -257,7 +280,7 @@ def _score(
     candidates[:, 0] = queries.targets
     candidates[:, 1:][real[:, 1:]] = negatives
     scores = np.full(real.shape, -np.inf, np.float32)
-    scores[real] = scorer.of_some(histories, lengths, candidates[real], counts + 1)
+    scores[real] = scorer.of_some(histories, lengths, candidates[real], counts + 1, **given)
     return candidates, scores
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, EventStore
+from din_dist.errors import InputError
 from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
 
@@ -30,8 +32,13 @@ class ExportScorer:
         return tf.constant(logits)
 
     def of_all(
-        self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Callable[[float], None]
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Callable[[float], None],
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
+        _refuse(features)
         logits = np.empty((len(history_lengths), self._num_items), np.float32)
         ends = np.cumsum(history_lengths)
         for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
@@ -51,7 +58,9 @@ class ExportScorer:
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
+        _refuse(features)
         return self._bundle.rank_histories(
             self._own(history_item_ids), history_lengths, self._own(candidate_item_ids), candidate_counts
         )
@@ -59,3 +68,11 @@ class ExportScorer:
     def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Returns the log's own ids for dense ids, which count from 1."""
         return tf.gather(self._own_ids, tf.cast(item_ids, tf.int64) - 1)
+
+
+def _refuse(features: Mapping[str, Any] | None) -> None:
+    if features:
+        names = ", ".join(sorted(features))
+        raise InputError(
+            f"--export_dir: an export is scored without features. Received: {names}. Evaluate the job instead."
+        )
