@@ -20,7 +20,7 @@ PairIndex = tuple[tf.Tensor, tf.Tensor]
 class GateInputs(NamedTuple):
     """An element-wise function before a product, as its kernel takes it."""
 
-    kind: int  # of `ACTIVATIONS`
+    activation: str  # its name in `kActivations` of attention.h
     mean: tf.Tensor  # float32 [W]
     scale: tf.Tensor  # float32 [W]
     alpha: tf.Tensor  # float32 [W]
@@ -226,7 +226,7 @@ def dense(
     """
     return kernels.library().din_dist_dense(
         *(inputs, kernel, bias, centre, gate.mean, gate.scale, gate.alpha, gate.beta, factors),
-        activation=gate.kind,
+        activation=gate.activation,
         in_bfloat16=bfloat16,
         num_threads=kernels.num_threads(),
     )
@@ -256,7 +256,7 @@ def dense_gradient(
     """
     return kernels.library().din_dist_dense_gradient(
         *(inputs, above, kernel, gate.mean, gate.scale, gate.alpha, gate.beta, factors, *found, held),
-        activation=gate.kind,
+        activation=gate.activation,
         in_bfloat16=bfloat16,
         num_threads=kernels.num_threads(),
     )
@@ -341,7 +341,7 @@ def attention_pool(
     """
     interest, weights = kernels.library().din_dist_pool(
         *(inputs, *output, gate.mean, gate.scale, gate.alpha, behaviours, num_candidates, scale.divisor, *pairs),
-        activation=gate.kind,
+        activation=gate.activation,
         softmax=scale.softmax,
         num_threads=kernels.num_threads(),
     )
@@ -372,7 +372,7 @@ def attention_pool_gradient(
     """
     return kernels.library().din_dist_pool_gradient(
         *(inputs, output, gate.mean, gate.scale, gate.alpha, behaviours, weights, of_interest, scale.divisor, *pairs),
-        activation=gate.kind,
+        activation=gate.activation,
         softmax=scale.softmax,
         num_threads=kernels.num_threads(),
     )
@@ -409,12 +409,12 @@ def regularize(
 
 
 def update(
-    rule: int, rate: tf.Tensor, constants: Sequence[float], gradients: Sequence[tf.Tensor], values: Sequence[tf.Tensor]
+    rule: str, rate: tf.Tensor, constants: Sequence[float], gradients: Sequence[tf.Tensor], values: Sequence[tf.Tensor]
 ) -> list[tf.Tensor]:
     """Returns the new `values`: all weights, then all slots of the first kind, and so on.
 
     Args:
-        rule: of `kRules` in updates.cc.
+        rule: its name in `kRules` of updates.cc.
         rate: float32.
         constants: of the rule.
         gradients: of each variable.
@@ -428,7 +428,7 @@ def update(
 
 
 def update_rows(
-    rule: int,
+    rule: str,
     rate: tf.Tensor,
     constants: Sequence[float],
     gradients: Sequence[tf.Tensor],
@@ -439,7 +439,7 @@ def update_rows(
     """Updates rows of tables where they are. Returns the rows as they were before, if asked to `keep` them.
 
     Args:
-        rule: of `kRules` in updates.cc.
+        rule: its name in `kRules` of updates.cc.
         rate: float32.
         constants: of the rule.
         gradients: float32 `[R, D]` of each table.
