@@ -155,7 +155,7 @@ class Assembly:
 
     @functools.cached_property
     def execution(self) -> Execution:
-        """How this process computes."""
+        """The way in which this process computes."""
         return choose_execution(self.config)
 
     @functools.cached_property
@@ -190,7 +190,7 @@ class Assembly:
 
     @functools.cached_property
     def row_counts(self) -> dict[str, np.ndarray]:
-        """In how many training events each row of each table occurs."""
+        """The number of training events in which each row of each table occurs."""
         with progress.at(f"reading data in {self.store.folder}"):
             return _row_counts(self.config, self.store, self.splits, self.trained_items, self.model.lookup)
 
