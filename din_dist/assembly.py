@@ -36,7 +36,7 @@ from din_dist.training.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.schedules import num_updates
 from din_dist.training.train_step import MessageSizes, TrainStep
-from din_dist.training.trainer import NoSignals, Signals, Trainer
+from din_dist.training.trainer import NoSignals, ReceivedSignals, Trainer
 from din_dist.training.undo import UndoLog
 
 
@@ -132,7 +132,7 @@ class Assembly:
         store: EventStore,
         *,
         prometheus_metrics: PrometheusMetrics | None = None,
-        signals: Signals | None = None,
+        signals: ReceivedSignals | None = None,
         num_threads: int = 2,
     ) -> None:
         require_memory_for_tables(config, store.facts)

@@ -37,7 +37,7 @@ from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_p
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import check_unchanged, find_files, partition_text
 
-Check = Callable[[schema.DatasetFacts], None]
+FactsCheck = Callable[[schema.DatasetFacts], None]
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -107,7 +107,7 @@ def _columns(config: DataConfig) -> Columns:
     )
 
 
-def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda facts: None) -> EventStore:
+def prepare(config: DataConfig, overwrite: bool = False, check: FactsCheck = lambda facts: None) -> EventStore:
     """Downloads and builds data that is missing, and opens it. Data that was prepared before is kept.
 
     Args:
@@ -175,7 +175,7 @@ def open_prepared(config: DataConfig) -> EventStore:
     return event_store.open_store(folder, features)
 
 
-def build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
+def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: None) -> None:
     """Writes the records; `folder` holds them all or what it held before. `check` as of `prepare`."""
     aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames files that may not be on the disk yet
     shutil.rmtree(aside, ignore_errors=True)  # a process that was killed left it

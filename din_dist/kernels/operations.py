@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from din_dist import kernels
 
-Place = Mapping[str, int]  # of shared memory: fd, buffer, rank, num_ranks
+SharedPlace = Mapping[str, int]  # of shared memory: fd, buffer, rank, num_ranks
 PairIndex = tuple[tf.Tensor, tf.Tensor]
 
 
@@ -462,12 +462,12 @@ def update_rows(
 # --- Memory that the ranks of one machine share. ---
 
 
-def shared_sum(values: tf.Tensor, place: Place) -> tf.Tensor:
+def shared_sum(values: tf.Tensor, place: SharedPlace) -> tf.Tensor:
     """Returns the sum over the ranks of float32 `values` `[N]`."""
     return kernels.library().din_dist_neighbours_sum(values, **place)
 
 
-def shared_gather(tensors: Sequence[tf.Tensor], place: Place) -> list[tf.Tensor]:
+def shared_gather(tensors: Sequence[tf.Tensor], place: SharedPlace) -> list[tf.Tensor]:
     """Returns the rows of all ranks, concatenated, of tensors that are all float32 or all int32."""
     gathered = kernels.library().din_dist_neighbours_gather(tensors, **place)
     for rows, own in zip(gathered, tensors, strict=True):
@@ -476,7 +476,7 @@ def shared_gather(tensors: Sequence[tf.Tensor], place: Place) -> list[tf.Tensor]
 
 
 def shared_reduce_rows(
-    row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor], place: Place
+    row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor], place: SharedPlace
 ) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
     """Returns ids and sums of the rows that this rank updates, and the rows of all ranks, int32 `[tables]`.
 
@@ -492,7 +492,7 @@ def shared_reduce_rows(
     return ids, sums, counts
 
 
-def shared_fence(variables: Sequence[tf.Variable], place: Place) -> Any:
+def shared_fence(variables: Sequence[tf.Variable], place: SharedPlace) -> Any:
     """Returns when all ranks have updated their rows of `variables`; gives the operation."""
     return kernels.library().din_dist_neighbours_finish([variable.handle for variable in variables], **place)
 

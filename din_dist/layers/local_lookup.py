@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.execution import on_host
-from din_dist.layers.native.vectors import Part, concatenated
+from din_dist.layers.native.vectors import VectorColumns, concatenated
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
 _ITEM, _ITEM_BIAS = "item", "item_bias"
@@ -100,23 +100,23 @@ class LocalLookup(keras.layers.Layer):
         parts, biases = self._parts(item_rows, feature_ids)
         return concatenated(parts), biases
 
-    def parts(self, item_ids: tf.Tensor) -> tuple[list[Part], tf.Tensor]:
+    def parts(self, item_ids: tf.Tensor) -> tuple[list[VectorColumns], tf.Tensor]:
         """Returns the parts of the vectors of `item_ids` `[U]`, and their biases `[U]`."""
         return self._parts(self.item_rows(item_ids), self.feature_ids(item_ids))
 
-    def _parts(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[list[Part], tf.Tensor]:
+    def _parts(self, item_rows: tf.Tensor, feature_ids: Sequence[tf.Tensor]) -> tuple[list[VectorColumns], tf.Tensor]:
         index_of = None
         if self.row_of_item is not None:
             with on_host():
                 item_rows, index_of = tf.unique(item_rows)
-        parts = [Part(tf.gather(self.tables[0].value, item_rows), index_of)]
+        parts = [VectorColumns(tf.gather(self.tables[0].value, item_rows), index_of)]
         biases = tf.gather(self.item_bias.value, item_rows)
         if index_of is not None:
             biases = tf.gather(biases, index_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
             with on_host():
                 distinct, index = tf.unique(ids)
-            parts.append(Part(tf.gather(table.value, distinct), index))
+            parts.append(VectorColumns(tf.gather(table.value, distinct), index))
         return parts, tf.squeeze(biases, axis=1)
 
     def unknown(self, item_ids: tf.Tensor) -> tf.Tensor:

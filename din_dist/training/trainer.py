@@ -35,7 +35,7 @@ _PATIENCE_SECONDS = 5.0  # at the end, with a checkpoint that is still being wri
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
-class Signals(Protocol):
+class ReceivedSignals(Protocol):
     """Requests to this process, looked at in every step."""
 
     stop: bool  # the whole job
@@ -71,7 +71,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointStore,
         telemetry: Reporter,
-        signals: Signals,
+        signals: ReceivedSignals,
     ) -> None:
         self._config, self._runtime, self._signals = config, runtime, signals
         self._model, self._step, self._undo_log = learner.model, learner.step, learner.undo_log
