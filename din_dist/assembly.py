@@ -39,7 +39,7 @@ from din_dist.training.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.schedules import num_updates
 from din_dist.training.train_step import MessageSizes, TrainStep
-from din_dist.training.trainer import NoSignals, Signals, Trainer
+from din_dist.training.trainer import NoSignals, ReceivedSignals, Trainer
 from din_dist.training.undo import UndoLog
 
 
@@ -158,7 +158,7 @@ class Assembly:
         store: EventStore,
         *,
         prometheus_metrics: PrometheusMetrics | None = None,
-        signals: Signals | None = None,
+        signals: ReceivedSignals | None = None,
         num_threads: int = 2,
     ) -> None:
         require_memory_for_tables(config, store.facts, store.features)
@@ -181,7 +181,7 @@ class Assembly:
 
     @functools.cached_property
     def execution(self) -> Execution:
-        """How this process computes."""
+        """The way in which this process computes."""
         return choose_execution(self.config)
 
     @functools.cached_property
@@ -217,7 +217,7 @@ class Assembly:
 
     @functools.cached_property
     def row_counts(self) -> dict[str, np.ndarray]:
-        """In how many training events each row of each table occurs."""
+        """The number of training events in which each row of each table occurs."""
         with progress.at(f"reading data in {self.store.folder}"):
             return _row_counts(self.config, self.store, self.splits, self.trained_items, self.model)
 

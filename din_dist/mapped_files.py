@@ -21,12 +21,12 @@ import numpy as np
 _OFFSET, _TIME = "@the offset@", "@the time@"  # placeholders in a line for numbers that only the handler knows
 _IN_LINE = {_OFFSET: b"\x01", _TIME: b"\x02"}  # placeholders in the handler's line
 
-Format = Callable[[str], str]
-_format: Format = "error: {}".format
+ErrorLine = Callable[[str], str]
+_format: ErrorLine = "error: {}".format
 _agent = -1
 
 
-def set_end(line_of: Format, agent: int = -1) -> None:
+def set_end(line_of: ErrorLine, agent: int = -1) -> None:
     """Sets the form of the last line of this process, and where its exit code goes.
 
     Args:

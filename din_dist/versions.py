@@ -14,7 +14,7 @@ from din_dist import __version__
 
 @functools.cache
 def build_info() -> dict[str, str]:
-    """Versions by name, and the commit where it is known."""
+    """Returns versions by name, and the commit where it is known."""
     packages = {name: metadata.version(name) for name in ("keras", "horovod", "tensorflow-datasets")}
     import tensorflow as tf  # its package goes by two names
 

@@ -17,7 +17,7 @@ DOCUMENTS = {
 }
 MODULES = {path.relative_to(ROOT / "din_dist").as_posix(): path for path in (ROOT / "din_dist").rglob("*.py")}
 ROOMS = sorted({name.split("/")[0] for name in MODULES})
-# Rooms with docstrings that begin without a subject; take a room off when it is done.
+VERB = re.compile(r"[A-Z][a-z]+s\b")
 
 
 def paragraphs(text: str) -> Iterator[str]:
@@ -104,3 +104,16 @@ def test_docstrings_begin_with_their_subject_or_verb(room: str) -> None:
         if docstring.split()[0].strip(",;:") in ("Of", "As", "What", "Whether")
     ]
     assert not found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_docstrings_of_functions_begin_with_a_verb(room: str) -> None:
+    """The verb stands in the third person. The docstring of a property is a noun phrase, or says when it is true."""
+    wrong = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())) if name.split("/")[0] == room else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
+                is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+                if is_property if docstring.startswith("Returns") else not (is_property or VERB.match(docstring)):
+                    wrong.append(f"{name}:{node.lineno}: {docstring.splitlines()[0]}")
+    assert not wrong

@@ -318,7 +318,7 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
 
 
 def _settings(manifest: Manifest, columns: RowColumns, data_fingerprint: str | None) -> dict[str, Any]:
-    """All that the results depend on, besides the files."""
+    """Returns all that the results depend on, besides the files."""
     history = "--history_column" if data_fingerprint is None else "--user_column"
     return {
         "--export_dir": manifest.digest,

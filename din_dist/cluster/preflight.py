@@ -40,7 +40,7 @@ _PYTHON = str(Path(sys.prefix, "bin", "python"))
 _SSH_CHECK = "ssh"
 _HERE = "this machine"  # its name where it is none of the hosts
 
-_Told = TypeVar("_Told")
+_Answer = TypeVar("_Answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +322,11 @@ class _NoAnswer(Exception):
 
 
 def _ask_all(
-    pool: ThreadPoolExecutor, probes: Sequence[_Probe], findings: list[Finding], ask: Callable[[_Probe], _Told]
-) -> dict[str, _Told]:
+    pool: ThreadPoolExecutor, probes: Sequence[_Probe], findings: list[Finding], ask: Callable[[_Probe], _Answer]
+) -> dict[str, _Answer]:
     """Asks all probes at once; returns the answers and adds the reasons for missing ones to `findings`."""
 
-    def attempt(probe: _Probe) -> _Told | Finding:
+    def attempt(probe: _Probe) -> _Answer | Finding:
         try:
             return ask(probe)
         except _NoAnswer as error:

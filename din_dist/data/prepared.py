@@ -41,7 +41,7 @@ from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import absolute, check_unchanged, find_files, partition_text
 
 _WHERE_FILES_LIE = ("data_path", "items_path", "users_path")
-Check = Callable[[schema.DatasetFacts], None]
+FactsCheck = Callable[[schema.DatasetFacts], None]
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -138,7 +138,7 @@ def _feature_columns(config: DataConfig) -> FeatureColumns:
     )
 
 
-def prepare(config: DataConfig, overwrite: bool = False, check: Check = lambda facts: None) -> EventStore:
+def prepare(config: DataConfig, overwrite: bool = False, check: FactsCheck = lambda facts: None) -> EventStore:
     """Downloads and builds data that is missing, and opens it. Data that was prepared before is kept.
 
     Args:
@@ -228,7 +228,7 @@ def _declared_features(config: DataConfig, store: EventStore) -> Mapping[str, St
     return encoding.open_encoded(folder, store, config)
 
 
-def build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
+def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: None) -> None:
     """Writes the records; `folder` holds them all or what it held before. `check` as of `prepare`."""
     aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames files that may not be on the disk yet
     shutil.rmtree(aside, ignore_errors=True)  # a process that was killed left it

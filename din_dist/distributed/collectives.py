@@ -38,7 +38,7 @@ class Collectives:
         return contextlib.nullcontext()
 
     def num_ranks(self) -> tf.Tensor:
-        """The number of ranks, int32: those that there are when it is asked, where it may change."""
+        """Returns the number of ranks, int32. Where it may change, the operation looks it up whenever it runs."""
         return tf.constant(self.world_size)
 
     def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:

@@ -49,9 +49,10 @@ def _part(cores: set[int], index: int, count: int) -> list[int]:
 
 
 def cores_near_gpus(driver: Path = _DRIVER, pci: Path = _PCI) -> list[set[int]]:
-    """The cores of the NUMA node of each GPU that CUDA will count, in its order on a machine of equal GPUs.
+    """Returns the cores near each GPU that CUDA will count, in its order on a machine of equal GPUs.
 
-    Nothing where that cannot be told: no GPU, or GPUs that CUDA_VISIBLE_DEVICES names by UUID.
+    Those of a GPU are the cores of its NUMA node. The list is empty if there is no GPU, or if CUDA_VISIBLE_DEVICES
+    names GPUs by UUID.
     """
     found = []
     for address in sorted(path.name.lower() for path in driver.glob("*")):

@@ -133,7 +133,7 @@ class SharedMemory(Collectives):
 
 
 def _common_files(runtime: Runtime, name: str, sizes: Sequence[int], fill: bool = True) -> list[int] | None:
-    """Zeros in memory, `sizes` bytes of them, open on all ranks; None where one of them cannot.
+    """Opens zeros in memory, `sizes` bytes of them, on all ranks; returns None where one of them cannot.
 
     Args:
         name: for who lists a process' memory.

@@ -18,7 +18,7 @@ from din_dist.layers.packed import segment_ids, segment_sum
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
 from din_dist.schema import Batch
 
-Scorer = Callable[[Batch], tf.Tensor]  # packed batch -> one number for each example, `[B]`
+BatchScorer = Callable[[Batch], tf.Tensor]  # packed batch -> one number for each example, `[B]`
 
 
 class Evaluator:
@@ -30,7 +30,7 @@ class Evaluator:
     def has_examples(self, split: str) -> bool:
         return self._splits[split].num_examples > 0
 
-    def evaluate(self, split: str, logits_of: Scorer) -> dict[str, float]:
+    def evaluate(self, split: str, logits_of: BatchScorer) -> dict[str, float]:
         """Returns `gauc`, `auc`, `log_loss` and counts; if the log has no labels, also `pairwise_gauc`."""
         return self.metrics_of(split, self.scores(split, logits_of))
 
@@ -46,7 +46,7 @@ class Evaluator:
         scorers = self.floor_scorers()
         return {name: self._ranking_metrics(split, self.scores(split, scorer)) for name, scorer in scorers.items()}
 
-    def floor_scorers(self) -> dict[str, Scorer]:
+    def floor_scorers(self) -> dict[str, BatchScorer]:
         """Returns the simple rankings that a model must beat, by name.
 
         - `popularity`: how often the item was chosen in training.
@@ -55,7 +55,7 @@ class Evaluator:
         """
         popularity = item_counts(self._store, self._splits).astype(np.float32)
         popularity_of = tf.constant(popularity / (popularity.max() + 1.0))
-        scorers: dict[str, Scorer] = {"popularity": functools.partial(_popularity, popularity_of=popularity_of)}
+        scorers: dict[str, BatchScorer] = {"popularity": functools.partial(_popularity, popularity_of=popularity_of)}
         identity = tf.range(self._store.facts.num_items + 1)
         features = {schema.feature_label(name): tf.constant(ids) for name, ids in self._store.item_features.items()}
         for name, feature_of in {"user": identity, **features}.items():
@@ -83,7 +83,7 @@ class Evaluator:
                 return self._store.labels[examples.events()]
         return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
 
-    def scores(self, split: str, score: Scorer) -> np.ndarray:
+    def scores(self, split: str, score: BatchScorer) -> np.ndarray:
         """Returns the scores of a split in its order, `[num_examples]`, equal on all ranks."""
         batches = evaluation_batches(
             self._store,

@@ -13,7 +13,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.confidence import affordable_samples, intervals_of_scores, intervals_of_sums
-from din_dist.evaluation.evaluator import Evaluator, Scorer
+from din_dist.evaluation.evaluator import BatchScorer, Evaluator
 from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, EvaluationRequest
 from din_dist.evaluation.retrieval import (
     CandidateScorer,
@@ -35,7 +35,7 @@ def score_split(
     config: Config,
     store: EventStore,
     examples: Examples,
-    logits_of: Scorer,
+    logits_of: BatchScorer,
     runtime: Runtime,
 ) -> dict[str, Any]:
     """Returns the trainer's metrics of a split and of the floors; on the chief, also their intervals.

@@ -11,8 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-ACTIVATIONS = ("dice", "prelu", "sigmoid", "relu", "scaled")  # in the order of `Activation` in kernels/attention.h
-LANES = 16  # rows of a layer's inputs are padded to a multiple of it, like `kLane` there
+LANES = 16  # rows of a layer's inputs are padded to a multiple of it, like `kLane` in attention.h
 PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
 
 
@@ -24,10 +23,26 @@ def library() -> Any:
 
 def multiplies_bfloat16() -> bool:
     """Tells if this processor has the instructions that the kernels need for `--compute_dtype=bfloat16`."""
-    library()
-    return bool(ctypes.CDLL(str(PATH)).din_dist_multiplies_bfloat16())
+    return bool(_functions().din_dist_multiplies_bfloat16())
+
+
+def has_rule(name: str) -> bool:
+    """Tells if there is a kernel for the optimizer rule of this name."""
+    return bool(_functions().din_dist_has_rule(name.encode()))
+
+
+def has_activation(name: str) -> bool:
+    """Tells if the kernels know the activation of this name."""
+    return bool(_functions().din_dist_has_activation(name.encode()))
 
 
 def num_threads() -> int:
     """Returns the number of threads that TensorFlow's own kernels use."""
     return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def _functions() -> ctypes.CDLL:
+    """Returns what the library offers besides operations."""
+    library()
+    return ctypes.CDLL(str(PATH))

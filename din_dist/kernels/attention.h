@@ -13,8 +13,17 @@ constexpr int64_t kLane = 16;
 
 inline int64_t Padded(int64_t width) { return (width + kLane - 1) / kLane * kLane; }
 
-// Numbered as in `ACTIVATIONS` of kernels/__init__.py. kScaled is the last step of batch normalisation: alpha n + beta.
-enum Activation : int32_t { kDice = 0, kPRelu = 1, kSigmoid = 2, kRelu = 3, kScaled = 4 };
+// kScaled is the last step of batch normalisation: alpha n + beta.
+enum Activation : int32_t { kDice, kPRelu, kSigmoid, kRelu, kScaled };
+
+// An activation and the name by which an operation's attribute selects it.
+struct NamedActivation {
+  const char* name;
+  Activation activation;
+};
+
+constexpr NamedActivation kActivations[] = {
+    {"dice", kDice}, {"prelu", kPRelu}, {"sigmoid", kSigmoid}, {"relu", kRelu}, {"scaled", kScaled}};
 
 // An activation of `width` columns, with the arrays that its gradient needs: `Padded(width)` floats each, 0 in the
 // padding.

@@ -70,7 +70,8 @@ const Passes& PassesOf(bool in_bfloat16) {
 
 // The attributes of an operation.
 struct Settings {
-  int32_t activation = 0, num_threads = 1;
+  Activation activation = kDice;
+  int32_t num_threads = 1;
   bool softmax = false, in_bfloat16 = false;
 };
 
@@ -145,9 +146,9 @@ class Call {
     return made_.back().data();
   }
 
-  Gate NextGate(int32_t activation, int64_t width) {
+  Gate NextGate(Activation activation, int64_t width) {
     Gate gate{};
-    gate.activation = static_cast<Activation>(activation);
+    gate.activation = activation;
     gate.width = width;
     gate.mean = PaddedVector(width);
     gate.scale = PaddedVector(width);
@@ -564,13 +565,9 @@ class Operation {
  public:
   explicit Operation(TF_OpKernelConstruction* construction) {
     Status status;
-    const auto read = [&](const char* name, int32_t* to) {
-      if (TF_OpKernelConstruction_HasAttr(construction, name, status)) {
-        *to = static_cast<int32_t>(Attribute(construction, name));
-      }
-    };
-    read("activation", &settings_.activation);
-    read("num_threads", &settings_.num_threads);
+    if (TF_OpKernelConstruction_HasAttr(construction, "activation", status)) {
+      settings_.activation = NamedBy(construction, "activation", kActivations).activation;
+    }
     const auto read_bool = [&](const char* name, bool* to) {
       TF_Bool value = 0;
       if (TF_OpKernelConstruction_HasAttr(construction, name, status)) {
@@ -580,7 +577,7 @@ class Operation {
     };
     read_bool("softmax", &settings_.softmax);
     read_bool("in_bfloat16", &settings_.in_bfloat16);
-    settings_.num_threads = std::max(settings_.num_threads, 1);
+    settings_.num_threads = std::max(static_cast<int32_t>(Attribute(construction, "num_threads")), 1);
   }
 
   void Compute(TF_OpKernelContext* context) {
@@ -600,7 +597,6 @@ void Register(const char* name, const std::vector<const char*>& inputs, const st
 }
 
 const bool kRegistered = [] {
-  const std::vector<const char*> activation{"activation: int"};
   Register<First_>("DinDistFirst",
                    {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float",
                     "kernel: float", "bias: float", "centre: float", "candidate_of: int32", "key_of: int32"},
@@ -616,7 +612,7 @@ const bool kRegistered = [] {
   Register<Dense_>("DinDistDense",
                    {"x: float", "kernel: float", "bias: float", "centre: float", "mean: float", "scale: float",
                     "alpha: float", "beta: float", "factors: float"},
-                   {"next: float", "sums: float"}, {"activation: int", "in_bfloat16: bool"});
+                   {"next: float", "sums: float"}, {"activation: string", "in_bfloat16: bool"});
   Register<DenseGradient_>(
       "DinDistDenseGradient",
       {"x: float", "next: float", "kernel: float", "mean: float", "scale: float", "alpha: float", "beta: float",
@@ -624,17 +620,17 @@ const bool kRegistered = [] {
        "held_of_next: float"},
       {"held: float", "of_kernel: float", "of_bias: float", "of_standardised: float", "of_alpha: float",
        "of_beta: float"},
-      {"activation: int", "in_bfloat16: bool"});
+      {"activation: string", "in_bfloat16: bool"});
   Register<Pool_>("DinDistPool",
                   {"x: float", "output: float", "bias: float", "mean: float", "scale: float", "alpha: float",
                    "keys: float", "num_candidates: int32", "divisor: float", "candidate_of: int32", "key_of: int32"},
-                  {"interest: float", "weights: float"}, {"activation: int", "softmax: bool"});
+                  {"interest: float", "weights: float"}, {"activation: string", "softmax: bool"});
   Register<PoolGradient_>(
       "DinDistPoolGradient",
       {"x: float", "output: float", "mean: float", "scale: float", "alpha: float", "keys: float", "weights: float",
        "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
       {"held: float", "of_output: float", "of_bias: float", "of_standardised: float", "of_alpha: float"},
-      {"activation: int", "softmax: bool"});
+      {"activation: string", "softmax: bool"});
   Register<SumsAbout_>("DinDistSumsAbout", {"x: float", "centre: float"}, {"sums: float"}, {});
   Register<NormalisedGradient_>("DinDistNormalisedGradient",
                                 {"x: float", "held: float", "mean: float", "scale: float", "sums_of_gradient: float",
@@ -647,6 +643,12 @@ const bool kRegistered = [] {
 }  // namespace din
 
 // Called by kernels/__init__.py with ctypes.
-extern "C" __attribute__((visibility("default"))) int din_dist_multiplies_bfloat16() {
+extern "C" {
+__attribute__((visibility("default"))) int din_dist_multiplies_bfloat16() {
   return din::PassesInBfloat16() != nullptr;
+}
+
+__attribute__((visibility("default"))) int din_dist_has_activation(const char* name) {
+  return din::Find(din::kActivations, name) != nullptr;
+}
 }

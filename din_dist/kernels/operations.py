@@ -13,14 +13,14 @@ import tensorflow as tf
 
 from din_dist import kernels
 
-Place = Mapping[str, int]  # of shared memory: fd, buffer, rank, num_ranks
+SharedPlace = Mapping[str, int]  # of shared memory: fd, buffer, rank, num_ranks
 PairIndex = tuple[tf.Tensor, tf.Tensor]
 
 
 class GateInputs(NamedTuple):
     """An element-wise function before a product, as its kernel takes it."""
 
-    kind: int  # of `ACTIVATIONS`
+    activation: str  # its name in `kActivations` of attention.h
     mean: tf.Tensor  # float32 [W]
     scale: tf.Tensor  # float32 [W]
     alpha: tf.Tensor  # float32 [W]
@@ -226,7 +226,7 @@ def dense(
     """
     return kernels.library().din_dist_dense(
         *(inputs, kernel, bias, centre, gate.mean, gate.scale, gate.alpha, gate.beta, factors),
-        activation=gate.kind,
+        activation=gate.activation,
         in_bfloat16=bfloat16,
         num_threads=kernels.num_threads(),
     )
@@ -256,7 +256,7 @@ def dense_gradient(
     """
     return kernels.library().din_dist_dense_gradient(
         *(inputs, above, kernel, gate.mean, gate.scale, gate.alpha, gate.beta, factors, *found, held),
-        activation=gate.kind,
+        activation=gate.activation,
         in_bfloat16=bfloat16,
         num_threads=kernels.num_threads(),
     )
@@ -341,7 +341,7 @@ def attention_pool(
     """
     interest, weights = kernels.library().din_dist_pool(
         *(inputs, *output, gate.mean, gate.scale, gate.alpha, behaviours, num_candidates, scale.divisor, *pairs),
-        activation=gate.kind,
+        activation=gate.activation,
         softmax=scale.softmax,
         num_threads=kernels.num_threads(),
     )
@@ -372,7 +372,7 @@ def attention_pool_gradient(
     """
     return kernels.library().din_dist_pool_gradient(
         *(inputs, output, gate.mean, gate.scale, gate.alpha, behaviours, weights, of_interest, scale.divisor, *pairs),
-        activation=gate.kind,
+        activation=gate.activation,
         softmax=scale.softmax,
         num_threads=kernels.num_threads(),
     )
@@ -409,12 +409,12 @@ def regularize(
 
 
 def update(
-    rule: int, rate: tf.Tensor, constants: Sequence[float], gradients: Sequence[tf.Tensor], values: Sequence[tf.Tensor]
+    rule: str, rate: tf.Tensor, constants: Sequence[float], gradients: Sequence[tf.Tensor], values: Sequence[tf.Tensor]
 ) -> list[tf.Tensor]:
     """Returns the new `values`: all weights, then all slots of the first kind, and so on.
 
     Args:
-        rule: of `kRules` in updates.cc.
+        rule: its name in `kRules` of updates.cc.
         rate: float32.
         constants: of the rule.
         gradients: of each variable.
@@ -428,7 +428,7 @@ def update(
 
 
 def update_rows(
-    rule: int,
+    rule: str,
     rate: tf.Tensor,
     constants: Sequence[float],
     gradients: Sequence[tf.Tensor],
@@ -439,7 +439,7 @@ def update_rows(
     """Updates rows of tables where they are. Returns the rows as they were before, if asked to `keep` them.
 
     Args:
-        rule: of `kRules` in updates.cc.
+        rule: its name in `kRules` of updates.cc.
         rate: float32.
         constants: of the rule.
         gradients: float32 `[R, D]` of each table.
@@ -462,12 +462,12 @@ def update_rows(
 # --- Memory that the ranks of one machine share. ---
 
 
-def shared_sum(values: tf.Tensor, place: Place) -> tf.Tensor:
+def shared_sum(values: tf.Tensor, place: SharedPlace) -> tf.Tensor:
     """Returns the sum over the ranks of float32 `values` `[N]`."""
     return kernels.library().din_dist_neighbours_sum(values, **place)
 
 
-def shared_gather(tensors: Sequence[tf.Tensor], place: Place) -> list[tf.Tensor]:
+def shared_gather(tensors: Sequence[tf.Tensor], place: SharedPlace) -> list[tf.Tensor]:
     """Returns the rows of all ranks, concatenated, of tensors that are all float32 or all int32."""
     gathered = kernels.library().din_dist_neighbours_gather(tensors, **place)
     for rows, own in zip(gathered, tensors, strict=True):
@@ -476,7 +476,7 @@ def shared_gather(tensors: Sequence[tf.Tensor], place: Place) -> list[tf.Tensor]
 
 
 def shared_reduce_rows(
-    row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor], place: Place
+    row_ids: Sequence[tf.Tensor], rows: Sequence[tf.Tensor], place: SharedPlace
 ) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
     """Returns ids and sums of the rows that this rank updates, and the rows of all ranks, int32 `[tables]`.
 
@@ -492,7 +492,7 @@ def shared_reduce_rows(
     return ids, sums, counts
 
 
-def shared_fence(variables: Sequence[tf.Variable], place: Place) -> Any:
+def shared_fence(variables: Sequence[tf.Variable], place: SharedPlace) -> Any:
     """Returns when all ranks have updated their rows of `variables`; gives the operation."""
     return kernels.library().din_dist_neighbours_finish([variable.handle for variable in variables], **place)
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "tensorflow/c/kernels.h"
@@ -78,6 +79,36 @@ inline int64_t Attribute(TF_OpKernelConstruction* construction, const char* name
   TF_OpKernelConstruction_GetAttrInt64(construction, name, &value, status);
   status.Check();
   return value;
+}
+
+inline std::string StringAttribute(TF_OpKernelConstruction* construction, const char* name) {
+  Status status;
+  int32_t list_size = 0, size = 0;
+  TF_OpKernelConstruction_GetAttrSize(construction, name, &list_size, &size, status);
+  status.Check();
+  std::string value(size, '\0');
+  TF_OpKernelConstruction_GetAttrString(construction, name, value.data(), value.size(), status);
+  status.Check();
+  return value;
+}
+
+// Returns the entry of a list whose `name` it is, or null.
+template <typename Entry, size_t kCount>
+const Entry* Find(const Entry (&list)[kCount], const std::string& name) {
+  for (const Entry& entry : list) {
+    if (name == entry.name) return &entry;
+  }
+  return nullptr;
+}
+
+// Returns the entry of a list that a string attribute names.
+template <typename Entry, size_t kCount>
+const Entry& NamedBy(TF_OpKernelConstruction* construction, const char* attribute, const Entry (&list)[kCount]) {
+  const std::string name = StringAttribute(construction, attribute);
+  if (const Entry* found = Find(list, name)) return *found;
+  std::string names;
+  for (const Entry& entry : list) names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  throw std::invalid_argument(std::string(attribute) + " must be one of " + names + ". Received: '" + name + "'.");
 }
 
 // Registers an operation for CPUs. `Operation` is constructed from a `TF_OpKernelConstruction*` and has

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <iterator>
 #include <numeric>
 #include <vector>
 
@@ -211,13 +210,16 @@ DIN_CLONES void RowWiseAdagrad(const Weights& w, float rate, const float* consta
 }
 
 struct Rule {
+  const char* name;  // the name of the class in training/optimizers.py
   void (*update)(const Weights&, float rate, const float* constants);
   int64_t num_held, num_constants;
   bool row_wise;  // slot variables have one number for each row
 };
 
-// Numbered as in `RULES` of training/optimizers.py.
-constexpr Rule kRules[] = {{Sgd, 0, 0, false}, {Adagrad, 1, 1, false}, {LazyAdam, 2, 5, false}, {RowWiseAdagrad, 1, 1, true}};
+constexpr Rule kRules[] = {{"Sgd", Sgd, 0, 0, false},
+                           {"Adagrad", Adagrad, 1, 1, false},
+                           {"LazyAdam", LazyAdam, 2, 5, false},
+                           {"RowWiseAdagrad", RowWiseAdagrad, 1, 1, true}};
 
 // The arguments that both kinds of updates share.
 class Update {
@@ -225,7 +227,7 @@ class Update {
   explicit Update(TF_OpKernelConstruction* construction)
       : count_(Attribute(construction, "N")),
         num_threads_(static_cast<int>(Attribute(construction, "num_threads"))),
-        rule_(RuleOf(Attribute(construction, "rule"))) {
+        rule_(NamedBy(construction, "rule", kRules)) {
     Require(Attribute(construction, "M") == count_ * (1 + rule_.num_held), "each gradient must have its weights");
   }
 
@@ -247,12 +249,6 @@ class Update {
   const int64_t count_;
   const int num_threads_;
   const Rule& rule_;
-
- private:
-  static const Rule& RuleOf(int64_t rule) {
-    Require(rule >= 0 && rule < static_cast<int64_t>(std::size(kRules)), "a rule must be one of those that there are");
-    return kRules[rule];
-  }
 };
 
 // Updates N whole variables. Inputs: all gradients, all values, and all slot variables. Outputs: the new values and
@@ -427,11 +423,16 @@ const bool kRegistered =
                                  {"N: int", "P: int >= 0", "num_row_gradients: int", "num_threads: int"}) &&
     Kernel<UpdateWhole>::Register(
         "DinDistUpdate", {"rate: float", "constants: float", "gradients: N * float", "weights: M * float"},
-        {"updated: M * float"}, {"N: int", "M: int", "rule: int", "num_threads: int"}) &&
+        {"updated: M * float"}, {"N: int", "M: int", "rule: string", "num_threads: int"}) &&
     Kernel<UpdateRows>::Register(
         "DinDistUpdateRows",
         {"rate: float", "constants: float", "gradients: N * float", "row_ids: N * int32", "tables: M * resource"},
-        {"before: B * float"}, {"N: int", "M: int", "B: int >= 0", "rule: int", "num_threads: int"}, true);
+        {"before: B * float"}, {"N: int", "M: int", "B: int >= 0", "rule: string", "num_threads: int"}, true);
 
 }  // namespace
 }  // namespace din
+
+// Called by kernels/__init__.py with ctypes.
+extern "C" __attribute__((visibility("default"))) int din_dist_has_rule(const char* name) {
+  return din::Find(din::kRules, name) != nullptr;
+}

@@ -20,7 +20,7 @@ from din_dist.features.encoding import Encoding, Lists
 from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Form, Owner, Pooling, Scale
 from din_dist.kernels import operations
-from din_dist.layers.native.vectors import Part, concatenated, vectors_and_candidates
+from din_dist.layers.native.vectors import VectorColumns, concatenated, vectors_and_candidates
 from din_dist.layers.packed import segment_ids, segment_sum
 from din_dist.schema import UNKNOWN_ID, TableSpec, feature_label
 
@@ -150,7 +150,7 @@ class FeatureColumns(keras.layers.Layer):
 
     def parts(
         self, values: Mapping[str, Any], mode: Mode = INFERENCE, owners: Collection[Owner] = tuple(Owner)
-    ) -> list[Part]:
+    ) -> list[VectorColumns]:
         """Returns the parts that `call` concatenates; arguments as there."""
         tables = {encoding.spec.name: table for encoding, table in self.embedded}
         parts = []
@@ -222,13 +222,13 @@ def _first_values(start: np.ndarray | None, seed: int) -> keras.initializers.Ini
     return lambda shape, dtype: tf.reshape(tf.constant(np.nan_to_num(start), dtype), shape)
 
 
-def _ids_part(encoding: Encoding, weights: _Weights, ids: tf.Tensor, mode: Mode) -> Part:
+def _ids_part(encoding: Encoding, weights: _Weights, ids: tf.Tensor, mode: Mode) -> VectorColumns:
     distinct, index = _distinct(ids, mode)
     rows = tf.gather(weights.table.value, distinct)
-    return Part(rows if weights.projection is None else weights.projection(rows), index)
+    return VectorColumns(rows if weights.projection is None else weights.projection(rows), index)
 
 
-def _lists_part(encoding: Encoding, weights: _Weights, lists: Lists, mode: Mode) -> Part:
+def _lists_part(encoding: Encoding, weights: _Weights, lists: Lists, mode: Mode) -> VectorColumns:
     distinct, index = _distinct(lists.values, mode)
     rows = tf.gather(tf.gather(weights.table.value, distinct), index)  # [M, D]
     if encoding.spec.pool is Pooling.WEIGHTED:
@@ -236,10 +236,10 @@ def _lists_part(encoding: Encoding, weights: _Weights, lists: Lists, mode: Mode)
     pooled = segment_sum(rows, segment_ids(lists.lengths, mode), tf.size(lists.lengths))
     if encoding.spec.pool is Pooling.MEAN:
         pooled /= tf.cast(tf.maximum(lists.lengths, 1), tf.float32)[:, None]
-    return Part(pooled, None)
+    return VectorColumns(pooled, None)
 
 
-def _numbers_part(encoding: Encoding, weights: _Weights, numbers: tf.Tensor, mode: Mode) -> Part:
+def _numbers_part(encoding: Encoding, weights: _Weights, numbers: tf.Tensor, mode: Mode) -> VectorColumns:
     missing = tf.math.is_nan(numbers)
     known = tf.where(missing, 0.0, numbers)[:, None]
     columns = [known]
@@ -247,14 +247,14 @@ def _numbers_part(encoding: Encoding, weights: _Weights, numbers: tf.Tensor, mod
         angles = 2 * math.pi * known * weights.frequencies.value
         columns = [tf.sin(angles), tf.cos(angles)]
     found = tf.concat([*columns, tf.cast(missing, tf.float32)[:, None]], axis=1)
-    return Part(found if weights.projection is None else weights.projection(found), None)
+    return VectorColumns(found if weights.projection is None else weights.projection(found), None)
 
 
-def _vectors_part(encoding: Encoding, weights: _Weights, vectors: tf.Tensor, mode: Mode) -> Part:
+def _vectors_part(encoding: Encoding, weights: _Weights, vectors: tf.Tensor, mode: Mode) -> VectorColumns:
     vectors = tf.cast(vectors, tf.float32)
     missing = tf.reduce_any(tf.math.is_nan(vectors), axis=1, keepdims=True)
     found = tf.concat([tf.where(missing, 0.0, vectors), tf.cast(missing, tf.float32)], axis=1)
-    return Part(weights.projection(found), None)
+    return VectorColumns(weights.projection(found), None)
 
 
 _PART_OF_FORM = {

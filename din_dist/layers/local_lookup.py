@@ -14,7 +14,7 @@ from din_dist.execution import INFERENCE, Mode, on_host
 from din_dist.features.encoding import Encoding, StoredFeature
 from din_dist.features.gathering import FeatureValues
 from din_dist.layers.feature_columns import FeatureColumns, variable_name
-from din_dist.layers.native.vectors import Part, concatenated
+from din_dist.layers.native.vectors import VectorColumns, concatenated
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
 _ITEM, _ITEM_BIAS = "item", "item_bias"
@@ -127,7 +127,7 @@ class LocalLookup(keras.layers.Layer):
         parts, biases = self._parts(item_rows, feature_ids, feature_values or {}, INFERENCE)
         return concatenated(parts), biases
 
-    def parts(self, item_ids: tf.Tensor, mode: Mode = INFERENCE) -> tuple[list[Part], tf.Tensor]:
+    def parts(self, item_ids: tf.Tensor, mode: Mode = INFERENCE) -> tuple[list[VectorColumns], tf.Tensor]:
         """Returns the parts of the vectors of `item_ids` `[U]`, and their biases `[U]`."""
         values = self.feature_values(item_ids, mode)
         return self._parts(self.item_rows(item_ids), self.feature_ids(item_ids), values, mode)
@@ -138,19 +138,19 @@ class LocalLookup(keras.layers.Layer):
         feature_ids: Sequence[tf.Tensor],
         feature_values: Mapping[str, Any],
         mode: Mode,
-    ) -> tuple[list[Part], tf.Tensor]:
+    ) -> tuple[list[VectorColumns], tf.Tensor]:
         index_of = None
         if self.row_of_item is not None:
             with on_host():
                 item_rows, index_of = tf.unique(item_rows)
-        parts = [Part(tf.gather(self.tables[0].value, item_rows), index_of)]
+        parts = [VectorColumns(tf.gather(self.tables[0].value, item_rows), index_of)]
         biases = tf.gather(self.item_bias.value, item_rows)
         if index_of is not None:
             biases = tf.gather(biases, index_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
             with on_host():
                 distinct, index = tf.unique(ids)
-            parts.append(Part(tf.gather(table.value, distinct), index))
+            parts.append(VectorColumns(tf.gather(table.value, distinct), index))
         if self.columns:
             parts += self.columns.parts(feature_values, mode)
         return parts, tf.squeeze(biases, axis=1)

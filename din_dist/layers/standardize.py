@@ -158,7 +158,7 @@ def _apply(
 
 
 def _sums_about(inputs: tf.Tensor, centre: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:
-    """Sum and sum of squares of each column, and the number of rows: `[2W + 1]`."""
+    """Returns the sum and the sum of squares of each column less `centre`, and the number of rows: `[2W + 1]`."""
     shifted = _without_padding(inputs - centre, num_rows)
     count = tf.cast(tf.shape(inputs)[0] if num_rows is None else num_rows, tf.float32)
     return tf.concat([_sum_of_columns(shifted), _sum_of_columns(tf.square(shifted)), [count]], axis=0)
@@ -172,7 +172,7 @@ def _gradient_sums(
     scale: tf.Tensor,
     *parameters: tf.Tensor,
 ) -> list[tf.Tensor]:
-    """Column sums: of the gradient of n and of that times n, `[2W]`, and of each parameter, `[W]`.
+    """Returns column sums: of the gradient of n and of that times n, `[2W]`, and of each parameter, `[W]`.
 
     n is the standardised input. Rows of padding have no gradient, and so add nothing.
     """
@@ -197,8 +197,9 @@ def _gradient_of_inputs(
     num_rows: tf.Tensor | None,
     *parameters: tf.Tensor,
 ) -> tf.Tensor:
-    """`[M, W]`, given the `sums` `[2W]` of `_gradient_sums` over the global batch, of `count` `[1]` rows.
+    """Returns the gradient of `inputs`, `[M, W]`.
 
+    The `sums` `[2W]` are those of `_gradient_sums` over the global batch, of `count` `[1]` rows.
     Source: Ioffe, Szegedy 2015 (arXiv:1502.03167), section 3, with their sums collected.
     """
     standardised = (inputs - mean) * scale
@@ -234,7 +235,7 @@ def _without_padding(rows: tf.Tensor, num_rows: tf.Tensor | None) -> tf.Tensor:
 
 
 def _sum_of_columns(rows: tf.Tensor) -> tf.Tensor:
-    """`[M, W] -> [W]`."""
+    """Sums each column: `[M, W] -> [W]`."""
     num_rows, parts = rows.shape[0], 8
     if num_rows and num_rows % parts == 0:
         # XLA's loop over a column is slow when it also computes what it adds up: do that in a flat loop first.

@@ -25,7 +25,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 40
 _MOST_POINTS = 300  # points of a line; more would only make the page larger
 _SHAPES = ("ring", "diamond", "triangle", "square", "cross")
 
-Format = Callable[[float], str]
+NumberFormat = Callable[[float], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def line_chart(
     y_label: str,
     marks: Sequence[Mark] = (),
     from_zero: bool = False,
-    y_format: Format = compact,
+    y_format: NumberFormat = compact,
     tip: str = "{name}: {y} at {x}",
 ) -> Markup:
     """Draws lines over common axes.
@@ -228,7 +228,7 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (value - self._y_low) / (self._y_high - self._y_low)
 
-    def axes(self, x_label: str, y_label: str, y_format: Format) -> Markup:
+    def axes(self, x_label: str, y_label: str, y_format: NumberFormat) -> Markup:
         parts = []
         for value in ticks(self._y_low, self._y_high):
             parts.append(
@@ -251,7 +251,7 @@ class _Frame:
         return Markup("").join(parts)
 
 
-def _line(frame: _Frame, line: Series, y_format: Format, tip: str) -> Markup:
+def _line(frame: _Frame, line: Series, y_format: NumberFormat, tip: str) -> Markup:
     points = list(zip(line.x, line.y, strict=True))
     points = points[:: max(1, -(-len(points) // _MOST_POINTS))]
     runs: list[list[tuple[float, float]]] = [[]]

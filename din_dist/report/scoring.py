@@ -13,7 +13,7 @@ from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.pipeline import batch_signature
 from din_dist.data.splits import Examples
-from din_dist.evaluation.evaluator import Evaluator, Scorer
+from din_dist.evaluation.evaluator import BatchScorer, Evaluator
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
 from din_dist.metrics.ranking import auc, gauc, log_loss
@@ -110,7 +110,7 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
     logits_of = tf.function(
         lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
     )
-    scorers: dict[str, Scorer] = {MODEL: logits_of, **evaluator.floor_scorers()}
+    scorers: dict[str, BatchScorer] = {MODEL: logits_of, **evaluator.floor_scorers()}
     return ScoredExamples(
         rankings={name: evaluator.scores(split, scorer) for name, scorer in scorers.items()},
         labels=evaluator.labels(split),

@@ -365,7 +365,7 @@ def _new_path(folder: Path, stem: str) -> Path:
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:
-    """`np.save`, but for its errors: that one hides from us why it could not write."""
+    """Writes what `np.save` writes, which would hide why it could not."""
     values = np.ascontiguousarray(values).reshape(values.shape)
     with path.open("wb") as file:
         numpy.lib.format.write_array_header_1_0(file, numpy.lib.format.header_data_from_array_1_0(values))

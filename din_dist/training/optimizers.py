@@ -13,13 +13,12 @@ from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import tensorflow as tf
 
+from din_dist import kernels
 from din_dist.config import OptimizerConfig, OptimizerKind
 from din_dist.distributed.gradients import Gradient
 from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import Execution
 from din_dist.kernels import operations
-
-RULES = ("Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad")  # in the order of `kRules` in kernels/updates.cc
 
 # The weights that a gradient belongs to. For a row gradient: those rows or, with our kernels, the whole table.
 Values: TypeAlias = tf.Tensor | tf.Variable
@@ -116,7 +115,7 @@ class Optimizer(abc.ABC):
             else:
                 whole.append(_Change(gradient, None, value, variables))
         if whole:
-            by_kernel = self.updates_in_place and all(change.is_element_wise for change in whole)
+            by_kernel = self._has_kernel(self._rule) and all(change.is_element_wise for change in whole)
             (self._update_by_kernel if by_kernel else self._update)(whole, rate)
         if not by_rows:
             return []
@@ -146,7 +145,7 @@ class Optimizer(abc.ABC):
 
     def _update_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor) -> None:
         before, count = [_before(change) for change in changes], len(changes)
-        rule, gradients = RULES.index(type(self).__name__), [change.gradient for change in changes]
+        rule, gradients = self._rule, [change.gradient for change in changes]
         updated = operations.update(rule, rate, self.constants, gradients, _by_kind(before))
         for place, change in enumerate(changes):
             after = updated[place::count]
@@ -157,7 +156,7 @@ class Optimizer(abc.ABC):
     def _update_rows_by_kernel(self, changes: Sequence[_Change], rate: tf.Tensor, keep: bool) -> list[tf.Tensor]:
         """Returns what `_update_rows` returns if it is to be kept, otherwise nothing."""
         variables = _by_kind([change.variables for change in changes])
-        rule, gradients = RULES.index(self._rule_of_rows), [change.gradient for change in changes]
+        rule, gradients = self._rule_of_rows, [change.gradient for change in changes]
         row_ids = [change.row_ids for change in changes]
         before = operations.update_rows(rule, rate, self.constants, gradients, row_ids, variables, keep)
         return [rows for place in range(len(changes)) for rows in before[place :: len(changes)]]
@@ -165,11 +164,18 @@ class Optimizer(abc.ABC):
     @property
     def updates_in_place(self) -> bool:
         """True if a kernel writes to the rows of tables where they are, so that ranks may share the tables."""
-        return self.execution.kernels and self._rule_of_rows in RULES
+        return self._has_kernel(self._rule_of_rows)
+
+    def _has_kernel(self, rule: str) -> bool:
+        return self.execution.kernels and kernels.has_rule(rule)
+
+    @property
+    def _rule(self) -> str:
+        return type(self).__name__
 
     @property
     def _rule_of_rows(self) -> str:
-        return type(self).__name__
+        return self._rule
 
     @staticmethod
     @abc.abstractmethod
@@ -215,7 +221,7 @@ class Adagrad(Optimizer):
 
     @property
     def _rule_of_rows(self) -> str:
-        return "RowWiseAdagrad" if self._rows_only else super()._rule_of_rows
+        return f"RowWise{self._rule}" if self._rows_only else self._rule
 
     @staticmethod
     def update(gradient: tf.Tensor, rate: tf.Tensor, value: tf.Tensor, *slots: tf.Tensor) -> list[tf.Tensor]:

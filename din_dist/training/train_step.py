@@ -59,7 +59,11 @@ NUM_CHECKSUM_PARTS = 8
 
 
 class TrainStep:
-    """One update of the weights, the same on every rank."""
+    """One update of the weights, the same on every rank.
+
+    Args:
+        undo_log: keeps what undoes an update; None: no update is ever undone.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,6 @@ class TrainStep:
         config: OptimizerConfig,
         undo_log: UndoLog | None = None,
     ) -> None:
-        """`undo_log`: keeps what undoes an update; None: no update is ever undone."""
         self._undo_log = undo_log
         self._model, self._optimizer, self._exchange = model, optimizer, exchange
         self._regularization, self._clip_norm = regularization, config.clip_norm
@@ -97,7 +100,7 @@ class TrainStep:
         return self._run.get_concrete_function()
 
     def _step(self, batch: Batch, numbers: tf.Tensor) -> StepResult:
-        """`numbers`: rate, step, global examples and requests."""
+        """Runs one update; `numbers` are rate, step, global examples and requests, float64."""
         with on_host():
             in_float32, step = tf.cast(numbers, tf.float32), tf.cast(numbers[1], tf.int64)
             rate, global_examples, requests = in_float32[0], in_float32[2], in_float32[3:]
@@ -150,7 +153,7 @@ class TrainStep:
     def local_gradients(
         self, batch: Batch, global_examples: tf.Tensor
     ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor, tf.Tensor]:
-        """This rank's part of the gradient and of the loss, and the loss of each of its examples."""
+        """Returns this rank's part of the gradient and of the loss, and the loss of each of its examples."""
         with tf.GradientTape() as tape:
             logits = self._model(batch, training=True)
             execution = self._model.training_mode.execution
@@ -164,7 +167,10 @@ class TrainStep:
     def exchange(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, global_examples: tf.Tensor
     ) -> tuple[list[Gradient], tf.Tensor]:
-        """The gradient of the global batch, on every rank, or those of its rows that this one updates."""
+        """Returns the gradients of the global batch and the sums of `extra`.
+
+        If ranks share the rows of a table out, it is the gradient of those rows that this rank updates.
+        """
         late_weights = {id(weight.value) for weight in self._model.late_weights}
         early = [id(variable) not in late_weights for variable in self._optimizer.variables]
         return self._exchange(gradients, extra, scale=global_examples, early=early)
@@ -207,7 +213,7 @@ class UnobservedTrainStep(TrainStep):
 
 
 def checksum_of(sums: Sequence[float]) -> int:
-    """The sum modulo 2**64 of what the ranks gave as bytes; `sums` of each byte, the lowest first."""
+    """Returns the sum modulo 2**64 of the ranks' checksums, given the `sums` of each byte, the lowest first."""
     return sum(int(value) << (8 * place) for place, value in enumerate(sums)) % 2**64
 
 
@@ -216,16 +222,19 @@ def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
 
 
 def _as_bytes(checksum: tf.Tensor) -> tf.Tensor:
-    """A uint64 as 8 float32, which add up exactly over as many as 65,000 ranks in the message of dense gradients."""
+    """Splits a uint64 into 8 float32, which add up exactly over 65,000 ranks in the message of dense gradients."""
     places = tf.constant([8 * place for place in range(NUM_CHECKSUM_PARTS)], tf.uint64)
     return tf.cast(tf.bitwise.right_shift(checksum, places) & tf.constant(255, tf.uint64), tf.float32)
 
 
 class MessageSizes:
-    """Bytes that a rank gives to the exchange in an update, by kind of message."""
+    """Bytes that a rank gives to the exchange in an update, by kind of message.
+
+    Args:
+        wire_bytes: of one value of a row gradient.
+    """
 
     def __init__(self, model: RankingModel, optimizer: Optimizer, wire_bytes: int, has_peers: bool) -> None:
-        """`wire_bytes`: of one value of a row gradient."""
         self._alone = not has_peers
         tables = {weight.path for weight in model.tables}
         named = dict(zip(optimizer.names, optimizer.variables, strict=True))
@@ -235,7 +244,7 @@ class MessageSizes:
         self._statistics = statistics_bytes(model.statistics_widths)
 
     def of(self, rows_sent: Sequence[int]) -> dict[str, int]:
-        """With `rows_sent` of each table."""
+        """Returns the bytes of an update that sent so many rows of each table."""
         if self._alone:
             return {}
         rows = sum(count * size for count, size in zip(rows_sent, self._row_bytes, strict=True))
@@ -248,7 +257,7 @@ def statistics_bytes(widths: Sequence[int]) -> int:
 
 
 def _time_after(gradients: Sequence[Gradient | tf.IndexedSlices]) -> tf.Tensor:
-    """The wall clock, when all of them are known."""
+    """Reads the wall clock when all `gradients` are known."""
     parts = [part for part in tf.nest.flatten(gradients, expand_composites=True) if part is not None]
     with on_host(), tf.control_dependencies(parts):
         return tf.timestamp()

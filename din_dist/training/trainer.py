@@ -35,7 +35,7 @@ _PATIENCE_SECONDS = 5.0  # at the end, with a checkpoint that is still being wri
 _SAMPLED_ROWS = 10_000  # of a table, for a histogram: a whole one may have billions
 
 
-class Signals(Protocol):
+class ReceivedSignals(Protocol):
     """Requests to this process, looked at in every step."""
 
     stop: bool  # the whole job
@@ -71,7 +71,7 @@ class Trainer:
         evaluator: Evaluator,
         checkpoints: CheckpointStore,
         telemetry: Reporter,
-        signals: Signals,
+        signals: ReceivedSignals,
     ) -> None:
         self._config, self._runtime, self._signals = config, runtime, signals
         self._model, self._step, self._undo_log = learner.model, learner.step, learner.undo_log
@@ -143,7 +143,7 @@ class Trainer:
         self._save_what_is_left()
 
     def test(self) -> dict[str, Any]:
-        """Metrics of the test split with the best weights by validation, or the last ones where there is none."""
+        """Scores the test split with the best weights by validation, or the last ones where there is no validation."""
         state = self.state
         self._undo_log.clear()
         with self._phase("test"):
@@ -225,7 +225,7 @@ class Trainer:
             yield batch, time.perf_counter() - started
 
     def _next_examples(self) -> int:
-        """How many examples the next update has over all ranks; the last of an epoch may have fewer."""
+        """Returns the examples of the next update over all ranks; the last of an epoch may have fewer."""
         return min(self._config.job.global_batch_size, self._examples_per_epoch - self.state.examples_seen)
 
     def _train_on(self, batch: Batch, rate: float, global_examples: int) -> StepResult:
@@ -262,7 +262,7 @@ class Trainer:
         )
 
     def _culprits(self, result: StepResult) -> str:
-        """The examples of all ranks whose own loss is not finite."""
+        """Names the examples of all ranks whose own loss is not finite."""
         mine = result.nonfinite_examples.numpy()
         rows = self._runtime.gather(np.stack([np.full_like(mine, self._runtime.rank), mine], axis=1))
         if not len(rows):
@@ -338,7 +338,7 @@ class Trainer:
             self._undo_log.finish(self.state)
 
     def _answer(self, requests: Requests) -> None:
-        """`requests`: how many ranks have each; the same on all."""
+        """Does what ranks have requested; `requests` says how many have each, and is the same on all."""
         if requests.stop or requests.leave == self._runtime.world_size:
             self._stop()
         if requests.leave and self._signals.leave:
@@ -347,7 +347,7 @@ class Trainer:
             raise WorkersChanged
 
     def _do_what_is_due(self) -> None:
-        """Within an epoch, as often as the flags say; due by the step alone, so on every rank."""
+        """Validates and saves as often as the flags say; the step alone decides, so that every rank does it."""
         config, step = self._config, self.state.step
         improved = _is_due(step, config.evaluation.evaluate_every_steps) and self._validate()
         if improved or _is_due(step, config.recovery.checkpoint_every_steps):
@@ -389,12 +389,12 @@ class Trainer:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
+    """Returns the largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _is_finite(result: StepResult) -> bool:
-    """The same on all ranks."""
+    """Tells whether loss and gradient are finite; the same on all ranks."""
     return math.isfinite(float(result.loss)) and math.isfinite(float(result.gradient_norm))
 
 

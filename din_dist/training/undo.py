@@ -45,14 +45,17 @@ class UndoLog:
         self._positions.clear()
 
     def begin(self, state: TrainingState, *, finished: bool) -> None:
-        """Nothing before this can be undone. `finished`: what was due after the last update is done."""
+        """Starts anew from `state`: nothing before can be undone; `finished`: what was due after it is done."""
         self.clear()
         self._positions.append(_Position(state.copy(), state.copy() if finished else None, self._read(), []))
 
     def add(self, state: TrainingState, values: Sequence[tf.Tensor] | None, replaced: Sequence[RowGradients]) -> None:
-        """After an update: `state`, the `others` as they are now and rows of the `tables` as they were before it.
+        """Keeps what undoes an update.
 
-        Without `values`, which the update gave along, they are read.
+        Args:
+            state: after the update.
+            values: of the `others` after the update, if it returned them; otherwise they are read.
+            replaced: rows of each of the `tables` before the update.
         """
         self._positions.append(_Position(state.copy(), None, values or self._read(), replaced))
 

@@ -180,7 +180,7 @@ def test_what_one_rank_writes_to_shared_tables_all_have() -> None:
             time.sleep(0.3)  # the others wait for it
             rows = [[[10.0, 20.0, 30.0]], [[0.5, 0.5, 0.5]]]
             kernels.library().din_dist_update_rows(
-                1.0, tf.zeros([0]), rows[:1], [[2]], [tables[0].handle], B=0, rule=0, num_threads=1
+                1.0, tf.zeros([0]), rows[:1], [[2]], [tables[0].handle], B=0, rule="Sgd", num_threads=1
             )
         ranks.fence(tables)
         return *before, read.numpy(), tf.gather(tables[0], [2, 3]).numpy()

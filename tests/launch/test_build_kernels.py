@@ -49,7 +49,7 @@ def test_kernels_of_another_tensorflow_are_refused(tmp_path: Path) -> None:
     program = f"""
 import tensorflow as tf
 ops, table = tf.load_op_library({str(other)!r}), tf.Variable([[1.0]])
-ops.din_dist_update_rows(0.1, tf.zeros([0]), [[[1.0]]], [[0]], [table.handle], B=0, rule=0, num_threads=1)
+ops.din_dist_update_rows(0.1, tf.zeros([0]), [[[1.0]]], [[0]], [table.handle], B=0, rule="Sgd", num_threads=1)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (

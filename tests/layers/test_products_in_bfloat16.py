@@ -62,7 +62,6 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
     numbers = Numbers(num_rows)
     x, kernel, bias, up = numbers(num_rows, width), numbers(width, units), numbers(units), numbers(num_rows, units)
     ops, settings = kernels.library(), {"in_bfloat16": True, "num_threads": num_threads}
-    identity = kernels.ACTIVATIONS.index("scaled")
     gate = float32(np.zeros(width), np.ones(width), np.ones(width))  # mean, scale and alpha
     nothing = tf.zeros([0])
 
@@ -71,7 +70,7 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
         *gate,
         tf.zeros([width]),
         nothing,
-        activation=identity,
+        activation="scaled",
         **settings,
     )
     assert_product(found[:, :units], rounded(x) @ rounded(kernel) + bias, x @ kernel + bias)
@@ -85,7 +84,7 @@ def test_dense_and_its_gradient(num_rows, width, units, num_threads):
         nothing,
         *statistics,
         *float32(with_padding(up)),
-        activation=identity,
+        activation="scaled",
         **settings,
     )
     assert_product(held[:, :width], rounded(up) @ rounded(kernel).T, up @ kernel.T)

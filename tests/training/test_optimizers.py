@@ -236,21 +236,47 @@ def test_who_has_read_a_table_keeps_what_was_read():
 def test_wrong_calls_of_the_kernel_are_refused():
     ops, some = kernels.library(), tf.zeros([3])
     with pytest.raises(tf.errors.InvalidArgumentError, match="equally large"):
-        ops.din_dist_update(1.0, tf.zeros([0]), [some], [tf.zeros([2])], rule=0, num_threads=1)
+        ops.din_dist_update(1.0, tf.zeros([0]), [some], [tf.zeros([2])], rule="Sgd", num_threads=1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="constants"):
-        ops.din_dist_update(1.0, tf.zeros([2]), [some], [some], rule=0, num_threads=1)
+        ops.din_dist_update(1.0, tf.zeros([2]), [some], [some], rule="Sgd", num_threads=1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="each gradient must have its weights"):
-        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=1, num_threads=1)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="a rule"):
-        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule=4, num_threads=1)
+        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some], rule="Adagrad", num_threads=1)
+    known = "rule must be one of Sgd, Adagrad, LazyAdam, RowWiseAdagrad"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{known}. Received: 'sgd'."):
+        ops.din_dist_update(1.0, tf.zeros([0]), [some], [some], rule="sgd", num_threads=1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="single weights"):
-        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some, some], rule=3, num_threads=1)
+        ops.din_dist_update(1.0, tf.zeros([1]), [some], [some, some], rule="RowWiseAdagrad", num_threads=1)
+
+
+def test_the_library_knows_rules_by_their_whole_names():
+    known = ["Sgd", "Adagrad", "LazyAdam", "RowWiseAdagrad"]
+    assert all(map(kernels.has_rule, known))
+    assert not any(map(kernels.has_rule, ["", "sgd", "Sg", "Sgds", "Adam"]))
+
+
+class HalvedAdagrad(Adagrad):
+    """A rule of its own, without a kernel."""
+
+    @staticmethod
+    def update(gradient, rate, value, *slots):
+        return Adagrad.update(gradient, rate / 2, value, *slots)
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_a_subclass_of_a_rule_with_a_kernel_keeps_its_own_formula(row_wise):
+    """The accumulators become 0.1 + 3.9: their roots are 2. Half of the rate 1, times 3.9^0.5, divided by 2."""
+    table, kernel = tf.Variable(tf.zeros([3, 2])), tf.Variable(tf.zeros([2]))
+    optimizer = HalvedAdagrad([table, kernel], ["table", "kernel"], ["table"], Execution(kernels=True), row_wise)
+    gradient = tf.fill([1, 2], np.sqrt(3.9).astype(np.float32))
+    apply(optimizer, RowGradients(tf.constant([1]), gradient), gradient[0], rate=1.0)
+    assert_allclose(table, [[0.0, 0.0], [-(3.9**0.5) / 4] * 2, [0.0, 0.0]], rtol=1e-5)
+    assert_allclose(kernel, [-(3.9**0.5) / 4] * 2, rtol=1e-5)
 
 
 def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
     table, slots = tf.Variable(tf.ones([4, 3])), tf.Variable(tf.ones([4, 3]))
 
-    def refused(rows=(2, 3), row_ids=(0, 3), tables=(table, slots), rule=1, kept=0):
+    def refused(rows=(2, 3), row_ids=(0, 3), tables=(table, slots), rule="Adagrad", kept=0):
         with pytest.raises(tf.errors.InvalidArgumentError) as caught:
             kernels.library().din_dist_update_rows(
                 0.1,
@@ -273,8 +299,8 @@ def test_wrong_calls_of_the_kernel_for_rows_change_nothing():
     assert refused(rows=[2, 2]) == a_table
     assert refused(tables=[table, tf.Variable(tf.ones([4, 2]))]) == a_table
     assert refused(tables=[table, tf.Variable(tf.ones([3, 3]))]) == a_table
-    assert refused(tables=[table, slots], rule=3) == a_table
+    assert refused(tables=[table, slots], rule="RowWiseAdagrad") == a_table
     assert refused(tables=[table, table]) == "no variable may be named twice"
     assert refused(kept=1) == "all rows must be kept, or none"
     assert refused(tables=[table]) == "each gradient must have its weights"
-    assert refused(tables=[table, slots], rule=2) == "each gradient must have its weights"
+    assert refused(tables=[table, slots], rule="LazyAdam") == "each gradient must have its weights"

@@ -20,33 +20,31 @@ from din_dist.layers.standardize import BatchNormalization, Standardize
 
 def has_kernel(gate: keras.layers.Layer) -> bool:
     """Tells whether our kernels know what this layer does to each element."""
-    if isinstance(gate, keras.layers.Activation):
-        return gate.activation.__name__ in kernels.ACTIVATIONS
-    return isinstance(gate, (BatchNormalization, Dice, keras.layers.PReLU))
+    return kernels.has_activation(_name_of(gate))
 
 
 class Gate(NamedTuple):
     """An element-wise function of `[M, W]`: an activation, a batch normalization, or the identity."""
 
-    kind: int  # of `kernels.ACTIVATIONS`
+    activation: str  # its name in `kActivations` of kernels/attention.h
     standardize: Standardize | None
-    alpha: tf.Tensor  # [W]; zeros if the kind has none
-    beta: tf.Tensor  # [W]; zeros if the kind has none
+    alpha: tf.Tensor  # [W]; zeros if the activation has none
+    beta: tf.Tensor  # [W]; zeros if the activation has none
 
     @classmethod
     def of(cls, layer: keras.layers.Layer | None, width: int) -> Gate:
         """Returns the gate of a layer that has a kernel; None is the identity."""
-        nothing = tf.zeros([width])
+        name, nothing = _name_of(layer), tf.zeros([width])
         match layer:
             case None:
-                return cls(_kind("scaled"), None, tf.ones([width]), nothing)
+                return cls(name, None, tf.ones([width]), nothing)
             case BatchNormalization():
-                return cls(_kind("scaled"), layer.standardize, layer.gamma.value, layer.beta.value)
+                return cls(name, layer.standardize, layer.gamma.value, layer.beta.value)
             case Dice():
-                return cls(_kind("dice"), layer.standardize, layer.alpha.value, nothing)
+                return cls(name, layer.standardize, layer.alpha.value, nothing)
             case keras.layers.PReLU():
-                return cls(_kind("prelu"), None, layer.alpha.value, nothing)
-        return cls(_kind(layer.activation.__name__), None, nothing, nothing)
+                return cls(name, None, layer.alpha.value, nothing)
+        return cls(name, None, nothing, nothing)
 
     @property
     def centre(self) -> tf.Tensor:
@@ -86,7 +84,7 @@ class Gated(NamedTuple):
     @property
     def as_inputs(self) -> GateInputs:
         """The gate as kernels take it."""
-        return GateInputs(self.gate.kind, self.mean, self.scale, self.gate.alpha, self.gate.beta)
+        return GateInputs(self.gate.activation, self.mean, self.scale, self.gate.alpha, self.gate.beta)
 
     def statistics(self, of_standardised: tf.Tensor | None) -> GateStatistics:
         """Returns the statistics for the inputs' gradient, summed over all ranks.
@@ -197,8 +195,18 @@ def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor 
     return differentiable(*sources)
 
 
-def _kind(name: str) -> int:
-    return kernels.ACTIVATIONS.index(name)
+def _name_of(layer: keras.layers.Layer | None) -> str:
+    """Returns the name by which kernels would know what a layer does to each element; None is the identity."""
+    match layer:
+        case None | BatchNormalization():
+            return "scaled"
+        case Dice():
+            return "dice"
+        case keras.layers.PReLU():
+            return "prelu"
+        case keras.layers.Activation():
+            return layer.activation.__name__
+    return type(layer).__name__
 
 
 def _or_nothing(factors: tf.Tensor | None) -> tf.Tensor:

@@ -10,20 +10,20 @@ import tensorflow as tf
 from din_dist.kernels import operations
 
 
-class Part(NamedTuple):
+class VectorColumns(NamedTuple):
     """Some columns of the vectors of U items."""
 
     rows: tf.Tensor  # float32 [R, D]
     row_of: tf.Tensor | None  # int32 [U], the row of each item; None: item i has row i
 
 
-def concatenated(parts: Sequence[Part]) -> tf.Tensor:
+def concatenated(parts: Sequence[VectorColumns]) -> tf.Tensor:
     """Returns the vectors `[U, H]`, computed by TensorFlow's operations."""
     rows = [part.rows if part.row_of is None else tf.gather(part.rows, part.row_of) for part in parts]
     return tf.concat(rows, axis=1)
 
 
-def vectors_and_candidates(parts: Sequence[Part], candidate_index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def vectors_and_candidates(parts: Sequence[VectorColumns], candidate_index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the vectors `[U, H]`, and once more those of the candidates, `[C, H]`.
 
     Args:

@@ -161,7 +161,7 @@ def sigmoid(values):
         with_padding(np.float32(values)[:, None]),
         tf.ones([1, 1]),
         *(zero, zero, zero, one, zero, zero, tf.zeros([0])),
-        activation=kernels.ACTIVATIONS.index("sigmoid"),
+        activation="sigmoid",
         in_bfloat16=False,
         num_threads=1,
     )

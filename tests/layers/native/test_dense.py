@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,7 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import kernels
 from din_dist.config import Activation
 from din_dist.execution import Execution, Mode
-from din_dist.layers.native.dense import run_by_kernels
+from din_dist.layers.hidden import ACTIVATIONS
+from din_dist.layers.native.dense import has_kernel, run_by_kernels
 from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
 from tests.support.native_layers import Head
@@ -102,3 +104,28 @@ def test_a_layer_alone():
     n = 1 / np.sqrt(1.001)
     assert_allclose(outputs, [[-2 * n, 10 - n], [2 * n, 10 + n]], rtol=1e-6)
     assert_array_equal(outputs.shape, [2, 2])
+
+
+def test_all_activations_of_the_flags_have_a_kernel_and_others_have_none():
+    assert all(has_kernel(make(False, "activation")) for make in ACTIVATIONS.values())
+    assert has_kernel(BatchNormalization())
+    assert not has_kernel(keras.layers.Activation("gelu"))
+    assert not has_kernel(keras.layers.LeakyReLU())
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("name", ["", "Dice", "relu6"])
+def test_an_unknown_activation_is_refused(name, in_graph):
+    one = tf.ones([1])
+
+    def run():
+        return kernels.library().din_dist_dense(
+            *(tf.ones([1, 16]), tf.ones([1, 1]), one, one, one, one, one, one, tf.zeros([0])),
+            activation=name,
+            in_bfloat16=False,
+            num_threads=1,
+        )
+
+    known = "activation must be one of dice, prelu, sigmoid, relu, scaled"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=rf"{known}\. Received: '{name}'\."):
+        (tf.function(run) if in_graph else run)()

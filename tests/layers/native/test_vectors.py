@@ -6,7 +6,7 @@ import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
-from din_dist.layers.native.vectors import Part, beside_product, concatenated, vectors_and_candidates
+from din_dist.layers.native.vectors import VectorColumns, beside_product, concatenated, vectors_and_candidates
 
 
 def constant(*values):
@@ -16,7 +16,7 @@ def constant(*values):
 def test_vectors_and_gradients_by_hand():
     """Three items with a row each of width 1, and of width 2 the rows 1, 0, 1; item 2 is a candidate twice."""
     own, shared = constant([1.0], [2.0], [3.0]), constant([10.0, 11.0], [20.0, 21.0])
-    parts = [Part(own, None), Part(shared, tf.constant([1, 0, 1]))]
+    parts = [VectorColumns(own, None), VectorColumns(shared, tf.constant([1, 0, 1]))]
     with tf.GradientTape() as tape:
         tape.watch([own, shared])
         vectors, candidates = vectors_and_candidates(parts, tf.constant([2, 2]))
@@ -45,7 +45,7 @@ def test_they_equal_tensorflows_operations(num_items, num_threads, monkeypatch):
     for order in ([0, 1, 2], [1, 0], [0], [2, 1]):
         rows = [tf.constant(random.normal(size=(num_rows[at], widths[at])), tf.float32) for at in order]
         parts = [
-            Part(one, None if places[at] is None else tf.constant(places[at], tf.int32))
+            VectorColumns(one, None if places[at] is None else tf.constant(places[at], tf.int32))
             for one, at in zip(rows, order, strict=True)
         ]
         results = []
