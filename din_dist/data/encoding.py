@@ -34,7 +34,7 @@ from din_dist.data.raw_columns import RawColumn, RawFeature
 from din_dist.data.raw_features import open_raw, raw_ids
 from din_dist.data.splits import kept_in, split_examples
 from din_dist.errors import InputError
-from din_dist.features.encoding import Counts, Encoding, StoredFeature
+from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
 from din_dist.features.spec import NUM_TIME_IDS, FeatureSpec, Form, Owner, Scale, to_text
 from din_dist.features.times import TimestampUnit, time_rows, unit_of
 from din_dist.files import published_folder, read_record, write_text
@@ -179,7 +179,7 @@ class _Encoder:
         if raw is None:
             return self._encode_times(spec)
         num_missing = int(np.count_nonzero(~raw.values.given)) - (spec.owner is Owner.ITEM)  # item 0 has none
-        counts = Counts(missing=num_missing, extra=raw.extra)
+        counts = FeatureCounts(missing=num_missing, extra=raw.extra)
         match raw.values:
             case VectorValues():
                 return self._encode_vectors(spec, raw.values, counts)
@@ -211,7 +211,7 @@ class _Encoder:
                 return counted.astype(np.int64)
 
     def _encode_ids(
-        self, spec: FeatureSpec, codes: np.ndarray, weights: np.ndarray, counts: Counts
+        self, spec: FeatureSpec, codes: np.ndarray, weights: np.ndarray, counts: FeatureCounts
     ) -> tuple[Encoding, Arrays]:
         """Encodes ids of rows, or of lists.
 
@@ -245,7 +245,9 @@ class _Encoder:
         encoding = Encoding(spec, num_rows=len(kept) + 1, integers=integers, counts=counts)
         return encoding, {"values": row_of_code[codes], "vocabulary": kept}
 
-    def _encode_vectors(self, spec: FeatureSpec, values: VectorValues, counts: Counts) -> tuple[Encoding, Arrays]:
+    def _encode_vectors(
+        self, spec: FeatureSpec, values: VectorValues, counts: FeatureCounts
+    ) -> tuple[Encoding, Arrays]:
         dimension = values.vectors.shape[1]
         if not dimension:
             raise InputError(
@@ -273,7 +275,7 @@ class _Encoder:
         ]
         rows = np.concatenate(parts)
         num_rows = NUM_TIME_IDS[spec.kind] + 1
-        counts = Counts(distinct=int(np.count_nonzero(np.bincount(rows, minlength=num_rows))))
+        counts = FeatureCounts(distinct=int(np.count_nonzero(np.bincount(rows, minlength=num_rows))))
         return Encoding(spec, num_rows, integers=True, unit=unit, timezone=zone, counts=counts), {"values": rows}
 
     @functools.cached_property
@@ -313,7 +315,7 @@ def _share_colliding(rows: np.ndarray, events: np.ndarray) -> float:
 
 
 def _encode_numbers(
-    spec: FeatureSpec, numbers: np.ndarray, weights: np.ndarray, counts: Counts
+    spec: FeatureSpec, numbers: np.ndarray, weights: np.ndarray, counts: FeatureCounts
 ) -> tuple[Encoding, Arrays]:
     """Encodes numbers.
 

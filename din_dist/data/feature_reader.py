@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from din_dist import progress
-from din_dist.data.raw_columns import FeatureColumns, RawColumn, RawFeature, TableCounts
+from din_dist.data.raw_columns import RawColumn, RawColumns, RawFeature, TableCounts
 from din_dist.errors import InputError
 from din_dist.features.spec import Kind, Owner
 from din_dist.files import read_text
@@ -23,7 +23,7 @@ from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
 from din_dist.tables.sources import find_files
 from din_dist.tables.value_columns import CategoryColumn, ListColumn, NumberColumn, VectorColumn
-from din_dist.tables.values import Values, VectorValues
+from din_dist.tables.values import ColumnValues, VectorValues
 from din_dist.text import reason, shown
 
 REMEDY = "Correct the file, or the column in the file of --features"
@@ -33,7 +33,7 @@ _TABLES = {Owner.ITEM: "items", Owner.USER: "users"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Owners:
+class OwnerIds:
     """The users or the items of a log.
 
     Attributes:
@@ -82,7 +82,7 @@ class ColumnReaders:
             else:
                 reader.add(batch.column(column.column), column.column in layout.partition)
 
-    def finish(self, is_text: Callable[[str], bool]) -> dict[RawColumn, Values]:
+    def finish(self, is_text: Callable[[str], bool]) -> dict[RawColumn, ColumnValues]:
         """Returns the values of all batches; `is_text` tells of a column's name that text was read."""
         return {column: reader.finish(is_text(column.column)) for column, reader in self._readers.items()}
 
@@ -111,7 +111,7 @@ class FeatureReader:
         InputError: a table is missing, or its layout is wrong.
     """
 
-    def __init__(self, wanted: FeatureColumns, user_column: str, item_column: str) -> None:
+    def __init__(self, wanted: RawColumns, user_column: str, item_column: str) -> None:
         self._wanted = wanted
         self._tables: dict[Owner, _Table] = {}
         for owner, source, id_column in (
@@ -137,7 +137,7 @@ class FeatureReader:
         return self._readers
 
     def finish(
-        self, owners: Mapping[Owner, Owners], order: np.ndarray, rows: Rows, is_text: Callable[[str], bool]
+        self, owners: Mapping[Owner, OwnerIds], order: np.ndarray, rows: Rows, is_text: Callable[[str], bool]
     ) -> tuple[RawFeature, ...]:
         """Returns the features.
 
@@ -170,7 +170,7 @@ def _with_row_0(owner: Owner, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([[-1], rows]).astype(np.int64) if owner is Owner.ITEM else rows.astype(np.int64)
 
 
-def _of_owner(column: RawColumn, values: Values, owners: Owners, order: np.ndarray, rows: Rows) -> RawFeature:
+def _of_owner(column: RawColumn, values: ColumnValues, owners: OwnerIds, order: np.ndarray, rows: Rows) -> RawFeature:
     """Returns one value for each owner: that of the first event which tells one. A missing value agrees with all."""
     given = values.given
     told = np.flatnonzero(given)

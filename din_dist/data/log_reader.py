@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
-from din_dist.data.feature_reader import REMEDY, FeatureReader, Owners, number_names
-from din_dist.data.raw_columns import FeatureColumns
+from din_dist.data.feature_reader import REMEDY, FeatureReader, OwnerIds, number_names
+from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.features.spec import Owner
 from din_dist.tables.columns import IdColumn, LabelColumn, Rows, TimeColumn
@@ -68,7 +68,7 @@ def read_log(
     files: Sequence[Path],
     columns: Columns,
     form: Format | None = None,
-    features: FeatureColumns = FeatureColumns(),  # noqa: B008 (it is frozen)
+    features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
 ) -> EventLog:
     """Reads files in their order, and sorts each user's events by time. Equal times keep the order of the files.
 
@@ -87,7 +87,7 @@ def read_log(
 class _LogReader:
     """Reads one log; see `read_log`."""
 
-    def __init__(self, files: Sequence[Path], columns: Columns, form: Format | None, features: FeatureColumns) -> None:
+    def __init__(self, files: Sequence[Path], columns: Columns, form: Format | None, features: RawColumns) -> None:
         self._form = form or format_of(files[0]) or Format.PARQUET
         self._files = files
         self._features = FeatureReader(features, columns.user, columns.item)
@@ -137,7 +137,7 @@ class _LogReader:
             item_features[feature.name] = ItemFeature(of_item, ids)
         timestamps = times.finish()
         order = self._order(user_of, timestamps)
-        owners = {Owner.USER: Owners(user_of, user_ids), Owner.ITEM: Owners(item_of, item_ids)}
+        owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
         blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
         late = set().union(*(layout.late for layout in self._layouts.values()))
         return EventLog(

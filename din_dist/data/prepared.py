@@ -32,7 +32,7 @@ from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
 from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.log_reader import Columns
-from din_dist.data.raw_columns import FeatureColumns
+from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Owner
@@ -112,7 +112,7 @@ def _columns(config: DataConfig) -> Columns:
     )
 
 
-def _feature_columns(config: DataConfig) -> FeatureColumns:
+def _feature_columns(config: DataConfig) -> RawColumns:
     """Returns what declared features need.
 
     Raises:
@@ -131,7 +131,7 @@ def _feature_columns(config: DataConfig) -> FeatureColumns:
             f"--features: {kind} has no columns besides those of --item_features; features of the time can be "
             f"declared. Received: {others[0]}. Drop it, or use --dataset=event_log."
         )
-    return FeatureColumns.of(
+    return RawColumns.of(
         specs,
         absolute(config.items_path, "items_path") if config.items_path else "",
         absolute(config.users_path, "users_path") if config.users_path else "",

@@ -17,7 +17,7 @@ import numpy as np
 from din_dist.errors import InputError
 from din_dist.features.spec import TIME_KINDS, FeatureSpec, Kind, Owner
 from din_dist.tables.sources import find_files
-from din_dist.tables.values import Values
+from din_dist.tables.values import ColumnValues
 
 RAW_DIR = "raw_features"
 
@@ -68,7 +68,7 @@ class RawColumn:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureColumns:
+class RawColumns:
     """Everything that is read for declared features.
 
     Attributes:
@@ -132,7 +132,7 @@ class RawFeature:
     """
 
     column: RawColumn
-    values: Values
+    values: ColumnValues
     told: np.ndarray | None = None
     extra: int = 0
 

@@ -2,7 +2,7 @@
 
 FOLDER/raw_features/
     columns.json             what each file is, and counts
-    KEY-NAME.npy             the arrays of `Values`, one row a user, an event, or an item with item 0
+    KEY-NAME.npy             the arrays of `ColumnValues`, one row a user, an event, or an item with item 0
     KEY-told.npy             which events tell their owner's value, where not all do
     KEY.parquet              column "id": the own ids of a vocabulary
 """
@@ -23,7 +23,7 @@ from din_dist.data.event_store import FileState, map_array, reading_prepared
 from din_dist.data.raw_columns import RAW_DIR, RawColumn, RawFeature, TableCounts, raw_vocabulary_path
 from din_dist.features.spec import Kind
 from din_dist.files import read_record, write_text
-from din_dist.tables.values import IdValues, ListValues, NumberValues, Values, VectorValues
+from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberValues, VectorValues
 from din_dist.text import parse_json
 
 _COLUMNS_FILE = "columns.json"
@@ -72,7 +72,7 @@ def open_raw(folder: Path, column: RawColumn, files: dict[Path, FileState]) -> R
         return np.asarray(map_array(folder / RAW_DIR / f"{column.key}-{name}.npy", files))
 
     told = load("told") if has_told else None
-    values: Values
+    values: ColumnValues
     match column.kind:
         case Kind.CATEGORY:
             values = IdValues(load("codes"), pa.array([], pa.int64()))
@@ -109,7 +109,7 @@ def read_tables(folder: Path) -> dict[str, TableCounts]:
         return {name: TableCounts(**counts) for name, counts in parse_json(read_record(path))["tables"].items()}
 
 
-def _arrays(values: Values) -> tuple[dict[str, np.ndarray], pa.Array | None]:
+def _arrays(values: ColumnValues) -> tuple[dict[str, np.ndarray], pa.Array | None]:
     match values:
         case IdValues():
             return {"codes": values.codes}, values.ids

@@ -15,7 +15,7 @@ from din_dist.features.spec import FeatureSpec, Form, Scale
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class FeatureCounts:
     """The numbers that preparation reports about a feature. Rows are those of its owner in the whole log.
 
     Attributes:
@@ -59,7 +59,7 @@ class Encoding:
     integers: bool = False
     unit: str = ""
     timezone: str = ""
-    counts: Counts = dataclasses.field(default_factory=Counts)
+    counts: FeatureCounts = dataclasses.field(default_factory=FeatureCounts)
 
     @property
     def form(self) -> Form:
@@ -99,7 +99,7 @@ class Encoding:
                 **fields,
                 "spec": FeatureSpec.from_json(fields["spec"]),
                 "bounds": tuple(fields["bounds"]),
-                "counts": Counts(**fields["counts"]),
+                "counts": FeatureCounts(**fields["counts"]),
             }
         )
 

@@ -17,7 +17,7 @@ from din_dist.text import shown
 _AT_ONCE = 1 << 24  # numbers of vectors that are compared at once
 
 
-class Values(abc.ABC):
+class ColumnValues(abc.ABC):
     """The values of n rows."""
 
     @abc.abstractmethod
@@ -47,7 +47,7 @@ class Values(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class IdValues(Values):
+class IdValues(ColumnValues):
     """Ids.
 
     Attributes:
@@ -76,7 +76,7 @@ class IdValues(Values):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NumberValues(Values):
+class NumberValues(ColumnValues):
     """Numbers, float32 `[n]`; NaN where they are missing."""
 
     numbers: np.ndarray
@@ -99,7 +99,7 @@ class NumberValues(Values):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ListValues(Values):
+class ListValues(ColumnValues):
     """Lists of ids. A missing list is empty.
 
     Attributes:
@@ -145,7 +145,7 @@ class ListValues(Values):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VectorValues(Values):
+class VectorValues(ColumnValues):
     """Vectors, float16 `[n, D]`; NaN where they are missing."""
 
     vectors: np.ndarray

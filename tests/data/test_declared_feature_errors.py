@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from din_dist.config import DataConfig
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.data.prepared import prepare
-from din_dist.data.raw_columns import FeatureColumns
+from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.features.declarations import parse_declarations
 from tests.support.declared_features import Row, config_for, write_table
@@ -42,7 +42,7 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
     """The error of reading a log; its paths without their folder."""
     log = write_table(folder / f"log{suffix}", rows)
     paths = {f"{name}_path": str(write_table(folder / f"{name}{suffix}", found)) for name, found in tables.items()}
-    features = FeatureColumns.of(parse_declarations(declared, folder / "features.toml"), **paths)
+    features = RawColumns.of(parse_declarations(declared, folder / "features.toml"), **paths)
     with pytest.raises(InputError) as error:
         read_log([log], Columns(item_features=()), features=features)
     assert "\n" not in str(error.value)
@@ -254,7 +254,7 @@ def test_text_in_a_list_that_is_not_utf8(tmp_path: Path) -> None:
     lists = pa.ListArray.from_arrays(wrong.offsets, values)
     table = pa.Table.from_pylist(BASE).append_column("f", lists)
     pq.write_table(table, tmp_path / "log.parquet")
-    features = FeatureColumns.of(parse_declarations(declare("context", "categories"), tmp_path / "features.toml"))
+    features = RawColumns.of(parse_declarations(declare("context", "categories"), tmp_path / "features.toml"))
     with pytest.raises(InputError, match=r"row 2: text must be UTF-8\. Received: f=b'\\xff'"):
         read_log([tmp_path / "log.parquet"], Columns(item_features=()), features=features)
 

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
-from din_dist.data.raw_columns import FeatureColumns
+from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.tables.sources import fingerprint_files
 
@@ -40,10 +40,10 @@ USER_COLUMN, ITEM_COLUMN = "household_id", "product_id"
 class CompleteJourneyConfig(tfds.core.BuilderConfig):
     """The columns of the package that declared features need: of transactions, products and demographics."""
 
-    features: FeatureColumns = dataclasses.field(default_factory=FeatureColumns)
+    features: RawColumns = dataclasses.field(default_factory=RawColumns)
 
     @classmethod
-    def of(cls, features: FeatureColumns) -> CompleteJourneyConfig | None:
+    def of(cls, features: RawColumns) -> CompleteJourneyConfig | None:
         """Makes a configuration whose name, and so whose folder, follows from the columns; None without any."""
         if not features.columns:
             return None
@@ -70,7 +70,7 @@ class CompleteJourney(EventsBuilder):
         folder = package_data()
         transactions, products = folder / "transactions.parquet", folder / "products.parquet"
         columns = Columns(USER_COLUMN, ITEM_COLUMN, "transaction_timestamp", label="", item_features=())
-        features, sources = FeatureColumns(), [transactions, products]
+        features, sources = RawColumns(), [transactions, products]
         if self.builder_config:
             demographics = folder / "demographics.parquet"
             features = dataclasses.replace(

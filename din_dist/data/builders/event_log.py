@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
-from din_dist.data.raw_columns import FeatureColumns
+from din_dist.data.raw_columns import RawColumns
 from din_dist.tables.sources import absolute, check_unchanged, find_files, fingerprint_files
 
 
@@ -33,14 +33,14 @@ class EventLogConfig(tfds.core.BuilderConfig):
 
     source: str = ""
     columns: Columns = dataclasses.field(default_factory=Columns)
-    features: FeatureColumns = dataclasses.field(default_factory=FeatureColumns)
+    features: RawColumns = dataclasses.field(default_factory=RawColumns)
 
     @classmethod
     def for_source(
         cls,
         source: str,
         columns: Columns,
-        features: FeatureColumns = FeatureColumns(),  # noqa: B008 (it is frozen)
+        features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
     ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
