@@ -227,15 +227,32 @@ def published_folder(folder: Path, aside: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written; the old one is still there.
     """
-    if aside is None:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with folder_aside(folder.parent, f".{folder.name}-") if aside is None else _emptied(aside) as new:
+        yield new
+        publish_folder(new, folder)
+
+
+@contextlib.contextmanager
+def folder_aside(parent: Path, prefix: str) -> Iterator[Path]:
+    """Makes a new folder in `parent`, and removes it at the end of the block unless it was published.
+
+    Its name begins with `prefix` and is its own, so that several processes may write at once.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
         aside.chmod(0o755)  # like other folders, so that others may read it
-    else:
+        yield aside
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+
+
+@contextlib.contextmanager
+def _emptied(aside: Path) -> Iterator[Path]:
+    """Makes `aside` an empty folder, and removes it at the end of the block unless it was published."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
         yield aside
-        publish_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -418,6 +435,20 @@ def _is_at(lock: TextIO, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     return False
+
+
+def is_locked(path: Path) -> bool:
+    """Tells if a process of this machine holds the file's lock.
+
+    The lock is not tried, because that could keep another process from taking it. The kernel's list of locks is read
+    instead. It names files by inode; its device numbers differ from those of `stat` on layered file systems.
+    """
+    try:
+        inode = str(path.stat().st_ino)
+        locks = [line.split() for line in read_text(Path("/proc/locks")).splitlines()]
+    except OSError:
+        return False
+    return any(words[1] == "FLOCK" and words[-3].rpartition(":")[2] == inode for words in locks if len(words) >= 8)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from din_dist import files
 from din_dist.errors import InputError
 from din_dist.files import (
     claimed,
+    folder_aside,
+    is_locked,
     local_path,
     locked_in_turn,
     publish_folder,
@@ -221,6 +223,19 @@ def test_a_folder_is_published_when_its_block_ends_well(tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
+def test_a_folder_aside_is_removed_unless_it_was_published(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), folder_aside(tmp_path, "new-") as aside:
+        assert aside.name.startswith("new-")
+        assert aside.stat().st_mode & 0o777 == 0o755, "for others too"
+        (aside / "half").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with folder_aside(tmp_path, "new-") as aside, folder_aside(tmp_path, "new-") as another:
+        assert aside != another
+        publish_folder(aside, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
 def test_a_file_that_need_not_outlive_the_machine(tmp_path: Path) -> None:
     with mock.patch.object(os, "fsync", side_effect=AssertionError):
         write_text(tmp_path / "file", "x", durable=False)
@@ -254,6 +269,16 @@ def test_a_lock_is_taken_over_by_its_holder_alone(tmp_path: Path) -> None:
         take_lock(tmp_path / "lock", "two")
     successor.close()
     take_lock(tmp_path / "lock", "two").close()
+
+
+def test_a_lock_is_seen_without_being_taken(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_locked(path)  # there is none
+    lock = take_lock(path)
+    assert is_locked(path)
+    assert not is_locked(tmp_path)  # another inode
+    lock.close()
+    assert not is_locked(path)
 
 
 def test_a_name_is_claimed_once(tmp_path: Path) -> None:

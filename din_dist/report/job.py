@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from din_dist.errors import InputError
-from din_dist.files import read_record, read_text
+from din_dist.files import is_locked, read_record
 from din_dist.text import is_integer, parse_json
 
 Line = dict[str, Any]
@@ -204,7 +204,7 @@ def _workers(number_of: float) -> str:
 
 
 def _status(folder: Path, lines: Sequence[Line], summary: Line | None) -> Status:
-    if _is_locked(folder / ".lock"):
+    if is_locked(folder / ".lock"):
         return Status.RUNNING
     last = lines[-1] if lines else {}
     if last.get("kind") == "end" and last.get("outcome") in ("stopped", "failed"):
@@ -215,20 +215,6 @@ def _status(folder: Path, lines: Sequence[Line], summary: Line | None) -> Status
     if summary and (folder / "summary.json").stat().st_mtime >= (number(last, "time") or 0.0) - 1:
         return Status.FINISHED
     return Status.BROKEN_OFF
-
-
-def _is_locked(lock: Path) -> bool:
-    """Tells if a process of this machine holds the file's lock.
-
-    The lock is not tried, because that could stop a job from starting. The kernel's list of locks is read instead. It
-    names files by inode; its device numbers differ from those of `stat` on layered file systems.
-    """
-    try:
-        inode = str(lock.stat().st_ino)
-        locks = [line.split() for line in read_text(Path("/proc/locks")).splitlines()]
-    except OSError:
-        return False
-    return any(words[1] == "FLOCK" and words[-3].rpartition(":")[2] == inode for words in locks if len(words) >= 8)
 
 
 @contextlib.contextmanager

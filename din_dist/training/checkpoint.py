@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +26,15 @@ from din_dist.background_writer import Writer
 from din_dist.config import Config, differences
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
-from din_dist.files import make_folder, open_regular, publish_folder, read_bounded, write_in_parts, write_text
+from din_dist.files import (
+    folder_aside,
+    make_folder,
+    open_regular,
+    publish_folder,
+    read_bounded,
+    write_in_parts,
+    write_text,
+)
 from din_dist.machine import free_memory_bytes
 from din_dist.text import parse_json, reason, shown
 from din_dist.training_state import TrainingState
@@ -190,9 +197,7 @@ class CheckpointStore:
             # Of a process that was killed; a new one may be of a worker that was cut off and saves what it has.
             if time.time() - other.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 shutil.rmtree(other, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"writing-{state.step}-", dir=self._root))
-        aside.chmod(0o755)  # as other folders, so that others may read the checkpoint
-        try:
+        with folder_aside(self._root, f"writing-{state.step}-") as aside:
             files = {}
             for name, value in values:
                 path = _new_path(aside, name.replace("/", "."))
@@ -210,9 +215,6 @@ class CheckpointStore:
             # It may replace one of a run that came this far before and was resumed from earlier.
             publish_folder(aside, self._root / _folder_name(state.step))
             return num_bytes
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
 
     def _prune(self, best_step: int) -> None:
         folders = _published(self._root)

@@ -20,7 +20,7 @@ from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
 from din_dist.data.pipeline import batch_signature
 from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
-from din_dist.files import locked, make_folder, publish_folder, repair_publishing, write_text
+from din_dist.files import folder_aside, locked, make_folder, publish_folder, repair_publishing, write_text
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from din_dist.serving.export.signatures import Signatures, input_names
@@ -225,12 +225,9 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
             with contextlib.suppress(OSError), locked(left):
                 shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        with contextlib.ExitStack() as lock:
-            with contextlib.suppress(OSError):  # some disks have no locks; then nothing is removed there either
-                lock.enter_context(locked(temporary))
-            temporary.chmod(0o755)
-            yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with _writing(folder):
+            temporary = stack.enter_context(folder_aside(folder.parent, prefix))
+        with contextlib.suppress(OSError):  # some disks have no locks; then nothing is removed there either
+            stack.enter_context(locked(temporary))
+        yield temporary
