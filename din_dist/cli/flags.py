@@ -7,13 +7,17 @@ import enum
 import itertools
 import typing
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from din_dist.cli.help import theme
 from din_dist.config import Config, Settings
-from din_dist.config.settings import theme_of
+from din_dist.config.settings import is_saved, theme_of
+from din_dist.errors import InputError
+from din_dist.features.declarations import read_declarations
+from din_dist.features.spec import to_text
 from din_dist.files import local_path
 
 _ABSENT_BY_DEFAULT = ("label_column", "item_features")  # a log may lack these columns unless the user asks for them
@@ -103,6 +107,7 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
         values = settings_from_flags(type(part), flag_values)
         if name == "data":
             values |= {f"{column}_required": flag_values[column].present > 0 for column in _ABSENT_BY_DEFAULT}
+            values["feature_declarations"] = _declarations(flag_values)
         parts[name] = type(part)(**values)
     return Config(**parts)
 
@@ -115,11 +120,28 @@ def settings_from_flags(kind: type[Settings], flag_values: flags.FlagValues = fl
 
 def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
     """Returns the settings in force, as a flagfile that repeats the job."""
-    names = [field.name for _, part in Config().parts() for field in fields_with_flags(type(part))]
-    # Naming one of these columns would make it required.
-    given = [name for name in names if flag_values[name].present or name not in _ABSENT_BY_DEFAULT]
-    lines = [flag_values[name].serialize() for name in given]
+    _declarations(flag_values)
+    lines = []
+    for _, part in Config().parts():
+        for field in fields_with_flags(type(part)):
+            flag = flag_values[field.name]
+            if field.name in _ABSENT_BY_DEFAULT:
+                lines += [flag.serialize()] if flag.present else []  # naming one of these columns makes it required
+            elif field.name != "features" and is_saved(field, flag.value):  # that file may change
+                lines.append(flag.serialize())
     return "".join(f"{line}\n" for line in lines if line)
+
+
+def _declarations(flag_values: flags.FlagValues) -> str:
+    """Returns the declared features as text. The file is read once, because it may change under a running job."""
+    path, flag = flag_values["features"].value, flag_values["feature_declarations"]
+    if path and flag.present:
+        raise InputError(
+            f"--features: repeats --feature_declarations, which a saved job has. Received: both, {path}. Drop one."
+        )
+    if path and not flag.value:
+        flag.value = to_text(read_declarations(Path(path)))
+    return str(flag.value)
 
 
 def fields_with_flags(kind: type[Settings]) -> Iterator[dataclasses.Field]:

@@ -12,7 +12,7 @@ from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, Split, UnknownIt
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
 from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
-from din_dist.config.settings import Settings, list_text, require
+from din_dist.config.settings import Settings, is_saved, list_text, require
 from din_dist.config.telemetry import LogFormat, TelemetryConfig
 
 __all__ = [
@@ -93,7 +93,13 @@ class Config:
         """Returns the settings as a checkpoint's manifest keeps them."""
         rooms: dict[str, dict[str, Any]] = {}
         for name, part in self.parts():
-            rooms.setdefault(_room(name), {}).update(dataclasses.asdict(part))
+            values = dataclasses.asdict(part)
+            saved = {
+                field.name: values[field.name]
+                for field in dataclasses.fields(part)
+                if is_saved(field, values[field.name])
+            }
+            rooms.setdefault(_room(name), {}).update(saved)
         return rooms
 
 
@@ -103,7 +109,7 @@ def differences(saved: dict, current: dict) -> list[str]:
     A setting that `saved` does not have yet had its default, because settings are added so that their default is what
     was done before.
     """
-    before, now = _decisive(Config().to_json()) | _decisive(saved), _decisive(current)
+    before, now = _defaults() | _decisive(saved), _defaults() | _decisive(current)
     return [f"--{name}: {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
 
 
@@ -111,6 +117,12 @@ def digest_of(config: Config, data_fingerprint: str) -> int:
     """Returns a number of 63 bits that is equal for jobs that train the same model on the same data."""
     text = json.dumps([_decisive(config.to_json()), data_fingerprint], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _defaults() -> dict[str, Any]:
+    """Returns the default of each setting that decides what is learned."""
+    fields = [field for _, part in Config().parts() for field in dataclasses.fields(part)]
+    return {field.name: _plain(field.default) for field in fields if not field.metadata.get("may_change")}
 
 
 def _decisive(rooms: dict) -> dict[str, Any]:

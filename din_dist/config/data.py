@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from typing import ClassVar
 
 from din_dist.config.settings import (
@@ -15,6 +16,8 @@ from din_dist.config.settings import (
     setting,
     text_setting,
 )
+from din_dist.features.spec import FeatureSpec, Kind, Owner, from_text
+from din_dist.features.times import UTC, TimestampUnit, is_zone
 
 UNKNOWN_ITEM_RATE = 0.1
 _DATASETS = ("complete_journey", "amazon_reviews", "event_log", "synthetic")
@@ -42,6 +45,18 @@ def _check_dataset(name: str, value: str) -> None:
 def _check_features(name: str, value: tuple[str, ...]) -> None:
     is_unique = len(set(value)) == len(value)
     require(is_unique, "each feature may be named once", name, ",".join(value), "Remove the repetition.")
+
+
+def _check_declarations(name: str, value: str) -> None:
+    try:
+        from_text(value)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        require(False, "must be features as a saved job keeps them", name, value, "Give --features instead.")
+        raise AssertionError from error
+
+
+def _check_zone(name: str, value: str) -> None:
+    require(is_zone(value), "must be the IANA name of a time zone", name, value, "For example Europe/Vienna, or UTC.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +99,42 @@ class DataConfig(Settings):
         check=_check_features,
     )
     item_features_required: bool = flagless(False)  # likewise
+    features: str = path_setting(
+        "",
+        "File that declares features of users, events (context), candidates and items, in TOML; see "
+        "din_dist/data/README.md.",
+        may_change=True,
+        later=True,
+    )
+    feature_declarations: str = text_setting(
+        "",
+        "The features that --features declares, as a saved job keeps them: as JSON. Give --features instead.",
+        check=_check_declarations,
+        later=True,
+    )
+    items_path: str = path_setting(
+        "",
+        "A table of the items for --features: Parquet, CSV or JSON-lines files with --item_column and one row an item.",
+        may_change=True,
+        later=True,
+    )
+    users_path: str = path_setting(
+        "",
+        "A table of the users for --features: Parquet, CSV or JSON-lines files with --user_column and one row a user.",
+        may_change=True,
+        later=True,
+    )
+    timestamp_unit: TimestampUnit = text_setting(
+        TimestampUnit.AUTO,
+        "Unit of the timestamps, for features that are made from them. auto: by their size; dates are microseconds.",
+        later=True,
+    )
+    timezone: str = text_setting(
+        UTC,
+        "Time zone of features that are made from timestamps, by its IANA name (Europe/Vienna).",
+        check=_check_zone,
+        later=True,
+    )
     presorted: bool = setting(
         False, "Keep the order of the log's rows. Preparing fails if a user's events are not in order of time."
     )
@@ -158,6 +209,7 @@ class DataConfig(Settings):
         super().__post_init__()
         self._check_source()
         self._check_columns()
+        self._check_features()
         self._check_split()
         require(
             self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
@@ -190,6 +242,30 @@ class DataConfig(Settings):
             require(columns.count(name) == 1, "a column can have one role", "item_features", name, "Use it once.")
             rule, remedy = "a column's name must be one line", "Rename the column."
             require(len(name.splitlines()) <= 1, rule, "item_features", name, remedy)
+
+    @functools.cached_property
+    def feature_specs(self) -> tuple[FeatureSpec, ...]:
+        """The features that `--features` declares."""
+        return from_text(self.feature_declarations)
+
+    @property
+    def shorthand_specs(self) -> tuple[FeatureSpec, ...]:
+        """The features of `--item_features`, as if they were declared."""
+        return tuple(FeatureSpec(name, Owner.ITEM, Kind.CATEGORY, name) for name in self.item_features)
+
+    def _check_features(self) -> None:
+        declared = {spec.name for spec in self.feature_specs}
+        both = next((name for name in self.item_features if name in declared), "")
+        remedy = "Drop it there, or rename the feature and name its column by column."
+        require(not both, "names no feature that --features declares", "item_features", both, remedy)
+        declares = bool(declared) or not self.features
+        require(declares, "must declare a feature", "features", self.features, "Add one, or drop the flag.")
+        is_log = self.dataset == "event_log"
+        for name in ("items_path", "users_path"):
+            value = getattr(self, name)
+            require(is_log or not value, "belongs to --dataset=event_log", name, value, "Drop it.")
+            rule = "only declared features are read from it"
+            require(bool(declared) or not value, rule, name, value, "Add --features, or drop it.")
 
     def _check_split(self) -> None:
         if self.split is not Split.TEMPORAL:

@@ -54,21 +54,35 @@ def setting(
 
 
 def text_setting(
-    default: Any, help_text: str, *, check: Check | None = None, may_change: bool = False, theme: str = ""
+    default: Any,
+    help_text: str,
+    *,
+    check: Check | None = None,
+    may_change: bool = False,
+    theme: str = "",
+    later: bool = False,
 ) -> Any:
-    """Makes the field of a text or a list; see `setting`.
+    """Makes the field of a text, a choice or a list; see `setting`.
 
     Args:
         check: the field's own rule.
+        later: true for a field that was added later. It is saved only where it is not the default, so that other jobs
+            are saved as before.
     """
-    return _field(default, help_text, check=check, may_change=may_change, theme=theme)
+    return _field(default, help_text, check=check, may_change=may_change, theme=theme, later=later)
 
 
 def path_setting(
-    default: str, help_text: str, *, check: Check | None = None, may_change: bool = False, theme: str = ""
+    default: str,
+    help_text: str,
+    *,
+    check: Check | None = None,
+    may_change: bool = False,
+    theme: str = "",
+    later: bool = False,
 ) -> Any:
     """Makes the field of a path, which users may write in any form that `files.local_path` takes."""
-    return _field(default, help_text, check=check, path=True, may_change=may_change, theme=theme)
+    return _field(default, help_text, check=check, path=True, may_change=may_change, theme=theme, later=later)
 
 
 def port_setting(default: int, help_text: str, *, lowest: int = 0, may_change: bool = False, theme: str = "") -> Any:
@@ -110,6 +124,11 @@ class Settings:
                     _check_number(field, number)
             if check := field.metadata.get("check"):
                 check(field.name, value)
+
+
+def is_saved(field: dataclasses.Field, value: object) -> bool:
+    """Tells whether a setting of this value is written where a job is saved."""
+    return not field.metadata.get("later") or value != field.default
 
 
 def theme_of(kind: type[Settings], field: dataclasses.Field) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
+from din_dist.data.raw_columns import RawFeature, TableCounts
+
 EVENTS_PER_BLOCK = 80_000  # about 1 MB: an event takes 13 bytes
 
 
@@ -73,6 +75,8 @@ class EventLog:
         has_labels: the log has a column of labels.
         blocks: the events.
         late_columns: columns that begin after the first rows of a file, where earlier versions did not see them.
+        raw_features: what declared features are made from.
+        tables: how the tables of items and users fit the events.
     """
 
     user_ids: pa.Array
@@ -81,6 +85,8 @@ class EventLog:
     has_labels: bool
     blocks: Blocks
     late_columns: tuple[str, ...] = ()
+    raw_features: tuple[RawFeature, ...] = ()
+    tables: Mapping[str, TableCounts] = dataclasses.field(default_factory=dict)
 
 
 class SortedBlocks(Blocks):

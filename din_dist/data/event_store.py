@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 from din_dist import mapped_files, progress, schema
 from din_dist.data import checksums
 from din_dist.data.blocks import Block
+from din_dist.data.raw_columns import RawColumn, raw_vocabulary_path
 from din_dist.errors import InputError
 from din_dist.features.encoding import StoredFeature
+from din_dist.features.spec import Owner
 from din_dist.files import published_folder, read_record, write_text
 from din_dist.text import parse_json, reason, shown
 
@@ -131,8 +133,28 @@ class EventStore:
         Raises:
             InputError: the file is missing or damaged.
         """
-        with _reading(vocabulary_path(self.folder, name)) as path:
+        with reading_prepared(vocabulary_path(self.folder, name)) as path:
             return pq.read_table(path, columns=["id"]).column("id")
+
+    def feature_vocabulary(self, name: str) -> pa.Array:
+        """Reads the own ids of a declared feature from the disk: entry i belongs to row i + 1 of its table.
+
+        It is empty for a feature whose rows are hashes, bins or times, and for one without a table. The rows of trained
+        vectors are users or items.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        feature = self.features[name]
+        spec = feature.encoding.spec
+        if feature.start is not None:
+            return self.vocabulary(USERS if spec.owner is Owner.USER else ITEMS).combine_chunks()
+        column = RawColumn.of(spec)
+        if feature.vocabulary is None or column is None:
+            return pa.array([], pa.large_string())
+        with reading_prepared(raw_vocabulary_path(self.folder, column)) as path:
+            ids = pq.read_table(path, columns=["id"]).column("id")
+            return ids.take(pa.array(feature.vocabulary)).combine_chunks()
 
     def own_ids(self, name: str, dense_ids: Sequence[int] | np.ndarray, unknown: str = "(unknown)") -> list[str]:
         """Returns the log's own ids of a vocabulary as text.
@@ -169,7 +191,7 @@ def read_facts(folder: Path) -> schema.DatasetFacts:
     Raises:
         InputError: the file is missing or damaged.
     """
-    with _reading(folder / schema.FACTS_FILE) as path:
+    with reading_prepared(folder / schema.FACTS_FILE) as path:
         fields = parse_json(read_record(path))
         if not isinstance(fields, dict):
             raise ValueError(f"it holds {shown(fields)}")
@@ -218,7 +240,7 @@ def open_store(folder: Path, features: Sequence[str]) -> EventStore:
 
 def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
     files: dict[Path, FileState] = {}  # before each is read; compared when all are, because they must belong together
-    with _reading(folder / schema.FACTS_FILE) as path:
+    with reading_prepared(folder / schema.FACTS_FILE) as path:
         files[path] = FileState.of(path)
     facts = read_facts(folder)
     facts = dataclasses.replace(facts, item_features={name: facts.item_features[name] for name in features})
@@ -260,7 +282,7 @@ def _check_vocabularies(folder: Path, facts: schema.DatasetFacts, files: dict[Pa
     sizes = {USERS: facts.num_users, ITEMS: facts.num_items}
     sizes |= {vocabulary_of(name): num_ids for name, num_ids in facts.item_features.items()}
     for name, num_ids in sizes.items():
-        with _reading(vocabulary_path(folder, name)) as path:
+        with reading_prepared(vocabulary_path(folder, name)) as path:
             files[path] = FileState.of(path)
             checksums.check(path)
             num_found = pq.read_metadata(path).num_rows
@@ -315,7 +337,7 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
     Raises:
         InputError: the file is missing or damaged.
     """
-    with _reading(path):
+    with reading_prepared(path):
         files[path] = FileState.of(path)
         checksums.check(path)
         mapped = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -461,9 +483,9 @@ def _remedy(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """Turns every error about a file into an `InputError`."""
+def reading_prepared(path: Path) -> Iterator[Path]:
+    """Turns every error about a file of prepared data into an `InputError`."""
     try:
         yield path
-    except (OSError, ValueError, TypeError, EOFError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)}). {_remedy(path)}.") from error

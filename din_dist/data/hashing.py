@@ -30,6 +30,19 @@ def hash64(*parts: tf.Tensor | int, execution: Execution | None = None) -> tf.Te
     return state
 
 
+def hashed_rows(ids: tf.Tensor, rows: int) -> tf.Tensor:
+    """Returns the row of each id in a table with hashing, int32: 1 + FarmHash's `Fingerprint64` of the text mod `rows`.
+
+    TensorFlow promises that `to_hash_bucket_fast` never changes. Preparation calls this function too, so that an export
+    cannot differ from it.
+
+    Args:
+        ids: own ids of any shape, strings; integers as decimal text.
+        rows: the number of rows without the one for unknown ids.
+    """
+    return tf.cast(1 + tf.strings.to_hash_bucket_fast(ids, rows), tf.int32)
+
+
 def place_in_random_order(places: tf.Tensor, ends: tf.Tensor, largest_end: int, *parts: tf.Tensor | int) -> tf.Tensor:
     """Returns where each place goes when 0 to end - 1 are shuffled, int64 `[M]`: a bijection for each tuple of `parts`.
 

@@ -6,7 +6,6 @@ Letters of shapes: E events, I items.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,10 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
+from din_dist.data.feature_reader import REMEDY, FeatureReader, Owners, number_names
+from din_dist.data.raw_columns import FeatureColumns
 from din_dist.errors import InputError
+from din_dist.features.spec import Owner
 from din_dist.tables.columns import IdColumn, LabelColumn, Rows, TimeColumn
-from din_dist.tables.formats import Format, format_of, shown_names
-from din_dist.tables.record_batches import Layout, read_columns
+from din_dist.tables.formats import Format, format_of
+from din_dist.tables.record_batches import Layout, read_columns, require_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +50,11 @@ class Columns:
             label=self.label if self.label_required or self.label in anywhere else "",
             item_features=tuple(name for name in self.item_features if self.item_features_required or name in anywhere),
         )
-        for (file, layout), name in itertools.product(layouts.items(), columns.names):
-            count = layout.names.count(name)
-            if count != 1:
-                raise InputError(
-                    f"{file}: column {name!r} {'occurs more than once' if count else 'is missing'}. "
-                    f"Received: {shown_names(layout.names)} "
-                    "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
-                    "--label_column, --item_features)."
-                )
+        remedy = (
+            "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
+            "--label_column, --item_features)."
+        )
+        require_columns(layouts, columns.names, remedy)
         return columns
 
     @property
@@ -66,51 +64,104 @@ class Columns:
         return [self.user, self.item, self.timestamp, *label, *self.item_features]
 
 
-def read_log(files: Sequence[Path], columns: Columns, form: Format | None = None) -> EventLog:
+def read_log(
+    files: Sequence[Path],
+    columns: Columns,
+    form: Format | None = None,
+    features: FeatureColumns = FeatureColumns(),  # noqa: B008 (it is frozen)
+) -> EventLog:
     """Reads files in their order, and sorts each user's events by time. Equal times keep the order of the files.
 
     Args:
         files: the files of the log.
         columns: the columns to read.
         form: the format of all files. None: the one that the first file's name promises.
+        features: what declared features need.
 
     Raises:
         InputError: the files break a rule; the text names file, row (from 1, without the header) and value.
     """
-    form = form or format_of(files[0]) or Format.PARQUET
-    found = {file: Layout.of(file, form, columns.names, numbers=[columns.label]) for file in files}
-    layouts = {file: layout for file, layout in found.items() if layout}
-    columns = columns.chosen(layouts) if layouts else columns
-    rows = Rows()
-    users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
-    times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
-    features = [IdColumn(name, rows, nullable=True) for name in columns.item_features]
-    for file, layout in layouts.items():
-        rows.begin(file)
-        for batch in filter(len, read_columns(file, form, layout, columns.names)):
-            for column in (users, items, times, *([labels] if columns.label else []), *features):
-                column.add(batch.column(column.name), column.name in layout.partition)
-            rows.advance(batch.num_rows)
-    if not rows.count:
-        raise InputError(f"{files[0]}: a log must have events. Received: no rows in {len(files)} file(s). Give others.")
-    from_partition = set().union(*(layout.partition for layout in layouts.values()))
-    is_text = {name: form is Format.CSV or name in from_partition for name in columns.names}
-    user_of, user_ids = users.finish(is_text[users.name])
-    item_of, item_ids = items.finish(is_text[items.name])
-    item_features = {}
-    for feature in features:
-        codes, ids = feature.finish(is_text[feature.name])
-        of_item = _one_value_per_item(codes, ids, item_of, item_ids, feature.name, rows)
-        item_features[feature.name] = ItemFeature(of_item, ids)
-    timestamps = times.finish()
-    if columns.presorted:
+    return _LogReader(files, columns, form, features).read()
+
+
+class _LogReader:
+    """Reads one log; see `read_log`."""
+
+    def __init__(self, files: Sequence[Path], columns: Columns, form: Format | None, features: FeatureColumns) -> None:
+        self._form = form or format_of(files[0]) or Format.PARQUET
+        self._files = files
+        self._features = FeatureReader(features, columns.user, columns.item)
+        self._layouts = self._find_layouts(columns)
+        self._columns = columns.chosen(self._layouts) if self._layouts else columns
+        require_columns(self._layouts, self._features.names, f"{REMEDY}.")
+        if features.candidates and not self._columns.label:
+            raise InputError(
+                f"--features: features of candidates ({', '.join(features.candidates)}) take a log with labels, "
+                "because a drawn negative has none. Received: a log without the label column. Give --label_column, or "
+                'write of = "item" or of = "context".'
+            )
+        self._rows = Rows()
+
+    def _find_layouts(self, columns: Columns) -> dict[Path, Layout]:
+        of_features, lists = self._features.from_log, self._features.names
+        names = list(dict.fromkeys([*columns.names, *lists]))
+        numbers = [columns.label, *number_names(of_features, columns.names)]
+        found = {file: Layout.of(file, self._form, names, numbers, lists) for file in self._files}
+        return {file: layout for file, layout in found.items() if layout}
+
+    def read(self) -> EventLog:
+        columns, rows = self._columns, self._rows
+        users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
+        times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
+        features = [IdColumn(name, rows, nullable=True) for name in columns.item_features]
+        declared = self._features.begin(rows)
+        names = list(dict.fromkeys([*columns.names, *self._features.names]))
+        for file, layout in self._layouts.items():
+            rows.begin(file)
+            for batch in filter(len, read_columns(file, self._form, layout, names)):
+                for column in (users, items, times, *([labels] if columns.label else []), *features):
+                    column.add(batch.column(column.name), column.name in layout.partition)
+                declared.add(batch, layout)
+                rows.advance(batch.num_rows)
+        if not rows.count:
+            raise InputError(
+                f"{self._files[0]}: a log must have events. Received: no rows in {len(self._files)} file(s). "
+                "Give others."
+            )
+        user_of, user_ids = users.finish(self._is_text(users.name))
+        item_of, item_ids = items.finish(self._is_text(items.name))
+        item_features = {}
+        for feature in features:
+            codes, ids = feature.finish(self._is_text(feature.name))
+            of_item = _one_value_per_item(codes, ids, item_of, item_ids, feature.name, rows)
+            item_features[feature.name] = ItemFeature(of_item, ids)
+        timestamps = times.finish()
+        order = self._order(user_of, timestamps)
+        owners = {Owner.USER: Owners(user_of, user_ids), Owner.ITEM: Owners(item_of, item_ids)}
+        blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
+        late = set().union(*(layout.late for layout in self._layouts.values()))
+        return EventLog(
+            user_ids,
+            item_ids,
+            item_features,
+            bool(columns.label),
+            blocks,
+            tuple(sorted(late)),
+            self._features.finish(owners, order, rows, self._is_text),
+            self._features.counts,
+        )
+
+    def _is_text(self, name: str) -> bool:
+        """Tells whether a column is read as text, and so may hold integers that are written as text."""
+        return self._form is Format.CSV or any(name in layout.partition for layout in self._layouts.values())
+
+    def _order(self, user_of: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+        """Returns the order of the events by user and time, int64 `[E]`."""
+        if not self._columns.presorted:
+            return np.lexsort((timestamps, user_of))
         order = np.argsort(user_of, kind="stable")
-        _check_sorted(user_of, timestamps, order, rows)
-    else:
-        order = np.lexsort((timestamps, user_of))
-    blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
-    late = set().union(*(layout.late for layout in layouts.values()))
-    return EventLog(user_ids, item_ids, item_features, bool(columns.label), blocks, tuple(sorted(late)))
+        _check_sorted(user_of, timestamps, order, self._rows)
+        return order
 
 
 def _one_value_per_item(

@@ -2,8 +2,8 @@
 
 DATA_DIR/BUILDER/CONFIG/VERSION/     published at once when complete
     events.tfrecord...               TFDS records, one a block of whole users
-    facts.json  vocabulary/  item_features/
-    packed/                          the arrays of `EventStore`, made from the records
+    facts.json  vocabulary/  item_features/  raw_features/
+    packed/                          the arrays of `EventStore`, made from the records, and all that splits decide
 DATA_DIR/locks/                      one empty file for each data set, locked while that is written
 """
 
@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -23,20 +23,24 @@ from absl import logging
 
 from din_dist import progress, schema
 from din_dist.config import DataConfig, list_text
-from din_dist.data import event_store
+from din_dist.data import encoding, event_store
 from din_dist.data.blocks import Block
 from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
 from din_dist.data.builders.base import EventsBuilder
-from din_dist.data.builders.complete_journey import CompleteJourney
+from din_dist.data.builders.complete_journey import CompleteJourney, CompleteJourneyConfig
 from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
 from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.log_reader import Columns
+from din_dist.data.raw_columns import FeatureColumns
 from din_dist.errors import InputError
+from din_dist.features.encoding import StoredFeature
+from din_dist.features.spec import TIME_KINDS, Owner
 from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_publishing
 from din_dist.tables.formats import Format, format_of
-from din_dist.tables.sources import check_unchanged, find_files, partition_text
+from din_dist.tables.sources import absolute, check_unchanged, find_files, partition_text
 
+_WHERE_FILES_LIE = ("data_path", "items_path", "users_path")
 Check = Callable[[schema.DatasetFacts], None]
 
 
@@ -67,13 +71,14 @@ def builder_for(config: DataConfig) -> EventsBuilder:
 
 def _builder(config: DataConfig, root: Path) -> EventsBuilder:
     kind, _, category = config.dataset.partition("/")
+    features = _feature_columns(config)
     with _quietly():
         match kind:
             case "event_log":
-                event_log = EventLogConfig.for_source(config.data_path, _columns(config))
+                event_log = EventLogConfig.for_source(config.data_path, _columns(config), features)
                 return EventLogBuilder(data_dir=root, config=event_log)
             case "complete_journey":
-                return CompleteJourney(data_dir=root)
+                return CompleteJourney(data_dir=root, config=CompleteJourneyConfig.of(features))
             case "amazon_reviews":
                 if category not in ("", *CATEGORIES):
                     raise InputError(
@@ -104,6 +109,32 @@ def _columns(config: DataConfig) -> Columns:
         item_features=config.item_features,
         item_features_required=config.item_features_required,
         presorted=config.presorted,
+    )
+
+
+def _feature_columns(config: DataConfig) -> FeatureColumns:
+    """Returns what declared features need.
+
+    Raises:
+        InputError: the data set has no such columns.
+    """
+    kind, specs = config.dataset.partition("/")[0], config.feature_specs
+    if kind != "event_log" and (candidates := [spec.name for spec in specs if spec.owner is Owner.CANDIDATE]):
+        raise InputError(
+            f"--features: features of candidates take a log with labels, because a drawn negative has none. Received: "
+            f'{candidates[0]}, and {kind} has no labels. Write of = "item" or of = "context".'
+        )
+    if kind not in ("event_log", "complete_journey") and (
+        others := [s.name for s in specs if s.kind not in TIME_KINDS]
+    ):
+        raise InputError(
+            f"--features: {kind} has no columns besides those of --item_features; features of the time can be "
+            f"declared. Received: {others[0]}. Drop it, or use --dataset=event_log."
+        )
+    return FeatureColumns.of(
+        specs,
+        absolute(config.items_path, "items_path") if config.items_path else "",
+        absolute(config.users_path, "users_path") if config.users_path else "",
     )
 
 
@@ -172,7 +203,29 @@ def open_prepared(config: DataConfig) -> EventStore:
             facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it again
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
-    return event_store.open_store(folder, features)
+    store = event_store.open_store(folder, features)
+    return dataclasses.replace(store, features=_declared_features(config, store))
+
+
+def _declared_features(config: DataConfig, store: EventStore) -> Mapping[str, StoredFeature]:
+    """Returns the declared features. One of the processes that need their encoded arrays makes them.
+
+    Raises:
+        InputError: no event is left to train on, a feature has no values, or the arrays are damaged.
+    """
+    if not config.feature_specs:
+        return {}
+    folder = encoding.encoded_folder(store, config)
+    if not folder.is_dir():
+        try:
+            with writing(config):
+                if not folder.is_dir():  # otherwise another process was faster
+                    encoding.write_encoded(folder, store, config)
+        except InputError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            return encoding.encoded_in_memory(store, config)  # prepared data on a read-only disk
+    return encoding.open_encoded(folder, store, config)
 
 
 def build(config: DataConfig, folder: Path, check: Check = lambda facts: None) -> None:
@@ -253,8 +306,14 @@ def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
         )
     if config.dataset != "event_log":
         check_unchanged({str(path): facts.sources[str(path)] for path in present}, present)
-    elif present:
-        check_unchanged(facts.sources, find_files(config.data_path).files)
+        return
+    groups: dict[str, dict[str, Mapping[str, int | str]]] = {}  # the log, and each table
+    for name, recorded in facts.sources.items():
+        groups.setdefault(str(recorded.get("table", "")), {})[name] = recorded
+    for table, sources in groups.items():
+        if any(Path(name).exists() for name in sources):
+            now = _feature_columns(config).find_tables()[table] if table else find_files(config.data_path).files
+            check_unchanged(sources, now)
 
 
 def _chosen_features(config: DataConfig, facts: schema.DatasetFacts) -> list[str]:
@@ -279,11 +338,13 @@ def _flags(config: DataConfig) -> str:
         given["label_column"] = config.label_column
     if config.item_features_required:
         given["item_features"] = list_text(config.item_features)
+    if given.get("features"):
+        given.pop("feature_declarations", None)
     return " ".join(f"--{name}={shlex.quote(value)}" for name, value in given.items())
 
 
 def _decides_what_is_prepared(name: str) -> bool:
-    names = ("data_path", "data_dir", "item_features", "presorted")
+    names = [*_WHERE_FILES_LIE, "data_dir", "item_features", "presorted", "features", "feature_declarations"]
     return name in names or name.endswith("_column") or name.startswith("synthetic_")
 
 

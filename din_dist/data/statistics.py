@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import starmap
 from typing import Any
 
 import numpy as np
 
 from din_dist.data.event_store import EventStore, begins_a_moment
+from din_dist.data.raw_columns import TableCounts
+from din_dist.data.raw_features import read_tables
+from din_dist.features.encoding import StoredFeature
+from din_dist.features.spec import TIME_KINDS, Kind, Scale
 from din_dist.schema import HistoryRule
 
+_COUNTED = (Kind.CATEGORY, Kind.CATEGORIES)  # kinds whose values may be rare
+_MOST_BOUNDS = 8  # that a line shows
 PERCENTILES = (50, 90, 99, 100)
 USERS_AT_ONCE = 1 << 16  # bounds the memory
 
@@ -37,7 +45,36 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"events per user: {spread('events_per_user')}",
         f"history lengths: {spread('history_length')}",
         f"history lengths up to {max_history_length:,}: {spread('capped_history_length')}",
+        *map(_feature_line, store.features.values()),
+        *starmap(_table_line, read_tables(store.folder).items()),
     ]
+
+
+def _feature_line(feature: StoredFeature) -> str:
+    found, spec = feature.encoding, feature.encoding.spec
+    counts = found.counts
+    words = [f"feature {spec.name}: {spec.owner} {spec.kind}", f"{counts.distinct:,} distinct"]
+    words += [f"{counts.missing:,} missing"] if spec.kind not in TIME_KINDS else [f"{found.unit}, {found.timezone}"]
+    if spec.kind in _COUNTED and not spec.rows:
+        words.append(f"{counts.rare:,} rare (fewer than {spec.min_count:,} training events)")
+    if spec.rows:
+        words.append(f"{spec.rows:,} rows, {counts.colliding:.1%} of the training events collide")
+    if spec.encode.scale is Scale.QUANTILES:
+        bounds = [f"{bound:g}" for bound in found.bounds]
+        shown = bounds if len(bounds) <= _MOST_BOUNDS else [*bounds[: _MOST_BOUNDS - 1], "...", bounds[-1]]
+        words.append(f"{len(bounds) + 1:,} bins, bounds {' '.join(shown) or 'none'}")
+    elif spec.kind is Kind.NUMBER:
+        words.append(f"{spec.encode}, mean {found.mean:.4g}, deviation {found.deviation:.4g}")
+    if found.dimension:
+        words.append(f"dimension {found.dimension:,}{', trained' * spec.trained}")
+    return ", ".join(words)
+
+
+def _table_line(name: str, counts: TableCounts) -> str:
+    return (
+        f"table of {name}: {counts.rows:,} rows, {counts.without_events:,} without events; "
+        f"{counts.ids_without_a_row:,} {name} without a row"
+    )
 
 
 def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
@@ -61,8 +98,11 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
         `history_length`: the same of the number of events before an example, over all examples that the log can give.
         `capped_history_length`: the same if only the newest `max_history_length` of them count.
+        `features`: of each declared feature, by name: owner, kind, counts and what the training part fixed. Absent if
+            none is declared, likewise the next.
+        `tables`: of `items` and `users`, how the table fits the events.
     """
-    facts = store.facts
+    facts, tables = store.facts, read_tables(store.folder)
     events_per_user = np.bincount(np.diff(store.user_offsets))
     lengths = _history_lengths(store, events_per_user)
     capped = lengths[: max_history_length + 1].copy()
@@ -79,7 +119,26 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),
         "capped_history_length": _summary(capped),
+        **({"features": _measure_features(store)} if store.features else {}),
+        **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),
     }
+
+
+def _measure_features(store: EventStore) -> dict[str, Any]:
+    found = {}
+    for name, feature in store.features.items():
+        encoding = feature.encoding
+        found[name] = {
+            "owner": str(encoding.spec.owner),
+            "kind": str(encoding.spec.kind),
+            **asdict(encoding.counts),
+            "num_rows": encoding.num_rows,
+            "dimension": encoding.dimension,
+            "mean": encoding.mean,
+            "deviation": encoding.deviation,
+            "bounds": list(encoding.bounds),
+        }
+    return found
 
 
 def _num_at_a_shared_time(store: EventStore) -> int:

@@ -45,6 +45,8 @@ class Encoding:
         deviation: likewise, the standard deviation; never 0.
         bounds: of quantiles, ascending: a number x has bin 1 + (how many bounds are at most x).
         integers: ids are integers; otherwise strings.
+        unit: of the timestamps, for features that are made from them; otherwise empty.
+        timezone: likewise, the IANA name of the time zone.
         counts: for the report.
     """
 
@@ -55,6 +57,8 @@ class Encoding:
     deviation: float = 1.0
     bounds: tuple[float, ...] = ()
     integers: bool = False
+    unit: str = ""
+    timezone: str = ""
     counts: Counts = dataclasses.field(default_factory=Counts)
 
     @property
@@ -110,12 +114,18 @@ class StoredFeature:
             encoded, NaN where missing; VECTORS: float16 `[n, D]`, NaN where missing.
         offsets: of LISTS, int64 `[n + 1]`, where each row's list begins; otherwise None.
         weights: of weighted LISTS, float32 `[M]`; otherwise None.
+        start: of vectors that are trained, float16 `[num_rows, D]`, the first values of each row of the table, NaN
+            where there are none; otherwise None.
+        vocabulary: of ids with rows of their own, int32 `[num_rows - 1]`: entry i is the place, in the vocabulary of
+            the raw column, of the id that has row i + 1; otherwise None.
     """
 
     encoding: Encoding
     values: np.ndarray
     offsets: np.ndarray | None = None
     weights: np.ndarray | None = None
+    start: np.ndarray | None = None
+    vocabulary: np.ndarray | None = None
 
 
 class Lists(NamedTuple):

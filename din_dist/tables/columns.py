@@ -25,10 +25,15 @@ _LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
 
 
 class Rows:
-    """The files that were read so far, and how many rows each has: where a row of all files stands."""
+    """The files that were read so far, and how many rows each has: where a row of all files stands.
 
-    def __init__(self) -> None:
+    Args:
+        what: the name of a row, for the texts of errors.
+    """
+
+    def __init__(self, what: str = "event") -> None:
         self.count = 0
+        self.what = what
         self._files: list[Path] = []
         self._starts: list[int] = []
 
@@ -74,13 +79,17 @@ class Column(abc.ABC):
     def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
         """Returns the error for the first row where `bad` is true."""
         index = _first(bad)
-        received = f"{self.name}={_shown(column[index])}" if column[index].is_valid else f"no {self.name}"
+        return self.reject_value(index, column[index], rule, remedy)
+
+    def reject_value(self, index: int, value: pa.Scalar, rule: str, remedy: str) -> InputError:
+        """Returns the error for a value in a row of the batch."""
+        received = f"{self.name}={shown_value(value)}" if value.is_valid else f"no {self.name}"
         return self._rows.reject(self._rows.count + index, rule, received, remedy)
 
     def require_values(self, column: pa.Array) -> None:
         """Refuses a missing value."""
         if column.null_count:
-            rule = f"every event needs a {self.name}"
+            rule = f"every {self._rows.what} needs a {self.name}"
             raise self.reject(column.is_null(), column, rule, "Fill it in, or drop the row.")
 
     def require_utf8(self, column: pa.Array) -> None:
@@ -110,7 +119,7 @@ class IdColumn(Column):
         self._from_folders: dict[int, int] = {}  # by chunk that a folder's name gives: its first row
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
-        column = _plain(column)
+        column = plain(column)
         if pa.types.is_floating(column.type) and pc.all(pc.is_nan(_widened(column))).as_py() is not False:
             column = pa.nulls(len(column))  # as pandas writes a column without any value
         if not self._nullable:
@@ -204,7 +213,7 @@ class TimeColumn(Column):
         self._zoned: bool | None = before._zoned if before else None  # dates have a time zone; None before the first
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
-        column = _plain(column)
+        column = plain(column)
         self.require_values(column)
         kind = column.type
         dates = pa.types.is_temporal(kind) and not pa.types.is_time(kind) and not pa.types.is_duration(kind)
@@ -299,7 +308,7 @@ class LabelColumn(Column):
         self._chunks: list[np.ndarray] = []
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
-        column = _plain(column)
+        column = plain(column)
         if pa.types.is_boolean(column.type):
             ones, zeros = column, pc.invert(column)
         elif is_text(column.type):
@@ -335,7 +344,8 @@ def _joined(chunks: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _shown(value: pa.Scalar) -> str:
+def shown_value(value: pa.Scalar) -> str:
+    """Returns a value for an error's text."""
     try:
         return shown(value.as_py())
     except (ValueError, OverflowError):  # a date out of Python's range, or a list of text that is not UTF-8
@@ -347,7 +357,7 @@ def _first(bad: pa.Array) -> int:
     return int(np.argmax(bad.fill_null(False).to_numpy(zero_copy_only=False)))
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def plain(column: pa.Array) -> pa.Array:
     """Returns a column without a dictionary: its order and its unused entries are accidents of the file."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

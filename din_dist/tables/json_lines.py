@@ -7,7 +7,7 @@ import json
 import lzma
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ _LARGE_NUMBER = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{308}")
 # A name in which an ASCII character has an escape; the bounds keep the search linear.
 _ESCAPED_KEY = re.compile(rb'\\u00[2-7][0-9a-fA-F][^"\\]{0,200}(?:\\.[^"\\]{0,200}){0,20}"\s*:')
 _ARROW_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64(), type(None): pa.null()}
+_UNKNOWN = (pa.null(), pa.list_(pa.null()))  # where only nulls and empty lists were seen
 _KINDS = {pa.string(): "text", pa.bool_(): "true or false", pa.int64(): "integers", pa.float64(): "numbers"}
 _PYTHON_TYPES: dict[pa.DataType, list[type]] = {
     pa.string(): [str],
@@ -40,11 +41,18 @@ _PYTHON_TYPES: dict[pa.DataType, list[type]] = {
 # --- The fields of a file. ---
 
 
-def field_types(file: Path, wanted: Sequence[str]) -> tuple[dict[str, pa.DataType], list[str]]:
+def field_types(
+    file: Path, wanted: Sequence[str], lists: Collection[str] = ()
+) -> tuple[dict[str, pa.DataType], list[str]]:
     """Returns the fields of a file, each with the type of its first value that is not null, and the late ones.
 
     The fields are those of the first `HEAD_ROWS` rows, and the wanted ones wherever they begin. A late field is in none
     of the first rows. A file without rows has no fields.
+
+    Args:
+        file: the file to look at.
+        wanted: the fields to look for in all rows.
+        lists: the fields that may hold lists.
 
     Raises:
         InputError: a line is not a JSON object, or not UTF-8.
@@ -54,16 +62,24 @@ def field_types(file: Path, wanted: Sequence[str]) -> tuple[dict[str, pa.DataTyp
     late: list[str] = []
 
     def missing() -> list[str]:
-        return [name for name in wanted if types.get(name, pa.null()) == pa.null()]
+        return [name for name in wanted if types.get(name, pa.null()) in _UNKNOWN]
 
     for number, line in _lines_to_look_at(file, missing):
         fields = parse_line(file, number, line)
         for name in fields if number <= HEAD_ROWS else [name for name in wanted if name in fields]:
             if name not in types and number > HEAD_ROWS:
                 late.append(name)
-            if types.get(name, pa.null()) == pa.null():
-                types[name] = _ARROW_TYPES.get(type(fields[name]), pa.null())
+            if types.get(name, pa.null()) in _UNKNOWN:
+                found = _type_of(fields[name], name in lists)
+                types[name] = types.get(name, found) if found == pa.null() else found
     return types, late
+
+
+def _type_of(value: Any, may_be_list: bool) -> pa.DataType:
+    if not may_be_list or not isinstance(value, list):
+        return _ARROW_TYPES.get(type(value), pa.null())
+    first = next((part for part in value if part is not None), None)
+    return pa.list_(_ARROW_TYPES.get(type(first), pa.null()))
 
 
 def _lines_to_look_at(file: Path, missing: Callable[[], list[str]]) -> Iterator[tuple[int, bytes]]:
@@ -231,12 +247,19 @@ def _check_row(file: Path, number: int, line: bytes, types: dict[str, pa.DataTyp
         value = fields.get(name)
         if value is None:
             continue
-        if type(value) not in _PYTHON_TYPES.get(kind, []):
-            rule = f"all values of {name} must be {_KINDS.get(kind, 'text, numbers, or true or false')}"
-            alike = ", as the first one is" if kind in _KINDS else ""
+        parts, of_part = ([value], kind) if not pa.types.is_list(kind) else (value, kind.value_type)
+        fits = isinstance(parts, list) and all(_fits(part, of_part) for part in parts)
+        if not fits:
+            lists = "lists of " if pa.types.is_list(kind) else ""
+            rule = f"all values of {name} must be {lists}{_KINDS.get(of_part, 'text, numbers, or true or false')}"
+            alike = ", as the first one is" if of_part in _KINDS else ""
             raise InputError(f"{place}: {rule}{alike}. Received: {name}={shown(value)}. Write them alike.")
-        if kind == pa.int64() and not is_64_bits(value):
+        if of_part == pa.int64() and not all(map(is_64_bits, parts)):
             raise InputError(f"{place}: integers must fit 64 bits. Received: {name}={shown(value)}. Make ids strings.")
+
+
+def _fits(value: Any, kind: pa.DataType) -> bool:
+    return value is None or type(value) in _PYTHON_TYPES.get(kind, [])
 
 
 def _check_as_arrow_does(place: str, text: str, columns: list[str]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from din_dist.tables.formats import Format, reading, shown_names
 from din_dist.tables.sources import partition_of
 from din_dist.tables.text_files import blocks_of_lines
 
+_FLOATS = {pa.int64(): pa.float64(), pa.list_(pa.int64()): pa.list_(pa.float64())}
 ROWS_PER_BATCH = 1 << 18  # of Parquet, where columns are read
 
 
@@ -40,7 +42,14 @@ class Layout:
     late: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, file: Path, form: Format, wanted: Sequence[str], numbers: Collection[str] = ()) -> Layout | None:
+    def of(
+        cls,
+        file: Path,
+        form: Format,
+        wanted: Sequence[str],
+        numbers: Collection[str] = (),
+        lists: Collection[str] = (),
+    ) -> Layout | None:
         """Returns the layout of a file, or None if it has no rows that could tell it.
 
         Args:
@@ -48,6 +57,7 @@ class Layout:
             form: its format.
             wanted: the columns to look for in all rows of JSON lines, and in the names of folders.
             numbers: the columns of JSON lines in which 1 and 1.0 are of one kind.
+            lists: the columns of JSON lines that may hold lists.
 
         Raises:
             InputError: the file is damaged.
@@ -56,14 +66,34 @@ class Layout:
         late: list[str] = []
         if form is Format.JSON_LINES:
             with reading(file, form):
-                types, late = json_lines.field_types(file, wanted)
+                types, late = json_lines.field_types(file, wanted, lists)
             if not types:
                 return None
-            types |= {name: pa.float64() for name in numbers if types.get(name) == pa.int64()}
+            types |= {name: _FLOATS[types[name]] for name in numbers if types.get(name) in _FLOATS}
         names = list(types) if form is Format.JSON_LINES else column_names(file, form)
         told = partition_of(file, [name for name in wanted if name not in names])
         partition = {name: value for name, value in told.items() if name not in names}
         return cls((*names, *partition), partition, types, tuple(late))
+
+
+def require_columns(layouts: Mapping[Path, Layout], names: Sequence[str], remedy: str) -> None:
+    """Checks that each file has each of the columns once.
+
+    Args:
+        layouts: the layout of each file.
+        names: the columns.
+        remedy: what to do otherwise.
+
+    Raises:
+        InputError: a file lacks a column.
+    """
+    for (file, layout), name in itertools.product(layouts.items(), names):
+        count = layout.names.count(name)
+        if count != 1:
+            raise InputError(
+                f"{file}: column {name!r} {'occurs more than once' if count else 'is missing'}. "
+                f"Received: {shown_names(layout.names)} {remedy}"
+            )
 
 
 def column_names(file: Path, form: Format) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from din_dist import schema
 from din_dist.data.blocks import Block, EventLog
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_of, vocabulary_path, write_facts
+from din_dist.data.raw_features import write_raw
 
 BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
 
@@ -29,8 +30,8 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
     A `ShardBasedBuilder` keeps that order and holds one shard in memory. TFDS's `GeneratorBasedBuilder` would hold up
     to 1 GB, and without shuffling all records.
 
-    These files are written beside the records: `facts.json`, `vocabulary/`, `item_features/`. All lie in TFDS's
-    incomplete folder until they are complete.
+    These are written beside the records: `facts.json`, `vocabulary/`, `item_features/`, `raw_features/`. All lie in
+    TFDS's incomplete folder until they are complete.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -145,6 +146,8 @@ def write_beside(
     for written in (schema.VOCABULARY_DIR, schema.ITEM_FEATURES_DIR):
         if (folder / written).is_dir():
             write_checksums(folder / written)
+    if log.raw_features:
+        write_raw(folder, log.raw_features, log.tables)
     facts = schema.DatasetFacts(
         num_users=len(log.user_ids),
         num_items=len(log.item_ids),

@@ -6,10 +6,12 @@ Prepared by `python -m din_dist.cli.prepare_data`, whose default it is.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ import tensorflow_datasets as tfds
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
+from din_dist.data.raw_columns import FeatureColumns
 from din_dist.errors import InputError
 from din_dist.tables.sources import fingerprint_files
 
@@ -30,28 +33,59 @@ PRODUCT_COLUMNS = {
 }
 
 
+USER_COLUMN, ITEM_COLUMN = "household_id", "product_id"
+
+
+@dataclasses.dataclass(eq=False)
+class CompleteJourneyConfig(tfds.core.BuilderConfig):
+    """The columns of the package that declared features need: of transactions, products and demographics."""
+
+    features: FeatureColumns = dataclasses.field(default_factory=FeatureColumns)
+
+    @classmethod
+    def of(cls, features: FeatureColumns) -> CompleteJourneyConfig | None:
+        """Makes a configuration whose name, and so whose folder, follows from the columns; None without any."""
+        if not features.columns:
+            return None
+        key = json.dumps(features.name_parts())
+        return cls(name=f"features_{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}", features=features)
+
+
 class CompleteJourney(EventsBuilder):
     """Grocery purchases: users are households, items are products, timestamps are microseconds.
 
     Each row of the transactions is an event. Purchases of one basket have the same time and keep the file's order.
-    The vocabularies of item features are those of the whole catalogue, bought or not.
+    The vocabularies of item features are those of the whole catalogue, bought or not. Declared features may name every
+    column of the transactions, of the products and of the demographics, which 801 households have.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First."}
+    builder_config: CompleteJourneyConfig | None
+
+    def _settings(self) -> dict[str, Any]:
+        return self.builder_config.features.settings() if self.builder_config else {}
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         folder = package_data()
         transactions, products = folder / "transactions.parquet", folder / "products.parquet"
-        columns = Columns("household_id", "product_id", "transaction_timestamp", label="", item_features=())
-        log = read_log([transactions], columns)
+        columns = Columns(USER_COLUMN, ITEM_COLUMN, "transaction_timestamp", label="", item_features=())
+        features, sources = FeatureColumns(), [transactions, products]
+        if self.builder_config:
+            demographics = folder / "demographics.parquet"
+            features = dataclasses.replace(
+                self.builder_config.features, items_path=str(products), users_path=str(demographics)
+            )
+            vectors = self.builder_config.features.find_tables().get("vectors", [])
+            sources += [demographics, *vectors]
+        log = read_log([transactions], columns, features=features)
         table = pq.read_table(products, columns=["product_id", *PRODUCT_COLUMNS.values()]).combine_chunks()
         rows = pc.index_in(log.item_ids, table.column("product_id").combine_chunks())  # null: a product not described
-        features = {
+        item_features = {
             name: ItemFeature.from_values(table.column(column).combine_chunks().dictionary_encode().take(rows))
             for name, column in PRODUCT_COLUMNS.items()
         }
-        return dataclasses.replace(log, item_features=features), fingerprint_files([transactions, products])
+        return dataclasses.replace(log, item_features=item_features), fingerprint_files(sources)
 
 
 def package_data() -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
+from din_dist.data.raw_columns import FeatureColumns
 from din_dist.tables.sources import absolute, check_unchanged, find_files, fingerprint_files
 
 
@@ -26,18 +28,25 @@ class EventLogConfig(tfds.core.BuilderConfig):
     Attributes:
         source: a file, a folder or a glob, as an absolute path.
         columns: the columns to read.
+        features: what declared features need.
     """
 
     source: str = ""
     columns: Columns = dataclasses.field(default_factory=Columns)
+    features: FeatureColumns = dataclasses.field(default_factory=FeatureColumns)
 
     @classmethod
-    def for_source(cls, source: str, columns: Columns) -> EventLogConfig:
+    def for_source(
+        cls,
+        source: str,
+        columns: Columns,
+        features: FeatureColumns = FeatureColumns(),  # noqa: B008 (it is frozen)
+    ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
-        key = json.dumps([source, dataclasses.asdict(columns)])
+        key = json.dumps([source, dataclasses.asdict(columns), *features.name_parts()])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        return cls(name=name, description=source, source=source, columns=columns)
+        return cls(name=name, description=source, source=source, columns=columns, features=features)
 
 
 class EventLogBuilder(EventsBuilder):
@@ -52,12 +61,15 @@ class EventLogBuilder(EventsBuilder):
     builder_config: EventLogConfig
 
     def _settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.builder_config.columns)
+        return dataclasses.asdict(self.builder_config.columns) | self.builder_config.features.settings()
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
-        files = find_files(self.builder_config.source).files
-        columns = self.builder_config.columns
-        sources = fingerprint_files(files, columns.names)
-        log = read_log(files, columns)
-        check_unchanged(sources, files)  # while it was being read
+        config = self.builder_config
+        files = find_files(config.source).files
+        tables = config.features.find_tables()
+        sources = fingerprint_files(files, config.columns.names)
+        for name, found in tables.items():
+            sources |= {path: {**facts, "table": name} for path, facts in fingerprint_files(found).items()}
+        log = read_log(files, config.columns, features=config.features)
+        check_unchanged(sources, [*files, *itertools.chain(*tables.values())])  # while it was being read
         return log, sources
