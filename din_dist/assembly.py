@@ -22,7 +22,10 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.distributed.shared_memory import share_memory
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.execution import Execution, Mode
-from din_dist.layers.local_lookup import LocalLookup
+from din_dist.features.encoding import StoredFeature
+from din_dist.features.spec import Owner
+from din_dist.layers.feature_columns import feature_table_specs
+from din_dist.layers.local_lookup import LocalLookup, columns_of
 from din_dist.machine import memory_bytes
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
@@ -41,7 +44,10 @@ from din_dist.training.undo import UndoLog
 
 
 def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
-    """Returns the item's table, then one for each item feature; row 0 of each is for unknown ids."""
+    """Returns the item's table, then one for each of `item_features`; row 0 of each is for unknown ids.
+
+    `feature_table_specs` returns those of declared features.
+    """
     sizes = {"item": facts.num_items}
     sizes |= {schema.feature_label(name): num_ids for name, num_ids in facts.item_features.items()}
     widths = config.embedding_dim * len(sizes) if len(config.embedding_dim) == 1 else config.embedding_dim
@@ -55,13 +61,21 @@ def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.
     return [schema.TableSpec(name, sizes[name] + 1, width) for name, width in zip(sizes, widths, strict=True)]
 
 
-def require_memory_for_tables(config: Config, facts: schema.DatasetFacts) -> None:
+def require_memory_for_tables(
+    config: Config, facts: schema.DatasetFacts, features: Mapping[str, StoredFeature] | None = None
+) -> None:
     """Checks that this machine has memory for one copy of the tables and their slots.
+
+    Args:
+        config: all settings.
+        facts: of the data set.
+        features: its declared features, by name. None: there are none.
 
     Raises:
         InputError: the memory is too small.
     """
-    specs = table_specs(config.model, facts)
+    encodings = [feature.encoding for feature in (features or {}).values()]
+    specs = table_specs(config.model, facts) + feature_table_specs(encodings, config.model.embedding_dim[0])
     slots = 0 if config.optimizer.adagrad_row_wise else len(OPTIMIZERS[config.optimizer.optimizer].initial_state)
     wanted = 4 * (1 + slots) * sum(spec.num_rows * spec.width for spec in specs)
     have = memory_bytes()
@@ -88,6 +102,7 @@ def make_model(
     row_of_item: np.ndarray | None = None,
     training_mode: Mode | None = None,
     model_class: Callable[..., RankingModel] | None = None,
+    features: Mapping[str, StoredFeature] | None = None,
 ) -> RankingModel:
     """Makes a model and its variables, the same for the same `seed`.
 
@@ -99,11 +114,22 @@ def make_model(
         row_of_item: as of `LocalLookup`.
         training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
         model_class: None: the one of `MODELS` that `config` names.
+        features: name -> a declared feature. None: there are none.
     """
     keras.utils.set_random_seed(seed)
-    lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, name="lookup")
+    of_owner = {owner: {} for owner in Owner}
+    for name, stored in (features or {}).items():
+        of_owner[stored.encoding.spec.owner][name] = stored
+    of_items = of_owner.pop(Owner.ITEM)
+    lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, of_items, name="lookup")
+    # The order of `Owner`: a split head wants the candidates' columns last.
+    of_examples = {name: stored for own in of_owner.values() for name, stored in own.items()}
+    given = {}
+    if of_examples:
+        first_seed = seed + len(lookup.embeddings)
+        given = {"example_columns": columns_of(of_examples, config.embedding_dim[0], first_seed)}
     make = model_class or MODELS[config.model]
-    model = make(lookup, config, training_mode, name="model")
+    model = make(lookup, config, training_mode, name="model", **given)
     model.build_variables()
     return model
 
@@ -135,7 +161,7 @@ class Assembly:
         signals: Signals | None = None,
         num_threads: int = 2,
     ) -> None:
-        require_memory_for_tables(config, store.facts)
+        require_memory_for_tables(config, store.facts, store.features)
         self.config, self.runtime, self.store = config, runtime, store
         self._prometheus_metrics, self._num_threads = prometheus_metrics, num_threads
         self._signals = signals or NoSignals()
@@ -176,6 +202,7 @@ class Assembly:
             self.store.facts,
             self.store.item_features,
             row_of_item=self.trained_items.row_of_item if self.trained_items else None,
+            features=self.store.features,
             **self.model_arguments,
         )
 
@@ -192,7 +219,7 @@ class Assembly:
     def row_counts(self) -> dict[str, np.ndarray]:
         """In how many training events each row of each table occurs."""
         with progress.at(f"reading data in {self.store.folder}"):
-            return _row_counts(self.config, self.store, self.splits, self.trained_items, self.model.lookup)
+            return _row_counts(self.config, self.store, self.splits, self.trained_items, self.model)
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
@@ -202,7 +229,7 @@ class Assembly:
             self.config.optimizer,
             [weight.value for weight in weights],
             [weight.path for weight in weights],
-            [weight.path for weight in self.model.lookup.trainable_weights],
+            [weight.path for weight in self.model.tables],
             self.execution,
         )
 
@@ -340,9 +367,14 @@ def _row_counts(
     store: EventStore,
     splits: Mapping[str, Examples],
     trained: TrainedItems | None,
-    lookup: LocalLookup,
+    model: RankingModel,
 ) -> dict[str, np.ndarray]:
-    """Returns how often the rows of each table occur in training, by its name; zeros if no penalty asks."""
+    """Returns how often the rows of each table occur in training, by its name; zeros if no penalty asks.
+
+    Rows of items and of their features are counted in the positive events of training, and other features in all its
+    events. A list counts each of its entries.
+    """
+    lookup = model.lookup
     of_items = np.zeros(store.facts.num_items + 1)
     if config.optimizer.mini_batch_aware_l2:
         of_items = item_counts(store, splits).astype(np.float64)
@@ -356,4 +388,30 @@ def _row_counts(
         of_rows = (1 - rate) * counts[lookup.tables[0].path]
         of_rows[schema.UNKNOWN_ID] = rate * of_items.sum()
         counts |= {lookup.tables[0].path: of_rows}
+    times = {Owner.ITEM: of_items}
+    if config.optimizer.mini_batch_aware_l2 and model.example_columns:
+        times |= _times_in_training(store, splits["train"])
+    for columns in (lookup.columns, model.example_columns):
+        for encoding, table in columns.embedded if columns else ():
+            stored = store.features[encoding.spec.name]
+            counts[table.path] = _row_counts_of(stored, times.get(encoding.spec.owner))
     return counts
+
+
+def _times_in_training(store: EventStore, examples: Examples) -> dict[Owner, np.ndarray]:
+    """Returns in how many training events each row of a user, context or candidate feature occurs."""
+    users = examples.user_of_example()[:: examples.draws_per_row]
+    of_events = np.zeros(store.facts.num_events)
+    of_events[examples.events()] = 1
+    of_users = np.bincount(users, minlength=store.facts.num_users)
+    return {Owner.USER: of_users, Owner.CONTEXT: of_events, Owner.CANDIDATE: of_events}
+
+
+def _row_counts_of(stored: StoredFeature, times: np.ndarray | None) -> np.ndarray:
+    """Returns how often each row of a feature's table occurs, if its owners' rows occur `times` `[n]`; None: never."""
+    num_rows = stored.encoding.num_rows
+    if times is None:
+        return np.zeros(num_rows)
+    if stored.offsets is not None:
+        times = np.repeat(times, np.diff(stored.offsets))
+    return np.bincount(stored.values, times, num_rows)

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     item_index: Any = None  # int32 [B + N], the place of each candidate and then each history position among those
     example_ids: Any = None  # int64 [B], position among the split's examples
     # Name -> the user, context and candidate features of each example, by form: int32 [B], `Lists` of B, float32 [B] or
-    # float16 [B, D].
+    # float16 [B, D]. () stands for none: a signature may hold nothing but TensorSpecs.
     features: Any = ()
 
 

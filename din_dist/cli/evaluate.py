@@ -233,7 +233,7 @@ def _scorers(
     """Returns a function from a batch to logits, a maker of a scorer of candidates, and the update of their weights."""
     import tensorflow as tf
 
-    from din_dist.data.pipeline import BATCH_SIGNATURE
+    from din_dist.data.pipeline import batch_signature
     from din_dist.evaluation.retrieval import ModelScorer
     from din_dist.serving.scorer import ExportScorer
 
@@ -249,7 +249,7 @@ def _scorers(
         if not runtime.is_chief:
             model, step = trained_model(config, store, step)
     logits_of = tf.function(
-        lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+        lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
     )
     return logits_of, lambda: ModelScorer(model, store.facts.num_items), step
 

@@ -81,7 +81,14 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
         require_checkpoint(step, checkpoints_dir(config))
     trained = trained_items(store, config.data, split_examples(store, config.data))
     row_of_item = trained.row_of_item if trained else None
-    model = make_model(config.model, store.facts, store.item_features, seed=config.job.seed, row_of_item=row_of_item)
+    model = make_model(
+        config.model,
+        store.facts,
+        store.item_features,
+        seed=config.job.seed,
+        row_of_item=row_of_item,
+        features=store.features,
+    )
     variables = {weight.path: weight.value for weight in model.weights}
     checkpoints = CheckpointStore(config, store.facts.fingerprint, Runtime())
     for attempts_left in (1, 0):

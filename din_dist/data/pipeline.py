@@ -11,11 +11,10 @@ Letters of shapes: B examples of a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from din_dist.config import DataConfig, UnknownItem
@@ -25,24 +24,67 @@ from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
 from din_dist.execution import Execution
+from din_dist.features.encoding import Encoding
+from din_dist.features.gathering import FeatureValues, signature_of, without_copying
+from din_dist.features.spec import Owner
 from din_dist.kernels import operations
 from din_dist.schema import Batch
-
-BATCH_SIGNATURE = Batch(
-    candidate_item_ids=tf.TensorSpec([None], tf.int32),
-    history_item_ids=tf.TensorSpec([None], tf.int32),
-    history_lengths=tf.TensorSpec([None], tf.int32),
-    dropout_seeds=tf.TensorSpec([None], tf.int64),
-    labels=tf.TensorSpec([None], tf.float32),
-    distinct_item_ids=tf.TensorSpec([None], tf.int32),
-    item_index=tf.TensorSpec([None], tf.int32),
-    example_ids=tf.TensorSpec([None], tf.int64),
-)
 
 # Streams of random numbers that must not resemble each other.
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING = 1, 2, 3, 4
 
 MOST_DEALERS = 8
+
+
+def batch_signature(encodings: Iterable[Encoding] = ()) -> Batch:
+    """Returns the TensorSpec of each field of a batch that has all of them.
+
+    Args:
+        encodings: of the data set's features. Those of items are not in batches.
+    """
+    ids, ids64 = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)
+    return Batch(
+        candidate_item_ids=ids,
+        history_item_ids=ids,
+        history_lengths=ids,
+        dropout_seeds=ids64,
+        labels=tf.TensorSpec([None], tf.float32),
+        distinct_item_ids=ids,
+        item_index=ids,
+        example_ids=ids64,
+        features=signature_of(encoding for encoding in encodings if encoding.spec.owner is not Owner.ITEM) or (),
+    )
+
+
+class ExampleFeatures:
+    """The user, context and candidate features of a data set.
+
+    Args:
+        store: the events.
+        execution: how lists are gathered. None: by TensorFlow's operations.
+    """
+
+    def __init__(self, store: EventStore, execution: Execution | None = None) -> None:
+        features = {name: stored for name, stored in store.features.items() if stored.encoding.spec.owner != Owner.ITEM}
+        self._execution = execution
+        self._values = {name: FeatureValues(stored) for name, stored in features.items()}
+
+    @property
+    def encodings(self) -> list[Encoding]:
+        """The features' encodings."""
+        return [values.encoding for values in self._values.values()]
+
+    def of(self, users: tf.Tensor, events: tf.Tensor) -> dict[str, Any] | tuple[()]:
+        """Returns the values of each feature by name, as `Batch.features` has them; () without features.
+
+        Args:
+            users: int64 `[B]`, the user of each example.
+            events: int64 `[B]`, its event.
+        """
+        rows = {Owner.USER: users, Owner.CONTEXT: events, Owner.CANDIDATE: events}
+        return {
+            name: values.of(rows[values.encoding.spec.owner], self._execution) for name, values in self._values.items()
+        } or ()
 
 
 def share(total: Any, index: int, num_shards: int) -> tuple[Any, Any]:
@@ -143,8 +185,9 @@ class BatchMaker:
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
         }
-        tensors = {name: _without_copying(array) for name, array in arrays.items() if array is not None}
+        tensors = {name: without_copying(array) for name, array in arrays.items() if array is not None}
         object.__setattr__(self, "_tensors", tensors)
+        object.__setattr__(self, "_features", ExampleFeatures(self.store, self.execution))
 
     @property
     def _drawn_from(self) -> EventStore | TrainedItems:
@@ -209,6 +252,7 @@ class BatchMaker:
             distinct_item_ids=distinct,
             item_index=index,
             example_ids=example_ids,
+            features=self._features.of(user, event),  # type: ignore[attr-defined]
         )
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
@@ -375,11 +419,3 @@ def _mapped(dataset: tf.data.Dataset, make: Callable[[tf.Tensor], Batch], num_pa
     options.autotune.enabled = False
     options.deterministic = True
     return dataset.map(make, num_parallel_calls=num_parallel_calls).prefetch(2).with_options(options)
-
-
-def _without_copying(array: np.ndarray) -> tf.Tensor:
-    """Returns a CPU tensor over the memory of `array`, so that processes go on sharing memory-mapped pages."""
-    with tf.device("CPU:0"):
-        if array.size == 0 or array.ctypes.data % 64:  # TensorFlow needs whole cache lines
-            return tf.constant(array)
-        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.execution import Mode
+from din_dist.layers.feature_columns import FeatureColumns
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.vectors import beside_product
@@ -21,13 +22,15 @@ from din_dist.schema import Batch
 class DIN(RankingModel):
     """Weighs each past behaviour by its relevance to the candidate.
 
-    interest = Dense(BN(attention(q, history))); logit = head(BN([interest, q, interest * q])) + bias[item].
+    interest = Dense(BN(attention(q, history))); logit = head(BN([interest, q, interest * q, context])) + bias[item].
+    The context is the columns of user, context and candidate features, if there are any.
     Source: the authors' din/model.py.
 
     Args:
         lookup: turns item ids into vectors.
         config: sizes, activations and normalization.
         training_mode: of a pass in training.
+        example_columns: of the context.
         attention: another form of the local activation unit, for comparison.
     """
 
@@ -36,10 +39,11 @@ class DIN(RankingModel):
         lookup: LocalLookup,
         config: ModelConfig,
         training_mode: Mode | None = None,
+        example_columns: FeatureColumns | None = None,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, training_mode, **kwargs)
+        super().__init__(lookup, config, training_mode, example_columns, **kwargs)
         self.attention = attention(
             config.attention_hidden_units,
             config.activation,

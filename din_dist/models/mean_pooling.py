@@ -11,7 +11,7 @@ from din_dist.models.ranking_model import RankingModel
 
 
 class MeanPooling(RankingModel):
-    """DIN without attention: interest = Dense(BN(mean of the history)); the head sees [interest, q].
+    """DIN without attention: interest = Dense(BN(mean of the history)); the head sees [interest, q, context].
 
     Source: the authors' base_model/model.py (there an empty history divides by zero; here its mean is zeros).
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -11,6 +11,9 @@ import tensorflow as tf
 
 from din_dist.config import BatchNorm, ModelConfig
 from din_dist.execution import INFERENCE, TRAINING, Mode, round_up
+from din_dist.features.encoding import Encoding
+from din_dist.features.spec import Owner
+from din_dist.layers.feature_columns import FeatureColumns
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.dense import has_kernel, run_by_kernels
@@ -19,7 +22,9 @@ from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.pairs import Pairs
 from din_dist.layers.stages import Stage, run_by_operations
 from din_dist.layers.standardize import BatchNormalization
-from din_dist.schema import Batch
+from din_dist.schema import Batch, TableSpec
+
+OF_HISTORY, OF_CANDIDATE = (Owner.USER, Owner.CONTEXT), (Owner.CANDIDATE,)
 
 
 class LookedUp(NamedTuple):
@@ -28,6 +33,23 @@ class LookedUp(NamedTuple):
     candidate: tf.Tensor  # float32 [C, H]
     biases: tf.Tensor  # float32 [C]
     behaviours: tf.Tensor  # float32 [K, H]
+    # Float32 [C, columns of the examples' features]: of all of them; with `history_terms`, of the candidate's only, or
+    # None without such features.
+    context: tf.Tensor | None = None
+    # Float32 [C, D], in inference: what `RankingModel.history_terms` gives the history of each candidate.
+    history_terms: tf.Tensor | None = None
+
+
+class SplitHead(NamedTuple):
+    """The head's normalization and its first Dense layer as one affine map in inference, its kernel split by rows.
+
+    D is the width of that layer.
+    """
+
+    of_items: tf.Tensor  # float32 [W, D], of what `RankingModel.head_inputs` returns
+    of_history: tf.Tensor  # float32 [columns of user and context features, D]
+    of_candidate: tf.Tensor  # float32 [columns of candidate features, D]
+    bias: tf.Tensor  # float32 [D]
 
 
 class RankingModel(keras.Model):
@@ -40,6 +62,7 @@ class RankingModel(keras.Model):
         lookup: turns item ids into vectors. The model does not know where the tables lie.
         config: sizes, activations and normalization.
         training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
+        example_columns: the columns of the examples' features, those of candidates last. None: there are none.
     """
 
     def __init__(
@@ -47,10 +70,12 @@ class RankingModel(keras.Model):
         lookup: LocalLookup,
         config: ModelConfig,
         training_mode: Mode | None = None,
+        example_columns: FeatureColumns | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.lookup, self.training_mode = lookup, training_mode or TRAINING
+        self.example_columns = example_columns
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
         self.interest_norm = BatchNormalization(frozen, name="interest_norm")
@@ -64,7 +89,46 @@ class RankingModel(keras.Model):
         """Makes every variable, by scoring one candidate without a history."""
         nothing = tf.zeros([0], tf.int32)
         one = tf.zeros([1], tf.int32)
-        self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=one))
+        features = self.example_columns.missing(1) if self.example_columns else ()
+        self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=one, features=features))
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """The encodings of the user, context and candidate features, in the order of their columns."""
+        return self.example_columns.encodings if self.example_columns else ()
+
+    @property
+    def embeddings(self) -> list[tuple[TableSpec, keras.Variable]]:
+        """Each embedding table with its sizes: those of items, then those of the examples' features."""
+        columns = self.example_columns
+        return self.lookup.embeddings + ([*zip(columns.specs, columns.tables, strict=True)] if columns else [])
+
+    @property
+    def tables(self) -> list[keras.Variable]:
+        """The variables of which a batch reads some rows, and whose gradient therefore has only those."""
+        return [*self.lookup.variables_by_rows, *(self.example_columns.tables if self.example_columns else ())]
+
+    @property
+    def specs_of_ids(self) -> list[TableSpec]:
+        """The tables of one id an item or an example, in the order of `unknown_ids`."""
+        return [*self.lookup.specs_of_ids, *(self.example_columns.specs_of_ids if self.example_columns else ())]
+
+    def unknown_ids(self, batch: Batch) -> tf.Tensor:
+        """Returns the share of the ids of a packed batch that are unknown in each table, float32 `[tables]`.
+
+        Ids of items are those of all candidates and positions.
+        """
+        places = batch.item_index
+        unknown = self.lookup.unknown(batch.distinct_item_ids)
+        num_items = tf.shape(unknown)[1]
+        times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
+        num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
+        shares = num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32)
+        if self.example_columns and (of_examples := self.example_columns.unknown(batch.features)):
+            num_unknown = tf.reduce_sum(tf.cast(of_examples, tf.float32), axis=1)
+            num_examples = tf.cast(tf.maximum(tf.size(batch.candidate_item_ids), 1), tf.float32)
+            shares = tf.concat([shares, num_unknown / num_examples], axis=0)
+        return shares
 
     @property
     def statistics_widths(self) -> list[int]:
@@ -109,7 +173,19 @@ class RankingModel(keras.Model):
             num_pairs = tf.size(pairs.behaviour_of)
             behaviour_of = padded(pairs.behaviour_of, self.num_computed_positions(num_pairs))
             pairs = Pairs(padded(pairs.candidate_of, tf.size(behaviour_of), -1), behaviour_of, num_pairs)
+        items = items._replace(context=self.context(batch.features, mode))
         return self.logits(items, pairs, batch.dropout_seeds, mode)
+
+    def context(self, features: Mapping[str, Any] | None, mode: Mode = INFERENCE) -> tf.Tensor | None:
+        """Returns the columns of the features of B examples, float32 `[B, columns]`; None if the model has none.
+
+        Args:
+            features: as of `Batch.features`.
+            mode: of the pass.
+        """
+        if self.example_columns is None:
+            return None
+        return self.example_columns(_given(features, self.encodings), mode)
 
     def _look_up(
         self, item_ids: tf.Tensor, candidate_index: tf.Tensor, num_vectors: tf.Tensor | None, mode: Mode
@@ -119,7 +195,7 @@ class RankingModel(keras.Model):
         With `num_vectors` there are so many behaviours, the rest of them padding.
         """
         if mode.kernels:
-            parts, biases = self.lookup.parts(item_ids)
+            parts, biases = self.lookup.parts(item_ids, mode)
             vectors, candidate = vectors_and_candidates(parts, candidate_index)
         else:
             vectors, biases = self.lookup(item_ids)
@@ -140,14 +216,19 @@ class RankingModel(keras.Model):
         history_lengths: tf.Tensor,
         candidate_item_ids: tf.Tensor,
         candidate_counts: tf.Tensor,
+        features: Mapping[str, Any] | None = None,
     ) -> tf.Tensor:
         """Returns the logits `[C]` of many candidates for each history, whose items are looked up and projected once.
+
+        User and context columns go through the head's first layer once a history.
 
         Args:
             history_item_ids: int32 `[N]`, B histories concatenated.
             history_lengths: int32 `[B]`.
             candidate_item_ids: int32 `[C]`, the candidates of B histories concatenated.
             candidate_counts: int32 `[B]`.
+            features: name -> values by form, as in `Batch.features`: B of each user and context feature, one for each
+                history, and C of each candidate feature. None: the model has no such features.
         """
         history_of = segment_ids(candidate_counts)  # [C]
         starts = tf.gather(tf.cumsum(history_lengths, exclusive=True), history_of)
@@ -156,7 +237,46 @@ class RankingModel(keras.Model):
         item_ids, index = distinct_items(candidate_item_ids, history_item_ids)
         num_candidates = tf.size(candidate_item_ids)
         items = self._look_up(item_ids, index[:num_candidates], None, INFERENCE)
+        if (terms := self.history_terms(features)) is not None:
+            terms = tf.gather(terms, history_of)
+        items = items._replace(context=self.candidate_context(features), history_terms=terms)
         return self.logits(items, Pairs(segment_ids(lengths), tf.gather(index[num_candidates:], position_of)))
+
+    def split_head(self) -> SplitHead:
+        """Returns the head's first layer in inference, for callers that share parts of it among candidates."""
+        scale, offset = self.head_norm.affine()
+        first, columns = self.head.dense_layers[0], self.example_columns
+        widths = [columns.width_of(owners) if columns else 0 for owners in (OF_HISTORY, OF_CANDIDATE)]
+        kernel = first.kernel.value
+        parts = tf.split(scale[:, None] * kernel, [kernel.shape[0] - sum(widths), *widths], axis=0)
+        return SplitHead(*parts, tf.squeeze(tf.matmul(offset[None], kernel), axis=0) + first.bias.value)
+
+    def history_terms(self, features: Mapping[str, Any] | None) -> tf.Tensor | None:
+        """Returns the share that user and context columns have in the head's first layer, float32 `[B, D]`.
+
+        None if the model has no such columns.
+
+        Args:
+            features: name -> B values of each user and context feature; others are left aside.
+        """
+        if (columns := self._columns_of(features, OF_HISTORY)) is None:
+            return None
+        return tf.matmul(columns, self.split_head().of_history)
+
+    def candidate_context(self, features: Mapping[str, Any] | None) -> tf.Tensor | None:
+        """Returns the columns of candidate features, float32 `[C, columns]`; None if the model has none.
+
+        Args:
+            features: name -> C values of each candidate feature; others are left aside.
+        """
+        return self._columns_of(features, OF_CANDIDATE)
+
+    def _columns_of(self, features: Mapping[str, Any] | None, owners: Sequence[Owner]) -> tf.Tensor | None:
+        """Returns the columns of the features of some owners in inference; None if the model has none."""
+        wanted = [encoding for encoding in self.encodings if encoding.spec.owner in owners]
+        if not wanted or self.example_columns is None:
+            return None
+        return self.example_columns(_given(features, wanted), owners=tuple(owners))
 
     def logits(
         self, items: LookedUp, pairs: Pairs, seeds: tf.Tensor | None = None, mode: Mode = INFERENCE
@@ -172,10 +292,24 @@ class RankingModel(keras.Model):
         interest = self.interest(items.candidate, items.behaviours, pairs, mode)
         interest = run_stages([Stage(self.interest_norm, self.interest_projection)], interest, None, mode)
         inputs = self.head_inputs(interest, items.candidate, mode)
+        if items.history_terms is not None:
+            return self._logits_from_terms(inputs, items)
+        if self.example_columns is not None:
+            if items.context is None:
+                raise ValueError(f"context: must be the columns of {_names(self.encodings)}. Received: None.")
+            inputs = tf.concat([inputs, items.context], axis=1)
         if not self.head.built:
             self.head.build(inputs.shape)
         stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
         return tf.squeeze(run_stages(stages, inputs, seeds, mode), axis=1) + items.biases
+
+    def _logits_from_terms(self, inputs: tf.Tensor, items: LookedUp) -> tf.Tensor:
+        """Returns the logits `[C]` in inference; `inputs` `[C, W]` is the result of `head_inputs`."""
+        head = self.split_head()
+        projected = tf.matmul(inputs, head.of_items) + head.bias + items.history_terms
+        if items.context is not None:
+            projected += tf.matmul(items.context, head.of_candidate)
+        return self.head.after_first(projected) + items.biases
 
 
 def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
@@ -189,6 +323,17 @@ def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | No
     """
     by_kernels = mode.kernels and all(has_kernel(stage.gate) for stage in stages)
     return (run_by_kernels if by_kernels else run_by_operations)(stages, inputs, seeds, mode)
+
+
+def _given(features: Mapping[str, Any] | None, encodings: Sequence[Encoding]) -> Mapping[str, Any]:
+    """Returns `features`, of which none of `encodings` may lack."""
+    if lacking := [encoding for encoding in encodings if encoding.spec.name not in (features or {})]:
+        raise ValueError(f"features: must have values of {_names(lacking)}. Received: {sorted(features or {})}.")
+    return features or {}
+
+
+def _names(encodings: Sequence[Encoding]) -> str:
+    return ", ".join(encoding.spec.name for encoding in encodings)
 
 
 def items_of(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:

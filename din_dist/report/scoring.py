@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore, vocabulary_of
-from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.data.pipeline import batch_signature
 from din_dist.data.splits import Examples
 from din_dist.evaluation.evaluator import Evaluator, Scorer
 from din_dist.metrics.bins import equal_mass_bins
@@ -108,7 +108,7 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         model: to evaluate.
     """
     logits_of = tf.function(
-        lambda batch: model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+        lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
     )
     scorers: dict[str, Scorer] = {MODEL: logits_of, **evaluator.floor_scorers()}
     return ScoredExamples(

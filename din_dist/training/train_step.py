@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
-from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.data.pipeline import batch_signature
 from din_dist.distributed.gradients import Gradient, GradientExchange
 from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import on_host
@@ -28,7 +28,7 @@ class Observed(NamedTuple):
     exchange_ended: tf.Tensor  # likewise
     rows_sent: tf.Tensor  # int32 [S], of each table, padding included, also by a rank that has nobody to send to
     unique_rows: tf.Tensor  # int32 [S], over all ranks
-    unknown_ids: tf.Tensor  # float32 [T], share of the candidates and positions that have no id in a table
+    unknown_ids: tf.Tensor  # float32 [T], as from `RankingModel.unknown_ids`
     computed_positions: tf.Tensor  # int32, padding included
 
 
@@ -92,7 +92,7 @@ class TrainStep:
         """Returns the function that runs an update, made once for each form of the exchange."""
         if self._optimizer.updates_in_place:
             self._exchange.share(self._optimizer.changing_by_rows)
-        signature = [BATCH_SIGNATURE, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
+        signature = [batch_signature(self._model.encodings), tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
         return self._run.get_concrete_function()
 
@@ -138,17 +138,12 @@ class TrainStep:
         with on_host():
             transport = self._exchange.rows
             sent = [transport.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
-            places = batch.item_index
-            unknown = self._model.lookup.unknown(batch.distinct_item_ids)
-            num_items = tf.shape(unknown)[1]
-            times = tf.math.bincount(places, minlength=num_items, maxlength=num_items, dtype=tf.float32)
-            num_unknown = tf.linalg.matvec(tf.cast(unknown, tf.float32), times)
             return Observed(
                 gradients_ready,
                 _time_after(merged),
                 tf.stack(sent),
                 tf.convert_to_tensor(num_rows or [0]),
-                num_unknown / tf.cast(tf.maximum(tf.size(places), 1), tf.float32),
+                self._model.unknown_ids(batch),
                 self._model.num_computed_positions(tf.size(batch.history_item_ids)),
             )
 
@@ -232,7 +227,7 @@ class MessageSizes:
     def __init__(self, model: RankingModel, optimizer: Optimizer, wire_bytes: int, has_peers: bool) -> None:
         """`wire_bytes`: of one value of a row gradient."""
         self._alone = not has_peers
-        tables = {weight.path for weight in model.lookup.trainable_weights}
+        tables = {weight.path for weight in model.tables}
         named = dict(zip(optimizer.names, optimizer.variables, strict=True))
         self.table_names = [name.rpartition("/")[2] for name in named if name in tables]
         self._row_bytes = [wire_bytes * named[name].shape[1] for name in named if name in tables]

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from din_dist import progress
 from din_dist.config import Config
-from din_dist.data.pipeline import BATCH_SIGNATURE, num_steps_per_epoch
+from din_dist.data.pipeline import batch_signature, num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, Interrupted, Left
@@ -81,7 +81,9 @@ class Trainer:
         self._rejoin = Rejoin(config, runtime, learner, data, checkpoints, telemetry)
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._logits_of = tf.function(
-            lambda batch: self._model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+            lambda batch: self._model(batch, training=False),
+            input_signature=[batch_signature(self._model.encodings)],
+            autograph=False,
         )
         self._saved_step = 0
         self.state = TrainingState()
@@ -307,7 +309,7 @@ class Trainer:
             exchanged_bytes=self._message_sizes.of(rows_sent.tolist()),
             unique_rows=dict(zip(self._message_sizes.table_names, unique_rows.tolist(), strict=True)),
             unknown_ids_ratio=dict(
-                zip((spec.name for spec in self._model.lookup.specs), unknown_ids.tolist(), strict=True)
+                zip((spec.name for spec in self._model.specs_of_ids), unknown_ids.tolist(), strict=True)
             ),
         )
 
@@ -316,8 +318,9 @@ class Trainer:
         found = {}
         if (weights := self._model.attention_weights(batch)) is not None:
             found["attention_weights"] = weights.numpy()
-        for spec, table in zip(self._model.lookup.specs, self._model.lookup.tables, strict=True):
+        for spec, table in self._model.embeddings:
             rows = np.unique(np.linspace(1, spec.num_rows - 1, _SAMPLED_ROWS, dtype=np.int32))
+            rows = rows[rows < spec.num_rows]  # a table may have row 0 alone
             found[f"embedding_norms/{spec.name}"] = np.linalg.norm(tf.gather(table.value, rows).numpy(), axis=1)
         return found
 

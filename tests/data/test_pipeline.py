@@ -18,9 +18,9 @@ from din_dist import kernels
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import (
-    BATCH_SIGNATURE,
     BatchMaker,
     Shard,
+    batch_signature,
     evaluation_batches,
     num_steps_per_epoch,
     read_ahead,
@@ -333,7 +333,7 @@ def test_batches_have_the_declared_signature(prepared) -> None:
     config, store, splits = prepared
     maker = BatchMaker.for_training(store, splits["train"], config, seed=1)
     dataset = training_batches(maker, config, global_batch_size=8, steps=range(1))
-    assert dataset.element_spec == BATCH_SIGNATURE
+    assert dataset.element_spec == batch_signature()
 
 
 def test_mapped_arrays_are_not_copied(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
-from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.data.pipeline import batch_signature
 from din_dist.models.ranking_model import items_of
 from din_dist.schema import Batch
 from tests.support.reference.compare import (
@@ -92,7 +92,9 @@ def test_the_layers_are_created_once(kind):
 
 def test_a_graph_traced_once_takes_every_batch(kind):
     model = small_model(model=kind, activation=Activation.DICE, batch_norm=BatchNorm.FROZEN, dropout=0.2)
-    in_graph = tf.function(lambda batch: model(batch, training=True), input_signature=[BATCH_SIGNATURE])
+    in_graph = tf.function(
+        lambda batch: model(batch, training=True), input_signature=[batch_signature(model.encodings)]
+    )
     for lengths in (RAGGED, (0, 0), (1,), ()):
         batch = packed(padded_batch(lengths))
         items, index = items_of(batch)

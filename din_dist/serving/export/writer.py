@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from din_dist.config import Config
 from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
-from din_dist.data.pipeline import BATCH_SIGNATURE
+from din_dist.data.pipeline import batch_signature
 from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.files import locked, make_folder, publish_folder, repair_publishing, write_text
@@ -138,7 +138,9 @@ def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator
     expected = evaluator.scores(
         split,
         tf.function(
-            lambda batch: trained.model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+            lambda batch: trained.model(batch, training=False),
+            input_signature=[batch_signature(trained.model.encodings)],
+            autograph=False,
         ),
     ).astype(np.float64)
     largest = 0.0

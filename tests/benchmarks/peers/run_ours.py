@@ -33,7 +33,7 @@ def _train(config: Config) -> None:
     import tensorflow as tf
 
     from din_dist import assembly
-    from din_dist.data.pipeline import BATCH_SIGNATURE, evaluation_batches
+    from din_dist.data.pipeline import batch_signature, evaluation_batches
     from din_dist.data.prepared import open_prepared
     from din_dist.data.splits import split_examples
     from din_dist.distributed.devices import claim_devices
@@ -55,7 +55,9 @@ def _train(config: Config) -> None:
         num_shards=1,
     )
     logits_of = tf.function(
-        lambda batch: ours.model(batch, training=False), input_signature=[BATCH_SIGNATURE], autograph=False
+        lambda batch: ours.model(batch, training=False),
+        input_signature=[batch_signature(ours.model.encodings)],
+        autograph=False,
     )
     watch = stopwatch.Stopwatch(
         job, channel, lambda: np.concatenate([logits_of(batch).numpy() for batch in test]), "tensorflow-cpu,keras"
