@@ -185,7 +185,7 @@ class RankingModel(keras.Model):
         """
         if self.example_columns is None:
             return None
-        return self.example_columns(_given(features, self.encodings), mode)
+        return self.example_columns(_given(features, self.encodings), mode=mode)
 
     def _look_up(
         self, item_ids: tf.Tensor, candidate_index: tf.Tensor, num_vectors: tf.Tensor | None, mode: Mode
