@@ -128,7 +128,7 @@ def _evaluate(job: _Job, asked: EvaluationRequest, runtime: Runtime, started: fl
 
     config, store, splits = job.config, job.store, job.splits
     examples = splits[asked.evaluation_split]
-    logits_of, candidates_of, step = _scorers(config, store, runtime, job.bundle)
+    logits_of, candidates_of, step = _scorers(config, store, examples, runtime, job.bundle)
     say: Callable[[str], None] = entry.say if runtime.is_chief else lambda text: None
     say(
         f"scoring {examples.num_examples:,} examples of the {asked.evaluation_split} split with the weights of update "
@@ -228,7 +228,7 @@ def _check_data(bundle: Bundle | None, store: EventStore) -> None:
 
 
 def _scorers(
-    config: Config, store: EventStore, runtime: Runtime, bundle: Bundle | None
+    config: Config, store: EventStore, examples: Examples, runtime: Runtime, bundle: Bundle | None
 ) -> tuple[Callable[[Batch], tf.Tensor], Callable[[], CandidateScorer], int]:
     """Returns a function from a batch to logits, a maker of a scorer of candidates, and the update of their weights."""
     import tensorflow as tf
@@ -238,7 +238,7 @@ def _scorers(
     from din_dist.serving.scorer import ExportScorer
 
     if bundle:
-        scorer = ExportScorer(bundle, store)
+        scorer = ExportScorer(bundle, store, examples)
         return scorer.of_batch, lambda: scorer, bundle.manifest.step
     step = flags.FLAGS.checkpoint_step or None
     with runtime.together():  # all ranks read the step that the chief finds: a job at work may publish another
@@ -251,7 +251,7 @@ def _scorers(
     logits_of = tf.function(
         lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
     )
-    return logits_of, lambda: ModelScorer(model, store.facts.num_items), step
+    return logits_of, lambda: ModelScorer(model, store.facts.num_items, store), step
 
 
 def _check_path(path: str) -> None:
