@@ -14,16 +14,18 @@ Letters of shapes: I items, C of them at once, H the width of their vectors, K d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
+from din_dist.features.gathering import missing_values
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.ranking_model import OF_HISTORY, RankingModel
 
 PAIRS_AT_ONCE = 16_384  # pairs of a candidate with a behaviour or a history that are computed at once
 _MAX_HISTORIES = 1024  # histories at once, where there are few candidates
@@ -42,10 +44,14 @@ class CatalogueScorer:
         # The interest of a history without behaviours, `[1, H]`.
         self._empty_interest = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value
 
-        scale, offset = model.head_norm.affine()
-        self._head, first = model.head, model.head.dense_layers[0]
-        self._head_bias = tf.matmul(offset[None], first.kernel.value) + first.bias.value  # [1, D]
-        parts = tf.split(scale[:, None] * first.kernel.value, first.kernel.shape[0] // width, axis=0)
+        self._model, self._head, head = model, model.head, model.split_head()
+        self._head_bias = head.bias[None]  # [1, D]
+        # Candidates of the catalogue were not shown, so they have no features of their own.
+        columns = model.example_columns
+        none = missing_values(columns.encodings, 1) if columns else None
+        if (missing := model.candidate_context(none)) is not None:
+            self._head_bias += tf.matmul(missing, head.of_candidate)
+        parts = tf.split(head.of_items, head.of_items.shape[0] // width, axis=0)
         self._of_interest, self._of_candidate, *of_product = parts  # [H, D] each
         self._attention: LocalActivationUnit | None = None
         self._of_product: tf.Tensor | None = None
@@ -60,7 +66,7 @@ class CatalogueScorer:
         self._relevance = tf.function(self._relevance_of, input_signature=[matrix, matrix], autograph=False)
         self._score = tf.function(
             self._logits_of,
-            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, vector],
+            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, matrix, vector],
             autograph=False,
         )
 
@@ -69,6 +75,7 @@ class CatalogueScorer:
         history_item_ids: np.ndarray,
         history_lengths: np.ndarray,
         tick: Callable[[float], None] = lambda share: None,
+        features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """Returns the logits of all items for B histories: float32 `[B, I]`. Column i belongs to item i + 1.
 
@@ -76,7 +83,9 @@ class CatalogueScorer:
             history_item_ids: int `[N]`, B histories concatenated.
             history_lengths: int `[B]`.
             tick: called often with the share of the work that is done.
+            features: B values of each user and context feature, as of `RankingModel.history_terms`.
         """
+        terms = self._model.history_terms(features)  # [B, D]
         behaviour_ids, index = np.unique(history_item_ids, return_inverse=True)
         behaviours, _ = self._lookup(tf.constant(behaviour_ids, tf.int32))  # [K, H]
         by_behaviour = self._by_behaviour(behaviours)
@@ -95,7 +104,8 @@ class CatalogueScorer:
             scores = self._scores(behaviours, candidates, scored)
             by_candidate = self._by_candidate(candidates)
             for group, (histories, rectangle) in enumerate(groups):
-                found = self._score(scores, by_behaviour, rectangle, candidates, by_candidate, biases)
+                own_terms = tf.zeros([0, 0]) if terms is None else tf.gather(terms, histories)
+                found = self._score(scores, by_behaviour, rectangle, own_terms, candidates, by_candidate, biases)
                 logits[histories, first:end] = found.numpy()
                 tick((number + 1 / 2 + (group + 1) / (2 * len(groups))) / len(firsts))
         return logits
@@ -151,6 +161,7 @@ class CatalogueScorer:
         scores: tf.Tensor,
         by_behaviour: tf.Tensor,
         rectangle: tf.Tensor,
+        terms: tf.Tensor,
         candidates: tf.Tensor,
         by_candidate: tf.Tensor,
         biases: tf.Tensor,
@@ -161,6 +172,7 @@ class CatalogueScorer:
             scores: float32 `[K, C]`, as from `_scores`.
             by_behaviour: float32 `[K, D]` or `[K, D + H]`.
             rectangle: int32 `[G, T]`, indices of behaviours, padded by -1.
+            terms: float32 `[G, D]`, the share of user and context features; `[0, 0]` without such features.
             candidates: float32 `[C, H]`.
             by_candidate: float32 `[C, D]`.
             biases: float32 `[C]`.
@@ -179,6 +191,8 @@ class CatalogueScorer:
         pooled = tf.matmul(weights, tf.gather(by_behaviour, index), transpose_a=True)  # [G, C or 1, D or D + H]
         units = self._head_bias.shape[1]
         projected = pooled[:, :, :units] + by_candidate
+        if any(encoding.spec.owner in OF_HISTORY for encoding in self._model.encodings):
+            projected += terms[:, None]
         if self._of_product is not None:
             projected += tf.matmul(pooled[:, :, units:] * candidates, self._of_product)
         logits = self._head.after_first(tf.reshape(projected, [-1, units]))
