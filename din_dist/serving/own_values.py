@@ -62,16 +62,7 @@ class OwnValues:
         if spec.trained:
             return self._ids_of_users[rows + 1]
         values, ids = self._opened(spec.name, column)
-        match taken := values.take(rows):
-            case IdValues():
-                return ids[taken.codes]
-            case ListValues():
-                return Lists(ids[taken.codes], np.diff(taken.offsets), taken.weights)
-            case NumberValues():
-                return taken.numbers
-            case VectorValues():
-                return taken.vectors.astype(np.float32)
-        raise TypeError(type(values))
+        return own_values(values.take(rows), ids)
 
     def _opened(self, name: str, column: RawColumn) -> tuple[Values, np.ndarray]:
         """Returns a column's values and its own ids, the first of which stands for a missing one."""
@@ -80,23 +71,49 @@ class OwnValues:
             ids = pa.array([], pa.large_string())
             if isinstance(values, (IdValues, ListValues)):
                 ids = raw_ids(self._store.folder, column).combine_chunks()
-            self._raw[name] = values, _with_missing(ids)
+            self._raw[name] = values, with_missing(ids)
         return self._raw[name]
 
     @functools.cached_property
     def _ids_of_users(self) -> np.ndarray:
-        return _with_missing(self._store.vocabulary(USERS).combine_chunks())
+        return with_missing(self._store.vocabulary(USERS).combine_chunks())
 
 
-def missing_id(integers: bool) -> Any:
-    """Returns what stands for a missing id."""
-    return np.iinfo(np.int64).min if integers else ""
+def own_values(values: Values, ids: np.ndarray) -> Any:
+    """Returns values as `Bundle.score` takes them.
+
+    Args:
+        values: n of them.
+        ids: as from `with_missing`.
+    """
+    match values:
+        case IdValues():
+            return ids[values.codes]
+        case ListValues():
+            return Lists(ids[values.codes], np.diff(values.offsets), values.weights)
+        case NumberValues():
+            return values.numbers
+        case VectorValues():
+            return values.vectors.astype(np.float32)
+    raise TypeError(type(values))
 
 
-def _with_missing(ids: pa.Array) -> np.ndarray:
+def with_missing(ids: pa.Array) -> np.ndarray:
+    """Returns ids after what stands for a missing one: int64 or strings `[1 + K]`."""
     integers = pa.types.is_integer(ids.type)
-    own = ids.to_numpy(zero_copy_only=False)
-    return np.concatenate([np.array([missing_id(integers)], np.int64 if integers else object), own])
+    missing = np.array([np.iinfo(np.int64).min], np.int64) if integers else np.array([""], object)
+    return np.concatenate([missing, ids.to_numpy(zero_copy_only=False)])
+
+
+def part_of(values: Any, start: int, end: int) -> Any:
+    """Returns the values from `start` up to `end`, in the form of `own_values`."""
+    if not isinstance(values, Lists):
+        return values[start:end]
+    ends = np.concatenate([[0], np.cumsum(values.lengths)])
+    part = slice(int(ends[start]), int(ends[end]))
+    return Lists(
+        values.values[part], values.lengths[start:end], None if values.weights is None else values.weights[part]
+    )
 
 
 def by_owner(values: Mapping[Owner, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
