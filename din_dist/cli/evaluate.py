@@ -47,6 +47,12 @@ with theme("what to evaluate"):
     define_path("export_dir", "", "Evaluate this export instead of a checkpoint, on its own job's data. Default: none.")
     flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
     flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
+    flags.DEFINE_list(
+        "slice_by",
+        [],
+        "Features, comma-separated: the metrics on the examples of each of their values, or of ranges of numbers. "
+        "Default: none.",
+    )
 with theme("retrieval metrics"):
     flags.DEFINE_string(
         "rank_against",
@@ -188,6 +194,7 @@ def _asked() -> EvaluationRequest:
         max_events=most,
         bootstrap_samples=values.bootstrap_samples,
         by_default=not values["ks"].present,
+        slice_by=tuple(dict.fromkeys(values.slice_by)),
     )
 
 
