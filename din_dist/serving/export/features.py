@@ -60,7 +60,7 @@ class ValueEncoder(tf.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def specs(self) -> dict[str, tf.TensorSpec]:
-        """What is given, by the end of the input's name; `VALUES` is first."""
+        """The tensors that are given, by the end of the input's name; `VALUES` is first."""
 
     @abc.abstractmethod
     def encode(self, given: Mapping[str, tf.Tensor]) -> Any:

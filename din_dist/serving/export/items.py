@@ -81,7 +81,7 @@ class ItemLookup:
 
     @property
     def resources(self) -> list:
-        """What a SavedModel must track."""
+        """The variables and tables that a SavedModel must track."""
         columns = self._columns.variables if self._columns else []
         variables = [*self._tables, *columns, *self._feature_of_item]
         if self._row_of_item is not None:
