@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from din_dist.config import Split
 from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
@@ -20,7 +21,9 @@ from tests.support.featured_log import featured_config
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventStore, Examples]:
-    config = featured_config(tmp_path_factory.mktemp("log"), split="temporal", validation_from=1, test_from=1)
+    config = featured_config(
+        tmp_path_factory.mktemp("log"), split=Split.TEMPORAL, validation_from=1_701_000_000, test_from=1_702_000_000
+    )
     store = prepare(config.data)
     return store, split_examples(store, config.data)["test"]
 
@@ -46,7 +49,7 @@ def test_only_the_feature_that_a_model_reads_is_worth_something(data: tuple[Even
         assert [gain.owner for gain in result.values()] == list(map(str, asked))
         for other, gain in result.items():
             if other == name:
-                assert 0.3 < gain.low <= gain.value <= gain.high < 0.7
+                assert 0.1 < gain.low <= gain.value <= gain.high < 0.8  # one permutation of 30 items is one draw
             else:
                 assert (gain.value, gain.low, gain.high) == (0, 0, 0)
     assert len(set(users)) > 10

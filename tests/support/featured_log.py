@@ -116,7 +116,7 @@ def featured_config(folder: Path, **settings: object) -> Config:
     if not log.exists():
         write_featured_log(log)
     declared.write_text(DECLARATIONS)
-    given: dict[str, object] = {"timezone": TIMEZONE, "item_features": (), "embedding_dim": (6,)}
+    given: dict[str, object] = {"timezone": TIMEZONE, "embedding_dim": (6,)}
     given |= {"feature_declarations": to_text(read_declarations(declared)), "labels": True}
     return small_config(folder, **given | settings)  # type: ignore[arg-type]
 

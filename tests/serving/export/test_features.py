@@ -200,7 +200,7 @@ def test_an_export_is_evaluated_with_the_own_values(job: Job) -> None:
 def test_another_encoding_is_not_published(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison sees an hour that is wrong, and a wrong value for what is missing."""
     encode = TimeEncoder.encode
-    wrong = {"split\\.": lambda rows: rows % 24 + 1, "features missing": lambda rows: tf.where(rows == 0, 5, rows)}
+    wrong = {"split\\.": lambda rows: rows % 7 + 1, "features missing": lambda rows: tf.where(rows == 0, 5, rows)}
     for message, change in wrong.items():
         monkeypatch.setattr(TimeEncoder, "encode", lambda self, given, change=change: change(encode(self, given)))
         with pytest.raises(FloatingPointError, match=f"trainer's logits.*{message}.*Nothing was published"):
