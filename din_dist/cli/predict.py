@@ -6,6 +6,7 @@ one, so the same command resumes after a stop or a kill. The last line on stdout
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,8 +183,9 @@ def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Sou
     store = open_prepared(job.data)
     histories = UserHistories(store, manifest.max_history_length)
     check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
-    columns = _columns(manifest, histories.users_are_integers, files)
-    _warn_of_absent(manifest, columns, store)
+    of_users = tuple(feature.name for feature in manifest.features_of("user") if feature.name in store.features)
+    columns = dataclasses.replace(_columns(manifest, histories.users_are_integers, files), user_features=of_users)
+    _warn_of_absent(manifest, columns)
     return _Source(bundle, histories, columns, store)
 
 
@@ -326,14 +328,11 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
     )
 
 
-def _warn_of_absent(manifest: Manifest, columns: RowColumns, store: EventStore | None = None) -> None:
+def _warn_of_absent(manifest: Manifest, columns: RowColumns) -> None:
     """Warns in one line of features of the model that no column has, nor the prepared users."""
-    found = {column.feature.name for column in columns.features}
-    if store:
-        found |= {feature.name for feature in manifest.features_of("user")} & set(store.features)
+    found = {column.feature.name for column in columns.features} | set(columns.user_features)
     names = [feature.name for feature in manifest.features if feature.owner != "item"]
-    absent = [name for name in names if name not in found]
-    if absent:
+    if absent := [name for name in names if name not in found]:
         entry.warn(f"--input: no column of {', '.join(absent)}. These features count as missing in every row.")
 
 

@@ -8,7 +8,7 @@ Letters of shapes: n examples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,9 @@ class OwnValues:
             found[spec.owner][spec.name] = self._values(spec, np.asarray(rows, np.int64))
         return found
 
-    def of_users(self, users: np.ndarray) -> dict[str, Any]:
-        """Returns the values of the features of users, int `[n]`; -1 is a user without any."""
-        own = [spec for spec in self.specs if spec.owner is Owner.USER]
+    def of_users(self, users: np.ndarray, names: Collection[str]) -> dict[str, Any]:
+        """Returns the values of some features of users, int `[n]`; -1 is a user without any."""
+        own = [spec for spec in self.specs if spec.owner is Owner.USER and spec.name in names]
         return {spec.name: self._values(spec, np.asarray(users, np.int64)) for spec in own}
 
     def _values(self, spec: FeatureSpec, rows: np.ndarray) -> Any:

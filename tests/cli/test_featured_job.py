@@ -184,6 +184,7 @@ WRONG_ROWS = {
     "vector": ({"taste": [1.0, 2.0]}, "taste must have 3 numbers, as in the log of the model. Received: 2 numbers"),
     "weights": ({"interests": ["t1"], "interest_weights": []}, "row 2: interest_weights must have one weight for each"),
     "infinite": ({"income": 1e39}, "row 2: numbers must be finite and fit float32"),
+    "a unit": ({"timestamp": 10**12}, "row 2: timestamp must hold times in seconds, as the log of the model. Received"),
     "a time": ({"timestamp": "soon"}, "row 2: a timestamp must be"),
 }
 

@@ -6,6 +6,7 @@ store = prepare(config.data)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from din_dist.config import Config
 from din_dist.features.declarations import read_declarations
-from din_dist.features.spec import to_text
+from din_dist.features.spec import Owner, to_text
 from tests.support.small_log import small_config
 
 DECLARATIONS = """
@@ -96,9 +97,9 @@ trained = true
 TIMEZONE = "America/New_York"
 
 
-def write_featured_log(path: Path, *, num_users: int = 40, num_items: int = 30, seed: int = 0) -> list[dict]:
-    """Writes a Parquet file of labelled events, and returns its rows; about one value in ten is missing."""
-    random = np.random.default_rng(seed)
+def write_featured_log(path: Path, *, labels: bool = True, num_users: int = 40, num_items: int = 30) -> None:
+    """Writes a Parquet file of events; about one value in ten is missing."""
+    random = np.random.default_rng(0)
     users = [_user(random, number) for number in range(num_users)]
     items = [_item(random, number) for number in range(num_items)]
     rows = []
@@ -106,18 +107,27 @@ def write_featured_log(path: Path, *, num_users: int = 40, num_items: int = 30, 
         for _ in range(int(random.integers(2, 20))):
             item = items[int(random.integers(num_items))]
             rows.append({**user, **item, **_event(random)})
-    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
-    return rows
+    table = pa.Table.from_pylist(rows, _SCHEMA)
+    pq.write_table(table if labels else table.drop_columns("label"), path)
 
 
-def featured_config(folder: Path, **settings: object) -> Config:
-    """Returns the settings of a small job in `folder` with all of `DECLARATIONS`, and writes its log."""
+def featured_config(
+    folder: Path, owners: Collection[Owner] = tuple(Owner), *, labels: bool = True, **settings: object
+) -> Config:
+    """Returns the settings of a small job in `folder` with the features of some owners, and writes its log.
+
+    Args:
+        folder: of the job.
+        owners: of the features among `DECLARATIONS`.
+        labels: whether the log has labels.
+        settings: of the job.
+    """
     log, declared = folder / "log.parquet", folder / "features.toml"
     if not log.exists():
-        write_featured_log(log)
+        write_featured_log(log, labels=labels)
     declared.write_text(DECLARATIONS)
-    given: dict[str, object] = {"timezone": TIMEZONE, "embedding_dim": (6,)}
-    given |= {"feature_declarations": to_text(read_declarations(declared)), "labels": True}
+    specs = [spec for spec in read_declarations(declared) if spec.owner in owners]
+    given: dict[str, object] = {"timezone": TIMEZONE, "embedding_dim": (6,), "feature_declarations": to_text(specs)}
     return small_config(folder, **given | settings)  # type: ignore[arg-type]
 
 

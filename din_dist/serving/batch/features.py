@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from din_dist.errors import InputError
 from din_dist.features.spec import TIME_KINDS, Kind
+from din_dist.features.times import PER_SECOND, TimestampUnit
 from din_dist.serving.manifest import FeatureInputs, Manifest
 from din_dist.serving.own_values import own_values, with_missing
 from din_dist.tables.feature_columns import ValueField
@@ -23,6 +24,7 @@ from din_dist.tables.reader import TableReader
 from din_dist.tables.survey import names_of
 from din_dist.tables.values import IdValues, ListValues, VectorValues
 
+_LAST_SECOND = 253_402_300_799  # of the year 9999
 OWNERS = ("user", "context", "candidate")
 
 
@@ -107,7 +109,8 @@ def given_features(
     found: dict[str, dict[str, Any]] = {owner: {} for owner in OWNERS}
     for column in columns:
         if column.is_time:
-            found[column.feature.owner][column.feature.name] = table.times(rows, first_row, column.field.name)
+            times = table.times(rows, first_row, column.field.name)
+            found[column.feature.owner][column.feature.name] = _of_unit(times, column, table, first_row)
     others = [column for column in columns if not column.is_time]
     if not others:
         return found
@@ -121,6 +124,17 @@ def given_features(
             ids = pa.array([], pa.int64() if feature.type == "integer" else pa.large_string())
         found[feature.owner][feature.name] = own_values(own, with_missing(ids))
     return found
+
+
+def _of_unit(times: np.ndarray, column: FeatureColumn, table: TableReader, first_row: int) -> np.ndarray:
+    """Returns times; refuses those that have a finer unit than the log's, because no calendar has their year."""
+    unit = column.feature.unit
+    wrong = np.abs(times.astype(np.float64)) > _LAST_SECOND * PER_SECOND[TimestampUnit(unit)]
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        rule = f"{column.field.name} must hold times in {unit}, as the log of the model"
+        raise table.reject(first_row + row, rule, str(times[row]))
+    return times
 
 
 def _of_dimension(values: VectorValues, column: FeatureColumn, table: TableReader, first_row: int) -> VectorValues:

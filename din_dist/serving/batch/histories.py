@@ -6,6 +6,7 @@ Letters of shapes: R rows of a batch, V ids.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class GivenHistories:
         values = histories.values
         return encode(values if len(indices) == len(values) else values.take(pa.array(indices))), lengths
 
-    def user_features(self, column: Ids) -> dict[str, Any]:
+    def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
         """Returns nothing: the rows have them."""
         return {}
 
@@ -134,9 +135,9 @@ class UserHistories:
         indices, lengths = newest(starts, ends, self._most)
         return Encoded(self._item_ids, self._store.history_item_ids[indices] - 1), lengths
 
-    def user_features(self, column: Ids) -> dict[str, Any]:
-        """Returns the prepared users' own features, `R` values by name; an unknown user has none."""
-        return self._values.of_users(self._indices(column))
+    def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
+        """Returns the prepared users' own features of these names, `R` values each; an unknown user has none."""
+        return self._values.of_users(self._indices(column), names) if names else {}
 
     def _indices(self, users: Ids) -> np.ndarray:
         """Returns the number of each user from 0, int64 `[R]`; -1 for an unknown one."""

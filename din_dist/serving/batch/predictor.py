@@ -9,7 +9,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -52,7 +52,7 @@ class Histories(Protocol):
 
     def of(self, column: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]: ...
 
-    def user_features(self, column: Ids) -> dict[str, Any]: ...
+    def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class RowColumns:
     list_separator: str = ""
     before: str = ""  # column of the time at which a user's history ends; empty: after the last event
     features: tuple[FeatureColumn, ...] = ()
+    user_features: tuple[str, ...] = ()  # features of users that the source of histories gives
 
     @property
     def read(self) -> list[str]:
@@ -174,7 +175,7 @@ class Predictor:
             before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
             items, lengths = self._histories.of(history, before)
             given = given_features(table, rows, first_row, self._columns.features, candidates.counts)
-            given["user"] |= self._histories.user_features(history)
+            given["user"] |= self._histories.user_features(history, self._columns.user_features)
             yield rows, _Batch(items, lengths, candidates, encode(candidates.values), given)
             first_row += len(rows)
 
@@ -233,12 +234,13 @@ class Call:
 
 
 def _features_of(features: Mapping[str, Mapping[str, Any]], call: Call) -> dict[str, dict[str, Any]]:
-    """Returns the features of the rows and candidates of a call."""
+    """Returns the features of the rows and candidates of a call, by owner; owners without any are left out."""
     bounds = dict.fromkeys(features, (call.first_row, call.end_row))
     bounds["candidate"] = (call.first_candidate, call.end_candidate)
     return {
         owner: {name: part_of(values, *bounds[owner]) for name, values in own.items()}
         for owner, own in features.items()
+        if own
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
+from din_dist.config import BatchNorm, ModelKind, UnknownItem
 from din_dist.data.event_store import ITEMS
 from din_dist.data.pipeline import ExampleFeatures
 from din_dist.data.splits import split_examples
@@ -195,6 +196,33 @@ def test_an_export_is_evaluated_with_the_own_values(job: Job) -> None:
     found = job.evaluator.scores("test", scorer.of_batch)
     expected = job.evaluator.scores("test", lambda batch: job.trained.model(batch, training=False))
     assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+EXAMPLES = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)
+OTHER_JOBS: dict[str, dict[str, Any]] = {
+    "items": {"owners": (Owner.ITEM,)},
+    "users": {"owners": (Owner.USER,)},
+    "candidates": {"owners": (Owner.CANDIDATE,)},
+    "drawn negatives": {"owners": (Owner.USER, Owner.CONTEXT, Owner.ITEM), "labels": False},
+    "mean pooling": {"owners": EXAMPLES, "model": ModelKind.MEAN_POOLING, "batch_norm": BatchNorm.FROZEN},
+    "items by their features": {"unknown_item": UnknownItem.FEATURES, "labels": False, "owners": (Owner.ITEM,)},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_other_jobs_are_exported(tmp_path: Path, name: str) -> None:
+    """The comparison with the trainer is part of the export."""
+    config = featured_config(tmp_path, **OTHER_JOBS[name])
+    model, store = write_job(config)
+    evaluator = Evaluator(config, store, split_examples(store, config.data), Runtime())
+    manifest = export(TrainedModel(model, store, config, 7, "", None), evaluator, "test", tmp_path / "export")
+    assert manifest.num_compared > 30
+    assert {feature.owner for feature in manifest.features} == set(OTHER_JOBS[name]["owners"])
+    if name.startswith("items"):
+        bundle = Bundle.open(tmp_path / "export")
+        assert set(bundle.signature("score").structured_input_signature[1]) == {
+            *("history_item_ids", "history_lengths", "candidate_item_ids")
+        }
 
 
 def test_another_encoding_is_not_published(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
