@@ -1,4 +1,4 @@
-"""What is read of the user's files for declared features.
+"""Names what is read of the user's files for declared features.
 
 Encodings, widths and splits change nothing here. So a key names a column and not a feature.
 """

@@ -106,7 +106,7 @@ class ListColumn(Column):
 
     def __init__(self, name: str, rows: Rows, separator: str = "", weights: str = "") -> None:
         super().__init__(name, rows)
-        self._separator, self._from_text = separator, bool(separator)
+        self._separator = separator
         self._value_rows = _ValueRows(rows)
         self._ids = IdColumn(name, self._value_rows, nullable=True)
         self._counts: list[np.ndarray] = []
@@ -137,8 +137,12 @@ class ListColumn(Column):
         self._value_rows.advance(int(keep.sum()))
 
     def finish(self, from_text: bool) -> ListValues:
-        """Returns the values. Ids become integers if they are split from text and each is written as one."""
-        codes, ids = _finish_ids(self._ids, from_text or self._from_text, self.name)
+        """Returns the values. Ids become integers if they are split from text and each is written as one.
+
+        Args:
+            from_text: makes no difference, because JSON arrays tell integers from text.
+        """
+        codes, ids = _finish_ids(self._ids, bool(self._separator), self.name)
         offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *self._counts]))])
         weights = None
         if self._weight_column is not None:
@@ -306,7 +310,8 @@ def _parsed(column: Column, cells: pa.Array, kinds: list[pa.DataType], remedy: s
         rule = f"the JSON arrays of {column.name} must all be of one type"
     else:
         rule = f"{column.name} must be a JSON array of {words}"
-    raise column.reject(pa.array(wrong), cells, rule, f'Correct the cell, or give separator = ";" for a;b;c. {remedy}?')
+    hint = f'Correct the cell, give separator = ";" for a;b;c, or {remedy[0].lower()}{remedy[1:]}.'
+    raise column.reject(pa.array(wrong), cells, rule, hint)
 
 
 def _is_array(cell: str, words: str) -> bool:

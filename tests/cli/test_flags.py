@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile
-from din_dist.config import Config, OptimizerKind
+from din_dist.config import Config, OptimizerKind, differences
 from din_dist.errors import InputError
 from tests.support.repository import ROOT
 
@@ -45,6 +45,71 @@ def test_values_arrive_with_their_types() -> None:
     assert not config.data.label_column_required
     assert config.model.dropout == 0.5
     assert config.data.presorted
+
+
+FEATURES = '[age]\nof = "user"\nkind = "category"\n[hour]\nof = "context"\nfrom = "timestamp"\nkind = "hour_of_day"\n'
+
+
+def test_declared_features_are_kept_in_the_settings(tmp_path: Path) -> None:
+    """A saved job must not depend on a file that may change, even while the job starts."""
+    path = tmp_path / "features.toml"
+    path.write_text(FEATURES)
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["program", f"--features={path}", "--timezone=Europe/Vienna", "--timestamp_unit=seconds"])
+    config = config_from_flags(values)
+    path.unlink()
+    assert [spec.name for spec in config.data.feature_specs] == ["age", "hour"]
+    assert config_from_flags(values) == config
+    saved = to_flagfile(values)
+    assert "--features" not in saved
+    again = parse(*saved.splitlines())
+    assert again.data == dataclasses.replace(config.data, features="")
+    assert differences(config.to_json(), again.to_json()) == []
+    assert differences(config.to_json(), Config().to_json()) == [
+        f"--feature_declarations: {config.data.feature_declarations}, now ",
+        "--timestamp_unit: seconds, now auto",
+        "--timezone: Europe/Vienna, now UTC",
+    ]
+
+
+def test_item_features_are_a_shorthand() -> None:
+    (spec,) = Config().data.shorthand_specs
+    assert (spec.name, spec.owner, spec.kind, spec.column) == ("category_id", "item", "category", "category_id")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--items_path=items.csv"], "--items_path: belongs to --dataset=event_log. Received: "),
+        (
+            ["--dataset=event_log", "--data_path=x.csv", "--users_path=u.csv"],
+            "--users_path: only declared features are",
+        ),
+        (
+            ["--timezone=Vienna"],
+            "--timezone: must be the IANA name of a time zone. Received: 'Vienna'. For example Eur",
+        ),
+        (["--feature_declarations=[1]"], "--feature_declarations: must be features as a saved job keeps them."),
+        (["--features=FILE", "--item_features=age"], "--item_features: names no feature that --features declares. Rec"),
+        (["--features=FILE", "--feature_declarations=[]"], "--features: repeats --feature_declarations, which a saved"),
+        (["--features=EMPTY"], "--features: must declare a feature. Received: "),
+        (["--features=NONE"], "--features: must be a TOML file of at most 1 MiB. Received: "),
+    ],
+)
+def test_mistakes_about_declared_features(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "FILE").write_text(FEATURES)
+    (tmp_path / "EMPTY").write_text("")
+    given = [text.replace("--features=", f"--features={tmp_path}/") for text in arguments]
+    with pytest.raises(InputError) as error:
+        parse(*given)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_the_features_beside_the_flagfiles() -> None:
+    config = parse(f"--features={ROOT}/launch/flags/complete_journey_features.toml")
+    assert len(config.data.feature_specs) == 15
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

@@ -185,8 +185,8 @@ def test_a_source_that_is_gone_has_not_changed(config: DataConfig) -> None:
 def test_a_source_that_changes_while_it_is_read(config: DataConfig) -> None:
     from din_dist.data.builders import event_log
 
-    def read_and_meddle(*args: object) -> object:
-        log = real(*args)  # type: ignore[arg-type]
+    def read_and_meddle(*args: object, **named: object) -> object:
+        log = real(*args, **named)  # type: ignore[arg-type]
         write_log(Path(config.data_path), ROWS[:-1])
         return log
 
