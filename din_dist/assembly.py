@@ -117,7 +117,7 @@ def make_model(
         features: name -> a declared feature. None: there are none.
     """
     keras.utils.set_random_seed(seed)
-    of_owner = {owner: {} for owner in Owner}
+    of_owner: dict[Owner, dict[str, StoredFeature]] = {owner: {} for owner in Owner}
     for name, stored in (features or {}).items():
         of_owner[stored.encoding.spec.owner][name] = stored
     of_items = of_owner.pop(Owner.ITEM)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from din_dist.config import ModelConfig, ModelKind
+from din_dist.features.spec import Form
+from din_dist.layers.feature_columns import FeatureColumns
 
 
 class Product(NamedTuple):
@@ -27,7 +29,12 @@ class Product(NamedTuple):
 
 
 def forward_products(
-    config: ModelConfig, width: int, num_examples: int, num_positions: int, num_items: int
+    config: ModelConfig,
+    width: int,
+    num_examples: int,
+    num_positions: int,
+    num_items: int,
+    context_width: int = 0,
 ) -> list[Product]:
     """Returns the matrix products of one forward pass, in order.
 
@@ -37,6 +44,7 @@ def forward_products(
         num_examples: examples of the batch.
         num_positions: history positions of all examples.
         num_items: distinct items among candidates and histories.
+        context_width: the columns of the examples' features.
     """
     products = []
     head_width = 2 * width
@@ -47,7 +55,16 @@ def forward_products(
         products += [Product(rows, width, first) for rows in (num_examples, num_items, num_positions)]
         products += _stack(num_positions, (*config.attention_hidden_units, 1))
     products.append(Product(num_examples, width, width))  # the interest's projection
-    return products + _stack(num_examples, (head_width, *config.hidden_units, 1))
+    return products + _stack(num_examples, (head_width + context_width, *config.hidden_units, 1))
+
+
+def projection_products(columns: FeatureColumns | None, num_rows: int) -> list[Product]:
+    """Returns the products of the projections of numbers and vectors, of `num_rows` rows each.
+
+    Projections of trained vectors, whose rows are the distinct ids of a batch, are left out.
+    """
+    widths = columns.projected_widths if columns else []
+    return [Product(num_rows, inner, outer) for encoding, inner, outer in widths if encoding.form is not Form.IDS]
 
 
 def training_flops(products: Sequence[Product]) -> int:

@@ -13,6 +13,8 @@ from din_dist.benchmark.attention_forms import PaddedActivationUnit, UnfactoredA
 from din_dist.config import ComputeDtype, Config
 from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import DenseExchange
+from din_dist.features.encoding import StoredFeature
+from din_dist.features.spec import Owner
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.ranking_model import RankingModel
@@ -74,6 +76,7 @@ def with_idle_rows(form: type[Assembly], idle_rows_per_item: int) -> type[Assemb
                 dataclasses.replace(self.store.facts, num_items=count * self.store.facts.num_items),
                 {name: repeated(ids) for name, ids in self.store.item_features.items()},
                 row_of_item=count * repeated(trained.row_of_item) if trained else None,
+                features={name: _repeated_feature(stored, repeated) for name, stored in self.store.features.items()},
                 **self.model_arguments,
             )
 
@@ -82,6 +85,19 @@ def with_idle_rows(form: type[Assembly], idle_rows_per_item: int) -> type[Assemb
                 yield batch._replace(distinct_item_ids=batch.distinct_item_ids * count)
 
     return WithIdleRows
+
+
+def _repeated_feature(stored: StoredFeature, repeated: Callable[[np.ndarray], np.ndarray]) -> StoredFeature:
+    """Returns an item feature with the values of each item repeated for its idle rows; others stay as they are."""
+    if stored.encoding.spec.owner is not Owner.ITEM:
+        return stored
+    if stored.offsets is None:
+        places = repeated(np.arange(len(stored.values)))
+        return dataclasses.replace(stored, values=stored.values[places])
+    places = repeated(np.arange(len(stored.offsets) - 1))
+    lengths = np.diff(stored.offsets)[places]
+    lengths[np.diff(places, append=-1) == 0] = 0  # idle rows have empty lists: only the last of an item's rows is used
+    return dataclasses.replace(stored, offsets=np.concatenate([[0], np.cumsum(lengths)]))
 
 
 _ASSEMBLIES: dict[str, type[Assembly]] = {

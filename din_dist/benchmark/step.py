@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist.benchmark.flops import Product, forward_products, training_flops
+from din_dist.benchmark.flops import Product, forward_products, projection_products, training_flops
 from din_dist.benchmark.scaling_model import allreduce_bytes, row_bytes
 from din_dist.config import Config
 from din_dist.distributed.gradients import Gradient
@@ -257,6 +257,17 @@ def seconds_since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
+def _products(
+    config: Config, model: RankingModel, num_examples: int, num_positions: int, num_items: int
+) -> list[Product]:
+    """Returns all matrix products of a forward pass."""
+    columns = model.example_columns
+    width = columns.width if columns else 0
+    products = forward_products(config.model, model.lookup.width, num_examples, num_positions, num_items, width)
+    products += projection_products(model.lookup.columns, num_items)
+    return products + projection_products(columns, num_examples)
+
+
 def report(
     config: Config,
     runtime: Runtime,
@@ -271,7 +282,7 @@ def report(
     All ranks must call it.
     """
     rates = runtime.sum(np.array([totals.examples, totals.positions], np.float64) / totals.seconds)
-    products = forward_products(config.model, model.lookup.width, *totals.mean_sizes())
+    products = _products(config, model, *totals.mean_sizes())
     flops = training_flops(products)
     runtime.barrier()  # so that all ranks multiply at once, as in training
     alone_seconds = matrix_seconds(products)

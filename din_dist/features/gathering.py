@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from din_dist.execution import Execution, on_host
 from din_dist.features.encoding import Encoding, Lists, StoredFeature
-from din_dist.features.spec import Form
+from din_dist.features.spec import Form, Pooling
 from din_dist.kernels import operations
 
 
@@ -58,7 +58,8 @@ def signature_of(encodings: Iterable[Encoding]) -> dict[str, Any]:
                 spec = tf.TensorSpec([None], tf.int32)
             case Form.LISTS:
                 ids = tf.TensorSpec([None], tf.int32)
-                spec = Lists(ids, ids, tf.TensorSpec([None], tf.float32))
+                num_weights = None if encoding.spec.pool is Pooling.WEIGHTED else 0
+                spec = Lists(ids, ids, tf.TensorSpec([num_weights], tf.float32))
             case Form.NUMBERS:
                 spec = tf.TensorSpec([None], tf.float32)
             case Form.VECTORS:

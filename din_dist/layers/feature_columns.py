@@ -49,9 +49,9 @@ def _digest_name(feature: str) -> str:
 class _Weights(NamedTuple):
     """The weights of a feature; None where its form or its declaration has no use for them."""
 
-    table: keras.Variable | None  # [rows, D], or as wide as the vectors that it starts from
-    frequencies: keras.Variable | None  # [K]
-    projection: keras.layers.Dense | None
+    table: Any  # a variable [rows, D], or as wide as the vectors that it starts from
+    frequencies: Any  # a variable [K]
+    projection: Any  # a Dense layer
 
 
 @keras.saving.register_keras_serializable("din_dist")
@@ -94,7 +94,8 @@ class FeatureColumns(keras.layers.Layer):
             )
             for place, (spec, encoding) in enumerate(zip(self.specs, self._with_tables, strict=True))
         ]
-        self.frequencies, self.projections = {}, {}
+        self.frequencies: dict[str, keras.Variable] = {}
+        self.projections: dict[str, keras.layers.Dense] = {}
         for place, encoding in enumerate(self.encodings):
             self._add_dense(encoding, (seed + _SEEDS_OF_TABLES + 2 * place) % 2**32)
         self.built = True
@@ -127,7 +128,7 @@ class FeatureColumns(keras.layers.Layer):
     @property
     def width(self) -> int:
         """The number of columns."""
-        return self.width_of(Owner)
+        return self.width_of(tuple(Owner))
 
     def width_of(self, owners: Collection[Owner]) -> int:
         """Returns the number of columns of the features of some owners."""

@@ -190,8 +190,8 @@ class LocalLookup(keras.layers.Layer):
 
 def columns_of(features: Mapping[str, StoredFeature], default_width: int, seed: int) -> FeatureColumns:
     """Returns the columns of stored features; arguments as of `FeatureColumns`."""
-    starts = {name: getattr(stored, "start", None) for name, stored in features.items()}
-    starts = {name: start for name, start in starts.items() if start is not None}
+    given = {name: getattr(stored, "start", None) for name, stored in features.items()}
+    starts = {name: start for name, start in given.items() if start is not None}
     encodings = [stored.encoding for stored in features.values()]
     return FeatureColumns(encodings, default_width, seed, starts, name="features")
 
@@ -205,6 +205,8 @@ def _to_config(stored: StoredFeature) -> dict[str, Any]:
 
 
 def _from_config(config: Mapping[str, Any]) -> StoredFeature:
-    arrays = {name: config[name] for name in ("values", "offsets", "weights")}
-    found = {name: None if array is None else np.array(array[1], array[0]) for name, array in arrays.items()}
-    return StoredFeature(Encoding.from_json(config["encoding"]), **found)
+    values, offsets, weights = (
+        None if array is None else np.array(array[1], array[0])
+        for array in (config["values"], config["offsets"], config["weights"])
+    )
+    return StoredFeature(Encoding.from_json(config["encoding"]), np.asarray(values), offsets, weights)

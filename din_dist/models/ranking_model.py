@@ -248,8 +248,10 @@ class RankingModel(keras.Model):
         first, columns = self.head.dense_layers[0], self.example_columns
         widths = [columns.width_of(owners) if columns else 0 for owners in (OF_HISTORY, OF_CANDIDATE)]
         kernel = first.kernel.value
-        parts = tf.split(scale[:, None] * kernel, [kernel.shape[0] - sum(widths), *widths], axis=0)
-        return SplitHead(*parts, tf.squeeze(tf.matmul(offset[None], kernel), axis=0) + first.bias.value)
+        widths = [kernel.shape[0] - sum(widths), *widths]
+        of_items, of_history, of_candidate = tf.split(scale[:, None] * kernel, widths, axis=0)
+        bias = tf.squeeze(tf.matmul(offset[None], kernel), axis=0) + first.bias.value
+        return SplitHead(of_items, of_history, of_candidate, bias)
 
     def history_terms(self, features: Mapping[str, Any] | None) -> tf.Tensor | None:
         """Returns the share that user and context columns have in the head's first layer, float32 `[B, D]`.

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from numpy.testing import assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import DataConfig, UnknownItem
@@ -31,7 +32,11 @@ from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.data.trained_items import trained_items
 from din_dist.execution import Execution
+from din_dist.features.encoding import Lists, StoredFeature
+from din_dist.features.gathering import without_copying
+from din_dist.features.spec import Owner
 from din_dist.schema import Batch
+from tests.support.featured_store import with_features
 from tests.support.small_log import small_config, write_log
 
 
@@ -334,6 +339,51 @@ def test_batches_have_the_declared_signature(prepared) -> None:
     maker = BatchMaker.for_training(store, splits["train"], config, seed=1)
     dataset = training_batches(maker, config, global_batch_size=8, steps=range(1))
     assert dataset.element_spec == batch_signature()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_batches_carry_the_features_of_their_examples(prepared, native: bool) -> None:
+    """Those of users by the user, the others by the event, list by list; those of items stay where they are."""
+    config, plain, splits = prepared
+    store = with_features(plain, tuple(Owner))
+    maker = BatchMaker.for_training(store, splits["train"], config, 1, execution=Execution(kernels=native))
+    dataset = training_batches(maker, config, global_batch_size=16, steps=range(2))
+    encodings = [feature.encoding for feature in store.features.values()]
+    assert dataset.element_spec == batch_signature(encodings)
+    without = BatchMaker.for_training(plain, splits["train"], config, 1, execution=Execution(kernels=native))
+    others = training_batches(without, config, global_batch_size=16, steps=range(2))
+    for batch, other in zip(dataset, others, strict=True):
+        assert not other.features
+        for found, expected in zip(batch[:-1], other[:-1], strict=True):
+            assert_array_equal(found, expected)
+        row = batch.example_ids.numpy() // splits["train"].draws_per_row
+        rows = {Owner.USER: splits["train"].user_of_example()[batch.example_ids], Owner.ITEM: None}
+        rows[Owner.CONTEXT] = rows[Owner.CANDIDATE] = splits["train"].events()[row]
+        names = {name for name, feature in store.features.items() if feature.encoding.spec.owner is not Owner.ITEM}
+        assert set(batch.features) == names
+        for name in names:
+            check_values(store.features[name], rows[store.features[name].encoding.spec.owner], batch.features[name])
+
+
+def check_values(stored: StoredFeature, rows: np.ndarray, found: object) -> None:
+    """Asserts that `found` are the values of `rows`, in their type."""
+    if not isinstance(found, Lists):
+        assert_array_equal(found, stored.values[rows])
+        assert found.dtype == stored.values.dtype
+        return
+    places = [np.arange(stored.offsets[row], stored.offsets[row + 1]) for row in rows]
+    assert_array_equal(found.lengths, [len(each) for each in places])
+    assert_array_equal(found.values, stored.values[np.concatenate(places)])
+    assert_array_equal(found.weights, [] if stored.weights is None else stored.weights[np.concatenate(places)])
+
+
+def test_features_are_not_copied(tmp_path: Path) -> None:
+    array = np.zeros(4096, np.float16)
+    start = -array.ctypes.data % 64 // 2
+    aligned = array[start : start + 1024]
+    tensor = without_copying(aligned)
+    aligned[3] = 5
+    assert tensor[3] == 5
 
 
 def test_mapped_arrays_are_not_copied(tmp_path: Path) -> None:

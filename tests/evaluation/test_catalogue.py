@@ -8,24 +8,27 @@ from numpy.testing import assert_allclose
 import din_dist.evaluation.catalogue
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
 from din_dist.evaluation.catalogue import CatalogueScorer
-from tests.support.reference.compare import small_model
+from din_dist.features.gathering import missing_values
+from din_dist.features.spec import Owner
+from tests.support.reference.compare import RandomFeatures, padded_batch, small_model, take_values, values_of
 
 NUM_ITEMS = 12
 HISTORIES = [[3, 1, 4], [], [5], [9, 2, 6, 5], [3, 3, 3], [], [12, 1]]
 
 
-def one_by_one(model, histories):
+def one_by_one(model, histories, features=None):
     lengths = [len(history) for history in histories]
     flat = tf.constant([item for history in histories for item in history], tf.int32)
     candidates = tf.tile(tf.range(1, NUM_ITEMS + 1), [len(histories)])
     counts = tf.fill([len(histories)], NUM_ITEMS)
-    logits = model.score_candidates(flat, tf.constant(lengths, tf.int32), candidates, counts)
+    logits = model.score_candidates(flat, tf.constant(lengths, tf.int32), candidates, counts, features)
     return logits.numpy().reshape(len(histories), NUM_ITEMS)
 
 
-def at_once(model, histories):
+def at_once(model, histories, features=None):
     flat = np.array([item for history in histories for item in history], np.int32)
-    return CatalogueScorer(model, NUM_ITEMS).logits(flat, np.array([len(history) for history in histories]))
+    lengths = np.array([len(history) for history in histories])
+    return CatalogueScorer(model, NUM_ITEMS).logits(flat, lengths, features=features)
 
 
 def far_from_the_start(model):
@@ -55,6 +58,30 @@ def test_logits_are_those_of_one_by_one(kind, normalization, rows, monkeypatch):
 def test_any_activation_and_frozen_statistics(activation):
     model = far_from_the_start(small_model(activation=activation, batch_norm=BatchNorm.FROZEN))
     assert_allclose(at_once(model, HISTORIES), one_by_one(model, HISTORIES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ModelKind)
+def test_features_of_the_event_count_for_every_candidate(kind):
+    """Of users, contexts and items."""
+    features = RandomFeatures((Owner.USER, Owner.CONTEXT, Owner.ITEM))
+    model = far_from_the_start(small_model(model=kind, features=features.stored))
+    values = values_of(padded_batch([1] * len(HISTORIES), features=features), features)
+    expected = one_by_one(model, HISTORIES, values)
+    found = at_once(model, HISTORIES, values)
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    others = {name: take_values(own, [1, 0, 2, 3, 4, 5, 6]) for name, own in values.items()}
+    assert np.abs(at_once(model, HISTORIES, others)[:2] - found[:2]).max(axis=1).min() > 0.01
+
+
+def test_items_that_no_event_has_shown_lack_the_candidates_own_features():
+    features = RandomFeatures()
+    model = far_from_the_start(small_model(features=features.stored))
+    values = values_of(padded_batch([1] * len(HISTORIES), features=features), features)
+    own = [encoding for encoding in model.encodings if encoding.spec.owner is Owner.CANDIDATE]
+    values |= missing_values(own, len(HISTORIES) * NUM_ITEMS)
+    expected = one_by_one(model, HISTORIES, values)
+    found = at_once(model, HISTORIES, values)
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_large_blocks_are_cut_by_their_memory(monkeypatch):

@@ -4,8 +4,10 @@ import pytest
 import tensorflow as tf
 from numpy.testing import assert_array_equal
 
+from din_dist.features.spec import Owner
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.schema import TableSpec
+from tests.support.reference.compare import ITEM_FEATURES, RandomFeatures
 
 CATEGORY_OF = np.array([0, 1, 2, 2], np.int32)  # of items 0 to 3
 
@@ -140,3 +142,21 @@ def test_config_round_trip(row_of_item):
     items = tf.constant([3, 1, 2])
     for found, expected in zip(again(items), layer(items), strict=True):  # the same seed gives the same weights
         assert_array_equal(found, expected)
+
+
+def test_item_features_extend_the_vector_and_survive_the_config():
+    """Features of every form, for items of which one is hidden; the numbers are those of `FeatureColumns`."""
+    features = RandomFeatures((Owner.ITEM,))
+    tables = [TableSpec("item", 13, 2), TableSpec("category", 5, 1)]
+    layer = LocalLookup(tables, ITEM_FEATURES, 7, np.arange(13, dtype=np.int32), features.stored, name="lookup")
+    items = tf.constant([3, -1, 12])
+    vectors, _ = layer(items)
+    assert vectors.shape[1] == layer.width == 3 + layer.columns.width
+    assert_array_equal(vectors[:, 3:], layer.columns(layer.feature_values(items)))
+    assert_array_equal(layer(tf.abs(items))[0][:, 3:], vectors[:, 3:])
+    with_ids = ["item", "category", "item_category", "item_trained"]
+    assert [spec.name for spec in layer.specs_of_ids] == with_ids
+    assert layer.unknown(items).shape == (len(with_ids), 3)
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert [weight.path for weight in again.weights] == [weight.path for weight in layer.weights]
+    assert_array_equal(again(items)[0], vectors)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
+from din_dist.features.spec import Owner
 from tests.support.reference.compare import (
     ITEM_FEATURES,
     RAGGED,
+    RandomFeatures,
     assert_same_gradients,
     loss_and_gradients,
     packed,
@@ -81,6 +83,36 @@ def test_every_variant_equals_the_reference(model, activation, normalization, ba
 def test_batches_at_the_edges_equal_the_reference(form, model, batch_norm, lengths):
     """One example, no history anywhere, length one only, the longest only; Dice, for it takes statistics."""
     compare(lengths, True, model, Activation.DICE, AttentionNormalization.SOFTMAX, batch_norm, form=form)
+
+
+NARROW = {"activation": Activation.DICE, "hidden_units": (3,), "attention_hidden_units": (3,)}
+
+
+@functools.cache
+def expected_with_features(lengths, model, owners):
+    batch = padded_batch(lengths, features=RandomFeatures(owners))
+    features = RandomFeatures(owners)
+    ours = small_model(model=model, features=features.stored, **NARROW)
+    reference = PaddedModel(ITEM_FEATURES, model, "dice", batch_statistics=True, features=features.of_reference)
+    weights = weights_of(ours)
+    trainable = [weight.path for weight in ours.trainable_weights]
+    gradients = central_differences(lambda changed: reference.loss(changed, batch), weights, trainable)
+    return reference.logits(weights, batch), reference.loss(weights, batch), gradients
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("owners", [tuple(Owner), (Owner.ITEM,), (Owner.USER,)], ids=["all", "item", "user"])
+@pytest.mark.parametrize("model", ModelKind)
+def test_features_of_every_form_equal_the_reference(model, owners, form):
+    """Lists of every pooling, numbers of every encoding, frozen and trained vectors; a third of all is missing."""
+    wanted_logits, wanted_loss, wanted = expected_with_features(RAGGED, model, owners)
+    features = RandomFeatures(owners)
+    ours = small_model(model=model, features=features.stored, **NARROW, **FORMS[form])
+    batch = packed(padded_batch(RAGGED, features=features), features)
+    logits, loss, gradients = loss_and_gradients(ours, batch, training=True)
+    np.testing.assert_allclose(logits, wanted_logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    assert_same_gradients(gradients, wanted)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

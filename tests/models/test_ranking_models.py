@@ -9,18 +9,22 @@ from din_dist import schema
 from din_dist.assembly import make_model
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.data.pipeline import batch_signature
+from din_dist.features.spec import Owner
 from din_dist.models.ranking_model import items_of
 from din_dist.schema import Batch
 from tests.support.reference.compare import (
     FACTS,
     ITEM_FEATURES,
     RAGGED,
+    RandomFeatures,
     assert_same_gradients,
     loss_and_gradients,
     packed,
     padded_batch,
     small_model,
     take,
+    take_values,
+    values_of,
 )
 from tests.support.reference.ranks import ThreadedRanks
 
@@ -35,10 +39,11 @@ def initial_weights(kind, seed):
     return {weight.path: weight.numpy() for weight in model.weights}
 
 
-def score(model, histories, candidates):
+def score(model, histories, candidates, features=None):
     lengths, counts = ([len(row) for row in rows] for rows in (histories, candidates))
     flat = [tf.constant([item for row in rows for item in row], tf.int32) for rows in (histories, candidates)]
-    return model.score_candidates(flat[0], tf.constant(lengths, tf.int32), flat[1], tf.constant(counts, tf.int32))
+    lengths, counts = (tf.constant(numbers, tf.int32) for numbers in (lengths, counts))
+    return model.score_candidates(flat[0], lengths, flat[1], counts, features)
 
 
 @pytest.mark.parametrize("normalization", AttentionNormalization)
@@ -57,6 +62,55 @@ def test_score_candidates_equals_scoring_one_by_one(kind, normalization):
     ]
     assert len(set(np.round(one_by_one, 4))) == 5  # six candidates, one of them twice for the same history
     assert_allclose(score(model, HISTORIES, CANDIDATES), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def score_with_features(model, features):
+    """Returns the logits of all `CANDIDATES` together, and one by one."""
+    examples = [row for row, candidates in enumerate(CANDIDATES) for _ in candidates]
+    batch = padded_batch([1] * max(len(HISTORIES), len(examples)), features=features)
+    values = values_of(batch, features)
+    of_histories = {name: take_values(own, range(len(HISTORIES))) for name, own in values.items()}
+    of_candidates = {name: take_values(own, range(len(examples))) for name, own in values.items()}
+    owner = {name: encoding.spec.owner for name, encoding in features.encodings.items()}
+    given = {name: (of_candidates if owner[name] is Owner.CANDIDATE else of_histories)[name] for name in values}
+    flat = [item for row in CANDIDATES for item in row]
+    one_by_one = [
+        model(
+            Batch(
+                candidate_item_ids=tf.constant([candidate]),
+                history_item_ids=tf.constant(HISTORIES[row], tf.int32),
+                history_lengths=tf.constant([len(HISTORIES[row])]),
+                features={
+                    name: take_values(own, [place if owner[name] is Owner.CANDIDATE else row])
+                    for name, own in values.items()
+                },
+            )
+        )[0]
+        for place, (row, candidate) in enumerate(zip(examples, flat, strict=True))
+    ]
+    return score(model, HISTORIES, CANDIDATES, given), one_by_one
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [tuple(Owner), (Owner.USER,), (Owner.CONTEXT, Owner.ITEM), (Owner.CANDIDATE,), (Owner.ITEM,)],
+    ids=["all", "user", "context, item", "candidate", "item"],
+)
+def test_the_split_head_equals_scoring_one_by_one(kind, owners):
+    """User and context columns go through the head's first layer once a history."""
+    features = RandomFeatures(owners)
+    model = small_model(model=kind, activation=Activation.DICE, features=features.stored)
+    together, one_by_one = score_with_features(model, features)
+    assert np.std(one_by_one) > 0.1
+    assert_allclose(together, one_by_one, rtol=1e-6, atol=2e-6 * np.abs(one_by_one).max())
+
+
+def test_features_that_lack_are_named(kind):
+    model = small_model(model=kind, features=RandomFeatures((Owner.USER,)).stored)
+    with pytest.raises(ValueError, match="features: must have values of user_category"):
+        score(model, HISTORIES, CANDIDATES)
+    with pytest.raises(ValueError, match="features: must have values of user_category"):
+        model(packed(padded_batch(RAGGED)))
 
 
 def test_score_candidates_of_nothing(kind):

@@ -29,6 +29,7 @@ from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.devices import claim_devices
 from din_dist.distributed.runtime import open_runtime
 from din_dist.distributed.shared_memory import SharedMemory, share_memory
+from tests.support.featured_store import with_features
 from tests.support.small_log import small_config
 
 CASES: dict[str, dict] = {
@@ -53,6 +54,7 @@ CASES: dict[str, dict] = {
         "xla": True,
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
+    "features": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "mini_batch_aware_l2": 0.1},
 }
 BY_MESSAGES = {
     "bfloat16",
@@ -84,7 +86,8 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
         config = config_of(folder, run, case, max_steps)
         shared_memory = BY_MESSAGES.isdisjoint({case, run})
         make = Assembly if shared_memory else WithoutSharedMemory
-        job = make(config, runtime, open_prepared(config.data))
+        store = open_prepared(config.data)
+        job = make(config, runtime, with_features(store) if case == "features" else store)
         job.trainer.train()
         if shared_memory and shares:
             assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()

@@ -9,7 +9,8 @@ Letters: B examples, T positions of the longest history, H width of an item vect
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,26 @@ class PaddedBatch:
     history_item_ids: np.ndarray  # [B, T]; what stands where the mask is False must not matter
     history_mask: np.ndarray  # [B, T], True = real
     labels: np.ndarray  # [B]
+    features: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)  # name -> the value of each example
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """A declared feature, as the reference computes it; its values are Python's.
+
+    Args:
+        name: its name, which its weights bear.
+        form: "ids": a row; "lists": a list of (row, weight); "number": a number or None; "vector": a list or None.
+        owner: "item", or anything else for a feature of examples.
+        of_items: the value of each item, if items own it.
+        pool: of lists, "mean" or "sum", of weight times vector.
+    """
+
+    name: str
+    form: str
+    owner: str = "item"
+    of_items: Sequence[Any] = ()
+    pool: str = "mean"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +56,7 @@ class PaddedModel:
         batch_statistics: True in training, unless batch normalization is frozen.
         row_of_item: the row of each item in the item's table; None gives each item its own. The id -i is item i in
             row 0.
+        features: the declared features, in the order of their columns.
     """
 
     item_features: Mapping[str, np.ndarray]
@@ -43,6 +65,7 @@ class PaddedModel:
     normalization: str = "softmax"
     batch_statistics: bool = False
     row_of_item: np.ndarray | None = None
+    features: Sequence[Feature] = ()
 
     def loss(self, weights: Weights, batch: PaddedBatch) -> float:
         probability = sigmoid(self.logits(weights, batch))
@@ -63,6 +86,9 @@ class PaddedModel:
         interest = batch_norm(scope(weights, "model/interest_norm/"), interest, self.batch_statistics)
         interest = dense(scope(weights, "model/interest_projection/"), interest)
         features = [interest, candidate, interest * candidate] if self.model == "din" else [interest, candidate]
+        for feature in self.features:
+            if feature.owner != "item":
+                features.append(columns_of(scope(weights, "features/"), feature, batch.features[feature.name]))
         features = np.concatenate(features, axis=1)
         features = batch_norm(scope(weights, "model/head_norm/"), features, self.batch_statistics)
         head = perceptron(scope(weights, "model/head/"), features, self.activation, self.batch_statistics)
@@ -73,10 +99,46 @@ class PaddedModel:
         items = np.abs(item_ids)
         parts = [weights["lookup/item"][self.rows(item_ids)]]
         parts += [weights[f"lookup/{name}"][feature[items]] for name, feature in self.item_features.items()]
+        for feature in self.features:
+            if feature.owner == "item":
+                parts.append(columns_of(scope(weights, "lookup/features/"), feature, feature.of_items)[items])
         return np.concatenate(parts, axis=-1)
 
     def rows(self, item_ids: np.ndarray) -> np.ndarray:
         return item_ids if self.row_of_item is None else np.where(item_ids < 0, 0, self.row_of_item[np.abs(item_ids)])
+
+
+def columns_of(weights: Weights, feature: Feature, values: Sequence[Any]) -> np.ndarray:
+    """Returns the columns of one feature, computed value by value: `[n, D]`.
+
+    A weight that is there is used: a projection, frequencies.
+    """
+    rows = [_columns_of_value(weights, feature, value) for value in values]
+    width = len(
+        _columns_of_value(weights, feature, [] if feature.form == "lists" else 0 if feature.form == "ids" else None)
+    )
+    columns = np.array(rows).reshape(len(values), width)
+    own = scope(weights, f"{feature.name}/")
+    return dense(own, columns) if "kernel" in own else columns
+
+
+def _columns_of_value(weights: Weights, feature: Feature, value: Any) -> np.ndarray:
+    if feature.form == "ids":
+        return weights[feature.name][value]
+    if feature.form == "lists":
+        total = np.zeros(weights[feature.name].shape[1])
+        for row, weight in value:
+            total = total + weight * weights[feature.name][row]
+        return total / len(value) if feature.pool == "mean" and value else total
+    if feature.form == "vector":
+        size = len(weights[f"{feature.name}/kernel"]) - 1
+        return np.array([0.0] * size + [1.0] if value is None else [*value, 0.0])
+    number = 0.0 if value is None else value
+    found = [number]
+    if f"{feature.name}.frequencies" in weights:
+        angles = [2 * np.pi * frequency * number for frequency in weights[f"{feature.name}.frequencies"]]
+        found = [np.sin(angle) for angle in angles] + [np.cos(angle) for angle in angles]
+    return np.array([*found, float(value is None)])
 
 
 def attend(
