@@ -147,6 +147,7 @@ _SCHEMA = pa.schema(
         "price": pa.float64(),
         "rank": pa.int64(),
         "badges": pa.list_(pa.int64()),
+        "maker": pa.string(),
         "brand": pa.string(),
         "weight": pa.float32(),
         "tags": pa.list_(pa.string()),
@@ -171,6 +172,7 @@ def _user(random: np.random.Generator, number: int) -> dict:
 def _item(random: np.random.Generator, number: int) -> dict:
     return {
         "item_id": 100 + number,
+        "maker": f"m{number % 3}",
         "brand": _maybe(random, f"b{int(random.integers(5))}"),
         "weight": _maybe(random, float(random.normal())),
         "tags": [f"g{int(one)}" for one in random.integers(6, size=random.integers(4))],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ class Job:
     trained: TrainedModel
     evaluator: Evaluator
     bundle: Bundle
+    folder: Path
 
     @property
     def users(self) -> np.ndarray:
@@ -59,7 +62,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signatures, "PAIRS_AT_ONCE", 40)  # so that requests are scored in parts
         export(trained, evaluator, "test", folder / "export")
-    return Job(trained, evaluator, Bundle.open(folder / "export"))
+    return Job(trained, evaluator, Bundle.open(folder / "export"), folder)
 
 
 def test_values_become_what_preparation_stored(job: Job, tmp_path: Path) -> None:
@@ -198,6 +201,34 @@ def test_an_export_is_evaluated_with_the_own_values(job: Job) -> None:
     assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+# Scores where this package cannot be imported.
+ALONE = """
+import sys
+sys.modules["din_dist"] = None
+import tensorflow as tf
+
+scorer = tf.saved_model.load(sys.argv[1]).signatures["score"]
+specs = scorer.structured_input_signature[1]
+missing = {tf.string: "", tf.int64: tf.int64.min, tf.float32: float("nan")}
+inputs = {
+    name: tf.zeros([1], tf.int64) if name.endswith("_lengths") else
+    tf.zeros([0], spec.dtype) if f"{name.removesuffix('_weights')}_lengths" in specs else
+    tf.fill([1, *spec.shape[1:]], tf.constant(missing[spec.dtype], spec.dtype))
+    for name, spec in specs.items()
+}
+inputs["candidate_item_ids"] = tf.constant([101], tf.int64)
+inputs["history_item_ids"], inputs["history_lengths"] = tf.zeros([0], tf.int64), tf.zeros([1], tf.int64)
+print(scorer(**inputs)["logits"].numpy()[0])
+"""
+
+
+def test_it_needs_nothing_but_tensorflow(job: Job, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ALONE, str(job.folder / "export")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_allclose(float(done.stdout), job.bundle.score([], [0], [101])[0], rtol=1e-5)
+
+
 EXAMPLES = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)
 OTHER_JOBS: dict[str, dict[str, Any]] = {
     "items": {"owners": (Owner.ITEM,)},
@@ -205,7 +236,10 @@ OTHER_JOBS: dict[str, dict[str, Any]] = {
     "candidates": {"owners": (Owner.CANDIDATE,)},
     "drawn negatives": {"owners": (Owner.USER, Owner.CONTEXT, Owner.ITEM), "labels": False},
     "mean pooling": {"owners": EXAMPLES, "model": ModelKind.MEAN_POOLING, "batch_norm": BatchNorm.FROZEN},
-    "items by their features": {"unknown_item": UnknownItem.FEATURES, "labels": False, "owners": (Owner.ITEM,)},
+    "items by their features": {
+        **{"owners": (Owner.ITEM,), "labels": False},
+        **{"unknown_item": UnknownItem.FEATURES, "item_features": ("maker",)},
+    },
 }
 
 
