@@ -28,6 +28,7 @@ FAST = {
     "tests/docker/test_pin_images.py": (),
     "tests/evaluation/test_confidence.py": (),
     "tests/evaluation/test_catalogue.py": (),
+    "tests/features": (),
     "tests/k8s/test_manifests.py": (),
     "tests/launch/test_test_launcher.py": (),
     "tests/layers": ("older_instructions", "do_not_exist", "same_units_are_left_out"),

@@ -47,6 +47,12 @@ with theme("what to evaluate"):
     define_path("export_dir", "", "Evaluate this export instead of a checkpoint, on its own job's data. Default: none.")
     flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
     flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
+    flags.DEFINE_list(
+        "slice_by",
+        [],
+        "Features, comma-separated: the metrics on the examples of each of their values, or of ranges of numbers. "
+        "Default: none.",
+    )
 with theme("retrieval metrics"):
     flags.DEFINE_string(
         "rank_against",
@@ -128,7 +134,7 @@ def _evaluate(job: _Job, asked: EvaluationRequest, runtime: Runtime, started: fl
 
     config, store, splits = job.config, job.store, job.splits
     examples = splits[asked.evaluation_split]
-    logits_of, candidates_of, step = _scorers(config, store, runtime, job.bundle)
+    logits_of, candidates_of, step = _scorers(config, store, examples, runtime, job.bundle)
     say: Callable[[str], None] = entry.say if runtime.is_chief else lambda text: None
     say(
         f"scoring {examples.num_examples:,} examples of the {asked.evaluation_split} split with the weights of update "
@@ -188,6 +194,7 @@ def _asked() -> EvaluationRequest:
         max_events=most,
         bootstrap_samples=values.bootstrap_samples,
         by_default=not values["ks"].present,
+        slice_by=tuple(dict.fromkeys(values.slice_by)),
     )
 
 
@@ -228,7 +235,7 @@ def _check_data(bundle: Bundle | None, store: EventStore) -> None:
 
 
 def _scorers(
-    config: Config, store: EventStore, runtime: Runtime, bundle: Bundle | None
+    config: Config, store: EventStore, examples: Examples, runtime: Runtime, bundle: Bundle | None
 ) -> tuple[Callable[[Batch], tf.Tensor], Callable[[], CandidateScorer], int]:
     """Returns a function from a batch to logits, a maker of a scorer of candidates, and the update of their weights."""
     import tensorflow as tf
@@ -238,7 +245,7 @@ def _scorers(
     from din_dist.serving.scorer import ExportScorer
 
     if bundle:
-        scorer = ExportScorer(bundle, store)
+        scorer = ExportScorer(bundle, store, examples)
         return scorer.of_batch, lambda: scorer, bundle.manifest.step
     step = flags.FLAGS.checkpoint_step or None
     with runtime.together():  # all ranks read the step that the chief finds: a job at work may publish another
@@ -251,7 +258,7 @@ def _scorers(
     logits_of = tf.function(
         lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
     )
-    return logits_of, lambda: ModelScorer(model, store.facts.num_items), step
+    return logits_of, lambda: ModelScorer(model, store.facts.num_items, store), step
 
 
 def _check_path(path: str) -> None:

@@ -6,6 +6,7 @@ one, so the same command resumes after a stop or a kill. The last line on stdout
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,11 +178,15 @@ def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Sou
     manifest = bundle.manifest
     if job is None:
         columns = _columns(manifest, None, files)
+        _warn_of_absent(manifest, columns)
         return _Source(bundle, GivenHistories(manifest.max_history_length), columns, None)
     store = open_prepared(job.data)
     histories = UserHistories(store, manifest.max_history_length)
     check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
-    return _Source(bundle, histories, _columns(manifest, histories.users_are_integers, files), store)
+    of_users = tuple(feature.name for feature in manifest.features_of("user") if feature.name in store.features)
+    columns = dataclasses.replace(_columns(manifest, histories.users_are_integers, files), user_features=of_users)
+    _warn_of_absent(manifest, columns)
+    return _Source(bundle, histories, columns, store)
 
 
 def _begin(parts: PartsFolder, source: _Source, files: Sequence[Path]) -> tuple[TextIO, Plan]:
@@ -298,6 +303,7 @@ def _checked_flags() -> tuple[list[Path], Path]:
 
 def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequence[Path]) -> RowColumns:
     """Returns the columns to read and to add, from the flags."""
+    from din_dist.serving.batch.features import find_features
     from din_dist.serving.batch.predictor import RowColumns
     from din_dist.tables.ids import Field
     from din_dist.tables.survey import names_of
@@ -314,7 +320,20 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
         lists or not TOP_K.value, "needs a list of candidates", TOP_K.name, TOP_K.value, "Give --candidates_column."
     )
     candidates = Field(CANDIDATES_COLUMN.value if lists else ITEM_COLUMN.value, integers, is_list=lists)
-    return RowColumns(history, candidates, TOP_K.value, LIST_SEPARATOR.value, BEFORE_COLUMN.value)
+    features = find_features(manifest, files[0], lists, BEFORE_COLUMN.value) if manifest.features else []
+    if users_are_integers is not None:
+        features = [column for column in features if column.feature.owner != "user"]  # the prepared users' own
+    return RowColumns(
+        history, candidates, TOP_K.value, LIST_SEPARATOR.value, BEFORE_COLUMN.value, features=tuple(features)
+    )
+
+
+def _warn_of_absent(manifest: Manifest, columns: RowColumns) -> None:
+    """Warns in one line of features of the model that no column has, nor the prepared users."""
+    found = {column.feature.name for column in columns.features} | set(columns.user_features)
+    names = [feature.name for feature in manifest.features if feature.owner != "item"]
+    if absent := [name for name in names if name not in found]:
+        entry.warn(f"--input: no column of {', '.join(absent)}. These features count as missing in every row.")
 
 
 def _settings(manifest: Manifest, columns: RowColumns, data_fingerprint: str | None) -> dict[str, Any]:

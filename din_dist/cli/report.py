@@ -22,7 +22,13 @@ from din_dist.files import write_text
 from din_dist.report.job import JobRecord, Status, read_job
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from din_dist.config import Config
+    from din_dist.data.event_store import EventStore
     from din_dist.data.splits import Examples
+    from din_dist.models.ranking_model import RankingModel
+    from din_dist.report.gain import Gain
     from din_dist.report.page import Findings
 
 with theme("report"):
@@ -83,6 +89,9 @@ def _find(record: JobRecord, most: int) -> Findings:
         scored = scoring.score(evaluator, "scored", examples, model)
         popularity, num_in_split = item_counts(store, splits), splits[split].num_examples
         found.evaluation = scoring.evaluate(scored, store, config.data, popularity, split, num_in_split)
+        if store.features:
+            entry.say("finding what each feature is worth")
+            found.gains = _gains(config, store, examples, found.step, model)
         entry.say("reading attention weights")
         found.shown = attention.show(model, config, store, examples, attention.choose(scored))
         found.averages = attention.averages(model, config, store, examples)
@@ -90,6 +99,29 @@ def _find(record: JobRecord, most: int) -> Findings:
         found.problems.append(str(error))
         entry.say(f"left out: {error}")
     return found
+
+
+def _gains(config: Config, store: EventStore, examples: Examples, step: int, model: RankingModel) -> list[Gain]:
+    """Returns the gain of each feature. For one of items the model is opened again, because it holds their values."""
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.evaluation.evaluator import Evaluator
+    from din_dist.features.spec import Owner
+    from din_dist.report import gain, scoring
+
+    def evaluator_of(data: EventStore) -> Evaluator:
+        return Evaluator(config, data, {"scored": examples}, Runtime())
+
+    own_logits = scoring.logits_of(model)
+
+    def logits_with(data: EventStore, owner: Owner) -> np.ndarray:
+        logits_of = own_logits
+        if owner is Owner.ITEM:
+            logits_of = scoring.logits_of(trained_model(config, data, step)[0])
+        return evaluator_of(data).scores("scored", logits_of)
+
+    evaluator = evaluator_of(store)
+    logits = evaluator.scores("scored", own_logits)
+    return list(gain.gains(store, examples, evaluator.labels("scored"), logits, logits_with, config.job.seed))
 
 
 def _split_to_score(record: JobRecord, splits: Mapping[str, Examples]) -> str:

@@ -52,7 +52,7 @@ def main() -> None:
     from din_dist.versions import build_info
 
     bundle = Bundle.open(folder, manifest.digest)
-    vocabulary = Vocabulary(manifest.item_id_type, manifest.item_features, manifest.max_history_length)
+    vocabulary = Vocabulary.of(manifest)
     warm_up(bundle, vocabulary)
     version = manifest.step if version is None else version
     served = Served(bundle, vocabulary, version, _description(manifest))
@@ -128,9 +128,11 @@ def _num_connections(wanted: int) -> int:
 
 def _description(manifest: Manifest) -> dict[str, Any]:
     """Returns the facts about the model that clients may want."""
+    features = {"features": [dataclasses.asdict(feature) for feature in manifest.features]} if manifest.features else {}
     return {
         "item_id_type": manifest.item_id_type,
         "item_features": dict(manifest.item_features),
+        **features,
         "max_history_length": manifest.max_history_length,
         "num_items": manifest.num_items,
         "step": manifest.step,

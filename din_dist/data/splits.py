@@ -62,6 +62,16 @@ class Examples:
         """Returns the user of each example, int64 `[num_examples]`."""
         return np.repeat(self.users.astype(np.int64), self.rows_per_user() * self.draws_per_row)
 
+    def users_and_events(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the users and the events of some examples, int64 `[B]` each; draws have those of their row.
+
+        Args:
+            examples: int64 `[B]`, numbers of examples.
+        """
+        rows = examples // self.draws_per_row
+        runs = np.searchsorted(self.row_ends, rows, side="right")
+        return self.users[runs].astype(np.int64), rows + self.event_bases[runs].astype(np.int64)
+
 
 def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]:
     """Cuts the events of `store` into `SPLITS`.

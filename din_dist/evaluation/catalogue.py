@@ -21,12 +21,11 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
-from din_dist.errors import InputError
-from din_dist.features.spec import Owner
+from din_dist.features.gathering import missing_values
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.ranking_model import OF_HISTORY, RankingModel
 
 PAIRS_AT_ONCE = 16_384  # pairs of a candidate with a behaviour or a history that are computed at once
 _MAX_HISTORIES = 1024  # histories at once, where there are few candidates
@@ -45,14 +44,13 @@ class CatalogueScorer:
         # The interest of a history without behaviours, `[1, H]`.
         self._empty_interest = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value
 
-        if refused := [each.spec.name for each in model.encodings if each.spec.owner is Owner.CANDIDATE]:
-            raise InputError(
-                "--rank_against: items that no event has shown have no values of candidate features. Received: the "
-                f"candidate features {', '.join(refused)}. Use --rank_against=none."
-            )
-        head = model.split_head()
-        self._head, self._head_bias, self._history_terms = model.head, head.bias[None], model.history_terms  # [1, D]
-        self._has_terms = head.of_history.shape[0] > 0
+        self._model, self._head, head = model, model.head, model.split_head()
+        self._head_bias = head.bias[None]  # [1, D]
+        # Candidates of the catalogue were not shown, so they have no features of their own.
+        columns = model.example_columns
+        none = missing_values(columns.encodings, 1) if columns else None
+        if (missing := model.candidate_context(none)) is not None:
+            self._head_bias += tf.matmul(missing, head.of_candidate)
         parts = tf.split(head.of_items, head.of_items.shape[0] // width, axis=0)
         self._of_interest, self._of_candidate, *of_product = parts  # [H, D] each
         self._attention: LocalActivationUnit | None = None
@@ -68,7 +66,7 @@ class CatalogueScorer:
         self._relevance = tf.function(self._relevance_of, input_signature=[matrix, matrix], autograph=False)
         self._score = tf.function(
             self._logits_of,
-            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, vector, matrix],
+            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, matrix, vector],
             autograph=False,
         )
 
@@ -85,9 +83,9 @@ class CatalogueScorer:
             history_item_ids: int `[N]`, B histories concatenated.
             history_lengths: int `[B]`.
             tick: called often with the share of the work that is done.
-            features: name -> B values of each user and context feature of the model, as in `Batch.features`.
+            features: B values of each user and context feature, as of `RankingModel.history_terms`.
         """
-        terms = self._history_terms(features)  # [B, D], or None
+        terms = self._model.history_terms(features)  # [B, D]
         behaviour_ids, index = np.unique(history_item_ids, return_inverse=True)
         behaviours, _ = self._lookup(tf.constant(behaviour_ids, tf.int32))  # [K, H]
         by_behaviour = self._by_behaviour(behaviours)
@@ -106,8 +104,8 @@ class CatalogueScorer:
             scores = self._scores(behaviours, candidates, scored)
             by_candidate = self._by_candidate(candidates)
             for group, (histories, rectangle) in enumerate(groups):
-                own = tf.zeros([1, self._head_bias.shape[1]]) if terms is None else tf.gather(terms, histories)
-                found = self._score(scores, by_behaviour, rectangle, candidates, by_candidate, biases, own)
+                own_terms = tf.zeros([0, 0]) if terms is None else tf.gather(terms, histories)
+                found = self._score(scores, by_behaviour, rectangle, own_terms, candidates, by_candidate, biases)
                 logits[histories, first:end] = found.numpy()
                 tick((number + 1 / 2 + (group + 1) / (2 * len(groups))) / len(firsts))
         return logits
@@ -163,10 +161,10 @@ class CatalogueScorer:
         scores: tf.Tensor,
         by_behaviour: tf.Tensor,
         rectangle: tf.Tensor,
+        terms: tf.Tensor,
         candidates: tf.Tensor,
         by_candidate: tf.Tensor,
         biases: tf.Tensor,
-        history_terms: tf.Tensor,
     ) -> tf.Tensor:
         """Returns the logits of a group of G histories, `[G, C]`.
 
@@ -174,10 +172,10 @@ class CatalogueScorer:
             scores: float32 `[K, C]`, as from `_scores`.
             by_behaviour: float32 `[K, D]` or `[K, D + H]`.
             rectangle: int32 `[G, T]`, indices of behaviours, padded by -1.
+            terms: float32 `[G, D]`, the share of user and context features; `[0, 0]` without such features.
             candidates: float32 `[C, H]`.
             by_candidate: float32 `[C, D]`.
             biases: float32 `[C]`.
-            history_terms: float32 `[G, D]`, as from `RankingModel.history_terms`; `[1, D]` zeros without features.
         """
         real = rectangle[:, :, None] >= 0  # [G, T, 1]
         index = tf.maximum(rectangle, 0)
@@ -193,8 +191,8 @@ class CatalogueScorer:
         pooled = tf.matmul(weights, tf.gather(by_behaviour, index), transpose_a=True)  # [G, C or 1, D or D + H]
         units = self._head_bias.shape[1]
         projected = pooled[:, :, :units] + by_candidate
-        if self._has_terms:
-            projected += history_terms[:, None, :]
+        if any(encoding.spec.owner in OF_HISTORY for encoding in self._model.encodings):
+            projected += terms[:, None]
         if self._of_product is not None:
             projected += tf.matmul(pooled[:, :, units:] * candidates, self._of_product)
         logits = self._head.after_first(tf.reshape(projected, [-1, units]))

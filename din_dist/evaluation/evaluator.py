@@ -30,6 +30,10 @@ class Evaluator:
     def has_examples(self, split: str) -> bool:
         return self._splits[split].num_examples > 0
 
+    def examples(self, split: str) -> Examples:
+        """Returns the examples of a split."""
+        return self._splits[split]
+
     def evaluate(self, split: str, logits_of: BatchScorer) -> dict[str, float]:
         """Returns `gauc`, `auc`, `log_loss` and counts; if the log has no labels, also `pairwise_gauc`."""
         return self.metrics_of(split, self.scores(split, logits_of))

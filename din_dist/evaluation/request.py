@@ -27,6 +27,7 @@ class EvaluationRequest:
         ks: list lengths, ascending. Default lengths above the number of candidates are left out.
         max_events: the most events to rank. None: as many as have `AUTO_CANDIDATES` candidates in all.
         by_default: `ks` is the flag's default.
+        slice_by: features by whose values the examples are cut.
     """
 
     evaluation_split: str
@@ -36,6 +37,7 @@ class EvaluationRequest:
     max_events: int | None
     bootstrap_samples: int
     by_default: bool = False
+    slice_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(bool(self.ks), "must name a length", "ks", "", "For example 1,5,10,20.")
@@ -46,8 +48,12 @@ class EvaluationRequest:
         """Returns the request without default list lengths that the data cannot fill.
 
         Raises:
-            InputError: the split is empty, or a setting does not fit the number of items.
+            InputError: the split is empty, a feature is not there, or a setting does not fit the number of items.
         """
+        known = [*store.item_features, *store.features]
+        for name in self.slice_by:
+            remedy = f"Choose among {', '.join(known)}." if known else "The model has none."
+            require(name in known, "must be features of the model", "slice_by", name, remedy)
         split, num_items = self.evaluation_split, store.facts.num_items
         if not splits[split].num_examples:
             filled = [name for name, examples in splits.items() if examples.num_examples]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -23,7 +23,8 @@ from din_dist.data.thinning import evenly_spaced, of_segments
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
 from din_dist.evaluation.catalogue import CatalogueScorer
-from din_dist.features.gathering import signature_of
+from din_dist.features.gathering import missing_values, signature_of
+from din_dist.features.spec import Owner
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
 from din_dist.models.ranking_model import RankingModel
 
@@ -36,19 +37,22 @@ REPORT_SECONDS = 10.0
 Tick = Callable[[float], None]  # called now and then with the share of the work that is done
 
 
+class Askers(NamedTuple):
+    """The users and the events for which candidates are scored, whose features count. Candidates' own are missing."""
+
+    users: np.ndarray  # int64 [B]
+    events: np.ndarray  # int64 [B]
+
+
 class CandidateScorer(Protocol):
     """Anything that returns logits: a model, an export, or a floor."""
 
     def of_all(
-        self,
-        history_item_ids: np.ndarray,
-        history_lengths: np.ndarray,
-        tick: Tick,
-        features: Mapping[str, Any] | None = None,
+        self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
     ) -> np.ndarray:
         """Returns the logits of all items for B concatenated histories: `[B, I]`, which the caller may change.
 
-        Column i belongs to item i + 1. `features` has B values of each user and context feature, if there are any.
+        Column i belongs to item i + 1. Without `askers` all features of users and contexts are missing.
         """
 
     def of_some(
@@ -57,26 +61,33 @@ class CandidateScorer(Protocol):
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
-        features: Mapping[str, Any] | None = None,
+        askers: Askers | None = None,
     ) -> np.ndarray:
         """Returns the logits `[C]` of each history's own candidates, like `RankingModel.score_candidates`."""
 
 
 class ModelScorer:
-    """Logits of a model, with the weights that it has at construction."""
+    """Logits of a model, with the weights that it has at construction.
 
-    def __init__(self, model: RankingModel, num_items: int) -> None:
+    Args:
+        model: the model.
+        num_items: of the catalogue.
+        store: the data, for features of users and contexts. None: they are missing.
+    """
+
+    def __init__(self, model: RankingModel, num_items: int, store: EventStore | None = None) -> None:
         self._catalogue = CatalogueScorer(model, num_items)
-        signature = [*[tf.TensorSpec([None], tf.int32)] * 4, signature_of(model.encodings) or ()]
-        self._score = tf.function(model.score_candidates, input_signature=signature, autograph=False)
+        self._encodings = model.encodings
+        self._features = ExampleFeatures(store) if store and self._encodings else None
+        ids = [tf.TensorSpec([None], tf.int32)] * 4
+        if self._encodings:
+            ids.append(signature_of(self._encodings))
+        self._score = tf.function(model.score_candidates, input_signature=ids, autograph=False)
 
     def of_all(
-        self,
-        history_item_ids: np.ndarray,
-        history_lengths: np.ndarray,
-        tick: Tick,
-        features: Mapping[str, Any] | None = None,
+        self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
     ) -> np.ndarray:
+        features = self._of(askers, len(history_lengths), 1)
         return self._catalogue.logits(history_item_ids, history_lengths, tick, features)
 
     def of_some(
@@ -85,10 +96,23 @@ class ModelScorer:
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
-        features: Mapping[str, Any] | None = None,
+        askers: Askers | None = None,
     ) -> np.ndarray:
         arrays = (history_item_ids, history_lengths, candidate_item_ids, candidate_counts)
-        return self._score(*(tf.constant(array, tf.int32) for array in arrays), features or ()).numpy()
+        features = self._of(askers, len(history_lengths), len(candidate_item_ids))
+        given = [] if features is None else [features]
+        return self._score(*(tf.constant(array, tf.int32) for array in arrays), *given).numpy()
+
+    def _of(self, askers: Askers | None, num_histories: int, num_candidates: int) -> dict[str, Any] | None:
+        """Returns the features of histories, and those of candidates as missing; None without features."""
+        if not self._encodings:
+            return None
+        own = [encoding for encoding in self._encodings if encoding.spec.owner is Owner.CANDIDATE]
+        if self._features is None or askers is None:
+            found = missing_values(self._encodings, num_histories)
+        else:
+            found = dict(self._features.of(tf.constant(askers.users), tf.constant(askers.events)))
+        return found | missing_values(own, num_candidates)
 
 
 class PopularityScorer:
@@ -98,11 +122,7 @@ class PopularityScorer:
         self._counts = counts
 
     def of_all(
-        self,
-        history_item_ids: np.ndarray,
-        history_lengths: np.ndarray,
-        tick: Tick,
-        features: Mapping[str, Any] | None = None,
+        self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
     ) -> np.ndarray:
         return np.tile(self._counts[1:].astype(np.float32), (len(history_lengths), 1))
 
@@ -112,7 +132,7 @@ class PopularityScorer:
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
-        features: Mapping[str, Any] | None = None,
+        askers: Askers | None = None,
     ) -> np.ndarray:
         return self._counts[candidate_item_ids]
 
@@ -262,10 +282,9 @@ def _score(
     """
     lengths = queries.history_ends - queries.history_starts
     histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
-    of_examples = ExampleFeatures(store).of(tf.constant(queries.users), tf.constant(queries.events))
-    given = {"features": of_examples} if of_examples else {}
+    askers = Askers(queries.users, queries.events)
     if not task.num_negatives:
-        scores = scorer.of_all(histories, lengths, tick, **given)
+        scores = scorer.of_all(histories, lengths, tick, askers)
         if task.exclude_history:
             num_seen = queries.history_ends - queries.seen_starts
             seen = store.history_item_ids[_windows(queries.seen_starts, num_seen)]
@@ -280,7 +299,7 @@ def _score(
     candidates[:, 0] = queries.targets
     candidates[:, 1:][real[:, 1:]] = negatives
     scores = np.full(real.shape, -np.inf, np.float32)
-    scores[real] = scorer.of_some(histories, lengths, candidates[real], counts + 1, **given)
+    scores[real] = scorer.of_some(histories, lengths, candidates[real], counts + 1, askers)
     return candidates, scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from din_dist.evaluation.retrieval import (
     queries_of,
     rank,
 )
+from din_dist.evaluation.slicing import parts_of
+from din_dist.metrics.slices import slices
 from din_dist.text import duration
 
 
@@ -52,7 +55,26 @@ def score_split(
         draws = None if store.facts.has_labels else examples.draws_per_row
         labels, users = evaluator.labels(split), examples.user_of_example()
         found["intervals"] = intervals_of_scores(logits, labels, users, draws, num_samples, config.job.seed)
+    if request.slice_by:
+        floor = evaluator.scores(split, evaluator.floor_scorers()["popularity"])
+        rankings = {"model": logits, "popularity": floor}
+        labels, users = evaluator.labels(split), examples.user_of_example()
+        found["slices"] = {name: _slices(store, examples, name, rankings, labels, users) for name in request.slice_by}
     return found
+
+
+def _slices(
+    store: EventStore,
+    examples: Examples,
+    name: str,
+    rankings: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    users: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Returns the metrics on each part of the examples by a feature."""
+    parts = parts_of(store, examples, name)
+    found = slices(rankings, labels, users, parts.part_of, parts.names)
+    return [dataclasses.asdict(part) for part in found]
 
 
 def rank_split(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from din_dist.text import duration
+from din_dist.text import duration, printable
 
 _ROWS = {"recall": ".4f", "ndcg": ".4f", "hit_rate": ".4f", "coverage": ".4f", "mean_popularity": ",.1f"}
 _WIDTH = 17
@@ -13,7 +14,7 @@ _WIDTH = 17
 
 def table(found: Mapping[str, Any]) -> str:
     """Returns the lines to print for the results of one evaluation."""
-    lines = [*_scores(found)]
+    lines = [*_scores(found), *_slices(found.get("slices", {}))]
     if retrieval := found.get("retrieval"):
         lines += _retrieval(retrieval, found["split"])
     seconds = {name: value for name, value in found["seconds"].items() if name != "total"}
@@ -37,6 +38,26 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
     lines.append(f"  {'GAUC / AUC of floors:':<20}")
     lines += [f"  {name:<20} {floor['gauc']:9.4f} {floor['auc']:8.4f}" for name, floor in found["floors"].items()]
     return lines
+
+
+def _slices(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, parts in found.items():
+        lines.append(
+            f"  {f'by {printable(name)}':<30} {'examples':>10} {'clicked':>8} {'':>5} {'model':>7} {'popularity':>11}"
+        )
+        for part in parts:
+            share = part["num_positives"] / part["num_examples"]
+            values = part["values"]
+            lines.append(
+                f"    {printable(part['name'])[:28]:<28} {part['num_examples']:>10,} {share:>8.1%} {part['metric']:>5} "
+                f"{_score(values['model'])} {_score(values['popularity']):>11}"
+            )
+    return lines
+
+
+def _score(value: float) -> str:
+    return f"{value:7.4f}" if math.isfinite(value) else f"{'–':>7}"
 
 
 def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import zoneinfo
@@ -14,6 +15,11 @@ UTC = "UTC"
 _BLOCK_SECONDS = 900  # zones change at a multiple of it
 _FIRST, _LAST = -62_135_510_400, 253_402_214_400  # seconds: a day within the first and last that Python knows
 _SECONDS_PER_DAY = 86_400
+_BLOCKS_PER_DAY = _SECONDS_PER_DAY // _BLOCK_SECONDS
+# Blocks between which a zone's changes are looked for: from 1800, when no zone had changed yet, in steps of half a day
+# to 2100, and of a day for 400 years more, after which the calendar and so the rules repeat.
+_EARLY, _RULES = -62_091 * _BLOCKS_PER_DAY, 47_482 * _BLOCKS_PER_DAY
+_CYCLE = 146_097 * _BLOCKS_PER_DAY
 
 
 class TimestampUnit(enum.StrEnum):
@@ -26,7 +32,7 @@ class TimestampUnit(enum.StrEnum):
     NANOSECONDS = "nanoseconds"
 
 
-_PER_SECOND = {
+PER_SECOND = {
     TimestampUnit.SECONDS: 1,
     TimestampUnit.MILLISECONDS: 10**3,
     TimestampUnit.MICROSECONDS: 10**6,
@@ -60,12 +66,56 @@ def time_rows(timestamps: np.ndarray, kind: Kind, unit: TimestampUnit, zone: str
         unit: of the timestamps, not `AUTO`.
         zone: the IANA name of the time zone.
     """
-    seconds = timestamps // _PER_SECOND[unit]
+    seconds = timestamps // PER_SECOND[unit]
     blocks, block_of = np.unique(np.clip(seconds, _FIRST, _LAST) // _BLOCK_SECONDS, return_inverse=True)
     local = seconds % (7 * _SECONDS_PER_DAY) + _offsets(blocks, zone)[block_of]
     if kind is Kind.HOUR_OF_DAY:
         return (1 + local % _SECONDS_PER_DAY // 3600).astype(np.int32)
     return (1 + (local // _SECONDS_PER_DAY + 3) % 7).astype(np.int32)  # 1970 began on a Thursday
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ZoneTable:
+    """A time zone as a table, which gives the offsets of `time_rows` without a library of time zones.
+
+    A time's block is its seconds, cut to `first` and `last`, divided by `block_seconds`. A block from `cycle_from` +
+    `cycle` on stands for the one in the `cycle` blocks from `cycle_from` on that is a multiple of `cycle` before it.
+
+    Attributes:
+        starts: int64 `[S]`, ascending, the first block of each offset; the first is below all blocks.
+        offsets: int64 `[S]`, the seconds by which local time is ahead of UTC from there on.
+    """
+
+    starts: np.ndarray
+    offsets: np.ndarray
+    first: int = _FIRST
+    last: int = _LAST
+    block_seconds: int = _BLOCK_SECONDS
+    cycle_from: int = _RULES
+    cycle: int = _CYCLE
+
+
+def zone_table(zone: str) -> ZoneTable:
+    """Returns the table of a time zone; it takes a second, but for UTC.
+
+    Args:
+        zone: the IANA name of the time zone.
+    """
+    lowest = np.array([_FIRST // _BLOCK_SECONDS - 1], np.int64)
+    if zone == UTC:
+        return ZoneTable(lowest, np.zeros(1, np.int64))
+    half_days = np.arange(_EARLY, _RULES, _BLOCKS_PER_DAY // 2)
+    days = np.arange(_RULES, _RULES + _CYCLE + 1, _BLOCKS_PER_DAY)
+    blocks = np.concatenate([half_days, days])
+    ahead = _offsets(blocks, zone)
+    changes = np.flatnonzero(ahead[1:] != ahead[:-1])
+    low, high = blocks[changes], blocks[changes + 1]  # the change is after low, and at high or before
+    before = ahead[changes]
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        changed = _offsets(middle, zone) != before
+        low, high = np.where(changed, low, middle), np.where(changed, middle, high)
+    return ZoneTable(np.concatenate([lowest, high]), np.concatenate([ahead[:1], _offsets(high, zone)]))
 
 
 def _offsets(blocks: np.ndarray, zone: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +33,17 @@ _SEEDS_OF_TABLES = 2**20  # projections and frequencies have seeds beyond those
 def variable_name(feature: str) -> str:
     """Returns a name for a feature's variables: the feature's, unless another variable has it or Keras refuses it."""
     if "/" in feature or feature in _OURS or len(feature.encode()) > _LONGEST_NAME:
-        return f"feature.{hashlib.blake2b(feature.encode(), digest_size=16).hexdigest()}"
+        return _digest_name(feature)
     return feature
+
+
+def layer_name(feature: str) -> str:
+    """Returns a name for a feature's layer: `variable_name`, unless TensorFlow refuses it as the name of a scope."""
+    return variable_name(feature) if re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9_.-]*", feature) else _digest_name(feature)
+
+
+def _digest_name(feature: str) -> str:
+    return f"feature.{hashlib.blake2b(feature.encode(), digest_size=16).hexdigest()}"
 
 
 class _Weights(NamedTuple):
@@ -104,7 +114,7 @@ class FeatureColumns(keras.layers.Layer):
         if (width := _projected_width(encoding, self._default_width)) is not None:
             initializer = keras.initializers.GlorotUniform(seed)
             projection = keras.layers.Dense(
-                encoding.width(self._default_width), kernel_initializer=initializer, name=variable_name(name)
+                encoding.width(self._default_width), kernel_initializer=initializer, name=layer_name(name)
             )
             with keras.name_scope(self.name):
                 projection.build((None, width))

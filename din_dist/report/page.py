@@ -25,6 +25,7 @@ from din_dist.files import read_text
 from din_dist.report import charts
 from din_dist.report.attention import Averages, ShownExample
 from din_dist.report.charts import Mark, Series
+from din_dist.report.gain import Gain
 from din_dist.report.job import JobRecord, Status, duration, number, timeline
 from din_dist.report.scoring import Evaluation, SliceTable
 from din_dist.schema import DatasetFacts
@@ -66,6 +67,7 @@ class Findings:
     evaluation: Evaluation | None = None
     shown: Sequence[ShownExample] = ()
     averages: Averages | None = None
+    gains: Sequence[Gain] = ()
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -103,6 +105,7 @@ def render(findings: Findings, now: float | None = None) -> str:
         speed=_speed(record),
         shown=findings.shown,
         averages=findings.averages,
+        gains=_gain_rows(findings.gains),
         charts=charts,
         weight_bar=functools.partial(_weight_bar, shares=shares),
         weight=functools.partial(_weight, shares=shares),
@@ -329,6 +332,18 @@ def _slice_rows(table: SliceTable) -> dict[str, Any]:
         rows.append({"part": part, "ours": ours, "gain": ours - best, "track": charts.track(named, low, high, label)})
     mixed = len({part.metric for part in table.slices}) > 1
     return {"table": table, "rows": rows, "axis": charts.track_axis(low, high), "mixed": mixed}
+
+
+def _gain_rows(gains: Sequence[Gain]) -> list[dict[str, Any]]:
+    """Returns the features, those of the largest gain first, each with a bar relative to that."""
+    known = [gain for gain in gains if math.isfinite(gain.value)]
+    largest = max((abs(gain.value) for gain in known), default=0.0) or 1.0
+    rows = []
+    for gain in sorted(known, key=lambda gain: -gain.value):
+        between = f"95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
+        style = "negative" if gain.value < 0 else ""
+        rows.append({"gain": gain, "bar": charts.bar(abs(gain.value) / largest, between, None, style)})
+    return rows
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:

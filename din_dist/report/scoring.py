@@ -14,6 +14,7 @@ from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.pipeline import batch_signature
 from din_dist.data.splits import Examples
 from din_dist.evaluation.evaluator import BatchScorer, Evaluator
+from din_dist.evaluation.slicing import parts_of
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
 from din_dist.metrics.ranking import auc, gauc, log_loss
@@ -35,6 +36,7 @@ class ScoredExamples:
         candidates: dense ids of their items.
         history_lengths: of the examples.
         draws_per_row: a positive and its drawn negatives; 1 if the log has labels.
+        examples: the examples, for the values of declared features.
     """
 
     rankings: Mapping[str, np.ndarray]
@@ -43,6 +45,7 @@ class ScoredExamples:
     candidates: np.ndarray
     history_lengths: np.ndarray
     draws_per_row: int
+    examples: Examples | None = None
 
     def by_row(self, values: np.ndarray) -> np.ndarray:
         """Returns `values` `[M]`, with that of each drawn negative replaced by that of its positive.
@@ -107,17 +110,22 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         examples: of the split.
         model: to evaluate.
     """
-    logits_of = tf.function(
-        lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
-    )
-    scorers: dict[str, BatchScorer] = {MODEL: logits_of, **evaluator.floor_scorers()}
+    scorers: dict[str, BatchScorer] = {MODEL: logits_of(model), **evaluator.floor_scorers()}
     return ScoredExamples(
         rankings={name: evaluator.scores(split, scorer) for name, scorer in scorers.items()},
         labels=evaluator.labels(split),
         users=examples.user_of_example(),
+        examples=examples,
         candidates=evaluator.scores(split, lambda batch: batch.candidate_item_ids).astype(np.int64),
         history_lengths=evaluator.scores(split, lambda batch: batch.history_lengths).astype(np.int64),
         draws_per_row=examples.draws_per_row,
+    )
+
+
+def logits_of(model: RankingModel) -> BatchScorer:
+    """Returns a function from packed batches to the model's logits."""
+    return tf.function(
+        lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
     )
 
 
@@ -145,6 +153,7 @@ def evaluate(
             scored, scored.by_row(popularity[scored.candidates]), _POPULARITY_BINS, "item popularity", "Training events"
         ),
         *(_by_feature(scored, store, name) for name in store.item_features),
+        *(_by_declared(scored, store, name) for name in store.features),
     ]
     return Evaluation(
         split=split,
@@ -190,3 +199,11 @@ def _by_feature(scored: ScoredExamples, store: EventStore, feature: str) -> Slic
     kept, part_of = largest_parts(values, _LARGEST_CATEGORIES)
     names = [*store.own_ids(vocabulary_of(feature), kept), "all others"]
     return SliceTable(feature, "", slices(scored.rankings, scored.labels, scored.users, part_of, names))
+
+
+def _by_declared(scored: ScoredExamples, store: EventStore, feature: str) -> SliceTable:
+    if scored.examples is None:
+        raise ValueError(f"examples: must be given to slice by {feature}. Received: None.")
+    parts = parts_of(store, scored.examples, feature)
+    found = slices(scored.rankings, scored.labels, scored.users, parts.part_of, parts.names)
+    return SliceTable(feature, parts.unit, found)

@@ -12,7 +12,8 @@ import pyarrow as pa
 import tensorflow as tf
 
 from din_dist.errors import InputError
-from din_dist.serving.manifest import Manifest, check_files, read_manifest
+from din_dist.features.encoding import Lists
+from din_dist.serving.manifest import FeatureInputs, Manifest, check_files, read_manifest
 
 _DTYPES = {"string": tf.string, "integer": tf.int64}
 
@@ -21,6 +22,10 @@ class Bundle:
     """A SavedModel with its manifest. It takes arrays, Arrow arrays, lists and tensors, and returns arrays.
 
     All calls raise `InputError` for inputs that do not fit, such as ids of another type or lengths that do not add up.
+
+    Declared features are given by name: `user` and `context` have one value for each history, `candidate` one for each
+    candidate. Lists are `Lists`. Values that are missing are as the manifest says; features that are not given are all
+    missing.
     """
 
     def __init__(self, manifest: Manifest, loaded: Any) -> None:
@@ -65,10 +70,7 @@ class Bundle:
         tensors = {key: as_tensor(value, specs[key].dtype, key) for key, value in inputs.items()}
         for key, tensor in tensors.items():
             if not specs[key].shape.is_compatible_with(tensor.shape):
-                raise InputError(
-                    f"{key}: must have {specs[key].shape.rank} dimension(s). Received: shape {tuple(tensor.shape)}. "
-                    "Give the ids of all histories concatenated."
-                )
+                raise _wrong_shape(key, specs[key].shape, tensor.shape)
         try:
             return {key: value.numpy() for key, value in function(**tensors).items()}
         except tf.errors.InvalidArgumentError as error:
@@ -76,23 +78,42 @@ class Bundle:
                 raise InputError(_plain(assertion.group(1))) from error
             raise
 
-    def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray:
+    def score(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
         """Returns the logits `[B]` of one candidate for each of B histories.
 
         Args:
             history_item_ids: `[N]`, the histories concatenated.
             history_lengths: int64 `[B]`.
             candidate_item_ids: `[B]`.
+            user: name -> B values of each feature of users; see `Bundle`.
+            context: likewise.
+            candidate: likewise.
         """
         inputs = {
             "history_item_ids": history_item_ids,
             "history_lengths": history_lengths,
             "candidate_item_ids": candidate_item_ids,
         }
-        return self.call("score", inputs)["logits"]
+        num = len(candidate_item_ids)
+        return self.call("score", inputs | self._examples(user, context, candidate, num, num))["logits"]
 
     def rank_histories(
-        self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any, candidate_counts: Any
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        candidate_counts: Any,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """Returns the logits `[C]` of any number of candidates for each of B histories.
 
@@ -101,6 +122,9 @@ class Bundle:
             history_lengths: int64 `[B]`.
             candidate_item_ids: `[C]`, the candidates of all histories concatenated.
             candidate_counts: int64 `[B]`, the number of each history's candidates.
+            user: name -> B values of each feature of users; see `Bundle`.
+            context: likewise.
+            candidate: name -> C values.
         """
         inputs = {
             "history_item_ids": history_item_ids,
@@ -108,16 +132,25 @@ class Bundle:
             "candidate_item_ids": candidate_item_ids,
             "candidate_counts": candidate_counts,
         }
-        return self.call("rank_histories", inputs)["logits"]
+        examples = self._examples(user, context, candidate, len(candidate_counts), len(candidate_item_ids))
+        return self.call("rank_histories", inputs | examples)["logits"]
 
-    def rank(self, history_item_ids: Any, candidate_item_ids: Any, k: int) -> dict[str, np.ndarray]:
+    def rank(
+        self,
+        history_item_ids: Any,
+        candidate_item_ids: Any,
+        k: int,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Returns the best `k` of `candidate_item_ids` `[C]`: `item_ids`, `logits`, `click_probability` and `places`.
 
-        `places` are their indices among the candidates.
+        `places` are their indices among the candidates. Features of the user and the context have one value.
         """
-        return self.call(
-            "rank", {"history_item_ids": history_item_ids, "candidate_item_ids": candidate_item_ids, "k": k}
-        )
+        examples = self._examples(user, context, candidate, 1, len(candidate_item_ids))
+        inputs = {"history_item_ids": history_item_ids, "candidate_item_ids": candidate_item_ids, "k": k}
+        return self.call("rank", inputs | examples)
 
     def score_with_features(
         self,
@@ -126,8 +159,12 @@ class Bundle:
         candidate_item_ids: Any,
         history_features: Mapping[str, Any],
         candidate_features: Mapping[str, Any],
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """Does the same as `score`, with item features by name. Missing features are looked up by the item id."""
+        num = len(candidate_item_ids)
         return self.call(
             "score_with_features",
             {
@@ -136,6 +173,7 @@ class Bundle:
                 "candidate_item_ids": candidate_item_ids,
                 **self._features("history", history_features, len(history_item_ids)),
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
+                **self._examples(user, context, candidate, num, num),
             },
         )["logits"]
 
@@ -146,6 +184,9 @@ class Bundle:
         k: int,
         history_features: Mapping[str, Any],
         candidate_features: Mapping[str, Any],
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
     ) -> dict[str, np.ndarray]:
         """Does the same as `rank`, with item features by name. Missing features are looked up by the item id."""
         return self.call(
@@ -156,6 +197,7 @@ class Bundle:
                 "k": k,
                 **self._features("history", history_features, len(history_item_ids)),
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
+                **self._examples(user, context, candidate, 1, len(candidate_item_ids)),
             },
         )
 
@@ -177,18 +219,83 @@ class Bundle:
             for name, kind in manifest.item_features.items()
         }
 
+    def _examples(
+        self,
+        user: Mapping[str, Any] | None,
+        context: Mapping[str, Any] | None,
+        candidate: Mapping[str, Any] | None,
+        num_histories: int,
+        num_candidates: int,
+    ) -> dict[str, Any]:
+        """Returns the inputs of declared features by name, those that are not given as missing."""
+        inputs: dict[str, Any] = {}
+        sizes = {"user": num_histories, "context": num_histories, "candidate": num_candidates}
+        for (owner, size), given in zip(sizes.items(), (user, context, candidate), strict=True):
+            features = {feature.name: feature for feature in self.manifest.features_of(owner)}
+            for name in given or {}:
+                if name not in features:
+                    raise InputError(
+                        f"{owner} features: must be features of the model. Received: {name!r}. "
+                        f"Choose among {', '.join(features) or 'none: it has no such features'}."
+                    )
+            for name, feature in features.items():
+                inputs |= inputs_of(feature, (given or {}).get(name), size)
+        return inputs
+
+
+def inputs_of(feature: FeatureInputs, values: Any, size: int) -> dict[str, Any]:
+    """Returns the inputs of a feature by name.
+
+    Args:
+        feature: of the export.
+        values: as `Bundle` takes them; None: all are missing.
+        size: how many there must be.
+
+    Raises:
+        InputError: lists are given in another form, or weights are missing.
+    """
+    if feature.is_list:
+        given = no_lists(size) if values is None else values
+        if not isinstance(given, Lists):
+            raise InputError(
+                f"{feature.name}: lists are given as Lists(values, lengths, weights). Received: "
+                f"{type(values).__name__}. Concatenate their values."
+            )
+        parts = given[: len(feature.inputs)]
+        if len(parts) == 3 and parts[2] is None:
+            raise InputError(f"{feature.name}: each value needs a weight. Received: none. Give {feature.inputs[2]}.")
+        return dict(zip(feature.inputs, parts, strict=True))
+    if values is None:
+        values = missing_values(feature, size)
+    return {feature.inputs[0]: values}
+
+
+def no_lists(size: int) -> Lists:
+    """Returns `size` empty lists."""
+    return Lists(np.zeros(0, object), np.zeros(size, np.int64), np.zeros(0, np.float32))
+
+
+def missing_values(feature: FeatureInputs, size: int) -> np.ndarray:
+    """Returns what stands for `size` missing values of a feature that is no list."""
+    if feature.dimension:
+        return np.full((size, feature.dimension), np.nan, np.float32)
+    dtype = {"string": object, "integer": np.int64, "number": np.float32}[feature.type]
+    return np.full(size, np.nan if feature.type == "number" else feature.missing, dtype)
+
 
 def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
     """Returns ids, lengths or features as a tensor.
 
     Args:
         values: an array, Arrow array, list or tensor.
-        dtype: string or int64.
+        dtype: string, int64 or float32.
         name: of the input, for errors.
 
     Raises:
         InputError: the values are of another kind.
     """
+    if dtype == tf.float32:
+        return _numbers(values, name)
     if tf.is_tensor(values):
         if dtype == tf.int64 and values.dtype.is_integer:
             return tf.cast(values, tf.int64)
@@ -217,6 +324,34 @@ def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
     except (TypeError, ValueError) as error:
         _require_all(array, wanted, name, dtype)
         raise _wrong_kind(name, dtype, "half a surrogate pair, which UTF-8 cannot express") from error
+
+
+def _numbers(values: Any, name: str) -> tf.Tensor:
+    """Returns numbers as float32; None and NaN are missing."""
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        values = values.to_pylist()
+    try:
+        wide = np.asarray(values.numpy() if tf.is_tensor(values) else values)
+        if wide.dtype.kind not in "fiuO" and wide.size:
+            raise TypeError
+        wide = wide.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: must be numbers. Received: another type. Give them as the log has them.") from error
+    wrong = np.abs(wide) > np.finfo(np.float32).max  # false for NaN
+    if wrong.any():
+        raise InputError(
+            f"{name}: numbers must be finite and fit float32. Received: {wide[wrong].flat[0]}. Give NaN for none."
+        )
+    return tf.constant(wide.astype(np.float32))
+
+
+def _wrong_shape(name: str, wanted: tf.TensorShape, found: tf.TensorShape) -> InputError:
+    remedy = "Give the ids of all histories concatenated."
+    if wanted.rank == 2 and wanted[1]:
+        rule, remedy = f"must be vectors of {wanted[1]} numbers", "Give such vectors, of NaN where there is none."
+    else:
+        rule = f"must have {wanted.rank} dimension(s)"
+    return InputError(f"{name}: {rule}. Received: shape {tuple(found)}. {remedy}")
 
 
 def _require_all(array: np.ndarray, wanted: tuple[type, ...], name: str, dtype: tf.DType) -> None:

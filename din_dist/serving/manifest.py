@@ -35,6 +35,43 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class FeatureInputs:
+    """A declared feature of an export.
+
+    Attributes:
+        name: of the feature.
+        owner: "user", "context", "candidate" or "item".
+        kind: as declared, for example "category".
+        type: of its values, "string", "integer" or "number".
+        inputs: the names of its inputs: the values, then the lengths of lists, then the weights. An item's category has
+            two, for histories and for candidates; its other features have none, because items are looked up.
+        missing: what stands for a missing value: "", the smallest int64, "NaN", or [] for a list of length 0.
+        dimension: numbers of a vector; 0 for other kinds.
+        column: the column of the log that it was read from; empty for times.
+        weights: the column of the weights.
+        separator: separates the values of a list that the log writes as text.
+        unit: of the timestamps that it is made from.
+    """
+
+    name: str
+    owner: str
+    kind: str
+    type: str
+    inputs: list[str]
+    missing: str | int | list
+    dimension: int = 0
+    column: str = ""
+    weights: str = ""
+    separator: str = ""
+    unit: str = ""
+
+    @property
+    def is_list(self) -> bool:
+        """True for lists, which have inputs for values and for lengths."""
+        return self.missing == []
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The description of a SavedModel, written beside it as JSON.
 
@@ -56,6 +93,7 @@ class Manifest:
         versions: of the software that wrote the export.
         files: path -> SHA-256 of each file of the export except this one.
         format_version: of the manifest.
+        features: those that were declared. Without them the file has no such entry.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -76,12 +114,19 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, str]
     format_version: int = FORMAT_VERSION
+    features: tuple[FeatureInputs, ...] = ()
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         del fields["digest"]
+        if not self.features:
+            del fields["features"]
         return fields
+
+    def features_of(self, owner: str) -> list[FeatureInputs]:
+        """Returns the features of an owner."""
+        return [feature for feature in self.features if feature.owner == owner]
 
 
 def check_digest(digest: str) -> None:
@@ -137,7 +182,8 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
             f"{path}: must be an export of version {FORMAT_VERSION}. Received: version {shown(version)}. {_AGAIN}"
         )
     try:
-        manifest = Manifest(**fields, digest=digest)
+        features = tuple(FeatureInputs(**feature) for feature in fields.pop("features", ()))
+        manifest = Manifest(**fields, features=features, digest=digest)
     except TypeError as error:
         raise _changed(path, reason(error)) from error
     if wrong := _wrong(manifest):
@@ -158,6 +204,9 @@ def _wrong(manifest: Manifest) -> str:
             return f"ids of type {shown(kind)}"
     if manifest.feature_inputs.keys() != manifest.item_features.keys():
         return "other features among feature_inputs than among item_features"
+    for feature in manifest.features:
+        if wrong := _wrong_feature(feature):
+            return wrong
     for name, digest in manifest.files.items():
         path = PurePosixPath(name)
         leads_out = path.is_absolute() or ".." in path.parts or name != path.as_posix() or name == "."
@@ -166,6 +215,22 @@ def _wrong(manifest: Manifest) -> str:
         if not isinstance(digest, str):
             return f"no digest of {name}"
     return ""
+
+
+def _wrong_feature(feature: FeatureInputs) -> str:
+    """Returns the first impossible entry of a feature, in words; empty if there is none."""
+    texts = (feature.name, feature.kind, feature.column, feature.weights, feature.separator, feature.unit)
+    if not all(isinstance(text, str) for text in texts) or not is_count(feature.dimension):
+        return "a feature of another form"
+    if feature.owner not in ("user", "context", "candidate", "item"):
+        return f"a feature of {shown(feature.owner)}"
+    if feature.type not in ("string", "integer", "number"):
+        return f"a feature of type {shown(feature.type)}"
+    inputs = feature.inputs
+    if not isinstance(inputs, list) or not all(isinstance(name, str) for name in inputs):
+        return f"a feature with inputs {shown(inputs)}"
+    least = 0 if feature.owner == "item" else 2 if feature.is_list else 1
+    return "" if len(inputs) >= least else f"a feature with {len(inputs)} inputs"
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

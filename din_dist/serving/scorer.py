@@ -9,18 +9,28 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, EventStore
-from din_dist.errors import InputError
+from din_dist.data.splits import Examples
+from din_dist.evaluation.retrieval import Askers
+from din_dist.features.spec import Owner
 from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
+from din_dist.serving.own_values import OwnValues, by_owner
 
 _PAIRS = 100_000  # most (candidate, behaviour) pairs in one call
 
 
 class ExportScorer:
-    """Scores packed batches and candidate lists; see `evaluation/retrieval.py: CandidateScorer`."""
+    """Scores packed batches and candidate lists; see `evaluation/retrieval.py: CandidateScorer`.
 
-    def __init__(self, bundle: Bundle, store: EventStore) -> None:
+    Args:
+        bundle: the opened export.
+        store: its job's data, from which the own values of declared features are read.
+        examples: those that batches are made of, for declared features.
+    """
+
+    def __init__(self, bundle: Bundle, store: EventStore, examples: Examples | None = None) -> None:
         self._bundle, self._num_items = bundle, store.facts.num_items
+        self._examples, self._values = examples, OwnValues(store)
         own_ids = store.vocabulary(ITEMS).to_numpy()
         kind = tf.string if bundle.manifest.item_id_type == "string" else tf.int64
         self._own_ids = tf.constant(own_ids, kind)
@@ -28,26 +38,32 @@ class ExportScorer:
     def of_batch(self, batch: Batch) -> tf.Tensor:
         """Returns the logits `[B]` of a packed batch (see `schema`)."""
         histories, candidates = batch.history_item_ids, batch.candidate_item_ids
-        logits = self._bundle.score(self._own(histories), batch.history_lengths, self._own(candidates))
-        return tf.constant(logits)
+        given = {}
+        if self._values.specs:
+            if self._examples is None:
+                raise ValueError("examples: must be given, because the model has features of them. Received: None.")
+            given = by_owner(self._values.of(*self._examples.users_and_events(batch.example_ids.numpy())))
+        return tf.constant(
+            self._bundle.score(self._own(histories), batch.history_lengths, self._own(candidates), **given)
+        )
 
     def of_all(
         self,
         history_item_ids: np.ndarray,
         history_lengths: np.ndarray,
         tick: Callable[[float], None],
-        features: Mapping[str, Any] | None = None,
+        askers: Askers | None = None,
     ) -> np.ndarray:
-        _refuse(features)
         logits = np.empty((len(history_lengths), self._num_items), np.float32)
         ends = np.cumsum(history_lengths)
         for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
             history = self._own(history_item_ids[end - length : end])
+            given = self._of(askers, row, row + 1)
             each = max(1, _PAIRS // max(1, int(length)))
             for first in range(0, self._num_items, each):
                 candidates = self._own_ids[first : first + each]
                 count = len(candidates)
-                found = self._bundle.rank_histories(history, np.array([length]), candidates, np.array([count]))
+                found = self._bundle.rank_histories(history, np.array([length]), candidates, np.array([count]), **given)
                 logits[row, first : first + count] = found
             tick((row + 1) / len(ends))
         return logits
@@ -58,21 +74,23 @@ class ExportScorer:
         history_lengths: np.ndarray,
         candidate_item_ids: np.ndarray,
         candidate_counts: np.ndarray,
-        features: Mapping[str, Any] | None = None,
+        askers: Askers | None = None,
     ) -> np.ndarray:
-        _refuse(features)
         return self._bundle.rank_histories(
-            self._own(history_item_ids), history_lengths, self._own(candidate_item_ids), candidate_counts
+            self._own(history_item_ids),
+            history_lengths,
+            self._own(candidate_item_ids),
+            candidate_counts,
+            **self._of(askers, 0, len(history_lengths)),
         )
+
+    def _of(self, askers: Askers | None, first: int, end: int) -> dict[str, Mapping[str, Any]]:
+        """Returns the features of users and contexts; those of candidates are missing."""
+        if askers is None or not self._values.specs:
+            return {}
+        found = self._values.of(askers.users[first:end], askers.events[first:end])
+        return by_owner({owner: values for owner, values in found.items() if owner is not Owner.CANDIDATE})
 
     def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Returns the log's own ids for dense ids, which count from 1."""
         return tf.gather(self._own_ids, tf.cast(item_ids, tf.int64) - 1)
-
-
-def _refuse(features: Mapping[str, Any] | None) -> None:
-    if features:
-        names = ", ".join(sorted(features))
-        raise InputError(
-            f"--export_dir: an export is scored without features. Received: {names}. Evaluate the job instead."
-        )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,11 @@ import pyarrow as pa
 from din_dist.errors import InputError
 from din_dist.tables import json_lines
 from din_dist.tables.columns import Rows, TimeColumn
+from din_dist.tables.feature_columns import ValueField, ValueReader
 from din_dist.tables.formats import Format, format_of, is_64_bits, reading
 from din_dist.tables.ids import Field, IdRules, Ids, problem_of
 from din_dist.tables.record_batches import read_rows, whole
+from din_dist.tables.values import ColumnValues
 from din_dist.text import shown
 
 
@@ -100,6 +102,42 @@ class TableReader(abc.ABC):
             InputError: a time is missing, or is no time.
         """
 
+    @abc.abstractmethod
+    def columns(self, rows: pa.Table, first_row: int, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+        """Returns some columns as the file has them.
+
+        Args:
+            rows: a batch, as `read` yields it.
+            first_row: the row at which the batch begins.
+            types: the columns, and the types that they must have in JSON lines.
+
+        Raises:
+            InputError: a value in JSON lines is of another type; the text names file and row.
+        """
+
+    def values(
+        self, rows: pa.Table, first_row: int, fields: Sequence[ValueField], counts: np.ndarray
+    ) -> list[ColumnValues]:
+        """Returns the values of each field.
+
+        Args:
+            rows: a batch, as `read` yields it.
+            first_row: the row at which the batch begins.
+            fields: what to read.
+            counts: int64 `[R]`, the number of each row's candidates, for fields that have a value for each.
+
+        Raises:
+            InputError: a value breaks a rule; the text names file and row.
+        """
+        types = {name: kind for field in fields for name, kind in field.json_types.items()}
+        found = self.columns(rows, first_row, types)
+        reader = ValueReader(self._path, self.form is Format.CSV, self._separator)
+        return [reader.read(found, field, first_row, counts) for field in fields]
+
+    def reject(self, row: int, rule: str, received: str) -> InputError:
+        """Returns the error for a row that breaks a rule."""
+        return self._rules.reject(row, rule, received)
+
     def _checked_times(self, column: pa.Array, first_row: int, name: str) -> np.ndarray:
         rows = Rows()
         rows.begin(self._path)
@@ -133,6 +171,10 @@ class _ParquetReader(TableReader):
         with reading(self._path, self.form):
             return self._checked_times(whole(rows.column(name)), first_row, name)
 
+    def columns(self, rows: pa.Table, first_row: int, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+        with reading(self._path, self.form):
+            return {name: whole(rows.column(name)) for name in types}
+
 
 class _CsvReader(TableReader):
     form = Format.CSV
@@ -148,6 +190,9 @@ class _CsvReader(TableReader):
 
     def times(self, rows: pa.Table, first_row: int, name: str) -> np.ndarray:
         return self._checked_times(whole(rows.column(name)), first_row, name)
+
+    def columns(self, rows: pa.Table, first_row: int, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+        return {name: whole(rows.column(name)) for name in types}
 
 
 class _JsonLinesReader(TableReader):
@@ -174,6 +219,28 @@ class _JsonLinesReader(TableReader):
                 found = json_lines.parse_lines(lines, pa.schema({name: kind}))
                 return self._checked_times(whole(found.column(name)), first_row, name)
         raise self._rejected_times(lines, first_row, name)
+
+    def columns(self, rows: pa.Table, first_row: int, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
+        lines = whole(rows.column(json_lines.LINE))
+        try:
+            found = json_lines.parse_lines(lines, pa.schema(dict(types)))
+        except pa.ArrowException as error:
+            raise self._rejected_values(lines, first_row, types, error) from None
+        return {name: whole(found.column(name)) for name in types}
+
+    def _rejected_values(
+        self, lines: pa.Array, first_row: int, types: Mapping[str, pa.DataType], error: pa.ArrowException
+    ) -> InputError:
+        """Returns the error for the line that Arrow refused, which is looked for slowly."""
+        for row, line in enumerate(lines.to_pylist(), start=first_row):
+            values = json_lines.parse_line(self._path, row + 1, line.encode())
+            for name, kind in types.items():
+                if not _fits(values.get(name), kind):
+                    rule = f"{name} must hold {_WORDS.get(kind) or kind}, as in the log of the model"
+                    return self._rules.reject(row, rule, shown(values[name]))
+        detail = " ".join(str(error).split())[:200]
+        rule = "from here on each line must be one JSON object"
+        return self._rules.reject(first_row, rule, detail, "Correct the file.")
 
     def _rejected_times(self, lines: pa.Array, first_row: int, name: str) -> InputError:
         """Returns the error for the line that Arrow refused, which is looked for slowly."""
@@ -205,3 +272,16 @@ class _JsonLinesReader(TableReader):
         detail = " ".join(str(error).split())[:200]
         rule = "from here on each line must be one JSON object"
         return self._rules.reject(first_row, rule, detail, "Correct the file.")
+
+
+_WORDS = {pa.string(): "text", pa.int64(): "integers", pa.float64(): "numbers"}
+
+
+def _fits(value: Any, kind: pa.DataType) -> bool:
+    """Tells whether a JSON value is of a type; a missing one is of every type."""
+    if value is None:
+        return True
+    if pa.types.is_list(kind):
+        return isinstance(value, list) and all(_fits(part, kind.value_type) for part in value)
+    wanted = {pa.string(): (str,), pa.int64(): (int,), pa.float64(): (int, float)}[kind]
+    return type(value) in wanted and (type(value) is not int or is_64_bits(value))

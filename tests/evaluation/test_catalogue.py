@@ -7,8 +7,8 @@ from numpy.testing import assert_allclose
 
 import din_dist.evaluation.catalogue
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
-from din_dist.errors import InputError
 from din_dist.evaluation.catalogue import CatalogueScorer
+from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Owner
 from tests.support.reference.compare import RandomFeatures, padded_batch, small_model, take_values, values_of
 
@@ -62,7 +62,7 @@ def test_any_activation_and_frozen_statistics(activation):
 
 @pytest.mark.parametrize("kind", ModelKind)
 def test_features_of_the_event_count_for_every_candidate(kind):
-    """Of users, contexts and items; items that no event has shown have no candidate features."""
+    """Of users, contexts and items."""
     features = RandomFeatures((Owner.USER, Owner.CONTEXT, Owner.ITEM))
     model = far_from_the_start(small_model(model=kind, features=features.stored))
     values = values_of(padded_batch([1] * len(HISTORIES), features=features), features)
@@ -71,8 +71,17 @@ def test_features_of_the_event_count_for_every_candidate(kind):
     assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     others = {name: take_values(own, [1, 0, 2, 3, 4, 5, 6]) for name, own in values.items()}
     assert np.abs(at_once(model, HISTORIES, others)[:2] - found[:2]).max(axis=1).min() > 0.01
-    with pytest.raises(InputError, match="no values of candidate features. Received: the candidate features candidate"):
-        CatalogueScorer(small_model(features=RandomFeatures().stored), NUM_ITEMS)
+
+
+def test_items_that_no_event_has_shown_lack_the_candidates_own_features():
+    features = RandomFeatures()
+    model = far_from_the_start(small_model(features=features.stored))
+    values = values_of(padded_batch([1] * len(HISTORIES), features=features), features)
+    own = [encoding for encoding in model.encodings if encoding.spec.owner is Owner.CANDIDATE]
+    values |= missing_values(own, len(HISTORIES) * NUM_ITEMS)
+    expected = one_by_one(model, HISTORIES, values)
+    found = at_once(model, HISTORIES, values)
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_large_blocks_are_cut_by_their_memory(monkeypatch):

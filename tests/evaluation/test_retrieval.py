@@ -67,13 +67,13 @@ class FewScores:
     def one(self, history: list[int], item: int) -> float:
         return float((7 * item + sum(history)) % 5)
 
-    def of_all(self, histories, lengths, tick):
+    def of_all(self, histories, lengths, tick, askers=None):
         tick(0.5)
         candidates = np.tile(np.arange(1, self.num_items + 1), len(lengths))
         found = self.of_some(histories, lengths, candidates, np.full(len(lengths), self.num_items))
         return found.reshape(len(lengths), self.num_items)
 
-    def of_some(self, histories, lengths, candidates, counts):
+    def of_some(self, histories, lengths, candidates, counts, askers=None):
         parts = np.split(histories, np.cumsum(lengths)[:-1])
         owner = np.repeat(np.arange(len(counts)), counts)
         return np.array([self.one(parts[i].tolist(), c) for i, c in zip(owner, candidates, strict=True)])

@@ -28,7 +28,9 @@ def write_job(config: Config, steps: tuple[int, ...] = (7,)) -> tuple[RankingMod
     store = prepare(config.data)
     trained = trained_items(store, config.data, split_examples(store, config.data))
     row_of_item = trained.row_of_item if trained else None
-    model = make_model(config.model, store.facts, store.item_features, seed=0, row_of_item=row_of_item)
+    model = make_model(
+        config.model, store.facts, store.item_features, seed=0, row_of_item=row_of_item, features=store.features
+    )
     checkpoints = CheckpointStore(config, store.facts.fingerprint, Runtime())
     for step in steps:
         randomise(model, seed=step)

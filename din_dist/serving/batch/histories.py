@@ -6,6 +6,8 @@ Letters of shapes: R rows of a batch, V ids.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, USERS, EventStore
 from din_dist.errors import InputError
+from din_dist.serving.own_values import OwnValues
 from din_dist.tables.ids import Ids
 
 _OTHER_UNIT = (
@@ -80,6 +83,10 @@ class GivenHistories:
         values = histories.values
         return encode(values if len(indices) == len(values) else values.take(pa.array(indices))), lengths
 
+    def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
+        """Returns nothing: the rows have them."""
+        return {}
+
 
 class UserHistories:
     """Histories from prepared data: a user's positive events, oldest first.
@@ -94,6 +101,7 @@ class UserHistories:
         self._user_of = tf.lookup.StaticHashTable(
             tf.lookup.KeyValueTensorInitializer(ids_tensor(users), tf.range(len(users), dtype=tf.int64)), -1
         )
+        self._values = OwnValues(store)
         items = store.vocabulary(ITEMS)
         self.items_are_integers = pa.types.is_integer(items.type)
         self._item_ids = ids_tensor(items)
@@ -113,8 +121,7 @@ class UserHistories:
         """
         if before is not None:
             self._check_kind(before)
-        encoded = encode(users.values)
-        found = self._user_of.lookup(encoded.distinct).numpy()[encoded.codes]
+        found = self._indices(users)
         known = found >= 0
         self.num_unknown += int(np.count_nonzero(~known))
         offsets = self._store.history_offsets
@@ -127,6 +134,15 @@ class UserHistories:
             self.num_too_early += int(np.count_nonzero(timed & (starts == ends)))
         indices, lengths = newest(starts, ends, self._most)
         return Encoded(self._item_ids, self._store.history_item_ids[indices] - 1), lengths
+
+    def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
+        """Returns the prepared users' own features of these names, `R` values each; an unknown user has none."""
+        return self._values.of_users(self._indices(column), names) if names else {}
+
+    def _indices(self, users: Ids) -> np.ndarray:
+        """Returns the number of each user from 0, int64 `[R]`; -1 for an unknown one."""
+        encoded = encode(users.values)
+        return self._user_of.lookup(encoded.distinct).numpy()[encoded.codes]
 
     def _check_kind(self, before: np.ndarray) -> None:
         """Refuses times of another unit or kind than the log's, which would cut all histories or none.

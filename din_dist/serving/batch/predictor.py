@@ -9,7 +9,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,9 +19,11 @@ from din_dist.config import LogFormat
 from din_dist.errors import InputError
 from din_dist.files import published
 from din_dist.progress import at, each
+from din_dist.serving.batch.features import FeatureColumn, given_features
 from din_dist.serving.batch.histories import Encoded, encode
 from din_dist.serving.batch.parts import Part, PartsFolder, Plan, in_turn
 from din_dist.serving.bundle import Bundle
+from din_dist.serving.own_values import part_of
 from din_dist.tables.formats import shown_names
 from din_dist.tables.ids import Field, Ids
 from din_dist.tables.reader import TableReader, open_table
@@ -50,6 +52,8 @@ class Histories(Protocol):
 
     def of(self, column: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]: ...
 
+    def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class RowColumns:
@@ -60,11 +64,15 @@ class RowColumns:
     top_k: int = 0  # 0: all candidates in their order
     list_separator: str = ""
     before: str = ""  # column of the time at which a user's history ends; empty: after the last event
+    features: tuple[FeatureColumn, ...] = ()
+    user_features: tuple[str, ...] = ()  # features of users that the source of histories gives
 
     @property
     def read(self) -> list[str]:
         """The names of the columns to read."""
-        return [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
+        names = [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
+        names += [name for feature in self.features for name in feature.columns]
+        return list(dict.fromkeys(names))
 
     @property
     def added(self) -> list[Added]:
@@ -166,7 +174,9 @@ class Predictor:
             history, candidates = table.ids(rows, first_row, fields)
             before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
             items, lengths = self._histories.of(history, before)
-            yield rows, _Batch(items, lengths, candidates, encode(candidates.values))
+            given = given_features(table, rows, first_row, self._columns.features, candidates.counts)
+            given["user"] |= self._histories.user_features(history, self._columns.user_features)
+            yield rows, _Batch(items, lengths, candidates, encode(candidates.values), given)
             first_row += len(rows)
 
     def _answer(self, batch: _Batch) -> list[Added]:
@@ -193,6 +203,7 @@ class Predictor:
                     batch.lengths[call.first_row : call.end_row],
                     batch.encoded.part(call.first_candidate, call.end_candidate),
                     call.counts,
+                    **_features_of(batch.features, call),
                 )
             )
         logits = np.concatenate([np.zeros(0, np.float32), *found])
@@ -207,6 +218,8 @@ class _Batch:
     lengths: np.ndarray  # int64 [R]
     candidates: Ids
     encoded: Encoded  # the candidates, encoded
+    # Owner -> name -> R values of users and contexts, C of candidates, as `Bundle.rank_histories` takes them.
+    features: Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +231,17 @@ class Call:
     first_candidate: int
     end_candidate: int
     counts: np.ndarray  # int64, the candidates of each of the rows in this call
+
+
+def _features_of(features: Mapping[str, Mapping[str, Any]], call: Call) -> dict[str, dict[str, Any]]:
+    """Returns the features of the rows and candidates of a call, by owner; owners without any are left out."""
+    bounds = dict.fromkeys(features, (call.first_row, call.end_row))
+    bounds["candidate"] = (call.first_candidate, call.end_candidate)
+    return {
+        owner: {name: part_of(values, *bounds[owner]) for name, values in own.items()}
+        for owner, own in features.items()
+        if own
+    }
 
 
 def calls(lengths: np.ndarray, counts: np.ndarray, most_pairs: int) -> Iterator[Call]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import shutil
 import tempfile
@@ -18,13 +19,19 @@ import tensorflow as tf
 from din_dist.config import Config
 from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
 from din_dist.data.pipeline import batch_signature
+from din_dist.data.splits import Examples
 from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
+from din_dist.features.gathering import missing_values
+from din_dist.features.spec import Kind, Owner
 from din_dist.files import folder_aside, locked, make_folder, publish_folder, repair_publishing, write_text
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
-from din_dist.serving.export.signatures import Signatures, input_names
-from din_dist.serving.manifest import MANIFEST, Manifest, digest_of_file, read_manifest
+from din_dist.serving.bundle import as_tensor, inputs_of
+from din_dist.serving.export.features import Declared, inputs_in_manifest
+from din_dist.serving.export.signatures import Signatures, names_of_inputs
+from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
+from din_dist.serving.own_values import OwnValues
 from din_dist.text import to_json
 from din_dist.versions import build_info
 
@@ -110,50 +117,86 @@ def export(
 def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator, split: str) -> tuple[float, int]:
     """Compares the trainer's logits with those of the SavedModel in `folder` on all examples of `split`.
 
+    Declared features of users, contexts and candidates are given as the log has them, and once more as all missing.
+
     Returns:
         The largest difference and the number of examples.
 
     Raises:
         FloatingPointError: the difference is too large.
     """
-    loaded = tf.saved_model.load(str(folder))
-    vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
+    exported = _Exported(trained, folder, evaluator.examples(split))
+    encodings = trained.model.encodings
+    trace = functools.partial(tf.function, input_signature=[batch_signature(encodings)], autograph=False)
 
-    def own_ids(dense_ids: tf.Tensor) -> tf.Tensor:
-        ids = vocabulary.take(pa.array(dense_ids.numpy() - 1)).to_numpy(zero_copy_only=False)
-        return tf.constant(ids, tf.int64 if pa.types.is_integer(vocabulary.type) else tf.string)
+    def without_features(batch: Batch) -> Batch:
+        return batch._replace(features=missing_values(encodings, tf.size(batch.candidate_item_ids)))
 
-    def by_own_ids(batch: Batch, name: str, **more: tf.Tensor) -> tf.Tensor:
-        return loaded.signatures[name](
-            history_item_ids=own_ids(batch.history_item_ids),
+    scorers = [(trace(lambda batch: trained.model(batch, training=False)), False)]
+    if encodings:
+        scorers.append((trace(lambda batch: trained.model(without_features(batch), training=False)), True))
+    largest, num_compared = 0.0, 0
+    for trainer, missing in scorers:
+        expected = evaluator.scores(split, trainer).astype(np.float64)
+        num_compared = len(expected)
+        for signature in ("score", "rank_histories"):
+            found = evaluator.scores(split, functools.partial(exported.logits, signature=signature, missing=missing))
+            differences = np.abs(found - expected)
+            if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(expected))):  # false for NaN
+                what = " with all features missing" if missing else ""
+                raise FloatingPointError(
+                    f"{folder}: an export must have the trainer's logits, within {LARGEST_DIFFERENCE:g}. Received: a "
+                    f"difference of {differences.max():.3g} on {len(expected)} examples of the {split} split{what}. "
+                    "Nothing was published."
+                )
+            largest = max(largest, float(differences.max(initial=0.0)))
+    return largest, num_compared
+
+
+class _Exported:
+    """A SavedModel that is called with the log's own ids and values.
+
+    Args:
+        trained: the model that it was made of.
+        folder: of the SavedModel.
+        examples: those that batches are made of.
+    """
+
+    def __init__(self, trained: TrainedModel, folder: Path, examples: Examples) -> None:
+        self._loaded = tf.saved_model.load(str(folder))
+        self._vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
+        self._features = described_features(trained.store)
+        self._examples, self._values = examples, OwnValues(trained.store)
+
+    def logits(self, batch: Batch, *, signature: str, missing: bool) -> tf.Tensor:
+        """Returns the logits `[B]` of a packed batch.
+
+        Args:
+            batch: its features are left aside.
+            signature: `score` or `rank_histories`.
+            missing: give all features of examples as missing.
+        """
+        given = {} if missing else self._values.of(*self._examples.users_and_events(batch.example_ids.numpy()))
+        inputs: dict[str, Any] = {}
+        for feature in self._features:
+            if feature.owner != Owner.ITEM:
+                values = given.get(Owner(feature.owner), {}).get(feature.name)
+                inputs |= inputs_of(feature, values, len(batch.candidate_item_ids))
+        function = self._loaded.signatures[signature]
+        specs = function.structured_input_signature[1]
+        inputs = {name: as_tensor(value, specs[name].dtype, name) for name, value in inputs.items()}
+        if signature == "rank_histories":
+            inputs["candidate_counts"] = tf.ones_like(batch.history_lengths, tf.int64)
+        return function(
+            history_item_ids=self._own_ids(batch.history_item_ids),
             history_lengths=tf.cast(batch.history_lengths, tf.int64),
-            candidate_item_ids=own_ids(batch.candidate_item_ids),
-            **more,
+            candidate_item_ids=self._own_ids(batch.candidate_item_ids),
+            **inputs,
         )["logits"]
 
-    def one_by_one(batch: Batch) -> tf.Tensor:
-        counts = tf.ones_like(batch.history_lengths, tf.int64)
-        return by_own_ids(batch, "rank_histories", candidate_counts=counts)
-
-    expected = evaluator.scores(
-        split,
-        tf.function(
-            lambda batch: trained.model(batch, training=False),
-            input_signature=[batch_signature(trained.model.encodings)],
-            autograph=False,
-        ),
-    ).astype(np.float64)
-    largest = 0.0
-    for scorer in (lambda batch: by_own_ids(batch, "score"), one_by_one):
-        differences = np.abs(evaluator.scores(split, scorer) - expected)
-        if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(expected))):  # false for NaN
-            raise FloatingPointError(
-                f"{folder}: an export must have the trainer's logits, within {LARGEST_DIFFERENCE:g}. Received: a "
-                f"difference of {differences.max():.3g} on {len(expected)} examples of the {split} split. Nothing was "
-                "published."
-            )
-        largest = max(largest, float(differences.max(initial=0.0)))
-    return largest, len(expected)
+    def _own_ids(self, dense_ids: tf.Tensor) -> tf.Tensor:
+        ids = self._vocabulary.take(pa.array(dense_ids.numpy() - 1)).to_numpy(zero_copy_only=False)
+        return tf.constant(ids, tf.int64 if pa.types.is_integer(self._vocabulary.type) else tf.string)
 
 
 def write_saved_model(trained: TrainedModel, folder: Path) -> None:
@@ -165,17 +208,38 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             {name: store.vocabulary(vocabulary_of(name)) for name in store.item_features},
             trained.config.data.max_history_length,
             Path(vocabularies),
+            _declared(store),
         )
         signatures.save(folder)
+
+
+def _declared(store: EventStore) -> dict[str, Declared]:
+    """Returns the declared features with their own ids. Only items' categories and features of examples need those."""
+    found = {}
+    for name, stored in store.features.items():
+        spec = stored.encoding.spec
+        needed = spec.owner is not Owner.ITEM or spec.kind is Kind.CATEGORY
+        found[name] = Declared(stored, store.feature_vocabulary(name) if needed else pa.array([], pa.large_string()))
+    return found
+
+
+def described_features(store: EventStore) -> list[FeatureInputs]:
+    """Returns the declared features as a manifest describes them."""
+    declared = _declared(store)
+    return inputs_in_manifest(declared.values(), names_of_inputs(list(store.item_features), declared))
 
 
 def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: float, num_compared: int) -> Manifest:
     store = trained.store
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    features = described_features(store)
+    item_features = {name: _kind(store.vocabulary(vocabulary_of(name))) for name in store.item_features}
+    item_features |= {feature.name: feature.type for feature in features if feature.owner == "item" and feature.inputs}
+    names = names_of_inputs(list(store.item_features), store.features)
     manifest = Manifest(
         item_id_type=_kind(store.vocabulary(ITEMS)),
-        item_features={name: _kind(store.vocabulary(vocabulary_of(name))) for name in store.item_features},
-        feature_inputs=input_names(list(store.item_features)),
+        item_features=item_features,
+        feature_inputs={name: names[name] for name in item_features},
         max_history_length=trained.config.data.max_history_length,
         num_items=store.facts.num_items,
         embedding_width=trained.model.lookup.width,
@@ -189,6 +253,7 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         max_difference=largest,
         versions=build_info(),
         files={path.relative_to(folder).as_posix(): digest_of_file(path) for path in files},
+        features=tuple(features),
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)

@@ -11,17 +11,19 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
 from din_dist.serving.http.settings import ServeConfig
+from din_dist.serving.manifest import FeatureInputs, Manifest
 
 Id = str | int
 SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
 _INT64 = np.iinfo(np.int64)
+_LARGEST = float(np.finfo(np.float32).max)
 _MOST_SHOWN = 60  # characters of a value that an error shows
 _MOST_LISTED = 3  # values of a list that an error shows
 
@@ -38,18 +40,32 @@ class Vocabulary:
         item_id_type: of items.
         item_features: name of an item feature -> type of its values.
         max_history_length: the number of newest behaviours that the model reads.
+        features: the declared features of users, contexts and candidates.
     """
 
     item_id_type: str
     item_features: Mapping[str, str]
     max_history_length: int
+    features: tuple[FeatureInputs, ...] = ()
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Returns the vocabulary of an export."""
+        features = tuple(feature for feature in manifest.features if feature.owner != "item")
+        return cls(manifest.item_id_type, manifest.item_features, manifest.max_history_length, features)
+
+    def features_of(self, owner: str) -> dict[str, FeatureInputs]:
+        """Returns the declared features of an owner by name."""
+        return {feature.name: feature for feature in self.features if feature.owner == owner}
 
 
 @dataclasses.dataclass(slots=True)
 class Instance:
     """One history, cut to the part that the model reads, and the candidates to score against it.
 
-    A feature has a value for each item, or is missing. A value of None is looked up by the item id.
+    A feature has a value for each item, or is missing. A value of None is looked up by the item id. Features of the
+    user and the context have one value, and the candidates' own one for each. There None is a missing value, and a list
+    with weights is a pair of lists.
     """
 
     history: list[Id]
@@ -57,6 +73,9 @@ class Instance:
     history_features: dict[str, list[Id | None]] = dataclasses.field(default_factory=dict)
     candidate_features: dict[str, list[Id | None]] = dataclasses.field(default_factory=dict)
     most: int | None = None  # for `rank`: the number of candidates to return
+    user: dict[str, Any] = dataclasses.field(default_factory=dict)
+    context: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own_features: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_positions(self) -> int:
@@ -95,7 +114,11 @@ def most_parts(vocabulary: Vocabulary, limits: ServeConfig) -> int:
     features = len(vocabulary.item_features)
     # 3 objects with 5 keys and 2 lists; for each feature, a key and a list for the history and for the candidates.
     per_instance = 10 + 4 * features
-    return 8 + per_instance * limits.max_instances
+    if vocabulary.features:  # 2 objects with a key; for each feature a key, and 2 keys and 2 lists in an object
+        per_instance += 4 + 6 * len(vocabulary.features)
+    of_candidates = [feature for feature in vocabulary.features if feature.owner == "candidate"]
+    nested = sum(5 if feature.weights else 1 for feature in of_candidates if feature.is_list or feature.dimension)
+    return 8 + per_instance * limits.max_instances + nested * limits.max_candidates
 
 
 def load(body: bytes, most: int) -> object:
@@ -219,22 +242,29 @@ class _Reader:
     def __init__(self, vocabulary: Vocabulary, limits: ServeConfig) -> None:
         self._vocabulary, self._limits = vocabulary, limits
         self._read_id = _one_of(vocabulary.item_id_type)
+        self._of_owner = {owner: vocabulary.features_of(owner) for owner in ("user", "context", "candidate")}
+        self._own_keys = tuple(owner for owner in ("user", "context") if self._of_owner[owner])
 
     def score_row(self, row: object, where: str) -> Instance:
-        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_id"), _FEATURE_KEYS)
+        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_id"), self._feature_keys)
         candidate = self._read_id(keys["candidate_item_id"], f"{where}.candidate_item_id")
         return self._instance(keys, [candidate], where, one_candidate=True)
 
     def padded_row(self, row: object, where: str) -> Instance:
         """Reads a row in TensorFlow Serving's form: a padded history with the length of its real part."""
-        keys = _check_keys(row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"))
+        own = (*self._own_keys, "candidate_features") if self._of_owner["candidate"] else self._own_keys
+        keys = _check_keys(row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"), own)
         candidate = self._read_id(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
         ids = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
         length = _integer(keys["history_lengths"], f"{where}.history_lengths", 0, len(ids))
-        return Instance(self._newest(ids[:length]), [candidate])
+        instance = Instance(self._newest(ids[:length]), [candidate])
+        given = _check_keys(
+            keys.get("candidate_features", {}), f"{where}.candidate_features", (), tuple(self._of_owner["candidate"])
+        )
+        return self._with_own_features(instance, keys, given, where, single=True)
 
     def rank(self, row: object, where: str) -> Instance:
-        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_ids"), ("k", *_FEATURE_KEYS))
+        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_ids"), ("k", *self._feature_keys))
         candidates = self._candidates(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
         instance = self._instance(keys, candidates, where)
         if "k" in keys:
@@ -272,12 +302,75 @@ class _Reader:
     ) -> Instance:
         history = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
         features = self._features(keys, "history_features", len(history), where, single=False)
-        return Instance(
+        instance = Instance(
             self._newest(history),
             candidates,
             {name: self._newest(values) for name, values in features.items()},
             self._features(keys, "candidate_features", len(candidates), where, single=one_candidate),
         )
+        given = {
+            name: value
+            for name, value in keys.get("candidate_features", {}).items()
+            if name in self._of_owner["candidate"]
+        }
+        return self._with_own_features(instance, keys, given, where, single=one_candidate)
+
+    @property
+    def _feature_keys(self) -> tuple[str, ...]:
+        return (*_FEATURE_KEYS, *self._own_keys)
+
+    def _with_own_features(
+        self, instance: Instance, keys: Mapping[str, Any], of_candidates: Mapping[str, Any], where: str, single: bool
+    ) -> Instance:
+        """Returns the instance with the declared features of its user, its context and its candidates.
+
+        Args:
+            instance: without them.
+            keys: the instance's in the body.
+            of_candidates: the candidates' own features.
+            where: the instance's path in the body.
+            single: the body gives one candidate, not a list.
+        """
+        for owner in self._own_keys:
+            features = self._of_owner[owner]
+            given = _check_keys(keys.get(owner, {}), f"{where}.{owner}", (), tuple(features))
+            read = {
+                name: self._own_value(features[name], value, f"{where}.{owner}.{name}") for name, value in given.items()
+            }
+            setattr(instance, owner, read)
+        for name, value in of_candidates.items():
+            feature, place = self._of_owner["candidate"][name], f"{where}.candidate_features.{name}"
+            if single:
+                instance.own_features[name] = [self._own_value(feature, value, place)]
+                continue
+            if not isinstance(value, list):
+                _refuse(place, "must be a list", value)
+            if len(value) != len(instance.candidates):
+                _refuse(place, f"must have {len(instance.candidates)} values, one for each item", len(value))
+            own = [self._own_value(feature, part, f"{place}[{index}]") for index, part in enumerate(value)]
+            instance.own_features[name] = own
+        return instance
+
+    def _own_value(self, feature: FeatureInputs, value: object, where: str) -> Any:
+        """Returns the value of a declared feature, which may be missing."""
+        if value is None:
+            return None
+        if feature.dimension:
+            if not isinstance(value, list) or len(value) != feature.dimension:
+                _refuse(where, f"must be a list of {feature.dimension} numbers", value)
+            return [_number(part, where) for part in value]
+        if not feature.is_list:
+            return _number(value, where) if feature.type == "number" else _one_of(feature.type)(value, where)
+        if not feature.weights:
+            _check_length(where, _list_of(feature.type, value, where), self._limits.max_history_items)
+            return value
+        keys = _check_keys(value, where, ("values", "weights"))
+        ids = _list_of(feature.type, keys["values"], f"{where}.values")
+        _check_length(where, ids, self._limits.max_history_items)
+        if not isinstance(keys["weights"], list):
+            _refuse(f"{where}.weights", "must be a list", keys["weights"])
+        _check_same_length(f"{where}.weights", keys["weights"], f"{where}.values", ids)
+        return ids, [_number(weight, f"{where}.weights") for weight in keys["weights"]]
 
     def _features(
         self, keys: Mapping[str, Any], key: str, length: int, where: str, single: bool
@@ -293,9 +386,12 @@ class _Reader:
         """
         where = f"{where}.{key}"
         types = self._vocabulary.item_features
-        given = _check_keys(keys.get(key, {}), where, (), tuple(types))
+        own = self._of_owner["candidate"] if key == "candidate_features" else {}
+        given = _check_keys(keys.get(key, {}), where, (), (*types, *own))
         found = {}
         for name, values in given.items():
+            if name in own:
+                continue
             if not single and not isinstance(values, list):
                 _refuse(f"{where}.{name}", "must be a list", values)
             values = [values] if single else values
@@ -368,6 +464,12 @@ def _integer(value: object, where: str, low: int, high: int) -> int:
         bound = f"{low} or more" if high == _INT64.max else f"from {low} to {high}"
         _refuse(where, f"must be an integer, {bound}", value)
     return value
+
+
+def _number(value: object, where: str) -> float:
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:  # type: ignore[arg-type]
+        _refuse(where, "must be a number that fits float32", value)
+    return float(value)  # type: ignore[arg-type]
 
 
 def _check_keys(value: object, where: str, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from din_dist.features.encoding import Lists
 from din_dist.serving.http.parse import Id, Instance, Vocabulary
+from din_dist.serving.manifest import FeatureInputs
 
 _MISSING: dict[str, Id] = {"string": "", "integer": -(2**63)}  # a feature with this value is looked up by the item id
 
 
 class Scorer(Protocol):
-    """The part of a `Bundle` that the server uses."""
+    """The part of a `Bundle` that the server uses. Without declared features it is given none."""
 
-    def score(self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any) -> np.ndarray: ...
+    def score(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
+    ) -> np.ndarray: ...
 
     def rank_histories(
-        self, history_item_ids: Any, history_lengths: Any, candidate_item_ids: Any, candidate_counts: Any
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        candidate_item_ids: Any,
+        candidate_counts: Any,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray: ...
 
     def score_with_features(
@@ -29,6 +47,9 @@ class Scorer(Protocol):
         candidate_item_ids: Any,
         history_features: Mapping[str, Any],
         candidate_features: Mapping[str, Any],
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray: ...
 
 
@@ -62,9 +83,11 @@ def _score_plain(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instanc
     histories = _column(kind, (instance.history for instance in group))
     lengths = _lengths(instance.history for instance in group)
     candidates = _column(kind, (instance.candidates for instance in group))
+    given = _own_features(vocabulary, group, group)
     if len(candidates) == len(group):
-        return scorer.score(histories, lengths, candidates)
-    return scorer.rank_histories(histories, lengths, candidates, _lengths(instance.candidates for instance in group))
+        return scorer.score(histories, lengths, candidates, **given)
+    counts = _lengths(instance.candidates for instance in group)
+    return scorer.rank_histories(histories, lengths, candidates, counts, **given)
 
 
 def _score_with_features(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance]) -> np.ndarray:
@@ -88,7 +111,44 @@ def _score_with_features(scorer: Scorer, vocabulary: Vocabulary, group: Sequence
         _column(kind, (instance.candidates for instance in group)),
         history_features,
         candidate_features,
+        **_own_features(vocabulary, repeated, group),
     )
+
+
+def _own_features(
+    vocabulary: Vocabulary, histories: Sequence[Instance], group: Sequence[Instance]
+) -> dict[str, dict[str, Any]]:
+    """Returns declared features as `Bundle.score` takes them, by owner; nothing without such features.
+
+    Args:
+        vocabulary: of the model.
+        histories: an instance for each history.
+        group: the instances, each once.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for feature in vocabulary.features:
+        name = feature.name
+        if feature.owner == "candidate":
+            values = [value for one in group for value in one.own_features.get(name) or [None] * len(one.candidates)]
+        else:
+            values = [getattr(one, feature.owner).get(name) for one in histories]
+        found.setdefault(feature.owner, {})[name] = _as_given(feature, values)
+    return found
+
+
+def _as_given(feature: FeatureInputs, values: Sequence[Any]) -> Any:
+    """Returns n values of a feature, None where they are missing, as `Bundle.score` takes them."""
+    if feature.is_list:
+        pairs = [value if isinstance(value, tuple) else (value or [], []) for value in values]
+        weights = np.array([weight for _, part in pairs for weight in part], np.float32) if feature.weights else None
+        return Lists(_column(feature.type, (part for part, _ in pairs)), _lengths(part for part, _ in pairs), weights)
+    if feature.dimension:
+        none = [math.nan] * feature.dimension
+        return np.array([none if value is None else value for value in values], np.float32).reshape(-1, len(none))
+    if feature.type == "number":
+        return np.array([math.nan if value is None else value for value in values], np.float32)
+    missing = _MISSING[feature.type]
+    return _column(feature.type, [[missing if value is None else value for value in values]])
 
 
 def _values(given: Mapping[str, list[Id | None]], name: str, type_: str, length: int) -> list[Id]:

@@ -1,0 +1,121 @@
+"""The log's own values of user, context and candidate features, read back from prepared data.
+
+An export is compared with the trainer by them, and `evaluate` scores an export by them.
+
+Letters of shapes: n examples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from din_dist.data.event_store import USERS, EventStore
+from din_dist.data.raw_columns import RawColumn
+from din_dist.data.raw_features import open_raw, raw_ids
+from din_dist.features.encoding import Lists
+from din_dist.features.spec import FeatureSpec, Owner
+from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberValues, VectorValues
+
+OWNERS = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)
+
+
+class OwnValues:
+    """The own values of the features of users and events.
+
+    Args:
+        store: the prepared data.
+    """
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+        self._raw: dict[str, tuple[ColumnValues, np.ndarray]] = {}
+        self.specs = [feature.encoding.spec for feature in store.features.values()]
+        self.specs = [spec for spec in self.specs if spec.owner is not Owner.ITEM]
+
+    def of(self, users: np.ndarray, events: np.ndarray) -> dict[Owner, dict[str, Any]]:
+        """Returns the values of each owner's features by name, as `Bundle.score` takes them.
+
+        Args:
+            users: int `[n]`.
+            events: int `[n]`.
+        """
+        found: dict[Owner, dict[str, Any]] = {owner: {} for owner in OWNERS}
+        for spec in self.specs:
+            rows = users if spec.owner is Owner.USER else events
+            found[spec.owner][spec.name] = self._values(spec, np.asarray(rows, np.int64))
+        return found
+
+    def of_users(self, users: np.ndarray, names: Collection[str]) -> dict[str, Any]:
+        """Returns the values of some features of users, int `[n]`; -1 is a user without any."""
+        own = [spec for spec in self.specs if spec.owner is Owner.USER and spec.name in names]
+        return {spec.name: self._values(spec, np.asarray(users, np.int64)) for spec in own}
+
+    def _values(self, spec: FeatureSpec, rows: np.ndarray) -> Any:
+        column = RawColumn.of(spec)
+        if column is None:
+            return self._store.timestamps[rows]  # every event has one
+        if spec.trained:
+            return self._ids_of_users[rows + 1]
+        values, ids = self._opened(spec.name, column)
+        return own_values(values.take(rows), ids)
+
+    def _opened(self, name: str, column: RawColumn) -> tuple[ColumnValues, np.ndarray]:
+        """Returns a column's values and its own ids, the first of which stands for a missing one."""
+        if name not in self._raw:
+            values = open_raw(self._store.folder, column, self._store.files).values
+            ids = pa.array([], pa.large_string())
+            if isinstance(values, (IdValues, ListValues)):
+                ids = raw_ids(self._store.folder, column).combine_chunks()
+            self._raw[name] = values, with_missing(ids)
+        return self._raw[name]
+
+    @functools.cached_property
+    def _ids_of_users(self) -> np.ndarray:
+        return with_missing(self._store.vocabulary(USERS).combine_chunks())
+
+
+def own_values(values: ColumnValues, ids: np.ndarray) -> Any:
+    """Returns values as `Bundle.score` takes them.
+
+    Args:
+        values: n of them.
+        ids: as from `with_missing`.
+    """
+    match values:
+        case IdValues():
+            return ids[values.codes]
+        case ListValues():
+            return Lists(ids[values.codes], np.diff(values.offsets), values.weights)
+        case NumberValues():
+            return values.numbers
+        case VectorValues():
+            return values.vectors.astype(np.float32)
+    raise TypeError(type(values))
+
+
+def with_missing(ids: pa.Array) -> np.ndarray:
+    """Returns ids after what stands for a missing one: int64 or strings `[1 + K]`."""
+    integers = pa.types.is_integer(ids.type)
+    missing = np.array([np.iinfo(np.int64).min], np.int64) if integers else np.array([""], object)
+    return np.concatenate([missing, ids.to_numpy(zero_copy_only=False)])
+
+
+def part_of(values: Any, start: int, end: int) -> Any:
+    """Returns the values from `start` up to `end`, in the form of `own_values`."""
+    if not isinstance(values, Lists):
+        return values[start:end]
+    ends = np.concatenate([[0], np.cumsum(values.lengths)])
+    part = slice(int(ends[start]), int(ends[end]))
+    return Lists(
+        values.values[part], values.lengths[start:end], None if values.weights is None else values.weights[part]
+    )
+
+
+def by_owner(values: Mapping[Owner, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Returns values as keyword arguments of `Bundle.score`."""
+    return {str(owner): own for owner, own in values.items()}
