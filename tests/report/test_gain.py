@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -13,9 +11,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.features.spec import Owner
-from din_dist.report.gain import Gain, gains, permuted
-from din_dist.report.page import render
-from tests.report.test_page import found
+from din_dist.report.gain import gains, permuted
 from tests.support.featured_log import featured_config
 
 
@@ -75,17 +71,3 @@ def test_permuted_features_have_the_values_that_they_had(data: tuple[EventStore,
             assert_array_equal(other.values[own], feature.values[before])
             if feature.weights is not None and other.weights is not None:
                 assert_array_equal(other.weights[own], feature.weights[before])
-
-
-def test_the_page_orders_features_by_their_gain() -> None:
-    rows = [
-        Gain("h<b>our", "context", "GAUC", 0.01, -0.001, 0.02),
-        Gain("age", "user", "GAUC", 0.25, 0.2, 0.3),
-        Gain("noise", "user", "GAUC", -0.002, -0.004, 0.001),
-    ]
-    page = render(dataclasses.replace(found(), gains=rows), now=0)
-    section = page.split("What each feature is worth")[1].split("</section>")[0]
-    assert section.index("age") < section.index("h&lt;b&gt;our") < section.index("noise")
-    assert "+0.2500" in section
-    assert "-0.0040 to +0.0010" in section
-    assert "What each feature is worth" not in render(found(), now=0)

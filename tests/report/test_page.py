@@ -15,6 +15,7 @@ from din_dist.config import Config, ModelConfig
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.slices import Slice
 from din_dist.report.attention import Averages, Behaviour, ShownExample
+from din_dist.report.gain import Gain
 from din_dist.report.job import JobRecord, Status
 from din_dist.report.page import Data, Findings, render
 from din_dist.report.scoring import Evaluation, Ranking, SliceTable
@@ -144,3 +145,17 @@ def test_the_policy_allows_the_style_sheet_and_nothing_else() -> None:
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', render(found()))
     assert html.unescape(policy).startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy
+
+
+def test_the_page_orders_features_by_their_gain() -> None:
+    rows = [
+        Gain("h<b>our", "context", "GAUC", 0.01, -0.001, 0.02),
+        Gain("age", "user", "GAUC", 0.25, 0.2, 0.3),
+        Gain("noise", "user", "GAUC", -0.002, -0.004, 0.001),
+    ]
+    page = render(dataclasses.replace(found(), gains=rows), now=0)
+    section = page.split("What each feature is worth")[1].split("</section>")[0]
+    assert section.index("age") < section.index("h&lt;b&gt;our") < section.index("noise")
+    assert "+0.2500" in section
+    assert "-0.0040 to +0.0010" in section
+    assert "What each feature is worth" not in render(found(), now=0)
