@@ -23,13 +23,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tensorflow as tf
 
 from din_dist import progress
 from din_dist.config import DataConfig
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore, map_array, reading_prepared
-from din_dist.data.hashing import hashed_rows
 from din_dist.data.raw_columns import RawColumn, RawFeature
 from din_dist.data.raw_features import open_raw, raw_ids
 from din_dist.data.splits import kept_in, split_examples
@@ -289,6 +287,10 @@ class _Encoder:
 
 def _hashed(ids: pa.Array, rows: int) -> np.ndarray:
     """Returns the row of each id, int32 `[K]`."""
+    import tensorflow as tf  # here, because commands that prepare nothing do not need it
+
+    from din_dist.data.hashing import hashed_rows
+
     text = ids.cast(pa.large_string())
     step = _AT_ONCE // 10
     parts = []
