@@ -22,7 +22,7 @@ from din_dist.data.splits import Examples
 from din_dist.data.thinning import evenly_spaced, of_segments
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
-from din_dist.evaluation.catalogue import CatalogueScorer
+from din_dist.evaluation.catalogue import CatalogueScorer, has_catalogue
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
 from din_dist.models.ranking_model import RankingModel
 
@@ -55,16 +55,32 @@ class CandidateScorer(Protocol):
 
 
 class ModelScorer:
-    """Logits of a model, with the weights that it has at construction."""
+    """Logits of a model, with the weights that it has at construction.
+
+    A model that `CatalogueScorer` does not know scores all items for one history after the other.
+    """
 
     def __init__(self, model: RankingModel, num_items: int) -> None:
-        self._catalogue = CatalogueScorer(model, num_items)
+        self._num_items = num_items
+        self._catalogue = CatalogueScorer(model, num_items) if has_catalogue(model) else None
         self._score = tf.function(
             model.score_candidates, input_signature=[tf.TensorSpec([None], tf.int32)] * 4, autograph=False
         )
 
     def of_all(self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick) -> np.ndarray:
-        return self._catalogue.logits(history_item_ids, history_lengths, tick)
+        if self._catalogue is not None:
+            return self._catalogue.logits(history_item_ids, history_lengths, tick)
+        logits = np.empty((len(history_lengths), self._num_items), np.float32)
+        ends = np.cumsum(history_lengths)
+        for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
+            history, lengths = history_item_ids[end - length : end], np.array([length])
+            each = max(1, PAIRS_AT_ONCE // max(1, int(length)))
+            for first in range(0, self._num_items, each):
+                candidates = np.arange(first, min(first + each, self._num_items)) + 1
+                counts = np.array([len(candidates)])
+                logits[row, candidates - 1] = self.of_some(history, lengths, candidates, counts)
+            tick((row + 1) / len(ends))
+        return logits
 
     def of_some(
         self,
