@@ -180,7 +180,7 @@ def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) ->
         job.trainer.train()
         weights.append({w.path: w.numpy() - before[w.path] for w in job.model.trainable_weights})
     changes = {path: change for path, change in weights[0].items() if path.endswith("kernel")}
-    assert len(changes) == {ModelKind.DIN: 7, ModelKind.MEAN_POOLING: 4}[model]
+    assert len(changes) >= (7 if model is ModelKind.DIN else 4)
     for path, change in changes.items():
         difference = np.linalg.norm(weights[1][path] - change) / np.linalg.norm(change)
         assert 0 < difference < 0.05, path
