@@ -32,6 +32,11 @@ _MAX_HISTORIES = 1024  # histories at once, where there are few candidates
 SCORES_BYTES = 256 * 2**20  # memory for the attention scores [K, C]
 
 
+def has_catalogue(model: RankingModel) -> bool:
+    """Tells whether `CatalogueScorer` knows the formulas of a model."""
+    return isinstance(model, (DIN, MeanPooling))
+
+
 class CatalogueScorer:
     """Logits of the items 1 to `num_items` for any histories, with the weights that the model has at construction."""
 

@@ -22,7 +22,7 @@ from din_dist.data.splits import Examples
 from din_dist.data.thinning import evenly_spaced, of_segments
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
-from din_dist.evaluation.catalogue import CatalogueScorer
+from din_dist.evaluation.catalogue import CatalogueScorer, has_catalogue
 from din_dist.features.gathering import missing_values, signature_of
 from din_dist.features.spec import Owner
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
@@ -69,6 +69,8 @@ class CandidateScorer(Protocol):
 class ModelScorer:
     """Logits of a model, with the weights that it has at construction.
 
+    A model that `CatalogueScorer` does not know scores all items for one history after the other.
+
     Args:
         model: the model.
         num_items: of the catalogue.
@@ -76,7 +78,8 @@ class ModelScorer:
     """
 
     def __init__(self, model: RankingModel, num_items: int, store: EventStore | None = None) -> None:
-        self._catalogue = CatalogueScorer(model, num_items)
+        self._num_items = num_items
+        self._catalogue = CatalogueScorer(model, num_items) if has_catalogue(model) else None
         self._encodings = model.encodings
         self._features = ExampleFeatures(store) if store and self._encodings else None
         ids = [tf.TensorSpec([None], tf.int32)] * 4
@@ -87,8 +90,21 @@ class ModelScorer:
     def of_all(
         self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
     ) -> np.ndarray:
-        features = self._of(askers, len(history_lengths), 1)
-        return self._catalogue.logits(history_item_ids, history_lengths, tick, features)
+        if self._catalogue is not None:
+            features = self._of(askers, len(history_lengths), 1)
+            return self._catalogue.logits(history_item_ids, history_lengths, tick, features)
+        logits = np.empty((len(history_lengths), self._num_items), np.float32)
+        ends = np.cumsum(history_lengths)
+        for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
+            history, lengths = history_item_ids[end - length : end], np.array([length])
+            asker = None if askers is None else Askers(*(values[row : row + 1] for values in askers))
+            each = max(1, PAIRS_AT_ONCE // max(1, int(length)))
+            for first in range(0, self._num_items, each):
+                candidates = np.arange(first, min(first + each, self._num_items)) + 1
+                counts = np.array([len(candidates)])
+                logits[row, candidates - 1] = self.of_some(history, lengths, candidates, counts, asker)
+            tick((row + 1) / len(ends))
+        return logits
 
     def of_some(
         self,

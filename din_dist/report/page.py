@@ -41,6 +41,10 @@ _STATUS = {
     Status.BROKEN_OFF: "Its records have no end, and no process of this machine runs in the folder. "
     "The same command resumes from the last checkpoint, if there is one.",
 }
+_MODEL_NAMES = {  # another model is called by its name in the flags
+    ModelKind.DIN: "Deep Interest Network",
+    ModelKind.MEAN_POOLING: "mean pooling of the history (no attention)",
+}
 _SPLITS = {
     Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",
     Split.LEAVE_TWO_OUT: "each user's last event tests, the last but one validates",
@@ -207,7 +211,7 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, is_din = config.model, config.model.model is ModelKind.DIN
-    rows = [("Kind", "Deep Interest Network" if is_din else "mean pooling of the history (no attention)")]
+    rows = [("Kind", _MODEL_NAMES.get(model.model, str(model.model)))]
     rows.append(("Embeddings", " + ".join(map(str, model.embedding_dim))))
     if is_din:
         units = "–".join(map(str, model.attention_hidden_units))

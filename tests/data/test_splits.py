@@ -18,7 +18,7 @@ from tests.support.small_log import small_config, write_log
 
 
 def expected_events(store: EventStore, split: Split, cuts: tuple[int, int]) -> dict[str, list[int]]:
-    """The rules of DESIGN, one event at a time."""
+    """The rules of din_dist/data/README.md ("Splits"), one event at a time."""
     found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for user in range(store.facts.num_users):
         begin, end = store.user_offsets[user : user + 2]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from numpy.testing import assert_allclose, assert_array_equal
 
 import din_dist.evaluation.retrieval
@@ -29,6 +30,11 @@ from din_dist.evaluation.retrieval import (
     queries_of,
     rank,
 )
+from din_dist.execution import Mode
+from din_dist.layers.packed import segment_sum
+from din_dist.layers.pairs import Pairs
+from din_dist.models.din import DIN
+from din_dist.models.ranking_model import RankingModel
 from tests.support.small_log import small_config
 
 LONGEST = 4
@@ -152,9 +158,25 @@ def test_places_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -
     assert (other != flat).any()
 
 
-def test_a_model_ranks_as_one_by_one(case: Case, tmp_path: Path) -> None:
+class Sums(RankingModel):
+    """A toy model that `CatalogueScorer` does not know; its head does not see the candidate by itself."""
+
+    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+        rows = tf.gather(behaviours, pairs.behaviour_of)
+        return segment_sum(rows, pairs.candidate_of, tf.shape(candidate)[0])
+
+    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        return interest * candidate
+
+
+@pytest.mark.parametrize("kind", [DIN, Sums])
+def test_a_model_ranks_as_one_by_one(
+    case: Case, tmp_path: Path, kind: type[RankingModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ways of a model; what it gives the targets among drawn items it gives them among all."""
-    model = assembly.make_model(small_config(tmp_path).model, case.store.facts, case.store.item_features, seed=3)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "PAIRS_AT_ONCE", 7)  # a history takes many parts
+    facts, features = case.store.facts, case.store.item_features
+    model = assembly.make_model(small_config(tmp_path).model, facts, features, seed=3, model_class=kind)
     model.lookup.item_bias.assign(0.01 * np.arange(case.store.facts.num_items + 1)[:, None])
     scorer = ModelScorer(model, case.store.facts.num_items)
     lengths = np.array([len(history) for history in case.histories])

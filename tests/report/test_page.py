@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from din_dist.config import Config, ModelConfig
+from din_dist.config import Config, ModelConfig, ModelKind
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.slices import Slice
 from din_dist.report.attention import Averages, Behaviour, ShownExample
@@ -94,6 +94,18 @@ def test_mean_pooling_says_that_it_looks_at_nothing() -> None:
     text = text_of(found(shown=[example(None, None)]))
     assert "This model has no attention:" in text
     assert "i2" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (ModelKind.DIN, "Deep Interest Network"),
+        (ModelKind.MEAN_POOLING, "mean pooling of the history (no attention)"),
+        ("another", "another"),
+    ],
+)
+def test_a_model_is_called_by_its_name(model: ModelKind, name: str) -> None:
+    assert f"Kind {name} Embeddings" in text_of(found(config=Config(model=ModelConfig(model=model))))
 
 
 def test_weights_that_are_no_shares() -> None:

@@ -1,6 +1,6 @@
 """Computes DIN and mean pooling in NumPy float64 and padded form: the judge of the packed model.
 
-Written from the formulas of DESIGN.md ("Model"), as plainly as they stand there: histories are rectangles with a mask,
+Written from the formulas in the docstrings of `din_dist/models/`: histories are rectangles with a mask,
 the four inputs of the attention are concatenated, gradients are central differences. It shares no code with `din_dist`.
 
 Letters: B examples, T positions of the longest history, H width of an item vector, W columns.
