@@ -20,6 +20,7 @@ from din_dist.config import (
     BatchNorm,
     Config,
     DataConfig,
+    ModelKind,
     OptimizerKind,
     UnknownItem,
     WireDtype,
@@ -54,6 +55,8 @@ CASES: dict[str, dict] = {
         "xla": True,
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
+    # Nothing but the graph's own order keeps messages apart there: attention would.
+    "mean_pooling": {"model": ModelKind.MEAN_POOLING, "optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05},
     "features": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "mini_batch_aware_l2": 0.1},
 }
 BY_MESSAGES = {
