@@ -26,8 +26,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]
     write_log(log, num_users=13_000, num_items=12_000)  # an epoch of 256 updates, as many as Amazon Beauty has
     with contextlib.ExitStack() as stack:
         try:
-            bounds = {"stall_timeout_seconds": 8, "disturbance_seconds": 3, "delay_ms": 3}
-            found = stack.enter_context(Laboratory(folder, log, SEED, **bounds))
+            found = stack.enter_context(Laboratory(folder, log, SEED, stall_timeout_seconds=8, disturbance_seconds=3))
         except (LabError, NoFaultyDisk) as error:
             missing(str(error))
         yield found

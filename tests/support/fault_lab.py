@@ -75,7 +75,6 @@ class Laboratory:
         epochs: int = EPOCHS,
         stall_timeout_seconds: float = 20,
         disturbance_seconds: float = 10,
-        delay_ms: float = 0.0,
     ) -> None:
         """
         Args:
@@ -83,10 +82,7 @@ class Laboratory:
             log: the log to train on.
             seed: decides which workers the faults strike.
             disturbance_seconds: how long a bad cable stays bad.
-            delay_ms: of the cables of workers at all times. An update then waits for messages and leaves the
-                processor to workers that start.
         """
-        self.delay_ms = delay_ms
         self.folder = folder
         self.stall_timeout_seconds, self.disturbance_seconds = stall_timeout_seconds, disturbance_seconds
         self.random = random.Random(seed)
@@ -142,10 +138,6 @@ class Laboratory:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def calm(self, host: Host) -> int:
-        """Makes the cable of a worker's host good again; returns the number of frames changed so far."""
-        return host.disturb(delay_ms=self.delay_ms)
-
     def undisturbed(self) -> dict[str, Any]:
         """Runs the same job in one process, without faults, and returns its summary."""
         words = [*self.trainer_flags, f"--output_dir={self.folder / 'undisturbed'}"]
@@ -162,8 +154,6 @@ class Laboratory:
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[Job]:
         """Runs a job for a block, on an empty disk."""
-        for host in self.workers:
-            self.calm(host)
         for old in self.disk.iterdir():
             if old.name != "lost+found":
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -226,7 +216,7 @@ class Job:
         self.process.wait()
         for host in self.laboratory.workers:
             host.plug_in()
-            self.laboratory.calm(host)
+            host.disturb()
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Returns the records of one kind from metrics.jsonl."""
@@ -313,10 +303,7 @@ class Job:
         return host
 
     def finish(self, seconds: float = 600) -> dict[str, Any]:
-        """Waits until the job has completed, without delays from now on, and returns its summary."""
-        self.laboratory.delay_ms = 0.0
-        for host in self.laboratory.workers:
-            self.laboratory.calm(host)
+        """Waits until the job has completed, and returns its summary."""
         code = self.process.wait(timeout=seconds)
         for reader in self._readers:
             reader.join()
@@ -450,7 +437,7 @@ def lose_packets(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     host.disturb(loss=0.05)
     time.sleep(job.laboratory.disturbance_seconds)
-    job.laboratory.calm(host)
+    host.disturb()
 
 
 def delay_packets(job: Job) -> None:
@@ -458,7 +445,7 @@ def delay_packets(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     host.disturb(delay_ms=50)
     time.sleep(job.laboratory.disturbance_seconds)
-    job.laboratory.calm(host)
+    host.disturb()
 
 
 def change_bytes(job: Job) -> None:
@@ -466,7 +453,7 @@ def change_bytes(job: Job) -> None:
     host = job.host_of(job.any_trainer())
     resets, before = len(job.records("elastic")), host.disturb(changed=0.02)
     job.wait("the workers to part", lambda: len(job.records("elastic")) > resets)
-    if job.laboratory.calm(host) == before:
+    if host.disturb() == before:
         raise FaultError("no byte has changed")
 
 
