@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 from prometheus_client.parser import text_string_to_metric_families
 
 from din_dist import assembly
@@ -22,7 +23,6 @@ from din_dist.config import Config
 from din_dist.data.prepared import prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
-from din_dist.schema import Batch
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from tests.support.programs import free_port, program, running
@@ -95,7 +95,7 @@ def test_positions_rows_and_unknown_ids_are_those_of_the_batches(tmp_path: Path)
     job = train(config)
     found = scrape(f"http://{job.telemetry.prometheus_metrics.address}/metrics")
     job.telemetry.close()
-    (batch,) = (Batch(*(value.numpy() for value in batch)) for batch in job.make_batches(0, 1))
+    (batch,) = (tf.nest.map_structure(lambda value: value.numpy(), batch) for batch in job.make_batches(0, 1))
     items = set(batch.candidate_item_ids) | set(batch.history_item_ids)
     assert found["din_dist_positions_total"] == batch.history_lengths.sum()
     assert found["din_dist_unique_rows{table=item}"] == found["din_dist_unique_rows{table=item_bias}"] == len(items)
