@@ -15,7 +15,7 @@ from tests.support.host_lab import LabError
 from tests.support.programs import missing
 from tests.support.small_log import write_log
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 SEED = 20181
 
 
