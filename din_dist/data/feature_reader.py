@@ -22,7 +22,7 @@ from din_dist.tables.columns import IdColumn, Rows
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
 from din_dist.tables.sources import find_files
-from din_dist.tables.value_columns import CategoryColumn, ListColumn, NumberColumn, VectorColumn
+from din_dist.tables.value_columns import ListColumn, value_column
 from din_dist.tables.values import ColumnValues, VectorValues
 from din_dist.text import reason, shown
 
@@ -68,7 +68,10 @@ class ColumnReaders:
     """Readers of some columns of one log or table, which are given batch after batch."""
 
     def __init__(self, columns: Sequence[RawColumn], rows: Rows) -> None:
-        self._readers = {column: _reader(column, rows) for column in columns}
+        self._readers = {
+            column: value_column(column.kind, column.column, rows, column.separator, column.weights)
+            for column in columns
+        }
 
     def add(self, batch: pa.RecordBatch, layout: Layout) -> None:
         """Takes the next batch.
@@ -85,18 +88,6 @@ class ColumnReaders:
     def finish(self, is_text: Callable[[str], bool]) -> dict[RawColumn, ColumnValues]:
         """Returns the values of all batches; `is_text` tells of a column's name that text was read."""
         return {column: reader.finish(is_text(column.column)) for column, reader in self._readers.items()}
-
-
-def _reader(column: RawColumn, rows: Rows) -> CategoryColumn | NumberColumn | ListColumn | VectorColumn:
-    match column.kind:
-        case Kind.CATEGORY:
-            return CategoryColumn(column.column, rows)
-        case Kind.NUMBER:
-            return NumberColumn(column.column, rows)
-        case Kind.CATEGORIES:
-            return ListColumn(column.column, rows, column.separator, column.weights)
-        case _:
-            return VectorColumn(column.column, rows, column.separator)
 
 
 class FeatureReader:

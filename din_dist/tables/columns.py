@@ -120,8 +120,8 @@ class IdColumn(Column):
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = plain(column)
-        if pa.types.is_floating(column.type) and pc.all(pc.is_nan(_widened(column))).as_py() is not False:
-            column = pa.nulls(len(column))  # as pandas writes a column without any value
+        if pa.types.is_floating(column.type) and is_all_nan(column):
+            column = pa.nulls(len(column))
         if not self._nullable:
             self.require_values(column)
         if pa.types.is_integer(column.type):
@@ -371,6 +371,11 @@ def plain(column: pa.Array) -> pa.Array:
 def _widened(column: pa.Array) -> pa.Array:
     """Returns float16 as float64, because Arrow cannot compute with it, and other numbers as they are."""
     return column.cast(pa.float64()) if pa.types.is_float16(column.type) else column
+
+
+def is_all_nan(column: pa.Array) -> bool:
+    """Tells whether a column of floats has no value but NaN: so pandas writes a column without any value."""
+    return pc.all(pc.is_nan(_widened(column))).as_py() is not False
 
 
 def _decimals_equal(column: pa.Array, number: int) -> pa.Array:

@@ -13,12 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from din_dist.errors import InputError
 from din_dist.features.spec import Kind
 from din_dist.tables import arrow_text, json_lines
 from din_dist.tables.arrow_text import is_text, without_empty
 from din_dist.tables.columns import Rows, plain
-from din_dist.tables.value_columns import CategoryColumn, ListColumn, NumberColumn, VectorColumn, is_list
+from din_dist.tables.value_columns import ListColumn, ValueRows, is_list, value_column
 from din_dist.tables.values import ColumnValues, IdValues, ListValues
 
 
@@ -95,8 +94,9 @@ class ValueReader:
         found = {name: plain(columns[name]) for name in field.columns}
         if field.in_lists and counts is not None:
             found = {name: self._flat(found[name], name, field, rows, counts) for name in found}
-            rows = _RowsOfCandidates(rows, np.repeat(np.arange(len(counts)), counts))
-        reader = _reader(field, rows)
+            rows = ValueRows(rows)
+            rows.begin_batch(np.repeat(np.arange(len(counts)), counts))
+        reader = value_column(field.kind, field.name, rows, field.separator, field.weights)
         if isinstance(reader, ListColumn) and field.weights:
             reader.add_weighted(found[field.name], found[field.weights])
         else:
@@ -153,26 +153,3 @@ class ValueReader:
         kind = "integers" if field.integers else "strings"
         rule = f"{field.name} must hold {kind}, as in the log of the model"
         raise rows.reject(rows.count + row, rule, values.shown(row), "Correct it, or convert the column.")
-
-
-class _RowsOfCandidates(Rows):
-    """Places of values of candidates: a value that breaks a rule stands in the row of its list."""
-
-    def __init__(self, rows: Rows, row_of_value: np.ndarray) -> None:
-        super().__init__(rows.what)
-        self._of_file, self._row_of_value = rows, row_of_value
-
-    def reject(self, row: int, rule: str, received: str, remedy: str) -> InputError:
-        return self._of_file.reject(self._of_file.count + int(self._row_of_value[row]), rule, received, remedy)
-
-
-def _reader(field: ValueField, rows: Rows) -> CategoryColumn | NumberColumn | ListColumn | VectorColumn:
-    match field.kind:
-        case Kind.CATEGORY:
-            return CategoryColumn(field.name, rows)
-        case Kind.NUMBER:
-            return NumberColumn(field.name, rows)
-        case Kind.CATEGORIES:
-            return ListColumn(field.name, rows, field.separator, field.weights)
-        case _:
-            return VectorColumn(field.name, rows, field.separator)

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from din_dist.errors import InputError
+from din_dist.features.spec import Kind
 from din_dist.tables import arrow_text, json_lines
 from din_dist.tables.arrow_text import is_text, without_empty
-from din_dist.tables.columns import Column, IdColumn, Rows, plain, shown_value
+from din_dist.tables.columns import Column, IdColumn, Rows, is_all_nan, plain, shown_value
 from din_dist.tables.values import IdValues, ListValues, NumberValues, VectorValues
 from din_dist.text import parse_json
 
@@ -40,7 +41,7 @@ class CategoryColumn(Column):
         if is_list(column.type):
             rule = 'kind = "category" takes one id a row'
             raise self.reject(pc.is_valid(column), column, rule, 'Write kind = "categories".')
-        if pa.types.is_boolean(column.type) or (pa.types.is_floating(column.type) and not _is_all_nan(column)):
+        if pa.types.is_boolean(column.type) or (pa.types.is_floating(column.type) and not is_all_nan(column)):
             rule = f"ids must be strings or integers, not {column.type}"
             raise self.reject(pc.is_valid(column), column, rule, 'Convert the column, or write kind = "number".')
         self._ids.add(column, from_folder)
@@ -107,7 +108,7 @@ class ListColumn(Column):
     def __init__(self, name: str, rows: Rows, separator: str = "", weights: str = "") -> None:
         super().__init__(name, rows)
         self._separator = separator
-        self._value_rows = _ValueRows(rows)
+        self._value_rows = ValueRows(rows)
         self._ids = IdColumn(name, self._value_rows, nullable=True)
         self._counts: list[np.ndarray] = []
         self._weight_column = _Floats(weights, rows, separator) if weights else None
@@ -210,6 +211,30 @@ class VectorColumn(Column):
         return VectorValues(np.concatenate([np.zeros((0, self._dimension), np.float16), *parts]))
 
 
+ValueColumn = CategoryColumn | NumberColumn | ListColumn | VectorColumn
+
+
+def value_column(kind: Kind, name: str, rows: Rows, separator: str, weights: str) -> ValueColumn:
+    """Returns the reader of a feature's column.
+
+    Args:
+        kind: of the values, other than times.
+        name: of the column.
+        rows: where rows stand, for the texts of errors.
+        separator: separates the values of a list or vector that is written as text.
+        weights: the column of the weights of lists.
+    """
+    match kind:
+        case Kind.CATEGORY:
+            return CategoryColumn(name, rows)
+        case Kind.NUMBER:
+            return NumberColumn(name, rows)
+        case Kind.CATEGORIES:
+            return ListColumn(name, rows, separator, weights)
+        case _:
+            return VectorColumn(name, rows, separator)
+
+
 class _Floats(Column):
     """Lists of numbers, of which none is missing."""
 
@@ -238,11 +263,11 @@ class _Floats(Column):
         return flat, numbers
 
 
-class _ValueRows(Rows):
+class ValueRows(Rows):
     """Places of values: a value that breaks a rule stands in the row of its list."""
 
     def __init__(self, rows: Rows) -> None:
-        super().__init__()
+        super().__init__(rows.what)
         self._of_file = rows
         self._row_of_value = np.zeros(0, np.int64)
 
@@ -363,11 +388,6 @@ def _no_number(column: Column, values: pa.Array, index: int, row_of: Callable[[i
     rule = f"{column.name} must hold numbers" if text else f"{column.name} must hold numbers, not {values.type}"
     remedy = 'Correct the row, or write kind = "category".'
     return column.reject_value(row_of(index), values[index], rule, remedy)
-
-
-def _is_all_nan(column: pa.Array) -> bool:
-    numbers = column.cast(pa.float64()) if pa.types.is_float16(column.type) else column
-    return pc.all(pc.is_nan(numbers)).as_py() is not False
 
 
 def _finish_ids(column: IdColumn, from_text: bool, name: str) -> tuple[np.ndarray, pa.Array]:
