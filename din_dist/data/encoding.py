@@ -33,7 +33,7 @@ from din_dist.data.raw_features import open_raw, raw_ids
 from din_dist.data.splits import kept_in, split_examples
 from din_dist.errors import InputError
 from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
-from din_dist.features.spec import NUM_TIME_IDS, FeatureSpec, Form, Owner, Scale, to_text
+from din_dist.features.spec import NUM_TIME_IDS, FeatureSpec, Form, Kind, Owner, Scale, to_text
 from din_dist.features.times import TimestampUnit, time_rows, unit_of
 from din_dist.files import published_folder, read_record, write_text
 from din_dist.tables.values import IdValues, ListValues, NumberValues, VectorValues
@@ -109,8 +109,7 @@ def open_encoded(folder: Path, store: EventStore, config: DataConfig) -> dict[st
         files = {path.name for path in folder.glob(f"{index}-*.npy")}
         names = [name.removeprefix(f"{index}-").removesuffix(".npy") for name in sorted(files)]
         arrays = {name: np.asarray(map_array(folder / f"{index}-{name}.npy", store.files)) for name in names}
-        column = RawColumn.of(encoding.spec)
-        raw = open_raw(store.folder, column, store.files) if column else None
+        raw = _used_raw(encoding.spec, store)
         found[encoding.spec.name] = stored = _stored(encoding, arrays, raw)
         _check(stored, store, folder)
     return found
@@ -127,6 +126,14 @@ def _check(feature: StoredFeature, store: EventStore, folder: Path) -> None:
             f"{folder}: feature {spec.name} must have {rows:,} rows of {np.dtype(_DTYPES[spec.form])}. Received: "
             f"{found:,} of {feature.values.dtype}. Delete this folder."
         )
+
+
+def _used_raw(spec: FeatureSpec, store: EventStore) -> RawFeature | None:
+    """Returns the raw values of a feature whose encoded arrays do not replace all of them; see `_stored`."""
+    column = RawColumn.of(spec)
+    if column is None or column.kind not in (Kind.CATEGORIES, Kind.VECTOR):
+        return None
+    return open_raw(store.folder, column, store.files)
 
 
 def _stored(encoding: Encoding, arrays: Arrays, raw: RawFeature | None) -> StoredFeature:
