@@ -18,14 +18,13 @@ from din_dist.errors import InputError
 from din_dist.features.spec import TIME_KINDS, Kind
 from din_dist.features.times import PER_SECOND, TimestampUnit
 from din_dist.serving.manifest import FeatureInputs, Manifest
-from din_dist.serving.own_values import own_values, with_missing
+from din_dist.serving.own_values import OWNERS, own_values, with_missing
 from din_dist.tables.feature_columns import ValueField
 from din_dist.tables.reader import TableReader
 from din_dist.tables.survey import names_of
 from din_dist.tables.values import IdValues, ListValues, VectorValues
 
 _LAST_SECOND = 253_402_300_799  # of the year 9999
-OWNERS = ("user", "context", "candidate")
 
 
 @dataclasses.dataclass(frozen=True)
