@@ -17,7 +17,7 @@ _KEPT = 2
 
 @dataclasses.dataclass
 class _Position:
-    """Where training stood after an update."""
+    """The state of training after an update."""
 
     reached: TrainingState  # before what was due then: validation, checkpoint, end of an epoch
     finished: TrainingState | None  # after it, once it is done
