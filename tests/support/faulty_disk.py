@@ -73,6 +73,8 @@ class FaultyDisk:
             text=True,
         )
         os.close(device)
+        # Waits for the kernel's first request. A disk that sticks before its answer lets waiting processes be killed.
+        self.path.stat()
         return self
 
     def __exit__(self, *exception: object) -> None:
