@@ -272,8 +272,12 @@ class _Reader:
         return instance
 
     def columns(self, inputs: object) -> list[Instance]:
-        """Reads columns. Histories are concatenated, with lengths, or one list each, padded if there are lengths."""
-        keys = _check_keys(inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths",))
+        """Reads columns. Histories are concatenated, with lengths, or one list each, padded if there are lengths.
+
+        A declared feature has a list with a value for each candidate.
+        """
+        own = (*self._own_keys, "candidate_features") if self._of_owner["candidate"] else self._own_keys
+        keys = _check_keys(inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths", *own))
         candidates = self._candidates(keys["candidate_item_ids"], "inputs.candidate_item_ids")
         _check_length("inputs.candidate_item_ids", candidates, self._limits.max_instances)
         given, where = keys["history_item_ids"], "inputs.history_item_ids"
@@ -295,7 +299,25 @@ class _Reader:
                 _refuse("inputs.history_lengths", f"must add up to the {len(ids)} ids of {where}", sum(lengths))
             ends = itertools.accumulate(lengths)
             histories = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        return [Instance(self._newest(ids), [one]) for ids, one in zip(histories, candidates, strict=True)]
+        found = [Instance(self._newest(ids), [one]) for ids, one in zip(histories, candidates, strict=True)]
+        self._read_own_columns(keys, found)
+        return found
+
+    def _read_own_columns(self, keys: Mapping[str, Any], instances: Sequence[Instance]) -> None:
+        """Gives each instance its values of the columns of declared features."""
+        for key, owner in (("user", "user"), ("context", "context"), ("candidate_features", "candidate")):
+            given = _check_keys(keys.get(key, {}), f"inputs.{key}", (), tuple(self._of_owner[owner]))
+            for name, values in given.items():
+                where = f"inputs.{key}.{name}"
+                if not isinstance(values, list):
+                    _refuse(where, "must be a list", values)
+                _check_same_length(where, values, "inputs.candidate_item_ids", instances)
+                for index, (instance, value) in enumerate(zip(instances, values, strict=True)):
+                    read = self._own_value(self._of_owner[owner][name], value, f"{where}[{index}]")
+                    if owner == "candidate":
+                        instance.own_features[name] = [read]
+                    else:
+                        getattr(instance, owner)[name] = read
 
     def _instance(
         self, keys: Mapping[str, Any], candidates: list[Id], where: str, one_candidate: bool = False

@@ -14,6 +14,7 @@ from din_dist.serving.http.parse import (
     BadRequest,
     Instance,
     Predict,
+    Vocabulary,
     answer,
     load,
     most_parts,
@@ -21,6 +22,7 @@ from din_dist.serving.http.parse import (
     without_repeats,
 )
 from din_dist.serving.http.settings import ServeConfig
+from din_dist.serving.manifest import FeatureInputs
 from tests.support.stand_in_model import INTEGERS, STRINGS
 
 LIMITS = ServeConfig(
@@ -319,3 +321,86 @@ def test_ids_may_have_brackets_and_colons(value: Any, ascii_only: bool) -> None:
     if parts_of(value):
         with pytest.raises(BadRequest):
             load(body, parts_of(value) - 1)
+
+
+# --- Declared features. ---
+
+
+def declared(name: str, owner: str, kind: str, type_: str, **more: Any) -> FeatureInputs:
+    missing: Any = {"string": "", "integer": -(2**63), "number": "NaN"}[type_]
+    return FeatureInputs(name, owner, kind, type_, [f"{owner}_{name}"], more.pop("missing", missing), **more)
+
+
+FEATURED = Vocabulary(
+    "string",
+    {},
+    5,
+    (
+        declared("age", "user", "category", "string"),
+        declared("likes", "user", "categories", "string", missing=[], weights="w"),
+        declared("hour", "context", "hour_of_day", "integer"),
+        declared("price", "candidate", "number", "number"),
+        declared("tags", "candidate", "categories", "integer", missing=[]),
+        declared("look", "candidate", "vector", "number", dimension=2),
+    ),
+)
+USER = {"age": "old", "likes": {"values": ["x"], "weights": [2]}}
+CANDIDATE = {"price": 1.5, "tags": [3, 4], "look": [0, 1]}
+LIKES = (["x"], [2])
+
+
+def test_features_of_rows() -> None:
+    given = {"user": USER, "context": {"hour": 7}, "candidate_features": CANDIDATE}
+    (found, plain) = read({"instances": [row(**given), row()]}, FEATURED).instances
+    assert found == Instance(
+        ["a"],
+        ["b"],
+        user={"age": "old", "likes": LIKES},
+        context={"hour": 7},
+        own_features={"price": [1.5], "tags": [[3, 4]], "look": [[0, 1]]},
+    )
+    assert plain == Instance(["a"], ["b"])
+
+
+def test_features_of_several_candidates() -> None:
+    rows = {"history_item_ids": [], "candidate_item_ids": ["b", "c"], "candidate_features": {"price": [None, 2]}}
+    (found,) = read({"signature_name": "rank", "instances": [rows | {"user": USER}]}, FEATURED).instances
+    assert found == Instance([], ["b", "c"], user={"age": "old", "likes": LIKES}, own_features={"price": [None, 2]})
+
+
+def test_features_in_columns() -> None:
+    """A list with a value for each candidate; what is not given is missing."""
+    inputs = {
+        **{"history_item_ids": [["a"], []], "candidate_item_ids": ["b", "c"]},
+        **{"user": {"likes": [USER["likes"], None]}, "context": {"hour": [None, 7]}},
+        "candidate_features": {"price": [2, 3], "look": [[0, 1], None]},
+    }
+    first, second = read({"inputs": inputs}, FEATURED).instances
+    own = {"price": [2], "look": [[0, 1]]}
+    assert first == Instance(["a"], ["b"], user={"likes": LIKES}, context={"hour": None}, own_features=own)
+    own = {"price": [3], "look": [None]}
+    assert second == Instance([], ["c"], user={"likes": None}, context={"hour": 7}, own_features=own)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"user": {"hour": [1]}}, 'inputs.user must have only age, likes. Received: "hour".'),
+        ({"user": {"age": "old"}}, 'inputs.user.age must be a list. Received: "old".'),
+        (
+            {"user": {"age": ["old", "new"]}},
+            "inputs.user.age must have as many entries as inputs.candidate_item_ids, 1.",
+        ),
+        ({"user": {"age": [3]}}, "inputs.user.age[0] must be a string. Received: 3."),
+        ({"context": {"hour": [1.5]}}, "inputs.context.hour[0] must be an integer. Received: 1.5."),
+        ({"candidate_features": {"tags": [3]}}, "inputs.candidate_features.tags[0] must be a list of integers."),
+        ({"candidate_features": {"look": [[1]]}}, "inputs.candidate_features.look[0] must be a list of 2 numbers."),
+        ({"candidate_features": [3]}, "inputs.candidate_features must be an object. Received: [3]."),
+        ({"history_features": {}}, 'Received: "history_features".'),
+    ],
+)
+def test_wrong_features_in_columns(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadRequest) as error:
+        read({"inputs": {"history_item_ids": [["a"]], "candidate_item_ids": ["b"], **given}}, FEATURED)
+    assert told in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
