@@ -11,6 +11,10 @@ Quality: seconds of training until the test GAUC is --target_gauc, evaluation ex
 included; every system's scores are judged here, by `din_dist.metrics`. Memory is VmHWM of the training process, in the
 speed rounds. Takes about 8 minutes for the rounds, then up to --max_seconds and the evaluations of each system.
 
+With --features (declarations as of the trainer, ids alone) FuxiCTR has the same features in tables of the same widths:
+those of items beside the item, in histories too, and the others in its head. With --max_examples each system trains
+until it has seen so many, and the table compares the test GAUC there.
+
 Each system is used as its documentation shows, so these differences remain:
 - Padding. DeepCTR fills every history up to 100, the width of its input; FuxiCTR up to the longest of the batch; ours
   pads nothing. Histories here have 9 items on average: this, and the factored attention layer, is what is measured.
@@ -63,7 +67,6 @@ SIZES = {
     "learning_rate": 1e-3,
 }
 OTHER_SETTINGS = {
-    "dataset": "event_log",
     "split": "leave_one_out",
     "item_features": "category_id",
     "negatives_per_positive": 1,
@@ -81,7 +84,9 @@ FOR_THE_RUNNERS = (
     *("evaluate_every_steps", "max_seconds"),
 )
 
-flags.DEFINE_string("data_path", None, "The log, as for the trainer; with a column category_id and without labels.")
+flags.DEFINE_string("dataset", "event_log", "As of the trainer: event_log or complete_journey.")
+flags.DEFINE_string("data_path", "", "The log, as for the trainer; with a column category_id and without labels.")
+flags.DEFINE_string("features", "", "Declared features, as for the trainer. FuxiCTR alone takes them.")
 flags.DEFINE_list("peers", list(PEERS), f"Which ones: of {', '.join(PEERS)}.")
 flags.DEFINE_integer("rounds", 3, "Rounds of the measurement of speed.")
 flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not measured.")
@@ -94,6 +99,7 @@ flags.DEFINE_integer("seed", 1234, "Of negatives, weights and order.")
 flags.DEFINE_float("target_gauc", 0.77, "Test GAUC to reach; 0 leaves that part out.")
 flags.DEFINE_integer("evaluate_every_steps", 50, "Steps between two evaluations on the way there.")
 flags.DEFINE_float("max_seconds", 1200.0, "Seconds of training after which a system has not reached it.")
+flags.DEFINE_integer("max_examples", 0, "Examples after which training ends; 0: no such end.")
 flags.DEFINE_string("peer_python", "python3.11", "Interpreter of the peers' environments: DeepCTR needs 3.11 at most.")
 flags.DEFINE_string("peers_dir", "", "For environments, exported data and logs. Default: in the user's cache folder.")
 FLAGS = flags.FLAGS
@@ -126,7 +132,10 @@ def main() -> None:
 
 
 def _check_flags() -> None:
-    require(bool(FLAGS.data_path), "is needed", "data_path", FLAGS.data_path, "Name the log.")
+    own_log = FLAGS.dataset == "event_log"
+    require(own_log == bool(FLAGS.data_path), "belongs to event_log", "data_path", FLAGS.data_path, "Name the log.")
+    others = [peer for peer in FLAGS.peers if peer != "fuxictr"] if FLAGS.features else []
+    require(not others, "takes no features", "peers", ",".join(others), "Give --peers=fuxictr.")
     for peer in FLAGS.peers:
         require(peer in PEERS, f"must be of {', '.join(PEERS)}", "peers", peer, "For example deepctr.")
     values = FLAGS.flag_values_dict()
@@ -183,7 +192,8 @@ def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
 
 
 def _our_flags() -> list[str]:
-    settings = {**OTHER_SETTINGS, **SIZES, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
+    settings = {**OTHER_SETTINGS, **SIZES, "dataset": FLAGS.dataset, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
+    settings |= {"features": FLAGS.features} if FLAGS.features else {}
     settings |= {"global_batch_size": FLAGS.batch_size, "compute_dtype": FLAGS.compute_dtype}
     texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
     return [f"--{name}={text}" for name, text in texts.items()]
@@ -213,7 +223,8 @@ def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> lis
             return ""
         found["gauc"] = gauc(np.load(job["scores"]), test["labels"], test["users"]).gauc
         entry.say(f"{_name(system)}: test GAUC {found['gauc']:.4f} after {found['seconds']:.1f} s of training")
-        return "stop" if found["gauc"] >= FLAGS.target_gauc or found["seconds"] >= FLAGS.max_seconds else "go on"
+        enough = 0 < FLAGS.max_examples <= found["examples"] or found["seconds"] >= FLAGS.max_seconds
+        return "stop" if enough or found["gauc"] >= FLAGS.target_gauc else "go on"
 
     if system == OURS:
         return _read([sys.executable, str(HERE / "run_ours.py"), *_our_flags(), f"--job={json.dumps(job)}"], judge)
@@ -257,7 +268,8 @@ def _report(
         "machine": {"cores": FLAGS.threads, "cpu": _cpu_model(), "python": platform.python_version()},
         "commit": _commit(),
         "settings": {name: FLAGS[name].value for name in (*FOR_THE_RUNNERS, "rounds", "target_gauc")},
-        "data": Path(FLAGS.data_path).name,
+        "data": Path(FLAGS.data_path).name or FLAGS.dataset,
+        "features": Path(FLAGS.features).name,
         "systems": {},
     }
     for system in systems:
@@ -285,18 +297,21 @@ def _table(report: dict[str, Any]) -> str:
     lines = [
         f"{machine['cores']} cores of {machine['cpu']}, batch {FLAGS.batch_size}, commit {report['commit']}",
         "",
-        f"| | examples/s | ours: times as fast | peak memory, MiB | prepared data, MB | s to {target} test GAUC |",
-        "|---|---|---|---|---|---|",
+        f"| | examples/s | ours: times as fast | peak memory, MiB | prepared data, MB | s to {target} test GAUC "
+        "| test GAUC at the end |",
+        "|---|---|---|---|---|---|---|",
     ]
     for system, found in report["systems"].items():
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         seconds = found["seconds_to_target"]
         reached = "not measured" if not found["curve"] else f"not within {limit:.0f} s"
+        last = found["curve"][-1] if found["curve"] else None
+        at_the_end = f"{last['gauc']:.4f} after {last['examples']:,} examples" if last else "not measured"
         lines.append(
             f"| {_name(system)} ({versions}) | {found['examples_per_second']:,.0f} "
             f"| {'' if system == OURS else format(found['ours_times_its_speed'], '.1f')} "
             f"| {found['peak_memory_bytes'] / 2**20:,.0f} | {found['prepared_bytes'] / 1e6:.1f} "
-            f"| {reached if seconds is None else format(seconds, '.0f')} |"
+            f"| {reached if seconds is None else format(seconds, '.0f')} | {at_the_end} |"
         )
     return "\n".join(lines)
 

@@ -3,7 +3,9 @@
 `train.npz` and `test.npz`, one row an example: `candidate_item_ids`, `labels`, `users` (from 0), `history_ends` (how
 many events the user has before the example), `history_lengths` (the same, cut at --max_history_length) and, end to end,
 `history_item_ids`. `items.npz`: `category_ids` of each item, 0 for item 0. `users.npz`: `item_ids` of all events and
-`offsets`. The negatives are those that our trainer draws with the same --seed. Prints the size of our form as JSON.
+`offsets`. `features.json`: the declared features, each with its owner, the rows of its table and its width; their ids
+are in `items.npz`, and those of the examples in `train.npz` and `test.npz`, each by the feature's name. The negatives
+are those that our trainer draws with the same --seed. Prints the size of our form as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.data.pipeline import BatchMaker
 from din_dist.errors import InputError
+from din_dist.features.spec import Form, Owner
 from din_dist.schema import Batch
 
 settings.define_flags()
@@ -40,6 +43,11 @@ def main() -> None:
             "--data_path: the log must have no labels, as the peers' histories are all events before. "
             f"Received: {config.data.data_path!r}, with column {config.data.label_column!r}. Give one without."
         )
+    declared = [feature.encoding for feature in store.features.values()]
+    if others := [encoding.spec.name for encoding in declared if encoding.form is not Form.IDS]:
+        raise InputError(
+            f"--features: the peers are given ids. Received: {', '.join(others)}, of another kind. Declare categories."
+        )
     splits = split_examples(store, config.data)
     size, seed = config.job.global_batch_size, config.job.seed
     training = training_batches(
@@ -59,25 +67,42 @@ def main() -> None:
         if not np.array_equal(np.minimum(ends, config.data.max_history_length), columns["history_lengths"]):
             raise RuntimeError(f"{name}: the histories are not the users' own events.")
         np.savez(folder / f"{name}.npz", allow_pickle=False, users=users, history_ends=ends, **columns)
-    np.savez(folder / "items.npz", category_ids=store.item_features["category_id"])
+    of_items = {
+        name: feature.values for name, feature in store.features.items() if feature.encoding.spec.owner is Owner.ITEM
+    }
+    np.savez(folder / "items.npz", allow_pickle=False, category_ids=store.item_features["category_id"], **of_items)
+    described = [
+        {
+            "name": encoding.spec.name,
+            "owner": encoding.spec.owner,
+            "rows": encoding.num_rows,
+            "width": encoding.width(config.model.embedding_dim[0]),
+        }
+        for encoding in declared
+    ]
+    (folder / "features.json").write_text(json.dumps(described))
     np.savez(folder / "users.npz", item_ids=store.item_ids, offsets=store.user_offsets)
     print(json.dumps({"bytes": sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())}))
 
 
 def _in_order(batches: Iterable[Batch]) -> dict[str, np.ndarray]:
     """The examples of packed batches, sorted by their ids."""
-    parts = [[column.numpy() for column in batch] for batch in batches]
-    columns = Batch(*map(np.concatenate, zip(*parts, strict=True)))
-    lengths = columns.history_lengths
+    names = ("example_ids", "candidate_item_ids", "labels", "history_lengths", "history_item_ids")
+    parts = [
+        {name: getattr(batch, name).numpy() for name in names}
+        | {name: ids.numpy() for name, ids in dict(batch.features).items()}
+        for batch in batches
+    ]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    lengths, histories = columns.pop("history_lengths"), columns.pop("history_item_ids")
     starts = np.cumsum(lengths) - lengths
-    order = np.argsort(columns.example_ids)
+    order = np.argsort(columns.pop("example_ids"))
     lengths = lengths[order]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return {
-        "candidate_item_ids": columns.candidate_item_ids[order],
-        "labels": columns.labels[order],
+        **{name: values[order] for name, values in columns.items()},
         "history_lengths": lengths,
-        "history_item_ids": columns.history_item_ids[np.repeat(starts[order], lengths) + within],
+        "history_item_ids": histories[np.repeat(starts[order], lengths) + within],
     }
 
 

@@ -24,10 +24,14 @@ def prepare(job: dict[str, Any]) -> None:
 
     source, folder = Path(job["data"]), Path(job["data"], FORM)
     folder.mkdir(exist_ok=True)
-    category_of = np.load(source / "items.npz")["category_ids"]
+    of_items = np.load(source / "items.npz")
+    category_of = of_items["category_ids"]
+    declared = json.loads((source / "features.json").read_text())
     users = np.load(source / "users.npz")
     items = np.arange(len(category_of))
-    pd.DataFrame({"item_index": items, "item_id": items, "cate_id": category_of}).to_parquet(folder / "items.parquet")
+    table = {"item_index": items, "item_id": items, "cate_id": category_of}
+    table |= {feature["name"]: of_items[feature["name"]] for feature in declared if feature["owner"] == "item"}
+    pd.DataFrame(table).to_parquet(folder / "items.parquet")
     sequences = np.split(users["item_ids"], users["offsets"][1:-1])
     pd.DataFrame({"user_index": np.arange(len(sequences)), "full_item_seq": sequences}).to_parquet(
         folder / "users.parquet"
@@ -40,10 +44,15 @@ def prepare(job: dict[str, Any]) -> None:
             "item_index": columns["candidate_item_ids"],
             "label": columns["labels"].astype(np.int64),
         }
+        frame |= {feature["name"]: columns[feature["name"]] for feature in declared if feature["owner"] != "item"}
         pd.DataFrame(frame).to_parquet(folder / f"{split}.parquet")
     features: list[dict[str, Any]] = [{name: {"type": "meta"}} for name in ("user_index", "seq_len", "item_index")]
     for name, size in (("item_id", len(category_of)), ("cate_id", int(category_of.max()) + 1)):
         features.append({name: {"source": "item", "type": "categorical", "padding_idx": 0, "vocab_size": size}})
+    for feature in declared:
+        specs = {"type": "categorical", "padding_idx": 0, "vocab_size": feature["rows"]}
+        specs |= {"source": feature["owner"], "embedding_dim": feature["width"]}
+        features.append({feature["name"]: specs})
     feature_map = {"dataset_id": FORM, "labels": ["label"], "features": features}
     (folder / "feature_map.json").write_text(json.dumps(feature_map))
 
