@@ -394,7 +394,7 @@ def _row_counts(
     for columns in (lookup.columns, model.example_columns):
         for encoding, table in columns.embedded if columns else ():
             stored = store.features[encoding.spec.name]
-            counts[table.path] = _row_counts_of(stored, times.get(encoding.spec.owner))
+            counts[table.path] = _row_counts_of(stored, _times_of(stored, times, store))
     return counts
 
 
@@ -405,6 +405,15 @@ def _times_in_training(store: EventStore, examples: Examples) -> dict[Owner, np.
     of_events[examples.events()] = 1
     of_users = np.bincount(users, minlength=store.facts.num_users)
     return {Owner.USER: of_users, Owner.CONTEXT: of_events, Owner.CANDIDATE: of_events}
+
+
+def _times_of(stored: StoredFeature, times: Mapping[Owner, np.ndarray], store: EventStore) -> np.ndarray | None:
+    """Returns how often each row of a feature occurs `[n]`, if its owners' rows occur `times`; None: never."""
+    of_owner = times.get(stored.encoding.spec.owner)
+    if of_owner is None or stored.offers is None:
+        return of_owner
+    events = np.flatnonzero(of_owner)
+    return np.bincount(stored.offers.rows(events, store.item_ids[events]), minlength=len(stored.offers.keys) + 1)
 
 
 def _row_counts_of(stored: StoredFeature, times: np.ndarray | None) -> np.ndarray:

@@ -20,6 +20,7 @@ from din_dist.features.declarations import read_declarations
 from din_dist.features.spec import to_text
 from din_dist.files import local_path
 
+_FLAGFILES = Path(__file__).parents[2] / "launch" / "flags"
 _ABSENT_BY_DEFAULT = ("label_column", "item_features")  # a log may lack these columns unless the user asks for them
 
 
@@ -140,8 +141,14 @@ def _declarations(flag_values: flags.FlagValues) -> str:
             f"--features: repeats --feature_declarations, which a saved job has. Received: both, {path}. Drop one."
         )
     if path and not flag.value:
-        flag.value = to_text(read_declarations(Path(path)))
+        flag.value = to_text(read_declarations(_declarations_file(Path(path))))
     return str(flag.value)
+
+
+def _declarations_file(path: Path) -> Path:
+    """Returns the file itself, or the one of that name beside our flagfiles, which name it so."""
+    ours = _FLAGFILES / path
+    return ours if not path.exists() and ours.is_file() else path
 
 
 def fields_with_flags(kind: type[Settings]) -> Iterator[dataclasses.Field]:

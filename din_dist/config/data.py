@@ -16,7 +16,7 @@ from din_dist.config.settings import (
     setting,
     text_setting,
 )
-from din_dist.features.spec import FeatureSpec, Kind, Owner, from_text
+from din_dist.features.spec import FeatureSpec, from_text
 from din_dist.features.times import UTC, TimestampUnit, is_zone
 
 UNKNOWN_ITEM_RATE = 0.1
@@ -121,6 +121,13 @@ class DataConfig(Settings):
     users_path: str = path_setting(
         "",
         "A table of the users for --features: Parquet, CSV or JSON-lines files with --user_column and one row a user.",
+        may_change=True,
+        later=True,
+    )
+    offers_path: str = path_setting(
+        "",
+        "A table of offers for --features with by = [COLUMNS]: Parquet, CSV or JSON-lines files with --item_column, "
+        "those columns, and one row for each item under each circumstance (a price in a store, a promotion of a week).",
         may_change=True,
         later=True,
     )
@@ -248,11 +255,6 @@ class DataConfig(Settings):
         """The features that `--features` declares."""
         return from_text(self.feature_declarations)
 
-    @property
-    def shorthand_specs(self) -> tuple[FeatureSpec, ...]:
-        """The features of `--item_features`, as if they were declared."""
-        return tuple(FeatureSpec(name, Owner.ITEM, Kind.CATEGORY, name) for name in self.item_features)
-
     def _check_features(self) -> None:
         declared = {spec.name for spec in self.feature_specs}
         both = next((name for name in self.item_features if name in declared), "")
@@ -261,11 +263,17 @@ class DataConfig(Settings):
         declares = bool(declared) or not self.features
         require(declares, "must declare a feature", "features", self.features, "Add one, or drop the flag.")
         is_log = self.dataset == "event_log"
-        for name in ("items_path", "users_path"):
+        for name in ("items_path", "users_path", "offers_path"):
             value = getattr(self, name)
             require(is_log or not value, "belongs to --dataset=event_log", name, value, "Drop it.")
             rule = "only declared features are read from it"
             require(bool(declared) or not value, rule, name, value, "Add --features, or drop it.")
+        looked_up = next((spec.name for spec in self.feature_specs if spec.by), "")
+        rule, remedy = "only features with by are read from it", "Write by in the file of --features, or drop the flag."
+        require(bool(looked_up) or not self.offers_path, rule, "offers_path", self.offers_path, remedy)
+        has_table = bool(self.offers_path) or not is_log or not looked_up
+        rule = f"features with by, such as {looked_up}, are looked up in it"
+        require(has_table, rule, "offers_path", self.offers_path, "Give the table of offers, or drop by.")
 
     def _check_split(self) -> None:
         if self.split is not Split.TEMPORAL:

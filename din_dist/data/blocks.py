@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist.data.raw_columns import RawFeature, TableCounts
+from din_dist.features.offers import Offers
 
 EVENTS_PER_BLOCK = 80_000  # about 1 MB: an event takes 13 bytes
 
@@ -76,7 +77,8 @@ class EventLog:
         blocks: the events.
         late_columns: columns that begin after the first rows of a file, where earlier versions did not see them.
         raw_features: what declared features are made from.
-        tables: how the tables of items and users fit the events.
+        tables: how the tables of items, users and offers fit the events.
+        offers: which row of a table of offers an item has; None without such a table.
     """
 
     user_ids: pa.Array
@@ -87,6 +89,7 @@ class EventLog:
     late_columns: tuple[str, ...] = ()
     raw_features: tuple[RawFeature, ...] = ()
     tables: Mapping[str, TableCounts] = dataclasses.field(default_factory=dict)
+    offers: Offers | None = None
 
 
 class SortedBlocks(Blocks):

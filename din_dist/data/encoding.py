@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +30,11 @@ from din_dist.config import DataConfig
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore, map_array, reading_prepared
 from din_dist.data.raw_columns import RawColumn, RawFeature
-from din_dist.data.raw_features import open_raw, raw_ids
+from din_dist.data.raw_features import open_offers, open_raw, raw_ids
 from din_dist.data.splits import kept_in, split_examples
 from din_dist.errors import InputError
 from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
+from din_dist.features.offers import Offers
 from din_dist.features.spec import NUM_TIME_IDS, FeatureSpec, Form, Kind, Owner, Scale, to_text
 from din_dist.features.times import TimestampUnit, time_rows, unit_of
 from din_dist.files import published_folder, read_record, write_text
@@ -90,7 +92,7 @@ def encoded_in_memory(store: EventStore, config: DataConfig) -> dict[str, Stored
     found = {}
     for spec in config.feature_specs:
         encoding, arrays = encoder.encode(spec)
-        found[spec.name] = _stored(encoding, arrays, encoder.raw(spec))
+        found[spec.name] = _stored(encoding, arrays, encoder.raw(spec), encoder.offers if spec.by else None)
     return found
 
 
@@ -105,12 +107,13 @@ def open_encoded(folder: Path, store: EventStore, config: DataConfig) -> dict[st
         if [encoding.spec for encoding in encodings] != list(config.feature_specs):
             raise ValueError("its features are others than those declared")
     found = {}
+    offers = _open_offers(store) if any(encoding.spec.by for encoding in encodings) else None
     for index, encoding in enumerate(encodings):
         files = {path.name for path in folder.glob(f"{index}-*.npy")}
         names = [name.removeprefix(f"{index}-").removesuffix(".npy") for name in sorted(files)]
         arrays = {name: np.asarray(map_array(folder / f"{index}-{name}.npy", store.files)) for name in names}
         raw = _used_raw(encoding.spec, store)
-        found[encoding.spec.name] = stored = _stored(encoding, arrays, raw)
+        found[encoding.spec.name] = stored = _stored(encoding, arrays, raw, offers if encoding.spec.by else None)
         _check(stored, store, folder)
     return found
 
@@ -119,6 +122,8 @@ def _check(feature: StoredFeature, store: EventStore, folder: Path) -> None:
     """Refuses arrays that do not fit the events."""
     spec, facts = feature.encoding.spec, store.facts
     rows = {Owner.USER: facts.num_users, Owner.ITEM: facts.num_items + 1}.get(spec.owner, facts.num_events)
+    if feature.offers is not None:
+        rows = len(feature.offers.keys) + 1
     found = len(feature.values) if feature.offsets is None else len(feature.offsets) - 1
     ends = feature.offsets is None or int(feature.offsets[-1]) == len(feature.values)
     if found != rows or not ends or feature.values.dtype != _DTYPES[spec.form]:
@@ -136,16 +141,24 @@ def _used_raw(spec: FeatureSpec, store: EventStore) -> RawFeature | None:
     return open_raw(store.folder, column, store.files)
 
 
-def _stored(encoding: Encoding, arrays: Arrays, raw: RawFeature | None) -> StoredFeature:
+def _open_offers(store: EventStore) -> Offers:
+    return open_offers(store.folder, store.facts.num_items, store.files)
+
+
+def _stored(
+    encoding: Encoding, arrays: Mapping[str, Any], raw: RawFeature | None, offers: Offers | None
+) -> StoredFeature:
     """Returns a feature from its encoded arrays, and from those raw ones that are used as they are."""
     values = raw.values if raw else None
     if isinstance(values, ListValues):
-        return StoredFeature(encoding, offsets=values.offsets, weights=values.weights, **arrays)
-    if isinstance(values, VectorValues) and encoding.spec.trained:
-        return StoredFeature(encoding, **{"start": values.vectors, **arrays})
-    if isinstance(values, VectorValues):
-        return StoredFeature(encoding, values.vectors)
-    return StoredFeature(encoding, **arrays)
+        found = StoredFeature(encoding, offsets=values.offsets, weights=values.weights, **arrays)
+    elif isinstance(values, VectorValues) and encoding.spec.trained:
+        found = StoredFeature(encoding, **{"start": values.vectors, **arrays})
+    elif isinstance(values, VectorValues):
+        found = StoredFeature(encoding, values.vectors)
+    else:
+        found = StoredFeature(encoding, **arrays)
+    return dataclasses.replace(found, offers=offers)
 
 
 class _Encoder:
@@ -169,6 +182,16 @@ class _Encoder:
                 found[examples.events(first, min(first + _AT_ONCE, examples.num_rows))] = False
         return found
 
+    @functools.cached_property
+    def offers(self) -> Offers:
+        """The offers of a data set that has a table of them."""
+        return _open_offers(self._store)
+
+    @functools.cached_property
+    def _rows_of_offers(self) -> np.ndarray:
+        """The row of each event's offer, int64 `[E]`."""
+        return self.offers.rows(np.arange(self._store.facts.num_events), self._store.item_ids)
+
     def raw(self, spec: FeatureSpec) -> RawFeature | None:
         """Returns the raw values of a feature; None: it is made from the time."""
         column = RawColumn.of(spec)
@@ -183,25 +206,29 @@ class _Encoder:
         raw = self.raw(spec)
         if raw is None:
             return self._encode_times(spec)
-        num_missing = int(np.count_nonzero(~raw.values.given)) - (spec.owner is Owner.ITEM)  # item 0 has none
+        missing = ~raw.values.given
+        missing = missing[self._rows_of_offers] if spec.by else missing
+        num_missing = int(np.count_nonzero(missing)) - (spec.owner is Owner.ITEM)  # item 0 has none
         counts = FeatureCounts(missing=num_missing, extra=raw.extra)
+        weights = self._weights(spec, raw.told)
         match raw.values:
             case VectorValues():
                 return self._encode_vectors(spec, raw.values, counts)
             case NumberValues():
-                return _encode_numbers(spec, raw.values.numbers, self._weights(spec.owner, raw.told), counts)
+                return _encode_numbers(spec, raw.values.numbers, weights, counts)
             case IdValues():
-                weights = self._weights(spec.owner, raw.told)
                 return self._encode_ids(spec, raw.values.codes, weights, counts)
             case ListValues():
-                weights = np.repeat(self._weights(spec.owner, raw.told), np.diff(raw.values.offsets))
+                weights = np.repeat(weights, np.diff(raw.values.offsets))
                 return self._encode_ids(spec, raw.values.codes, weights, counts)
         raise TypeError(type(raw.values))
 
-    def _weights(self, owner: Owner, told: np.ndarray | None) -> np.ndarray:
+    def _weights(self, spec: FeatureSpec, told: np.ndarray | None) -> np.ndarray:
         """Returns how many training events tell the value of each row, int64 `[n]`."""
         counted = self._trains if told is None else self._trains & told
-        match owner:
+        if spec.by:
+            return np.bincount(self._rows_of_offers[counted], minlength=len(self.offers.keys) + 1)
+        match spec.owner:
             case Owner.USER:
                 before = np.zeros(len(counted) + 1, np.int64)
                 np.cumsum(counted, out=before[1:])

@@ -1,6 +1,6 @@
 """Reads a log of events, and checks the rules that its columns must keep together.
 
-Letters of shapes: E events, I items.
+Letters of shapes: E events.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
-from din_dist.data.feature_reader import REMEDY, FeatureReader, OwnerIds, number_names
-from din_dist.data.raw_columns import RawColumns
+from din_dist.data.column_readers import number_names
+from din_dist.data.feature_reader import FeatureReader, OwnerIds
+from din_dist.data.feature_tables import REMEDY
+from din_dist.data.raw_columns import RawColumn, RawColumns
 from din_dist.errors import InputError
-from din_dist.features.spec import Owner
+from din_dist.features.spec import Owner, shorthand
 from din_dist.tables.columns import IdColumn, LabelColumn, Rows, TimeColumn
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
@@ -97,8 +98,8 @@ class _LogReader:
         if features.candidates and not self._columns.label:
             raise InputError(
                 f"--features: features of candidates ({', '.join(features.candidates)}) take a log with labels, "
-                "because a drawn negative has none. Received: a log without the label column. Give --label_column, or "
-                'write of = "item" or of = "context".'
+                "because a drawn negative has none. Received: a log without the label column. Give --label_column, "
+                'look them up in a table of offers (by = [...]), or write of = "item" or of = "context".'
             )
         self._rows = Rows()
 
@@ -113,15 +114,15 @@ class _LogReader:
         columns, rows = self._columns, self._rows
         users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
         times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
-        features = [IdColumn(name, rows, nullable=True) for name in columns.item_features]
-        declared = self._features.begin(rows)
+        of_items = (RawColumn.of(spec) for spec in shorthand(columns.item_features))
+        features = self._features.begin(rows, [column for column in of_items if column])
         names = list(dict.fromkeys([*columns.names, *self._features.names]))
         for file, layout in self._layouts.items():
             rows.begin(file)
             for batch in filter(len, read_columns(file, self._form, layout, names)):
-                for column in (users, items, times, *([labels] if columns.label else []), *features):
+                for column in (users, items, times, *([labels] if columns.label else [])):
                     column.add(batch.column(column.name), column.name in layout.partition)
-                declared.add(batch, layout)
+                features.add(batch, layout)
                 rows.advance(batch.num_rows)
         if not rows.count:
             raise InputError(
@@ -130,25 +131,22 @@ class _LogReader:
             )
         user_of, user_ids = users.finish(self._is_text(users.name))
         item_of, item_ids = items.finish(self._is_text(items.name))
-        item_features = {}
-        for feature in features:
-            codes, ids = feature.finish(self._is_text(feature.name))
-            of_item = _one_value_per_item(codes, ids, item_of, item_ids, feature.name, rows)
-            item_features[feature.name] = ItemFeature(of_item, ids)
         timestamps = times.finish()
         order = self._order(user_of, timestamps)
         owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
         blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
         late = set().union(*(layout.late for layout in self._layouts.values()))
+        declared = self._features.finish(owners, order, rows, self._is_text)
         return EventLog(
             user_ids,
             item_ids,
-            item_features,
+            {name: ItemFeature(values.codes, values.ids) for name, values in self._features.item_features.items()},
             bool(columns.label),
             blocks,
             tuple(sorted(late)),
-            self._features.finish(owners, order, rows, self._is_text),
+            declared,
             self._features.counts,
+            self._features.offers,
         )
 
     def _is_text(self, name: str) -> bool:
@@ -162,41 +160,6 @@ class _LogReader:
         order = np.argsort(user_of, kind="stable")
         _check_sorted(user_of, timestamps, order, self._rows)
         return order
-
-
-def _one_value_per_item(
-    codes: np.ndarray, ids: pa.Array, item_of: np.ndarray, item_ids: pa.Array, name: str, rows: Rows
-) -> np.ndarray:
-    """Returns each item's dense id of a feature, int32 `[I + 1]`; 0 for item 0 and for items without a value.
-
-    Args:
-        codes: int32 `[E]`, the feature of each event from 0; -1 where it is missing, which agrees with all others.
-        ids: the feature's own ids, by code.
-        item_of: int32 `[E]`, the item of each event from 0.
-        item_ids: the items' own ids `[I]`.
-        name: the feature's column.
-        rows: where rows stand, for the texts of errors.
-
-    Raises:
-        InputError: two rows give an item two values.
-    """
-    told = np.flatnonzero(codes >= 0)
-    of_item = np.full(len(item_ids), -1, np.int32)
-    of_item[item_of[told[::-1]]] = codes[told[::-1]]  # the last assignment stays, which is the first row's
-    differing = told[of_item[item_of[told]] != codes[told]]
-    if len(differing):
-        second = differing[0]
-        item = item_of[second]
-        first = told[np.argmax(item_of[told] == item)]
-        file, number = rows.place(first)
-        raise rows.reject(
-            second,
-            f"an item must have one {name}",
-            f"item {item_ids[item].as_py()!r} as {ids[codes[first]].as_py()!r} ({file}, row {number}) "
-            f"and here as {ids[codes[second]].as_py()!r}",
-            "Correct one of the two rows.",
-        )
-    return np.concatenate([[0], of_item + 1]).astype(np.int32)
 
 
 def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:

@@ -25,7 +25,7 @@ from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
 from din_dist.execution import Execution
 from din_dist.features.encoding import Encoding
-from din_dist.features.gathering import FeatureValues, signature_of, without_copying
+from din_dist.features.gathering import FeatureValues, OfferRows, signature_of, without_copying
 from din_dist.features.spec import Owner
 from din_dist.kernels import operations
 from din_dist.schema import Batch
@@ -68,22 +68,27 @@ class ExampleFeatures:
         features = {name: stored for name, stored in store.features.items() if stored.encoding.spec.owner != Owner.ITEM}
         self._execution = execution
         self._values = {name: FeatureValues(stored) for name, stored in features.items()}
+        offers = {id(values.offers): values.offers for values in self._values.values() if values.offers is not None}
+        self._offers = {key: OfferRows(found) for key, found in offers.items()}  # searched once for all their features
 
     @property
     def encodings(self) -> list[Encoding]:
         """The features' encodings."""
         return [values.encoding for values in self._values.values()]
 
-    def of(self, users: tf.Tensor, events: tf.Tensor) -> dict[str, Any] | tuple[()]:
+    def of(self, users: tf.Tensor, events: tf.Tensor, candidates: tf.Tensor) -> dict[str, Any] | tuple[()]:
         """Returns the values of each feature by name, as `Batch.features` has them; () without features.
 
         Args:
             users: int64 `[B]`, the user of each example.
             events: int64 `[B]`, its event.
+            candidates: int32 `[B]`, its item, which a drawn negative does not share with the event.
         """
-        rows = {Owner.USER: users, Owner.CONTEXT: events, Owner.CANDIDATE: events}
+        rows: dict[Any, tf.Tensor] = {Owner.USER: users, Owner.CONTEXT: events, Owner.CANDIDATE: events}
+        rows |= {key: offers.of(events, candidates) for key, offers in self._offers.items()}
         return {
-            name: values.of(rows[values.encoding.spec.owner], self._execution) for name, values in self._values.items()
+            name: values.of(rows[id(values.offers) if values.offers else values.encoding.spec.owner], self._execution)
+            for name, values in self._values.items()
         } or ()
 
 
@@ -252,7 +257,7 @@ class BatchMaker:
             distinct_item_ids=distinct,
             item_index=index,
             example_ids=example_ids,
-            features=self._features.of(user, event),  # type: ignore[attr-defined]
+            features=self._features.of(user, event, candidate),  # type: ignore[attr-defined]
         )
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:

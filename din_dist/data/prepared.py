@@ -40,7 +40,7 @@ from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_p
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import absolute, check_unchanged, find_files, partition_text
 
-_WHERE_FILES_LIE = ("data_path", "items_path", "users_path")
+_WHERE_FILES_LIE = ("data_path", "items_path", "users_path", "offers_path")
 FactsCheck = Callable[[schema.DatasetFacts], None]
 
 
@@ -119,7 +119,8 @@ def _feature_columns(config: DataConfig) -> RawColumns:
         InputError: the data set has no such columns.
     """
     kind, specs = config.dataset.partition("/")[0], config.feature_specs
-    if kind != "event_log" and (candidates := [spec.name for spec in specs if spec.owner is Owner.CANDIDATE]):
+    candidates = [spec.name for spec in specs if spec.owner is Owner.CANDIDATE and not spec.by]
+    if kind != "event_log" and candidates:
         raise InputError(
             f"--features: features of candidates take a log with labels, because a drawn negative has none. Received: "
             f'{candidates[0]}, and {kind} has no labels. Write of = "item" or of = "context".'
@@ -135,6 +136,7 @@ def _feature_columns(config: DataConfig) -> RawColumns:
         specs,
         absolute(config.items_path, "items_path") if config.items_path else "",
         absolute(config.users_path, "users_path") if config.users_path else "",
+        absolute(config.offers_path, "offers_path") if config.offers_path else "",
     )
 
 

@@ -20,6 +20,7 @@ from din_dist.tables.sources import find_files
 from din_dist.tables.values import ColumnValues
 
 RAW_DIR = "raw_features"
+TABLES = {Owner.ITEM: "items", Owner.USER: "users", Owner.CANDIDATE: "offers"}  # whose rows they have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class RawColumn:
         separator: as of `FeatureSpec`, likewise `path` and `ids`.
         path: see `separator`.
         ids: see `separator`.
+        by: the columns of the event by which, with the item, a row of a table of offers is found; then the owner is the
+            candidate. Empty: no such table has it.
     """
 
     owner: Owner
@@ -43,14 +46,15 @@ class RawColumn:
     separator: str = ""
     path: str = ""
     ids: str = ""
+    by: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: FeatureSpec) -> Self | None:
         """Returns the column of a feature; None: it is made from the time."""
         if spec.kind in TIME_KINDS:
             return None
-        owner = Owner.CONTEXT if spec.owner is Owner.CANDIDATE else spec.owner
-        return cls(owner, spec.kind, spec.column, spec.weights, spec.separator, spec.path, spec.ids)
+        owner = Owner.CONTEXT if spec.owner is Owner.CANDIDATE and not spec.by else spec.owner
+        return cls(owner, spec.kind, spec.column, spec.weights, spec.separator, spec.path, spec.ids, spec.by)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,7 +66,7 @@ class RawColumn:
         """The name of its files."""
         return hashlib.blake2b(json.dumps(self.to_json()).encode(), digest_size=8).hexdigest()
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """Returns the fields that are not empty."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
@@ -75,31 +79,46 @@ class RawColumns:
         columns: each column once.
         items_path: the files of a table of items; empty for none.
         users_path: likewise of users.
-        candidates: the names of candidates' features, which need labels.
+        offers_path: likewise of offers.
+        candidates: the names of candidates' features that the log has, which need labels.
     """
 
     columns: tuple[RawColumn, ...] = ()
     items_path: str = ""
     users_path: str = ""
+    offers_path: str = ""
     candidates: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, specs: Iterable[FeatureSpec], items_path: str = "", users_path: str = "") -> Self:
+    def of(
+        cls, specs: Iterable[FeatureSpec], items_path: str = "", users_path: str = "", offers_path: str = ""
+    ) -> Self:
         """Returns the columns of declared features."""
         specs = tuple(specs)
         columns = dict.fromkeys(column for spec in specs if (column := RawColumn.of(spec)))
-        candidates = tuple(spec.name for spec in specs if spec.owner is Owner.CANDIDATE)
-        return cls(tuple(sorted(columns, key=lambda column: column.key)), items_path, users_path, candidates)
+        candidates = tuple(spec.name for spec in specs if spec.owner is Owner.CANDIDATE and not spec.by)
+        columns_in_order = tuple(sorted(columns, key=lambda column: column.key))
+        return cls(columns_in_order, items_path, users_path, offers_path, candidates)
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """The columns of the log by which offers are looked up."""
+        return next((column.by for column in self.columns if column.by), ())
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The files of each table, by `items`, `users` and `offers`; empty for none."""
+        return {"items": self.items_path, "users": self.users_path, "offers": self.offers_path}
 
     def find_tables(self) -> dict[str, list[Path]]:
-        """Returns the files besides the log's, by `items`, `users` and `vectors`.
+        """Returns the files besides the log's, by `items`, `users`, `offers` and `vectors`.
 
         Raises:
             InputError: a file is missing, or cannot be read.
         """
         vectors = [Path(path) for column in self.columns for path in (column.path, column.ids) if path]
         found = {"vectors": list(dict.fromkeys(vectors))}
-        for name, source in (("items", self.items_path), ("users", self.users_path)):
+        for name, source in self.tables.items():
             found[name] = find_files(source, f"--{name}_path", f"table of {name}").files if source else []
         for file in found["vectors"]:
             if not file.is_file():
@@ -110,14 +129,16 @@ class RawColumns:
         """Returns what a prepared folder's name depends on; nothing without columns."""
         if not self.columns:
             return []
-        return [[column.to_json() for column in self.columns], self.items_path, self.users_path]
+        of_offers = [self.offers_path] if self.offers_path else []
+        return [[column.to_json() for column in self.columns], self.items_path, self.users_path, *of_offers]
 
     def settings(self) -> dict[str, Any]:
         """Returns what the fingerprint depends on besides the content of the files; nothing without columns."""
         if not self.columns:
             return {}
         columns = [dataclasses.replace(column, path="", ids="").to_json() for column in self.columns]
-        return {"features": columns, "tables": [bool(self.items_path), bool(self.users_path)]}
+        of_offers = [True] if self.offers_path else []
+        return {"features": columns, "tables": [bool(self.items_path), bool(self.users_path), *of_offers]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +147,7 @@ class RawFeature:
 
     Attributes:
         column: what they are of.
-        values: one row a user, an event, or an item with item 0.
+        values: one row a user, an event, an item with item 0, or an offer with row 0 for those that are missing.
         told: bool `[E]`, the events that tell their owner's value; None: all, or those of an event or of a table.
         extra: rows of a table, or values of it, that no event has.
     """
@@ -139,11 +160,19 @@ class RawFeature:
 
 @dataclasses.dataclass(frozen=True)
 class TableCounts:
-    """How a table of items or users fits the events: its rows, those without events, and ids without a row."""
+    """How a table of items, users or offers fits the events.
+
+    Attributes:
+        rows: all rows of the table.
+        without_events: rows whose id no event has; of offers, whose item or circumstances no event has.
+        ids_without_a_row: ids of the log without a row; of offers, events whose item has none.
+        repeated: rows of offers that an earlier one precedes, which stays.
+    """
 
     rows: int
     without_events: int
     ids_without_a_row: int
+    repeated: int = 0
 
 
 def raw_vocabulary_path(folder: Path, column: RawColumn) -> Path:

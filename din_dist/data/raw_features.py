@@ -5,6 +5,7 @@ FOLDER/raw_features/
     KEY-NAME.npy             the arrays of `ColumnValues`, one row a user, an event, or an item with item 0
     KEY-told.npy             which events tell their owner's value, where not all do
     KEY.parquet              column "id": the own ids of a vocabulary
+    offers-keys.npy, offers-circumstances.npy    the arrays of `Offers`, if there is a table of offers
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ import pyarrow.parquet as pq
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import FileState, map_array, reading_prepared
 from din_dist.data.raw_columns import RAW_DIR, RawColumn, RawFeature, TableCounts, raw_vocabulary_path
+from din_dist.features.offers import Offers
 from din_dist.features.spec import Kind
 from din_dist.files import read_record, write_text
 from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberValues, VectorValues
 from din_dist.text import parse_json
 
 _COLUMNS_FILE = "columns.json"
+_OFFER_KEYS, _CIRCUMSTANCES = "offers-keys.npy", "offers-circumstances.npy"
 
 
-def write_raw(folder: Path, features: Sequence[RawFeature], tables: Mapping[str, TableCounts]) -> None:
+def write_raw(
+    folder: Path, features: Sequence[RawFeature], tables: Mapping[str, TableCounts], offers: Offers | None = None
+) -> None:
     """Writes raw values below the folder of a prepared version. Nothing else writes there."""
     into = folder / RAW_DIR
     into.mkdir()
+    if offers is not None:
+        np.save(into / _OFFER_KEYS, offers.keys)
+        np.save(into / _CIRCUMSTANCES, offers.circumstances)
     for feature in features:
         arrays, ids = _arrays(feature.values)
         if feature.told is not None:
@@ -86,6 +94,23 @@ def open_raw(folder: Path, column: RawColumn, files: dict[Path, FileState]) -> R
     return RawFeature(column, values, told, extra)
 
 
+def open_offers(folder: Path, num_items: int, files: dict[Path, FileState]) -> Offers:
+    """Maps the offers of a table into memory.
+
+    Args:
+        folder: the folder of the prepared version.
+        num_items: of the log.
+        files: the state of each file, which is noted here.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    keys, circumstances = (
+        np.asarray(map_array(folder / RAW_DIR / name, files)) for name in (_OFFER_KEYS, _CIRCUMSTANCES)
+    )
+    return Offers(keys, circumstances, num_items)
+
+
 def raw_ids(folder: Path, column: RawColumn) -> pa.ChunkedArray:
     """Reads the own ids of a column's vocabulary from the disk.
 
@@ -97,7 +122,7 @@ def raw_ids(folder: Path, column: RawColumn) -> pa.ChunkedArray:
 
 
 def read_tables(folder: Path) -> dict[str, TableCounts]:
-    """Returns how the tables of items and users fit the events, by `items` and `users`.
+    """Returns how the tables fit the events, by `items`, `users` and `offers`.
 
     Raises:
         InputError: the file is damaged.

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from din_dist.data.event_store import EventStore, begins_a_moment
-from din_dist.data.raw_columns import TableCounts
+from din_dist.data.raw_columns import TABLES, TableCounts
 from din_dist.data.raw_features import read_tables
 from din_dist.features.encoding import StoredFeature
-from din_dist.features.spec import TIME_KINDS, Kind, Scale
+from din_dist.features.spec import TIME_KINDS, Kind, Owner, Scale
 from din_dist.schema import HistoryRule
 
 _COUNTED = (Kind.CATEGORY, Kind.CATEGORIES)  # kinds whose values may be rare
@@ -71,10 +71,11 @@ def _feature_line(feature: StoredFeature) -> str:
 
 
 def _table_line(name: str, counts: TableCounts) -> str:
-    return (
-        f"table of {name}: {counts.rows:,} rows, {counts.without_events:,} without events; "
-        f"{counts.ids_without_a_row:,} {name} without a row"
-    )
+    line = f"table of {name}: {counts.rows:,} rows, {counts.without_events:,} without events"
+    if name != TABLES[Owner.CANDIDATE]:
+        return f"{line}; {counts.ids_without_a_row:,} {name} without a row"
+    line += f", {counts.repeated:,} repeat an earlier one, which counts"
+    return f"{line}; {counts.ids_without_a_row:,} events without a row"
 
 
 def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
@@ -100,7 +101,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `capped_history_length`: the same if only the newest `max_history_length` of them count.
         `features`: of each declared feature, by name: owner, kind, counts and what the training part fixed. Absent if
             none is declared, likewise the next.
-        `tables`: of `items` and `users`, how the table fits the events.
+        `tables`: of `items`, `users` and `offers`, how the table fits the events.
     """
     facts, tables = store.facts, read_tables(store.folder)
     events_per_user = np.bincount(np.diff(store.user_offsets))

@@ -127,7 +127,8 @@ class ModelScorer:
         if self._features is None or askers is None:
             found = missing_values(self._encodings, num_histories)
         else:
-            found = dict(self._features.of(tf.constant(askers.users), tf.constant(askers.events)))
+            nothing = tf.zeros([len(askers.events)], tf.int32)  # the candidates are others
+            found = dict(self._features.of(tf.constant(askers.users), tf.constant(askers.events), nothing))
         return found | missing_values(own, num_candidates)
 
 

@@ -60,7 +60,10 @@ def parts_of(store: EventStore, examples: Examples, name: str) -> Parts:
     feature = store.features[name]
     owner = feature.encoding.spec.owner
     users = np.repeat(examples.users.astype(np.int64), examples.rows_per_user())
-    rows = users if owner is Owner.USER else items if owner is Owner.ITEM else events
+    if feature.offers is not None:
+        rows = feature.offers.rows(events, items)
+    else:
+        rows = users if owner is Owner.USER else items if owner is Owner.ITEM else events
     return _repeated(_of_feature(store, feature, rows), examples)
 
 

@@ -38,7 +38,9 @@ _KEYS: Mapping[str, Collection[str]] = {  # key -> the kinds that have it
     "path": (Kind.VECTOR,),
     "ids": (Kind.VECTOR,),
     "trained": (Kind.VECTOR,),
+    "by": (Kind.CATEGORY, Kind.NUMBER, Kind.CATEGORIES, Kind.VECTOR),
 }
+_MOST_COLUMNS = 8  # that name the row of an offer, besides the item
 _ENCODINGS = "standard, log, none, quantiles:BINS (2 to 65536) or periodic:FREQUENCIES,SIGMA"
 
 
@@ -72,7 +74,15 @@ def parse_declarations(text: str, path: Path) -> tuple[FeatureSpec, ...]:
         raise InputError(
             f"{path}: must be TOML, one table [NAME] a feature, each name once. Received: {error}. Correct it."
         ) from error
-    return tuple(_Declaration(path, name, table).spec() for name, table in tables.items())
+    specs = tuple(_Declaration(path, name, table).spec() for name, table in tables.items())
+    of_offers = [spec for spec in specs if spec.by]
+    other = next((spec for spec in of_offers if spec.by != of_offers[0].by), None)
+    if other:
+        raise InputError(
+            f"{path}, [{other.name}]: all features of offers have the same by, because they share a table. Received: "
+            f"by = {list(other.by)}, and {list(of_offers[0].by)} of {of_offers[0].name}. Write one list for all."
+        )
+    return specs
 
 
 class _Declaration:
@@ -105,6 +115,7 @@ class _Declaration:
             path=self._file("path"),
             ids=self._file("ids"),
             trained=self._switch("trained"),
+            by=self._columns("by"),
         )
         self._check_together(spec)
         return spec
@@ -175,6 +186,12 @@ class _Declaration:
             f'of = "{spec.owner}"',
             'Write of = "item" or "user"',
         )
+        self._require(
+            not spec.by or spec.owner is Owner.CANDIDATE,
+            "by names the columns of the event by which a candidate's feature is looked up",
+            f'by with of = "{spec.owner}"',
+            'Write of = "candidate", or drop by',
+        )
 
     def _column(self, kind: Kind) -> str:
         if kind in TIME_KINDS or "path" in self._table:
@@ -221,6 +238,18 @@ class _Declaration:
             f"Write {key} in quotes, or drop it",
         )
         return value
+
+    def _columns(self, key: str) -> tuple[str, ...]:
+        value = self._table.get(key, [])
+        names = value if isinstance(value, list) else []
+        good = all(isinstance(name, str) and name and name.isprintable() for name in names)
+        self._require(
+            key not in self._table or (good and 1 <= len(names) <= _MOST_COLUMNS and len(set(names)) == len(names)),
+            f"{key} must be a list of 1 to {_MOST_COLUMNS} columns, each once",
+            f"{key} = {shown(value)}",
+            f'Write {key} = ["store_id"], or drop it',
+        )
+        return tuple(names)
 
     def _switch(self, key: str) -> bool:
         value = self._table.get(key, False)

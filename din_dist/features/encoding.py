@@ -1,6 +1,7 @@
 """A feature after preparation: numbers that the training part fixed, and arrays. The model sees no more.
 
-Letters of shapes: n rows of a feature's owner, which are users, events, or items with item 0; M values of all lists.
+Letters of shapes: n rows of a feature's owner, which are users, events, items with item 0, or offers with row 0; M
+values of all lists.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from din_dist.features.offers import Offers
 from din_dist.features.spec import FeatureSpec, Form, Scale
 
 
@@ -118,6 +120,8 @@ class StoredFeature:
             where there are none; otherwise None.
         vocabulary: of ids with rows of their own, int32 `[num_rows - 1]`: entry i is the place, in the vocabulary of
             the raw column, of the id that has row i + 1; otherwise None.
+        offers: of a candidate's feature that is looked up, the row of each item under an event's circumstances;
+            otherwise None.
     """
 
     encoding: Encoding
@@ -126,6 +130,7 @@ class StoredFeature:
     weights: np.ndarray | None = None
     start: np.ndarray | None = None
     vocabulary: np.ndarray | None = None
+    offers: Offers | None = None
 
 
 class Lists(NamedTuple):

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from din_dist.execution import Execution, on_host
 from din_dist.features.encoding import Encoding, Lists, StoredFeature
+from din_dist.features.offers import Offers
 from din_dist.features.spec import Form, Pooling
 from din_dist.kernels import operations
 
@@ -29,6 +30,7 @@ class FeatureValues:
         self._values = without_copying(stored.values)
         self._offsets = None if stored.offsets is None else without_copying(stored.offsets)
         self._weights = None if stored.weights is None else without_copying(stored.weights)
+        self.offers = stored.offers
 
     def of(self, rows: tf.Tensor, execution: Execution | None = None) -> Any:
         """Returns the values of `rows` `[n]` by form: int32 `[n]`, `Lists` of n, float32 `[n]` or float16 `[n, D]`.
@@ -47,6 +49,33 @@ class FeatureValues:
             places = tf.ragged.range(begins, ends).values
             weights = tf.zeros([0]) if self._weights is None else tf.gather(self._weights, places)
             return Lists(tf.gather(self._values, places), lengths, weights)
+
+
+class OfferRows:
+    """The rows of offers as tensors over the memory-mapped arrays.
+
+    Args:
+        offers: which row an item has under the circumstances of an event.
+    """
+
+    def __init__(self, offers: Offers) -> None:
+        self._keys = without_copying(offers.keys)
+        self._circumstances = without_copying(offers.circumstances)
+        self._num_items = offers.num_items
+
+    def of(self, events: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Returns the row of each item's offer, int64 `[n]`; 0 for none.
+
+        Args:
+            events: int64 `[n]`, the events whose circumstances count.
+            items: int32 `[n]`, dense ids; -i stands for item i whose id is hidden.
+        """
+        with on_host():
+            circumstances = tf.cast(tf.gather(self._circumstances, events), tf.int64)
+            wanted = circumstances * (self._num_items + 1) + tf.cast(tf.abs(items), tf.int64)
+            places = tf.searchsorted(self._keys, wanted, out_type=tf.int64)
+            places = tf.minimum(places, tf.size(self._keys, tf.int64) - 1)
+            return tf.where(tf.gather(self._keys, places) == wanted, places + 1, 0)
 
 
 def signature_of(encodings: Iterable[Encoding]) -> dict[str, Any]:

@@ -132,6 +132,8 @@ class FeatureSpec:
         path: an .npy file with the vectors, `[F, D]`; `ids` is a text file with the id of each row, one a line.
         ids: see `path`.
         trained: a vector is the start of a trained table and not frozen.
+        by: of a candidate's feature that is looked up in a table of offers: the columns of the event which, with the
+            item, name the row. Empty: the log has the value of the item that was shown.
     """
 
     name: str
@@ -148,6 +150,7 @@ class FeatureSpec:
     path: str = ""
     ids: str = ""
     trained: bool = False
+    by: tuple[str, ...] = ()
 
     @property
     def form(self) -> Form:
@@ -186,6 +189,8 @@ class FeatureSpec:
             fields["encode"] = Encode.parse(fields["encode"])
         if "pool" in fields:
             fields["pool"] = Pooling(fields["pool"])
+        if "by" in fields:
+            fields["by"] = tuple(map(str, fields["by"]))
         return cls(**fields)
 
 
@@ -193,6 +198,11 @@ _DEFAULTS = {
     field.name: field.default_factory() if callable(field.default_factory) else field.default
     for field in dataclasses.fields(FeatureSpec)
 }
+
+
+def shorthand(names: Sequence[str]) -> tuple[FeatureSpec, ...]:
+    """Returns what `--item_features` declares: the columns `names`, each a category of items."""
+    return tuple(FeatureSpec(name, Owner.ITEM, Kind.CATEGORY, name) for name in names)
 
 
 def to_text(specs: Sequence[FeatureSpec]) -> str:

@@ -75,7 +75,10 @@ def gains(
 
 
 def permuted(store: EventStore, name: str, order: np.ndarray) -> EventStore:
-    """Returns the data with another order of a feature's values: row i has the value that row `order[i]` had."""
+    """Returns the data with another order of a feature's values: row i has the value that row `order[i]` had.
+
+    Of a feature of offers, the circumstances of events are permuted: items are offered as at another event.
+    """
     if name in store.item_features:
         return dataclasses.replace(
             store, item_features={**store.item_features, name: np.ascontiguousarray(store.item_features[name][order])}
@@ -85,6 +88,9 @@ def permuted(store: EventStore, name: str, order: np.ndarray) -> EventStore:
 
 
 def _permuted(feature: StoredFeature, order: np.ndarray) -> StoredFeature:
+    if feature.offers is not None:
+        circumstances = np.ascontiguousarray(feature.offers.circumstances[order])
+        return dataclasses.replace(feature, offers=dataclasses.replace(feature.offers, circumstances=circumstances))
     if feature.offsets is None:
         return dataclasses.replace(feature, values=np.ascontiguousarray(feature.values[order]))
     places, offsets = places_of(feature.offsets, order)

@@ -25,7 +25,7 @@ OWNERS = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)
 
 
 class OwnValues:
-    """The own values of the features of users and events.
+    """The own values of the features of users, events and offers.
 
     Args:
         store: the prepared data.
@@ -37,16 +37,19 @@ class OwnValues:
         self.specs = [feature.encoding.spec for feature in store.features.values()]
         self.specs = [spec for spec in self.specs if spec.owner is not Owner.ITEM]
 
-    def of(self, users: np.ndarray, events: np.ndarray) -> dict[Owner, dict[str, Any]]:
+    def of(self, users: np.ndarray, events: np.ndarray, items: np.ndarray) -> dict[Owner, dict[str, Any]]:
         """Returns the values of each owner's features by name, as `Bundle.score` takes them.
 
         Args:
             users: int `[n]`.
             events: int `[n]`.
+            items: int `[n]`, dense ids of the candidates; 0 for one without offers.
         """
         found: dict[Owner, dict[str, Any]] = {owner: {} for owner in OWNERS}
         for spec in self.specs:
             rows = users if spec.owner is Owner.USER else events
+            if (offers := self._store.features[spec.name].offers) is not None:
+                rows = offers.rows(events, items)
             found[spec.owner][spec.name] = self._values(spec, np.asarray(rows, np.int64))
         return found
 

@@ -42,7 +42,8 @@ class ExportScorer:
         if self._values.specs:
             if self._examples is None:
                 raise ValueError("examples: must be given, because the model has features of them. Received: None.")
-            given = by_owner(self._values.of(*self._examples.users_and_events(batch.example_ids.numpy())))
+            users, events = self._examples.users_and_events(batch.example_ids.numpy())
+            given = by_owner(self._values.of(users, events, candidates.numpy()))
         return tf.constant(
             self._bundle.score(self._own(histories), batch.history_lengths, self._own(candidates), **given)
         )
@@ -88,7 +89,8 @@ class ExportScorer:
         """Returns the features of users and contexts; those of candidates are missing."""
         if askers is None or not self._values.specs:
             return {}
-        found = self._values.of(askers.users[first:end], askers.events[first:end])
+        nothing = np.zeros(end - first, np.int64)  # the candidates are others
+        found = self._values.of(askers.users[first:end], askers.events[first:end], nothing)
         return by_owner({owner: values for owner, values in found.items() if owner is not Owner.CANDIDATE})
 
     def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:

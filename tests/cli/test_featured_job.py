@@ -29,7 +29,7 @@ from tests.support.programs import free_port
 LONGEST = 8
 OF_USERS = ("age", "income", "interests", "interest_weights", "taste")
 OF_CONTEXTS = ("device id", "page", "timestamp")
-OF_CANDIDATES = ("price", "rank", "badges")
+OF_CANDIDATES = ("price", "rank", "badges", "discount", "perks")
 
 
 @dataclasses.dataclass
@@ -72,16 +72,17 @@ class Job:
         from din_dist.schema import Batch
 
         values = ExampleFeatures(self.store)
-        features = dict(values.of(tf.constant(users), tf.constant(contexts)))
+        dense = {own: number for number, own in enumerate(self.store.vocabulary("items").to_pylist(), start=1)}
+        shown = tf.constant([dense[item] for item in items], tf.int32)
+        features = dict(values.of(tf.constant(users), tf.constant(contexts), shown))
         own = [each for each in self.model.encodings if each.spec.owner is Owner.CANDIDATE]
         given = missing_values(own, len(items))
         if candidates is not None:
-            given = values.of(tf.constant(users), tf.constant(candidates))
+            given = values.of(tf.constant(users), tf.constant(candidates), shown)
         features |= {each.spec.name: given[each.spec.name] for each in own}
-        dense = {own: number for number, own in enumerate(self.store.vocabulary("items").to_pylist(), start=1)}
         kept = [history[-LONGEST:] for history in histories]
         batch = Batch(
-            candidate_item_ids=tf.constant([dense[item] for item in items], tf.int32),
+            candidate_item_ids=shown,
             history_item_ids=tf.constant([dense[item] for history in kept for item in history], tf.int32),
             history_lengths=tf.constant([len(history) for history in kept], tf.int32),
             features=features,
@@ -266,6 +267,14 @@ def test_a_server_takes_features(job: Job) -> None:
         found = post(url, {"signature_name": "score_padded", "instances": rows})["predictions"]
         np.testing.assert_allclose([one["logits"] for one in found], expected, atol=2e-5)
 
+        columns = {"history_item_ids": histories, "candidate_item_ids": items}
+        own_rows = [own_features(job.rows[row]) for row in chosen]
+        columns |= {
+            key: {name: [own[key][name] for own in own_rows] for name in own_rows[0][key]} for key in own_rows[0]
+        }
+        found = post(url, {"inputs": columns})["outputs"]
+        np.testing.assert_allclose(found["logits"], expected, atol=2e-5)
+
         own = own_features(job.rows[chosen[0]])
         own["candidate_features"] = {name: [job.rows[row][name] for row in chosen] for name in OF_CANDIDATES}
         row = {"history_item_ids": histories[1], "candidate_item_ids": items, **own}
@@ -310,13 +319,17 @@ WRONG_FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"user": {"interests": {"values": ["t1"], "weights": []}}}, "interests.weights must have as many entries as"),
     ({"context": {"hour": 1.5}}, "instances[0].context.hour must be an integer. Received: 1.5."),
     ({"candidate_features": {"badges": 3}}, "candidate_features.badges must be a list of integers. Received: 3."),
-    ({"candidate_features": {"tags": []}}, "candidate_features must have only brand, price, rank, badges. Received:"),
+    (
+        {"candidate_features": {"tags": []}},
+        "candidate_features must have only brand, price, rank, badges, discount, perks. Received:",
+    ),
 ]
 
 
 def test_checkpoint_and_export_evaluate_alike(job: Job) -> None:
     """All metrics, retrieval among them, and slices by features of every kind."""
-    names = "age,who,income,interests,taste,page größe,hour,weekday,price,badges,brand,weight,tags,picture,text"
+    names = "age,who,income,interests,taste,page größe,hour,weekday,price,badges,discount,perks,brand,weight,tags"
+    names += ",picture,text"
     words = (f"--slice_by={names}", "--bootstrap_samples=0", "--ks=1,5")
     against_few = ("--rank_against=5", "--ks=1", "--evaluation_split=train")  # which has users of both labels
     running = [

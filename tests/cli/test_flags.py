@@ -11,6 +11,7 @@ from absl import flags
 from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile
 from din_dist.config import Config, OptimizerKind, differences
 from din_dist.errors import InputError
+from din_dist.features.spec import shorthand
 from tests.support.repository import ROOT
 
 FLAGFILES = sorted((ROOT / "launch" / "flags").glob("*.flags"))
@@ -74,7 +75,7 @@ def test_declared_features_are_kept_in_the_settings(tmp_path: Path) -> None:
 
 
 def test_item_features_are_a_shorthand() -> None:
-    (spec,) = Config().data.shorthand_specs
+    (spec,) = shorthand(Config().data.item_features)
     assert (spec.name, spec.owner, spec.kind, spec.column) == ("category_id", "item", "category", "category_id")
 
 
@@ -85,6 +86,15 @@ def test_item_features_are_a_shorthand() -> None:
         (
             ["--dataset=event_log", "--data_path=x.csv", "--users_path=u.csv"],
             "--users_path: only declared features are",
+        ),
+        (["--offers_path=o.csv"], "--offers_path: belongs to --dataset=event_log. Received: "),
+        (
+            ["--dataset=event_log", "--data_path=x.csv", "--features=FILE", "--offers_path=o.csv"],
+            "--offers_path: only features with by are read from it. Received: ",
+        ),
+        (
+            ["--dataset=event_log", "--data_path=x.csv", "--features=OFFERS"],
+            "--offers_path: features with by, such as price, are looked up in it. Received: ",
         ),
         (
             ["--timezone=Vienna"],
@@ -99,6 +109,7 @@ def test_item_features_are_a_shorthand() -> None:
 )
 def test_mistakes_about_declared_features(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "FILE").write_text(FEATURES)
+    (tmp_path / "OFFERS").write_text('[price]\nof = "candidate"\nkind = "number"\nby = ["store"]')
     (tmp_path / "EMPTY").write_text("")
     given = [text.replace("--features=", f"--features={tmp_path}/") for text in arguments]
     with pytest.raises(InputError) as error:
@@ -109,7 +120,7 @@ def test_mistakes_about_declared_features(tmp_path: Path, arguments: list[str], 
 
 def test_the_features_beside_the_flagfiles() -> None:
     config = parse(f"--features={ROOT}/launch/flags/complete_journey_features.toml")
-    assert len(config.data.feature_specs) == 15
+    assert len(config.data.feature_specs) == 17
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

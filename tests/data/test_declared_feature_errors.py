@@ -198,32 +198,32 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             ("p", "q", "r", "q"),
             ".csv",
             "log.csv, row 3: a feature of items has one value for each, here f. Received: item 'i0' with 'p' (log.csv, "
-            "row 1) and here with 'r'. Correct one of the two rows, or write of = \"context\" in the file of "
-            "--features.",
+            "row 1) and here with 'r'. Correct one of the two rows, or declare it with of = \"context\" in the "
+            "file of --features.",
         ),
         (
             declare("user", "number"),
             (None, 1.5, None, 2.5),
             ".parquet",
             "log.parquet, row 4: a feature of users has one value for each, here f. Received: user 'a' with 1.5 "
-            '(log.parquet, row 2) and here with 2.5. Correct one of the two rows, or write of = "context" in the '
-            "file of --features.",
+            '(log.parquet, row 2) and here with 2.5. Correct one of the two rows, or declare it with of = "context" '
+            "in the file of --features.",
         ),
         (
             declare("item", "categories"),
             (["a", "b"], [], ["a", "c"], []),
             ".parquet",
             "log.parquet, row 3: a feature of items has one value for each, here f. Received: item 'i0' with ['a', "
-            "'b'] (log.parquet, row 1) and here with ['a', 'c']. Correct one of the two rows, or write of = "
-            '"context" in the file of --features.',
+            "'b'] (log.parquet, row 1) and here with ['a', 'c']. Correct one of the two rows, or declare it with "
+            'of = "context" in the file of --features.',
         ),
         (
             declare("item", "vector"),
             ([1.0, 2.0], [5.0, 5.0], [1.0, 3.0], None),
             ".parquet",
             "log.parquet, row 3: a feature of items has one value for each, here f. Received: item 'i0' with [1.0, "
-            "2.0] (log.parquet, row 1) and here with [1.0, 3.0]. Correct one of the two rows, or write of = "
-            '"context" in the file of --features.',
+            "2.0] (log.parquet, row 1) and here with [1.0, 3.0]. Correct one of the two rows, or declare it with "
+            'of = "context" in the file of --features.',
         ),
     ],
 )
@@ -306,7 +306,8 @@ def test_candidates_need_labels(tmp_path: Path) -> None:
     rows = [{key: value for key, value in row.items() if key != "label"} for row in with_values(1, 2, 3, 4)]
     assert message(tmp_path, rows, declare("candidate", "number")) == (
         "--features: features of candidates (f) take a log with labels, because a drawn negative has none. Received: a "
-        'log without the label column. Give --label_column, or write of = "item" or of = "context".'
+        "log without the label column. Give --label_column, look them up in a table of offers (by = [...]), or write "
+        'of = "item" or of = "context".'
     )
 
 

@@ -365,8 +365,9 @@ def test_an_item_with_two_categories(tmp_path: Path) -> None:
         write(tmp_path, events(item_id=["i", "j"], category_id=["red", "green"]), "b.parquet"),
     ]
     text = message(files)
-    assert "b.parquet, row 2: an item must have one category_id. Received: item 'j' as 'blue' (" in text
-    assert "a.parquet, row 2) and here as 'green'. Correct one of the two rows." in text
+    rule = "b.parquet, row 2: a feature of items has one value for each, here category_id. "
+    assert f"{rule}Received: item 'j' with 'blue' (" in text
+    assert "a.parquet, row 2) and here with 'green'. Correct one of the two rows, or declare" in text
 
 
 @pytest.mark.parametrize("column", ["user_id", "item_id", "category_id"])

@@ -82,7 +82,7 @@ def test_every_kind() -> None:
         ('of = "user"', "Received: no kind."),
         ('of = "user"\nkind = "categorie"', "Received: kind = 'categorie'. Did you mean categories?"),
         ('of = "user"\nkind = "category"\nwdth = 3', "there is no such key. Received: wdth. Did you mean width?"),
-        ('of = "user"\nkind = "category"\nbounds = 3', "Write one of of, kind, column, width, min_count, rows."),
+        ('of = "user"\nkind = "category"\nbounds = 3', "Write one of of, kind, column, width, min_count, rows, by."),
         (
             'of = "user"\nkind = "category"\nwidth = 0',
             "width must be a whole number from 1 to 4,096. Received: width = 0.",
@@ -108,6 +108,20 @@ def test_every_kind() -> None:
         ('of = "context"\nkind = "vector"\ntrained = true', "belong to items or users."),
         ('of = "user"\nkind = "category"\ncolumn = ""', "column must be printable text. Received: column = ''."),
         ('of = "user"\nkind = "category"\ncolumn = 3', "Received: column = 3."),
+        (
+            'of = "item"\nkind = "number"\nby = ["s"]',
+            'Received: by with of = "item". Write of = "candidate", or drop by.',
+        ),
+        (
+            'of = "candidate"\nkind = "number"\nby = "s"',
+            "by must be a list of 1 to 8 columns, each once. Received: by = 's'",
+        ),
+        (
+            'of = "candidate"\nkind = "number"\nby = []',
+            "by must be a list of 1 to 8 columns, each once. Received: by = []",
+        ),
+        ('of = "candidate"\nkind = "number"\nby = ["s", "s"]', "by must be a list of 1 to 8 columns, each once."),
+        ('of = "context"\nkind = "hour_of_day"\nby = ["s"]', "by belongs to kind = category or number or categories"),
     ],
 )
 def test_mistakes(declaration: str, message: str) -> None:
@@ -126,6 +140,10 @@ def test_mistakes(declaration: str, message: str) -> None:
         ("x = 3", "[x]: a feature is a table. Received: x = 3."),
         ("[x", "must be TOML"),
         ('["a\\nb"]\nof = "user"\nkind = "category"', "a feature's name is printable text"),
+        (
+            '[a]\nof = "candidate"\nkind = "number"\nby = ["s"]\n[b]\nof = "candidate"\nkind = "number"\nby = ["t"]',
+            "[b]: all features of offers have the same by, because they share a table. Received: by = ['t'], and",
+        ),
         ('[""]\nof = "user"\nkind = "category"', "a feature's name is printable text"),
     ],
 )

@@ -76,6 +76,14 @@ encode = "periodic:3,0.5"
 of = "candidate"
 kind = "categories"
 rows = 20
+[discount]
+of = "candidate"
+kind = "number"
+by = ["device id"]
+[perks]
+of = "candidate"
+kind = "categories"
+by = ["device id"]
 [brand]
 of = "item"
 kind = "category"
@@ -98,7 +106,10 @@ TIMEZONE = "America/New_York"
 
 
 def write_featured_log(path: Path, *, labels: bool = True, num_users: int = 40, num_items: int = 30) -> None:
-    """Writes a Parquet file of events; about one value in ten is missing."""
+    """Writes a Parquet file of events; about one value in ten is missing. The table of offers lies beside it.
+
+    Each row also has what the table says of its item, which preparation does not read there.
+    """
     random = np.random.default_rng(0)
     users = [_user(random, number) for number in range(num_users)]
     items = [_item(random, number) for number in range(num_items)]
@@ -107,6 +118,10 @@ def write_featured_log(path: Path, *, labels: bool = True, num_users: int = 40, 
         for _ in range(int(random.integers(2, 20))):
             item = items[int(random.integers(num_items))]
             rows.append({**user, **item, **_event(random)})
+    offers = _offers(np.random.default_rng(1), num_items)
+    rows = [{**row, **offers.get((row["item_id"], row["device id"]), _NO_OFFER)} for row in rows]
+    named = [{"item_id": item, "device id": device, **values} for (item, device), values in offers.items()]
+    pq.write_table(pa.Table.from_pylist(named), path.with_name("offers.parquet"))
     table = pa.Table.from_pylist(rows, _SCHEMA)
     pq.write_table(table if labels else table.drop_columns("label"), path)
 
@@ -127,7 +142,11 @@ def featured_config(
         write_featured_log(log, labels=labels)
     declared.write_text(DECLARATIONS)
     specs = [spec for spec in read_declarations(declared) if spec.owner in owners]
+    if not labels:  # a drawn negative has no value of its event
+        specs = [spec for spec in specs if spec.owner is not Owner.CANDIDATE or spec.by]
     given: dict[str, object] = {"timezone": TIMEZONE, "embedding_dim": (6,), "feature_declarations": to_text(specs)}
+    if any(spec.by for spec in specs):
+        given["offers_path"] = str(folder / "offers.parquet")
     return small_config(folder, **given | settings)  # type: ignore[arg-type]
 
 
@@ -147,6 +166,8 @@ _SCHEMA = pa.schema(
         "price": pa.float64(),
         "rank": pa.int64(),
         "badges": pa.list_(pa.int64()),
+        "discount": pa.float64(),
+        "perks": pa.list_(pa.string()),
         "maker": pa.string(),
         "brand": pa.string(),
         "weight": pa.float32(),
@@ -155,6 +176,21 @@ _SCHEMA = pa.schema(
         "text": pa.list_(pa.float32()),
     }
 )
+
+
+_NO_OFFER: dict[str, object] = {"discount": None, "perks": []}
+
+
+def _offers(random: np.random.Generator, num_items: int) -> dict[tuple[int, int], dict[str, object]]:
+    """Returns the offers by item and device, of two thirds of all pairs."""
+    pairs = [(100 + item, device) for item in range(num_items) for device in range(4) if random.random() < 2 / 3]
+    return {
+        pair: {
+            "discount": _maybe(random, float(random.integers(1, 90))),
+            "perks": [f"p{int(one)}" for one in random.integers(5, size=random.integers(3))],
+        }
+        for pair in pairs
+    }
 
 
 def _user(random: np.random.Generator, number: int) -> dict:

@@ -147,7 +147,7 @@ def write_beside(
         if (folder / written).is_dir():
             write_checksums(folder / written)
     if log.raw_features:
-        write_raw(folder, log.raw_features, log.tables)
+        write_raw(folder, log.raw_features, log.tables, log.offers)
     facts = schema.DatasetFacts(
         num_users=len(log.user_ids),
         num_items=len(log.item_ids),

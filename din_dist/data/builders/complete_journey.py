@@ -38,7 +38,7 @@ USER_COLUMN, ITEM_COLUMN = "household_id", "product_id"
 
 @dataclasses.dataclass(eq=False)
 class CompleteJourneyConfig(tfds.core.BuilderConfig):
-    """The columns of the package that declared features need: of transactions, products and demographics."""
+    """The columns of the package that declared features need."""
 
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
 
@@ -56,7 +56,8 @@ class CompleteJourney(EventsBuilder):
 
     Each row of the transactions is an event. Purchases of one basket have the same time and keep the file's order.
     The vocabularies of item features are those of the whole catalogue, bought or not. Declared features may name every
-    column of the transactions, of the products and of the demographics, which 801 households have.
+    column of the transactions, of the products and of the demographics, which 801 households have. Features of
+    candidates may name the columns of the promotions, by = ["store_id", "week"].
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -73,11 +74,15 @@ class CompleteJourney(EventsBuilder):
         features, sources = RawColumns(), [transactions, products]
         if self.builder_config:
             demographics = folder / "demographics.parquet"
+            promotions = folder / "promotions.parquet" if self.builder_config.features.by else None
             features = dataclasses.replace(
-                self.builder_config.features, items_path=str(products), users_path=str(demographics)
+                self.builder_config.features,
+                items_path=str(products),
+                users_path=str(demographics),
+                offers_path=str(promotions or ""),
             )
             vectors = self.builder_config.features.find_tables().get("vectors", [])
-            sources += [demographics, *vectors]
+            sources += [demographics, *([promotions] if promotions else []), *vectors]
         log = read_log([transactions], columns, features=features)
         table = pq.read_table(products, columns=["product_id", *PRODUCT_COLUMNS.values()]).combine_chunks()
         rows = pc.index_in(log.item_ids, table.column("product_id").combine_chunks())  # null: a product not described

@@ -176,7 +176,10 @@ class _Exported:
             signature: `score` or `rank_histories`.
             missing: give all features of examples as missing.
         """
-        given = {} if missing else self._values.of(*self._examples.users_and_events(batch.example_ids.numpy()))
+        given: Mapping[Owner, Mapping[str, Any]] = {}
+        if not missing:
+            users, events = self._examples.users_and_events(batch.example_ids.numpy())
+            given = self._values.of(users, events, batch.candidate_item_ids.numpy())
         inputs: dict[str, Any] = {}
         for feature in self._features:
             if feature.owner != Owner.ITEM:

@@ -69,8 +69,8 @@ def test_values_become_what_preparation_stored(job: Job, tmp_path: Path) -> None
     """Every kind: ids, bins, lists and vectors exactly, numbers to 1e-6."""
     store = job.trained.store
     events = np.arange(store.facts.num_events)
-    own = OwnValues(store).of(job.users, events)
-    stored = ExampleFeatures(store).of(tf.constant(job.users), tf.constant(events))
+    own = OwnValues(store).of(job.users, events, store.item_ids)
+    stored = ExampleFeatures(store).of(tf.constant(job.users), tf.constant(events), tf.constant(store.item_ids))
     described = {feature.name: feature for feature in described_features(store)}
     for number, encoding in enumerate(job.trained.model.encodings):
         name = encoding.spec.name
@@ -108,10 +108,10 @@ def test_one_or_several_at_a_time_the_logits_are_the_trainers(job: Job) -> None:
     histories = [ids[store.item_ids[event : event + 4] - 1] for event in events]
     histories[3] = histories[3][:0]
     flat, lengths = np.concatenate(histories), np.array([len(history) for history in histories])
-    own = by_owner(OwnValues(store).of(users, events))
+    own = by_owner(OwnValues(store).of(users, events, store.item_ids[events]))
     candidates = ids[store.item_ids[events] - 1]
     rows = ExampleFeatures(store)
-    features = rows.of(tf.constant(users), tf.constant(events))
+    features = rows.of(tf.constant(users), tf.constant(events), tf.constant(store.item_ids[events]))
     expected = trainer_logits(job, flat, lengths, candidates, features)
     assert expected.std() > 0.1
     assert_allclose(bundle.score(flat, lengths, candidates, **own), expected, rtol=1e-5, atol=1e-5)
@@ -126,8 +126,9 @@ def test_one_or_several_at_a_time_the_logits_are_the_trainers(job: Job) -> None:
     counts = np.array([len(events)] * 2)
     found = bundle.rank_histories(flat[:end], lengths[:2], np.tile(candidates, 2), counts, **few)
     repeated = np.repeat([0, 1], len(events))
-    features = rows.of(tf.constant(users[repeated]), tf.constant(events[repeated]))
-    of_candidates = rows.of(tf.constant(users[repeated]), tf.constant(np.tile(events, 2)))
+    shown = tf.constant(np.tile(store.item_ids[events], 2))
+    features = rows.of(tf.constant(users[repeated]), tf.constant(events[repeated]), shown)
+    of_candidates = rows.of(tf.constant(users[repeated]), tf.constant(np.tile(events, 2)), shown)
     features = {
         name: of_candidates[name] if store.features[name].encoding.spec.owner is Owner.CANDIDATE else value
         for name, value in features.items()
@@ -234,7 +235,7 @@ OTHER_JOBS: dict[str, dict[str, Any]] = {
     "items": {"owners": (Owner.ITEM,)},
     "users": {"owners": (Owner.USER,)},
     "candidates": {"owners": (Owner.CANDIDATE,)},
-    "drawn negatives": {"owners": (Owner.USER, Owner.CONTEXT, Owner.ITEM), "labels": False},
+    "drawn negatives": {"owners": tuple(Owner), "labels": False},
     "mean pooling": {"owners": EXAMPLES, "model": ModelKind.MEAN_POOLING, "batch_norm": BatchNorm.FROZEN},
     "items by their features": {
         **{"owners": (Owner.ITEM,), "labels": False},
