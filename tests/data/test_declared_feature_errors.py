@@ -411,6 +411,7 @@ DECLARATIONS = st.fixed_dictionaries(
         "pool": st.sampled_from(["mean", "sum", "weighted"]),
         "trained": st.booleans(),
         "from": st.just("timestamp"),
+        "by": st.sampled_from([["g"], ["f", "g"], ["user_id"], ["none"]]),
     },
 )
 
@@ -440,6 +441,8 @@ def test_prepared_or_refused(
             keys = {"of": "context", "kind": keys["kind"], "from": "timestamp"}
         elif keys["kind"] in ("category", "number", "vector"):
             keys = {key: value for key, value in keys.items() if key not in ("weights", "pool", "from")}
+        if keys["of"] != "candidate":
+            keys = {key: value for key, value in keys.items() if key != "by"}
         text += f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -450,6 +453,9 @@ def test_prepared_or_refused(
         if table:
             items = [{"item_id": f"i{n}", "g": value} for n, value in enumerate(second)]
             paths = {"items_path": str(write_table(Path(folder, f"items{suffix}"), items))}
+        if "\nby = " in text:
+            offers = [{"item_id": f"i{n}", "user_id": "b", "f": first[n], "g": second[n]} for n in range(4)]
+            paths["offers_path"] = str(write_table(Path(folder, f"offers{suffix}"), offers))
         try:
             config = config_for(log, text, item_features=(), **paths)
             store = prepare(config)
@@ -461,6 +467,8 @@ def test_prepared_or_refused(
         for feature in store.features.values():
             n = {"user": store.facts.num_users, "item": store.facts.num_items + 1}
             rows_of_feature = n.get(feature.encoding.spec.owner, store.facts.num_events)
+            if feature.offers is not None:
+                rows_of_feature = len(feature.offers.keys) + 1
             found = feature.values if feature.offsets is None else feature.offsets[:-1]
             assert len(found) == rows_of_feature
             if feature.values.dtype == np.int32 and len(feature.values):
