@@ -79,13 +79,18 @@ def require_memory_for_tables(
     slots = 0 if config.optimizer.adagrad_row_wise else len(OPTIMIZERS[config.optimizer.optimizer].initial_state)
     wanted = 4 * (1 + slots) * sum(spec.num_rows * spec.width for spec in specs)
     have = memory_bytes()
+    remedy = "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd)."
+    largest = max(specs, key=lambda spec: spec.num_rows * spec.width)
+    declared = {schema.feature_label(encoding.spec.name): encoding.spec.name for encoding in encodings}
+    if largest.name in declared:
+        remedy = f"Declare feature {declared[largest.name]} with rows (hashing), min_count or a smaller width."
     require(
         wanted <= have,
         f"tables and optimizer must fit into memory: {sum(spec.num_rows for spec in specs):,} rows take "
         f"{wanted / 2**30:,.1f} GiB, and there are {have / 2**30:,.1f} GiB",
         "embedding_dim",
         ",".join(map(str, config.model.embedding_dim)),
-        "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd).",
+        remedy,
     )
 
 

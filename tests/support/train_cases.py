@@ -30,6 +30,7 @@ from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.devices import claim_devices
 from din_dist.distributed.runtime import open_runtime
 from din_dist.distributed.shared_memory import SharedMemory, share_memory
+from din_dist.features.spec import Owner
 from tests.support.featured_store import with_features
 from tests.support.small_log import small_config
 
@@ -90,7 +91,9 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
         shared_memory = BY_MESSAGES.isdisjoint({case, run})
         make = Assembly if shared_memory else WithoutSharedMemory
         store = open_prepared(config.data)
-        job = make(config, runtime, with_features(store) if case == "features" else store)
+        if case == "features":
+            store = with_features(store, tuple(Owner), by_offers=True)
+        job = make(config, runtime, store)
         job.trainer.train()
         if shared_memory and shares:
             assert "memfd:din_dist-tables" in Path("/proc/self/maps").read_text()

@@ -128,7 +128,8 @@ def test_tables_of_features_must_fit_into_memory(tmp_path: Path) -> None:
     store = prepare(config.data)
     encoding = Encoding(FeatureSpec("user_id", Owner.USER, Kind.CATEGORY), num_rows=10**12)
     features = {"user_id": StoredFeature(encoding, np.zeros(store.facts.num_users, np.int32))}
-    with pytest.raises(InputError, match="tables and optimizer must fit into memory"):
+    rule, remedy = "tables and optimizer must fit into memory", "Declare feature user_id with rows .hashing., min_count"
+    with pytest.raises(InputError, match=f"{rule}.*{remedy}"):
         assembly.require_memory_for_tables(config, store.facts, features)
 
 
