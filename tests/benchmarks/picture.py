@@ -54,6 +54,7 @@ def train(folder: Path) -> None:
         f"--flagfile={ROOT / 'launch/flags/quick.flags'}",
         f"--data_dir={folder / 'prepared'}",
         f"--output_dir={folder / 'job'}",
+        "--features=",  # the picture shows items and their categories
         f"--max_history_length={NUM_BEHAVIOURS}",
         "--evaluation_negatives_per_positive=20",
         "--metrics_port=-1",

@@ -118,9 +118,13 @@ def test_mistakes_about_declared_features(tmp_path: Path, arguments: list[str], 
     assert "\n" not in str(error.value)
 
 
-def test_the_features_beside_the_flagfiles() -> None:
-    config = parse(f"--features={ROOT}/launch/flags/complete_journey_features.toml")
-    assert len(config.data.feature_specs) == 17
+def test_the_features_beside_the_flagfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found by their name alone, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    assert len(parse("--features=complete_journey_features.toml").data.feature_specs) == 17
+    assert len(parse(f"--flagfile={ROOT}/launch/flags/quick.flags").data.feature_specs) == 10
+    (tmp_path / "quick_features.toml").write_text('[one]\nof = "user"\nkind = "category"')
+    assert len(parse("--features=quick_features.toml").data.feature_specs) == 1
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

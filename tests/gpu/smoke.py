@@ -32,7 +32,7 @@ from tests.support.train_cases import CASES, data_config
 
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # TF32 keeps 10 bits of a factor's mantissa
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1"}
-QUICK_GAUC = 0.857  # what launch/flags/quick.flags reach
+QUICK_GAUC = 0.875  # what launch/flags/quick.flags reach
 
 
 def weights(folder: Path) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from din_dist.config import DataConfig
+from din_dist.config import DataConfig, Split
 from din_dist.data.builders.complete_journey import PACKAGE, package_data
 from din_dist.data.event_store import EventStore
-from din_dist.data.prepared import prepare
+from din_dist.data.prepared import open_prepared, prepare
 from din_dist.errors import InputError
+from din_dist.features.declarations import read_declarations
+from din_dist.features.spec import to_text
 from tests.support.repository import ROOT
 
 FEATURES = ("category_id", "department_id", "manufacturer_id", "brand")
@@ -28,13 +32,62 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
     return prepare(DataConfig(item_features=FEATURES, data_dir=str(folder)))
 
 
-def test_the_first_command_finds_nothing_prepared(tmp_path: Path) -> None:
-    """The flags of launch/train.sh choose one of the data's features, and a width for it."""
-    words = ["--flagfile=launch/flags/quick.flags", f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'run'}"]
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, EventStore]:
+    """The first command's preparation, where nothing is prepared: its report, and the data."""
+    folder = tmp_path_factory.mktemp("quick")
+    words = [f"--flagfile={ROOT}/launch/flags/quick.flags", f"--data_dir={folder}", f"--output_dir={folder / 'run'}"]
     command = [sys.executable, "-m", "din_dist.cli.prepare_data", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "item features: category_id 303\n" in done.stdout
+    specs = read_declarations(ROOT / "launch/flags/quick_features.toml")
+    return done.stdout, open_prepared(
+        DataConfig(split=Split.LEAVE_TWO_OUT, feature_declarations=to_text(specs), data_dir=str(folder))
+    )
+
+
+def test_the_first_command_has_every_column(quick: tuple[str, EventStore]) -> None:
+    report, _ = quick
+    for line in (
+        "item features: category_id 303",
+        "feature product_type: item category, 2,242 distinct, 364 missing, 665 rare (fewer than 20 training events)",
+        "feature hour: context hour_of_day, 24 distinct, microseconds, UTC",
+        "table of items: 92,331 rows, 23,839 without events; 17 items without a row",
+        "table of users: 801 rows, 0 without events; 1,668 users without a row",
+        "table of offers: 20,940,529 rows, 4,245,513 without events, 9,642 repeat an earlier one, which counts; "
+        "1,142,266 events without a row",
+    ):
+        assert f"\n{line}\n" in report
+
+
+def test_promotions_against_the_source(quick: tuple[str, EventStore]) -> None:
+    """Of items that were bought, and of others at the same event."""
+    _, store = quick
+    random = np.random.default_rng(0)
+    events = random.choice(store.facts.num_events, 300, replace=False)
+    products = store.vocabulary("items").to_numpy()
+    bought, others = store.item_ids[events], random.permutation(store.item_ids[events])
+    wanted = pa.array(np.unique(products[bought - 1]))
+    table = pq.read_table(package_data() / "promotions.parquet", filters=pc.field("product_id").isin(wanted))
+    source = table.to_pandas().drop_duplicates(["product_id", "store_id", "week"])
+    rows = source.set_index(["product_id", "store_id", "week"])
+    user_of = np.repeat(np.arange(store.facts.num_users), np.diff(store.user_offsets))[events]
+    log = pq.read_table(package_data() / "transactions.parquet").to_pandas()
+    log = log.sort_values(["household_id", "transaction_timestamp"], kind="stable").groupby("household_id")
+    households = store.vocabulary("users").to_pylist()
+    num_found = 0
+    for items in (bought, others):
+        for name, column in (("display", "display_location"), ("mailer", "mailer_location")):
+            feature = store.features[name]
+            found = feature.values[feature.offers.rows(events, items)]
+            words = [None, *store.feature_vocabulary(name).to_pylist()]
+            for place, (user, event, item) in enumerate(zip(user_of, events, items, strict=True)):
+                row = log.get_group(households[user]).iloc[event - store.user_offsets[user]]
+                key = (products[item - 1], row["store_id"], row["week"])
+                assert words[found[place]] == (rows.loc[key, column] if key in rows.index else None)
+                num_found += key in rows.index
+    assert num_found > 100
 
 
 def test_counts(store: EventStore) -> None:
