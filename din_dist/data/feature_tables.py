@@ -175,6 +175,7 @@ class OffersTable:
             readers.add(batch.take(pa.array(kept)), layout)
             kept_rows.advance(len(kept))
         all_keys = np.concatenate(keys)
+        keys.clear()
         if not len(all_keys):
             raise _no_common_ids(files, ", ".join([self._item_column, *self._by]), example)
         order = np.argsort(all_keys, kind="stable")  # of repeated offers the first stays

@@ -100,6 +100,15 @@ def test_numbers_are_standardized_by_the_training_events_that_have_them(tmp_path
     assert (found.mean, found.deviation) == (4, 1)
 
 
+def test_an_item_whose_id_is_hidden_keeps_its_offer(tmp_path: Path) -> None:
+    """Batches have -i in its place."""
+    rows = ExampleFeatures(prepare(config_of(tmp_path)))
+    users, events = tf.zeros([3], tf.int64), tf.constant([0, 1, 4], tf.int64)
+    shown, hidden = (rows.of(users, events, tf.constant([1, 2, 3]) * sign)["price"].numpy() for sign in (1, -1))
+    assert_array_equal(shown, [5, 3, 9])
+    assert_array_equal(hidden, shown)
+
+
 def test_integers_match_their_text(tmp_path: Path) -> None:
     offers = [{**row, "store": str(row["store"])} for row in OFFERS]
     prices = values_of(prepare(config_of(tmp_path, offers=offers)), [0, 1, 4], ["x", "y", "z"])[1]
