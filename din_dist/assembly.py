@@ -418,7 +418,7 @@ def _times_of(stored: StoredFeature, times: Mapping[Owner, np.ndarray], store: E
     if of_owner is None or stored.offers is None:
         return of_owner
     events = np.flatnonzero(of_owner)
-    return np.bincount(stored.offers.rows(events, store.item_ids[events]), minlength=len(stored.offers.keys) + 1)
+    return np.bincount(stored.offers.rows(events, store.item_ids[events]), minlength=stored.offers.num_rows)
 
 
 def _row_counts_of(stored: StoredFeature, times: np.ndarray | None) -> np.ndarray:

@@ -123,7 +123,7 @@ def _check(feature: StoredFeature, store: EventStore, folder: Path) -> None:
     spec, facts = feature.encoding.spec, store.facts
     rows = {Owner.USER: facts.num_users, Owner.ITEM: facts.num_items + 1}.get(spec.owner, facts.num_events)
     if feature.offers is not None:
-        rows = len(feature.offers.keys) + 1
+        rows = feature.offers.num_rows
     found = len(feature.values) if feature.offsets is None else len(feature.offsets) - 1
     ends = feature.offsets is None or int(feature.offsets[-1]) == len(feature.values)
     if found != rows or not ends or feature.values.dtype != _DTYPES[spec.form]:
@@ -227,7 +227,7 @@ class _Encoder:
         """Returns how many training events tell the value of each row, int64 `[n]`."""
         counted = self._trains if told is None else self._trains & told
         if spec.by:
-            return np.bincount(self._rows_of_offers[counted], minlength=len(self.offers.keys) + 1)
+            return np.bincount(self._rows_of_offers[counted], minlength=self.offers.num_rows)
         match spec.owner:
             case Owner.USER:
                 before = np.zeros(len(counted) + 1, np.int64)

@@ -8,6 +8,7 @@ Letters of shapes: E events, n owners (users or items), R rows of a table, K off
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from din_dist import progress
 from din_dist.data.column_readers import ColumnReaders, names_of, number_names
 from din_dist.data.raw_columns import TABLES, RawColumn, RawFeature, TableCounts
 from din_dist.errors import InputError
-from din_dist.features.offers import Offers
+from din_dist.features.offers import Offers, places_in
 from din_dist.features.spec import Owner
 from din_dist.tables.columns import IdColumn, Rows, plain
 from din_dist.tables.formats import Format, format_of
@@ -200,7 +201,10 @@ class _Finder:
 
     def __init__(self, ids: pa.Array) -> None:
         self._ids = ids
-        self._text = ids.cast(pa.large_string())
+
+    @functools.cached_property
+    def _text(self) -> pa.Array:
+        return self._ids.cast(pa.large_string())
 
     def find(self, column: pa.Array) -> np.ndarray:
         """Returns the place of each value, int64; -1 for those that the log does not have."""
@@ -229,7 +233,7 @@ class _Circumstances:
         for size, place in zip(self._sizes, places[1:], strict=True):
             joint = _joint(number, place, size)
             self._known.append(np.unique(joint[joint >= 0]))
-            number = _places(self._known[-1], joint)
+            number = places_in(self._known[-1], joint)
         self.of_events = number.astype(np.int32)
 
     def find(self, columns: Sequence[np.ndarray]) -> np.ndarray:
@@ -240,20 +244,12 @@ class _Circumstances:
         """
         number = columns[0]
         for size, place, known in zip(self._sizes, columns[1:], self._known, strict=True):
-            number = _places(known, _joint(number, place, size))
+            number = places_in(known, _joint(number, place, size))
         return number
 
 
 def _joint(number: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
     return np.where((number >= 0) & (place >= 0), number * size + place, -1)
-
-
-def _places(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Returns the place of each number in `known`, which ascends; -1 for none."""
-    if not len(known):
-        return np.full(len(wanted), -1, np.int64)
-    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    return np.where(known[places] == wanted, places, -1)
 
 
 def _no_common_ids(files: _TableFiles, columns: str, example: pa.Scalar) -> InputError:
@@ -275,9 +271,7 @@ def rows_of_ids(owner_ids: pa.Array, table_ids: pa.Array) -> np.ndarray:
         owner_ids: `[n]`.
         table_ids: `[R]`, each once.
     """
-    if owner_ids.type != table_ids.type:
-        owner_ids, table_ids = owner_ids.cast(pa.large_string()), table_ids.cast(pa.large_string())
-    return pc.index_in(owner_ids, table_ids).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return _Finder(table_ids).find(owner_ids)
 
 
 def counts_of(rows_of_owners: np.ndarray, num_rows: int) -> TableCounts:

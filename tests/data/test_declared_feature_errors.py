@@ -468,7 +468,7 @@ def test_prepared_or_refused(
             n = {"user": store.facts.num_users, "item": store.facts.num_items + 1}
             rows_of_feature = n.get(feature.encoding.spec.owner, store.facts.num_events)
             if feature.offers is not None:
-                rows_of_feature = len(feature.offers.keys) + 1
+                rows_of_feature = feature.offers.num_rows
             found = feature.values if feature.offsets is None else feature.offsets[:-1]
             assert len(found) == rows_of_feature
             if feature.values.dtype == np.int32 and len(feature.values):

@@ -35,7 +35,7 @@ def with_features(
     num_rows = {
         Owner.USER: store.facts.num_users,
         Owner.CONTEXT: store.facts.num_events,
-        Owner.CANDIDATE: len(offers.keys) + 1 if offers else store.facts.num_events,
+        Owner.CANDIDATE: offers.num_rows if offers else store.facts.num_events,
         Owner.ITEM: store.facts.num_items + 1,
     }
     random = np.random.default_rng(seed)

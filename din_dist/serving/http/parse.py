@@ -252,8 +252,9 @@ class _Reader:
 
     def padded_row(self, row: object, where: str) -> Instance:
         """Reads a row in TensorFlow Serving's form: a padded history with the length of its real part."""
-        own = (*self._own_keys, "candidate_features") if self._of_owner["candidate"] else self._own_keys
-        keys = _check_keys(row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"), own)
+        keys = _check_keys(
+            row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"), self._declared_keys
+        )
         candidate = self._read_id(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
         ids = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
         length = _integer(keys["history_lengths"], f"{where}.history_lengths", 0, len(ids))
@@ -276,8 +277,9 @@ class _Reader:
 
         A declared feature has a list with a value for each candidate.
         """
-        own = (*self._own_keys, "candidate_features") if self._of_owner["candidate"] else self._own_keys
-        keys = _check_keys(inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths", *own))
+        keys = _check_keys(
+            inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths", *self._declared_keys)
+        )
         candidates = self._candidates(keys["candidate_item_ids"], "inputs.candidate_item_ids")
         _check_length("inputs.candidate_item_ids", candidates, self._limits.max_instances)
         given, where = keys["history_item_ids"], "inputs.history_item_ids"
@@ -336,6 +338,11 @@ class _Reader:
             if name in self._of_owner["candidate"]
         }
         return self._with_own_features(instance, keys, given, where, single=one_candidate)
+
+    @property
+    def _declared_keys(self) -> tuple[str, ...]:
+        """The keys of declared features, where item features cannot be given."""
+        return (*self._own_keys, *(["candidate_features"] if self._of_owner["candidate"] else []))
 
     @property
     def _feature_keys(self) -> tuple[str, ...]:
