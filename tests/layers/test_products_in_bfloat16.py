@@ -13,15 +13,14 @@ from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
 from din_dist.execution import Execution, Mode
 from tests.support.native_layers import Head, built, large_inputs, run, with_padding
-from tests.support.programs import missing
+from tests.support.processor import need_bfloat16
 
 pytestmark = pytest.mark.usefixtures("processor")
 
 
 @pytest.fixture(scope="module")
 def processor():
-    if not kernels.multiplies_bfloat16():
-        missing("this processor has no AVX512_BF16: run the tests on one that has")
+    need_bfloat16()
 
 
 def rounded(values):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -50,8 +51,17 @@ def start(world_size: int, module: str, *arguments: str, variables: Mapping[str,
         command = [str(launcher), "--gloo", "-np", str(world_size), *command]
     environment = {**os.environ, **(variables or {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, _ends_of(done.stdout + done.stderr)
     return done.stdout
+
+
+def _ends_of(output: str) -> str:
+    """Returns the last lines of each rank and of the launcher, because what came first is what went wrong."""
+    lines_of: dict[str, list[str]] = {}
+    for line in output.splitlines():
+        rank = re.match(r"\[\d+\]", line)
+        lines_of.setdefault(rank[0] if rank else "launcher", []).append(line)
+    return "\n".join("\n".join(lines[-40:]) for lines in lines_of.values())
 
 
 def losses(folder: Path, run: str, case: str) -> np.ndarray:

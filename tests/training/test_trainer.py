@@ -43,7 +43,7 @@ from din_dist.telemetry.projector import write_projector
 from din_dist.training import checkpoint
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from din_dist.training.optimizers import OPTIMIZERS, Optimizer
-from tests.support.programs import missing
+from tests.support.processor import need_bfloat16
 from tests.support.signals import StopWhen
 from tests.support.small_log import small_config, write_log
 
@@ -168,8 +168,7 @@ def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("model", ModelKind)
 def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) -> None:
     """All that multiply, in the attention and in the head."""
-    if not kernels.multiplies_bfloat16():
-        missing("this processor has no AVX512_BF16: run the tests on one that has")
+    need_bfloat16()
     weights = []
     for dtype in ComputeDtype:
         sgd = {"optimizer": OptimizerKind.SGD, "learning_rate": 0.1}  # Adam makes whole steps of differences near 0
