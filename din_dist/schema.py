@@ -45,6 +45,8 @@ BLOCK_OFFSETS = "offsets"  # int64 [U + 1], where each user's events begin in th
 BLOCK_ITEM_IDS = "item_ids"  # int32 [E], dense ids from 1
 BLOCK_TIMESTAMPS = "timestamps"  # int64 [E]
 BLOCK_LABELS = "labels"  # uint8 [E]; all 1 where the log has no labels
+BLOCK_REQUEST_TIMES = "request_times"  # int64 [E], the time of each event's request; absent without --request_column
+BLOCK_LABEL_TIMES = "label_times"  # int64 [E], when each positive came; absent without --label_time_column
 
 EVENTS_SPLIT = "events"  # the one split of every builder's records; train, validation and test are cut from it later
 
@@ -58,7 +60,7 @@ class HistoryRule(enum.StrEnum):
     """The rule by which the history of an event ends."""
 
     BEFORE_EVENT = "before_event"  # all that comes before it in the user's order: the next item of a basket
-    BEFORE_TIME = "before_time"  # all of an earlier time: what was clicked on the same page is not known yet
+    BEFORE_TIME = "before_time"  # all that is known before its request: not what was clicked on the same page
 
     @classmethod
     def of(cls, *, has_labels: bool) -> Self:
@@ -75,6 +77,8 @@ class DatasetFacts:
     `fingerprint` differs whenever the prepared events or their histories would differ.
     `history_rule` is the one by which histories were cut; earlier versions knew one only, and wrote none.
     `reader` counts what was changed in reading: data that an earlier one read may lack columns.
+    `has_request_times` and `has_label_times` tell that the log names requests, and when positives came.
+    `history_delay` is how long after its time a behaviour is known, in the unit of the timestamps.
     """
 
     num_users: int
@@ -88,19 +92,42 @@ class DatasetFacts:
     sources: Mapping[str, Mapping[str, int | str]]
     history_rule: HistoryRule = HistoryRule.BEFORE_EVENT
     reader: int = 1
+    has_request_times: bool = False
+    has_label_times: bool = False
+    history_delay: int = 0
 
     @property
     def present_rule(self) -> HistoryRule:
         """The rule by which histories of such a log are cut today."""
         return HistoryRule.of(has_labels=self.has_labels)
 
+    @property
+    def histories_end(self) -> str:
+        """Where histories end, in words."""
+        if self.history_rule is HistoryRule.BEFORE_EVENT:
+            return "before the event, in the order of the log (--history_ends=before_event)"
+        words = f"before the time of the {'request' if self.has_request_times else 'event'}"
+        if self.has_label_times:
+            words += "; a positive is known from its own time on"
+        if self.history_delay:
+            words += f"; a behaviour is known {self.history_delay:,} after its time, in the unit of the timestamps"
+        return words
+
     def by_present_rule(self) -> DatasetFacts:
         """Returns the facts of the same events with histories cut by `present_rule`; their fingerprint is another."""
         if self.history_rule is self.present_rule:
             return self
-        text = f"{self.fingerprint} {self.present_rule}"
+        return self._with_histories(f"{self.fingerprint} {self.present_rule}", self.present_rule, 0)
+
+    def with_histories(self, rule: HistoryRule, delay: int) -> DatasetFacts:
+        """Returns the facts of the same events with histories cut otherwise; their fingerprint is another."""
+        if (rule, delay) == (self.history_rule, self.history_delay):
+            return self
+        return self._with_histories(f"{self.fingerprint} {rule} {delay}", rule, delay)
+
+    def _with_histories(self, text: str, rule: HistoryRule, delay: int) -> DatasetFacts:
         fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        return dataclasses.replace(self, fingerprint=fingerprint, history_rule=self.present_rule)
+        return dataclasses.replace(self, fingerprint=fingerprint, history_rule=rule, history_delay=delay)
 
     @classmethod
     def from_json(cls, fields: Mapping) -> DatasetFacts:
@@ -116,7 +143,13 @@ class DatasetFacts:
         return dataclasses.replace(facts, history_rule=HistoryRule(facts.history_rule))
 
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        """Returns the fields, those that came later only where they differ from their default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in _LATER}
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in _LATER or value != defaults[name]}
+
+
+_LATER = ("has_request_times", "has_label_times", "history_delay")
 
 
 def _are_sources(value: Any) -> bool:
@@ -124,9 +157,9 @@ def _are_sources(value: Any) -> bool:
 
 
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("num_users", "num_items", "num_events", "reader"), is_count),
+    **dict.fromkeys(("num_users", "num_items", "num_events", "reader", "history_delay"), is_count),
     **dict.fromkeys(("first_timestamp", "last_timestamp"), is_integer),
-    "has_labels": lambda value: isinstance(value, bool),
+    **dict.fromkeys(("has_labels", "has_request_times", "has_label_times"), lambda value: isinstance(value, bool)),
     "fingerprint": lambda value: isinstance(value, str),
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,

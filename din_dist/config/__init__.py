@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, Split, UnknownItem
+from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, HistoryEnds, Split, UnknownItem
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
 from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ExecutionConfig",
+    "HistoryEnds",
     "JobConfig",
     "LogFormat",
     "ModelConfig",

@@ -17,10 +17,11 @@ from din_dist.config.settings import (
     text_setting,
 )
 from din_dist.features.spec import FeatureSpec, from_text
-from din_dist.features.times import UTC, TimestampUnit, is_zone
+from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
 
 UNKNOWN_ITEM_RATE = 0.1
-_DATASETS = ("complete_journey", "amazon_reviews", "event_log", "synthetic")
+_PURCHASES = "complete_journey"
+_DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic")
 _SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
 
 
@@ -28,6 +29,12 @@ class Split(enum.StrEnum):
     LEAVE_ONE_OUT = "leave_one_out"
     LEAVE_TWO_OUT = "leave_two_out"
     TEMPORAL = "temporal"
+
+
+class HistoryEnds(enum.StrEnum):
+    AUTO = "auto"  # before_time with labels, before_event without
+    BEFORE_TIME = "before_time"
+    BEFORE_EVENT = "before_event"
 
 
 class UnknownItem(enum.StrEnum):
@@ -53,6 +60,11 @@ def _check_declarations(name: str, value: str) -> None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         require(False, "must be features as a saved job keeps them", name, value, "Give --features instead.")
         raise AssertionError from error
+
+
+def _check_delay(name: str, value: str) -> None:
+    rule, remedy = "must be a whole number, alone or with s, m, h or d", "For example 90s, 15m, 6h or 1d."
+    require(Delay.is_valid(value), rule, name, value, remedy)
 
 
 def _check_zone(name: str, value: str) -> None:
@@ -88,6 +100,18 @@ class DataConfig(Settings):
     label_column: str = text_setting(
         "label",
         "Column of the click label, 0 or 1. The default column may be absent; every event is then a positive.",
+    )
+    label_time_column: str = text_setting(
+        "",
+        "Column of the time at which a positive came, where that is later than the event's own time (the click after "
+        "the impression). From then on it is in histories. Default: the event's time.",
+        later=True,
+    )
+    request_column: str = text_setting(
+        "",
+        "Column of the id of the request (page, basket, session) in which the item was shown. The history of each of "
+        "its events ends before the request's first time, so none sees another. Default: the same user and time.",
+        later=True,
     )
     label_column_required: bool = flagless(
         False
@@ -176,6 +200,21 @@ class DataConfig(Settings):
     max_history_length: int = setting(
         100, "Longest behaviour history, in events; the newest are kept.", at_least=1, theme=_EXAMPLES
     )
+    history_ends: HistoryEnds = text_setting(
+        HistoryEnds.AUTO,
+        "Where a history ends. before_time: it has what is known before the time of the request. before_event: it has "
+        "all that stands before the event in the log, as the next item of a basket does; with labels, clicks of the "
+        "same page leak. auto: before_time with labels, before_event without.",
+        theme=_EXAMPLES,
+        later=True,
+    )
+    history_delay: str = text_setting(
+        "0",
+        "How long after its time a behaviour is known: 90s, 15m, 6h or 1d, or a number in the unit of the timestamps.",
+        check=_check_delay,
+        theme=_EXAMPLES,
+        later=True,
+    )
     negatives_per_positive: int = setting(
         1,
         "For logs without labels: random items that the user never touched, per positive, for training.",
@@ -218,6 +257,7 @@ class DataConfig(Settings):
         self._check_columns()
         self._check_features()
         self._check_split()
+        self._check_histories()
         require(
             self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
             "belongs to --unknown_item=features",
@@ -244,7 +284,9 @@ class DataConfig(Settings):
         )
 
     def _check_columns(self) -> None:
-        columns = (self.user_column, self.item_column, self.timestamp_column, self.label_column, *self.item_features)
+        given = [name for name in (self.label_time_column, self.request_column) if name]
+        ids = (self.user_column, self.item_column, self.timestamp_column, self.label_column)
+        columns = (*ids, *given, *self.item_features)
         for name in columns:
             require(columns.count(name) == 1, "a column can have one role", "item_features", name, "Use it once.")
             rule, remedy = "a column's name must be one line", "Rename the column."
@@ -274,6 +316,18 @@ class DataConfig(Settings):
         has_table = bool(self.offers_path) or not is_log or not looked_up
         rule = f"features with by, such as {looked_up}, are looked up in it"
         require(has_table, rule, "offers_path", self.offers_path, "Give the table of offers, or drop by.")
+
+    def _check_histories(self) -> None:
+        kind = self.dataset.partition("/")[0]
+        for name, kinds in (("label_time_column", ["event_log"]), ("request_column", ["event_log", _PURCHASES])):
+            value = getattr(self, name)
+            rule = f"--dataset={kind} has no such column"
+            require(kind in kinds or not value, rule, name, value, "Drop it, or use --dataset=event_log.")
+        if self.history_ends is HistoryEnds.BEFORE_EVENT:
+            for name, default in (("label_time_column", ""), ("request_column", ""), ("history_delay", "0")):
+                value = getattr(self, name)
+                rule = "belongs to histories that end before the time of a request"
+                require(value == default, rule, name, value, "Drop it, or use --history_ends=before_time.")
 
     def _check_split(self) -> None:
         if self.split is not Split.TEMPORAL:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ EVENTS_PER_BLOCK = 80_000  # about 1 MB: an event takes 13 bytes
 class Block:
     """The events of some successive users, each user's in time order: `offsets` `[U + 1]`, the other arrays `[E]`.
 
-    The `BLOCK_*` names of `din_dist.schema` give the dtype and the meaning of each.
+    The `BLOCK_*` names of `din_dist.schema` give the dtype and the meaning of each. None stands for an absent one.
     """
 
     first_user: int
@@ -30,6 +31,8 @@ class Block:
     item_ids: np.ndarray
     timestamps: np.ndarray
     labels: np.ndarray
+    request_times: np.ndarray | None = None
+    label_times: np.ndarray | None = None
 
 
 class Blocks(abc.ABC):
@@ -100,6 +103,7 @@ class SortedBlocks(Blocks):
         item_ids: int32 `[E]`.
         timestamps: int64 `[E]`.
         labels: uint8 `[E]`.
+        times: int64 `[E]` each, the request times and label times of a log that has them, by their names in `Block`.
     """
 
     def __init__(
@@ -108,8 +112,10 @@ class SortedBlocks(Blocks):
         item_ids: np.ndarray,
         timestamps: np.ndarray,
         labels: np.ndarray,
+        times: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         self._offsets, self._item_ids, self._timestamps, self._labels = offsets, item_ids, timestamps, labels
+        self._times = times
         block_of_user = offsets[:-1] // EVENTS_PER_BLOCK
         self._first_users = np.append(np.flatnonzero(np.diff(block_of_user, prepend=-1)), len(offsets) - 1)
 
@@ -126,11 +132,17 @@ class SortedBlocks(Blocks):
             item_ids=self._item_ids[events],
             timestamps=self._timestamps[events],
             labels=self._labels[events],
+            **{name: times[events] for name, times in self._times.items()},
         )
 
 
 def group_by_user(
-    users: np.ndarray, item_ids: np.ndarray, timestamps: np.ndarray, labels: np.ndarray | None, order: np.ndarray
+    users: np.ndarray,
+    item_ids: np.ndarray,
+    timestamps: np.ndarray,
+    labels: np.ndarray | None,
+    order: np.ndarray,
+    times: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> SortedBlocks:
     """Returns events as blocks.
 
@@ -140,8 +152,10 @@ def group_by_user(
         timestamps: int64 `[E]`.
         labels: uint8 `[E]`; None: every event is a positive.
         order: `[E]`, the order of the events, which must bring those of each user together, users ascending.
+        times: int64 `[E]` each, as of `SortedBlocks`.
     """
     counts = np.bincount(users)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     in_order = np.ones(len(order), np.uint8) if labels is None else labels[order]
-    return SortedBlocks(offsets, item_ids[order], timestamps[order], in_order)
+    sorted_times = {name: values[order] for name, values in times.items()}
+    return SortedBlocks(offsets, item_ids[order], timestamps[order], in_order, sorted_times)

@@ -10,23 +10,24 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import quote
 
 import numpy as np
-import numpy.lib.format
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from din_dist import mapped_files, progress, schema
 from din_dist.data import checksums
+from din_dist.data.array_writer import ArrayWriter
 from din_dist.data.blocks import Block
+from din_dist.data.histories import cut_histories
 from din_dist.data.raw_columns import RawColumn, raw_vocabulary_path
 from din_dist.errors import InputError
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import Owner
 from din_dist.files import published_folder, read_record, write_text
+from din_dist.schema import HistoryRule
 from din_dist.text import parse_json, reason, shown
 
 PACKED_DIR = "packed"
@@ -65,12 +66,16 @@ class EventStore:
         item_ids: int32 `[E]`, dense ids from 1.
         timestamps: int64 `[E]`.
         labels: uint8 `[E]`, or None where the log has no labels.
-        history_item_ids: int32, the items of the positive events only; `item_ids` itself without labels.
+        request_times: int64 `[E]`, the first time of each event's request; None where the log names no requests.
+        label_times: int64 `[E]`, when each positive event came; None where the log does not say.
+        history_item_ids: int32, the items of the positive events only, in the order of their times; `item_ids` itself
+            without labels.
         history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
-        history_ends: int64 `[E]`, how many positive events there are of all users before and of this user at an
-            earlier time than the event; None without labels, where it would be the event's own index. Event e of user
-            u has this history of at most n items:
+        history_ends: int64 `[E]`, how many positive events there are of all users before and of this user that are
+            known before the event's request; None if it is the event's own index, as without labels. Event e of user u
+            has this history of at most n items:
             `history_item_ids[max(history_offsets[u], history_ends[e] - n) : history_ends[e]]`.
+        history_times: int64, when each positive event happened; None if the timestamps tell.
         touched_offsets: int64 `[U + 1]`, where each user's touched items begin; None with labels.
         touched_gaps: int32 `[T]`: with a user's touched items sorted and each taken once as t_0 < t_1 < ...,
             `t_j - 1 - j`: the number of smaller ids the user never touched.
@@ -92,6 +97,9 @@ class EventStore:
     touched_offsets: np.ndarray | None
     touched_gaps: np.ndarray | None
     item_features: Mapping[str, np.ndarray]
+    request_times: np.ndarray | None = None
+    label_times: np.ndarray | None = None
+    history_times: np.ndarray | None = None
     features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
 
@@ -248,13 +256,17 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
     num_events, load = facts.num_events, _Loader(folder, facts.num_users, files)
     user_offsets = load.offsets("user_offsets", num_events)
     item_ids = load.packed("item_ids", np.int32, num_events)
-    labels = history_ends = touched_offsets = touched_gaps = None
+    labels = history_ends = history_times = touched_offsets = touched_gaps = None
+    request_times = load.packed("request_times", np.int64, num_events) if facts.has_request_times else None
+    label_times = load.packed("label_times", np.int64, num_events) if facts.has_label_times else None
     history_offsets, history_item_ids = user_offsets, item_ids
     if facts.has_labels:
         labels = load.packed("labels", np.uint8, num_events)
         history_ends = load.packed("history_ends", np.int64, num_events)
         history_offsets = load.offsets("history_offsets", None)
         history_item_ids = load.packed("history_item_ids", np.int32, int(history_offsets[-1]))
+        if facts.has_request_times or facts.has_label_times:
+            history_times = load.packed("history_times", np.int64, int(history_offsets[-1]))
     else:
         touched_offsets = load.offsets("touched_offsets", None)
         touched_gaps = load.packed("touched_gaps", np.int32, int(touched_offsets[-1]))
@@ -270,6 +282,9 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
         history_ends=history_ends,
         touched_offsets=touched_offsets,
         touched_gaps=touched_gaps,
+        request_times=request_times,
+        label_times=label_times,
+        history_times=history_times,
         item_features={name: load.item_feature(name, facts.num_items + 1) for name in facts.item_features},
         files=files,
     )
@@ -347,53 +362,10 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
     return mapped
 
 
-class _ArrayWriter:
-    """Writes a .npy file of unknown length. Its header has room for the length, which is filled in at the end."""
-
-    def __init__(self, path: Path, dtype: type) -> None:
-        self._file = path.open("wb")
-        self._dtype = np.dtype(dtype)
-        self._length = 0
-        self._write_header()
-
-    def append(self, values: np.ndarray) -> None:
-        values.astype(self._dtype, copy=False).tofile(self._file)
-        self._length += len(values)
-
-    def _write_header(self) -> None:
-        fields = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
-        numpy.lib.format.write_array_header_1_0(self._file, fields)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            self._file.seek(0)
-            self._write_header()
-
-
 def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
+    num_users = num_events = 0
     with contextlib.ExitStack() as files:
-
-        def create(name: str, dtype: type) -> _ArrayWriter:
-            return files.enter_context(_ArrayWriter(folder / f"{name}.npy", dtype))
-
-        user_offsets, item_ids, timestamps = (
-            create("user_offsets", np.int64),
-            create("item_ids", np.int32),
-            create("timestamps", np.int64),
-        )
-        user_offsets.append(np.zeros(1))
-        num_users = num_events = num_kept = 0  # kept: positive events with labels, touched items without
-        if facts.has_labels:
-            labels, history_ends = create("labels", np.uint8), create("history_ends", np.int64)
-            kept_offsets, kept = create("history_offsets", np.int64), create("history_item_ids", np.int32)
-        else:
-            kept_offsets, kept = create("touched_offsets", np.int64), create("touched_gaps", np.int32)
-        kept_offsets.append(np.zeros(1))
+        arrays = _PackedArrays(folder, facts, files)
         for block in blocks:
             progress.note()
             if block.first_user != num_users:
@@ -401,41 +373,66 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
                     f"{folder.parent}: records must hold all users in order. Received: user {block.first_user} where "
                     f"user {num_users} must stand. Give {_OVERWRITE}."
                 )
-            user_offsets.append(num_events + block.offsets[1:])
-            item_ids.append(block.item_ids)
-            timestamps.append(block.timestamps)
-            if facts.has_labels:
-                positives = np.concatenate([[0], np.cumsum(block.labels, dtype=np.int64)])
-                labels.append(block.labels)
-                begins = begins_a_moment(block.offsets, block.timestamps)
-                first_of_moment = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
-                history_ends.append(num_kept + positives[first_of_moment])
-                new_offsets, new = positives[block.offsets], block.item_ids[block.labels == 1]
-            else:
-                new_offsets, new = touched_gaps(block.offsets, block.item_ids, facts.num_items)
-            kept_offsets.append(num_kept + new_offsets[1:])
-            kept.append(new)
+            arrays.append(block)
             num_users += len(block.offsets) - 1
             num_events += len(block.item_ids)
-            num_kept += len(new)
-        if (num_users, num_events) != (facts.num_users, facts.num_events):
-            raise InputError(
-                f"{folder.parent}: records must hold {facts.num_users} users and {facts.num_events} events. "
-                f"Received: {num_users} and {num_events}. Give {_OVERWRITE}."
-            )
+    if (num_users, num_events) != (facts.num_users, facts.num_events):
+        raise InputError(
+            f"{folder.parent}: records must hold {facts.num_users} users and {facts.num_events} events. "
+            f"Received: {num_users} and {num_events}. Give {_OVERWRITE}."
+        )
 
 
-def begins_a_moment(offsets: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-    """Returns which events are the first of their user and time, bool `[E]`.
+_DTYPES = {"item_ids": np.int32, "labels": np.uint8, "history_item_ids": np.int32, "touched_gaps": np.int32}
+
+
+class _PackedArrays:
+    """Writes the packed arrays of a data set, block by block.
 
     Args:
-        offsets: int64 `[U + 1]`, where each user's events begin.
-        timestamps: int64 `[E]`, ascending for each user.
+        folder: where the files are made.
+        facts: the facts about the data set.
+        files: closes the files.
     """
-    begins = np.ones(len(timestamps), bool)
-    begins[1:] = timestamps[1:] != timestamps[:-1]
-    begins[offsets[:-1]] = True
-    return begins
+
+    def __init__(self, folder: Path, facts: schema.DatasetFacts, files: contextlib.ExitStack) -> None:
+        self._folder, self._facts, self._files = folder, facts, files
+        self._num_events = self._num_kept = 0  # kept: positive events with labels, touched items without
+        with_labels, without = ("history_offsets", "history_item_ids"), ("touched_offsets", "touched_gaps")
+        self._kept = with_labels if facts.has_labels else without
+        self._arrays: dict[str, ArrayWriter] = {}
+        for offsets in ("user_offsets", self._kept[0]):
+            self._write(offsets, np.zeros(1, np.int64))
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        if name not in self._arrays:
+            path = self._folder / f"{name}.npy"
+            self._arrays[name] = self._files.enter_context(ArrayWriter(path, _DTYPES.get(name, np.int64)))
+        self._arrays[name].append(values)
+
+    def append(self, block: Block) -> None:
+        """Writes the arrays of the next users."""
+        self._write("user_offsets", self._num_events + block.offsets[1:])
+        self._write("item_ids", block.item_ids)
+        self._write("timestamps", block.timestamps)
+        if block.request_times is not None:
+            self._write("request_times", block.request_times)
+        if block.label_times is not None:
+            self._write("label_times", block.label_times)
+        if self._facts.has_labels:
+            found = cut_histories(block, HistoryRule.BEFORE_TIME)
+            new_offsets, new = found.offsets, found.item_ids
+            self._write("labels", block.labels)
+            self._write("history_ends", self._num_kept + found.ends)
+            if self._facts.has_request_times or self._facts.has_label_times:
+                self._write("history_times", found.times)
+        else:
+            new_offsets, new = touched_gaps(block.offsets, block.item_ids, self._facts.num_items)
+        offsets, kept = self._kept
+        self._write(offsets, self._num_kept + new_offsets[1:])
+        self._write(kept, new)
+        self._num_events += len(block.item_ids)
+        self._num_kept += len(new)
 
 
 def touched_gaps(offsets: np.ndarray, item_ids: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:

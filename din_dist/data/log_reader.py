@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from din_dist.data.feature_tables import REMEDY
 from din_dist.data.raw_columns import RawColumn, RawColumns
 from din_dist.errors import InputError
 from din_dist.features.spec import Owner, shorthand
-from din_dist.tables.columns import IdColumn, LabelColumn, Rows, TimeColumn
+from din_dist.tables.columns import NO_TIME, IdColumn, LabelColumn, Rows, TimeColumn
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
 
@@ -32,6 +33,8 @@ class Columns:
     timestamp: str = "timestamp"
     label: str = "label"  # empty: the log has none
     label_required: bool = False
+    label_time: str = ""  # empty: a positive comes at its event's time
+    request: str = ""  # empty: the events of one user and time are a request
     item_features: tuple[str, ...] = ("category_id",)
     item_features_required: bool = False
     presorted: bool = False
@@ -51,9 +54,14 @@ class Columns:
             label=self.label if self.label_required or self.label in anywhere else "",
             item_features=tuple(name for name in self.item_features if self.item_features_required or name in anywhere),
         )
+        if self.label_time and not columns.label:
+            raise InputError(
+                "--label_time_column: tells when a positive came, which takes a log with labels. Received: "
+                f"{self.label_time!r}, and a log without the column {self.label!r}. Give --label_column, or drop it."
+            )
         remedy = (
             "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
-            "--label_column, --item_features)."
+            "--label_column, --label_time_column, --request_column, --item_features)."
         )
         require_columns(layouts, columns.names, remedy)
         return columns
@@ -61,8 +69,13 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """The names of all columns to read."""
-        label = [self.label] if self.label else []
-        return [self.user, self.item, self.timestamp, *label, *self.item_features]
+        optional = [name for name in (self.label, self.label_time, self.request) if name]
+        return [self.user, self.item, self.timestamp, *optional, *self.item_features]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields, those that came later only where they are given."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value or name not in ("label_time", "request")}
 
 
 def read_log(
@@ -114,13 +127,15 @@ class _LogReader:
         columns, rows = self._columns, self._rows
         users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
         times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
+        requests, label_times = IdColumn(columns.request, rows), TimeColumn(columns.label_time, rows, times, True)
+        read = [users, items, times, labels, requests, label_times]
         of_items = (RawColumn.of(spec) for spec in shorthand(columns.item_features))
         features = self._features.begin(rows, [column for column in of_items if column])
         names = list(dict.fromkeys([*columns.names, *self._features.names]))
         for file, layout in self._layouts.items():
             rows.begin(file)
             for batch in filter(len, read_columns(file, self._form, layout, names)):
-                for column in (users, items, times, *([labels] if columns.label else [])):
+                for column in filter(lambda column: column.name, read):
                     column.add(batch.column(column.name), column.name in layout.partition)
                 features.add(batch, layout)
                 rows.advance(batch.num_rows)
@@ -132,9 +147,17 @@ class _LogReader:
         user_of, user_ids = users.finish(self._is_text(users.name))
         item_of, item_ids = items.finish(self._is_text(items.name))
         timestamps = times.finish()
+        label_of = labels.finish() if columns.label else None
+        more: dict[str, np.ndarray] = {}
+        if columns.request:
+            request_of, _ = requests.finish(self._is_text(requests.name))
+            more["request_times"] = first_times(user_of, request_of, timestamps)
+        if columns.label_time:
+            assert label_of is not None
+            more["label_times"] = self._checked_label_times(label_times.finish(), label_of, timestamps)
         order = self._order(user_of, timestamps)
         owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
-        blocks = group_by_user(user_of, item_of + 1, timestamps, labels.finish() if columns.label else None, order)
+        blocks = group_by_user(user_of, item_of + 1, timestamps, label_of, order, more)
         late = set().union(*(layout.late for layout in self._layouts.values()))
         declared = self._features.finish(owners, order, rows, self._is_text)
         return EventLog(
@@ -153,6 +176,21 @@ class _LogReader:
         """Tells whether a column is read as text, and so may hold integers that are written as text."""
         return self._form is Format.CSV or any(name in layout.partition for layout in self._layouts.values())
 
+    def _checked_label_times(self, times: np.ndarray, labels: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+        """Returns when each positive came, and the time of each other event; refuses a positive before its event."""
+        positive = labels == 1
+        early = np.flatnonzero(positive & (times < timestamps))
+        if len(early):
+            row, name = early[0], self._columns.label_time
+            missing = times[row] == NO_TIME
+            raise self._rows.reject(
+                row,
+                f"every positive needs a {name}, which is not before its {self._columns.timestamp}",
+                f"no {name}" if missing else f"{name}={times[row]} before {timestamps[row]}, as read",
+                "Correct the row.",
+            )
+        return np.where(positive, times, timestamps)
+
     def _order(self, user_of: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
         """Returns the order of the events by user and time, int64 `[E]`."""
         if not self._columns.presorted:
@@ -160,6 +198,24 @@ class _LogReader:
         order = np.argsort(user_of, kind="stable")
         _check_sorted(user_of, timestamps, order, self._rows)
         return order
+
+
+def first_times(users: np.ndarray, requests: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """Returns the first time of each event's request, int64 `[E]`: requests of two users are never one.
+
+    Args:
+        users: `[E]`, dense ids.
+        requests: `[E]`, dense ids.
+        timestamps: int64 `[E]`.
+    """
+    order = np.lexsort((requests, users))
+    begins = np.ones(len(order), bool)
+    begins[1:] = (np.diff(users[order]) != 0) | (np.diff(requests[order]) != 0)
+    starts = np.flatnonzero(begins)
+    found = np.empty(len(order), np.int64)
+    firsts = np.minimum.reduceat(timestamps[order], starts)
+    found[order] = np.repeat(firsts, np.diff(np.append(starts, len(order))))
+    return found
 
 
 def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:

@@ -205,7 +205,7 @@ class BatchMaker:
         segment = tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
         event = tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
-        end = tf.gather(arrays["history_ends"], event) if self.store.facts.has_labels else event
+        end = tf.gather(arrays["history_ends"], event) if "history_ends" in arrays else event
         longest = tf.constant(self.max_history_length, tf.int64)
         return user, event, tf.maximum(tf.gather(arrays["history_offsets"], user), end - longest), end
 

@@ -23,7 +23,7 @@ from absl import logging
 
 from din_dist import progress, schema
 from din_dist.config import DataConfig, list_text
-from din_dist.data import encoding, event_store
+from din_dist.data import encoding, event_store, history_folders
 from din_dist.data.blocks import Block
 from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
 from din_dist.data.builders.base import EventsBuilder
@@ -78,7 +78,7 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
                 event_log = EventLogConfig.for_source(config.data_path, _columns(config), features)
                 return EventLogBuilder(data_dir=root, config=event_log)
             case "complete_journey":
-                return CompleteJourney(data_dir=root, config=CompleteJourneyConfig.of(features))
+                return CompleteJourney(data_dir=root, config=CompleteJourneyConfig.of(features, config.request_column))
             case "amazon_reviews":
                 if category not in ("", *CATEGORIES):
                     raise InputError(
@@ -106,6 +106,8 @@ def _columns(config: DataConfig) -> Columns:
         timestamp=config.timestamp_column,
         label=config.label_column,
         label_required=config.label_column_required,
+        label_time=config.label_time_column,
+        request=config.request_column,
         item_features=config.item_features,
         item_features_required=config.item_features_required,
         presorted=config.presorted,
@@ -205,8 +207,23 @@ def open_prepared(config: DataConfig) -> EventStore:
             facts = event_store.read_facts(folder)  # another process may have been faster, or prepared it again
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
-    store = event_store.open_store(folder, features)
+    store = _with_chosen_histories(config, event_store.open_store(folder, features))
     return dataclasses.replace(store, features=_declared_features(config, store))
+
+
+def _with_chosen_histories(config: DataConfig, store: EventStore) -> EventStore:
+    """Returns the store with histories as the settings say. One of the processes that need them cuts them.
+
+    Raises:
+        InputError: the settings do not fit the log, or the kept histories are damaged.
+    """
+    facts = history_folders.chosen_facts(store.facts, config)
+    if facts is store.facts:
+        return store
+    folder = history_folders.histories_folder(store, facts)
+    if not _keep(config, folder, lambda: history_folders.write_histories(folder, store, facts)):
+        return history_folders.histories_in_memory(store, facts)
+    return history_folders.open_histories(folder, store, facts)
 
 
 def _declared_features(config: DataConfig, store: EventStore) -> Mapping[str, StoredFeature]:
@@ -218,16 +235,24 @@ def _declared_features(config: DataConfig, store: EventStore) -> Mapping[str, St
     if not config.feature_specs:
         return {}
     folder = encoding.encoded_folder(store, config)
-    if not folder.is_dir():
-        try:
-            with writing(config):
-                if not folder.is_dir():  # otherwise another process was faster
-                    encoding.write_encoded(folder, store, config)
-        except InputError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            return encoding.encoded_in_memory(store, config)  # prepared data on a read-only disk
+    if not _keep(config, folder, lambda: encoding.write_encoded(folder, store, config)):
+        return encoding.encoded_in_memory(store, config)
     return encoding.open_encoded(folder, store, config)
+
+
+def _keep(config: DataConfig, folder: Path, write: Callable[[], None]) -> bool:
+    """Makes a folder beside the packed arrays, in one process. Returns False where the disk cannot be written to."""
+    if folder.is_dir():
+        return True
+    try:
+        with writing(config):
+            if not folder.is_dir():  # otherwise another process was faster
+                write()
+    except InputError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        return False
+    return True
 
 
 def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: None) -> None:
@@ -245,7 +270,7 @@ def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: No
             )
         facts = event_store.read_facts(Path(builder.data_path))
         chosen = {name: facts.item_features[name] for name in _chosen_features(config, facts)}
-        check(dataclasses.replace(facts, item_features=chosen))
+        check(dataclasses.replace(history_folders.chosen_facts(facts, config), item_features=chosen))
         publish_folder(Path(builder.data_path), folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -272,6 +297,8 @@ def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
                 item_ids=record[schema.BLOCK_ITEM_IDS],
                 timestamps=record[schema.BLOCK_TIMESTAMPS],
                 labels=record[schema.BLOCK_LABELS],
+                request_times=record.get(schema.BLOCK_REQUEST_TIMES),
+                label_times=record.get(schema.BLOCK_LABEL_TIMES),
             )
     except tf.errors.OpError as error:
         raise _unreadable(folder, error) from error

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from din_dist.data.event_store import EventStore, begins_a_moment
+from din_dist.data.event_store import EventStore
+from din_dist.data.histories import begins_a_moment
 from din_dist.data.raw_columns import TABLES, TableCounts
 from din_dist.data.raw_features import read_tables
 from din_dist.features.encoding import StoredFeature
@@ -42,6 +43,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
         _ties_line(found["events_at_a_shared_time"], found["events"], store.facts.history_rule),
+        f"histories end {store.facts.histories_end}",
         f"events per user: {spread('events_per_user')}",
         f"history lengths: {spread('history_length')}",
         f"history lengths up to {max_history_length:,}: {spread('capped_history_length')}",
@@ -95,6 +97,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `item_features`: the number of ids of each feature, by name.
         `first_timestamp`, `last_timestamp`: the range of the times.
         `events_at_a_shared_time`: the number of events that have the user and the time of another.
+        `history_rule`, `history_delay`: where histories end, and how long after its time a behaviour is known.
         `label_rate`: the share of positive events; None without labels.
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
         `history_length`: the same of the number of events before an example, over all examples that the log can give.
@@ -116,6 +119,8 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "first_timestamp": facts.first_timestamp,
         "last_timestamp": facts.last_timestamp,
         "events_at_a_shared_time": _num_at_a_shared_time(store),
+        "history_rule": str(facts.history_rule),
+        "history_delay": facts.history_delay,
         "label_rate": None if store.labels is None else len(store.history_item_ids) / facts.num_events,
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),

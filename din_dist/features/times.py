@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import re
 import zoneinfo
 
 import numpy as np
@@ -38,6 +39,30 @@ PER_SECOND = {
     TimestampUnit.MICROSECONDS: 10**6,
     TimestampUnit.NANOSECONDS: 10**9,
 }
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": _SECONDS_PER_DAY}
+_DELAY = re.compile(r"([0-9]{1,18})([smhd]?)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Delay:
+    """A length of time as users write it: 90s, 15m, 6h or 1d, or a number in the unit of the timestamps."""
+
+    text: str
+
+    @staticmethod
+    def is_valid(text: str) -> bool:
+        """Tells whether a text is such a length."""
+        found = _DELAY.fullmatch(text)
+        return found is not None and int(found[1]) * _SECONDS.get(found[2], 1) < 2**63 // 10**9
+
+    def in_units(self, unit: TimestampUnit) -> int:
+        """Returns the length in a unit, not `AUTO`."""
+        found = _DELAY.fullmatch(self.text)
+        assert found
+        number, letter = int(found[1]), found[2]
+        return number * _SECONDS[letter] * PER_SECOND[unit] if letter else number
 
 
 def unit_of(median: float) -> TimestampUnit:

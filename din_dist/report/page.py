@@ -199,7 +199,8 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
             ("Examples", ", ".join(f"{count:,} {name}" for name, count in data.num_examples.items() if count)),
         ]
     rows.append(("Split", f"{config.data.split}: {_SPLITS[config.data.split]}"))
-    rows.append(("History", f"up to {config.data.max_history_length:,} events"))
+    ends = f", which end {data.facts.histories_end}" if data else ""
+    rows.append(("History", f"up to {config.data.max_history_length:,} events{ends}"))
     if not data or not data.facts.has_labels:
         redrawn = ", redrawn each epoch" if config.data.resample_negatives else ""
         held_out = config.data.evaluation_negatives_per_positive

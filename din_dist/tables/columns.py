@@ -21,6 +21,7 @@ from din_dist.text import shown
 
 _ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
 _DIGITS = r"^[+-]?[0-9]+(\.0*)?$"
+NO_TIME = np.iinfo(np.int64).min  # of a nullable column
 _LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
 
 
@@ -203,17 +204,30 @@ class TimeColumn(Column):
     Args:
         name: the column's name.
         rows: where rows stand, for the texts of errors.
-        before: a column that was read before, whose kind this one must have.
+        before: a column that is read before, whose kind this one must have.
+        nullable: a value may be missing; its time is `NO_TIME`.
     """
 
-    def __init__(self, name: str, rows: Rows, before: TimeColumn | None = None) -> None:
+    def __init__(self, name: str, rows: Rows, before: TimeColumn | None = None, nullable: bool = False) -> None:
         super().__init__(name, rows)
         self._chunks: list[np.ndarray] = []
-        self._dates: bool | None = before._dates if before else None  # None before the first one
-        self._zoned: bool | None = before._zoned if before else None  # dates have a time zone; None before the first
+        self._before = before
+        self._nullable = nullable
+        self._dates: bool | None = None  # None before the first one
+        self._zoned: bool | None = None  # dates have a time zone; None before the first
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
         column = plain(column)
+        if self._before and self._dates is None:
+            self._dates, self._zoned = self._before._dates, self._before._zoned
+        missing = None
+        if self._nullable:
+            column = _without_nan(without_empty(column) if is_text(column.type) else column)
+            missing = column.is_null().to_numpy(zero_copy_only=False)
+            if missing.all():
+                self._chunks.append(np.full(len(column), NO_TIME))
+                return
+            column = column.fill_null(column.drop_null()[0])
         self.require_values(column)
         kind = column.type
         dates = pa.types.is_temporal(kind) and not pa.types.is_time(kind) and not pa.types.is_duration(kind)
@@ -236,7 +250,8 @@ class TimeColumn(Column):
             values = self._cast(column, column)
         else:
             raise self._not_integer(pc.is_valid(column), column)
-        self._chunks.append(values.to_numpy())
+        times = values.to_numpy()
+        self._chunks.append(times if missing is None else np.where(missing, NO_TIME, times))
 
     def finish(self) -> np.ndarray:
         """Returns the times, int64 `[E]`."""
@@ -298,6 +313,13 @@ class TimeColumn(Column):
     def _not_integer(self, bad: pa.Array, column: pa.Array) -> InputError:
         rule = "a timestamp must be an integer (64 bits, any unit) or a date"
         return self.reject(bad, column, rule, "Correct the row.")
+
+
+def _without_nan(column: pa.Array) -> pa.Array:
+    """Returns floats with nulls in place of NaN, as pandas writes a missing integer, and other columns as they are."""
+    if not pa.types.is_floating(column.type):
+        return column
+    return pc.if_else(pc.is_nan(_widened(column)), pa.scalar(None, column.type), column)
 
 
 class LabelColumn(Column):

@@ -70,6 +70,7 @@ def test_lines_to_print(tmp_path: Path) -> None:
         "events: 4, timestamps 0 to 3",
         "labels: none, every event is a positive",
         "events that share their user's time with another: 0 (0.0%)",
+        "histories end before the event, in the order of the log (--history_ends=before_event)",
         "events per user: mean 2.0, 50% up to 1, 90% 3, 99% 3, longest 3",
         "history lengths: mean 1.5, 50% up to 1, 90% 2, 99% 2, longest 2",
         "history lengths up to 1: mean 1.0, 50% up to 1, 90% 1, 99% 1, longest 1",

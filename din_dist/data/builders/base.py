@@ -46,6 +46,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
                     schema.BLOCK_ITEM_IDS: flat(dtype=np.int32),
                     schema.BLOCK_TIMESTAMPS: flat(dtype=np.int64),
                     schema.BLOCK_LABELS: flat(dtype=np.uint8),
+                    **{name: flat(dtype=np.int64) for name in self._more_times()},
                 }
             ),
             disable_shuffling=True,
@@ -65,13 +66,17 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         """Returns everything that the events depend on besides the content of the source files."""
         return {}
 
+    def _more_times(self) -> list[str]:
+        """Returns which times a block has besides those of its events; see `schema`."""
+        return []
+
     def _download_and_prepare(
         self,
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
         self._log, sources = self._read(dl_manager)
-        self._tally = EventTally()
+        self._tally = EventTally(self._more_times())
         super()._download_and_prepare(dl_manager, download_config)
         write_beside(Path(self.data_path), self._log, self._tally, sources, self._fingerprint(sources))
         del self._log, self._tally
@@ -96,6 +101,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
                     schema.BLOCK_ITEM_IDS: block.item_ids,
                     schema.BLOCK_TIMESTAMPS: block.timestamps,
                     schema.BLOCK_LABELS: block.labels,
+                    **{name: getattr(block, name) for name in self._more_times()},
                 },
             )
 
@@ -116,9 +122,14 @@ class _LocalInfo(tfds.core.DatasetInfo):
 
 
 class EventTally:
-    """Counts the events of blocks and finds their first and last timestamp."""
+    """Counts the events of blocks and finds their first and last timestamp.
 
-    def __init__(self) -> None:
+    Args:
+        more_times: which times the blocks have besides those of their events.
+    """
+
+    def __init__(self, more_times: Sequence[str] = ()) -> None:
+        self.more_times = more_times
         self.num_events = 0
         self.first_timestamp = np.iinfo(np.int64).max
         self.last_timestamp = np.iinfo(np.int64).min
@@ -159,5 +170,7 @@ def write_beside(
         fingerprint=fingerprint,
         sources=sources,
         reader=schema.READER,
+        has_request_times=schema.BLOCK_REQUEST_TIMES in tally.more_times,
+        has_label_times=schema.BLOCK_LABEL_TIMES in tally.more_times,
     )
     write_facts(folder, facts.by_present_rule())

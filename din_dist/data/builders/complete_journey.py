@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
+from din_dist import schema
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
@@ -38,23 +39,26 @@ USER_COLUMN, ITEM_COLUMN = "household_id", "product_id"
 
 @dataclasses.dataclass(eq=False)
 class CompleteJourneyConfig(tfds.core.BuilderConfig):
-    """The columns of the package that declared features need."""
+    """The columns of the package that declared features need, and the one that names requests."""
 
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
+    request: str = ""
 
     @classmethod
-    def of(cls, features: RawColumns) -> CompleteJourneyConfig | None:
+    def of(cls, features: RawColumns, request: str = "") -> CompleteJourneyConfig | None:
         """Makes a configuration whose name, and so whose folder, follows from the columns; None without any."""
-        if not features.columns:
+        if not features.columns and not request:
             return None
-        key = json.dumps(features.name_parts())
-        return cls(name=f"features_{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}", features=features)
+        key = json.dumps([*features.name_parts(), *([request] if request else [])])
+        name = f"features_{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+        return cls(name=name, features=features, request=request)
 
 
 class CompleteJourney(EventsBuilder):
     """Grocery purchases: users are households, items are products, timestamps are microseconds.
 
     Each row of the transactions is an event. Purchases of one basket have the same time and keep the file's order.
+    `--request_column=basket_id` names the baskets.
     The vocabularies of item features are those of the whole catalogue, bought or not. Declared features may name every
     column of the transactions, of the products and of the demographics, which 801 households have. Features of
     candidates may name the columns of the promotions, by = ["store_id", "week"].
@@ -65,7 +69,13 @@ class CompleteJourney(EventsBuilder):
     builder_config: CompleteJourneyConfig | None
 
     def _settings(self) -> dict[str, Any]:
-        return self.builder_config.features.settings() if self.builder_config else {}
+        if not self.builder_config:
+            return {}
+        request = self.builder_config.request
+        return self.builder_config.features.settings() | ({"request": request} if request else {})
+
+    def _more_times(self) -> list[str]:
+        return [schema.BLOCK_REQUEST_TIMES] if self.builder_config and self.builder_config.request else []
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         folder = package_data()
@@ -81,6 +91,7 @@ class CompleteJourney(EventsBuilder):
                 users_path=str(demographics),
                 offers_path=str(promotions or ""),
             )
+            columns = dataclasses.replace(columns, request=self.builder_config.request)
             vectors = self.builder_config.features.find_tables().get("vectors", [])
             sources += [demographics, *([promotions] if promotions else []), *vectors]
         log = read_log([transactions], columns, features=features)

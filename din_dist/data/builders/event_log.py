@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from din_dist import schema
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
@@ -44,7 +45,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
     ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
-        key = json.dumps([source, dataclasses.asdict(columns), *features.name_parts()])
+        key = json.dumps([source, columns.to_json(), *features.name_parts()])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return cls(name=name, description=source, source=source, columns=columns, features=features)
 
@@ -61,7 +62,12 @@ class EventLogBuilder(EventsBuilder):
     builder_config: EventLogConfig
 
     def _settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.builder_config.columns) | self.builder_config.features.settings()
+        return self.builder_config.columns.to_json() | self.builder_config.features.settings()
+
+    def _more_times(self) -> list[str]:
+        columns = self.builder_config.columns
+        named = {schema.BLOCK_REQUEST_TIMES: columns.request, schema.BLOCK_LABEL_TIMES: columns.label_time}
+        return [name for name, column in named.items() if column]
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         config = self.builder_config

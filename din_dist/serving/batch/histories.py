@@ -14,6 +14,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, USERS, EventStore
+from din_dist.data.histories import earlier_by
 from din_dist.errors import InputError
 from din_dist.serving.own_values import OwnValues
 from din_dist.tables.ids import Ids
@@ -114,7 +115,7 @@ class UserHistories:
 
         Args:
             users: `[R]`, the log's own ids.
-            before: int64 `[R]`; only events of an earlier time count.
+            before: int64 `[R]`; only events that are known before count.
 
         Raises:
             InputError: a time cannot be of the log's kind and unit.
@@ -161,23 +162,41 @@ class UserHistories:
             )
 
     def _ends_before(self, users: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Returns where each user's earlier positive events end, by a binary search over all users at once.
+        """Returns where each user's positive events end that are known before a time.
 
         Args:
             users: int64 `[R]`, numbers of users.
             before: int64 `[R]`, times.
         """
         store = self._store
-        low, high = store.user_offsets[users], store.user_offsets[users + 1]
-        last = high
-        while (open_ := low < high).any():
-            middle = (low + high) // 2
-            earlier = store.timestamps[np.minimum(middle, last - 1)] < before
-            low, high = np.where(open_ & earlier, middle + 1, low), np.where(open_ & ~earlier, middle, high)
-        if store.history_ends is None:
-            return low
-        ends = store.history_ends[np.minimum(low, last - 1)]
-        return np.where(low < last, ends, store.history_offsets[users + 1])
+        before = earlier_by(before, store.facts.history_delay)
+        if store.history_times is not None:
+            return _num_before(store.history_times, store.history_offsets, users, before)
+        first = _num_before(store.timestamps, store.user_offsets, users, before)  # the first event that is not earlier
+        if store.labels is None:
+            return first
+        assert store.history_ends is not None
+        last = store.user_offsets[users + 1]
+        ends = store.history_ends[np.minimum(first, last - 1)]
+        return np.where(first < last, ends, store.history_offsets[users + 1])
+
+
+def _num_before(times: np.ndarray, offsets: np.ndarray, users: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Returns the first time of each user that is not before another, by a binary search over all users at once.
+
+    Args:
+        times: int64, ascending for each user.
+        offsets: int64 `[U + 1]`, where each user's times begin.
+        users: int64 `[R]`, numbers of users.
+        before: int64 `[R]`.
+    """
+    low, high = offsets[users], offsets[users + 1]
+    last = high
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        earlier = times[np.minimum(middle, last - 1)] < before
+        low, high = np.where(open_ & earlier, middle + 1, low), np.where(open_ & ~earlier, middle, high)
+    return low
 
 
 def check_item_types(histories: UserHistories, export_has_integers: bool, folder: str) -> None:

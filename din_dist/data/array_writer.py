@@ -1,0 +1,39 @@
+"""Writes an array that does not fit into memory, part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.lib.format
+
+
+class ArrayWriter:
+    """Writes a .npy file of unknown length. Its header has room for the length, which is filled in at the end."""
+
+    def __init__(self, path: Path, dtype: type) -> None:
+        self._file = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._length = 0
+        self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        """Writes the next values."""
+        values.astype(self._dtype, copy=False).tofile(self._file)
+        self._length += len(values)
+
+    def _write_header(self) -> None:
+        fields = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        numpy.lib.format.write_array_header_1_0(self._file, fields)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._write_header()

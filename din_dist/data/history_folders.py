@@ -1,0 +1,152 @@
+"""Keeps histories that are cut otherwise than those of the packed arrays, in a folder beside them.
+
+PACKED/histories-RULE-DELAY/
+    history_ends.npy
+    history_item_ids.npy  history_offsets.npy  history_times.npy     only with labels
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from din_dist import progress
+from din_dist.config import DataConfig, HistoryEnds
+from din_dist.data.array_writer import ArrayWriter
+from din_dist.data.blocks import Block
+from din_dist.data.checksums import write_checksums
+from din_dist.data.event_store import PACKED_DIR, EventStore, map_array
+from din_dist.data.histories import cut_histories
+from din_dist.errors import InputError
+from din_dist.features.times import Delay, TimestampUnit, unit_of
+from din_dist.files import published_folder
+from din_dist.schema import DatasetFacts, HistoryRule
+
+_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
+_DTYPES = {
+    "history_ends": np.int64,
+    "history_item_ids": np.int32,
+    "history_offsets": np.int64,
+    "history_times": np.int64,
+}
+
+
+def chosen_facts(facts: DatasetFacts, config: DataConfig) -> DatasetFacts:
+    """Returns the facts of a data set with its histories cut as the settings say.
+
+    Raises:
+        InputError: a delay, requests or times of labels are given, but histories end before the event.
+    """
+    ends = config.history_ends
+    rule = facts.present_rule if ends is HistoryEnds.AUTO else HistoryRule(ends)
+    delay = Delay(config.history_delay).in_units(_unit_of(facts, config))
+    if rule is HistoryRule.BEFORE_EVENT:
+        for name, given in (("history_delay", delay), ("request_column", config.request_column)):
+            if given:
+                raise InputError(
+                    f"--{name}: belongs to histories that end before the time of a request. Received: "
+                    f"{getattr(config, name)!r}, for a log without labels, whose histories end before the event. Add "
+                    "--history_ends=before_time, or drop it."
+                )
+    return facts.with_histories(rule, delay)
+
+
+def _unit_of(facts: DatasetFacts, config: DataConfig) -> TimestampUnit:
+    if config.timestamp_unit is not TimestampUnit.AUTO:
+        return config.timestamp_unit
+    return unit_of((facts.first_timestamp + facts.last_timestamp) / 2)
+
+
+def histories_folder(store: EventStore, facts: DatasetFacts) -> Path:
+    """Returns the folder of the histories that `facts` describe."""
+    return store.folder / PACKED_DIR / f"histories-{facts.history_rule}-{facts.history_delay}"
+
+
+def write_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> None:
+    """Publishes the histories that `facts` describe. The caller must hold a lock, so that they are made once.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with published_folder(folder) as aside:
+        with contextlib.ExitStack() as files:
+            writers: dict[str, ArrayWriter] = {}
+            for name, values in _parts(store, facts):
+                if name not in writers:
+                    writers[name] = files.enter_context(ArrayWriter(aside / f"{name}.npy", _DTYPES[name]))
+                writers[name].append(values)
+        write_checksums(aside)
+
+
+def histories_in_memory(store: EventStore, facts: DatasetFacts) -> EventStore:
+    """Returns the store with the histories that `facts` describe, where nothing can be written."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, values in _parts(store, facts):
+        parts.setdefault(name, []).append(values.astype(_DTYPES[name], copy=False))
+    return _with(store, facts, {name: np.concatenate(values) for name, values in parts.items()})
+
+
+def open_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> EventStore:
+    """Returns the store with the histories in `folder`, mapped into memory.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    names = _DTYPES if facts.has_labels else ["history_ends"]
+    arrays = {name: np.asarray(map_array(folder / f"{name}.npy", store.files)) for name in names}
+    lengths = {"history_ends": facts.num_events, "history_offsets": facts.num_users + 1}
+    wrong = [name for name, array in arrays.items() if array.dtype != _DTYPES[name]]
+    wrong += [name for name, length in lengths.items() if name in arrays and len(arrays[name]) != length]
+    if facts.has_labels and not wrong:
+        num_behaviours = arrays["history_offsets"][-1]
+        wrong += [name for name in ("history_item_ids", "history_times") if len(arrays[name]) != num_behaviours]
+    if wrong:
+        raise InputError(
+            f"{folder}: must hold the histories of {facts.num_events:,} events. Received: {wrong[0]} of another length "
+            "or type. Delete this folder."
+        )
+    return _with(store, facts, arrays)
+
+
+def _with(store: EventStore, facts: DatasetFacts, arrays: dict[str, Any]) -> EventStore:
+    facts = dataclasses.replace(facts, item_features=store.facts.item_features)
+    return dataclasses.replace(store, facts=facts, **arrays)
+
+
+def _parts(store: EventStore, facts: DatasetFacts) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and values of the next part of each array, for some users at a time."""
+    if facts.has_labels:
+        yield "history_offsets", np.zeros(1, np.int64)
+    num_behaviours = 0
+    for block in _blocks(store):
+        progress.note()
+        found = cut_histories(block, facts.history_rule, facts.history_delay)
+        yield "history_ends", num_behaviours + found.ends
+        if facts.has_labels:
+            yield "history_offsets", num_behaviours + found.offsets[1:]
+            yield "history_item_ids", found.item_ids
+            yield "history_times", found.times
+        num_behaviours += len(found.item_ids)
+
+
+def _blocks(store: EventStore) -> Iterator[Block]:
+    first, offsets = 0, store.user_offsets
+    while first < store.facts.num_users:
+        end = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _EVENTS_AT_ONCE, side="right")) - 1)
+        events = slice(int(offsets[first]), int(offsets[end]))
+        labels = np.ones(events.stop - events.start, np.uint8) if store.labels is None else store.labels[events]
+        yield Block(
+            first_user=first,
+            offsets=offsets[first : end + 1] - offsets[first],
+            item_ids=store.item_ids[events],
+            timestamps=store.timestamps[events],
+            labels=labels,
+            request_times=None if store.request_times is None else store.request_times[events],
+            label_times=None if store.label_times is None else store.label_times[events],
+        )
+        first = end
