@@ -37,6 +37,8 @@ class Batch(NamedTuple):
     # Name -> the user, context and candidate features of each example, by form: int32 [B], `Lists` of B, float32 [B] or
     # float16 [B, D]. () stands for none: a signature may hold nothing but TensorSpecs.
     features: Any = ()
+    # float32 [B], by how much each example's loss counts, 1 on average over the split; () for 1 everywhere.
+    weights: Any = ()
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---
@@ -46,6 +48,7 @@ BLOCK_ITEM_IDS = "item_ids"  # int32 [E], dense ids from 1
 BLOCK_TIMESTAMPS = "timestamps"  # int64 [E]
 BLOCK_LABELS = "labels"  # uint8 [E]; all 1 where the log has no labels
 BLOCK_REQUEST_TIMES = "request_times"  # int64 [E], the time of each event's request; absent without --request_column
+BLOCK_WEIGHTS = "weights"  # float32 [E], how much each event counts in training; absent without --weight_column
 BLOCK_LABEL_TIMES = "label_times"  # int64 [E], when each positive came; absent without --label_time_column
 
 EVENTS_SPLIT = "events"  # the one split of every builder's records; train, validation and test are cut from it later
@@ -77,7 +80,8 @@ class DatasetFacts:
     `fingerprint` differs whenever the prepared events or their histories would differ.
     `history_rule` is the one by which histories were cut; earlier versions knew one only, and wrote none.
     `reader` counts what was changed in reading: data that an earlier one read may lack columns.
-    `has_request_times` and `has_label_times` tell that the log names requests, and when positives came.
+    `has_request_times`, `has_label_times` and `has_weights` tell that the log names requests, when positives came, and
+    how much each event counts.
     `history_delay` is how long after its time a behaviour is known, in the unit of the timestamps.
     """
 
@@ -94,6 +98,7 @@ class DatasetFacts:
     reader: int = 1
     has_request_times: bool = False
     has_label_times: bool = False
+    has_weights: bool = False
     history_delay: int = 0
 
     @property
@@ -149,7 +154,7 @@ class DatasetFacts:
         return {name: value for name, value in fields.items() if name not in _LATER or value != defaults[name]}
 
 
-_LATER = ("has_request_times", "has_label_times", "history_delay")
+_LATER = ("has_request_times", "has_label_times", "has_weights", "history_delay")
 
 
 def _are_sources(value: Any) -> bool:
@@ -159,7 +164,9 @@ def _are_sources(value: Any) -> bool:
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("num_users", "num_items", "num_events", "reader", "history_delay"), is_count),
     **dict.fromkeys(("first_timestamp", "last_timestamp"), is_integer),
-    **dict.fromkeys(("has_labels", "has_request_times", "has_label_times"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(
+        ("has_labels", "has_request_times", "has_label_times", "has_weights"), lambda value: isinstance(value, bool)
+    ),
     "fingerprint": lambda value: isinstance(value, str),
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,

@@ -113,6 +113,12 @@ class DataConfig(Settings):
         "its events ends before the request's first time, so none sees another. Default: the same user and time.",
         later=True,
     )
+    weight_column: str = text_setting(
+        "",
+        "Column of the event's weight, a number of at least 0: its loss in training counts so much more or less. "
+        "Metrics count each example once. Default: all count alike.",
+        later=True,
+    )
     label_column_required: bool = flagless(
         False
     )  # true if the user gave the flag; the fingerprint tells what was found
@@ -284,7 +290,7 @@ class DataConfig(Settings):
         )
 
     def _check_columns(self) -> None:
-        given = [name for name in (self.label_time_column, self.request_column) if name]
+        given = [name for name in (self.label_time_column, self.request_column, self.weight_column) if name]
         ids = (self.user_column, self.item_column, self.timestamp_column, self.label_column)
         columns = (*ids, *given, *self.item_features)
         for name in columns:
@@ -319,7 +325,9 @@ class DataConfig(Settings):
 
     def _check_histories(self) -> None:
         kind = self.dataset.partition("/")[0]
-        for name, kinds in (("label_time_column", ["event_log"]), ("request_column", ["event_log", _PURCHASES])):
+        both = ["event_log", _PURCHASES]
+        columns = {"label_time_column": ["event_log"], "request_column": both, "weight_column": both}
+        for name, kinds in columns.items():
             value = getattr(self, name)
             rule = f"--dataset={kind} has no such column"
             require(kind in kinds or not value, rule, name, value, "Drop it, or use --dataset=event_log.")

@@ -33,6 +33,7 @@ class Block:
     labels: np.ndarray
     request_times: np.ndarray | None = None
     label_times: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
 
 class Blocks(abc.ABC):
@@ -103,7 +104,7 @@ class SortedBlocks(Blocks):
         item_ids: int32 `[E]`.
         timestamps: int64 `[E]`.
         labels: uint8 `[E]`.
-        times: int64 `[E]` each, the request times and label times of a log that has them, by their names in `Block`.
+        more: `[E]` each, what else a log has of its events, by the names in `Block`.
     """
 
     def __init__(
@@ -112,10 +113,10 @@ class SortedBlocks(Blocks):
         item_ids: np.ndarray,
         timestamps: np.ndarray,
         labels: np.ndarray,
-        times: Mapping[str, np.ndarray] = MappingProxyType({}),
+        more: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         self._offsets, self._item_ids, self._timestamps, self._labels = offsets, item_ids, timestamps, labels
-        self._times = times
+        self._more = more
         block_of_user = offsets[:-1] // EVENTS_PER_BLOCK
         self._first_users = np.append(np.flatnonzero(np.diff(block_of_user, prepend=-1)), len(offsets) - 1)
 
@@ -132,7 +133,7 @@ class SortedBlocks(Blocks):
             item_ids=self._item_ids[events],
             timestamps=self._timestamps[events],
             labels=self._labels[events],
-            **{name: times[events] for name, times in self._times.items()},
+            **{name: values[events] for name, values in self._more.items()},
         )
 
 
@@ -142,7 +143,7 @@ def group_by_user(
     timestamps: np.ndarray,
     labels: np.ndarray | None,
     order: np.ndarray,
-    times: Mapping[str, np.ndarray] = MappingProxyType({}),
+    more: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> SortedBlocks:
     """Returns events as blocks.
 
@@ -152,10 +153,10 @@ def group_by_user(
         timestamps: int64 `[E]`.
         labels: uint8 `[E]`; None: every event is a positive.
         order: `[E]`, the order of the events, which must bring those of each user together, users ascending.
-        times: int64 `[E]` each, as of `SortedBlocks`.
+        more: `[E]` each, as of `SortedBlocks`.
     """
     counts = np.bincount(users)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     in_order = np.ones(len(order), np.uint8) if labels is None else labels[order]
-    sorted_times = {name: values[order] for name, values in times.items()}
-    return SortedBlocks(offsets, item_ids[order], timestamps[order], in_order, sorted_times)
+    in_order_too = {name: values[order] for name, values in more.items()}
+    return SortedBlocks(offsets, item_ids[order], timestamps[order], in_order, in_order_too)

@@ -68,6 +68,7 @@ class EventStore:
         labels: uint8 `[E]`, or None where the log has no labels.
         request_times: int64 `[E]`, the first time of each event's request; None where the log names no requests.
         label_times: int64 `[E]`, when each positive event came; None where the log does not say.
+        weights: float32 `[E]`, by how much each event counts in training; None where all count alike.
         history_item_ids: int32, the items of the positive events only, in the order of their times; `item_ids` itself
             without labels.
         history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
@@ -100,6 +101,7 @@ class EventStore:
     request_times: np.ndarray | None = None
     label_times: np.ndarray | None = None
     history_times: np.ndarray | None = None
+    weights: np.ndarray | None = None
     features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
 
@@ -285,6 +287,7 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
         request_times=request_times,
         label_times=label_times,
         history_times=history_times,
+        weights=load.packed("weights", np.float32, num_events) if facts.has_weights else None,
         item_features={name: load.item_feature(name, facts.num_items + 1) for name in facts.item_features},
         files=files,
     )
@@ -383,7 +386,11 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
         )
 
 
-_DTYPES = {"item_ids": np.int32, "labels": np.uint8, "history_item_ids": np.int32, "touched_gaps": np.int32}
+_DTYPES = {  # of the arrays that are not int64
+    **dict.fromkeys(("item_ids", "history_item_ids", "touched_gaps"), np.int32),
+    "labels": np.uint8,
+    "weights": np.float32,
+}
 
 
 class _PackedArrays:
@@ -419,6 +426,8 @@ class _PackedArrays:
             self._write("request_times", block.request_times)
         if block.label_times is not None:
             self._write("label_times", block.label_times)
+        if block.weights is not None:
+            self._write("weights", block.weights)
         if self._facts.has_labels:
             found = cut_histories(block, HistoryRule.BEFORE_TIME)
             new_offsets, new = found.offsets, found.item_ids

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from din_dist import schema
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
 from din_dist.data.column_readers import number_names
 from din_dist.data.feature_reader import FeatureReader, OwnerIds
@@ -22,6 +23,9 @@ from din_dist.features.spec import Owner, shorthand
 from din_dist.tables.columns import NO_TIME, IdColumn, LabelColumn, Rows, TimeColumn
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
+from din_dist.tables.value_columns import WeightColumn
+
+_LATER = ("label_time", "request", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Columns:
     label_required: bool = False
     label_time: str = ""  # empty: a positive comes at its event's time
     request: str = ""  # empty: the events of one user and time are a request
+    weight: str = ""  # empty: all events count alike
     item_features: tuple[str, ...] = ("category_id",)
     item_features_required: bool = False
     presorted: bool = False
@@ -61,7 +66,7 @@ class Columns:
             )
         remedy = (
             "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
-            "--label_column, --label_time_column, --request_column, --item_features)."
+            "--label_column, --label_time_column, --request_column, --weight_column, --item_features)."
         )
         require_columns(layouts, columns.names, remedy)
         return columns
@@ -69,13 +74,23 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """The names of all columns to read."""
-        optional = [name for name in (self.label, self.label_time, self.request) if name]
+        optional = [name for name in (self.label, self.label_time, self.request, self.weight) if name]
         return [self.user, self.item, self.timestamp, *optional, *self.item_features]
+
+    @property
+    def more(self) -> dict[str, type]:
+        """The dtype of each array that a block has beside those of every log, by its name in `schema`."""
+        found = {
+            schema.BLOCK_REQUEST_TIMES: (self.request, np.int64),
+            schema.BLOCK_LABEL_TIMES: (self.label_time, np.int64),
+            schema.BLOCK_WEIGHTS: (self.weight, np.float32),
+        }
+        return {name: dtype for name, (column, dtype) in found.items() if column}
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields, those that came later only where they are given."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if value or name not in ("label_time", "request")}
+        return {name: value for name, value in fields.items() if value or name not in _LATER}
 
 
 def read_log(
@@ -119,7 +134,7 @@ class _LogReader:
     def _find_layouts(self, columns: Columns) -> dict[Path, Layout]:
         of_features, lists = self._features.from_log, self._features.names
         names = list(dict.fromkeys([*columns.names, *lists]))
-        numbers = [columns.label, *number_names(of_features, columns.names)]
+        numbers = [columns.label, columns.weight, *number_names(of_features, columns.names)]
         found = {file: Layout.of(file, self._form, names, numbers, lists) for file in self._files}
         return {file: layout for file, layout in found.items() if layout}
 
@@ -128,7 +143,8 @@ class _LogReader:
         users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
         times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
         requests, label_times = IdColumn(columns.request, rows), TimeColumn(columns.label_time, rows, times, True)
-        read = [users, items, times, labels, requests, label_times]
+        weights = WeightColumn(columns.weight, rows)
+        read = [users, items, times, labels, requests, label_times, weights]
         of_items = (RawColumn.of(spec) for spec in shorthand(columns.item_features))
         features = self._features.begin(rows, [column for column in of_items if column])
         names = list(dict.fromkeys([*columns.names, *self._features.names]))
@@ -151,10 +167,12 @@ class _LogReader:
         more: dict[str, np.ndarray] = {}
         if columns.request:
             request_of, _ = requests.finish(self._is_text(requests.name))
-            more["request_times"] = first_times(user_of, request_of, timestamps)
+            more[schema.BLOCK_REQUEST_TIMES] = first_times(user_of, request_of, timestamps)
         if columns.label_time:
             assert label_of is not None
-            more["label_times"] = self._checked_label_times(label_times.finish(), label_of, timestamps)
+            more[schema.BLOCK_LABEL_TIMES] = self._checked_label_times(label_times.finish(), label_of, timestamps)
+        if columns.weight:
+            more[schema.BLOCK_WEIGHTS] = weights.finish(self._is_text(weights.name)).numbers
         order = self._order(user_of, timestamps)
         owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
         blocks = group_by_user(user_of, item_of + 1, timestamps, label_of, order, more)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from din_dist.config import DataConfig, UnknownItem
@@ -23,6 +24,7 @@ from din_dist.data.hashing import hash64
 from din_dist.data.negatives import untouched_items
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
+from din_dist.errors import InputError
 from din_dist.execution import Execution
 from din_dist.features.encoding import Encoding
 from din_dist.features.gathering import FeatureValues, OfferRows, signature_of, without_copying
@@ -34,13 +36,15 @@ from din_dist.schema import Batch
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING = 1, 2, 3, 4
 
 MOST_DEALERS = 8
+_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
-def batch_signature(encodings: Iterable[Encoding] = ()) -> Batch:
+def batch_signature(encodings: Iterable[Encoding] = (), weighted: bool = False) -> Batch:
     """Returns the TensorSpec of each field of a batch that has all of them.
 
     Args:
         encodings: of the data set's features. Those of items are not in batches.
+        weighted: batches have weights.
     """
     ids, ids64 = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)
     return Batch(
@@ -53,6 +57,7 @@ def batch_signature(encodings: Iterable[Encoding] = ()) -> Batch:
         item_index=ids,
         example_ids=ids64,
         features=signature_of(encoding for encoding in encodings if encoding.spec.owner is not Owner.ITEM) or (),
+        weights=tf.TensorSpec([None], tf.float32) if weighted else (),
     )
 
 
@@ -92,6 +97,26 @@ class ExampleFeatures:
         } or ()
 
 
+def mean_weight(store: EventStore, examples: Examples) -> float | None:
+    """Returns the mean weight of the examples of a split, or None if all count alike.
+
+    Raises:
+        InputError: no example has a weight above 0.
+    """
+    if store.weights is None:
+        return None
+    total = 0.0
+    for first in range(0, examples.num_rows, _EVENTS_AT_ONCE):
+        events = examples.events(first, min(first + _EVENTS_AT_ONCE, examples.num_rows))
+        total += float(store.weights[events].sum(dtype=np.float64))
+    if not total:
+        raise InputError(
+            f"--weight_column: training examples must have a weight above 0. Received: 0 for all "
+            f"{examples.num_rows:,} of them. Correct the column, or drop it."
+        )
+    return total / examples.num_rows
+
+
 def share(total: Any, index: int, num_shards: int) -> tuple[Any, Any]:
     """Returns the first and the end of a shard's run, if `total` is divided into runs of nearly equal length.
 
@@ -129,6 +154,7 @@ class BatchMaker:
         resample: draw other negatives in each epoch.
         trained: the items that negatives are drawn from; None: all items.
         hidden_rate: the share of the item ids that are hidden.
+        mean_weight: the weights of events are divided by it. None: the batches have no weights.
         execution: how batches are made; every way makes the same.
     """
 
@@ -140,6 +166,7 @@ class BatchMaker:
     resample: bool = False
     trained: TrainedItems | None = None
     hidden_rate: float = 0.0
+    mean_weight: float | None = None
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @classmethod
@@ -173,6 +200,7 @@ class BatchMaker:
             config.resample_negatives,
             trained,
             hidden_rate=config.unknown_item_rate if trained else 0.0,
+            mean_weight=mean_weight(store, examples),
             execution=execution or Execution(),
         )
 
@@ -189,6 +217,7 @@ class BatchMaker:
             "touched_gaps": self._drawn_from.touched_gaps,
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
+            "weights": self.store.weights if self.mean_weight else None,
         }
         tensors = {name: without_copying(array) for name, array in arrays.items() if array is not None}
         object.__setattr__(self, "_tensors", tensors)
@@ -258,6 +287,7 @@ class BatchMaker:
             item_index=index,
             example_ids=example_ids,
             features=self._features.of(user, event, candidate),  # type: ignore[attr-defined]
+            weights=tf.gather(arrays["weights"], event) / self.mean_weight if self.mean_weight else (),
         )
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:

@@ -78,7 +78,10 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
                 event_log = EventLogConfig.for_source(config.data_path, _columns(config), features)
                 return EventLogBuilder(data_dir=root, config=event_log)
             case "complete_journey":
-                return CompleteJourney(data_dir=root, config=CompleteJourneyConfig.of(features, config.request_column))
+                return CompleteJourney(
+                    data_dir=root,
+                    config=CompleteJourneyConfig.of(features, config.request_column, config.weight_column),
+                )
             case "amazon_reviews":
                 if category not in ("", *CATEGORIES):
                     raise InputError(
@@ -108,6 +111,7 @@ def _columns(config: DataConfig) -> Columns:
         label_required=config.label_column_required,
         label_time=config.label_time_column,
         request=config.request_column,
+        weight=config.weight_column,
         item_features=config.item_features,
         item_features_required=config.item_features_required,
         presorted=config.presorted,
@@ -299,6 +303,7 @@ def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
                 labels=record[schema.BLOCK_LABELS],
                 request_times=record.get(schema.BLOCK_REQUEST_TIMES),
                 label_times=record.get(schema.BLOCK_LABEL_TIMES),
+                weights=record.get(schema.BLOCK_WEIGHTS),
             )
     except tf.errors.OpError as error:
         raise _unreadable(folder, error) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import starmap
 from typing import Any
@@ -42,6 +42,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"item features: {', '.join(sizes) or 'none'}",
         f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
+        *([_weights_line(found["weights"])] if "weights" in found else []),
         _ties_line(found["events_at_a_shared_time"], found["events"], store.facts.history_rule),
         f"histories end {store.facts.histories_end}",
         f"events per user: {spread('events_per_user')}",
@@ -89,6 +90,10 @@ def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
     return f"{line}; they count one after the other, in the order of the files"
 
 
+def _weights_line(found: Mapping[str, float]) -> str:
+    return f"weights: mean {found['mean']:.4g}, largest {found['max']:.4g}, {found['zero']:,} events of weight 0"
+
+
 def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
     """Counts users, items, events and history lengths; the result is ready for JSON.
 
@@ -99,6 +104,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `events_at_a_shared_time`: the number of events that have the user and the time of another.
         `history_rule`, `history_delay`: where histories end, and how long after its time a behaviour is known.
         `label_rate`: the share of positive events; None without labels.
+        `weights`: their `mean` and `max`, and how many are `zero`; absent if all events count alike.
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
         `history_length`: the same of the number of events before an example, over all examples that the log can give.
         `capped_history_length`: the same if only the newest `max_history_length` of them count.
@@ -122,12 +128,18 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "history_rule": str(facts.history_rule),
         "history_delay": facts.history_delay,
         "label_rate": None if store.labels is None else len(store.history_item_ids) / facts.num_events,
+        **({} if store.weights is None else {"weights": _measure_weights(store.weights)}),
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),
         "capped_history_length": _summary(capped),
         **({"features": _measure_features(store)} if store.features else {}),
         **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),
     }
+
+
+def _measure_weights(weights: np.ndarray) -> dict[str, float]:
+    mean, zero = float(weights.mean(dtype=np.float64)), len(weights) - int(np.count_nonzero(weights))
+    return {"mean": mean, "max": float(weights.max()), "zero": zero}
 
 
 def _measure_features(store: EventStore) -> dict[str, Any]:

@@ -83,6 +83,19 @@ class NumberColumn(Column):
             raise self.reject(pa.array(wrong), column, rule, "Correct the row, or leave the cell empty.")
 
 
+class WeightColumn(NumberColumn):
+    """Weights of events: a number of at least 0 in every row."""
+
+    def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        rule, remedy = f"every {self._rows.what} needs a weight, one number of at least 0", "Correct the row."
+        if is_list(column.type):
+            raise self.reject(pc.is_valid(column), column, rule, remedy)
+        super().add(column, from_folder)
+        wrong = ~(self._chunks[-1] >= 0)  # true for NaN, which stands for a missing one
+        if wrong.any():
+            raise self.reject(pa.array(wrong), plain(column), rule, remedy)
+
+
 class Flat(NamedTuple):
     """Lists of a batch: the values of all, and the number of each row's, int64 `[n]`; 0 for a missing list."""
 

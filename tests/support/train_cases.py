@@ -7,9 +7,11 @@ Each case leaves its results in FOLDER/RUN/CASE, as a job does. `jobs` starts th
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 from din_dist.assembly import Assembly
@@ -92,7 +94,8 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
         make = Assembly if shared_memory else WithoutSharedMemory
         store = open_prepared(config.data)
         if case == "features":
-            store = with_features(store, tuple(Owner), by_offers=True)
+            weights = np.random.default_rng(0).integers(0, 4, store.facts.num_events).astype(np.float32)
+            store = dataclasses.replace(with_features(store, tuple(Owner), by_offers=True), weights=weights)
         job = make(config, runtime, store)
         job.trainer.train()
         if shared_memory and shares:

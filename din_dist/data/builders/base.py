@@ -6,7 +6,7 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
                     schema.BLOCK_ITEM_IDS: flat(dtype=np.int32),
                     schema.BLOCK_TIMESTAMPS: flat(dtype=np.int64),
                     schema.BLOCK_LABELS: flat(dtype=np.uint8),
-                    **{name: flat(dtype=np.int64) for name in self._more_times()},
+                    **{name: flat(dtype=dtype) for name, dtype in self._more().items()},
                 }
             ),
             disable_shuffling=True,
@@ -66,9 +66,9 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         """Returns everything that the events depend on besides the content of the source files."""
         return {}
 
-    def _more_times(self) -> list[str]:
-        """Returns which times a block has besides those of its events; see `schema`."""
-        return []
+    def _more(self) -> dict[str, type]:
+        """Returns the dtype of each array that a block has beside those of every log, by its name in `schema`."""
+        return {}
 
     def _download_and_prepare(
         self,
@@ -76,7 +76,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
         self._log, sources = self._read(dl_manager)
-        self._tally = EventTally(self._more_times())
+        self._tally = EventTally(self._more())
         super()._download_and_prepare(dl_manager, download_config)
         write_beside(Path(self.data_path), self._log, self._tally, sources, self._fingerprint(sources))
         del self._log, self._tally
@@ -101,7 +101,7 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
                     schema.BLOCK_ITEM_IDS: block.item_ids,
                     schema.BLOCK_TIMESTAMPS: block.timestamps,
                     schema.BLOCK_LABELS: block.labels,
-                    **{name: getattr(block, name) for name in self._more_times()},
+                    **{name: getattr(block, name) for name in self._more()},
                 },
             )
 
@@ -125,11 +125,11 @@ class EventTally:
     """Counts the events of blocks and finds their first and last timestamp.
 
     Args:
-        more_times: which times the blocks have besides those of their events.
+        more: the names of the arrays that blocks have beside those of every log.
     """
 
-    def __init__(self, more_times: Sequence[str] = ()) -> None:
-        self.more_times = more_times
+    def __init__(self, more: Collection[str] = ()) -> None:
+        self.more = more
         self.num_events = 0
         self.first_timestamp = np.iinfo(np.int64).max
         self.last_timestamp = np.iinfo(np.int64).min
@@ -170,7 +170,8 @@ def write_beside(
         fingerprint=fingerprint,
         sources=sources,
         reader=schema.READER,
-        has_request_times=schema.BLOCK_REQUEST_TIMES in tally.more_times,
-        has_label_times=schema.BLOCK_LABEL_TIMES in tally.more_times,
+        has_request_times=schema.BLOCK_REQUEST_TIMES in tally.more,
+        has_label_times=schema.BLOCK_LABEL_TIMES in tally.more,
+        has_weights=schema.BLOCK_WEIGHTS in tally.more,
     )
     write_facts(folder, facts.by_present_rule())

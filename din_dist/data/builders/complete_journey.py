@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 
-from din_dist import schema
 from din_dist.data.blocks import EventLog, ItemFeature
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
@@ -35,23 +34,26 @@ PRODUCT_COLUMNS = {
 
 
 USER_COLUMN, ITEM_COLUMN = "household_id", "product_id"
+COLUMNS = Columns(USER_COLUMN, ITEM_COLUMN, "transaction_timestamp", label="", item_features=())
 
 
 @dataclasses.dataclass(eq=False)
 class CompleteJourneyConfig(tfds.core.BuilderConfig):
-    """The columns of the package that declared features need, and the one that names requests."""
+    """The columns of the package to read beside those of every log: of declared features, requests and weights."""
 
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
-    request: str = ""
+    columns: Columns = dataclasses.field(default_factory=lambda: COLUMNS)
 
     @classmethod
-    def of(cls, features: RawColumns, request: str = "") -> CompleteJourneyConfig | None:
+    def of(cls, features: RawColumns, request: str = "", weight: str = "") -> CompleteJourneyConfig | None:
         """Makes a configuration whose name, and so whose folder, follows from the columns; None without any."""
-        if not features.columns and not request:
+        if not features.columns and not request and not weight:
             return None
-        key = json.dumps([*features.name_parts(), *([request] if request else [])])
+        more = {"request": request} | ({"weight": weight} if weight else {})
+        key = json.dumps([*features.name_parts(), *([more] if request or weight else [])])
         name = f"features_{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-        return cls(name=name, features=features, request=request)
+        columns = dataclasses.replace(COLUMNS, request=request, weight=weight)
+        return cls(name=name, features=features, columns=columns)
 
 
 class CompleteJourney(EventsBuilder):
@@ -71,17 +73,17 @@ class CompleteJourney(EventsBuilder):
     def _settings(self) -> dict[str, Any]:
         if not self.builder_config:
             return {}
-        request = self.builder_config.request
-        return self.builder_config.features.settings() | ({"request": request} if request else {})
+        columns = self.builder_config.columns.to_json()
+        more = {name: value for name, value in columns.items() if value != COLUMNS.to_json().get(name)}
+        return self.builder_config.features.settings() | more
 
-    def _more_times(self) -> list[str]:
-        return [schema.BLOCK_REQUEST_TIMES] if self.builder_config and self.builder_config.request else []
+    def _more(self) -> dict[str, type]:
+        return self.builder_config.columns.more if self.builder_config else {}
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         folder = package_data()
         transactions, products = folder / "transactions.parquet", folder / "products.parquet"
-        columns = Columns(USER_COLUMN, ITEM_COLUMN, "transaction_timestamp", label="", item_features=())
-        features, sources = RawColumns(), [transactions, products]
+        columns, features, sources = COLUMNS, RawColumns(), [transactions, products]
         if self.builder_config:
             demographics = folder / "demographics.parquet"
             promotions = folder / "promotions.parquet" if self.builder_config.features.by else None
@@ -91,7 +93,7 @@ class CompleteJourney(EventsBuilder):
                 users_path=str(demographics),
                 offers_path=str(promotions or ""),
             )
-            columns = dataclasses.replace(columns, request=self.builder_config.request)
+            columns = self.builder_config.columns
             vectors = self.builder_config.features.find_tables().get("vectors", [])
             sources += [demographics, *([promotions] if promotions else []), *vectors]
         log = read_log([transactions], columns, features=features)

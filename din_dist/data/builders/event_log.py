@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from din_dist import schema
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
@@ -64,10 +63,8 @@ class EventLogBuilder(EventsBuilder):
     def _settings(self) -> dict[str, Any]:
         return self.builder_config.columns.to_json() | self.builder_config.features.settings()
 
-    def _more_times(self) -> list[str]:
-        columns = self.builder_config.columns
-        named = {schema.BLOCK_REQUEST_TIMES: columns.request, schema.BLOCK_LABEL_TIMES: columns.label_time}
-        return [name for name, column in named.items() if column]
+    def _more(self) -> dict[str, type]:
+        return self.builder_config.columns.more
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         config = self.builder_config
