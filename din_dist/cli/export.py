@@ -6,9 +6,10 @@ The job's prepared data must be there. The last line on stdout describes the exp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -17,13 +18,32 @@ from din_dist.cli.flags import define_overrides, define_path, overridden
 from din_dist.cli.help import theme
 from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import Config, require
+from din_dist.errors import InputError
 from din_dist.files import read_record
 from din_dist.text import parse_json
+
+if TYPE_CHECKING:
+    from din_dist.evaluation.evaluator import Evaluator
+    from din_dist.models.ranking_model import RankingModel
+    from din_dist.serving.calibrator import Calibrator
 
 with theme("what to export"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
     CHECKPOINT_STEP = flags.DEFINE_integer(
         "checkpoint_step", 0, "The update whose weights are exported. Default: the best by validation, or the newest."
+    )
+    CALIBRATE = flags.DEFINE_enum(
+        "calibrate",
+        "none",
+        ["none", "platt", "isotonic"],
+        "How click_probability is calibrated, fitted on the validation split. Logits stay as they are. platt: a line "
+        "through the logits; isotonic: any function that does not fall, for many validation examples.",
+    )
+    NEGATIVE_RATE = flags.DEFINE_float(
+        "negative_rate",
+        1.0,
+        "For logs with labels that were thinned: the share of the negatives that the log kept, above 0 and up to 1. "
+        "click_probability is that of the log before.",
     )
 with theme("result"):
     EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder. Required.")
@@ -42,6 +62,13 @@ def main() -> None:
         "checkpoint_step",
         CHECKPOINT_STEP.value,
         "For example 1000.",
+    )
+    require(
+        0 < NEGATIVE_RATE.value <= 1,
+        "must be above 0 and at most 1",
+        "negative_rate",
+        NEGATIVE_RATE.value,
+        "For example 0.1, if a tenth of the negatives was kept.",
     )
     config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
@@ -70,6 +97,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     trained = TrainedModel(model, store, config, step, flags_of_job, summary)
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
+    calibrator = _calibrator(Evaluator(config, store, splits, Runtime()), model)
+    trained = dataclasses.replace(trained, calibrator=calibrator)
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
     return {
         "export_dir": str(folder),
@@ -80,6 +109,23 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "digest": manifest.digest,
     }
+
+
+def _calibrator(evaluator: Evaluator, model: RankingModel) -> Calibrator:
+    """Returns what the flags say, fitted on all examples of the validation split."""
+    from din_dist.serving.calibrator import Calibrate, Calibrator, fit
+
+    kind = Calibrate(CALIBRATE.value)
+    if kind is Calibrate.NONE:
+        return Calibrator(negative_rate=NEGATIVE_RATE.value)
+    if not evaluator.examples("validation").num_examples:
+        raise InputError(
+            f"--calibrate: {kind} is fitted on the validation split. Received: a job whose --split has none. Train "
+            "with --split=temporal or leave_two_out, or drop it."
+        )
+    entry.say(f"calibrating on {evaluator.examples('validation').num_examples:,} examples of validation")
+    logits = evaluator.scores("validation", model)
+    return fit(kind, logits, evaluator.labels("validation"), NEGATIVE_RATE.value)
 
 
 def _summary_of(path: Path) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def main() -> None:
     vocabulary = Vocabulary.of(manifest)
     warm_up(bundle, vocabulary)
     version = manifest.step if version is None else version
-    served = Served(bundle, vocabulary, version, _description(manifest))
+    served = Served(bundle, vocabulary, version, _description(manifest), manifest.calibrator)
     labels = {"name": config.model_name, "version": str(version), "digest": manifest.digest}
     metrics = ServingMetrics(labels, build_info())
     num_connections = _num_connections(config.max_connections)
@@ -133,6 +133,7 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "item_id_type": manifest.item_id_type,
         "item_features": dict(manifest.item_features),
         **features,
+        **({"calibration": manifest.calibration} if manifest.calibration else {}),
         "max_history_length": manifest.max_history_length,
         "num_items": manifest.num_items,
         "step": manifest.step,

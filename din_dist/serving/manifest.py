@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -12,9 +13,12 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
+import numpy as np
+
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import open_regular, read_bounded
+from din_dist.serving.calibrator import Calibrator
 from din_dist.text import is_count, parse_json, reason, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # the folder that TensorFlow reserves for files of others
@@ -94,6 +98,7 @@ class Manifest:
         files: path -> SHA-256 of each file of the export except this one.
         format_version: of the manifest.
         features: those that were declared. Without them the file has no such entry.
+        calibration: a `Calibrator` as JSON. None, and no such entry in the file: probabilities are sigmoids of logits.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -115,6 +120,7 @@ class Manifest:
     files: Mapping[str, str]
     format_version: int = FORMAT_VERSION
     features: tuple[FeatureInputs, ...] = ()
+    calibration: Mapping[str, Any] | None = None
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +128,14 @@ class Manifest:
         del fields["digest"]
         if not self.features:
             del fields["features"]
+        if self.calibration is None:
+            del fields["calibration"]
         return fields
+
+    @functools.cached_property
+    def calibrator(self) -> Calibrator:
+        """Turns the model's logits into click probabilities."""
+        return Calibrator() if self.calibration is None else Calibrator.from_json(self.calibration)
 
     def features_of(self, owner: str) -> list[FeatureInputs]:
         """Returns the features of an owner."""
@@ -202,6 +215,10 @@ def _wrong(manifest: Manifest) -> str:
     for kind in (manifest.item_id_type, *manifest.item_features.values()):
         if kind not in ("string", "integer"):
             return f"ids of type {shown(kind)}"
+    try:
+        manifest.calibrator.of_logits(np.zeros(1))
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        return f"a calibration that cannot be ({reason(error)})"
     if manifest.feature_inputs.keys() != manifest.item_features.keys():
         return "other features among feature_inputs than among item_features"
     for feature in manifest.features:

@@ -31,8 +31,8 @@ import tensorflow as tf
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, digest_of_file, read_manifest
 from tests.support.commands import assert_one_line
-from tests.support.preloaded import Preloaded, Running
-from tests.support.programs import free_port
+from tests.support.preloaded import Preloaded
+from tests.support.served import Served, serving
 
 HISTORIES = [["i1", "i2", "i3"], [], ["never seen"], [f"i{number % 30}" for number in range(25)]]
 CANDIDATES = ["i4", "i5", "i6", "never seen"]
@@ -46,43 +46,6 @@ def versions(exported_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         shutil.copytree(exported_job / "export", folder / version)
     (folder / "11").mkdir()
     return folder
-
-
-class Served:
-    """A server at work; `url` is the model's."""
-
-    def __init__(self, process: Running, url: str) -> None:
-        self.process, self.url = process, url
-        self.address = urllib.parse.urlparse(url).netloc
-
-    def is_ready(self) -> bool:
-        with contextlib.suppress(OSError):
-            return json.loads(self.get("/readyz")) == {"status": "ready"}
-        return False
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=30) as response:
-            return response.read().decode()
-
-    def predict(self, body: Any) -> Any:
-        with urllib.request.urlopen(f"{self.url}:predict", json.dumps(body).encode(), timeout=30) as response:
-            return json.load(response)
-
-
-@contextlib.contextmanager
-def serving(commands: Preloaded, name: str, *words: str) -> Iterator[Served]:
-    port = free_port()
-    process = commands.start("serve", f"--port={port}", f"--model_name={name}", *words)
-    served = Served(process, f"http://127.0.0.1:{port}/v1/models/{name}")
-    try:
-        until = time.monotonic() + 120
-        while not served.is_ready():
-            assert time.monotonic() < until, process.stderr
-            time.sleep(0.02)
-        yield served
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,7 @@ class Predictor:
             best, offsets = top_indices(logits, offsets, self._columns.top_k)
             logits = logits[best]
             columns.append(Added(TOP_ITEMS, ids.take(pa.array(best)), offsets))
-        probabilities = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+        probabilities = self._bundle.manifest.calibrator.probabilities(logits)
         columns += [Added(LOGIT, pa.array(logits), offsets), Added(PROBABILITY, pa.array(probabilities), offsets)]
         return columns
 

@@ -7,6 +7,7 @@ of a request, U distinct ones among them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from din_dist.features.spec import Form, Owner
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.pairs import Pairs
 from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
+from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
 from din_dist.serving.export.features import Declared, ExampleInputs, encoder_of, input_names
 from din_dist.serving.export.items import ItemLookup
@@ -42,6 +44,7 @@ class Signatures:
         max_history_length: the number of newest behaviours that the model reads.
         folder: for the files of the vocabularies, which are needed until the SavedModel is written.
         declared: the declared features by name. None: there are none.
+        calibrator: turns logits into click probabilities. None: the sigmoid does.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class Signatures:
         max_history_length: int,
         folder: Path,
         declared: Mapping[str, Declared] | None = None,
+        calibrator: Calibrator | None = None,
     ) -> None:
+        self._calibrator = calibrator or Calibrator()
         self._model, self._max_history_length = model, max_history_length
         declared = declared or {}
         self._items = ItemLookup(model.lookup, item_ids, feature_ids, declared, folder)
@@ -137,7 +142,7 @@ class Signatures:
             context=self._columns_of(features, tuple(Owner), num_candidates, "candidate"),
         )
         pairs = Pairs(segment_ids(lengths), items.index[num_candidates:])
-        return _with_probability(self._model.logits(looked_up, pairs))
+        return self._with_probability(self._model.logits(looked_up, pairs))
 
     def score_padded(
         self,
@@ -186,7 +191,7 @@ class Signatures:
             features,
         )
         best, index = tf.math.top_k(logits, wanted)  # ties keep their order
-        outputs = _with_probability(best)
+        outputs = self._with_probability(best)
         return {"item_ids": tf.gather(candidate_item_ids, index), "places": tf.cast(index, tf.int64), **outputs}
 
     def rank_histories(
@@ -207,7 +212,7 @@ class Signatures:
             features: see `ExampleInputs`, B of users and contexts, C of candidates.
         """
         history_lengths = _of_same_size(history_lengths, candidate_counts, LENGTHS, COUNTS)
-        return _with_probability(
+        return self._with_probability(
             self._rank(history_item_ids, history_lengths, candidate_item_ids, candidate_counts, features)
         )
 
@@ -271,6 +276,9 @@ class Signatures:
         )
         return logits.concat()
 
+    def _with_probability(self, logits: tf.Tensor) -> Outputs:
+        return {"logits": logits, "click_probability": tf.sigmoid(calibrated(logits, self._calibrator))}
+
     def _newest(
         self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor
     ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
@@ -317,6 +325,30 @@ class Signatures:
         return self._columns.of(values, owners) if values else None
 
 
+def calibrated(logits: tf.Tensor, calibrator: Calibrator) -> tf.Tensor:
+    """Returns the calibrated logits in the graph, float32 `[C]`, as `Calibrator.of_logits` does."""
+    match calibrator.kind:
+        case Calibrate.PLATT:
+            logits = calibrator.slope * logits + calibrator.intercept
+        case Calibrate.ISOTONIC:
+            logits = _interpolated(logits, calibrator.logits, calibrator.calibrated)
+    return logits if calibrator.negative_rate == 1 else logits + math.log(calibrator.negative_rate)
+
+
+def _interpolated(values: tf.Tensor, knots: Sequence[float], heights: Sequence[float]) -> tf.Tensor:
+    """Interpolates linearly between knots, and constantly outside, in float64."""
+    inputs = tf.clip_by_value(tf.cast(values, tf.float64), knots[0], knots[-1])
+    at, height = tf.constant(knots, tf.float64), tf.constant(heights, tf.float64)
+    if len(knots) == 1:
+        return tf.fill(tf.shape(values), tf.constant(heights[0], tf.float32))
+    right = tf.clip_by_value(tf.searchsorted(at, inputs, side="right"), 1, len(knots) - 1)
+    left = right - 1
+    width = tf.gather(at, right) - tf.gather(at, left)
+    share = tf.math.divide_no_nan(inputs - tf.gather(at, left), width)
+    rise = tf.gather(height, right) - tf.gather(height, left)
+    return tf.cast(tf.gather(height, left) + share * rise, tf.float32)
+
+
 def names_of_inputs(item_features: Sequence[str], declared: Mapping[str, Declared | StoredFeature]) -> dict[str, str]:
     """Returns, for each feature, the NAME in the names of its inputs; see `input_names`."""
     stored = {name: feature.stored if isinstance(feature, Declared) else feature for name, feature in declared.items()}
@@ -338,10 +370,6 @@ def _of_same_size(values: tf.Tensor, ids: tf.Tensor, name: str, ids_name: str) -
     rule = f"{name} and {ids_name} must be as many. Received:"
     with tf.control_dependencies([tf.Assert(fits, [rule, tf.size(values), tf.size(ids)])]):
         return tf.identity(values)
-
-
-def _with_probability(logits: tf.Tensor) -> Outputs:
-    return {"logits": logits, "click_probability": tf.sigmoid(logits)}
 
 
 def _traced(function: Callable[..., Outputs], inputs: Mapping[str, tf.TensorSpec]) -> Callable:

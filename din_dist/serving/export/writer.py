@@ -28,6 +28,7 @@ from din_dist.files import folder_aside, locked, make_folder, publish_folder, re
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from din_dist.serving.bundle import as_tensor, inputs_of
+from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
@@ -49,6 +50,7 @@ class TrainedModel:
         step: the number of the update that gave these weights.
         flags: the job's settings as a flagfile.
         summary: the job's `summary.json`; None if the job was not finished.
+        calibrator: turns the model's logits into click probabilities.
     """
 
     model: RankingModel
@@ -57,6 +59,7 @@ class TrainedModel:
     step: int
     flags: str
     summary: Mapping[str, Any] | None
+    calibrator: Calibrator = Calibrator()
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -212,6 +215,7 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             trained.config.data.max_history_length,
             Path(vocabularies),
             _declared(store),
+            trained.calibrator,
         )
         signatures.save(folder)
 
@@ -257,6 +261,7 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         versions=build_info(),
         files={path.relative_to(folder).as_posix(): digest_of_file(path) for path in files},
         features=tuple(features),
+        calibration=None if trained.calibrator.changes_nothing else trained.calibrator.to_json(),
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs, Manifest
 
@@ -202,38 +203,33 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
     return request
 
 
-def answer(request: Predict, logits: Sequence[np.ndarray]) -> dict[str, Any]:
+def answer(request: Predict, logits: Sequence[np.ndarray], calibrator: Calibrator) -> dict[str, Any]:
     """Returns the answer to a request.
 
     Args:
         request: as from `parse`.
         logits: float32 `[C]` of each instance.
+        calibrator: of the export.
     """
     if request.signature == RANK:
-        rows = [_ranked(instance, found) for instance, found in zip(request.instances, logits, strict=True)]
+        rows = [_ranked(instance, found, calibrator) for instance, found in zip(request.instances, logits, strict=True)]
         return {"predictions": rows} if request.in_rows else {"outputs": rows[0]}
     flat = np.concatenate(logits)
-    columns = {"logits": flat.tolist(), "click_probability": _probability(flat)}
+    columns = {"logits": flat.tolist(), "click_probability": calibrator.probabilities(flat).tolist()}
     if not request.in_rows:
         return {"outputs": columns}
     pairs = zip(columns["logits"], columns["click_probability"], strict=True)
     return {"predictions": [{"logits": logit, "click_probability": share} for logit, share in pairs]}
 
 
-def _ranked(instance: Instance, logits: np.ndarray) -> dict[str, list]:
+def _ranked(instance: Instance, logits: np.ndarray, calibrator: Calibrator) -> dict[str, list]:
     order = np.argsort(-logits, kind="stable")[: instance.most]  # ties keep their order
     return {
         "item_ids": [instance.candidates[index] for index in order],
         "logits": logits[order].tolist(),
-        "click_probability": _probability(logits[order]),
+        "click_probability": calibrator.probabilities(logits[order]).tolist(),
         "places": order.tolist(),
     }
-
-
-def _probability(logits: np.ndarray) -> list[float]:
-    """Returns the sigmoid, in a form that cannot overflow."""
-    small = np.exp(-np.abs(logits.astype(np.float64)))
-    return (np.where(logits >= 0, 1.0, small) / (1.0 + small)).astype(np.float32).tolist()
 
 
 class _Reader:

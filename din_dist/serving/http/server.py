@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.http.batcher import Batcher, QueueFull
 from din_dist.serving.http.body import (
     Buffers,
@@ -66,6 +67,7 @@ class Served:
     vocabulary: Vocabulary
     version: int
     description: Mapping[str, Any]
+    calibrator: Calibrator = Calibrator()
 
 
 class Server:
@@ -275,7 +277,7 @@ class Server:
         with self._in_progress():
             async with asyncio.timeout(self._config.request_timeout_seconds):
                 logits = await self._batcher.score(predict)
-            text = json.dumps(answer(predict, logits), allow_nan=False)
+            text = json.dumps(answer(predict, logits, self._served.calibrator), allow_nan=False)
             return Scores(text.encode(), self._buffers)
 
     def _parse(self, data: bytes, encoding: str, seen: _RequestFacts) -> Predict:
