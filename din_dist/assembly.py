@@ -14,6 +14,7 @@ from din_dist import kernels, progress, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
+from din_dist.data.popularity import popularity
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.distributed.collectives import Collectives
@@ -305,7 +306,10 @@ class Assembly:
     @functools.cached_property
     def _maker(self) -> BatchMaker:
         examples, seed = self.splits["train"], self.config.job.seed
-        return BatchMaker.for_training(self.store, examples, self.config.data, seed, self.trained_items, self.execution)
+        drawn = popularity(self.store, self.config.data, self.splits, self.trained_items)
+        return BatchMaker.for_training(
+            self.store, examples, self.config.data, seed, self.trained_items, self.execution, drawn
+        )
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:

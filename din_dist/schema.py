@@ -39,6 +39,13 @@ class Batch(NamedTuple):
     features: Any = ()
     # float32 [B], by how much each example's loss counts, 1 on average over the split; () for 1 everywhere.
     weights: Any = ()
+    # float32 [B], added to the logits in the loss: the correction for negatives that are drawn unevenly; () for 0.
+    logit_offsets: Any = ()
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The names of the fields for the loss that only some batches have, and this one has."""
+        return tuple(name for name in ("weights", "logit_offsets") if not isinstance(getattr(self, name), tuple))
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---

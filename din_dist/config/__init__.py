@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, HistoryEnds, Split, UnknownItem
+from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, HistoryEnds, Negatives, Split, UnknownItem
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
 from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
@@ -30,6 +30,7 @@ __all__ = [
     "LogFormat",
     "ModelConfig",
     "ModelKind",
+    "Negatives",
     "OptimizerConfig",
     "OptimizerKind",
     "RecoveryConfig",

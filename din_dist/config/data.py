@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from din_dist.config.settings import (
     INT64_MAX,
@@ -20,6 +20,7 @@ from din_dist.features.spec import FeatureSpec, from_text
 from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
 
 UNKNOWN_ITEM_RATE = 0.1
+_EXPONENT, _LARGEST_EXPONENT = 0.75, 2  # of popularity
 _PURCHASES = "complete_journey"
 _DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic")
 _SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
@@ -59,6 +60,49 @@ def _check_declarations(name: str, value: str) -> None:
         from_text(value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         require(False, "must be features as a saved job keeps them", name, value, "Give --features instead.")
+        raise AssertionError from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Negatives:
+    """How training draws negatives, as users write it.
+
+    Attributes:
+        kind: `UNIFORM`; `POPULARITY`: by the power `exponent` of how often training clicks an item; `BATCH`: among the
+            clicked items of the global batch.
+        exponent: of the popularity.
+    """
+
+    UNIFORM: ClassVar[str] = "uniform"
+    POPULARITY: ClassVar[str] = "popularity"
+    BATCH: ClassVar[str] = "batch"
+
+    kind: str = UNIFORM
+    exponent: float = 0.0
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Reads uniform, popularity, popularity:EXPONENT or batch.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        kind, colon, exponent = text.partition(":")
+        if kind not in (cls.UNIFORM, cls.POPULARITY, cls.BATCH) or (colon and kind != cls.POPULARITY):
+            raise ValueError(text)
+        found = cls(kind, {cls.UNIFORM: 0.0, cls.POPULARITY: _EXPONENT, cls.BATCH: 1.0}[kind])
+        found = dataclasses.replace(found, exponent=float(exponent)) if colon else found
+        if not 0 < found.exponent <= _LARGEST_EXPONENT and kind == cls.POPULARITY:
+            raise ValueError(text)
+        return found
+
+
+def _check_negatives(name: str, value: str) -> None:
+    try:
+        Negatives.from_text(value)
+    except ValueError as error:
+        rule = f"must be uniform, batch or popularity:EXPONENT, the exponent above 0 and at most {_LARGEST_EXPONENT}"
+        require(False, rule, name, value, "For example popularity:0.75.")
         raise AssertionError from error
 
 
@@ -227,6 +271,16 @@ class DataConfig(Settings):
         at_least=1,
         theme=_EXAMPLES,
     )
+    negatives: str = text_setting(
+        Negatives.UNIFORM,
+        "For logs without labels: how training draws negatives. uniform: every item alike. popularity:0.75: by that "
+        "power of how often training clicks the item. batch: among the clicked items of the global batch, whose rows "
+        "are read anyway; they differ from epoch to epoch. Always items that the user never touched, and the loss is "
+        "corrected, so logits mean the same. Validation and test draw uniformly.",
+        check=_check_negatives,
+        theme=_EXAMPLES,
+        later=True,
+    )
     resample_negatives: bool = setting(False, "Draw other training negatives in each epoch.", theme=_EXAMPLES)
     group_negatives: bool = setting(
         False,
@@ -297,6 +351,11 @@ class DataConfig(Settings):
             require(columns.count(name) == 1, "a column can have one role", "item_features", name, "Use it once.")
             rule, remedy = "a column's name must be one line", "Rename the column."
             require(len(name.splitlines()) <= 1, rule, "item_features", name, remedy)
+
+    @property
+    def drawn_negatives(self) -> Negatives:
+        """How training draws negatives."""
+        return Negatives.from_text(self.negatives)
 
     @functools.cached_property
     def feature_specs(self) -> tuple[FeatureSpec, ...]:

@@ -1,4 +1,4 @@
-"""Negatives, drawn uniformly from the items that a user never touched, without trial and error.
+"""Negatives, drawn from the items that a user never touched: uniformly or by weight, without trial and error.
 
 M is the number of draws, or of users.
 """
@@ -48,6 +48,76 @@ def untouched_items(
         right = (gap <= rank) & (low < high)
         low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
     return tf.cast(rank + (low - begins) + 1, tf.int32)
+
+
+def weighted_untouched_items(
+    random: tf.Tensor,
+    begins: tf.Tensor,
+    ends: tf.Tensor,
+    touched_gaps: tf.Tensor,
+    touched_below: tf.Tensor,
+    cumulative: tf.Tensor,
+    num_halvings: int,
+) -> tf.Tensor:
+    """Returns items that each user never touched, drawn by weight: int32 `[M]`.
+
+    As in `untouched_items`, but each item counts as many times as its weight says. With the weight of all untouched
+    items below the touched item j being `below_j`, the number r falls behind the `#{j: below_j <= r}` first ones.
+
+    Args:
+        random: uint64 `[M]`.
+        begins: integers `[M]`, where each user's window in `touched_gaps` begins.
+        ends: integers `[M]`, where it ends.
+        touched_gaps: int32 `[T]`, see `EventStore`.
+        touched_below: int64 `[T]`, see `Popularity`, likewise the next.
+        cumulative: int64 `[num_items + 1]`.
+        num_halvings: `ceil(log2(longest + 1))` for the longest window.
+    """
+    begins, ends = tf.cast(begins, tf.int64), tf.cast(ends, tf.int64)
+    total, most = cumulative[-1], tf.size(touched_gaps, tf.int64) - 1
+
+    def touched_weight(end: tf.Tensor) -> tf.Tensor:
+        """Returns the weight of a user's touched items from `begins` up to `end`."""
+        place = tf.clip_by_value(end - 1, 0, most)
+        item = tf.cast(tf.gather(touched_gaps, place), tf.int64) + 1 + (place - begins)
+        weight = tf.gather(cumulative, tf.maximum(item, 0)) - tf.gather(touched_below, place)
+        return tf.where(end > begins, weight, 0)
+
+    left = total - touched_weight(ends)
+    number = tf.cast(tf.math.floormod(random, tf.cast(left, tf.uint64)), tf.int64)
+    low, high = begins, ends
+    for _ in range(num_halvings):  # a fixed number of turns: a row that is done stays as it is
+        middle = (low + high) // 2
+        right = (tf.gather(touched_below, tf.minimum(middle, most)) <= number) & (low < high)
+        low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
+    return tf.searchsorted(cumulative, number + touched_weight(low), side="right")
+
+
+def is_touched(
+    items: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor, touched_gaps: tf.Tensor, num_halvings: int
+) -> tf.Tensor:
+    """Tells whether each user has touched an item: bool `[M]`.
+
+    Args:
+        items: integers `[M]`.
+        begins: integers `[M]`, where each user's window in `touched_gaps` begins.
+        ends: integers `[M]`, where it ends.
+        touched_gaps: int32 `[T]`, see `EventStore`.
+        num_halvings: `ceil(log2(longest + 1))` for the longest window.
+    """
+    items, begins, ends = (tf.cast(values, tf.int64) for values in (items, begins, ends))
+    last = tf.size(touched_gaps, tf.int64) - 1
+
+    def touched(place: tf.Tensor) -> tf.Tensor:
+        place = tf.minimum(place, last)
+        return tf.cast(tf.gather(touched_gaps, place), tf.int64) + 1 + (place - begins)
+
+    low, high = begins, ends
+    for _ in range(num_halvings):
+        middle = (low + high) // 2
+        right = (touched(middle) < items) & (low < high)
+        low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
+    return (low < ends) & tf.equal(touched(low), items)
 
 
 def distinct_untouched_items(

@@ -11,9 +11,9 @@ Letters of shapes: B examples of a batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -21,7 +21,8 @@ import tensorflow as tf
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data.event_store import EventStore
 from din_dist.data.hashing import hash64
-from din_dist.data.negatives import untouched_items
+from din_dist.data.negatives import is_touched, untouched_items, weighted_untouched_items
+from din_dist.data.popularity import Popularity
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
 from din_dist.errors import InputError
@@ -33,18 +34,19 @@ from din_dist.kernels import operations
 from din_dist.schema import Batch
 
 # Streams of random numbers that must not resemble each other.
-_NEGATIVES, _DROPOUT, _EVALUATION, _HIDING = 1, 2, 3, 4
+_NEGATIVES, _DROPOUT, _EVALUATION, _HIDING, _IN_BATCH = 1, 2, 3, 4, 5
 
 MOST_DEALERS = 8
+_ATTEMPTS = 4  # to find an item in the batch that the user never touched
 _EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
-def batch_signature(encodings: Iterable[Encoding] = (), weighted: bool = False) -> Batch:
+def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] = ()) -> Batch:
     """Returns the TensorSpec of each field of a batch that has all of them.
 
     Args:
         encodings: of the data set's features. Those of items are not in batches.
-        weighted: batches have weights.
+        extras: as `Batch.extras` names them.
     """
     ids, ids64 = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)
     return Batch(
@@ -57,7 +59,7 @@ def batch_signature(encodings: Iterable[Encoding] = (), weighted: bool = False) 
         item_index=ids,
         example_ids=ids64,
         features=signature_of(encoding for encoding in encodings if encoding.spec.owner is not Owner.ITEM) or (),
-        weights=tf.TensorSpec([None], tf.float32) if weighted else (),
+        **{name: tf.TensorSpec([None], tf.float32) for name in extras},
     )
 
 
@@ -133,6 +135,15 @@ def num_steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
     return -(-num_examples // global_batch_size)
 
 
+class _Draws(NamedTuple):
+    """Which negatives to draw; tensors `[B]`."""
+
+    events: tf.Tensor
+    users: tf.Tensor
+    numbers: tf.Tensor  # of the draw among those of its event; 0 is the event itself
+    round: tf.Tensor  # a number for (all epochs), or for each
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One of `count` parts of every update."""
@@ -155,6 +166,7 @@ class BatchMaker:
         trained: the items that negatives are drawn from; None: all items.
         hidden_rate: the share of the item ids that are hidden.
         mean_weight: the weights of events are divided by it. None: the batches have no weights.
+        popularity: the weights by which negatives are drawn. None: uniformly.
         execution: how batches are made; every way makes the same.
     """
 
@@ -167,6 +179,7 @@ class BatchMaker:
     trained: TrainedItems | None = None
     hidden_rate: float = 0.0
     mean_weight: float | None = None
+    popularity: Popularity | None = None
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @classmethod
@@ -178,6 +191,7 @@ class BatchMaker:
         seed: int,
         trained: TrainedItems | None = None,
         execution: Execution | None = None,
+        popularity: Popularity | None = None,
     ) -> BatchMaker:
         """Returns what makes the batches of training.
 
@@ -188,6 +202,7 @@ class BatchMaker:
             seed: the seed of all draws.
             trained: the items of training, if other items are hidden at random; see `trained_items`.
             execution: how batches are made. None: TensorFlow's operations make them.
+            popularity: the weights by which negatives are drawn, as of the module of this name.
         """
         if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
             raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -201,6 +216,7 @@ class BatchMaker:
             trained,
             hidden_rate=config.unknown_item_rate if trained else 0.0,
             mean_weight=mean_weight(store, examples),
+            popularity=popularity,
             execution=execution or Execution(),
         )
 
@@ -219,6 +235,14 @@ class BatchMaker:
             "trained_ids": self.trained.ids if self.trained else None,
             "weights": self.store.weights if self.mean_weight else None,
         }
+        if self.popularity is not None:
+            arrays |= {
+                "touched_gaps": self.store.touched_gaps,
+                "touched_offsets": self.store.touched_offsets,
+                "touched_below": self.popularity.touched_below,
+                "cumulative": self.popularity.cumulative,
+                "logit_offsets": self.popularity.logit_offsets,
+            }
         tensors = {name: without_copying(array) for name, array in arrays.items() if array is not None}
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_features", ExampleFeatures(self.store, self.execution))
@@ -243,12 +267,13 @@ class BatchMaker:
         _, _, start, end = self._located(example_ids)
         return end - start
 
-    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> Batch:
+    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor, global_ids: tf.Tensor | None = None) -> Batch:
         """Returns the packed batch of some examples; `schema` documents its parts.
 
         Args:
             example_ids: int64 `[B]`.
             epoch: int64, the epoch from 0.
+            global_ids: int64, the examples of the global batch, for negatives that are drawn among its items.
         """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         user, event, history_start, history_end = self._located(example_ids)
@@ -258,19 +283,13 @@ class BatchMaker:
             labels = tf.cast(tf.gather(arrays["labels"], event), tf.float32)
         else:
             labels = tf.cast(draw == 0, tf.float32)
-            round_of_draws = epoch if self.resample else tf.zeros_like(epoch)
-            negative = untouched_items(
-                hash64(self.seed, self.stream, round_of_draws, event, draw, execution=self.execution),
-                tf.gather(arrays["touched_offsets"], user),
-                tf.gather(arrays["touched_offsets"], user + 1),
-                arrays["touched_gaps"],
-                self.store.facts.num_items if self.trained is None else len(self.trained.ids) - 1,
-                num_halvings=self._drawn_from.max_touched.bit_length(),
-                execution=self.execution,
-            )
-            if self.trained is not None:
-                negative = tf.gather(arrays["trained_ids"], negative)
+            draws = _Draws(event, user, draw, epoch if self.resample else tf.zeros_like(epoch))
+            if self.popularity is None:
+                negative = self._uniform_negatives(draws)
+            else:
+                negative = self._weighted_negatives(draws, epoch, global_ids)
             candidate = tf.where(draw == 0, candidate, negative)
+        offsets = tf.gather(arrays["logit_offsets"], candidate) if self.popularity is not None else ()
         history = self._windows(arrays["history_item_ids"], history_start, history_end)
         history_lengths = tf.cast(history_end - history_start, tf.int32)
         if self.hidden_rate:
@@ -288,7 +307,49 @@ class BatchMaker:
             example_ids=example_ids,
             features=self._features.of(user, event, candidate),  # type: ignore[attr-defined]
             weights=tf.gather(arrays["weights"], event) / self.mean_weight if self.mean_weight else (),
+            logit_offsets=offsets,
         )
+
+    def _uniform_negatives(self, draws: _Draws) -> tf.Tensor:
+        """Returns a negative for each example, int32 `[B]`."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        negative = untouched_items(
+            hash64(self.seed, self.stream, draws.round, draws.events, draws.numbers, execution=self.execution),
+            tf.gather(arrays["touched_offsets"], draws.users),
+            tf.gather(arrays["touched_offsets"], draws.users + 1),
+            arrays["touched_gaps"],
+            self.store.facts.num_items if self.trained is None else len(self.trained.ids) - 1,
+            num_halvings=self._drawn_from.max_touched.bit_length(),
+            execution=self.execution,
+        )
+        return negative if self.trained is None else tf.gather(arrays["trained_ids"], negative)
+
+    def _weighted_negatives(self, draws: _Draws, epoch: tf.Tensor, global_ids: tf.Tensor | None) -> tf.Tensor:
+        """Returns a negative for each example, int32 `[B]`: by popularity, or among the items of the global batch."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        assert self.popularity is not None
+        begins, ends = (tf.gather(arrays["touched_offsets"], draws.users + end) for end in (0, 1))
+        num_halvings = self.store.max_touched.bit_length()
+        negative = weighted_untouched_items(
+            hash64(self.seed, self.stream, draws.round, draws.events, draws.numbers, execution=self.execution),
+            begins,
+            ends,
+            arrays["touched_gaps"],
+            arrays["touched_below"],
+            arrays["cumulative"],
+            num_halvings,
+        )
+        if not self.popularity.in_batch or global_ids is None:
+            return negative
+        _, events, _, _ = self._located(global_ids)
+        pool = tf.gather(arrays["item_ids"], events)
+        for attempt in range(_ATTEMPTS):  # the last that fits is taken; if none fits, what is drawn by popularity
+            random = hash64(self.seed, _IN_BATCH, epoch, draws.events, draws.numbers * _ATTEMPTS + attempt)
+            place = tf.cast(tf.math.floormod(random, tf.cast(tf.size(pool), tf.uint64)), tf.int64)
+            item = tf.gather(pool, place)
+            touched = is_touched(item, begins, ends, arrays["touched_gaps"], num_halvings)
+            negative = tf.where(touched, negative, item)
+        return negative
 
     def _windows(self, values: tf.Tensor, begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
         """Returns `values[begin:end]` for each pair of `begins` and `ends` `[B]`, concatenated."""
@@ -368,7 +429,17 @@ def training_batches(
         ids = ids[place % together :][: dealt_end - dealt_begin]
         if len(dealers) > 1:
             ids = deal(ids, -place % together, together, len(dealers), maker.history_lengths)
-        return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch)
+        return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch, of_update(first, total, order))
+
+    def of_update(first: tf.Tensor, total: tf.Tensor, order: tf.Tensor) -> tf.Tensor | None:
+        """Returns the examples of the whole update, for negatives that are drawn among its items."""
+        if maker.popularity is None or not maker.popularity.in_batch:
+            return None
+        groups = tf.range(first // together, (first + total - 1) // together + 1)
+        most = num_examples // together - 1
+        groups = tf.random.experimental.index_shuffle(groups, seed=order, max_index=most)
+        ids = tf.reshape(groups[:, None] * together + tf.range(together, dtype=tf.int64), [-1])
+        return ids[first % together :][:total]
 
     return _mapped(tf.data.Dataset.range(steps.start, steps.stop), make, num_parallel_calls)
 

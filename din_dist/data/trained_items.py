@@ -115,7 +115,7 @@ def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     found = np.zeros(store.facts.num_items + 1, bool)
     begins = store.user_offsets[train.users]  # all earlier events of a user are history
     ends = train.row_ends.astype(np.int64) + train.event_bases
-    for first, end in _chunks(np.cumsum(ends - begins)):
+    for first, end in user_runs(np.cumsum(ends - begins), EVENTS_AT_ONCE):
         lengths = (ends - begins)[first:end]
         before = np.cumsum(lengths) - lengths
         events = np.arange(lengths.sum()) + np.repeat(begins[first:end] - before, lengths)
@@ -137,7 +137,7 @@ def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.
         return offsets, gaps
     number_of = np.cumsum(kept)
     new_counts, new_gaps = [np.zeros(1, np.int64)], []
-    for first, end in _chunks(offsets[1:]):
+    for first, end in user_runs(offsets[1:], EVENTS_AT_ONCE):
         counts = np.diff(offsets[first : end + 1])
         user_of, rank = np.repeat(np.arange(end - first), counts), _ranks(counts)
         items = gaps[offsets[first] : offsets[end]] + 1 + rank
@@ -153,11 +153,11 @@ def _ranks(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _chunks(ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields first and end of runs of users with about `EVENTS_AT_ONCE` events; `ends` `[U]` counts up to each."""
+def user_runs(ends: np.ndarray, events_at_once: int) -> Iterator[tuple[int, int]]:
+    """Yields first and end of runs of users with about `events_at_once` events; `ends` `[U]` counts up to each."""
     first = 0
     while first < len(ends):
         before = ends[first - 1] if first else 0
-        end = max(first + 1, int(np.searchsorted(ends, before + EVENTS_AT_ONCE, side="right")))
+        end = max(first + 1, int(np.searchsorted(ends, before + events_at_once, side="right")))
         yield first, end
         first = end

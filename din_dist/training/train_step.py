@@ -89,14 +89,13 @@ class TrainStep:
         """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
         # One tensor, for to make and hand over each takes a hundredth of a small update.
         numbers = tf.constant([rate, step, global_examples, *requests], tf.float64)
-        weighted = isinstance(batch.weights, tf.Tensor)
-        return self._begun(self._exchange.sums_at_owners, weighted)(batch, numbers)
+        return self._begun(self._exchange.sums_at_owners, batch.extras)(batch, numbers)
 
-    def _begin(self, sums_at_owners: bool, weighted: bool) -> Callable[..., StepResult]:
+    def _begin(self, sums_at_owners: bool, extras: tuple[str, ...]) -> Callable[..., StepResult]:
         """Returns the function that runs an update, made once for each form of the exchange and of batches."""
         if self._optimizer.updates_in_place:
             self._exchange.share(self._optimizer.changing_by_rows)
-        batches = batch_signature(self._model.encodings, weighted)
+        batches = batch_signature(self._model.encodings, extras)
         signature = [batches, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
         return self._run.get_concrete_function()
@@ -162,8 +161,9 @@ class TrainStep:
             execution = self._model.training_mode.execution
             # Beside kernels there are few cheap operations left, and XLA would compile for each number of examples.
             find = _cross_entropy if execution.kernels else execution.fused(_cross_entropy)
-            losses = find(logits, batch.labels)
-            weighted = losses if isinstance(batch.weights, tuple) else losses * batch.weights
+            corrected = logits + batch.logit_offsets if "logit_offsets" in batch.extras else logits
+            losses = find(corrected, batch.labels)
+            weighted = losses * batch.weights if "weights" in batch.extras else losses
             loss = tf.reduce_sum(weighted) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables
         return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss, losses

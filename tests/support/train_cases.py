@@ -23,6 +23,7 @@ from din_dist.config import (
     Config,
     DataConfig,
     ModelKind,
+    Negatives,
     OptimizerKind,
     UnknownItem,
     WireDtype,
@@ -59,8 +60,18 @@ CASES: dict[str, dict] = {
     },
     "bfloat16": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "wire_dtype": WireDtype.BFLOAT16},
     # Nothing but the graph's own order keeps messages apart there: attention would.
-    "mean_pooling": {"model": ModelKind.MEAN_POOLING, "optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05},
-    "features": {"optimizer": OptimizerKind.ADAGRAD, "learning_rate": 0.05, "mini_batch_aware_l2": 0.1},
+    "mean_pooling": {
+        "model": ModelKind.MEAN_POOLING,
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "negatives": Negatives.BATCH,
+    },
+    "features": {  # and weights
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "mini_batch_aware_l2": 0.1,
+        "negatives": "popularity:0.75",
+    },
 }
 BY_MESSAGES = {
     "bfloat16",
