@@ -216,20 +216,21 @@ def _opened_special(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def published_folder(folder: Path, aside: Path | None = None) -> Iterator[Path]:
+def published_folder(folder: Path, aside: Path | None = None, replace: bool = True) -> Iterator[Path]:
     """Yields a new folder that becomes `folder` when the block ends without an error; see `publish_folder`.
 
     Args:
         folder: the folder to replace or create.
         aside: where the new folder is filled, beside `folder`; what a killed process left there is deleted. The caller
             must hold a lock. None: a name of its own, so that several processes may write at once.
+        replace: False: a folder that is there at the end stays, and the new one is deleted.
 
     Raises:
         OSError: the folder cannot be written; the old one is still there.
     """
     with folder_aside(folder.parent, f".{folder.name}-") if aside is None else _emptied(aside) as new:
         yield new
-        publish_folder(new, folder)
+        publish_folder(new, folder, replace)
 
 
 @contextlib.contextmanager
@@ -257,10 +258,16 @@ def _emptied(aside: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def publish_folder(aside: Path, folder: Path) -> None:
+def publish_folder(aside: Path, folder: Path, replace: bool = True) -> None:
     """Moves a finished folder to its place; a folder that was there before is replaced and deleted.
 
     The content is on the disk before the folder gets its name. The name is on the disk when this function returns.
+
+    Args:
+        aside: the finished folder.
+        folder: its place.
+        replace: False: a folder that is there stays. So the first of several processes that publish the same content
+            decides, and none replaces files that another has opened.
 
     Raises:
         OSError: the folder cannot be moved; the old one is still there.
@@ -272,6 +279,8 @@ def publish_folder(aside: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not replace:
+            return
         before = aside
         if not exchange(aside, folder):
             before = _replaced(folder)

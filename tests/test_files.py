@@ -223,6 +223,15 @@ def test_a_folder_is_published_when_its_block_ends_well(tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
+def test_the_first_of_several_publishers_can_decide(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for number in range(2):
+        with published_folder(folder, replace=False) as new:
+            (new / "file").write_text(f"{number}")
+    assert (folder / "file").read_text() == "0"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_folder_aside_is_removed_unless_it_was_published(tmp_path: Path) -> None:
     with pytest.raises(KeyError), folder_aside(tmp_path, "new-") as aside:
         assert aside.name.startswith("new-")

@@ -168,15 +168,21 @@ def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examp
 
 
 def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Publishes a folder with one file NAME-ARRAY.npy for each array of `runs`."""
+    """Publishes a folder with one file NAME-ARRAY.npy for each array of `runs`.
+
+    If another process was faster, with the same content, its files stay: somebody may have opened them.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     try:
-        with published_folder(folder) as aside:
+        with published_folder(folder, replace=False) as aside:
             for name, arrays in runs.items():
                 for array, values in arrays.items():
                     np.save(aside / f"{name}-{array}.npy", values)
             write_checksums(aside)
     except OSError:
-        if not folder.is_dir():  # otherwise another process was faster, with the same content
+        if not folder.is_dir():
             raise
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from din_dist.config import DataConfig, Split
+from din_dist.config import DataConfig, Split, UnknownItem
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore
+from din_dist.data.popularity import popularity
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, item_counts, split_examples
+from din_dist.data.trained_items import trained_items
 from din_dist.errors import InputError
 from tests.support.small_log import small_config, write_log
 
@@ -93,6 +96,25 @@ def test_a_kept_cut_that_changes_under_a_job(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes())
     with pytest.raises(InputError, match="this file was written to"):
         store.check_unchanged()
+
+
+@pytest.mark.parametrize("unknown_item", UnknownItem)
+def test_processes_that_cut_at_once_keep_the_files_of_the_first(tmp_path: Path, unknown_item: UnknownItem) -> None:
+    """Ranks begin together: one finds nothing, and publishes when the other has opened its own files already."""
+    config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT, unknown_item=unknown_item, negatives="batch").data
+
+    def cut(store: EventStore) -> None:
+        splits = split_examples(store, config)
+        trained = trained_items(store, config, splits)
+        popularity(store, config, splits, trained)
+
+    store, late = prepare(config), prepare(config)
+    cut(store)
+    opened = [path for path in store.files if path.parent.parent.name == "packed"]
+    assert len({path.parent.name for path in opened}) == (3 if unknown_item is UnknownItem.FEATURES else 2)
+    with mock.patch.object(Path, "is_dir", lambda path: False):
+        cut(late)
+    store.check_unchanged()
 
 
 @pytest.mark.parametrize("labels", [False, True])
