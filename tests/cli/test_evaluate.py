@@ -76,7 +76,7 @@ def test_two_workers_find_the_same(job: Path, alone: subprocess.CompletedProcess
     words = [sys.executable, "-m", "din_dist.cli.evaluate", f"--output_dir={job / 'run'}"]
     launcher = Path(sys.executable).with_name("horovodrun")
     done = subprocess.run(
-        [str(launcher), "--gloo", "-np", "2", *words],
+        [str(launcher), "--gloo", "--gloo-timeout-seconds", "280", "-np", "2", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
