@@ -72,8 +72,8 @@ with theme("histories from prepared data"):
     BEFORE_COLUMN = flags.DEFINE_string(
         "before_column",
         "",
-        "With --user_histories: column of a time, of the log's kind and unit. The history is what the user did before "
-        "it. Default: none, all of the history counts.",
+        "With --user_histories: column of a time, of the log's kind and unit. The history is what is known of the user "
+        "before it, as in training (--history_delay, --label_time_column). Default: none, all of the history counts.",
     )
 define_overrides(WHERE_DATA_LIES)
 with theme("result"):
