@@ -27,6 +27,7 @@ from din_dist.errors import InputError
 from din_dist.schema import Batch, HistoryRule
 from din_dist.serving.batch.histories import UserHistories
 from din_dist.tables.ids import Ids
+from tests.support.page_log import pages
 from tests.support.small_log import small_config
 
 BEFORE_TIME, BEFORE_EVENT = HistoryEnds.BEFORE_TIME, HistoryEnds.BEFORE_EVENT
@@ -179,24 +180,6 @@ def test_histories_against_plain_python(log: tuple[list[dict], dict], tmp_path_f
 
 def users_of(store: EventStore) -> np.ndarray:
     return np.repeat(np.arange(store.facts.num_users), np.diff(store.user_offsets))
-
-
-def pages(num_users: int, labelled: bool = True, seconds: int = 3) -> list[dict]:
-    """Pages of five items of one category, shown within some seconds; one is clicked, at random, up to 9 s later."""
-    random = np.random.default_rng(0)
-    rows = []
-    for user in range(num_users):
-        for page in range(12):
-            category = int(random.integers(30))
-            clicked = random.integers(5)
-            for place, item in enumerate(category * 8 + random.choice(8, 5, replace=False)):
-                time = 1000 + 10 * page + int(random.integers(seconds))
-                row = {"user_id": f"u{user}", "item_id": f"i{item}", "timestamp": time, "page": f"p{page}"}
-                row["category_id"] = f"c{category}"
-                label = int(place == clicked)
-                came = time + int(random.integers(9)) if label else None
-                rows.append(row | ({"label": label, "came": came} if labelled else {}))
-    return rows
 
 
 RULES: dict[str, dict[str, Any]] = {
