@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from din_dist.errors import InputError
@@ -80,6 +80,7 @@ def test_isotonic_by_hand() -> None:
     np.testing.assert_allclose(found, [0.125, 0.125, 0.5, 0.875, 0.875], rtol=1e-6)
 
 
+@settings(deadline=None)  # TensorFlow's first call takes seconds
 @given(
     examples=st.lists(st.tuples(st.floats(-30, 30), st.integers(0, 1)), min_size=2, max_size=60),
     kind=st.sampled_from([PLATT, ISOTONIC]),
