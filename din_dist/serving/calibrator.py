@@ -23,6 +23,7 @@ from din_dist.text import shown
 _MOST_KNOTS = 1000
 _NEWTON_STEPS = 100
 _CONVERGED = 1e-12
+_SAME = 1e-6  # logits that differ by no more of their size are one, because they are float32
 
 
 class Calibrate(enum.StrEnum):
@@ -139,8 +140,8 @@ def _fit_platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     targets = np.where(labels == 1, high, low)
     center, scale = logits.mean(), logits.std() or 1.0
     inputs = np.stack([(logits - center) / scale, np.ones_like(logits)], axis=1)
-    if np.ptp(logits) == 0:
-        inputs[:, 0] = 0
+    if np.ptp(logits) <= _SAME * max(1.0, float(np.abs(logits).max())):
+        inputs[:, 0] = 0  # a line through one point
 
     def loss(weights: np.ndarray) -> float:
         found = inputs @ weights
@@ -159,7 +160,7 @@ def _fit_platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         while loss(weights - step) > value and np.abs(step).max() > _CONVERGED:
             step /= 2
         weights = weights - step
-    if weights[0] < 0:  # the model orders validation wrongly; an order must not be turned round
+    if weights[0] <= 0:  # the model orders validation wrongly; an order must not be turned round
         return 0.0, float(np.log(targets.mean() / (1 - targets.mean())))
     slope = float(weights[0] / scale)
     return slope, float(weights[1] - slope * center)

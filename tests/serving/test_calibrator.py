@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from din_dist.errors import InputError
@@ -85,6 +85,7 @@ def test_isotonic_by_hand() -> None:
     examples=st.lists(st.tuples(st.floats(-30, 30), st.integers(0, 1)), min_size=2, max_size=60),
     kind=st.sampled_from([PLATT, ISOTONIC]),
 )
+@example(examples=[(0.0, 1), (-2e-50, 0)], kind=PLATT)
 def test_an_order_is_never_turned_round(examples: list[tuple[float, int]], kind: Calibrate) -> None:
     """And JSON and the graph keep the function."""
     logits, labels = (np.array(values) for values in zip(*examples, strict=True))

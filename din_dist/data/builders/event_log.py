@@ -58,13 +58,13 @@ class EventLogBuilder(EventsBuilder):
     name = "event_log"
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First."}
-    builder_config: EventLogConfig
+    builder_config: EventLogConfig  # None in what TFDS makes only to look at it
 
     def _settings(self) -> dict[str, Any]:
         return self.builder_config.columns.to_json() | self.builder_config.features.settings()
 
     def _more(self) -> dict[str, type]:
-        return self.builder_config.columns.more
+        return self.builder_config.columns.more if self.builder_config else {}
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         config = self.builder_config

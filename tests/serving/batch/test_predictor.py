@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from din_dist.serving.batch import predictor as predict
 from din_dist.serving.batch.histories import GivenHistories, newest
 from din_dist.serving.batch.parts import PartsFolder
 from din_dist.serving.batch.predictor import Predictor, RowColumns, Stopped, calls, top_indices
+from din_dist.serving.calibrator import Calibrator
 from din_dist.tables.ids import Field
 
 COLUMNS = RowColumns(Field("history", True, True), Field("candidates", True, True))
@@ -24,6 +26,8 @@ COLUMNS = RowColumns(Field("history", True, True), Field("candidates", True, Tru
 
 class Sums:
     """As `Bundle`; a logit is a thousandth of the history's sum and the candidate."""
+
+    manifest = SimpleNamespace(calibrator=Calibrator())
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

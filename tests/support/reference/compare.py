@@ -223,7 +223,7 @@ def take(batch: Batch, examples: Sequence[int]) -> Batch:
     fields = {
         name: None if values is None else tf.gather(values, rows[name])
         for name, values in batch._asdict().items()
-        if name != "features"
+        if name != "features" and not isinstance(values, tuple)
     }
     if batch.features:
         fields["features"] = {name: take_values(values, examples) for name, values in batch.features.items()}
