@@ -115,7 +115,7 @@ class DatasetFacts:
 
     @property
     def histories_end(self) -> str:
-        """Where histories end, in words."""
+        """The end of each history, in words."""
         if self.history_rule is HistoryRule.BEFORE_EVENT:
             return "before the event, in the order of the log (--history_ends=before_event)"
         words = f"before the time of the {'request' if self.has_request_times else 'event'}"

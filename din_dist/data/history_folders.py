@@ -22,6 +22,7 @@ from din_dist.data.blocks import Block
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, EventStore, map_array
 from din_dist.data.histories import cut_histories
+from din_dist.data.trained_items import user_runs
 from din_dist.errors import InputError
 from din_dist.features.times import Delay, TimestampUnit, unit_of
 from din_dist.files import published_folder
@@ -135,9 +136,8 @@ def _parts(store: EventStore, facts: DatasetFacts) -> Iterator[tuple[str, np.nda
 
 
 def _blocks(store: EventStore) -> Iterator[Block]:
-    first, offsets = 0, store.user_offsets
-    while first < store.facts.num_users:
-        end = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _EVENTS_AT_ONCE, side="right")) - 1)
+    offsets = store.user_offsets
+    for first, end in user_runs(offsets[1:], _EVENTS_AT_ONCE):
         events = slice(int(offsets[first]), int(offsets[end]))
         labels = np.ones(events.stop - events.start, np.uint8) if store.labels is None else store.labels[events]
         yield Block(
@@ -149,4 +149,3 @@ def _blocks(store: EventStore) -> Iterator[Block]:
             request_times=None if store.request_times is None else store.request_times[events],
             label_times=None if store.label_times is None else store.label_times[events],
         )
-        first = end

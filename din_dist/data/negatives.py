@@ -5,6 +5,8 @@ M is the number of draws, or of users.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from din_dist.data.hashing import place_in_random_order
@@ -40,14 +42,30 @@ def untouched_items(
         return operations.untouched_items(random, begins, ends, touched_gaps, num_items)
     num_untouched = num_items - (ends - begins)
     rank = tf.cast(tf.math.floormod(random, tf.cast(num_untouched, tf.uint64)), tf.int64)
-    low, high = begins, ends
     last = tf.size(touched_gaps, tf.int64) - 1
+
+    def is_passed(place: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.gather(touched_gaps, tf.minimum(place, last)), tf.int64) <= rank
+
+    return tf.cast(rank + (_first_not(is_passed, begins, ends, num_halvings) - begins) + 1, tf.int32)
+
+
+def _first_not(
+    is_passed: Callable[[tf.Tensor], tf.Tensor], low: tf.Tensor, high: tf.Tensor, num_halvings: int
+) -> tf.Tensor:
+    """Returns the first place of each window that is not passed, or its end: int64 `[M]`, by a binary search.
+
+    Args:
+        is_passed: tells of places `[M]`, one a window, if they are; those that are come first.
+        low: int64 `[M]`, where each window begins.
+        high: int64 `[M]`, where it ends.
+        num_halvings: `ceil(log2(longest + 1))` for the longest window.
+    """
     for _ in range(num_halvings):  # a fixed number of turns: a row that is done stays as it is
         middle = (low + high) // 2
-        gap = tf.cast(tf.gather(touched_gaps, tf.minimum(middle, last)), tf.int64)
-        right = (gap <= rank) & (low < high)
+        right = is_passed(middle) & (low < high)
         low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
-    return tf.cast(rank + (low - begins) + 1, tf.int32)
+    return low
 
 
 def weighted_untouched_items(
@@ -85,12 +103,12 @@ def weighted_untouched_items(
 
     left = total - touched_weight(ends)
     number = tf.cast(tf.math.floormod(random, tf.cast(left, tf.uint64)), tf.int64)
-    low, high = begins, ends
-    for _ in range(num_halvings):  # a fixed number of turns: a row that is done stays as it is
-        middle = (low + high) // 2
-        right = (tf.gather(touched_below, tf.minimum(middle, most)) <= number) & (low < high)
-        low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
-    return tf.searchsorted(cumulative, number + touched_weight(low), side="right")
+
+    def is_passed(place: tf.Tensor) -> tf.Tensor:
+        return tf.gather(touched_below, tf.minimum(place, most)) <= number
+
+    first = _first_not(is_passed, begins, ends, num_halvings)
+    return tf.searchsorted(cumulative, number + touched_weight(first), side="right")
 
 
 def is_touched(
@@ -112,12 +130,8 @@ def is_touched(
         place = tf.minimum(place, last)
         return tf.cast(tf.gather(touched_gaps, place), tf.int64) + 1 + (place - begins)
 
-    low, high = begins, ends
-    for _ in range(num_halvings):
-        middle = (low + high) // 2
-        right = (touched(middle) < items) & (low < high)
-        low, high = tf.where(right, middle + 1, low), tf.where(right, high, middle)
-    return (low < ends) & tf.equal(touched(low), items)
+    first = _first_not(lambda place: touched(place) < items, begins, ends, num_halvings)
+    return (first < ends) & tf.equal(touched(first), items)
 
 
 def distinct_untouched_items(
