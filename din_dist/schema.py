@@ -18,6 +18,7 @@ from din_dist.text import is_count, is_integer, shown
 READER = 2
 
 UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
+MOST_TASKS = 8  # their labels share a byte
 
 
 class Batch(NamedTuple):
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
     history_item_ids: Any  # int32 [N], the histories concatenated, each oldest first
     history_lengths: Any  # int32 [B], sum N
     dropout_seeds: Any = None  # int64 [B], a number for (seed, epoch, example)
-    labels: Any = None  # float32 [B], 0 or 1
+    labels: Any = None  # float32 [B], 0 or 1; of T tasks [B, T]
     distinct_item_ids: Any = None  # int32 [U], the items of candidates and histories, each once
     item_index: Any = None  # int32 [B + N], the place of each candidate and then each history position among those
     example_ids: Any = None  # int64 [B], position among the split's examples
@@ -56,6 +57,7 @@ BLOCK_TIMESTAMPS = "timestamps"  # int64 [E]
 BLOCK_LABELS = "labels"  # uint8 [E]; all 1 where the log has no labels
 BLOCK_REQUEST_TIMES = "request_times"  # int64 [E], the time of each event's request; absent without --request_column
 BLOCK_WEIGHTS = "weights"  # float32 [E], how much each event counts in training; absent without --weight_column
+BLOCK_TASK_LABELS = "task_labels"  # uint8 [E], bit t is the label of task t; absent without --label_columns
 BLOCK_LABEL_TIMES = "label_times"  # int64 [E], when each positive came; absent without --label_time_column
 
 EVENTS_SPLIT = "events"  # the one split of every builder's records; train, validation and test are cut from it later
@@ -64,6 +66,14 @@ EVENTS_SPLIT = "events"  # the one split of every builder's records; train, vali
 FACTS_FILE = "facts.json"  # a DatasetFacts
 VOCABULARY_DIR = "vocabulary"  # NAME.parquet, column "id": row i holds the user's own id of dense id i + 1
 ITEM_FEATURES_DIR = "item_features"  # NAME.npy, int32 [num_items + 1]: an item's dense id -> its feature's dense id
+
+
+METRICS_OF_TASKS = ("gauc", "auc", "log_loss")  # of each label, if there are several
+
+
+def metric_of(name: str, task: str) -> str:
+    """Returns what a metric of one of several labels is called."""
+    return f"{name}_{task}"
 
 
 class HistoryRule(enum.StrEnum):
@@ -90,6 +100,7 @@ class DatasetFacts:
     `has_request_times`, `has_label_times` and `has_weights` tell that the log names requests, when positives came, and
     how much each event counts.
     `history_delay` is how long after its time a behaviour is known, in the unit of the timestamps.
+    `tasks` names the labels to predict, if there are several; those that make histories are among them.
     """
 
     num_users: int
@@ -107,6 +118,12 @@ class DatasetFacts:
     has_label_times: bool = False
     has_weights: bool = False
     history_delay: int = 0
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def num_tasks(self) -> int:
+        """How many labels of each example are predicted."""
+        return max(1, len(self.tasks))
 
     @property
     def present_rule(self) -> HistoryRule:
@@ -152,7 +169,7 @@ class DatasetFacts:
         for name, is_possible in _POSSIBLE.items():
             if not is_possible(getattr(facts, name)):
                 raise ValueError(f"{name} cannot be {shown(getattr(facts, name))}")
-        return dataclasses.replace(facts, history_rule=HistoryRule(facts.history_rule))
+        return dataclasses.replace(facts, history_rule=HistoryRule(facts.history_rule), tasks=tuple(facts.tasks))
 
     def to_json(self) -> dict:
         """Returns the fields, those that came later only where they differ from their default."""
@@ -161,7 +178,16 @@ class DatasetFacts:
         return {name: value for name, value in fields.items() if name not in _LATER or value != defaults[name]}
 
 
-_LATER = ("has_request_times", "has_label_times", "has_weights", "history_delay")
+_LATER = ("has_request_times", "has_label_times", "has_weights", "history_delay", "tasks")
+
+
+def _are_tasks(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= MOST_TASKS
+        and all(isinstance(name, str) for name in value)
+        and len({*value}) == len(value)
+    )
 
 
 def _are_sources(value: Any) -> bool:
@@ -177,6 +203,7 @@ _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     "fingerprint": lambda value: isinstance(value, str),
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,
+    "tasks": _are_tasks,
 }
 _FEATURE = "feature:"
 _OURS = {"item", "items", "user", "users", "events", "popularity"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from din_dist.config.data import UNKNOWN_ITEM_RATE, DataConfig, HistoryEnds, Negatives, Split, UnknownItem
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
-from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
+from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind, TaskHead
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
 from din_dist.config.settings import Settings, is_saved, list_text, require
 from din_dist.config.telemetry import LogFormat, TelemetryConfig
@@ -37,6 +37,7 @@ __all__ = [
     "Schedule",
     "Settings",
     "Split",
+    "TaskHead",
     "TelemetryConfig",
     "UnknownItem",
     "WireDtype",
@@ -70,6 +71,26 @@ class Config:
             self.evaluation.early_stopping_patience,
             "Use --split=leave_two_out or temporal, or drop it.",
         )
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        tasks, factors = self.data.label_columns, self.optimizer.task_weights
+        head, validated = self.model.task_head, self.evaluation.validation_task
+        rule = "is for several labels"
+        require(bool(tasks) or head == TaskHead.SHARED, rule, "task_head", head, "Give --label_columns, or drop it.")
+        rule, remedy = "must be one of --label_columns", f"Choose among {', '.join(tasks) or 'them'}, or drop it."
+        require(not validated or validated in tasks, rule, "validation_task", validated, remedy)
+        fits = len(factors) in (0, len(tasks))
+        rule, given = "must have one number for each of --label_columns", list_text(factors)
+        require(
+            fits, rule, "task_weights", given, f"Give {len(tasks)}." if tasks else "Give --label_columns, or drop it."
+        )
+
+    @property
+    def main_task(self) -> int:
+        """The label that models are chosen and items are ranked by: its place among `data.label_columns`; 0 without."""
+        validated = self.evaluation.validation_task
+        return self.data.label_columns.index(validated) if validated else 0
 
     def parts(self) -> Iterator[tuple[str, Settings]]:
         """Yields the name and the settings of each theme."""

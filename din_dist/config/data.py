@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import re
 from typing import ClassVar, Self
 
 from din_dist.config.settings import (
@@ -18,6 +19,7 @@ from din_dist.config.settings import (
 )
 from din_dist.features.spec import FeatureSpec, from_text
 from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
+from din_dist.schema import MOST_TASKS
 
 UNKNOWN_ITEM_RATE = 0.1
 _EXPONENT, _LARGEST_EXPONENT = 0.75, 2  # of popularity
@@ -48,6 +50,16 @@ def _check_dataset(name: str, value: str) -> None:
     require(kind in _DATASETS, "unknown data set", name, value, f"Choose one of {', '.join(_DATASETS)}.")
     is_plain = kind == "amazon_reviews" or not category
     require(is_plain, "only amazon_reviews has configurations", name, value, f"Write --dataset={kind}.")
+
+
+def _check_labels(name: str, value: tuple[str, ...]) -> None:
+    given, remedy = ",".join(value), "For example click,buy."
+    require(len(value) != 1, "names several columns; --label_column names one", name, given, remedy)
+    require(len(value) <= MOST_TASKS, f"takes at most {MOST_TASKS} columns", name, given, "Drop some.")
+    require(len(set(value)) == len(value), "each column may be named once", name, given, "Remove the repetition.")
+    for column in value:
+        rule = "their names are parts of others: letters of ASCII, digits and _ only, no digit first"
+        require(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column) is not None, rule, name, column, "Rename the column.")
 
 
 def _check_features(name: str, value: tuple[str, ...]) -> None:
@@ -144,6 +156,16 @@ class DataConfig(Settings):
     label_column: str = text_setting(
         "label",
         "Column of the click label, 0 or 1. The default column may be absent; every event is then a positive.",
+    )
+    label_columns: tuple[str, ...] = text_setting(
+        (),
+        "Columns of the labels to predict, comma-separated (click,buy), 0 or 1 each: one model learns them all. "
+        "Default: --label_column alone.",
+        check=_check_labels,
+        later=True,
+    )
+    history_label: str = text_setting(
+        "", "Which of --label_columns makes histories: those of its positives. Default: the first.", later=True
     )
     label_time_column: str = text_setting(
         "",
@@ -345,12 +367,17 @@ class DataConfig(Settings):
 
     def _check_columns(self) -> None:
         given = [name for name in (self.label_time_column, self.request_column, self.weight_column) if name]
-        ids = (self.user_column, self.item_column, self.timestamp_column, self.label_column)
+        ids = (self.user_column, self.item_column, self.timestamp_column, *(self.label_columns or [self.label_column]))
         columns = (*ids, *given, *self.item_features)
         for name in columns:
             require(columns.count(name) == 1, "a column can have one role", "item_features", name, "Use it once.")
             rule, remedy = "a column's name must be one line", "Rename the column."
             require(len(name.splitlines()) <= 1, rule, "item_features", name, remedy)
+
+    @property
+    def label_of_histories(self) -> str:
+        """The column of the label whose positives are behaviours; empty for none."""
+        return self.history_label or next(iter(self.label_columns), self.label_column)
 
     @property
     def drawn_negatives(self) -> Negatives:
@@ -384,12 +411,19 @@ class DataConfig(Settings):
 
     def _check_histories(self) -> None:
         kind = self.dataset.partition("/")[0]
-        both = ["event_log", _PURCHASES]
-        columns = {"label_time_column": ["event_log"], "request_column": both, "weight_column": both}
+        of_log, both = ("event_log",), ("event_log", _PURCHASES)
+        columns = {"label_time_column": of_log, "label_columns": of_log, "request_column": both, "weight_column": both}
         for name, kinds in columns.items():
             value = getattr(self, name)
+            value = ",".join(value) if isinstance(value, tuple) else value
             rule = f"--dataset={kind} has no such column"
             require(kind in kinds or not value, rule, name, value, "Drop it, or use --dataset=event_log.")
+        replaced = bool(self.label_columns) and self.label_column_required
+        rule = "--label_columns takes its place"
+        require(not replaced, rule, "label_column", self.label_column, "Drop it, and name all labels there.")
+        known = not self.history_label or self.history_label in self.label_columns
+        rule, remedy = "must be one of --label_columns", f"Choose among {', '.join(self.label_columns) or 'them'}."
+        require(known, rule, "history_label", self.history_label, remedy)
         if self.history_ends is HistoryEnds.BEFORE_EVENT:
             for name, default in (("label_time_column", ""), ("request_column", ""), ("history_delay", "0")):
                 value = getattr(self, name)

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import ClassVar
 
-from din_dist.config.settings import UINT32_MAX, Settings, path_setting, require, setting
+from din_dist.config.settings import UINT32_MAX, Settings, path_setting, require, setting, text_setting
 
 
 class ComputeDtype(enum.StrEnum):
@@ -112,4 +112,10 @@ class EvaluationConfig(Settings):
         "Stop after this many validations in a row without a better GAUC; 0: never. Needs a validation split.",
         at_least=0,
         may_change=True,
+    )
+    validation_task: str = text_setting(
+        "",
+        "The one of --label_columns by which the best weights are chosen, training stops early and items are ranked. "
+        "Metrics without a label's name are its own. Default: the first.",
+        later=True,
     )

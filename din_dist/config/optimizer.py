@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import ClassVar
 
-from din_dist.config.settings import Settings, require, setting
+from din_dist.config.settings import Settings, require, setting, text_setting
 
 _SCHEDULE = "schedule"
 
@@ -28,6 +29,18 @@ class WireDtype(enum.StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+def _check_factors(name: str, value: tuple[float, ...]) -> None:
+    given = ",".join(map(str, value))
+    hold = all(isinstance(factor, float) and math.isfinite(factor) and factor >= 0 for factor in value)
+    require(
+        hold and (not value or sum(value) > 0),
+        "must be numbers of at least 0, not all 0",
+        name,
+        given,
+        "For example 1,0.5.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +86,12 @@ class OptimizerConfig(Settings):
         "The paper's regularization (section 5.1): adds mini_batch_aware_l2 / (events with this id) * row to the "
         "gradient of the embedding rows of the batch.",
         at_least=0,
+    )
+    task_weights: tuple[float, ...] = text_setting(
+        (),
+        "Factor of each label's loss, in the order of --label_columns. Default: 1 for each.",
+        check=_check_factors,
+        later=True,
     )
     wire_dtype: WireDtype = setting(
         WireDtype.FLOAT32,

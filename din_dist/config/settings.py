@@ -128,6 +128,7 @@ class Settings:
 
 def is_saved(field: dataclasses.Field, value: object) -> bool:
     """Tells whether a setting of this value is written where a job is saved."""
+    value = tuple(value) if isinstance(value, list) else value
     return not field.metadata.get("later") or value != field.default
 
 

@@ -34,6 +34,7 @@ class Block:
     request_times: np.ndarray | None = None
     label_times: np.ndarray | None = None
     weights: np.ndarray | None = None
+    task_labels: np.ndarray | None = None
 
 
 class Blocks(abc.ABC):
@@ -83,6 +84,7 @@ class EventLog:
         raw_features: what declared features are made from.
         tables: how the tables of items, users and offers fit the events.
         offers: which row of a table of offers an item has; None without such a table.
+        tasks: the labels to predict, if there are several.
     """
 
     user_ids: pa.Array
@@ -94,6 +96,7 @@ class EventLog:
     raw_features: tuple[RawFeature, ...] = ()
     tables: Mapping[str, TableCounts] = dataclasses.field(default_factory=dict)
     offers: Offers | None = None
+    tasks: tuple[str, ...] = ()
 
 
 class SortedBlocks(Blocks):

@@ -69,6 +69,7 @@ class EventStore:
         request_times: int64 `[E]`, the first time of each event's request; None where the log names no requests.
         label_times: int64 `[E]`, when each positive event came; None where the log does not say.
         weights: float32 `[E]`, by how much each event counts in training; None where all count alike.
+        task_labels: uint8 `[E]`, bit t is the label of task t; None where there is one task, of `labels`.
         history_item_ids: int32, the items of the positive events only, in the order of their times; `item_ids` itself
             without labels.
         history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
@@ -102,6 +103,7 @@ class EventStore:
     label_times: np.ndarray | None = None
     history_times: np.ndarray | None = None
     weights: np.ndarray | None = None
+    task_labels: np.ndarray | None = None
     features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
 
@@ -109,6 +111,18 @@ class EventStore:
     def max_touched(self) -> int:
         """The largest number of different items that one user touched; 0 with labels."""
         return 0 if self.touched_offsets is None else int(np.diff(self.touched_offsets).max(initial=0))
+
+    def labels_of(self, events: np.ndarray, task: int = 0) -> np.ndarray:
+        """Returns the labels of some events, uint8 `[M]`: of a task, or of the only one.
+
+        Args:
+            events: int64 `[M]`, of a log with labels.
+            task: from 0, in the order of `facts.tasks`.
+        """
+        if self.task_labels is not None:
+            return self.task_labels[events] >> task & 1
+        assert self.labels is not None
+        return self.labels[events]
 
     def check_unchanged(self) -> None:
         """Compares the state of each file with that when it was opened. That takes one `stat` a file.
@@ -288,6 +302,7 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
         label_times=label_times,
         history_times=history_times,
         weights=load.packed("weights", np.float32, num_events) if facts.has_weights else None,
+        task_labels=load.packed("task_labels", np.uint8, num_events) if facts.tasks else None,
         item_features={name: load.item_feature(name, facts.num_items + 1) for name in facts.item_features},
         files=files,
     )
@@ -388,7 +403,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
 
 _DTYPES = {  # of the arrays that are not int64
     **dict.fromkeys(("item_ids", "history_item_ids", "touched_gaps"), np.int32),
-    "labels": np.uint8,
+    **dict.fromkeys(("labels", "task_labels"), np.uint8),
     "weights": np.float32,
 }
 
@@ -428,6 +443,8 @@ class _PackedArrays:
             self._write("label_times", block.label_times)
         if block.weights is not None:
             self._write("weights", block.weights)
+        if block.task_labels is not None:
+            self._write("task_labels", block.task_labels)
         if self._facts.has_labels:
             found = cut_histories(block, HistoryRule.BEFORE_TIME)
             new_offsets, new = found.offsets, found.item_ids

@@ -6,7 +6,8 @@ Letters of shapes: E events.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
 from din_dist.tables.value_columns import WeightColumn
 
-_LATER = ("label_time", "request", "weight")
+_LATER = ("label_time", "request", "weight", "tasks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Columns:
     timestamp: str = "timestamp"
     label: str = "label"  # empty: the log has none
     label_required: bool = False
+    tasks: tuple[str, ...] = ()  # the labels to predict, `label` among them; empty: `label` alone
     label_time: str = ""  # empty: a positive comes at its event's time
     request: str = ""  # empty: the events of one user and time are a request
     weight: str = ""  # empty: all events count alike
@@ -66,7 +68,7 @@ class Columns:
             )
         remedy = (
             "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
-            "--label_column, --label_time_column, --request_column, --weight_column, --item_features)."
+            "--label_column, --label_columns, --label_time_column, --request_column, --weight_column, --item_features)."
         )
         require_columns(layouts, columns.names, remedy)
         return columns
@@ -74,8 +76,13 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """The names of all columns to read."""
-        optional = [name for name in (self.label, self.label_time, self.request, self.weight) if name]
+        optional = [name for name in (*self.labels, self.label_time, self.request, self.weight) if name]
         return [self.user, self.item, self.timestamp, *optional, *self.item_features]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns of labels; that of histories alone if nothing else is predicted."""
+        return self.tasks or (self.label,)
 
     @property
     def more(self) -> dict[str, type]:
@@ -84,8 +91,9 @@ class Columns:
             schema.BLOCK_REQUEST_TIMES: (self.request, np.int64),
             schema.BLOCK_LABEL_TIMES: (self.label_time, np.int64),
             schema.BLOCK_WEIGHTS: (self.weight, np.float32),
+            schema.BLOCK_TASK_LABELS: (self.tasks, np.uint8),
         }
-        return {name: dtype for name, (column, dtype) in found.items() if column}
+        return {name: dtype for name, (columns, dtype) in found.items() if columns}
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields, those that came later only where they are given."""
@@ -134,17 +142,18 @@ class _LogReader:
     def _find_layouts(self, columns: Columns) -> dict[Path, Layout]:
         of_features, lists = self._features.from_log, self._features.names
         names = list(dict.fromkeys([*columns.names, *lists]))
-        numbers = [columns.label, columns.weight, *number_names(of_features, columns.names)]
+        numbers = [*columns.labels, columns.weight, *number_names(of_features, columns.names)]
         found = {file: Layout.of(file, self._form, names, numbers, lists) for file in self._files}
         return {file: layout for file, layout in found.items() if layout}
 
     def read(self) -> EventLog:
         columns, rows = self._columns, self._rows
         users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
-        times, labels = TimeColumn(columns.timestamp, rows), LabelColumn(columns.label, rows)
+        times = TimeColumn(columns.timestamp, rows)
+        labels = [LabelColumn(name, rows, not columns.tasks) for name in columns.labels]
         requests, label_times = IdColumn(columns.request, rows), TimeColumn(columns.label_time, rows, times, True)
         weights = WeightColumn(columns.weight, rows)
-        read = [users, items, times, labels, requests, label_times, weights]
+        read = [users, items, times, *labels, requests, label_times, weights]
         of_items = (RawColumn.of(spec) for spec in shorthand(columns.item_features))
         features = self._features.begin(rows, [column for column in of_items if column])
         names = list(dict.fromkeys([*columns.names, *self._features.names]))
@@ -163,8 +172,11 @@ class _LogReader:
         user_of, user_ids = users.finish(self._is_text(users.name))
         item_of, item_ids = items.finish(self._is_text(items.name))
         timestamps = times.finish()
-        label_of = labels.finish() if columns.label else None
+        labels_of = {column.name: column.finish() for column in labels if column.name}
+        label_of = labels_of.get(columns.label)
         more: dict[str, np.ndarray] = {}
+        if columns.tasks:
+            more[schema.BLOCK_TASK_LABELS] = as_bits(labels_of.values())
         if columns.request:
             request_of, _ = requests.finish(self._is_text(requests.name))
             more[schema.BLOCK_REQUEST_TIMES] = first_times(user_of, request_of, timestamps)
@@ -188,6 +200,7 @@ class _LogReader:
             declared,
             self._features.counts,
             self._features.offers,
+            columns.tasks,
         )
 
     def _is_text(self, name: str) -> bool:
@@ -216,6 +229,11 @@ class _LogReader:
         order = np.argsort(user_of, kind="stable")
         _check_sorted(user_of, timestamps, order, self._rows)
         return order
+
+
+def as_bits(labels: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns the labels of the tasks, uint8 `[E]` each, as the bits of one array, uint8 `[E]`."""
+    return functools.reduce(np.bitwise_or, (values << place for place, values in enumerate(labels)))
 
 
 def first_times(users: np.ndarray, requests: np.ndarray, timestamps: np.ndarray) -> np.ndarray:

@@ -41,12 +41,13 @@ _ATTEMPTS = 4  # to find an item in the batch that the user never touched
 _EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
-def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] = ()) -> Batch:
+def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] = (), num_tasks: int = 1) -> Batch:
     """Returns the TensorSpec of each field of a batch that has all of them.
 
     Args:
         encodings: of the data set's features. Those of items are not in batches.
         extras: as `Batch.extras` names them.
+        num_tasks: the labels of an example.
     """
     ids, ids64 = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)
     return Batch(
@@ -54,7 +55,7 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
         history_item_ids=ids,
         history_lengths=ids,
         dropout_seeds=ids64,
-        labels=tf.TensorSpec([None], tf.float32),
+        labels=tf.TensorSpec([None] if num_tasks == 1 else [None, num_tasks], tf.float32),
         distinct_item_ids=ids,
         item_index=ids,
         example_ids=ids64,
@@ -229,7 +230,7 @@ class BatchMaker:
             "history_item_ids": self.store.history_item_ids,
             "history_offsets": self.store.history_offsets,
             "history_ends": self.store.history_ends,
-            "labels": self.store.labels,
+            "labels": self.store.labels if self.store.task_labels is None else self.store.task_labels,
             "touched_gaps": self._drawn_from.touched_gaps,
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
@@ -280,7 +281,7 @@ class BatchMaker:
         draw = example_ids % self.examples.draws_per_row
         candidate = tf.gather(arrays["item_ids"], event)
         if self.store.facts.has_labels:
-            labels = tf.cast(tf.gather(arrays["labels"], event), tf.float32)
+            labels = self._labels(tf.gather(arrays["labels"], event))
         else:
             labels = tf.cast(draw == 0, tf.float32)
             draws = _Draws(event, user, draw, epoch if self.resample else tf.zeros_like(epoch))
@@ -309,6 +310,13 @@ class BatchMaker:
             weights=tf.gather(arrays["weights"], event) / self.mean_weight if self.mean_weight else (),
             logit_offsets=offsets,
         )
+
+    def _labels(self, found: tf.Tensor) -> tf.Tensor:
+        """Returns labels as batches have them, given those of the events or their bits by task, uint8 `[B]`."""
+        if self.store.task_labels is not None:
+            places = tf.constant([*range(self.store.facts.num_tasks)], tf.uint8)
+            found = tf.bitwise.right_shift(found[:, None], places) & 1
+        return tf.cast(found, tf.float32)
 
     def _uniform_negatives(self, draws: _Draws) -> tf.Tensor:
         """Returns a negative for each example, int32 `[B]`."""

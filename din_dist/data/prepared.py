@@ -107,8 +107,9 @@ def _columns(config: DataConfig) -> Columns:
         user=config.user_column,
         item=config.item_column,
         timestamp=config.timestamp_column,
-        label=config.label_column,
-        label_required=config.label_column_required,
+        label=config.label_of_histories,
+        label_required=config.label_column_required or bool(config.label_columns),
+        tasks=config.label_columns,
         label_time=config.label_time_column,
         request=config.request_column,
         weight=config.weight_column,
@@ -304,6 +305,7 @@ def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
                 request_times=record.get(schema.BLOCK_REQUEST_TIMES),
                 label_times=record.get(schema.BLOCK_LABEL_TIMES),
                 weights=record.get(schema.BLOCK_WEIGHTS),
+                task_labels=record.get(schema.BLOCK_TASK_LABELS),
             )
     except tf.errors.OpError as error:
         raise _unreadable(folder, error) from error

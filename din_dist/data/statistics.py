@@ -42,6 +42,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"item features: {', '.join(sizes) or 'none'}",
         f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
+        *([_tasks_line(found["label_rates"])] if "label_rates" in found else []),
         *([_weights_line(found["weights"])] if "weights" in found else []),
         _ties_line(found["events_at_a_shared_time"], found["events"], store.facts.history_rule),
         f"histories end {store.facts.histories_end}",
@@ -90,6 +91,10 @@ def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
     return f"{line}; they count one after the other, in the order of the files"
 
 
+def _tasks_line(rates: Mapping[str, float]) -> str:
+    return f"labels to predict: {', '.join(f'{task} {rate:.2%} positive' for task, rate in rates.items())}"
+
+
 def _weights_line(found: Mapping[str, float]) -> str:
     return f"weights: mean {found['mean']:.4g}, largest {found['max']:.4g}, {found['zero']:,} events of weight 0"
 
@@ -104,6 +109,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `events_at_a_shared_time`: the number of events that have the user and the time of another.
         `history_rule`, `history_delay`: where histories end, and how long after its time a behaviour is known.
         `label_rate`: the share of positive events; None without labels.
+        `label_rates`: of each label to predict, by name, the share of positive events; absent if there is one.
         `weights`: their `mean` and `max`, and how many are `zero`; absent if all events count alike.
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
         `history_length`: the same of the number of events before an example, over all examples that the log can give.
@@ -128,6 +134,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "history_rule": str(facts.history_rule),
         "history_delay": facts.history_delay,
         "label_rate": None if store.labels is None else len(store.history_item_ids) / facts.num_events,
+        **({"label_rates": _label_rates(store)} if facts.tasks else {}),
         **({} if store.weights is None else {"weights": _measure_weights(store.weights)}),
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),
@@ -135,6 +142,14 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         **({"features": _measure_features(store)} if store.features else {}),
         **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),
     }
+
+
+def _label_rates(store: EventStore) -> dict[str, float]:
+    assert store.task_labels is not None
+    times = np.bincount(store.task_labels, minlength=1)
+    of_bits = np.arange(len(times))
+    tasks = enumerate(store.facts.tasks)
+    return {task: int(times[of_bits >> place & 1 == 1].sum()) / store.facts.num_events for place, task in tasks}
 
 
 def _measure_weights(weights: np.ndarray) -> dict[str, float]:

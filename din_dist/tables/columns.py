@@ -323,10 +323,15 @@ def _without_nan(column: pa.Array) -> pa.Array:
 
 
 class LabelColumn(Column):
-    """Labels, 0 or 1, written as integers, floats, booleans or text."""
+    """Labels, 0 or 1, written as integers, floats, booleans or text.
 
-    def __init__(self, name: str, rows: Rows) -> None:
+    Args:
+        is_alone: the log has no other labels, so that every event might be taken for a positive.
+    """
+
+    def __init__(self, name: str, rows: Rows, is_alone: bool = True) -> None:
         super().__init__(name, rows)
+        self._is_alone = is_alone
         self._chunks: list[np.ndarray] = []
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
@@ -350,7 +355,9 @@ class LabelColumn(Column):
                 column = without_empty(column)
             bad = pc.invert(known)
             missing = not column[_first(bad)].is_valid
-            fill_in = "Fill it in, drop the row, or give --label_column= to take every event for a positive."
+            fill_in = "Fill it in, or drop the row."
+            if self._is_alone:
+                fill_in = "Fill it in, drop the row, or give --label_column= to take every event for a positive."
             raise self.reject(bad, column, "a label must be 0 or 1", fill_in if missing else "Correct the row.")
         self._chunks.append(ones.cast(pa.uint8()).to_numpy())
 

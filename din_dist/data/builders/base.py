@@ -173,5 +173,6 @@ def write_beside(
         has_request_times=schema.BLOCK_REQUEST_TIMES in tally.more,
         has_label_times=schema.BLOCK_LABEL_TIMES in tally.more,
         has_weights=schema.BLOCK_WEIGHTS in tally.more,
+        tasks=log.tasks,
     )
     write_facts(folder, facts.by_present_rule())
