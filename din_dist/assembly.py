@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels, progress, schema
-from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, require
+from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TaskHead, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
 from din_dist.data.popularity import popularity
@@ -42,6 +42,8 @@ from din_dist.training.schedules import num_updates
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import NoSignals, ReceivedSignals, Trainer
 from din_dist.training.undo import UndoLog
+
+_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
 def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
@@ -95,6 +97,30 @@ def require_memory_for_tables(
     )
 
 
+def require_chained_labels(config: Config, store: EventStore) -> None:
+    """Checks that each label supposes the one before it, if the head takes them so.
+
+    Raises:
+        InputError: an event has a label without the one before it.
+    """
+    if config.model.heads.kind != TaskHead.ESMM or store.task_labels is None:
+        return
+    names = store.facts.tasks
+    with progress.at(f"reading data in {store.folder}"):
+        for first in range(0, len(store.task_labels), _EVENTS_AT_ONCE):
+            bits = store.task_labels[first : first + _EVENTS_AT_ONCE]
+            for place in range(1, len(names)):
+                alone = int(np.count_nonzero((bits >> place & 1) > (bits >> place - 1 & 1)))
+                require(
+                    not alone,
+                    f"esmm takes labels of which each supposes the one before it, as {names[place]} must suppose "
+                    f"{names[place - 1]}",
+                    "task_head",
+                    f"{alone:,} events with {names[place]} but without {names[place - 1]}",
+                    "Order --label_columns by time, correct the log, or use --task_head=shared.",
+                )
+
+
 # Name -> the class of a model.
 MODELS: dict[str, type[RankingModel]] = {ModelKind.DIN: DIN, ModelKind.MEAN_POOLING: MeanPooling}
 
@@ -127,13 +153,17 @@ def make_model(
     for name, stored in (features or {}).items():
         of_owner[stored.encoding.spec.owner][name] = stored
     of_items = of_owner.pop(Owner.ITEM)
-    lookup = LocalLookup(table_specs(config, facts), item_features, seed, row_of_item, of_items, name="lookup")
+    specs = table_specs(config, facts)
+    given: dict[str, Any] = {}
+    biases = {"num_biases": facts.num_tasks} if facts.num_tasks > 1 else {}
+    lookup = LocalLookup(specs, item_features, seed, row_of_item, of_items, **biases, name="lookup")
     # The order of `Owner`: a split head wants the candidates' columns last.
     of_examples = {name: stored for own in of_owner.values() for name, stored in own.items()}
-    given = {}
+    if facts.num_tasks > 1:
+        given["num_tasks"] = facts.num_tasks
     if of_examples:
         first_seed = seed + len(lookup.embeddings)
-        given = {"example_columns": columns_of(of_examples, config.embedding_dim[0], first_seed)}
+        given["example_columns"] = columns_of(of_examples, config.embedding_dim[0], first_seed)
     make = model_class or MODELS[config.model]
     model = make(lookup, config, training_mode, name="model", **given)
     model.build_variables()
@@ -168,6 +198,7 @@ class Assembly:
         num_threads: int = 2,
     ) -> None:
         require_memory_for_tables(config, store.facts, store.features)
+        require_chained_labels(config, store)
         self.config, self.runtime, self.store = config, runtime, store
         self._prometheus_metrics, self._num_threads = prometheus_metrics, num_threads
         self._signals = signals or NoSignals()

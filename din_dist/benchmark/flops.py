@@ -35,6 +35,7 @@ def forward_products(
     num_positions: int,
     num_items: int,
     context_width: int = 0,
+    num_tasks: int = 1,
 ) -> list[Product]:
     """Returns the matrix products of one forward pass, in order.
 
@@ -45,6 +46,7 @@ def forward_products(
         num_positions: history positions of all examples.
         num_items: distinct items among candidates and histories.
         context_width: the columns of the examples' features.
+        num_tasks: the labels to predict.
     """
     products = []
     head_width = 2 * width
@@ -55,7 +57,11 @@ def forward_products(
         products += [Product(rows, width, first) for rows in (num_examples, num_items, num_positions)]
         products += _stack(num_positions, (*config.attention_hidden_units, 1))
     products.append(Product(num_examples, width, width))  # the interest's projection
-    return products + _stack(num_examples, (head_width + context_width, *config.hidden_units, 1))
+    first, *_ = config.hidden_units
+    experts = config.heads.experts if num_tasks > 1 else 0
+    first_width = experts * (first + num_tasks) if experts else num_tasks * first
+    products.append(Product(num_examples, head_width + context_width, first_width))
+    return products + num_tasks * _stack(num_examples, (*config.hidden_units, 1))
 
 
 def projection_products(columns: FeatureColumns | None, num_rows: int) -> list[Product]:

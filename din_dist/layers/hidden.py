@@ -12,6 +12,7 @@ from din_dist.config import Activation
 from din_dist.execution import INFERENCE, Mode
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
+from din_dist.layers.native.dense import run_stages
 from din_dist.layers.stages import Stage, run_by_operations
 
 # Name -> what makes the layer `[M, W] -> [M, W]`, given whether its statistics are frozen and the layer's name.
@@ -56,6 +57,16 @@ class HiddenLayers(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, seeds: tf.Tensor | None = None, mode: Mode = INFERENCE) -> tf.Tensor:
         """Returns one number a row, float32 `[M]`; `inputs` is `[M, W]`, `seeds` int64 `[M]` for dropout."""
         return self.after_first(self.dense_layers[0](inputs), seeds, mode)
+
+    def behind(self, gate: keras.layers.Layer, inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
+        """Returns what the layers make of `gate(inputs)`, `[M]`. Arguments as of `call`."""
+        stages = [Stage(gate, self.dense_layers[0]), *self.stages]
+        return tf.squeeze(run_stages(stages, inputs, seeds, mode), axis=1)
+
+    @staticmethod
+    def combined(outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the logits, given the outputs with the biases: these themselves, as there is one label."""
+        return outputs
 
     @property
     def stages(self) -> list[Stage]:

@@ -35,6 +35,7 @@ class LocalLookup(keras.layers.Layer):
             many share. Then -id means item `id` with its own id hidden: that row, and its features. None: their own.
         features: name -> a declared feature whose rows are items. None: there are none. Embeddings and projections
             that declare no width are as wide as the item's own table.
+        num_biases: of each item, T: one for each task.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class LocalLookup(keras.layers.Layer):
         seed: int = 0,
         row_of_item: np.ndarray | None = None,
         features: Mapping[str, StoredFeature] | None = None,
+        num_biases: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._seed = seed
+        self._seed, self._num_biases = seed, num_biases
         self.specs = tuple(tables)
         self.row_of_item = None if row_of_item is None else tf.constant(row_of_item, tf.int32)
         self.item_features = {name: tf.constant(ids, tf.int32) for name, ids in item_features.items()}
@@ -60,7 +62,9 @@ class LocalLookup(keras.layers.Layer):
             )
             for place, (spec, name) in enumerate(zip(self.specs, names, strict=True))
         ]
-        self.item_bias = self.add_weight(shape=(self.specs[0].num_rows, 1), initializer="zeros", name=_ITEM_BIAS)
+        self.item_bias = self.add_weight(
+            shape=(self.specs[0].num_rows, num_biases), initializer="zeros", name=_ITEM_BIAS
+        )
         self._features = dict(features or {})
         self._values = {name: FeatureValues(stored) for name, stored in self._features.items()}
         self.columns: FeatureColumns | None = None
@@ -85,7 +89,7 @@ class LocalLookup(keras.layers.Layer):
         return [*(table for _, table in self.embeddings), self.item_bias]
 
     def call(self, item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the vectors `[U, H]` and biases `[U]` of distinct `item_ids`, int32 `[U]`.
+        """Returns the vectors `[U, H]` and biases, `[U]` or `[U, T]`, of distinct `item_ids`, int32 `[U]`.
 
         No row of a table is gathered twice, so the gradient of a table names each row once.
         """
@@ -153,7 +157,11 @@ class LocalLookup(keras.layers.Layer):
             parts.append(VectorColumns(tf.gather(table.value, distinct), index))
         if self.columns:
             parts += self.columns.parts(feature_values, mode)
-        return parts, tf.squeeze(biases, axis=1)
+        return parts, self.flat(biases)
+
+    def flat(self, biases: tf.Tensor) -> tf.Tensor:
+        """Returns rows of `item_bias` as models want them: `[U]` if there is one task, else `[U, T]`."""
+        return tf.squeeze(biases, axis=1) if self._num_biases == 1 else biases
 
     @property
     def specs_of_ids(self) -> list[TableSpec]:
@@ -177,6 +185,7 @@ class LocalLookup(keras.layers.Layer):
             "tables": [dataclasses.asdict(spec) for spec in self.specs],
             "item_features": {name: ids.numpy().tolist() for name, ids in self.item_features.items()},
             "seed": self._seed,
+            "num_biases": self._num_biases,
             "row_of_item": None if self.row_of_item is None else self.row_of_item.numpy().tolist(),
             "features": {name: _to_config(stored) for name, stored in self._features.items()},
         }

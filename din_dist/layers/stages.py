@@ -14,9 +14,9 @@ from din_dist.layers.keyed_dropout import KeyedDropout
 
 
 class Stage(NamedTuple):
-    """A Dense layer, the gate (activation or normalization) before it, and the dropout between the two, if any."""
+    """A Dense layer, the gate (activation or normalization) before it, and the dropout between them; None for none."""
 
-    gate: keras.layers.Layer
+    gate: keras.layers.Layer | None
     dense: keras.layers.Dense
     dropout: KeyedDropout | None = None
 
@@ -38,14 +38,15 @@ def run_by_operations(
         num_rows: int32, how many of the M rows count, the first ones; None: all.
     """
     for stage in stages:
-        inputs = _activated(stage.gate, inputs, mode, num_rows)
+        if stage.gate is not None:
+            inputs = activated(stage.gate, inputs, mode, num_rows)
         if stage.dropout is not None:
             inputs = stage.dropout(inputs, seeds, mode=mode)
         inputs = stage.dense(inputs)
     return inputs
 
 
-def _activated(gate: keras.layers.Layer, inputs: tf.Tensor, mode: Mode, num_rows: tf.Tensor | None) -> tf.Tensor:
+def activated(gate: keras.layers.Layer, inputs: tf.Tensor, mode: Mode, num_rows: tf.Tensor | None = None) -> tf.Tensor:
     """Returns what a gate makes of `inputs` `[M, W]`. A gate gets of mode, rows and training what it asks for."""
     asked = inspect.signature(gate.call).parameters
     given: dict[str, Any] = {"mode": mode, "num_rows": num_rows, "training": mode.training}

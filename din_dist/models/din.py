@@ -31,6 +31,7 @@ class DIN(RankingModel):
         config: sizes, activations and normalization.
         training_mode: of a pass in training.
         example_columns: of the context.
+        num_tasks: the labels to predict.
         attention: another form of the local activation unit, for comparison.
     """
 
@@ -40,10 +41,11 @@ class DIN(RankingModel):
         config: ModelConfig,
         training_mode: Mode | None = None,
         example_columns: FeatureColumns | None = None,
+        num_tasks: int = 1,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, training_mode, example_columns, **kwargs)
+        super().__init__(lookup, config, training_mode, example_columns, num_tasks, **kwargs)
         self.attention = attention(
             config.attention_hidden_units,
             config.activation,

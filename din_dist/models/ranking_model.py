@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -16,12 +18,13 @@ from din_dist.features.spec import Owner
 from din_dist.layers.feature_columns import FeatureColumns
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
-from din_dist.layers.native.dense import has_kernel, run_by_kernels
+from din_dist.layers.native.dense import run_stages
 from din_dist.layers.native.vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.pairs import Pairs
-from din_dist.layers.stages import Stage, run_by_operations
+from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
+from din_dist.layers.task_towers import TaskTowers
 from din_dist.schema import Batch, TableSpec
 
 OF_HISTORY, OF_CANDIDATE = (Owner.USER, Owner.CONTEXT), (Owner.CANDIDATE,)
@@ -31,7 +34,7 @@ class LookedUp(NamedTuple):
     """Items that were looked up: C candidates, and K distinct behaviours of their histories."""
 
     candidate: tf.Tensor  # float32 [C, H]
-    biases: tf.Tensor  # float32 [C]
+    biases: tf.Tensor  # float32 [C], or [C, T] of T tasks
     behaviours: tf.Tensor  # float32 [K, H]
     # Float32 [C, columns of the examples' features]: of all of them; with `history_terms`, of the candidate's only, or
     # None without such features.
@@ -63,6 +66,7 @@ class RankingModel(keras.Model):
         config: sizes, activations and normalization.
         training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
         example_columns: the columns of the examples' features, those of candidates last. None: there are none.
+        num_tasks: T, the labels to predict. Logits have an axis of tasks if there are several.
     """
 
     def __init__(
@@ -71,9 +75,11 @@ class RankingModel(keras.Model):
         config: ModelConfig,
         training_mode: Mode | None = None,
         example_columns: FeatureColumns | None = None,
+        num_tasks: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.num_tasks = num_tasks
         self.lookup, self.training_mode = lookup, training_mode or TRAINING
         self.example_columns = example_columns
         frozen = config.batch_norm is BatchNorm.FROZEN
@@ -81,7 +87,11 @@ class RankingModel(keras.Model):
         self.interest_norm = BatchNormalization(frozen, name="interest_norm")
         self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
         self.head_norm = BatchNormalization(frozen, name="head_norm")
-        self.head = HiddenLayers(
+        make_head: Callable[..., HiddenLayers | TaskTowers] = HiddenLayers
+        if num_tasks > 1:
+            tasks = {"num_tasks": num_tasks, **dataclasses.asdict(config.heads)}
+            make_head = functools.partial(TaskTowers, **tasks)
+        self.head = make_head(
             config.hidden_units, config.activation, frozen=frozen, dropout=config.dropout, name="head"
         )
 
@@ -152,6 +162,10 @@ class RankingModel(keras.Model):
         """Tells whether `interest` is compiled for each number of pairs anew, so that few numbers are wanted."""
         return mode.training and mode.execution.xla
 
+    def of_task(self, logits: tf.Tensor, task: int) -> tf.Tensor:
+        """Returns the logits of one task, `[C]`, of what the model returns."""
+        return logits if self.num_tasks == 1 else logits[..., task]
+
     @abc.abstractmethod
     def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
         """Pools each candidate's history to `[C, H]`, zeros if it is empty. Arguments as of `LocalActivationUnit`."""
@@ -161,7 +175,10 @@ class RankingModel(keras.Model):
         """Returns what the head sees of interests and candidates, `[C, H]` each."""
 
     def call(self, batch: Batch, training: bool = False) -> tf.Tensor:
-        """Returns the logits, float32 `[B]`, of a packed batch. If it lacks its distinct items, they are found here."""
+        """Returns the logits, float32 `[B]` or `[B, T]`, of a packed batch.
+
+        If it lacks its distinct items, they are found here.
+        """
         mode = self.training_mode if training else INFERENCE
         item_ids, index = items_of(batch)
         num_candidates = tf.size(batch.candidate_item_ids)
@@ -218,8 +235,9 @@ class RankingModel(keras.Model):
         candidate_counts: tf.Tensor,
         features: Mapping[str, Any] | None = None,
     ) -> tf.Tensor:
-        """Returns the logits `[C]` of many candidates for each history, whose items are looked up and projected once.
+        """Returns the logits `[C]` or `[C, T]` of many candidates for each history.
 
+        The items of a history are looked up and projected once.
         User and context columns go through the head's first layer once a history.
 
         Args:
@@ -283,7 +301,7 @@ class RankingModel(keras.Model):
     def logits(
         self, items: LookedUp, pairs: Pairs, seeds: tf.Tensor | None = None, mode: Mode = INFERENCE
     ) -> tf.Tensor:
-        """Returns the logits `[C]` of items that were looked up before.
+        """Returns the logits `[C]` or `[C, T]` of items that were looked up before.
 
         Args:
             items: candidates, and the behaviours that `pairs` names.
@@ -302,29 +320,15 @@ class RankingModel(keras.Model):
             inputs = tf.concat([inputs, items.context], axis=1)
         if not self.head.built:
             self.head.build(inputs.shape)
-        stages = [Stage(self.head_norm, self.head.dense_layers[0]), *self.head.stages]
-        return tf.squeeze(run_stages(stages, inputs, seeds, mode), axis=1) + items.biases
+        return self.head.combined(self.head.behind(self.head_norm, inputs, seeds, mode) + items.biases)
 
     def _logits_from_terms(self, inputs: tf.Tensor, items: LookedUp) -> tf.Tensor:
-        """Returns the logits `[C]` in inference; `inputs` `[C, W]` is the result of `head_inputs`."""
+        """Returns the logits `[C]` or `[C, T]` in inference; `inputs` `[C, W]` is the result of `head_inputs`."""
         head = self.split_head()
         projected = tf.matmul(inputs, head.of_items) + head.bias + items.history_terms
         if items.context is not None:
             projected += tf.matmul(items.context, head.of_candidate)
-        return self.head.after_first(projected) + items.biases
-
-
-def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
-    """Returns the last Dense's results `[M, units]`, by our kernels if they know every gate.
-
-    Args:
-        stages: one after the other.
-        inputs: float32 `[M, W]`.
-        seeds: int64 `[M]`, for dropout.
-        mode: of the pass.
-    """
-    by_kernels = mode.kernels and all(has_kernel(stage.gate) for stage in stages)
-    return (run_by_kernels if by_kernels else run_by_operations)(stages, inputs, seeds, mode)
+        return self.head.combined(self.head.after_first(projected) + items.biases)
 
 
 def _given(features: Mapping[str, Any] | None, encodings: Sequence[Encoding]) -> Mapping[str, Any]:

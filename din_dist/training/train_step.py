@@ -77,6 +77,7 @@ class TrainStep:
         self._undo_log = undo_log
         self._model, self._optimizer, self._exchange = model, optimizer, exchange
         self._regularization, self._clip_norm = regularization, config.clip_norm
+        self._task_weights = tf.constant(config.task_weights or [1.0] * model.num_tasks)
         self._begun = functools.cache(self._begin)
 
     @property
@@ -95,7 +96,7 @@ class TrainStep:
         """Returns the function that runs an update, made once for each form of the exchange and of batches."""
         if self._optimizer.updates_in_place:
             self._exchange.share(self._optimizer.changing_by_rows)
-        batches = batch_signature(self._model.encodings, extras)
+        batches = batch_signature(self._model.encodings, extras, self._model.num_tasks)
         signature = [batches, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
         return self._run.get_concrete_function()
@@ -122,7 +123,7 @@ class TrainStep:
             norm,
             requests=heard,
             checksum=checksum,
-            num_examples=tf.size(batch.labels),
+            num_examples=tf.size(batch.candidate_item_ids),
             nonfinite_examples=tf.boolean_mask(batch.example_ids, ~tf.math.is_finite(losses)),
             observed=self.observe(batch, ready, own, gradients),
             values=[variable.read_value() for variable in self._undo_log.others] if self._undo_log else [],
@@ -163,6 +164,8 @@ class TrainStep:
             find = _cross_entropy if execution.kernels else execution.fused(_cross_entropy)
             corrected = logits + batch.logit_offsets if "logit_offsets" in batch.extras else logits
             losses = find(corrected, batch.labels)
+            if self._model.num_tasks > 1:
+                losses = tf.linalg.matvec(losses, self._task_weights)
             weighted = losses * batch.weights if "weights" in batch.extras else losses
             loss = tf.reduce_sum(weighted) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables

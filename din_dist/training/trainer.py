@@ -82,7 +82,7 @@ class Trainer:
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._logits_of = tf.function(
             lambda batch: self._model(batch, training=False),
-            input_signature=[batch_signature(self._model.encodings)],
+            input_signature=[batch_signature(self._model.encodings, num_tasks=self._model.num_tasks)],
             autograph=False,
         )
         self._saved_step = 0

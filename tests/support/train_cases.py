@@ -28,7 +28,7 @@ from din_dist.config import (
     UnknownItem,
     WireDtype,
 )
-from din_dist.data.prepared import open_prepared
+from din_dist.data.prepared import open_prepared, prepare
 from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.devices import claim_devices
 from din_dist.distributed.runtime import open_runtime
@@ -36,6 +36,7 @@ from din_dist.distributed.shared_memory import SharedMemory, share_memory
 from din_dist.features.spec import Owner
 from tests.support.featured_store import with_features
 from tests.support.small_log import small_config
+from tests.support.task_log import TASKS, write_task_log
 
 CASES: dict[str, dict] = {
     "sgd": {"optimizer": OptimizerKind.SGD, "learning_rate": 0.3, "clip_norm": 1.0, "batch_norm": BatchNorm.FROZEN},
@@ -72,6 +73,16 @@ CASES: dict[str, dict] = {
         "mini_batch_aware_l2": 0.1,
         "negatives": "popularity:0.75",
     },
+    "tasks": {
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "activation": Activation.DICE,
+        "dropout": 0.2,
+        "label_columns": TASKS,
+        "task_head": "mmoe:3",
+        "task_weights": (1.0, 0.5),
+        "validation_task": "buy",
+    },
 }
 BY_MESSAGES = {
     "bfloat16",
@@ -82,14 +93,22 @@ BY_MESSAGES = {
 
 def config_of(folder: Path, run: str, case: str, max_steps: int) -> Config:
     """Returns the settings of one case of a run."""
+    settings = CASES[case] | ({"data_path": str(folder / "tasks.parquet")} if case == "tasks" else {})
     return small_config(
-        folder, output_dir=str(folder / run / case), max_steps=max_steps, epochs=100, log_every_steps=1, **CASES[case]
+        folder, output_dir=str(folder / run / case), max_steps=max_steps, epochs=100, log_every_steps=1, **settings
     )
 
 
 def data_config(folder: Path) -> DataConfig:
-    """Returns the data settings, which all cases share."""
+    """Returns the data settings, which all cases but one share."""
     return config_of(folder, "any", "lazy_adam", 1).data
+
+
+def prepare_data(folder: Path) -> None:
+    """Prepares the data of all cases."""
+    prepare(data_config(folder))
+    write_task_log(folder / "tasks.parquet")
+    prepare(config_of(folder, "any", "tasks", 1).data)
 
 
 def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:

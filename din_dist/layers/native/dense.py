@@ -14,12 +14,12 @@ from din_dist.kernels import operations
 from din_dist.kernels.operations import GateInputs, GateStatistics
 from din_dist.layers.dice import Dice
 from din_dist.layers.keyed_dropout import KeyedDropout
-from din_dist.layers.stages import Stage
+from din_dist.layers.stages import Stage, run_by_operations
 from din_dist.layers.standardize import BatchNormalization, Standardize
 
 
-def has_kernel(gate: keras.layers.Layer) -> bool:
-    """Tells whether our kernels know what this layer does to each element."""
+def has_kernel(gate: keras.layers.Layer | None) -> bool:
+    """Tells whether our kernels know what this layer does to each element. None is the identity."""
     return kernels.has_activation(_name_of(gate))
 
 
@@ -193,6 +193,19 @@ def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor 
         return outputs, gradient
 
     return differentiable(*sources)
+
+
+def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:
+    """Returns the last Dense's results `[M, units]`, by our kernels if they know every gate.
+
+    Args:
+        stages: one after the other, each with a Dense.
+        inputs: float32 `[M, W]`.
+        seeds: int64 `[M]`, for dropout.
+        mode: of the pass.
+    """
+    by_kernels = mode.kernels and all(has_kernel(stage.gate) for stage in stages)
+    return (run_by_kernels if by_kernels else run_by_operations)(stages, inputs, seeds, mode)
 
 
 def _name_of(layer: keras.layers.Layer | None) -> str:

@@ -41,13 +41,15 @@ def small_model(
     row_of_item=None,
     native: bool = False,
     features: Mapping[str, StoredFeature] | None = None,
+    num_tasks: int = 1,
     **config,
 ) -> RankingModel:
     """Returns a model of embeddings 3 + 2 and hidden layers 5 and 4; every weight is random, as zeros hide mistakes."""
+    tasks = tuple(f"task_{task}" for task in range(num_tasks)) if num_tasks > 1 else ()
     sizes = {"embedding_dim": (3, 2), "attention_hidden_units": (5, 4), "hidden_units": (5, 4)}
     model = make_model(
         ModelConfig(**{**sizes, **config}),
-        FACTS,
+        dataclasses.replace(FACTS, tasks=tasks),
         ITEM_FEATURES,
         seed=seed,
         row_of_item=row_of_item,
@@ -177,7 +179,9 @@ def weights_of(layer: keras.layers.Layer, prefix: str = "") -> dict[str, np.ndar
     return {w.path.removeprefix(prefix): w.numpy().astype(np.float64) for w in layer.weights}
 
 
-def padded_batch(lengths: Sequence[int], seed: int = 0, features: RandomFeatures | None = None) -> PaddedBatch:
+def padded_batch(
+    lengths: Sequence[int], seed: int = 0, features: RandomFeatures | None = None, num_tasks: int = 1
+) -> PaddedBatch:
     """Returns random candidates, labels, and histories of these lengths; their padding has random items too."""
     random = np.random.default_rng(seed)
     lengths = np.array(lengths, np.int64)
@@ -186,7 +190,7 @@ def padded_batch(lengths: Sequence[int], seed: int = 0, features: RandomFeatures
         candidate_item_ids=random.integers(1, NUM_ITEMS + 1, len(lengths)),
         history_item_ids=random.integers(0, NUM_ITEMS + 1, (len(lengths), longest)),
         history_mask=np.arange(longest) < lengths[:, None],
-        labels=random.integers(0, 2, len(lengths)),
+        labels=random.integers(0, 2, len(lengths) if num_tasks == 1 else (len(lengths), num_tasks)),
         features=features.of_examples(len(lengths), seed) if features else {},
     )
 
@@ -242,18 +246,25 @@ def take_values(values: Any, examples: Sequence[int]) -> Any:
 
 
 def loss_and_gradients(
-    model: RankingModel, batch: Batch, training: bool, num_examples: int | None = None
+    model: RankingModel,
+    batch: Batch,
+    training: bool,
+    num_examples: int | None = None,
+    task_weights: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
     """Returns logits, the sum of losses divided by `num_examples`, and dense gradients.
 
     Args:
         num_examples: the size of the whole batch, if `batch` is a share of it.
+        task_weights: the factor of each task's loss, if there are several.
     """
     labels = batch.labels
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     with tf.GradientTape() as tape:
         logits = model(batch, training=training)
         losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
+        if task_weights is not None:
+            losses = tf.linalg.matvec(losses, tf.constant(task_weights, tf.float32))
         loss = tf.reduce_sum(losses) / (len(labels) if num_examples is None else num_examples)
     gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return logits.numpy(), float(loss), {path: tf.convert_to_tensor(g).numpy() for path, g in gradients.items()}

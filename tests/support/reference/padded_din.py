@@ -24,7 +24,7 @@ class PaddedBatch:
     candidate_item_ids: np.ndarray  # [B]
     history_item_ids: np.ndarray  # [B, T]; what stands where the mask is False must not matter
     history_mask: np.ndarray  # [B, T], True = real
-    labels: np.ndarray  # [B]
+    labels: np.ndarray  # [B], or [B, T] of T tasks
     features: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)  # name -> the value of each example
 
 
@@ -57,6 +57,9 @@ class PaddedModel:
         row_of_item: the row of each item in the item's table; None gives each item its own. The id -i is item i in
             row 0.
         features: the declared features, in the order of their columns.
+        num_tasks: T, the labels of an example.
+        task_head: "shared", "mmoe" or "esmm".
+        task_weights: the factor of each task's loss.
     """
 
     item_features: Mapping[str, np.ndarray]
@@ -66,13 +69,17 @@ class PaddedModel:
     batch_statistics: bool = False
     row_of_item: np.ndarray | None = None
     features: Sequence[Feature] = ()
+    num_tasks: int = 1
+    task_head: str = "shared"
+    task_weights: Sequence[float] = (1.0,)
 
     def loss(self, weights: Weights, batch: PaddedBatch) -> float:
         probability = sigmoid(self.logits(weights, batch))
-        return float(-np.mean(np.log(np.where(batch.labels == 1, probability, 1 - probability))))
+        losses = -np.log(np.where(batch.labels == 1, probability, 1 - probability))
+        return float(np.mean(losses.reshape(len(losses), -1) @ np.array(self.task_weights)))
 
     def logits(self, weights: Weights, batch: PaddedBatch) -> np.ndarray:
-        """Returns the logits `[B]`."""
+        """Returns the logits `[B]`, or `[B, T]` of several tasks."""
         candidate = self.embed(weights, batch.candidate_item_ids)  # [B, H]
         keys = self.embed(weights, batch.history_item_ids)  # [B, T, H]
         mask = batch.history_mask
@@ -91,8 +98,16 @@ class PaddedModel:
                 features.append(columns_of(scope(weights, "features/"), feature, batch.features[feature.name]))
         features = np.concatenate(features, axis=1)
         features = batch_norm(scope(weights, "model/head_norm/"), features, self.batch_statistics)
-        head = perceptron(scope(weights, "model/head/"), features, self.activation, self.batch_statistics)
-        return head + weights["lookup/item_bias"][self.rows(batch.candidate_item_ids), 0]
+        own, biases = scope(weights, "model/head/"), weights["lookup/item_bias"][self.rows(batch.candidate_item_ids)]
+        if self.num_tasks == 1:
+            return perceptron(own, features, self.activation, self.batch_statistics) + biases[:, 0]
+        outputs = biases + towers(
+            own, features, self.num_tasks, self.activation, self.batch_statistics, self.task_head == "mmoe"
+        )
+        if self.task_head != "esmm":
+            return outputs
+        probabilities = np.cumprod(sigmoid(outputs), axis=1)
+        return np.log(probabilities) - np.log(1 - probabilities)
 
     def embed(self, weights: Weights, item_ids: np.ndarray) -> np.ndarray:
         """Returns the embeddings of items and of their features, concatenated: `[..., H]`."""
@@ -184,16 +199,52 @@ def perceptron(
     hidden = inputs
     for i in range(sum(name.endswith("kernel") for name in weights) - 1):
         hidden = dense(scope(weights, f"dense_{i}/"), hidden)
-        own = scope(weights, f"activation_{i}/")
-        if activation == "sigmoid":
-            hidden = sigmoid(hidden)
-        elif activation == "relu":
-            hidden = np.maximum(hidden, 0)
-        elif activation == "prelu":
-            hidden = np.where(hidden > 0, hidden, own["alpha"] * hidden)
-        else:
-            hidden = dice(own, hidden, batch_statistics, mask)
+        hidden = activated(scope(weights, f"activation_{i}/"), hidden, activation, batch_statistics, mask)
     return dense(scope(weights, "output/"), hidden)[..., 0]
+
+
+def activated(
+    weights: Weights, x: np.ndarray, activation: str, batch_statistics: bool, mask: np.ndarray | None = None
+) -> np.ndarray:
+    if activation == "sigmoid":
+        return sigmoid(x)
+    if activation == "relu":
+        return np.maximum(x, 0)
+    if activation == "prelu":
+        return np.where(x > 0, x, weights["alpha"] * x)
+    return dice(weights, x, batch_statistics, mask)
+
+
+def towers(
+    weights: Weights, inputs: np.ndarray, num_tasks: int, activation: str, batch_statistics: bool, has_experts: bool
+) -> np.ndarray:
+    """Computes a tower for each of T tasks, one after the other: `[B, W] -> [B, T]`.
+
+    With experts, each tower begins with its own mixture of them.
+    """
+    first = dense(scope(weights, "dense_0/"), inputs)
+    num_dense = sum(name.startswith("task_0_dense") and name.endswith("kernel") for name in weights)
+    layers = [*(f"dense_{i + 1}" for i in range(num_dense)), "output"]
+    width = len(weights[f"task_0_{layers[0]}/kernel"])
+    outputs = []
+    for task in range(num_tasks):
+        if has_experts:
+            num_experts = first.shape[1] // (width + num_tasks)
+            experts = activated(
+                scope(weights, "experts_activation/"), first[:, : num_experts * width], activation, batch_statistics
+            )
+            gates = np.exp(first[:, num_experts * width + task * num_experts :][:, :num_experts])
+            gates /= gates.sum(axis=1, keepdims=True)
+            hidden = sum(gates[:, [e]] * experts[:, e * width : (e + 1) * width] for e in range(num_experts))
+        else:
+            hidden = first[:, task * width : (task + 1) * width]
+        for i, layer in enumerate(layers):
+            if i or not has_experts:
+                own = scope(weights, f"task_{task}_{i}_activation/")
+                hidden = activated(own, hidden, activation, batch_statistics)
+            hidden = dense(scope(weights, f"task_{task}_{layer}/"), hidden)
+        outputs.append(hidden[:, 0])
+    return np.stack(outputs, axis=1)
 
 
 def dice(weights: Weights, x: np.ndarray, batch_statistics: bool, mask: np.ndarray | None = None) -> np.ndarray:
