@@ -245,7 +245,7 @@ def _scorers(
     from din_dist.serving.scorer import ExportScorer
 
     if bundle:
-        scorer = ExportScorer(bundle, store, examples)
+        scorer = ExportScorer(bundle, store, examples, config.main_task)
         return scorer.of_batch, lambda: scorer, bundle.manifest.step
     step = flags.FLAGS.checkpoint_step or None
     with runtime.together():  # all ranks read the step that the chief finds: a job at work may publish another
@@ -255,10 +255,9 @@ def _scorers(
     with runtime.together():
         if not runtime.is_chief:
             model, step = trained_model(config, store, step)
-    logits_of = tf.function(
-        lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
-    )
-    return logits_of, lambda: ModelScorer(model, store.facts.num_items, store), step
+    signature = batch_signature(model.encodings, num_tasks=model.num_tasks)
+    logits_of = tf.function(lambda batch: model(batch, training=False), input_signature=[signature], autograph=False)
+    return logits_of, lambda: ModelScorer(model, store.facts.num_items, store, config.main_task), step
 
 
 def _check_path(path: str) -> None:

@@ -97,8 +97,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     trained = TrainedModel(model, store, config, step, flags_of_job, summary)
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
-    calibrator = _calibrator(Evaluator(config, store, splits, Runtime()), model)
-    trained = dataclasses.replace(trained, calibrator=calibrator)
+    calibrators = _calibrators(Evaluator(config, store, splits, Runtime()), model)
+    trained = dataclasses.replace(trained, calibrators=calibrators)
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
     return {
         "export_dir": str(folder),
@@ -111,13 +111,20 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _calibrator(evaluator: Evaluator, model: RankingModel) -> Calibrator:
-    """Returns what the flags say, fitted on all examples of the validation split."""
+def _calibrators(evaluator: Evaluator, model: RankingModel) -> dict[str, Calibrator]:
+    """Returns what the flags say, by task, fitted on all examples of the validation split."""
     from din_dist.serving.calibrator import Calibrate, Calibrator, fit
 
     kind = Calibrate(CALIBRATE.value)
+    require(
+        not evaluator.tasks or NEGATIVE_RATE.value == 1,
+        "is for logs of one label: which negatives of several were kept is not known",
+        "negative_rate",
+        NEGATIVE_RATE.value,
+        "Drop it.",
+    )
     if kind is Calibrate.NONE:
-        return Calibrator(negative_rate=NEGATIVE_RATE.value)
+        return {"": Calibrator(negative_rate=NEGATIVE_RATE.value)}
     if not evaluator.examples("validation").num_examples:
         raise InputError(
             f"--calibrate: {kind} is fitted on the validation split. Received: a job whose --split has none. Train "
@@ -125,7 +132,12 @@ def _calibrator(evaluator: Evaluator, model: RankingModel) -> Calibrator:
         )
     entry.say(f"calibrating on {evaluator.examples('validation').num_examples:,} examples of validation")
     logits = evaluator.scores("validation", model)
-    return fit(kind, logits, evaluator.labels("validation"), NEGATIVE_RATE.value)
+    if not evaluator.tasks:
+        return {"": fit(kind, logits, evaluator.labels("validation"), NEGATIVE_RATE.value)}
+    return {
+        task: fit(kind, logits[:, place], evaluator.labels("validation", place))
+        for place, task in enumerate(evaluator.tasks)
+    }
 
 
 def _summary_of(path: Path) -> dict[str, Any] | None:

@@ -324,7 +324,13 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
     if users_are_integers is not None:
         features = [column for column in features if column.feature.owner != "user"]  # the prepared users' own
     return RowColumns(
-        history, candidates, TOP_K.value, LIST_SEPARATOR.value, BEFORE_COLUMN.value, features=tuple(features)
+        history,
+        candidates,
+        TOP_K.value,
+        LIST_SEPARATOR.value,
+        BEFORE_COLUMN.value,
+        features=tuple(features),
+        predictions=manifest.predictions,
     )
 
 

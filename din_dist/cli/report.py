@@ -117,10 +117,11 @@ def _gains(config: Config, store: EventStore, examples: Examples, step: int, mod
         logits_of = own_logits
         if owner is Owner.ITEM:
             logits_of = scoring.logits_of(trained_model(config, data, step)[0])
-        return evaluator_of(data).scores("scored", logits_of)
+        own = evaluator_of(data)
+        return own.of_main_task(own.scores("scored", logits_of))
 
     evaluator = evaluator_of(store)
-    logits = evaluator.scores("scored", own_logits)
+    logits = evaluator.of_main_task(evaluator.scores("scored", own_logits))
     return list(gain.gains(store, examples, evaluator.labels("scored"), logits, logits_with, config.job.seed))
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     vocabulary = Vocabulary.of(manifest)
     warm_up(bundle, vocabulary)
     version = manifest.step if version is None else version
-    served = Served(bundle, vocabulary, version, _description(manifest), manifest.calibrator)
+    served = Served(bundle, vocabulary, version, _description(manifest), manifest.predictions)
     labels = {"name": config.model_name, "version": str(version), "digest": manifest.digest}
     metrics = ServingMetrics(labels, build_info())
     num_connections = _num_connections(config.max_connections)

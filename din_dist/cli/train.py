@@ -137,6 +137,7 @@ class _Training:
         return {
             **{f"test_{name}": value for name, value in test.items()},
             "test_floors": floors,
+            **({"tasks": list(self._config.data.label_columns)} if self._config.data.label_columns else {}),
             f"best_validation_{trainer.validation_metric}": trainer.state.best_validation,
             "best_step": trainer.state.best_step or trainer.state.step,
             "examples_per_second": round(trainer.examples_per_second, 1) or None,
@@ -219,7 +220,13 @@ def _table(summary: dict[str, Any]) -> str:
     """Renders the end of a job for people: the model against its floors, and where the time went."""
     lines = []
     if "test_gauc" in summary:
-        rows = {"this model": {"gauc": summary["test_gauc"], "auc": summary["test_auc"]}, **summary["test_floors"]}
+        tasks = {f"this model: {task}": f"_{task}" for task in summary.get("tasks", ())} or {"this model": ""}
+        rows = {
+            **{
+                name: {"gauc": summary[f"test_gauc{of}"], "auc": summary[f"test_auc{of}"]} for name, of in tasks.items()
+            },
+            **summary["test_floors"],
+        }
         width = max(20, *map(len, rows))
         lines.append(f"  {'':<{width}} test GAUC      AUC")
         lines += [f"  {name:<{width}} {metrics['gauc']:9.4f} {metrics['auc']:8.4f}" for name, metrics in rows.items()]

@@ -38,10 +38,16 @@ def has_catalogue(model: RankingModel) -> bool:
 
 
 class CatalogueScorer:
-    """Logits of the items 1 to `num_items` for any histories, with the weights that the model has at construction."""
+    """Logits of the items 1 to `num_items` for any histories, with the weights that the model has at construction.
 
-    def __init__(self, model: RankingModel, num_items: int) -> None:
-        self._lookup, self._num_items = model.lookup, num_items
+    Args:
+        model: the model.
+        num_items: of the catalogue.
+        task: the one whose logits are returned.
+    """
+
+    def __init__(self, model: RankingModel, num_items: int, task: int = 0) -> None:
+        self._lookup, self._num_items, self._task = model.lookup, num_items, task
         width = model.lookup.width
         scale, offset = model.interest_norm.affine()
         projection = model.interest_projection
@@ -67,11 +73,12 @@ class CatalogueScorer:
                 pass
             case _:
                 raise TypeError(f"{type(model).__name__}: not known how it scores all items at once")
-        matrix, vector = tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.float32)
+        matrix = tf.TensorSpec([None, None], tf.float32)
+        biases = matrix if model.num_tasks > 1 else tf.TensorSpec([None], tf.float32)
         self._relevance = tf.function(self._relevance_of, input_signature=[matrix, matrix], autograph=False)
         self._score = tf.function(
             self._logits_of,
-            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, matrix, vector],
+            input_signature=[matrix, matrix, tf.TensorSpec([None, None], tf.int32), matrix, matrix, matrix, biases],
             autograph=False,
         )
 
@@ -180,7 +187,7 @@ class CatalogueScorer:
             terms: float32 `[G, D]`, the share of user and context features; `[0, 0]` without such features.
             candidates: float32 `[C, H]`.
             by_candidate: float32 `[C, D]`.
-            biases: float32 `[C]`.
+            biases: float32 `[C]`, or `[C, T]` of T tasks.
         """
         real = rectangle[:, :, None] >= 0  # [G, T, 1]
         index = tf.maximum(rectangle, 0)
@@ -200,8 +207,11 @@ class CatalogueScorer:
             projected += terms[:, None]
         if self._of_product is not None:
             projected += tf.matmul(pooled[:, :, units:] * candidates, self._of_product)
-        logits = self._head.after_first(tf.reshape(projected, [-1, units]))
-        return tf.reshape(logits, [tf.shape(rectangle)[0], -1]) + biases
+        outputs = self._head.after_first(tf.reshape(projected, [-1, units]))
+        shape = tf.concat([[tf.shape(rectangle)[0]], tf.shape(biases)], axis=0)
+        with_biases = tf.reshape(outputs, shape) + biases
+        combined = self._head.combined(tf.reshape(with_biases, tf.shape(outputs)))
+        return tf.reshape(self._model.of_task(combined, self._task), shape[:2])
 
 
 def _groups_of_similar_length(

@@ -16,9 +16,10 @@ from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.packed import segment_ids, segment_sum
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
-from din_dist.schema import Batch
+from din_dist.schema import Batch, metric_of
 
-BatchScorer = Callable[[Batch], tf.Tensor]  # packed batch -> one number for each example, `[B]`
+# Packed batch -> a number for each example, `[B]`, or for each example and label, `[B, T]`.
+BatchScorer = Callable[[Batch], tf.Tensor]
 
 
 class Evaluator:
@@ -34,16 +35,35 @@ class Evaluator:
         """Returns the examples of a split."""
         return self._splits[split]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the labels that are predicted, if there are several."""
+        return self._store.facts.tasks
+
     def evaluate(self, split: str, logits_of: BatchScorer) -> dict[str, float]:
-        """Returns `gauc`, `auc`, `log_loss` and counts; if the log has no labels, also `pairwise_gauc`."""
+        """Returns `gauc`, `auc`, `log_loss` and counts; if the log has no labels, also `pairwise_gauc`.
+
+        With several tasks these are of the main one, and `METRIC_TASK` is that of each.
+        """
         return self.metrics_of(split, self.scores(split, logits_of))
 
     def metrics_of(self, split: str, logits: np.ndarray) -> dict[str, float]:
-        """Returns the same metrics as `evaluate`, from a split's `logits` `[num_examples]`."""
-        metrics = self._ranking_metrics(split, logits)
-        metrics["log_loss"] = log_loss(logits, self.labels(split))
-        metrics["num_examples"] = len(logits)
+        """Returns the same metrics as `evaluate`, from a split's `logits`, `[num_examples]` or `[num_examples, T]`."""
+        main = self.of_main_task(logits)
+        metrics = self._ranking_metrics(split, main)
+        metrics["log_loss"] = log_loss(main, self.labels(split))
+        metrics["num_examples"] = len(main)
+        users = self._splits[split].user_of_example()
+        for place, task in enumerate(self.tasks):
+            own, labels = logits[:, place], self.labels(split, place)
+            metrics[metric_of("gauc", task)] = gauc(own, labels, users).gauc
+            metrics[metric_of("auc", task)] = auc(own, labels)
+            metrics[metric_of("log_loss", task)] = log_loss(own, labels)
         return metrics
+
+    def of_main_task(self, logits: np.ndarray) -> np.ndarray:
+        """Returns the logits by which items are ranked, `[num_examples]`, of those for each task."""
+        return logits[:, self._config.main_task] if self.tasks else logits
 
     def floors(self, split: str) -> dict[str, dict[str, float]]:
         """Returns the metrics of each of the `floor_scorers`."""
@@ -79,16 +99,16 @@ class Evaluator:
             metrics["pairwise_gauc"] = pairwise_gauc(scores.reshape(-1, self._splits[split].draws_per_row))
         return metrics
 
-    def labels(self, split: str) -> np.ndarray:
-        """Returns the labels of a split in its order: uint8 `[num_examples]`."""
+    def labels(self, split: str, task: int | None = None) -> np.ndarray:
+        """Returns the labels of a split in its order: uint8 `[num_examples]`. None: those of the main task."""
         examples = self._splits[split]
         if self._store.labels is not None:
             with progress.at(f"reading data in {self._store.folder}"):
-                return self._store.labels[examples.events()]
+                return self._store.labels_of(examples.events(), self._config.main_task if task is None else task)
         return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
 
     def scores(self, split: str, score: BatchScorer) -> np.ndarray:
-        """Returns the scores of a split in its order, `[num_examples]`, equal on all ranks."""
+        """Returns the scores of a split in its order, `[num_examples]` or by task, equal on all ranks."""
         batches = evaluation_batches(
             self._store,
             self._splits[split],
@@ -99,7 +119,10 @@ class Evaluator:
             num_shards=self._runtime.world_size,
         )
         mine = [score(batch).numpy() for batch in progress.each(batches, f"reading data in {self._store.folder}")]
-        return self._runtime.gather(np.concatenate([*mine, np.zeros(0, np.float32)]))
+        # Flat, because a rank without examples does not know the number of columns.
+        found = self._runtime.gather(np.concatenate([*map(np.ravel, mine), np.zeros(0, np.float32)]))
+        num_examples = self._splits[split].num_examples
+        return found.reshape(num_examples, -1) if len(found) > num_examples else found
 
 
 def _popularity(batch: Batch, popularity_of: tf.Tensor) -> tf.Tensor:

@@ -75,17 +75,22 @@ class ModelScorer:
         model: the model.
         num_items: of the catalogue.
         store: the data, for features of users and contexts. None: they are missing.
+        task: the one whose logits are returned.
     """
 
-    def __init__(self, model: RankingModel, num_items: int, store: EventStore | None = None) -> None:
+    def __init__(self, model: RankingModel, num_items: int, store: EventStore | None = None, task: int = 0) -> None:
         self._num_items = num_items
-        self._catalogue = CatalogueScorer(model, num_items) if has_catalogue(model) else None
+        self._catalogue = CatalogueScorer(model, num_items, task) if has_catalogue(model) else None
         self._encodings = model.encodings
         self._features = ExampleFeatures(store) if store and self._encodings else None
         ids = [tf.TensorSpec([None], tf.int32)] * 4
         if self._encodings:
             ids.append(signature_of(self._encodings))
-        self._score = tf.function(model.score_candidates, input_signature=ids, autograph=False)
+
+        def score(*given: Any) -> tf.Tensor:
+            return model.of_task(model.score_candidates(*given), task)
+
+        self._score = tf.function(score, input_signature=ids, autograph=False)
 
     def of_all(
         self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
@@ -174,17 +179,25 @@ class Queries:
         return dataclasses.replace(self, **{name: getattr(self, name)[part] for name in names})
 
 
-def queries_of(store: EventStore, examples: Examples, max_history_length: int, most: int) -> Queries:
-    """Returns the positive events of `examples`, at most `most` of them. Whole users, evenly spaced, are kept."""
+def queries_of(store: EventStore, examples: Examples, max_history_length: int, most: int, task: int = 0) -> Queries:
+    """Returns the positive events of `examples`, at most `most` of them. Whole users, evenly spaced, are kept.
+
+    Args:
+        store: the events.
+        examples: of a split.
+        max_history_length: the most items of a history.
+        most: the most events.
+        task: of whose labels they are.
+    """
     rows = dataclasses.replace(examples, draws_per_row=1)
     sizes = rows.rows_per_user()
     if store.labels is not None:
         segments = np.repeat(np.arange(len(sizes)), sizes)
-        sizes = np.bincount(segments, store.labels[rows.events()], len(sizes)).astype(np.int64)
+        sizes = np.bincount(segments, store.labels_of(rows.events(), task), len(sizes)).astype(np.int64)
     rows = of_segments(rows, evenly_spaced(sizes, most))
     events, users = rows.events(), rows.user_of_example()
     if store.labels is not None:
-        positive = store.labels[events] == 1
+        positive = store.labels_of(events, task) == 1
         events, users = events[positive], users[positive]
     ends = events if store.history_ends is None else store.history_ends[events]
     seen_starts = store.history_offsets[users]

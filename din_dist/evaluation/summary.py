@@ -29,6 +29,7 @@ from din_dist.evaluation.retrieval import (
 )
 from din_dist.evaluation.slicing import parts_of
 from din_dist.metrics.slices import slices
+from din_dist.schema import metric_of
 from din_dist.text import duration
 
 
@@ -48,16 +49,23 @@ def score_split(
     split = request.evaluation_split
     logits = evaluator.scores(split, logits_of)
     found: dict[str, Any] = dict(evaluator.metrics_of(split, logits))
+    if evaluator.tasks:
+        found |= {"tasks": list(evaluator.tasks), "main_task": evaluator.tasks[config.main_task]}
     found["floors"] = evaluator.floors(split)
     num_samples = affordable_samples(request.bootstrap_samples, len(logits) + len(examples.users))
     found["bootstrap_samples"] = num_samples
+    ranked = evaluator.of_main_task(logits)
     if num_samples and runtime.is_chief:
         draws = None if store.facts.has_labels else examples.draws_per_row
         labels, users = evaluator.labels(split), examples.user_of_example()
-        found["intervals"] = intervals_of_scores(logits, labels, users, draws, num_samples, config.job.seed)
+        found["intervals"] = intervals_of_scores(ranked, labels, users, draws, num_samples, config.job.seed)
+        for place, task in enumerate(evaluator.tasks):
+            labels = evaluator.labels(split, place)
+            own = intervals_of_scores(logits[:, place], labels, users, None, num_samples, config.job.seed)
+            found["intervals"] |= {metric_of(name, task): bounds for name, bounds in own.items()}
     if request.slice_by:
         floor = evaluator.scores(split, evaluator.floor_scorers()["popularity"])
-        rankings = {"model": logits, "popularity": floor}
+        rankings = {"model": ranked, "popularity": floor}
         labels, users = evaluator.labels(split), examples.user_of_example()
         found["slices"] = {name: _slices(store, examples, name, rankings, labels, users) for name in request.slice_by}
     return found
@@ -97,7 +105,8 @@ def rank_split(
     num_items, against = store.facts.num_items, request.rank_against
     task = Task(against, not against and request.exclude_history, config.job.seed)
     most = request.max_events or max(1, AUTO_CANDIDATES // (1 + against if against else num_items))
-    queries = queries_of(store, splits[request.evaluation_split], config.data.max_history_length, most)
+    examples = splits[request.evaluation_split]
+    queries = queries_of(store, examples, config.data.max_history_length, most, config.main_task)
     if not len(queries):
         return {"num_events": 0}
     thinned = len(queries) < queries.num_in_split

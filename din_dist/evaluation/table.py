@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from din_dist.schema import METRICS_OF_TASKS, metric_of
 from din_dist.text import duration, printable
 
 _ROWS = {"recall": ".4f", "ndcg": ".4f", "hit_rate": ".4f", "coverage": ".4f", "mean_popularity": ",.1f"}
@@ -32,6 +33,8 @@ def _scores(found: Mapping[str, Any]) -> list[str]:
         "one label only)",
         f"  {'':<20} {'':>9}  {heading}".rstrip(),
     ]
+    if tasks := found.get("tasks"):
+        names = {metric_of(name, task): f"{task}: {names[name]}" for task in tasks for name in METRICS_OF_TASKS}
     for name, words in names.items():
         if name in found:
             lines.append(f"  {words:<20} {found[name]:9.4f}  {_interval(intervals.get(name), '.4f')}".rstrip())

@@ -223,13 +223,16 @@ def weighed_examples(
     )
     for batch in batches:
         weights = model.attention_weights(batch)
-        clicks = probabilities(model(batch, training=False).numpy())
+        clicks = probabilities(model.of_task(model(batch, training=False), config.main_task).numpy())
         ends = np.cumsum(batch.history_lengths.numpy())
         histories = np.split(batch.history_item_ids.numpy(), ends[:-1])
         weights_of: Sequence[np.ndarray | None] = [None] * len(histories)
         if weights is not None:
             weights_of = np.split(weights.numpy().astype(np.float64), ends[:-1])
-        columns = [field.numpy().tolist() for field in (batch.example_ids, batch.candidate_item_ids, batch.labels)]
+        columns = [
+            field.numpy().tolist()
+            for field in (batch.example_ids, batch.candidate_item_ids, model.of_task(batch.labels, config.main_task))
+        ]
         for index, candidate, label, probability, history, own_weights in zip(
             *columns, clicks.tolist(), histories, weights_of, strict=True
         ):

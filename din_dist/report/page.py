@@ -107,6 +107,7 @@ def render(findings: Findings, now: float | None = None) -> str:
         tables=[_slice_rows(table) for table in evaluation.tables] if evaluation else [],
         calibration=_calibration(evaluation) if evaluation else Markup(""),
         speed=_speed(record),
+        main_task=_main_task(findings),
         shown=findings.shown,
         averages=findings.averages,
         gains=_gain_rows(findings.gains),
@@ -116,6 +117,12 @@ def render(findings: Findings, now: float | None = None) -> str:
         ranking_name=_ranking_name,
         duration=duration,
     )
+
+
+def _main_task(findings: Findings) -> str:
+    """Returns the name of the label that all metrics without a name are of; empty if there is one label."""
+    config = findings.config
+    return config.data.label_columns[config.main_task] if config and config.data.label_columns else ""
 
 
 def _verdict(found: Evaluation) -> str:

@@ -37,6 +37,7 @@ class ScoredExamples:
         history_lengths: of the examples.
         draws_per_row: a positive and its drawn negatives; 1 if the log has labels.
         examples: the examples, for the values of declared features.
+        by_task: task -> its logits and its labels, if there are several.
     """
 
     rankings: Mapping[str, np.ndarray]
@@ -46,6 +47,7 @@ class ScoredExamples:
     history_lengths: np.ndarray
     draws_per_row: int
     examples: Examples | None = None
+    by_task: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def by_row(self, values: np.ndarray) -> np.ndarray:
         """Returns `values` `[M]`, with that of each drawn negative replaced by that of its positive.
@@ -63,6 +65,25 @@ class Ranking:
     name: str
     gauc: float
     auc: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelMetrics:
+    """How well one of several labels is predicted.
+
+    Attributes:
+        task: the label's name.
+        rate: the share of positive examples.
+        gauc, auc, log_loss: on the split; the last in nats.
+        error: the expected calibration error.
+    """
+
+    task: str
+    rate: float
+    gauc: float
+    auc: float
+    log_loss: float
+    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +110,7 @@ class Evaluation:
     calibration: Calibration
     corrected: tuple[float, Calibration] | None  # log loss and calibration, corrected for the number of negatives
     tables: list[SliceTable]
+    labels: list[LabelMetrics] = dataclasses.field(default_factory=list)  # of each, if there are several
 
     @property
     def base_rate(self) -> float:
@@ -110,9 +132,14 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         examples: of the split.
         model: to evaluate.
     """
-    scorers: dict[str, BatchScorer] = {MODEL: logits_of(model), **evaluator.floor_scorers()}
+    logits = evaluator.scores(split, logits_of(model))
+    rankings = {MODEL: logits}
+    rankings |= {name: evaluator.scores(split, scorer) for name, scorer in evaluator.floor_scorers().items()}
     return ScoredExamples(
-        rankings={name: evaluator.scores(split, scorer) for name, scorer in scorers.items()},
+        rankings=rankings | {MODEL: evaluator.of_main_task(logits)},
+        by_task={
+            task: (logits[:, place], evaluator.labels(split, place)) for place, task in enumerate(evaluator.tasks)
+        },
         labels=evaluator.labels(split),
         users=examples.user_of_example(),
         examples=examples,
@@ -125,7 +152,9 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
 def logits_of(model: RankingModel) -> BatchScorer:
     """Returns a function from packed batches to the model's logits."""
     return tf.function(
-        lambda batch: model(batch, training=False), input_signature=[batch_signature(model.encodings)], autograph=False
+        lambda batch: model(batch, training=False),
+        input_signature=[batch_signature(model.encodings, num_tasks=model.num_tasks)],
+        autograph=False,
     )
 
 
@@ -167,7 +196,14 @@ def evaluate(
         calibration=calibration(probabilities(scored.rankings[MODEL]), scored.labels),
         corrected=_corrected(scored, config) if not store.facts.has_labels else None,
         tables=tables,
+        labels=[_of_label(task, *own, scored.users) for task, own in scored.by_task.items()],
     )
+
+
+def _of_label(task: str, logits: np.ndarray, labels: np.ndarray, users: np.ndarray) -> LabelMetrics:
+    error = calibration(probabilities(logits), labels).error
+    own_gauc, own_auc = gauc(logits, labels, users).gauc, auc(logits, labels)
+    return LabelMetrics(task, float(labels.mean()), own_gauc, own_auc, log_loss(logits, labels), error)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ class Bundle:
         context: Mapping[str, Any] | None = None,
         candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
-        """Returns the logits `[B]` of one candidate for each of B histories.
+        """Returns the logits, `[B]` or `[B, T]` of T tasks, of one candidate for each of B histories.
 
         Args:
             history_item_ids: `[N]`, the histories concatenated.
@@ -103,7 +103,7 @@ class Bundle:
             "candidate_item_ids": candidate_item_ids,
         }
         num = len(candidate_item_ids)
-        return self.call("score", inputs | self._examples(user, context, candidate, num, num))["logits"]
+        return self._logits("score", inputs | self._examples(user, context, candidate, num, num))
 
     def rank_histories(
         self,
@@ -115,7 +115,7 @@ class Bundle:
         context: Mapping[str, Any] | None = None,
         candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
-        """Returns the logits `[C]` of any number of candidates for each of B histories.
+        """Returns the logits, `[C]` or `[C, T]` of T tasks, of any number of candidates for each of B histories.
 
         Args:
             history_item_ids: `[N]`, the histories concatenated.
@@ -133,7 +133,7 @@ class Bundle:
             "candidate_counts": candidate_counts,
         }
         examples = self._examples(user, context, candidate, len(candidate_counts), len(candidate_item_ids))
-        return self.call("rank_histories", inputs | examples)["logits"]
+        return self._logits("rank_histories", inputs | examples)
 
     def rank(
         self,
@@ -146,7 +146,8 @@ class Bundle:
     ) -> dict[str, np.ndarray]:
         """Returns the best `k` of `candidate_item_ids` `[C]`: `item_ids`, `logits`, `click_probability` and `places`.
 
-        `places` are their indices among the candidates. Features of the user and the context have one value.
+        `places` are their indices among the candidates. Features of the user and the context have one value. Of several
+        tasks the main one ranks, and each has its own `logits_TASK` and `probability_TASK`.
         """
         examples = self._examples(user, context, candidate, 1, len(candidate_item_ids))
         inputs = {"history_item_ids": history_item_ids, "candidate_item_ids": candidate_item_ids, "k": k}
@@ -165,7 +166,7 @@ class Bundle:
     ) -> np.ndarray:
         """Does the same as `score`, with item features by name. Missing features are looked up by the item id."""
         num = len(candidate_item_ids)
-        return self.call(
+        return self._logits(
             "score_with_features",
             {
                 "history_item_ids": history_item_ids,
@@ -175,7 +176,7 @@ class Bundle:
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
                 **self._examples(user, context, candidate, num, num),
             },
-        )["logits"]
+        )
 
     def rank_with_features(
         self,
@@ -204,6 +205,9 @@ class Bundle:
     def embed_items(self, item_ids: Any) -> dict[str, np.ndarray]:
         """Returns `embeddings` `[M, H]`, and `known` `[M]`, which is true for items that the model knows."""
         return self.call("embed_items", {"item_ids": item_ids})
+
+    def _logits(self, name: str, inputs: Mapping[str, Any]) -> np.ndarray:
+        return self.manifest.predictions.stacked(self.call(name, inputs), np.stack)
 
     def _features(self, side: str, given: Mapping[str, Any], length: int) -> dict[str, Any]:
         manifest = self.manifest

@@ -19,6 +19,7 @@ from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import open_regular, read_bounded
 from din_dist.serving.calibrator import Calibrator
+from din_dist.serving.predictions import Predictions
 from din_dist.text import is_count, parse_json, reason, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # the folder that TensorFlow reserves for files of others
@@ -98,7 +99,10 @@ class Manifest:
         files: path -> SHA-256 of each file of the export except this one.
         format_version: of the manifest.
         features: those that were declared. Without them the file has no such entry.
-        calibration: a `Calibrator` as JSON. None, and no such entry in the file: probabilities are sigmoids of logits.
+        calibration: a `Calibrator` as JSON, of several tasks one for each by name. None, and no such entry in the file:
+            probabilities are sigmoids of logits.
+        tasks: the labels that are predicted, if there are several. Else the file has no such entry, nor the next.
+        main_task: the one that items are ranked by.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -121,6 +125,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     features: tuple[FeatureInputs, ...] = ()
     calibration: Mapping[str, Any] | None = None
+    tasks: tuple[str, ...] = ()
+    main_task: str = ""
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -130,12 +136,20 @@ class Manifest:
             del fields["features"]
         if self.calibration is None:
             del fields["calibration"]
+        if not self.tasks:
+            del fields["tasks"], fields["main_task"]
         return fields
 
     @functools.cached_property
-    def calibrator(self) -> Calibrator:
-        """Turns the model's logits into click probabilities."""
-        return Calibrator() if self.calibration is None else Calibrator.from_json(self.calibration)
+    def predictions(self) -> Predictions:
+        """The labels that are predicted, with their calibrators."""
+        if not self.tasks:
+            of_click = {"": Calibrator.from_json(self.calibration)} if self.calibration is not None else {}
+            return Predictions.of((), 0, of_click)
+        calibrators = {task: Calibrator.from_json(fields) for task, fields in (self.calibration or {}).items()}
+        if not calibrators.keys() <= {*self.tasks}:
+            raise ValueError("other tasks")
+        return Predictions.of(self.tasks, self.tasks.index(self.main_task), calibrators)
 
     def features_of(self, owner: str) -> list[FeatureInputs]:
         """Returns the features of an owner."""
@@ -196,7 +210,8 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
         )
     try:
         features = tuple(FeatureInputs(**feature) for feature in fields.pop("features", ()))
-        manifest = Manifest(**fields, features=features, digest=digest)
+        tasks = tuple(fields.pop("tasks", ()))
+        manifest = Manifest(**fields, features=features, tasks=tasks, digest=digest)
     except TypeError as error:
         raise _changed(path, reason(error)) from error
     if wrong := _wrong(manifest):
@@ -215,8 +230,13 @@ def _wrong(manifest: Manifest) -> str:
     for kind in (manifest.item_id_type, *manifest.item_features.values()):
         if kind not in ("string", "integer"):
             return f"ids of type {shown(kind)}"
+    if not all(isinstance(task, str) and task.isidentifier() for task in manifest.tasks):
+        return "tasks of another form"
+    if manifest.main_task not in (manifest.tasks or ("",)):
+        return f"a main_task of {shown(manifest.main_task)}"
     try:
-        manifest.calibrator.of_logits(np.zeros(1))
+        for label in manifest.predictions.labels:
+            label.calibrator.of_logits(np.zeros(1))
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         return f"a calibration that cannot be ({reason(error)})"
     if manifest.feature_inputs.keys() != manifest.item_features.keys():

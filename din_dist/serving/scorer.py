@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,17 +27,19 @@ class ExportScorer:
         bundle: the opened export.
         store: its job's data, from which the own values of declared features are read.
         examples: those that batches are made of, for declared features.
+        task: the one by which candidates are ranked.
     """
 
-    def __init__(self, bundle: Bundle, store: EventStore, examples: Examples | None = None) -> None:
+    def __init__(self, bundle: Bundle, store: EventStore, examples: Examples | None = None, task: int = 0) -> None:
         self._bundle, self._num_items = bundle, store.facts.num_items
+        self._predictions = dataclasses.replace(bundle.manifest.predictions, main=task)
         self._examples, self._values = examples, OwnValues(store)
         own_ids = store.vocabulary(ITEMS).to_numpy()
         kind = tf.string if bundle.manifest.item_id_type == "string" else tf.int64
         self._own_ids = tf.constant(own_ids, kind)
 
     def of_batch(self, batch: Batch) -> tf.Tensor:
-        """Returns the logits `[B]` of a packed batch (see `schema`)."""
+        """Returns the logits, `[B]` or `[B, T]`, of a packed batch (see `schema`)."""
         histories, candidates = batch.history_item_ids, batch.candidate_item_ids
         given = {}
         if self._values.specs:
@@ -65,7 +68,7 @@ class ExportScorer:
                 candidates = self._own_ids[first : first + each]
                 count = len(candidates)
                 found = self._bundle.rank_histories(history, np.array([length]), candidates, np.array([count]), **given)
-                logits[row, first : first + count] = found
+                logits[row, first : first + count] = self._predictions.ranking(found)
             tick((row + 1) / len(ends))
         return logits
 
@@ -77,13 +80,14 @@ class ExportScorer:
         candidate_counts: np.ndarray,
         askers: Askers | None = None,
     ) -> np.ndarray:
-        return self._bundle.rank_histories(
+        found = self._bundle.rank_histories(
             self._own(history_item_ids),
             history_lengths,
             self._own(candidate_item_ids),
             candidate_counts,
             **self._of(askers, 0, len(history_lengths)),
         )
+        return self._predictions.ranking(found)
 
     def _of(self, askers: Askers | None, first: int, end: int) -> dict[str, Mapping[str, Any]]:
         """Returns the features of users and contexts; those of candidates are missing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -27,6 +27,7 @@ from din_dist.config import Config
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.files import read_text
+from din_dist.schema import METRICS_OF_TASKS, metric_of
 from din_dist.telemetry.metrics_server import MetricsServer
 from din_dist.telemetry.step_report import StepReport
 from din_dist.training_state import TrainingState
@@ -65,6 +66,7 @@ class PrometheusMetrics:
 
     def _define(self, config: Config) -> None:
         self._define_training()
+        self._define_tasks(config.data.label_columns)
         self._define_job(config)
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -109,6 +111,14 @@ class PrometheusMetrics:
             "auc": self._gauge("auc", "AUC at the last evaluation.", "split"),
             "log_loss": self._gauge("log_loss", "Mean log loss at the last evaluation, in nats.", "split"),
         }
+
+    def _define_tasks(self, tasks: Sequence[str]) -> None:
+        """Defines what is measured of each label, if several are predicted."""
+        self._tasks = tasks
+        if tasks:
+            help_text = "The metric of the same name, of each of --label_columns."
+            names = {name: f"task_{name}" for name in METRICS_OF_TASKS}
+            self.evaluated_tasks = {name: self._gauge(own, help_text, "split", "task") for name, own in names.items()}
 
     def _define_job(self, config: Config) -> None:
         """Defines the size, the checkpoints and the state of the job."""
@@ -181,6 +191,8 @@ class PrometheusMetrics:
     def after_evaluation(self, split: str, metrics: Mapping[str, float]) -> None:
         for name, gauge in self.evaluated.items():
             gauge.labels(split).set(metrics[name])
+            for task in self._tasks:
+                self.evaluated_tasks[name].labels(split, task).set(metrics[metric_of(name, task)])
 
     def after_checkpoint(self, seconds: float, size: int) -> None:
         self.checkpoint_seconds.observe(seconds)

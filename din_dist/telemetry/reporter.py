@@ -19,6 +19,7 @@ from din_dist.config import Config
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import Interrupted, Left
 from din_dist.files import make_folder, sync, write_text
+from din_dist.schema import METRICS_OF_TASKS, metric_of
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.step_report import PARTS, StepReport
 from din_dist.telemetry.tensorboard import PROFILED_STEPS, TensorBoard
@@ -54,6 +55,7 @@ class Reporter:
         self.prometheus_metrics = prometheus_metrics
         self._folder = Path(config.job.output_dir)
         self._since_log = _Interval()
+        self._tasks = config.data.label_columns
         prometheus_metrics.steps_planned.set(num_steps)
         self._restarts: int | None = None
         self._lost_records = False
@@ -212,10 +214,13 @@ class Reporter:
     def after_evaluation(self, split: str, state: TrainingState, metrics: dict[str, Any], seconds: float) -> None:
         self.prometheus_metrics.after_evaluation(split, metrics)
         self.record(split, state, {**metrics, "seconds": seconds})
-        self.say(
-            f"{split}: GAUC {metrics['gauc']:.4f}, AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f}",
-            **{"split": split, **metrics},
-        )
+        words = []
+        for task in self._tasks or [""]:
+            gauc, auc, log_loss = (metrics[metric_of(name, task) if task else name] for name in METRICS_OF_TASKS)
+            what = f"{split}, {task}" if task else split
+            words.append(f"{what}: GAUC {gauc:.4f}, AUC {auc:.4f}, log loss {log_loss:.4f}")
+        for number, line in enumerate(words):
+            self.say(line, split=split, **({} if number else metrics))
         if math.isnan(metrics["gauc"]):
             self.say(
                 f"{split}: GAUC is not defined, because none of {metrics['num_users_skipped']:,} users has examples of "

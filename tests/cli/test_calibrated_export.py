@@ -49,7 +49,7 @@ def test_all_ways_give_the_same_probabilities(folder: Path, kind: str, commands:
     assert plain.manifest.calibration is None
     assert bundle.manifest.calibration is not None and bundle.manifest.calibration["kind"] == kind
     expected = scored(plain, "score")
-    probabilities = bundle.manifest.calibrator.probabilities(expected["logits"])
+    probabilities = bundle.manifest.predictions.labels[0].calibrator.probabilities(expected["logits"])
     assert np.abs(probabilities - expected["click_probability"]).max() > 0.01
     for signature in ("score", "rank_histories"):
         found = scored(bundle, signature)
@@ -57,7 +57,9 @@ def test_all_ways_give_the_same_probabilities(folder: Path, kind: str, commands:
         np.testing.assert_allclose(found["click_probability"], probabilities, atol=1e-5)
     best = bundle.rank(np.array(HISTORIES[0], object), np.array(CANDIDATES, object), 4)
     np.testing.assert_allclose(
-        best["click_probability"], bundle.manifest.calibrator.probabilities(best["logits"]), atol=1e-5
+        best["click_probability"],
+        bundle.manifest.predictions.labels[0].calibrator.probabilities(best["logits"]),
+        atol=1e-5,
     )
 
     rows = pa.table({"history": HISTORIES, "item_id": CANDIDATES})

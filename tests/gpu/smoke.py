@@ -25,10 +25,9 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from din_dist.data.prepared import prepare
 from tests.support.jobs import assert_same_training, records, start, train
 from tests.support.repository import ROOT
-from tests.support.train_cases import CASES, data_config
+from tests.support.train_cases import CASES, prepare_data
 
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # TF32 keeps 10 bits of a factor's mantissa
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1"}
@@ -90,7 +89,7 @@ def main(names: list[str]) -> None:
     tf.config.set_visible_devices([], "GPU")  # all of its memory is for the jobs
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare(data_config(folder))
+        prepare_data(folder)
         for name in names or PARTS:
             PARTS[name](folder)
             print(f"{name}: passed", flush=True)

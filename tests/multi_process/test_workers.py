@@ -19,7 +19,7 @@ from din_dist.evaluation.evaluator import Evaluator
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.export.writer import TrainedModel, export
 from tests.support.jobs import STEPS, assert_same_training, assert_same_weights, losses, records, train, weights
-from tests.support.train_cases import CASES, config_of, data_config
+from tests.support.train_cases import CASES, config_of, data_config, prepare_data
 from tests.support.trained_job import histories_of_tests
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     goes on with three.
     """
     folder = tmp_path_factory.mktemp("workers")
-    prepare(data_config(folder))
+    prepare_data(folder)
     train(folder, "one", 1)
     train(folder, "two", 2)
     train(folder, "three", 3)
@@ -74,7 +74,9 @@ def test_evaluation_is_that_of_one_worker(folder: Path, run: str, case: str) -> 
     (one,), (many,) = (records(folder, name, case, "test") for name in ("one", run))
     tolerance = 0.02 if case == "bfloat16" else 1e-3
     assert many["num_examples"] == one["num_examples"]
-    for name in ("gauc", "auc", "log_loss", "pairwise_gauc"):
+    names = {"gauc", "auc", "log_loss", "pairwise_gauc", "gauc_click", "auc_buy", "log_loss_buy"} & one.keys()
+    assert len(names) == (6 if case == "tasks" else 4)
+    for name in names:
         assert many[name] == pytest.approx(one[name], abs=tolerance)
 
 

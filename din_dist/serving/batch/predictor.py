@@ -24,6 +24,7 @@ from din_dist.serving.batch.histories import Encoded, encode
 from din_dist.serving.batch.parts import Part, PartsFolder, Plan, in_turn
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.own_values import part_of
+from din_dist.serving.predictions import Predictions
 from din_dist.tables.formats import shown_names
 from din_dist.tables.ids import Field, Ids
 from din_dist.tables.reader import TableReader, open_table
@@ -31,7 +32,7 @@ from din_dist.tables.writer import Added, write_results
 from din_dist.telemetry.terminal import Terminal
 from din_dist.text import duration
 
-LOGIT, PROBABILITY, TOP_ITEMS = "logit", "click_probability", "top_items"
+TOP_ITEMS = "top_items"
 PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough for the caches, enough for all cores
 _CALL_COST = 8  # a candidate takes as long as this many pairs, in addition to those with its history
 SHOW_SECONDS = 10.0
@@ -66,6 +67,7 @@ class RowColumns:
     before: str = ""  # column of the time at which a user's history ends; empty: after the last event
     features: tuple[FeatureColumn, ...] = ()
     user_features: tuple[str, ...] = ()  # features of users that the source of histories gives
+    predictions: Predictions = Predictions()  # the labels that the export predicts
 
     @property
     def read(self) -> list[str]:
@@ -78,7 +80,8 @@ class RowColumns:
     def added(self) -> list[Added]:
         """The columns to add, without rows yet."""
         offsets = np.zeros(1, np.int64) if self.candidates.is_list else None
-        columns = [Added(name, pa.array([], pa.float32()), offsets) for name in (LOGIT, PROBABILITY)]
+        names = [name for label in self.predictions.labels for name in (label.logit, label.probability)]
+        columns = [Added(name, pa.array([], pa.float32()), offsets) for name in names]
         if self.top_k:
             columns.insert(
                 0, Added(TOP_ITEMS, pa.array([], pa.int64() if self.candidates.integers else pa.string()), offsets)
@@ -119,6 +122,7 @@ class Predictor:
     ) -> None:
         self._bundle, self._histories, self._columns, self._folder = bundle, histories, columns, folder
         self._stop_requested, self._log_format = stop_requested, log_format
+        self._predictions = columns.predictions
         self.counts = Counts()
 
     def run(self, plan: Plan, rank: int = 0, world_size: int = 1) -> None:
@@ -184,15 +188,17 @@ class Predictor:
         ids, offsets = batch.candidates.values, batch.candidates.offsets
         columns = []
         if self._columns.top_k and offsets is not None:
-            best, offsets = top_indices(logits, offsets, self._columns.top_k)
+            best, offsets = top_indices(self._predictions.ranking(logits), offsets, self._columns.top_k)
             logits = logits[best]
             columns.append(Added(TOP_ITEMS, ids.take(pa.array(best)), offsets))
-        probabilities = self._bundle.manifest.calibrator.probabilities(logits)
-        columns += [Added(LOGIT, pa.array(logits), offsets), Added(PROBABILITY, pa.array(probabilities), offsets)]
+        for label, own in self._predictions.columns(logits):
+            probabilities = label.calibrator.probabilities(own)
+            columns += [Added(label.logit, pa.array(own), offsets)]
+            columns += [Added(label.probability, pa.array(probabilities), offsets)]
         return columns
 
     def _logits(self, batch: _Batch) -> np.ndarray:
-        """Returns the logits of all candidates of a batch, float32 `[C]`."""
+        """Returns the logits of all candidates of a batch, float32 `[C]` or by task `[C, T]`."""
         counts = batch.candidates.counts
         positions = np.concatenate([[0], np.cumsum(batch.lengths)])
         found = []
@@ -206,7 +212,8 @@ class Predictor:
                     **_features_of(batch.features, call),
                 )
             )
-        logits = np.concatenate([np.zeros(0, np.float32), *found])
+        tasks = self._predictions.tasks
+        logits = np.concatenate([np.zeros((0, len(tasks)) if tasks else 0, np.float32), *found])
         if not np.isfinite(logits).all():
             raise FloatingPointError("the model gives a logit that is not finite. Export a checkpoint that does not.")
         return logits

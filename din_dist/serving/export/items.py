@@ -23,7 +23,7 @@ class Items(NamedTuple):
     """The items of a request, each distinct one looked up once."""
 
     vectors: tf.Tensor  # [U, H]
-    biases: tf.Tensor  # [U]
+    biases: tf.Tensor  # [U], or [U, T] of T tasks
     index: tf.Tensor  # int32 [M], the index of each of the request's items among the distinct ones
 
 
@@ -142,7 +142,7 @@ class ItemLookup:
         parts = [tf.gather(table, ids) for table, ids in zip(self._tables, [rows, *features], strict=True)]
         if self._columns:
             parts.append(self._columns.of(values))
-        biases = tf.squeeze(tf.gather(self._lookup.item_bias.value, rows), axis=1)
+        biases = self._lookup.flat(tf.gather(self._lookup.item_bias.value, rows))
         return Items(tf.concat(parts, axis=1), biases, index)
 
     def _rows(self, dense_ids: tf.Tensor) -> tf.Tensor:

@@ -24,6 +24,7 @@ from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
 from din_dist.serving.export.features import Declared, ExampleInputs, encoder_of, input_names
 from din_dist.serving.export.items import ItemLookup
+from din_dist.serving.predictions import Predictions
 
 Outputs = dict[str, tf.Tensor]
 
@@ -44,7 +45,7 @@ class Signatures:
         max_history_length: the number of newest behaviours that the model reads.
         folder: for the files of the vocabularies, which are needed until the SavedModel is written.
         declared: the declared features by name. None: there are none.
-        calibrator: turns logits into click probabilities. None: the sigmoid does.
+        predictions: the labels that are predicted. None: a click, whose probability is the sigmoid of its logit.
     """
 
     def __init__(
@@ -55,9 +56,9 @@ class Signatures:
         max_history_length: int,
         folder: Path,
         declared: Mapping[str, Declared] | None = None,
-        calibrator: Calibrator | None = None,
+        predictions: Predictions | None = None,
     ) -> None:
-        self._calibrator = calibrator or Calibrator()
+        self._predictions = predictions or Predictions()
         self._model, self._max_history_length = model, max_history_length
         declared = declared or {}
         self._items = ItemLookup(model.lookup, item_ids, feature_ids, declared, folder)
@@ -190,8 +191,8 @@ class Signatures:
             num_candidates[None],
             features,
         )
-        best, index = tf.math.top_k(logits, wanted)  # ties keep their order
-        outputs = self._with_probability(best)
+        _, index = tf.math.top_k(self._predictions.ranking(logits), wanted)  # ties keep their order
+        outputs = self._with_probability(tf.gather(logits, index))
         return {"item_ids": tf.gather(candidate_item_ids, index), "places": tf.cast(index, tf.int64), **outputs}
 
     def rank_histories(
@@ -230,7 +231,7 @@ class Signatures:
         candidate_counts: tf.Tensor,
         features: Mapping[str, tf.Tensor],
     ) -> tf.Tensor:
-        """Returns the logits `[C]`, computed in parts of the candidates, so that memory stays bounded.
+        """Returns the logits, `[C]` or `[C, T]`, computed in parts of the candidates, so that memory stays bounded.
 
         A part reads only its own histories, and projects each of their distinct behaviours once. User and context
         columns go through the head's first layer once a history.
@@ -269,7 +270,8 @@ class Signatures:
             found = self._model.logits(looked_up, Pairs(segment_ids(ends_of_part - firsts), behaviour_of))
             return part + 1, logits.write(tf.cast(part, tf.int32), found)
 
-        logits = tf.TensorArray(tf.float32, tf.cast(num_parts, tf.int32), element_shape=[None], infer_shape=False)
+        shape = [None, self._model.num_tasks] if self._model.num_tasks > 1 else [None]
+        logits = tf.TensorArray(tf.float32, tf.cast(num_parts, tf.int32), element_shape=shape, infer_shape=False)
         none_yet = tf.constant(0, tf.int64)
         _, logits = tf.while_loop(
             lambda part, _: part < num_parts, score_part, [none_yet, logits], parallel_iterations=1
@@ -277,7 +279,10 @@ class Signatures:
         return logits.concat()
 
     def _with_probability(self, logits: tf.Tensor) -> Outputs:
-        return {"logits": logits, "click_probability": tf.sigmoid(calibrated(logits, self._calibrator))}
+        outputs: Outputs = {}
+        for label, own in self._predictions.columns(logits):
+            outputs |= {label.logits: own, label.probability: tf.sigmoid(calibrated(own, label.calibrator))}
+        return outputs
 
     def _newest(
         self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor

@@ -33,6 +33,7 @@ from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
 from din_dist.serving.own_values import OwnValues
+from din_dist.serving.predictions import Predictions
 from din_dist.text import to_json
 from din_dist.versions import build_info
 
@@ -50,7 +51,7 @@ class TrainedModel:
         step: the number of the update that gave these weights.
         flags: the job's settings as a flagfile.
         summary: the job's `summary.json`; None if the job was not finished.
-        calibrator: turns the model's logits into click probabilities.
+        calibrators: task, or empty for one click -> what turns its logits into probabilities.
     """
 
     model: RankingModel
@@ -59,7 +60,12 @@ class TrainedModel:
     step: int
     flags: str
     summary: Mapping[str, Any] | None
-    calibrator: Calibrator = Calibrator()
+    calibrators: Mapping[str, Calibrator] = dataclasses.field(default_factory=dict)
+
+    @property
+    def predictions(self) -> Predictions:
+        """The labels that are predicted."""
+        return Predictions.of(self.store.facts.tasks, self.config.main_task, self.calibrators)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -130,7 +136,8 @@ def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator
     """
     exported = _Exported(trained, folder, evaluator.examples(split))
     encodings = trained.model.encodings
-    trace = functools.partial(tf.function, input_signature=[batch_signature(encodings)], autograph=False)
+    batches = batch_signature(encodings, num_tasks=trained.model.num_tasks)
+    trace = functools.partial(tf.function, input_signature=[batches], autograph=False)
 
     def without_features(batch: Batch) -> Batch:
         return batch._replace(features=missing_values(encodings, tf.size(batch.candidate_item_ids)))
@@ -168,11 +175,11 @@ class _Exported:
     def __init__(self, trained: TrainedModel, folder: Path, examples: Examples) -> None:
         self._loaded = tf.saved_model.load(str(folder))
         self._vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
-        self._features = described_features(trained.store)
+        self._features, self._predictions = described_features(trained.store), trained.predictions
         self._examples, self._values = examples, OwnValues(trained.store)
 
     def logits(self, batch: Batch, *, signature: str, missing: bool) -> tf.Tensor:
-        """Returns the logits `[B]` of a packed batch.
+        """Returns the logits, `[B]` or `[B, T]`, of a packed batch.
 
         Args:
             batch: its features are left aside.
@@ -193,12 +200,13 @@ class _Exported:
         inputs = {name: as_tensor(value, specs[name].dtype, name) for name, value in inputs.items()}
         if signature == "rank_histories":
             inputs["candidate_counts"] = tf.ones_like(batch.history_lengths, tf.int64)
-        return function(
+        outputs = function(
             history_item_ids=self._own_ids(batch.history_item_ids),
             history_lengths=tf.cast(batch.history_lengths, tf.int64),
             candidate_item_ids=self._own_ids(batch.candidate_item_ids),
             **inputs,
-        )["logits"]
+        )
+        return self._predictions.stacked(outputs, tf.stack)
 
     def _own_ids(self, dense_ids: tf.Tensor) -> tf.Tensor:
         ids = self._vocabulary.take(pa.array(dense_ids.numpy() - 1)).to_numpy(zero_copy_only=False)
@@ -215,7 +223,7 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             trained.config.data.max_history_length,
             Path(vocabularies),
             _declared(store),
-            trained.calibrator,
+            trained.predictions,
         )
         signatures.save(folder)
 
@@ -261,12 +269,21 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         versions=build_info(),
         files={path.relative_to(folder).as_posix(): digest_of_file(path) for path in files},
         features=tuple(features),
-        calibration=None if trained.calibrator.changes_nothing else trained.calibrator.to_json(),
+        calibration=_calibration(trained.predictions),
+        tasks=trained.predictions.tasks,
+        main_task=trained.predictions.labels[trained.predictions.main].task,
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)
     write_text(path, to_json(manifest.to_json()) + "\n")
     return read_manifest(folder)
+
+
+def _calibration(predictions: Predictions) -> dict[str, Any] | None:
+    """Returns the calibrators as a manifest keeps them; None if none of them changes anything."""
+    found = {label.task: label.calibrator for label in predictions.labels if not label.calibrator.changes_nothing}
+    as_json = {task: calibrator.to_json() for task, calibrator in found.items()}
+    return (as_json if predictions.tasks else as_json[""]) if as_json else None
 
 
 def _kind(ids: pa.ChunkedArray) -> str:

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs, Manifest
+from din_dist.serving.predictions import Predictions
 
 Id = str | int
 SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
@@ -203,33 +203,37 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
     return request
 
 
-def answer(request: Predict, logits: Sequence[np.ndarray], calibrator: Calibrator) -> dict[str, Any]:
+def answer(request: Predict, logits: Sequence[np.ndarray], predictions: Predictions) -> dict[str, Any]:
     """Returns the answer to a request.
 
     Args:
         request: as from `parse`.
-        logits: float32 `[C]` of each instance.
-        calibrator: of the export.
+        logits: float32 `[C]` or `[C, T]` of each instance.
+        predictions: of the export.
     """
     if request.signature == RANK:
-        rows = [_ranked(instance, found, calibrator) for instance, found in zip(request.instances, logits, strict=True)]
-        return {"predictions": rows} if request.in_rows else {"outputs": rows[0]}
-    flat = np.concatenate(logits)
-    columns = {"logits": flat.tolist(), "click_probability": calibrator.probabilities(flat).tolist()}
+        both = zip(request.instances, logits, strict=True)
+        ranked = [_ranked(instance, found, predictions) for instance, found in both]
+        return {"predictions": ranked} if request.in_rows else {"outputs": ranked[0]}
+    columns = _outputs(np.concatenate(logits), predictions)
     if not request.in_rows:
         return {"outputs": columns}
-    pairs = zip(columns["logits"], columns["click_probability"], strict=True)
-    return {"predictions": [{"logits": logit, "click_probability": share} for logit, share in pairs]}
+    rows = zip(*columns.values(), strict=True)
+    return {"predictions": [dict(zip(columns, row, strict=True)) for row in rows]}
 
 
-def _ranked(instance: Instance, logits: np.ndarray, calibrator: Calibrator) -> dict[str, list]:
-    order = np.argsort(-logits, kind="stable")[: instance.most]  # ties keep their order
-    return {
-        "item_ids": [instance.candidates[index] for index in order],
-        "logits": logits[order].tolist(),
-        "click_probability": calibrator.probabilities(logits[order]).tolist(),
-        "places": order.tolist(),
-    }
+def _ranked(instance: Instance, logits: np.ndarray, predictions: Predictions) -> dict[str, list]:
+    order = np.argsort(-predictions.ranking(logits), kind="stable")[: instance.most]  # ties keep their order
+    items = [instance.candidates[index] for index in order]
+    return {"item_ids": items, **_outputs(logits[order], predictions), "places": order.tolist()}
+
+
+def _outputs(logits: np.ndarray, predictions: Predictions) -> dict[str, list[float]]:
+    """Returns the logits and the probabilities of each label by the names of the outputs."""
+    found: dict[str, list[float]] = {}
+    for label, own in predictions.columns(logits):
+        found |= {label.logits: own.tolist(), label.probability: label.calibrator.probabilities(own).tolist()}
+    return found
 
 
 class _Reader:

@@ -14,7 +14,6 @@ from typing import Any
 
 from aiohttp import web
 
-from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.http.batcher import Batcher, QueueFull
 from din_dist.serving.http.body import (
     Buffers,
@@ -48,6 +47,7 @@ from din_dist.serving.http.probes import PATHS, Probes
 from din_dist.serving.http.responses import Scores, busy, error
 from din_dist.serving.http.scoring import Scorer, score_together
 from din_dist.serving.http.settings import ServeConfig
+from din_dist.serving.predictions import Predictions
 from din_dist.text import shown
 
 _HEALTH_CONNECTIONS = 32  # at the port for probes; silent ones are closed to make room
@@ -67,7 +67,7 @@ class Served:
     vocabulary: Vocabulary
     version: int
     description: Mapping[str, Any]
-    calibrator: Calibrator = Calibrator()
+    predictions: Predictions = Predictions()
 
 
 class Server:
@@ -204,7 +204,8 @@ class Server:
         }
         inputs[SCORE_PADDED] = inputs[SCORE] | {"history_item_ids": (item, 2)}
         inputs[DEFAULT_SIGNATURE] = inputs[SCORE]
-        outputs = {"logits": ("DT_FLOAT", 1), "click_probability": ("DT_FLOAT", 1)}
+        labels = self._served.predictions.labels
+        outputs = {name: ("DT_FLOAT", 1) for label in labels for name in (label.logits, label.probability)}
         ranked = outputs | {"item_ids": (item, 1), "places": ("DT_INT64", 1)}
         signatures = {
             name: {
@@ -277,7 +278,7 @@ class Server:
         with self._in_progress():
             async with asyncio.timeout(self._config.request_timeout_seconds):
                 logits = await self._batcher.score(predict)
-            text = json.dumps(answer(predict, logits, self._served.calibrator), allow_nan=False)
+            text = json.dumps(answer(predict, logits, self._served.predictions), allow_nan=False)
             return Scores(text.encode(), self._buffers)
 
     def _parse(self, data: bytes, encoding: str, seen: _RequestFacts) -> Predict:

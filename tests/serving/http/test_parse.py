@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.http.parse import (
     BadRequest,
     Instance,
@@ -24,6 +23,7 @@ from din_dist.serving.http.parse import (
 )
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs
+from din_dist.serving.predictions import Predictions
 from tests.support.stand_in_model import INTEGERS, STRINGS
 
 LIMITS = ServeConfig(
@@ -89,16 +89,16 @@ def test_rank_in_rows_and_columns() -> None:
 def test_answers() -> None:
     """Best first, ties by place; probabilities by hand: sigmoid(0) and sigmoid(ln 3)."""
     logits = np.array([0, np.log(3), 0, -1000], np.float32)
-    ranked = answer(Predict("rank", False, [Instance([], list("abcd"), most=3)]), [logits], Calibrator())["outputs"]
+    ranked = answer(Predict("rank", False, [Instance([], list("abcd"), most=3)]), [logits], Predictions())["outputs"]
     assert ranked["item_ids"] == ["b", "a", "c"]
     assert ranked["places"] == [1, 0, 2]
     np.testing.assert_allclose(ranked["click_probability"], [0.75, 0.5, 0.5], rtol=1e-6)
-    scored = answer(Predict("score", True, [Instance([], ["a"])] * 4), list(logits[:, None]), Calibrator())[
+    scored = answer(Predict("score", True, [Instance([], ["a"])] * 4), list(logits[:, None]), Predictions())[
         "predictions"
     ]
     assert [one["logits"] for one in scored] == logits.tolist()
     assert scored[3]["click_probability"] == 0
-    assert answer(Predict("score", False, [Instance([], ["a"])]), [logits[:1]], Calibrator()) == {
+    assert answer(Predict("score", False, [Instance([], ["a"])]), [logits[:1]], Predictions()) == {
         "outputs": {"logits": [0.0], "click_probability": [0.5]}
     }
 
@@ -261,7 +261,7 @@ def test_ties_are_by_place_in_long_lists_too() -> None:
     """Where NumPy's default sort would not keep them so."""
     logits = np.tile(np.array([0, 1], np.float32), 50)
     request = Predict("rank", False, [Instance([], [str(place) for place in range(100)])])
-    assert answer(request, [logits], Calibrator())["outputs"]["places"] == [*range(1, 100, 2), *range(0, 100, 2)]
+    assert answer(request, [logits], Predictions())["outputs"]["places"] == [*range(1, 100, 2), *range(0, 100, 2)]
 
 
 class Counted(str):
