@@ -24,7 +24,9 @@ from din_dist.schema import MOST_TASKS
 UNKNOWN_ITEM_RATE = 0.1
 _EXPONENT, _LARGEST_EXPONENT = 0.75, 2  # of popularity
 _PURCHASES = "complete_journey"
-_DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic")
+_IMPRESSIONS = "synthetic_impressions"
+LABELLED = ("event_log", _IMPRESSIONS)  # data sets that may have labels
+_DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic", _IMPRESSIONS)
 _SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
 
 
@@ -136,7 +138,8 @@ class DataConfig(Settings):
     dataset: str = text_setting(
         "complete_journey",
         "Data set: complete_journey (real purchases, installed with the package), amazon_reviews/CATEGORY (McAuley's "
-        "5-core files), event_log (your own files, see --data_path) or synthetic (any size, for tests).",
+        "5-core files), event_log (your own files, see --data_path), synthetic (any size, for tests) or "
+        "synthetic_impressions (pages of shown items whose probabilities of clicks and purchases are known).",
         check=_check_dataset,
     )
     data_path: str = path_setting(
@@ -241,15 +244,13 @@ class DataConfig(Settings):
     presorted: bool = setting(
         False, "Keep the order of the log's rows. Preparing fails if a user's events are not in order of time."
     )
-    synthetic_num_users: int = setting(10_000, "Users of --dataset=synthetic.", at_least=1, theme=_SYNTHETIC)
-    synthetic_num_items: int = setting(10_000, "Items of --dataset=synthetic.", at_least=2, theme=_SYNTHETIC)
-    synthetic_num_categories: int = setting(
-        100, "Item categories of --dataset=synthetic.", at_least=1, theme=_SYNTHETIC
-    )
+    synthetic_num_users: int = setting(10_000, "Users of synthetic data.", at_least=1, theme=_SYNTHETIC)
+    synthetic_num_items: int = setting(10_000, "Items of synthetic data.", at_least=2, theme=_SYNTHETIC)
+    synthetic_num_categories: int = setting(100, "Item categories of synthetic data.", at_least=1, theme=_SYNTHETIC)
     synthetic_events_per_user: int = setting(
-        30, "Mean number of events per user of --dataset=synthetic.", at_least=2, theme=_SYNTHETIC
+        30, "Mean number of events per user of synthetic data.", at_least=2, theme=_SYNTHETIC
     )
-    synthetic_seed: int = setting(0, "Seed of --dataset=synthetic.", at_least=0, at_most=INT64_MAX, theme=_SYNTHETIC)
+    synthetic_seed: int = setting(0, "Seed of synthetic data.", at_least=0, at_most=INT64_MAX, theme=_SYNTHETIC)
     split: Split = setting(
         Split.LEAVE_ONE_OUT,
         "leave_one_out: each user's last event is the test example and the others train (the authors' protocol). "
@@ -377,7 +378,8 @@ class DataConfig(Settings):
     @property
     def label_of_histories(self) -> str:
         """The column of the label whose positives are behaviours; empty for none."""
-        return self.history_label or next(iter(self.label_columns), self.label_column)
+        named = self.label_column_required or self.dataset != _IMPRESSIONS
+        return self.history_label or next(iter(self.label_columns), self.label_column if named else "click")
 
     @property
     def drawn_negatives(self) -> Negatives:
@@ -411,8 +413,9 @@ class DataConfig(Settings):
 
     def _check_histories(self) -> None:
         kind = self.dataset.partition("/")[0]
-        of_log, both = ("event_log",), ("event_log", _PURCHASES)
-        columns = {"label_time_column": of_log, "label_columns": of_log, "request_column": both, "weight_column": both}
+        both = (*LABELLED, _PURCHASES)
+        columns: dict[str, tuple[str, ...]] = dict.fromkeys(("label_time_column", "label_columns"), LABELLED)
+        columns |= {"request_column": both, "weight_column": both}
         for name, kinds in columns.items():
             value = getattr(self, name)
             value = ",".join(value) if isinstance(value, tuple) else value

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from din_dist import progress, schema
-from din_dist.config import DataConfig, list_text
+from din_dist.config import LABELLED, DataConfig, list_text
 from din_dist.data import encoding, event_store, history_folders
 from din_dist.data.blocks import Block
 from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
@@ -30,6 +30,7 @@ from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.builders.complete_journey import CompleteJourney, CompleteJourneyConfig
 from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
 from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
+from din_dist.data.builders.synthetic_impressions import SyntheticImpressions, SyntheticImpressionsConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.log_reader import Columns
 from din_dist.data.raw_columns import RawColumns
@@ -90,16 +91,22 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
                     )
                 return AmazonReviews(data_dir=root, config=category or None)
             case "synthetic":
-                sized = SyntheticConfig.sized(
-                    num_users=config.synthetic_num_users,
-                    num_items=config.synthetic_num_items,
-                    num_categories=config.synthetic_num_categories,
-                    events_per_user=config.synthetic_events_per_user,
-                    seed=config.synthetic_seed,
-                )
-                return Synthetic(data_dir=root, config=sized)
+                return Synthetic(data_dir=root, config=_synthetic_size(config))
+            case "synthetic_impressions":
+                impressions = SyntheticImpressionsConfig.of(_synthetic_size(config), _columns(config), features)
+                return SyntheticImpressions(data_dir=root, config=impressions)
             case _:
                 raise ValueError(config.dataset)
+
+
+def _synthetic_size(config: DataConfig) -> SyntheticConfig:
+    return SyntheticConfig.sized(
+        num_users=config.synthetic_num_users,
+        num_items=config.synthetic_num_items,
+        num_categories=config.synthetic_num_categories,
+        events_per_user=config.synthetic_events_per_user,
+        seed=config.synthetic_seed,
+    )
 
 
 def _columns(config: DataConfig) -> Columns:
@@ -108,7 +115,7 @@ def _columns(config: DataConfig) -> Columns:
         item=config.item_column,
         timestamp=config.timestamp_column,
         label=config.label_of_histories,
-        label_required=config.label_column_required or bool(config.label_columns),
+        label_required=config.label_column_required or bool(config.label_columns) or config.dataset != "event_log",
         tasks=config.label_columns,
         label_time=config.label_time_column,
         request=config.request_column,
@@ -127,14 +134,12 @@ def _feature_columns(config: DataConfig) -> RawColumns:
     """
     kind, specs = config.dataset.partition("/")[0], config.feature_specs
     candidates = [spec.name for spec in specs if spec.owner is Owner.CANDIDATE and not spec.by]
-    if kind != "event_log" and candidates:
+    if kind not in LABELLED and candidates:
         raise InputError(
             f"--features: features of candidates take a log with labels, because a drawn negative has none. Received: "
             f'{candidates[0]}, and {kind} has no labels. Write of = "item" or of = "context".'
         )
-    if kind not in ("event_log", "complete_journey") and (
-        others := [s.name for s in specs if s.kind not in TIME_KINDS]
-    ):
+    if kind not in (*LABELLED, "complete_journey") and (others := [s.name for s in specs if s.kind not in TIME_KINDS]):
         raise InputError(
             f"--features: {kind} has no columns besides those of --item_features; features of the time can be "
             f"declared. Received: {others[0]}. Drop it, or use --dataset=event_log."
@@ -381,6 +386,7 @@ def _flags(config: DataConfig) -> str:
 
 def _decides_what_is_prepared(name: str) -> bool:
     names = [*_WHERE_FILES_LIE, "data_dir", "item_features", "presorted", "features", "feature_declarations"]
+    names += ["label_columns", "history_label"]
     return name in names or name.endswith("_column") or name.startswith("synthetic_")
 
 

@@ -102,20 +102,20 @@ class SyntheticBlocks(Blocks):
         random = np.random.Generator(np.random.Philox(key=[config.seed, index])).random
         first_user = index * self._users_per_block
         num_users = min(self._users_per_block, config.num_users - first_user)
-        lengths = 2 + _geometric(random(num_users), config.events_per_user - 2)
+        lengths = 2 + geometric(random(num_users), config.events_per_user - 2)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         num_events = int(offsets[-1])
         users = np.repeat(np.arange(num_users), lengths)
 
-        favourites = _zipf(random((num_users, FAVOURITES)), config.num_categories)
+        favourites = zipf(random((num_users, FAVOURITES)), config.num_categories)
         turns = random(num_events) < SWITCH_PROBABILITY
         turns[offsets[:-1]] = True
         spell = np.cumsum(turns) - 1  # the stretch of one interest that an event belongs to
         interest = (random(int(turns.sum())) * FAVOURITES).astype(np.int64)[spell]
         strays = random(num_events) < STRAY_PROBABILITY
-        category = np.where(strays, _zipf(random(num_events), config.num_categories), favourites[users, interest])
+        category = np.where(strays, zipf(random(num_events), config.num_categories), favourites[users, interest])
         first = self.first_items[category]
-        items = first + _zipf(random(num_events), self.first_items[category + 1] - first)
+        items = first + zipf(random(num_events), self.first_items[category + 1] - first)
 
         gaps = np.floor(-np.log1p(-random(num_events)) * MEAN_GAP_SECONDS).astype(np.int64)
         elapsed = np.cumsum(gaps)
@@ -129,12 +129,12 @@ class SyntheticBlocks(Blocks):
         )
 
 
-def _zipf(uniform: np.ndarray, size: np.ndarray | int) -> np.ndarray:
+def zipf(uniform: np.ndarray, size: np.ndarray | int) -> np.ndarray:
     """Returns ranks in [0, size): rank r has probability log((r + 2) / (r + 1)) / log(size + 1), about 1/(r + 1)."""
     return np.minimum(np.floor((size + 1.0) ** uniform).astype(np.int64) - 1, np.asarray(size) - 1)
 
 
-def _geometric(uniform: np.ndarray, mean: int) -> np.ndarray:
+def geometric(uniform: np.ndarray, mean: int) -> np.ndarray:
     """Returns integers from 0 with this mean; each is rarer than the one before it by the same factor."""
     if mean == 0:
         return np.zeros(len(uniform), np.int64)
