@@ -17,6 +17,7 @@ from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batch
 from din_dist.data.popularity import popularity
 from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
+from din_dist.data.walks import parts
 from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import GradientExchange
 from din_dist.distributed.runtime import Runtime
@@ -42,8 +43,6 @@ from din_dist.training.schedules import num_updates
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import NoSignals, ReceivedSignals, Trainer
 from din_dist.training.undo import UndoLog
-
-_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
 def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
@@ -107,8 +106,8 @@ def require_chained_labels(config: Config, store: EventStore) -> None:
         return
     names = store.facts.tasks
     with progress.at(f"reading data in {store.folder}"):
-        for first in range(0, len(store.task_labels), _EVENTS_AT_ONCE):
-            bits = store.task_labels[first : first + _EVENTS_AT_ONCE]
+        for part in parts(len(store.task_labels)):
+            bits = store.task_labels[part]
             for place in range(1, len(names)):
                 alone = int(np.count_nonzero((bits >> place & 1) > (bits >> place - 1 & 1)))
                 require(

@@ -1,7 +1,9 @@
-"""Writes an array that does not fit into memory, part by part."""
+"""Writes arrays that do not fit into memory, part by part."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,3 +39,32 @@ class ArrayWriter:
         with self._file:
             self._file.seek(0)
             self._write_header()
+
+
+class ArrayWriters:
+    """Writes several arrays at once, each to FOLDER/NAME.npy, whose file begins with its first values.
+
+    Args:
+        folder: of the files.
+        dtypes: name -> dtype of the array. Arrays without one are int64.
+    """
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, type]) -> None:
+        self._folder, self._dtypes = folder, dtypes
+        self._files = contextlib.ExitStack()
+        self._writers: dict[str, ArrayWriter] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Writes the next values of an array."""
+        if name not in self._writers:
+            writer = ArrayWriter(self._folder / f"{name}.npy", self._dtypes.get(name, np.int64))
+            self._writers[name] = self._files.enter_context(writer)
+        self._writers[name].append(values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)

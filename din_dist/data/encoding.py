@@ -32,6 +32,7 @@ from din_dist.data.event_store import EventStore, map_array, reading_prepared
 from din_dist.data.raw_columns import RawColumn, RawFeature
 from din_dist.data.raw_features import open_offers, open_raw, raw_ids
 from din_dist.data.splits import kept_in, split_examples
+from din_dist.data.walks import parts
 from din_dist.errors import InputError
 from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
 from din_dist.features.offers import Offers
@@ -178,8 +179,8 @@ class _Encoder:
         splits = split_examples(self._store, self._config)
         found = np.ones(self._store.facts.num_events, bool)
         for examples in (splits["validation"], splits["test"]):
-            for first in range(0, examples.num_rows, _AT_ONCE):
-                found[examples.events(first, min(first + _AT_ONCE, examples.num_rows))] = False
+            for events in examples.event_parts():
+                found[events] = False
         return found
 
     @functools.cached_property
@@ -235,8 +236,7 @@ class _Encoder:
                 return np.diff(before[self._store.user_offsets])
             case Owner.ITEM:
                 found = np.zeros(self._store.facts.num_items + 1, np.int64)
-                for first in range(0, len(counted), _AT_ONCE):
-                    part = slice(first, first + _AT_ONCE)
+                for part in parts(len(counted)):
                     found += np.bincount(self._store.item_ids[part][counted[part]], minlength=len(found))
                 return found
             case _:
@@ -257,10 +257,10 @@ class _Encoder:
         assert column is not None
         ids = raw_ids(self._store.folder, column).combine_chunks()
         occurring, events = np.zeros(len(ids) + 1, bool), np.zeros(len(ids) + 1, np.int64)
-        for first in range(0, len(codes), _AT_ONCE):
-            part = codes[first : first + _AT_ONCE]
+        for part_of in parts(len(codes)):
+            part = codes[part_of]
             occurring[part] = True
-            trained = weights[first : first + _AT_ONCE]
+            trained = weights[part_of]
             events += np.bincount(part, trained, len(events)).astype(np.int64)
         counts = dataclasses.replace(counts, distinct=int(np.count_nonzero(occurring[1:])))
         integers = pa.types.is_integer(ids.type)
@@ -301,11 +301,8 @@ class _Encoder:
     def _encode_times(self, spec: FeatureSpec) -> tuple[Encoding, Arrays]:
         unit, zone = self._unit, self._config.timezone
         timestamps = self._store.timestamps
-        parts = [
-            time_rows(timestamps[first : first + _AT_ONCE], spec.kind, unit, zone)
-            for first in range(0, len(timestamps), _AT_ONCE)
-        ]
-        rows = np.concatenate(parts)
+        found = [time_rows(timestamps[part], spec.kind, unit, zone) for part in parts(len(timestamps))]
+        rows = np.concatenate(found)
         num_rows = NUM_TIME_IDS[spec.kind] + 1
         counts = FeatureCounts(distinct=int(np.count_nonzero(np.bincount(rows, minlength=num_rows))))
         return Encoding(spec, num_rows, integers=True, unit=unit, timezone=zone, counts=counts), {"values": rows}

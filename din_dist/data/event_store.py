@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from din_dist import mapped_files, progress, schema
 from din_dist.data import checksums
-from din_dist.data.array_writer import ArrayWriter
+from din_dist.data.array_writer import ArrayWriters
 from din_dist.data.blocks import Block
 from din_dist.data.histories import cut_histories
 from din_dist.data.raw_columns import RawColumn, raw_vocabulary_path
@@ -382,8 +382,8 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
 
 def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
     num_users = num_events = 0
-    with contextlib.ExitStack() as files:
-        arrays = _PackedArrays(folder, facts, files)
+    with ArrayWriters(folder, _DTYPES) as writers:
+        arrays = _PackedArrays(writers, facts)
         for block in blocks:
             progress.note()
             if block.first_user != num_users:
@@ -412,25 +412,17 @@ class _PackedArrays:
     """Writes the packed arrays of a data set, block by block.
 
     Args:
-        folder: where the files are made.
+        writers: of the files.
         facts: the facts about the data set.
-        files: closes the files.
     """
 
-    def __init__(self, folder: Path, facts: schema.DatasetFacts, files: contextlib.ExitStack) -> None:
-        self._folder, self._facts, self._files = folder, facts, files
+    def __init__(self, writers: ArrayWriters, facts: schema.DatasetFacts) -> None:
+        self._write, self._facts = writers.append, facts
         self._num_events = self._num_kept = 0  # kept: positive events with labels, touched items without
         with_labels, without = ("history_offsets", "history_item_ids"), ("touched_offsets", "touched_gaps")
         self._kept = with_labels if facts.has_labels else without
-        self._arrays: dict[str, ArrayWriter] = {}
         for offsets in ("user_offsets", self._kept[0]):
             self._write(offsets, np.zeros(1, np.int64))
-
-    def _write(self, name: str, values: np.ndarray) -> None:
-        if name not in self._arrays:
-            path = self._folder / f"{name}.npy"
-            self._arrays[name] = self._files.enter_context(ArrayWriter(path, _DTYPES.get(name, np.int64)))
-        self._arrays[name].append(values)
 
     def append(self, block: Block) -> None:
         """Writes the arrays of the next users."""

@@ -7,7 +7,6 @@ PACKED/histories-RULE-DELAY/
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +16,17 @@ import numpy as np
 
 from din_dist import progress
 from din_dist.config import DataConfig, HistoryEnds
-from din_dist.data.array_writer import ArrayWriter
+from din_dist.data.array_writer import ArrayWriters
 from din_dist.data.blocks import Block
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, EventStore, map_array
 from din_dist.data.histories import cut_histories
-from din_dist.data.trained_items import user_runs
+from din_dist.data.walks import user_runs
 from din_dist.errors import InputError
 from din_dist.features.times import Delay, TimestampUnit, unit_of
 from din_dist.files import published_folder
 from din_dist.schema import DatasetFacts, HistoryRule
 
-_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 _DTYPES = {
     "history_ends": np.int64,
     "history_item_ids": np.int32,
@@ -75,12 +73,9 @@ def write_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> Non
         OSError: the folder cannot be written.
     """
     with published_folder(folder) as aside:
-        with contextlib.ExitStack() as files:
-            writers: dict[str, ArrayWriter] = {}
+        with ArrayWriters(aside, _DTYPES) as arrays:
             for name, values in _parts(store, facts):
-                if name not in writers:
-                    writers[name] = files.enter_context(ArrayWriter(aside / f"{name}.npy", _DTYPES[name]))
-                writers[name].append(values)
+                arrays.append(name, values)
         write_checksums(aside)
 
 
@@ -137,7 +132,7 @@ def _parts(store: EventStore, facts: DatasetFacts) -> Iterator[tuple[str, np.nda
 
 def _blocks(store: EventStore) -> Iterator[Block]:
     offsets = store.user_offsets
-    for first, end in user_runs(offsets[1:], _EVENTS_AT_ONCE):
+    for first, end in user_runs(offsets[1:]):
         events = slice(int(offsets[first]), int(offsets[end]))
         labels = np.ones(events.stop - events.start, np.uint8) if store.labels is None else store.labels[events]
         yield Block(

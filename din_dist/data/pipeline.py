@@ -38,7 +38,6 @@ _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING, _IN_BATCH = 1, 2, 3, 4, 5
 
 MOST_DEALERS = 8
 _ATTEMPTS = 4  # to find an item in the batch that the user never touched
-_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
 def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] = (), num_tasks: int = 1) -> Batch:
@@ -108,10 +107,7 @@ def mean_weight(store: EventStore, examples: Examples) -> float | None:
     """
     if store.weights is None:
         return None
-    total = 0.0
-    for first in range(0, examples.num_rows, _EVENTS_AT_ONCE):
-        events = examples.events(first, min(first + _EVENTS_AT_ONCE, examples.num_rows))
-        total += float(store.weights[events].sum(dtype=np.float64))
+    total = sum(float(store.weights[events].sum(dtype=np.float64)) for events in examples.event_parts())
     if not total:
         raise InputError(
             f"--weight_column: training examples must have a weight above 0. Received: 0 for all "

@@ -17,13 +17,13 @@ import numpy as np
 from din_dist.config import DataConfig, Negatives
 from din_dist.data.event_store import USERS, EventStore, map_array
 from din_dist.data.splits import Examples, item_counts, kept_in, publish
-from din_dist.data.trained_items import TrainedItems, user_runs
+from din_dist.data.trained_items import TrainedItems
+from din_dist.data.walks import user_runs
 from din_dist.errors import InputError
 
 _NAME = "popularity"
 _CUMULATIVE, _BELOW = "cumulative", "touched_below"
 _SCALE = 1024  # weights are whole numbers, so that draws are exact
-_EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,8 +104,7 @@ def _powers(counts: np.ndarray, exponent: float) -> np.ndarray:
 def _rows(store: EventStore, train: Examples) -> np.ndarray:
     """Returns how many training events each item has, int64 `[num_items + 1]`."""
     counts = np.zeros(store.facts.num_items + 1, np.int64)
-    for first in range(0, train.num_rows, _EVENTS_AT_ONCE):
-        events = train.events(first, min(first + _EVENTS_AT_ONCE, train.num_rows))
+    for events in train.event_parts():
         counts += np.bincount(store.item_ids[events], minlength=len(counts))
     return counts
 
@@ -116,7 +115,7 @@ def _arrays(store: EventStore, weights: np.ndarray) -> dict[str, np.ndarray]:
     assert gaps is not None
     cumulative = np.cumsum(weights, dtype=np.int64)
     below = np.empty(len(gaps), np.int64)
-    for first, end in user_runs(offsets[1:], _EVENTS_AT_ONCE):
+    for first, end in user_runs(offsets[1:]):
         run = slice(int(offsets[first]), int(offsets[end]))
         begins = offsets[first:end] - run.start
         counts = np.diff(offsets[first : end + 1])

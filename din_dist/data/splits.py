@@ -9,7 +9,7 @@ Letters of shapes: U users, K users of a split.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ import numpy as np
 from din_dist.config import DataConfig, Split
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
+from din_dist.data.walks import parts
 from din_dist.errors import InputError
 from din_dist.files import published_folder
 
 SPLITS = ("train", "validation", "test")
 _ARRAYS = ("users", "row_ends", "event_bases")
-_CHUNK = 10_000_000  # rows in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Examples:
         """Returns the events of rows `first_row` to `end_row` - 1, int64 `[end_row - first_row]`."""
         rows = np.arange(first_row, self.num_rows if end_row is None else end_row)
         return rows + self.event_bases[np.searchsorted(self.row_ends, rows, side="right")]
+
+    def event_parts(self) -> Iterator[np.ndarray]:
+        """Yields the events of all rows, in parts that fit into memory."""
+        return (self.events(part.start, part.stop) for part in parts(self.num_rows))
 
     def user_of_example(self) -> np.ndarray:
         """Returns the user of each example, int64 `[num_examples]`."""
@@ -126,11 +130,10 @@ def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[s
 def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray:
     """Returns how many positive events of each item are in neither validation nor test: int64 `[num_items + 1]`."""
     counts = np.zeros(store.facts.num_items + 1, np.int64)
-    for first in range(0, len(store.history_item_ids), _CHUNK):
-        counts += np.bincount(store.history_item_ids[first : first + _CHUNK], minlength=len(counts))
+    for part in parts(len(store.history_item_ids)):
+        counts += np.bincount(store.history_item_ids[part], minlength=len(counts))
     for examples in (splits["validation"], splits["test"]):
-        for first in range(0, examples.num_rows, _CHUNK):
-            events = examples.events(first, min(first + _CHUNK, examples.num_rows))
+        for events in examples.event_parts():
             weights = None if store.labels is None else store.labels[events]
             counts -= np.bincount(store.item_ids[events], weights, len(counts)).astype(np.int64)
     return counts

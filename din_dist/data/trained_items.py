@@ -5,7 +5,7 @@ training negatives.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ import numpy as np
 from din_dist.config import DataConfig, UnknownItem, require
 from din_dist.data.event_store import USERS, EventStore, map_array
 from din_dist.data.splits import Examples, kept_in, publish
+from din_dist.data.walks import user_runs
 from din_dist.errors import InputError
 from din_dist.schema import UNKNOWN_ID
 
-EVENTS_AT_ONCE = 10_000_000  # bounds the memory
 _NAME = "trained"
 _OCCUR, _OFFSETS, _GAPS = "occur", "touched_offsets", "touched_gaps"
 
@@ -115,7 +115,7 @@ def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     found = np.zeros(store.facts.num_items + 1, bool)
     begins = store.user_offsets[train.users]  # all earlier events of a user are history
     ends = train.row_ends.astype(np.int64) + train.event_bases
-    for first, end in user_runs(np.cumsum(ends - begins), EVENTS_AT_ONCE):
+    for first, end in user_runs(np.cumsum(ends - begins)):
         lengths = (ends - begins)[first:end]
         before = np.cumsum(lengths) - lengths
         events = np.arange(lengths.sum()) + np.repeat(begins[first:end] - before, lengths)
@@ -137,7 +137,7 @@ def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.
         return offsets, gaps
     number_of = np.cumsum(kept)
     new_counts, new_gaps = [np.zeros(1, np.int64)], []
-    for first, end in user_runs(offsets[1:], EVENTS_AT_ONCE):
+    for first, end in user_runs(offsets[1:]):
         counts = np.diff(offsets[first : end + 1])
         user_of, rank = np.repeat(np.arange(end - first), counts), _ranks(counts)
         items = gaps[offsets[first] : offsets[end]] + 1 + rank
@@ -151,13 +151,3 @@ def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.
 def _ranks(counts: np.ndarray) -> np.ndarray:
     """Returns 0, 1, ... for each of successive runs, int64 `[sum of counts]`."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def user_runs(ends: np.ndarray, events_at_once: int) -> Iterator[tuple[int, int]]:
-    """Yields first and end of runs of users with about `events_at_once` events; `ends` `[U]` counts up to each."""
-    first = 0
-    while first < len(ends):
-        before = ends[first - 1] if first else 0
-        end = max(first + 1, int(np.searchsorted(ends, before + events_at_once, side="right")))
-        yield first, end
-        first = end

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import tempfile
-import time
 
 import numpy as np
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from tests.benchmarks.in_turn import compare
 
 settings.define_flags()
-ROUNDS, STEPS, WARMUP = 25, 8, 25
 WIDTH = 8
 
 
@@ -26,7 +24,6 @@ def main() -> None:
     config = settings.config_from_flags()
     entry.import_tensorflow()
     from din_dist.assembly import Assembly
-    from din_dist.benchmark.step import StepBenchmark
     from din_dist.data.event_store import EventStore
     from din_dist.data.prepared import open_prepared
     from din_dist.distributed.runtime import Runtime
@@ -50,31 +47,11 @@ def main() -> None:
         return dataclasses.replace(store, features=features)
 
     store = open_prepared(config.data)
+    stores = {"without": store, "with": with_features(store)}
     with tempfile.TemporaryDirectory() as folder:
         config = config.replace(output_dir=folder, metrics_port=-1)
-        forms = {}
-        for name, own in {"without": store, "with": with_features(store)}.items():
-            job = Assembly(config, Runtime(), own)
-            forms[name] = StepBenchmark(job.step, job.make_batches(0, 2**40), config.job.global_batch_size, None)
-            forms[name].run(WARMUP)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-        for _ in range(ROUNDS):
-            for name, form in forms.items():
-                started = time.process_time()
-                seconds = form.run(STEPS).seconds
-                times[name].append((seconds / STEPS, (time.process_time() - started) / STEPS))
-    found = {}
-    for place, kind in enumerate(("wall", "cpu")):
-        medians = {name: statistics.median(pair[place] for pair in pairs) for name, pairs in times.items()}
-        pairs = zip(times["with"], times["without"], strict=True)
-        ratio = statistics.median(slow[place] / fast[place] for slow, fast in pairs)
-        found[kind] = {**medians, "ratio": ratio, "of_shortest": min_ratio(times, place)}
-    print(json.dumps(found))
-
-
-def min_ratio(times: dict[str, list[tuple[float, float]]], place: int) -> float:
-    """Returns the ratio of the shortest times, which other processes disturb least."""
-    return min(pair[place] for pair in times["with"]) / min(pair[place] for pair in times["without"])
+        jobs = {name: Assembly(config, Runtime(), own) for name, own in stores.items()}
+        print(json.dumps(compare(jobs, "without")))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 from din_dist.config import DataConfig, UnknownItem
 from din_dist.data import trained_items as module
+from din_dist.data import walks
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import ITEMS, EventStore
 from din_dist.data.prepared import prepare
@@ -72,7 +73,7 @@ def test_with_labels_an_item_that_was_only_passed_over_was_seen_too(tmp_path: Pa
 @pytest.mark.parametrize("chunk", [10_000_000, 7])
 def test_what_users_touched_of_these_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """From the gaps of each user, the numbers of the items they touched, whatever is read at once."""
-    monkeypatch.setattr(module, "EVENTS_AT_ONCE", chunk)
+    monkeypatch.setattr(walks, "EVENTS_AT_ONCE", chunk)
     write_log(tmp_path / "log.parquet", num_items=1000)
     store, found = find(small_config(tmp_path, unknown_item=UnknownItem.FEATURES).data)
     assert 100 < len(found.ids) < len(found.occur) - 20
