@@ -20,12 +20,12 @@ from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import Config, require
 from din_dist.errors import InputError
 from din_dist.files import read_record
+from din_dist.serving.calibrator import Calibrate, Calibrator, fit
 from din_dist.text import parse_json
 
 if TYPE_CHECKING:
     from din_dist.evaluation.evaluator import Evaluator
     from din_dist.models.ranking_model import RankingModel
-    from din_dist.serving.calibrator import Calibrator
 
 with theme("what to export"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
@@ -34,8 +34,8 @@ with theme("what to export"):
     )
     CALIBRATE = flags.DEFINE_enum(
         "calibrate",
-        "none",
-        ["none", "platt", "isotonic"],
+        Calibrate.NONE,
+        list(Calibrate),
         "How click_probability is calibrated, fitted on the validation split. Logits stay as they are. platt: a line "
         "through the logits; isotonic: any function that does not fall, for many validation examples.",
     )
@@ -96,9 +96,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     flags_of_job, summary = read_record(job_dir / "flags.txt", errors="replace"), _summary_of(job_dir / "summary.json")
     trained = TrainedModel(model, store, config, step, flags_of_job, summary)
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
+    trained = dataclasses.replace(trained, calibrators=_calibrators(Evaluator(config, store, splits, Runtime()), model))
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
-    calibrators = _calibrators(Evaluator(config, store, splits, Runtime()), model)
-    trained = dataclasses.replace(trained, calibrators=calibrators)
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
     return {
         "export_dir": str(folder),
@@ -113,8 +112,6 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
 
 def _calibrators(evaluator: Evaluator, model: RankingModel) -> dict[str, Calibrator]:
     """Returns what the flags say, by task, fitted on all examples of the validation split."""
-    from din_dist.serving.calibrator import Calibrate, Calibrator, fit
-
     kind = Calibrate(CALIBRATE.value)
     require(
         not evaluator.tasks or NEGATIVE_RATE.value == 1,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import command
+from tests.support.finished_job import finish
 from tests.support.preloaded import Preloaded, preloaded
 from tests.support.small_log import write_log
 
@@ -24,12 +24,4 @@ def exported_job(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) 
     """The folder of a finished job: log.parquet, prepared, run and export. Tests must not change it."""
     folder = tmp_path_factory.mktemp("job")
     write_log(folder / "log.parquet", num_users=60)
-    settings = command("train", folder, "--epochs=3", "--learning_rate=0.02")[3:]
-    for name, words in (
-        ("prepare_data", settings),
-        ("train", settings),
-        ("export", [f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'export'}"]),
-    ):
-        done = commands.run(name, *words)
-        assert done.returncode == 0, done.stderr
-    return folder
+    return finish(commands, folder, "--epochs=3", "--learning_rate=0.02")

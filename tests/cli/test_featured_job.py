@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import signal
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +19,7 @@ from din_dist.features.spec import Owner
 from tests.support.commands import assert_one_line
 from tests.support.featured_log import featured_config
 from tests.support.preloaded import Preloaded, Running
-from tests.support.programs import free_port
+from tests.support.served import serving
 
 LONGEST = 8
 OF_USERS = ("age", "income", "interests", "interest_weights", "taste")
@@ -206,32 +201,6 @@ def test_wrong_values_name_their_row(job: Job, tmp_path: Path, case: str) -> Non
     assert_one_line(done, message)
 
 
-@contextlib.contextmanager
-def serving(job: Job) -> Iterator[str]:
-    port = free_port()
-    process = job.commands.start(
-        "serve", f"--port={port}", "--model_name=featured", f"--export_dir={job.folder / 'export'}"
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/readyz", timeout=30).close()
-                break
-            assert time.monotonic() < until, process.stderr
-            time.sleep(0.05)
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-
-
-def post(url: str, body: Any) -> Any:
-    with urllib.request.urlopen(f"{url}/v1/models/featured:predict", json.dumps(body).encode(), timeout=60) as response:
-        return json.load(response)
-
-
 def own_features(row: dict[str, Any]) -> dict[str, Any]:
     """The features of a row of the log as a client of the server sends them."""
     weighted = {"values": row["interests"], "weights": row["interest_weights"]}
@@ -252,19 +221,19 @@ def test_a_server_takes_features(job: Job) -> None:
     histories = [job.history_of(row) for row in chosen]
     items = [job.rows[row]["item_id"] for row in chosen]
     expected = job.logits(histories, items, users, events, events)
-    with serving(job) as url:
+    with serving(job.commands, "featured", f"--export_dir={job.folder / 'export'}") as served:
         rows = [
             {"history_item_ids": history, "candidate_item_id": item, **own_features(job.rows[row])}
             for row, history, item in zip(chosen, histories, items, strict=True)
         ]
-        found = post(url, {"instances": rows})["predictions"]
+        found = served.predict({"instances": rows})["predictions"]
         np.testing.assert_allclose([one["logits"] for one in found], expected, atol=2e-5)
         rows = [
             {"history_item_ids": history, "history_lengths": len(history), "candidate_item_ids": item}
             | own_features(job.rows[row])
             for row, history, item in zip(chosen, histories, items, strict=True)
         ]
-        found = post(url, {"signature_name": "score_padded", "instances": rows})["predictions"]
+        found = served.predict({"signature_name": "score_padded", "instances": rows})["predictions"]
         np.testing.assert_allclose([one["logits"] for one in found], expected, atol=2e-5)
 
         columns = {"history_item_ids": histories, "candidate_item_ids": items}
@@ -272,39 +241,37 @@ def test_a_server_takes_features(job: Job) -> None:
         columns |= {
             key: {name: [own[key][name] for own in own_rows] for name in own_rows[0][key]} for key in own_rows[0]
         }
-        found = post(url, {"inputs": columns})["outputs"]
+        found = served.predict({"inputs": columns})["outputs"]
         np.testing.assert_allclose(found["logits"], expected, atol=2e-5)
 
         own = own_features(job.rows[chosen[0]])
         own["candidate_features"] = {name: [job.rows[row][name] for row in chosen] for name in OF_CANDIDATES}
         row = {"history_item_ids": histories[1], "candidate_item_ids": items, **own}
-        (found,) = post(url, {"signature_name": "rank", "instances": [row]})["predictions"]
+        (found,) = served.predict({"signature_name": "rank", "instances": [row]})["predictions"]
         one = np.full(len(chosen), users[0]), np.full(len(chosen), events[0])
         wanted = job.logits([histories[1]] * len(chosen), items, *one, events)
         np.testing.assert_allclose(np.array(found["logits"]), np.sort(wanted)[::-1], atol=2e-5)
 
         with_brand = {"brand": [None] * len(items)}
         row["candidate_features"] = own["candidate_features"] | with_brand
-        (again,) = post(url, {"signature_name": "rank", "instances": [row]})["predictions"]
+        (again,) = served.predict({"signature_name": "rank", "instances": [row]})["predictions"]
         np.testing.assert_allclose(again["logits"], found["logits"], atol=2e-5)
 
         none = [
             {"history_item_ids": history, "candidate_item_id": item}
             for history, item in zip(histories, items, strict=True)
         ]
-        found = post(url, {"instances": none})["predictions"]
+        found = served.predict({"instances": none})["predictions"]
         assert np.abs(np.array([one["logits"] for one in found]) - expected).max() > 0.1
 
         for part, message in WRONG_FEATURES:
             body = {"instances": [{"history_item_ids": [100], "candidate_item_id": 101, **part}]}
             with pytest.raises(urllib.error.HTTPError) as caught:
-                post(url, body)
+                served.predict(body)
             assert caught.value.code == 400
             (line,) = json.loads(caught.value.read())["error"].splitlines()
             assert message in line
-        told = json.load(urllib.request.urlopen(f"{url}/v1/models/featured/metadata", timeout=30))["metadata"][
-            "din_dist"
-        ]
+        told = json.loads(served.get("/v1/models/featured/metadata"))["metadata"]["din_dist"]
         assert {feature["name"] for feature in told["features"]} == set(job.store.features)
 
 

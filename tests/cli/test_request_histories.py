@@ -13,6 +13,7 @@ import pytest
 
 from din_dist.metrics.ranking import gauc
 from tests.support.commands import command
+from tests.support.finished_job import finish
 from tests.support.page_log import Row, known_before, pages, request_time
 from tests.support.preloaded import Preloaded
 from tests.support.served import serving
@@ -32,15 +33,7 @@ def folder(rows: list[Row], commands: Preloaded, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("requests")
     pq.write_table(pa.Table.from_pylist(rows), folder / "log.parquet")
     split = ("--split=temporal", "--validation_from=1080", f"--test_from={TEST_FROM}")
-    settings = command("train", folder, "--epochs=2", "--learning_rate=0.02", *split, *RULES)[3:]
-    for name, words in (
-        ("prepare_data", settings),
-        ("train", settings),
-        ("export", [f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'export'}"]),
-    ):
-        done = commands.run(name, *words)
-        assert done.returncode == 0, done.stderr
-    return folder
+    return finish(commands, folder, "--epochs=2", "--learning_rate=0.02", *split, *RULES)
 
 
 def test_every_way_gives_the_same_logits(rows: list[Row], folder: Path, commands: Preloaded, tmp_path: Path) -> None:

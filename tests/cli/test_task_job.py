@@ -14,7 +14,7 @@ import pytest
 from din_dist.errors import InputError
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, read_manifest
-from tests.support.commands import command
+from tests.support.finished_job import finish, run
 from tests.support.preloaded import Preloaded
 from tests.support.served import serving
 from tests.support.task_log import write_task_log
@@ -30,16 +30,10 @@ def folder(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("tasks")
     write_task_log(folder / "log.parquet", num_users=120)
     words = [*TASKS, "--split=temporal", "--validation_from=12", "--test_from=16", "--epochs=3", "--learning_rate=0.02"]
-    settings = command("train", folder, *words)[3:]
-    job = [f"--output_dir={folder / 'run'}"]
-    for name, words in (
-        ("prepare_data", settings),
-        ("train", settings),
-        ("export", [*job, f"--export_dir={folder / 'plain'}"]),
-        ("export", [*job, f"--export_dir={folder / 'platt'}", "--calibrate=platt"]),
-    ):
-        done = commands.run(name, *words)
-        assert done.returncode == 0, done.stderr
+    finish(commands, folder, *words, export=False)
+    for kind, calibrate in (("plain", "none"), ("platt", "platt")):
+        where = [f"--output_dir={folder / 'run'}", f"--export_dir={folder / kind}"]
+        run(commands, "export", *where, f"--calibrate={calibrate}")
     return folder
 
 
