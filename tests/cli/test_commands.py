@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.commands import assert_one_line, command, run
+from tests.support.commands import assert_one_line, command, run, run_at_once
+from tests.support.preloaded import Preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
 
@@ -37,16 +38,16 @@ def test_prepare_data_prints_what_it_found(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory, commands: Preloaded) -> Path:
     """A folder whose log is prepared; jobs on it take an `--output_dir` of their own."""
     folder = tmp_path_factory.mktemp("prepared")
-    done = run("prepare_data", folder)
+    done = run_at_once(commands, "prepare_data", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_train_ends_with_its_summary(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+def test_train_ends_with_its_summary(commands: Preloaded, tmp_path: Path) -> None:
+    assert run_at_once(commands, "prepare_data", tmp_path).returncode == 0
     done = run("train", tmp_path, "--epochs=1")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -66,7 +67,7 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
     for name in ("popularity", "user_repeat", "category_id_repeat"):
         assert 0 <= summary["test_floors"][name]["gauc"] <= 1
         assert name in done.stderr
-    again = run("train", tmp_path, "--epochs=1")  # complete: only tested again
+    again = run_at_once(commands, "train", tmp_path, "--epochs=1")  # complete: only tested again
     repeated = json.loads(again.stdout)
     assert repeated == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert repeated["test_gauc"] == pytest.approx(summary["test_gauc"], abs=1e-6)
@@ -81,8 +82,8 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
     assert repeated["seconds"]["training"] > 0
     damaged = {**repeated, "seconds": [1]}  # then nobody knows: not a speed of 0
     (tmp_path / "run" / "summary.json").write_text(json.dumps(damaged))
-    assert json.loads(run("train", tmp_path, "--epochs=1").stdout)["examples_per_second"] is None
-    other = run("prepare_data", tmp_path, "--epochs=1", "--learning_rate=0.5")
+    assert json.loads(run_at_once(commands, "train", tmp_path, "--epochs=1").stdout)["examples_per_second"] is None
+    other = run_at_once(commands, "prepare_data", tmp_path, "--epochs=1", "--learning_rate=0.5")
     assert_one_line(
         other, "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001"
     )
@@ -90,16 +91,16 @@ def test_train_ends_with_its_summary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refused_for", ["settings", "widths", "data"])
 def test_data_that_a_job_was_trained_on_is_not_replaced_by_what_it_cannot_go_on_with(
-    tmp_path: Path, refused_for: str
+    commands: Preloaded, tmp_path: Path, refused_for: str
 ) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
-    assert run("train", tmp_path, "--epochs=1").returncode == 0
+    assert run_at_once(commands, "prepare_data", tmp_path).returncode == 0
+    assert run_at_once(commands, "train", tmp_path, "--epochs=1").returncode == 0
     (facts,) = (tmp_path / "prepared").rglob("facts.json")
     before = facts.read_bytes(), facts.stat().st_ino
     flags = {"settings": ["--learning_rate=0.5"], "widths": ["--embedding_dim=8,4,2"], "data": []}[refused_for]
     if refused_for != "settings":
         write_log(tmp_path / "log.parquet", num_users=210)
-    done = run("prepare_data", tmp_path, "--overwrite_prepared", *flags)
+    done = run_at_once(commands, "prepare_data", tmp_path, "--overwrite_prepared", *flags)
     message = {
         "settings": "a checkpoint is resumed with the settings it was made with. Received: --learning_rate: 0.001",
         "widths": "Received: --embedding_dim: [8], now [8, 4, 2]",
@@ -115,17 +116,17 @@ STOPPED += ("--unknown_item=features",)
 
 
 @pytest.fixture(scope="module")
-def straight(prepared: Path) -> Path:
+def straight(prepared: Path, commands: Preloaded) -> Path:
     """The output of a job that nobody stopped."""
     output = prepared / "straight"
-    done = run("train", prepared, *STOPPED, f"--output_dir={output}")
+    done = run_at_once(commands, "train", prepared, *STOPPED, f"--output_dir={output}")
     assert done.returncode == 0, done.stderr
     return output
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
-    tmp_path: Path, prepared: Path, straight: Path, number: signal.Signals
+    commands: Preloaded, tmp_path: Path, prepared: Path, straight: Path, number: signal.Signals
 ) -> None:
     """SIGKILL between two checkpoints; the others after their own checkpoint, with the code for a retry."""
     flags = (*STOPPED, f"--output_dir={tmp_path / 'run'}")
@@ -143,7 +144,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
     else:
         assert process.returncode == 75
         assert "stopped: on request, after the checkpoint of step" in rest
-    resumed = run("train", prepared, *flags)
+    resumed = run_at_once(commands, "train", prepared, *flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at epoch 1" in resumed.stderr
     expected, found = json.loads((straight / "summary.json").read_text()), json.loads(resumed.stdout.splitlines()[-1])
@@ -169,29 +170,29 @@ def test_train_does_not_prepare(tmp_path: Path) -> None:
     assert_one_line(run("train", tmp_path), "Run: python -m din_dist.cli.prepare_data --dataset=event_log")
 
 
-def test_tables_must_fit_into_memory(tmp_path: Path) -> None:
+def test_tables_must_fit_into_memory(tmp_path: Path, commands: Preloaded) -> None:
     message = "--embedding_dim: tables and optimizer must fit into memory: 37 rows take "
     for name in ("prepare_data", "train"):
-        done = run(name, tmp_path, "--embedding_dim=2000000000")
+        done = run_at_once(commands, name, tmp_path, "--embedding_dim=2000000000")
         assert_one_line(done, message)
         assert "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd)." in done.stderr
         if name == "prepare_data":
-            assert run(name, tmp_path).returncode == 0
+            assert run_at_once(commands, name, tmp_path).returncode == 0
 
 
-def test_widths_must_fit_the_features(tmp_path: Path) -> None:
-    done = run("prepare_data", tmp_path, "--embedding_dim=8,4,2")
+def test_widths_must_fit_the_features(tmp_path: Path, commands: Preloaded) -> None:
+    done = run_at_once(commands, "prepare_data", tmp_path, "--embedding_dim=8,4,2")
     assert_one_line(done, "--embedding_dim: must be one width, or one for each of item, category_id. Received: '8,4,2'")
 
 
-def test_a_source_that_changed_is_noticed_by_both_commands(tmp_path: Path) -> None:
-    assert run("prepare_data", tmp_path).returncode == 0
+def test_a_source_that_changed_is_noticed_by_both_commands(tmp_path: Path, commands: Preloaded) -> None:
+    assert run_at_once(commands, "prepare_data", tmp_path).returncode == 0
     write_log(tmp_path / "log.parquet", num_users=201)
     for name in ("prepare_data", "train"):
-        done = run(name, tmp_path)
+        done = run_at_once(commands, name, tmp_path)
         assert_one_line(done, "log.parquet")
         assert "--overwrite_prepared" in done.stderr
-    assert run("prepare_data", tmp_path, "--overwrite_prepared").returncode == 0
+    assert run_at_once(commands, "prepare_data", tmp_path, "--overwrite_prepared").returncode == 0
 
 
 @pytest.mark.parametrize("name", ["train", "prepare_data"])
@@ -295,15 +296,15 @@ def test_what_a_series_refuses(tmp_path: Path, flags: tuple[str, ...], message: 
     assert_one_line(run("benchmark", tmp_path, *flags, f"--sweep_dir={tmp_path}"), message)
 
 
-def test_log_collectors_get_an_object_a_line(tmp_path: Path, prepared: Path) -> None:
+def test_log_collectors_get_an_object_a_line(tmp_path: Path, prepared: Path, commands: Preloaded) -> None:
     """Of a job that trains, of wrong input and of a failure; stdout stays the summary."""
     flags = ("--epochs=1", "--log_format=json", f"--output_dir={tmp_path / 'run'}")
-    done = run("train", prepared, *flags)
+    done = run_at_once(commands, "train", prepared, *flags)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert all({"time", "level", "rank", "message"} <= line.keys() for line in lines)
     assert lines[-1]["summary"]["test_gauc"] == json.loads(done.stdout.splitlines()[-1])["test_gauc"]
-    refused = run("train", prepared, *flags, "--seed=77")
+    refused = run_at_once(commands, "train", prepared, *flags, "--seed=77")
     assert refused.returncode == 2
     (line,) = map(json.loads, refused.stderr.splitlines())
     assert line["level"] == "error"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from din_dist.config import DataConfig
+from tests.support.preloaded import Preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
 
@@ -52,6 +53,11 @@ def run(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         command(name, folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def run_at_once(commands: Preloaded, name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Does what `run` does, in a process that has its imports: for what a test needs beside its subject."""
+    return commands.run(name, *command(name, folder, *flags)[3:])
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str, code: int = 2) -> None:
