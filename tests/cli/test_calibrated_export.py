@@ -15,12 +15,10 @@ from din_dist.errors import InputError
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, read_manifest
 from tests.support.preloaded import Preloaded
+from tests.support.scored import CANDIDATES, HISTORIES, scored
 from tests.support.served import serving
 from tests.support.small_log import small_config
 from tests.support.trained_job import write_job
-
-HISTORIES = [["i1", "i2"], [], ["i3"], ["never seen", "i7", "i8"]]
-CANDIDATES = ["i4", "i5", "i6", "i9"]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +32,6 @@ def folder(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Pat
         assert done.returncode == 0, done.stderr
         assert ("calibrating on 80 examples of validation" in done.stderr) is (kind != "none")
     return folder
-
-
-def scored(bundle: Bundle, signature: str) -> dict[str, np.ndarray]:
-    flat, lengths = [item for history in HISTORIES for item in history], [len(history) for history in HISTORIES]
-    inputs = {"history_item_ids": np.array(flat, object), "history_lengths": lengths, "candidate_item_ids": CANDIDATES}
-    counts = {"candidate_counts": [1] * len(CANDIDATES)} if signature == "rank_histories" else {}
-    return bundle.call(signature, {**inputs, **counts})
 
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic"])

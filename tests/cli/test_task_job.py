@@ -16,11 +16,10 @@ from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, read_manifest
 from tests.support.finished_job import finish, run
 from tests.support.preloaded import Preloaded
+from tests.support.scored import CANDIDATES, HISTORIES, scored
 from tests.support.served import serving
 from tests.support.task_log import write_task_log
 
-HISTORIES = [["i1", "i2"], [], ["i3"], ["never seen", "i7", "i8"]]
-CANDIDATES = ["i4", "i5", "i6", "i9"]
 TASKS = ["--label_columns=click,buy", "--task_head=esmm", "--validation_task=buy", "--task_weights=1,2"]
 
 
@@ -75,13 +74,6 @@ def test_evaluate_finds_what_the_trainer_found(
     assert found["retrieval"]["num_events"] > 0
     for words in ("click: GAUC", "buy: log loss"):
         assert words in done.stderr
-
-
-def scored(bundle: Bundle, signature: str) -> dict[str, np.ndarray]:
-    flat, lengths = [item for history in HISTORIES for item in history], [len(history) for history in HISTORIES]
-    inputs = {"history_item_ids": np.array(flat, object), "history_lengths": lengths, "candidate_item_ids": CANDIDATES}
-    counts = {"candidate_counts": [1] * len(CANDIDATES)} if signature == "rank_histories" else {}
-    return bundle.call(signature, {**inputs, **counts})
 
 
 @pytest.mark.parametrize("kind", ["plain", "platt"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from din_dist.data.statistics import describe
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.evaluation.retrieval import queries_of
+from tests.support.declared_features import write_table
 from tests.support.small_log import small_config
 from tests.support.task_log import TASKS, task_config, write_task_log
 
@@ -216,16 +216,9 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
 def test_labels_that_are_wrong(tmp_path: Path, column: str, value: Any, form: str) -> None:
     rows = [dict(zip(("user_id", "item_id", "timestamp", "click", "buy"), row, strict=True)) for row in ROWS]
     rows[3][column] = value
-    path = tmp_path / f"log.{form}"
-    if form == "jsonl":
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    elif form == "csv":
-        lines = [",".join("" if cell is None else str(cell) for cell in row.values()) for row in rows]
-        path.write_text("\n".join([",".join(rows[0]), *lines]))
-    else:
-        for row in rows:
-            row[column] = None if row[column] is None else str(row[column]) if isinstance(value, str) else row[column]
-        pq.write_table(pa.Table.from_pylist(rows), path)
+    if form == "parquet" and isinstance(value, str):
+        rows = [row | {column: str(row[column])} for row in rows]
+    path = write_table(tmp_path / f"log.{form}", rows)
     config = config_of(tmp_path / "job").replace(data_path=str(path))
     with pytest.raises(InputError) as caught:
         prepare(config.data)

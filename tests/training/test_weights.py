@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from din_dist.data.prepared import prepare
 from din_dist.data.statistics import describe, measure
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
+from tests.support.declared_features import write_table
 from tests.support.small_log import small_config
 
 Rows = list[dict[str, Any]]
@@ -162,14 +162,7 @@ def test_wrong_weights(tmp_path: Path, worth: float | None, words: str, form: st
     rows = log([1.0, 2.0])
     rows[2] |= {"worth": worth}
     config = config_of(tmp_path, rows)
-    path = tmp_path / f"other.{form}"
-    if form == "jsonl":
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    elif form == "csv":
-        lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
-        path.write_text("\n".join([",".join(rows[0]), *lines]))
-    else:
-        path = tmp_path / "log.parquet"
+    path = write_table(tmp_path / f"other.{form}", rows)
     with pytest.raises(InputError) as caught:
         prepare(config.replace(data_path=str(path)).data)
     message = str(caught.value)
