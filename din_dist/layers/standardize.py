@@ -76,6 +76,7 @@ class Standardize(keras.layers.Layer):
 
             def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
                 sums, *of_parameters = mode.fused(_gradient_sums)(function, upstream, *known, *parameters)
+                sums.set_shape([2 * inputs.shape[-1]])  # a graph may have lost it, and messages need it
                 sums = mode.sum_over_ranks(sums)
                 of_inputs = mode.fused(_gradient_of_inputs)(
                     function, upstream, *known, sums, count, num_rows, *parameters
@@ -84,7 +85,9 @@ class Standardize(keras.layers.Layer):
 
             return apply(function, *known, *parameters), gradient
 
-        return differentiable(inputs, *parameters)
+        found = differentiable(inputs, *parameters)
+        found.set_shape(inputs.shape)  # a custom gradient forgets it in a graph
+        return found
 
     @property
     def moving_statistics(self) -> tuple[tf.Tensor, tf.Tensor]:

@@ -9,10 +9,12 @@ import tensorflow as tf
 from numpy.testing import assert_allclose
 
 from din_dist.config import Activation, ModelKind
+from din_dist.data.pipeline import batch_signature
 from din_dist.evaluation.retrieval import ModelScorer
 from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Owner
 from din_dist.layers.task_towers import TaskTowers, logits_of_chain, side_by_side
+from din_dist.models.ranking_model import items_of
 from tests.support.reference.compare import (
     ITEM_FEATURES,
     NUM_ITEMS,
@@ -117,6 +119,39 @@ def test_many_ranks_equal_one(head, native):
     for model in models:
         for weight, wanted in zip(model.non_trainable_weights, alone.non_trainable_weights, strict=True):
             assert_allclose(weight, wanted, rtol=1e-5, atol=1e-6, err_msg=weight.path)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_graph_trains_as_without_one(head, native):
+    """There, shapes must not get lost: dropout and the ranks' messages need them."""
+    settings = {"num_tasks": 2, "task_head": HEADS[head], "activation": Activation.DICE, "dropout": 0.3}
+    seen = []
+
+    def sum_over_ranks(sums):
+        seen.append(sums.shape.num_elements())
+        return sums
+
+    model = small_model(native=native, sum_over_ranks=sum_over_ranks, **settings)
+    batch = packed(padded_batch(RAGGED, num_tasks=2))
+    items, index = items_of(batch)
+    batch = batch._replace(distinct_item_ids=items, item_index=index)
+    *_, expected = loss_and_gradients(small_model(native=native, **settings), batch, training=True)
+    weights = [weight.value for weight in model.trainable_weights]
+
+    def gradients(batch):
+        with tf.GradientTape() as tape:
+            logits = model(batch, training=True)
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=batch.labels, logits=logits)
+            loss = tf.reduce_sum(losses) / len(RAGGED)
+        found = tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return [tf.convert_to_tensor(gradient) for gradient in found]
+
+    in_graph = tf.function(gradients, input_signature=[batch_signature(num_tasks=2)], autograph=False)
+    seen.clear()
+    found = dict(zip((weight.path for weight in model.trainable_weights), in_graph(batch), strict=True))
+    assert_same_gradients({path: gradient.numpy() for path, gradient in found.items()}, expected)
+    assert seen and None not in seen
 
 
 @pytest.mark.parametrize("owners", [(), (Owner.USER, Owner.CANDIDATE)], ids=["plain", "features"])

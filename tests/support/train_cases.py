@@ -25,6 +25,7 @@ from din_dist.config import (
     ModelKind,
     Negatives,
     OptimizerKind,
+    Split,
     UnknownItem,
     WireDtype,
 )
@@ -82,6 +83,9 @@ CASES: dict[str, dict] = {
         "task_head": "mmoe:3",
         "task_weights": (1.0, 0.5),
         "validation_task": "buy",
+        "split": Split.TEMPORAL,
+        "validation_from": 12,
+        "test_from": 16,
     },
 }
 BY_MESSAGES = {

@@ -171,6 +171,7 @@ def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor 
         gated.append(dense(gated[-1], kernel, bias, above, factor))
 
     def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+        upstream.set_shape([None, widths[-1]])
         held, statistics = _with_padding(upstream), gated[-1].statistics(None)
         of_weights: list[tf.Tensor] = []
         of_parameters: list[tf.Tensor] = []
@@ -192,7 +193,9 @@ def run_by_kernels(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor 
         outputs.set_shape([None, widths[-1]])
         return outputs, gradient
 
-    return differentiable(*sources)
+    found = differentiable(*sources)
+    found.set_shape([None, widths[-1]])  # a custom gradient forgets it in a graph
+    return found
 
 
 def run_stages(stages: Sequence[Stage], inputs: tf.Tensor, seeds: tf.Tensor | None, mode: Mode) -> tf.Tensor:

@@ -159,8 +159,8 @@ class Setup:
 
 def manifest(**fields: Any) -> Manifest:
     """With nothing in it but `fields`."""
-    nothing = dict.fromkeys((field.name for field in dataclasses.fields(Manifest)), "")
-    return Manifest(**(nothing | fields))
+    nothing: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(Manifest)), "")
+    return Manifest(**(nothing | {"calibration": None, "tasks": ()} | fields))
 
 
 @pytest.fixture(scope="module")
