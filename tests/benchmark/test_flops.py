@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from din_dist.benchmark.flops import Product, forward_products, training_flops
 from din_dist.config import ModelConfig, ModelKind
 
@@ -28,3 +30,16 @@ def test_mean_pooling_by_hand() -> None:
     products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20)
     assert products == [Product(10, 6, 6), Product(10, 12, 5), Product(10, 5, 1)]
     assert training_flops(products) == 3 * (720 + 1200 + 100)
+
+
+@pytest.mark.parametrize(
+    ("head", "heads"),
+    [
+        ("shared", [(18, 10), (5, 1), (5, 1)]),  # both first layers side by side, then each tower
+        ("mmoe:3", [(18, 21), (5, 1), (5, 1)]),  # three experts of 5, and three gates of each tower
+    ],
+)
+def test_two_labels_by_hand(head: str, heads: list[tuple[int, int]]) -> None:
+    config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,), task_head=head)
+    one, two = (forward_products(config, 6, 10, 70, 20, num_tasks=number) for number in (1, 2))
+    assert two == [*one[:-2], *(Product(10, *sizes) for sizes in heads)]
