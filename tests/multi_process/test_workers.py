@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,41 +25,73 @@ from tests.support.train_cases import CASES, config_of, data_config, prepare_dat
 from tests.support.trained_job import histories_of_tests
 
 
+class Job(NamedTuple):
+    """The cases that a job trains, and its numbers of workers: with the first of two it stops after 23 updates."""
+
+    cases: tuple[str, ...]
+    world_sizes: tuple[int, ...]
+
+
+WITH_THREE = ("sgd", "lazy_adam", "features", "tasks")
+JOBS = {
+    "one": Job(tuple(CASES), (1,)),
+    "two": Job(tuple(CASES), (2,)),
+    "three": Job(WITH_THREE, (3,)),
+    # These share no memory.
+    "by_messages": Job(("lazy_adam",), (2,)),
+    "at_owners": Job(("lazy_adam", "bfloat16"), (FEWEST_TO_SUM_AT_OWNERS,)),
+    "two_then_three": Job(("lazy_adam",), (2, 3)),
+}
+AS_ONE = [(run, case) for run in ("two", "three") for case in JOBS[run].cases]
+BY_MESSAGES = [(run, case) for run in ("by_messages", "at_owners") for case in JOBS[run].cases]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, two workers, three workers; two and four that share nothing; and one job that stops with two and
-    goes on with three.
-    """
     folder = tmp_path_factory.mktemp("workers")
     prepare_data(folder)
-    train(folder, "one", 1)
-    train(folder, "two", 2)
-    train(folder, "three", 3)
-    train(folder, "by_messages", 2, cases=("lazy_adam",))
-    train(folder, "at_owners", FEWEST_TO_SUM_AT_OWNERS, cases=("lazy_adam", "bfloat16"))
-    train(folder, "two_then_three", 2, max_steps=23, cases=("lazy_adam",))
-    train(folder, "two_then_three", 3, cases=("lazy_adam",))
     return folder
 
 
-BY_MESSAGES = [("by_messages", "lazy_adam"), ("at_owners", "lazy_adam"), ("at_owners", "bfloat16")]
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Callable[..., None]:
+    """Trains the named jobs, unless another test has asked for them: each test waits for its own."""
+
+    @functools.cache
+    def train_job(run: str) -> None:
+        job = JOBS[run]
+        *first, last = job.world_sizes
+        for world_size in first:
+            train(folder, run, world_size, max_steps=23, cases=job.cases)
+        train(folder, run, last, cases=job.cases)
+
+    def train_jobs(*runs: str) -> None:
+        for run in runs:
+            train_job(run)
+
+    return train_jobs
 
 
-@pytest.mark.parametrize(("run", "case"), [*itertools.product(["two", "three"], CASES), *BY_MESSAGES])
-def test_many_workers_equal_one(folder: Path, run: str, case: str) -> None:
+@pytest.mark.parametrize(("run", "case"), [*AS_ONE, *BY_MESSAGES])
+def test_many_workers_equal_one(folder: Path, trained: Callable[..., None], run: str, case: str) -> None:
+    trained("one", run)
     loose = 50 if case == "bfloat16" else 1  # 8 bits of mantissa on the wire
     assert_same_training(folder, run, "one", case, loose)
     assert losses(folder, "one", case)[-10:].mean() < losses(folder, "one", case)[:10].mean()  # it learns something
 
 
-def test_a_job_that_changes_its_size_ends_the_same(folder: Path) -> None:
+def test_a_job_that_changes_its_size_ends_the_same(folder: Path, trained: Callable[..., None]) -> None:
+    trained("one", "two_then_three")
     other = weights(folder, "two_then_three", "lazy_adam")
     assert_same_weights(other, weights(folder, "one", "lazy_adam"), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("run", ["one", "two", "three", "two_then_three"])
-def test_every_example_is_trained_on_exactly_once_an_epoch(folder: Path, run: str) -> None:
+def test_every_example_is_trained_on_exactly_once_an_epoch(
+    folder: Path, trained: Callable[..., None], run: str
+) -> None:
     """The trained examples' checksum, which the job keeps, is that of each number from 0 once."""
+    trained(run)
     store = prepare(data_config(folder))
     num_examples = split_examples(store, data_config(folder))["train"].num_examples
     checksum = f"{int(tf.reduce_sum(hash64(tf.range(num_examples, dtype=tf.int64)))):016x}"
@@ -68,9 +102,9 @@ def test_every_example_is_trained_on_exactly_once_an_epoch(folder: Path, run: st
         assert record["example_checksum"] == checksum
 
 
-@pytest.mark.parametrize("run", ["two", "three"])
-@pytest.mark.parametrize("case", CASES)
-def test_evaluation_is_that_of_one_worker(folder: Path, run: str, case: str) -> None:
+@pytest.mark.parametrize(("run", "case"), AS_ONE)
+def test_evaluation_is_that_of_one_worker(folder: Path, trained: Callable[..., None], run: str, case: str) -> None:
+    trained("one", run)
     (one,), (many,) = (records(folder, name, case, "test") for name in ("one", run))
     tolerance = 0.02 if case == "bfloat16" else 1e-3
     assert many["num_examples"] == one["num_examples"]
@@ -80,8 +114,9 @@ def test_evaluation_is_that_of_one_worker(folder: Path, run: str, case: str) -> 
         assert many[name] == pytest.approx(one[name], abs=tolerance)
 
 
-def test_an_export_of_two_workers_scores_as_one_of_one(folder: Path) -> None:
+def test_an_export_of_two_workers_scores_as_one_of_one(folder: Path, trained: Callable[..., None]) -> None:
     """By ids read from the log; the export itself compares with its own trainer only."""
+    trained("one", "two")
     scores = {run: exported_scores(folder, run, "adagrad") for run in ("one", "two")}
     np.testing.assert_allclose(scores["two"], scores["one"], rtol=0, atol=1e-4)
     assert scores["one"].std() > 0.01
@@ -98,6 +133,7 @@ def exported_scores(folder: Path, run: str, case: str) -> np.ndarray:
     return Bundle.open(folder / f"export-{run}").score(flat, [len(history) for history in histories], candidates)
 
 
-def test_workers_hold_the_same_weights_and_learn(folder: Path) -> None:
+def test_workers_hold_the_same_weights_and_learn(folder: Path, trained: Callable[..., None]) -> None:
     """Against a test that could not fail: two optimizers must not end alike."""
+    trained("one")
     assert np.abs(losses(folder, "one", "sgd") - losses(folder, "one", "adagrad")).max() > 0.01
