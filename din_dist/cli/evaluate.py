@@ -238,9 +238,7 @@ def _scorers(
     config: Config, store: EventStore, examples: Examples, runtime: Runtime, bundle: Bundle | None
 ) -> tuple[Callable[[Batch], tf.Tensor], Callable[[], CandidateScorer], int]:
     """Returns a function from a batch to logits, a maker of a scorer of candidates, and the update of their weights."""
-    import tensorflow as tf
-
-    from din_dist.data.pipeline import batch_signature
+    from din_dist.evaluation.evaluator import logits_of
     from din_dist.evaluation.retrieval import ModelScorer
     from din_dist.serving.scorer import ExportScorer
 
@@ -255,9 +253,7 @@ def _scorers(
     with runtime.together():
         if not runtime.is_chief:
             model, step = trained_model(config, store, step)
-    signature = batch_signature(model.encodings, num_tasks=model.num_tasks)
-    logits_of = tf.function(lambda batch: model(batch, training=False), input_signature=[signature], autograph=False)
-    return logits_of, lambda: ModelScorer(model, store.facts.num_items, store, config.main_task), step
+    return logits_of(model), lambda: ModelScorer(model, store.facts.num_items, store, config.main_task), step
 
 
 def _check_path(path: str) -> None:

@@ -104,19 +104,20 @@ def _find(record: JobRecord, most: int) -> Findings:
 def _gains(config: Config, store: EventStore, examples: Examples, step: int, model: RankingModel) -> list[Gain]:
     """Returns the gain of each feature. For one of items the model is opened again, because it holds their values."""
     from din_dist.distributed.runtime import Runtime
+    from din_dist.evaluation import evaluator as evaluation
     from din_dist.evaluation.evaluator import Evaluator
     from din_dist.features.spec import Owner
-    from din_dist.report import gain, scoring
+    from din_dist.report import gain
 
     def evaluator_of(data: EventStore) -> Evaluator:
         return Evaluator(config, data, {"scored": examples}, Runtime())
 
-    own_logits = scoring.logits_of(model)
+    own_logits = evaluation.logits_of(model)
 
     def logits_with(data: EventStore, owner: Owner) -> np.ndarray:
         logits_of = own_logits
         if owner is Owner.ITEM:
-            logits_of = scoring.logits_of(trained_model(config, data, step)[0])
+            logits_of = evaluation.logits_of(trained_model(config, data, step)[0])
         own = evaluator_of(data)
         return own.of_main_task(own.scores("scored", logits_of))
 

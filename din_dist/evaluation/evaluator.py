@@ -11,15 +11,25 @@ import tensorflow as tf
 from din_dist import progress, schema
 from din_dist.config import Config
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import evaluation_batches
+from din_dist.data.pipeline import batch_signature, evaluation_batches
 from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.packed import segment_ids, segment_sum
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
-from din_dist.schema import Batch, metric_of
+from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import METRICS_OF_TASKS, Batch, metric_of
 
 # Packed batch -> a number for each example, `[B]`, or for each example and label, `[B, T]`.
 BatchScorer = Callable[[Batch], tf.Tensor]
+
+
+def logits_of(model: RankingModel) -> BatchScorer:
+    """Returns a function from packed batches to the model's logits, traced once."""
+    return tf.function(
+        lambda batch: model(batch, training=False),
+        input_signature=[batch_signature(model.encodings, num_tasks=model.num_tasks)],
+        autograph=False,
+    )
 
 
 class Evaluator:
@@ -49,17 +59,20 @@ class Evaluator:
 
     def metrics_of(self, split: str, logits: np.ndarray) -> dict[str, float]:
         """Returns the same metrics as `evaluate`, from a split's `logits`, `[num_examples]` or `[num_examples, T]`."""
-        main = self.of_main_task(logits)
-        metrics = self._ranking_metrics(split, main)
-        metrics["log_loss"] = log_loss(main, self.labels(split))
-        metrics["num_examples"] = len(main)
-        users = self._splits[split].user_of_example()
-        for place, task in enumerate(self.tasks):
-            own, labels = logits[:, place], self.labels(split, place)
-            metrics[metric_of("gauc", task)] = gauc(own, labels, users).gauc
-            metrics[metric_of("auc", task)] = auc(own, labels)
-            metrics[metric_of("log_loss", task)] = log_loss(own, labels)
+        if not self.tasks:
+            return self._metrics(split, logits, self.labels(split))
+        by_task = [
+            self._metrics(split, logits[:, place], self.labels(split, place)) for place in range(len(self.tasks))
+        ]
+        metrics = dict(by_task[self._config.main_task])
+        for task, own in zip(self.tasks, by_task, strict=True):
+            metrics |= {metric_of(name, task): own[name] for name in METRICS_OF_TASKS}
         return metrics
+
+    def _metrics(self, split: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Returns the metrics of one label, of logits and labels `[num_examples]`."""
+        ranking = self._ranking_metrics(split, logits, labels)
+        return {**ranking, "log_loss": log_loss(logits, labels), "num_examples": len(logits)}
 
     def of_main_task(self, logits: np.ndarray) -> np.ndarray:
         """Returns the logits by which items are ranked, `[num_examples]`, of those for each task."""
@@ -67,8 +80,10 @@ class Evaluator:
 
     def floors(self, split: str) -> dict[str, dict[str, float]]:
         """Returns the metrics of each of the `floor_scorers`."""
-        scorers = self.floor_scorers()
-        return {name: self._ranking_metrics(split, self.scores(split, scorer)) for name, scorer in scorers.items()}
+        scorers, labels = self.floor_scorers(), self.labels(split)
+        return {
+            name: self._ranking_metrics(split, self.scores(split, scorer), labels) for name, scorer in scorers.items()
+        }
 
     def floor_scorers(self) -> dict[str, BatchScorer]:
         """Returns the simple rankings that a model must beat, by name.
@@ -86,9 +101,8 @@ class Evaluator:
             scorers[f"{name}_repeat"] = functools.partial(_repeats, feature_of=feature_of, popularity_of=popularity_of)
         return scorers
 
-    def _ranking_metrics(self, split: str, scores: np.ndarray) -> dict[str, float]:
-        labels, users = self.labels(split), self._splits[split].user_of_example()
-        by_user = gauc(scores, labels, users)
+    def _ranking_metrics(self, split: str, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        by_user = gauc(scores, labels, self._splits[split].user_of_example())
         metrics = {
             "gauc": by_user.gauc,
             "auc": auc(scores, labels),

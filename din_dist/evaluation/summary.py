@@ -13,7 +13,7 @@ from din_dist.config import Config
 from din_dist.data.event_store import EventStore
 from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
-from din_dist.evaluation.confidence import affordable_samples, intervals_of_scores, intervals_of_sums
+from din_dist.evaluation.confidence import Interval, affordable_samples, intervals_of_scores, intervals_of_sums
 from din_dist.evaluation.evaluator import BatchScorer, Evaluator
 from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, EvaluationRequest
 from din_dist.evaluation.retrieval import (
@@ -57,12 +57,21 @@ def score_split(
     ranked = evaluator.of_main_task(logits)
     if num_samples and runtime.is_chief:
         draws = None if store.facts.has_labels else examples.draws_per_row
-        labels, users = evaluator.labels(split), examples.user_of_example()
-        found["intervals"] = intervals_of_scores(ranked, labels, users, draws, num_samples, config.job.seed)
-        for place, task in enumerate(evaluator.tasks):
-            labels = evaluator.labels(split, place)
-            own = intervals_of_scores(logits[:, place], labels, users, None, num_samples, config.job.seed)
-            found["intervals"] |= {metric_of(name, task): bounds for name, bounds in own.items()}
+        users = examples.user_of_example()
+
+        def intervals(own: np.ndarray, labels: np.ndarray) -> dict[str, Interval]:
+            return intervals_of_scores(own, labels, users, draws, num_samples, config.job.seed)
+
+        if evaluator.tasks:
+            by_task = {
+                task: intervals(logits[:, place], evaluator.labels(split, place))
+                for place, task in enumerate(evaluator.tasks)
+            }
+            found["intervals"] = dict(by_task[evaluator.tasks[config.main_task]])
+            for task, own in by_task.items():
+                found["intervals"] |= {metric_of(name, task): bounds for name, bounds in own.items()}
+        else:
+            found["intervals"] = intervals(logits, evaluator.labels(split))
     if request.slice_by:
         floor = evaluator.scores(split, evaluator.floor_scorers()["popularity"])
         rankings = {"model": ranked, "popularity": floor}

@@ -7,13 +7,11 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import tensorflow as tf
 
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore, vocabulary_of
-from din_dist.data.pipeline import batch_signature
 from din_dist.data.splits import Examples
-from din_dist.evaluation.evaluator import BatchScorer, Evaluator
+from din_dist.evaluation.evaluator import Evaluator, logits_of
 from din_dist.evaluation.slicing import parts_of
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
@@ -146,15 +144,6 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         candidates=evaluator.scores(split, lambda batch: batch.candidate_item_ids).astype(np.int64),
         history_lengths=evaluator.scores(split, lambda batch: batch.history_lengths).astype(np.int64),
         draws_per_row=examples.draws_per_row,
-    )
-
-
-def logits_of(model: RankingModel) -> BatchScorer:
-    """Returns a function from packed batches to the model's logits."""
-    return tf.function(
-        lambda batch: model(batch, training=False),
-        input_signature=[batch_signature(model.encodings, num_tasks=model.num_tasks)],
-        autograph=False,
     )
 
 

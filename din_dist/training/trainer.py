@@ -14,11 +14,11 @@ import tensorflow as tf
 
 from din_dist import progress
 from din_dist.config import Config
-from din_dist.data.pipeline import batch_signature, num_steps_per_epoch
+from din_dist.data.pipeline import num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, Interrupted, Left
-from din_dist.evaluation.evaluator import Evaluator
+from din_dist.evaluation.evaluator import Evaluator, logits_of
 from din_dist.schema import Batch
 from din_dist.telemetry.reporter import Reporter
 from din_dist.telemetry.step_report import PARTS, Moment, StepReport
@@ -80,11 +80,7 @@ class Trainer:
         self._store = data.store
         self._rejoin = Rejoin(config, runtime, learner, data, checkpoints, telemetry)
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
-        self._logits_of = tf.function(
-            lambda batch: self._model(batch, training=False),
-            input_signature=[batch_signature(self._model.encodings, num_tasks=self._model.num_tasks)],
-            autograph=False,
-        )
+        self._logits_of = logits_of(self._model)
         self._saved_step = 0
         self.state = TrainingState()
         self.validation_metric = "gauc"  # what the best model is chosen by
