@@ -71,6 +71,13 @@ def main() -> None:
         "For example 0.1, if a tenth of the negatives was kept.",
     )
     config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
+    require(
+        not config.data.label_columns or NEGATIVE_RATE.value == 1,
+        "is for logs of one label: which negatives of several were kept is not known",
+        "negative_rate",
+        NEGATIVE_RATE.value,
+        "Drop it.",
+    )
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
 
@@ -113,13 +120,6 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
 def _calibrators(evaluator: Evaluator, model: RankingModel) -> dict[str, Calibrator]:
     """Returns what the flags say, by task, fitted on all examples of the validation split."""
     kind = Calibrate(CALIBRATE.value)
-    require(
-        not evaluator.tasks or NEGATIVE_RATE.value == 1,
-        "is for logs of one label: which negatives of several were kept is not known",
-        "negative_rate",
-        NEGATIVE_RATE.value,
-        "Drop it.",
-    )
     if kind is Calibrate.NONE:
         return {"": Calibrator(negative_rate=NEGATIVE_RATE.value)}
     if not evaluator.examples("validation").num_examples:
