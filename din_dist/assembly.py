@@ -152,14 +152,13 @@ def make_model(
     for name, stored in (features or {}).items():
         of_owner[stored.encoding.spec.owner][name] = stored
     of_items = of_owner.pop(Owner.ITEM)
-    specs = table_specs(config, facts)
-    given: dict[str, Any] = {}
-    biases = {"num_biases": facts.num_tasks} if facts.num_tasks > 1 else {}
-    lookup = LocalLookup(specs, item_features, seed, row_of_item, of_items, **biases, name="lookup")
+    lookup = LocalLookup(
+        table_specs(config, facts), item_features, seed, row_of_item, of_items, facts.num_tasks, name="lookup"
+    )
     # The order of `Owner`: a split head wants the candidates' columns last.
     of_examples = {name: stored for own in of_owner.values() for name, stored in own.items()}
-    if facts.num_tasks > 1:
-        given["num_tasks"] = facts.num_tasks
+    # What a job does not have, its model need not know.
+    given: dict[str, Any] = {"num_tasks": facts.num_tasks} if facts.num_tasks > 1 else {}
     if of_examples:
         first_seed = seed + len(lookup.embeddings)
         given["example_columns"] = columns_of(of_examples, config.embedding_dim[0], first_seed)
