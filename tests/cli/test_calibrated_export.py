@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from din_dist.config import Split
-from din_dist.errors import InputError
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.manifest import MANIFEST, read_manifest
+from tests.support.changed_manifest import assert_refused, fields_of
 from tests.support.preloaded import Preloaded
 from tests.support.scored import CANDIDATES, HISTORIES, scored
 from tests.support.served import serving
@@ -88,15 +87,11 @@ def test_all_ways_give_the_same_probabilities(folder: Path, kind: str, commands:
     ],
 )
 def test_a_manifest_that_was_changed(folder: Path, tmp_path: Path, changes: dict, words: str) -> None:
-    fields = json.loads((folder / "platt" / MANIFEST).read_text())
+    fields = fields_of(folder / "platt")
     if "kind" in changes:
         del fields["calibration"]["slope"], fields["calibration"]["intercept"]
     fields["calibration"] |= changes
-    (tmp_path / MANIFEST).parent.mkdir()
-    (tmp_path / MANIFEST).write_text(json.dumps(fields))
-    with pytest.raises(InputError, match="must be as it was published") as caught:
-        read_manifest(tmp_path)
-    assert words in str(caught.value)
+    assert_refused(fields, tmp_path, words)
 
 
 def test_what_export_refuses(folder: Path, commands: Preloaded, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
 from din_dist.features.spec import Owner
 from tests.support.reference.compare import (
+    FORMS,
     ITEM_FEATURES,
     RAGGED,
     RandomFeatures,
@@ -26,14 +27,6 @@ VARIANTS = [
     *itertools.product([ModelKind.DIN], Activation, AttentionNormalization),
     *itertools.product([ModelKind.MEAN_POOLING], Activation, [AttentionNormalization.SOFTMAX]),
 ]
-
-
-FORMS = {  # of training
-    "plain": {},
-    "compiled": {"compiled": True},
-    "native": {"native": True},
-    "native and compiled": {"compiled": True, "native": True},
-}
 
 
 @functools.cache

@@ -16,12 +16,14 @@ from din_dist.features.spec import Owner
 from din_dist.layers.task_towers import TaskTowers, logits_of_chain, side_by_side
 from din_dist.models.ranking_model import items_of
 from tests.support.reference.compare import (
+    FORMS,
     ITEM_FEATURES,
     NUM_ITEMS,
     RAGGED,
     RandomFeatures,
     assert_same_gradients,
     loss_and_gradients,
+    loss_and_gradients_in_graph,
     packed,
     padded_batch,
     small_model,
@@ -33,12 +35,6 @@ from tests.support.reference.padded_din import PaddedModel, central_differences
 from tests.support.reference.ranks import ThreadedRanks
 
 HEADS = {"shared": "shared", "mmoe": "mmoe:3", "esmm": "esmm"}
-FORMS = {  # of training
-    "plain": {},
-    "compiled": {"compiled": True},
-    "native": {"native": True},
-    "native and compiled": {"compiled": True, "native": True},
-}
 FACTORS = [0.5, 2.0, 1.0]
 
 
@@ -137,20 +133,14 @@ def test_a_graph_trains_as_without_one(head, native):
     items, index = items_of(batch)
     batch = batch._replace(distinct_item_ids=items, item_index=index)
     *_, expected = loss_and_gradients(small_model(native=native, **settings), batch, training=True)
-    weights = [weight.value for weight in model.trainable_weights]
 
     def gradients(batch):
-        with tf.GradientTape() as tape:
-            logits = model(batch, training=True)
-            losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=batch.labels, logits=logits)
-            loss = tf.reduce_sum(losses) / len(RAGGED)
-        found = tape.gradient(loss, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return [tf.convert_to_tensor(gradient) for gradient in found]
+        return loss_and_gradients_in_graph(model, batch, training=True)[2]
 
     in_graph = tf.function(gradients, input_signature=[batch_signature(num_tasks=2)], autograph=False)
     seen.clear()
-    found = dict(zip((weight.path for weight in model.trainable_weights), in_graph(batch), strict=True))
-    assert_same_gradients({path: gradient.numpy() for path, gradient in found.items()}, expected)
+    found = {path: gradient.numpy() for path, gradient in in_graph(batch).items()}
+    assert_same_gradients(found, expected)
     assert seen and None not in seen
 
 

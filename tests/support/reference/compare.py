@@ -30,6 +30,13 @@ CATEGORY_OF = np.array([0, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4], np.int32)
 FACTS = schema.DatasetFacts(1, NUM_ITEMS, 1, False, {"category_id": 4}, 0, 0, "", {})
 RAGGED = (3, 0, 1, 7, 2, 12, 0, 5)  # history lengths: empty ones, one of length one, a longest one
 
+FORMS: dict[str, dict] = {  # of training: settings of `small_model`
+    "plain": {},
+    "compiled": {"compiled": True},
+    "native": {"native": True},
+    "native and compiled": {"compiled": True, "native": True},
+}
+
 FeatureIds = Mapping[str, np.ndarray]
 ITEM_FEATURES: FeatureIds = {"category_id": CATEGORY_OF}
 
@@ -258,6 +265,18 @@ def loss_and_gradients(
         num_examples: the size of the whole batch, if `batch` is a share of it.
         task_weights: the factor of each task's loss, if there are several.
     """
+    logits, loss, gradients = loss_and_gradients_in_graph(model, batch, training, num_examples, task_weights)
+    return logits.numpy(), float(loss), {path: gradient.numpy() for path, gradient in gradients.items()}
+
+
+def loss_and_gradients_in_graph(
+    model: RankingModel,
+    batch: Batch,
+    training: bool,
+    num_examples: int | None = None,
+    task_weights: Sequence[float] | None = None,
+) -> tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]:
+    """Returns what `loss_and_gradients` does, as tensors: a graph can compute them too."""
     labels = batch.labels
     variables = {weight.path: weight.value for weight in model.trainable_weights}
     with tf.GradientTape() as tape:
@@ -265,9 +284,11 @@ def loss_and_gradients(
         losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
         if task_weights is not None:
             losses = tf.linalg.matvec(losses, tf.constant(task_weights, tf.float32))
-        loss = tf.reduce_sum(losses) / (len(labels) if num_examples is None else num_examples)
+        loss = tf.reduce_sum(losses) / tf.cast(
+            tf.shape(labels)[0] if num_examples is None else num_examples, tf.float32
+        )
     gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return logits.numpy(), float(loss), {path: tf.convert_to_tensor(g).numpy() for path, g in gradients.items()}
+    return logits, loss, {path: tf.convert_to_tensor(gradient) for path, gradient in gradients.items()}
 
 
 def assert_same_gradients(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
