@@ -5,6 +5,7 @@ The last line on stdout is the summary, as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +97,8 @@ class _Training:
         """Trains and tests. `run_elastic` calls it again when the set of workers has changed."""
         job = self._job
         self._lock.hold(self._runtime.is_chief)
+        with self._runtime.together():
+            self._require_same_job()
         job.telemetry.show_flags(settings.to_flagfile())
         job.trainer.train()
         test = job.trainer.test()
@@ -104,6 +107,14 @@ class _Training:
         if not self._runtime.is_chief:
             return None
         return self._publish(self._summary(test, floors, peak_memory))
+
+    def _require_same_job(self) -> None:
+        """Refuses to resume with other settings or data, before anything of the job that is there is written over."""
+        from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
+
+        if self._runtime.is_chief and (checkpoint := latest_checkpoint(self._config)):
+            with contextlib.suppress(DamagedCheckpoint):  # training resumes from the one before
+                check_compatible(checkpoint, self._config, self._store.facts.fingerprint)
 
     def _finish_test(self, *, has_results: bool) -> dict[str, Any]:
         """Computes the floors of the test split and writes the projector's files."""
