@@ -1,7 +1,7 @@
 """Names, dtypes and shapes of prepared data and of a batch, as they pass between the rooms.
 
-Letters of shapes: U users of a block, or distinct items of a batch; E events; B examples in a batch, N history
-positions in all of them; H width of an item vector (its embeddings side by side).
+Letters of shapes: U users of a block, or distinct items of a batch; E events; P behaviours; B examples in a batch, N
+history positions in all of them; H width of an item vector (its embeddings side by side).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from din_dist.text import is_count, is_integer, shown
@@ -19,6 +19,7 @@ READER = 2
 
 UNKNOWN_ID = 0  # of every vocabulary: an id never seen, and padding
 MOST_TASKS = 8  # their labels share a byte
+MOST_ACTIONS = 255  # one takes a byte
 
 
 class Batch(NamedTuple):
@@ -28,8 +29,9 @@ class Batch(NamedTuple):
     """
 
     candidate_item_ids: Any  # int32 [B]
+    # Of S named histories, those of the first name come before those of the second.
     history_item_ids: Any  # int32 [N], the histories concatenated, each oldest first
-    history_lengths: Any  # int32 [B], sum N
+    history_lengths: Any  # int32 [S * B], sum N
     dropout_seeds: Any = None  # int64 [B], a number for (seed, epoch, example)
     labels: Any = None  # float32 [B], 0 or 1; of T tasks [B, T]
     distinct_item_ids: Any = None  # int32 [U], the items of candidates and histories, each once
@@ -59,6 +61,23 @@ BLOCK_REQUEST_TIMES = "request_times"  # int64 [E], the time of each event's req
 BLOCK_WEIGHTS = "weights"  # float32 [E], how much each event counts in training; absent without --weight_column
 BLOCK_TASK_LABELS = "task_labels"  # uint8 [E], bit t is the label of task t; absent without --label_columns
 BLOCK_LABEL_TIMES = "label_times"  # int64 [E], when each positive came; absent without --label_time_column
+BLOCK_ACTIONS = "actions"  # uint8 [E], 1 + the place among `DatasetFacts.actions`, 0: none; absent without actions
+# Of P behaviours of a log of their own, each user's in time order; absent without --behaviours_path.
+BLOCK_BEHAVIOUR_OFFSETS = "behaviour_offsets"  # int64 [U + 1], where each user's behaviours begin in this block
+BLOCK_BEHAVIOUR_ITEM_IDS = "behaviour_item_ids"  # int32 [P]
+BLOCK_BEHAVIOUR_TIMES = "behaviour_times"  # int64 [P]
+BLOCK_BEHAVIOUR_ACTIONS = "behaviour_actions"  # uint8 [P], as of events; absent without actions
+OPTIONAL_BLOCKS = (
+    BLOCK_REQUEST_TIMES,
+    BLOCK_WEIGHTS,
+    BLOCK_TASK_LABELS,
+    BLOCK_LABEL_TIMES,
+    BLOCK_ACTIONS,
+    BLOCK_BEHAVIOUR_OFFSETS,
+    BLOCK_BEHAVIOUR_ITEM_IDS,
+    BLOCK_BEHAVIOUR_TIMES,
+    BLOCK_BEHAVIOUR_ACTIONS,
+)
 
 EVENTS_SPLIT = "events"  # the one split of every builder's records; train, validation and test are cut from it later
 
@@ -83,9 +102,9 @@ class HistoryRule(enum.StrEnum):
     BEFORE_TIME = "before_time"  # all that is known before its request: not what was clicked on the same page
 
     @classmethod
-    def of(cls, *, has_labels: bool) -> Self:
-        """Returns the rule for logs with labels, or without."""
-        return cls(cls.BEFORE_TIME if has_labels else cls.BEFORE_EVENT)
+    def of(cls, *, has_order: bool) -> Self:
+        """Returns the rule for logs whose order is that of the behaviours, or for others."""
+        return cls(cls.BEFORE_EVENT if has_order else cls.BEFORE_TIME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +120,10 @@ class DatasetFacts:
     how much each event counts.
     `history_delay` is how long after its time a behaviour is known, in the unit of the timestamps.
     `tasks` names the labels to predict, if there are several; those that make histories are among them.
+    `actions` names what behaviours were, as a column of the log tells, in the order of their codes from 1.
+    `num_behaviours` counts those of a log of their own, None without one, and `num_only_behaviours` the items that no
+    event has. Their dense ids come last, and they are never candidates.
+    `histories` names those that a model reads, if there are several. Prepared data do not choose, so theirs is empty.
     """
 
     num_users: int
@@ -119,6 +142,25 @@ class DatasetFacts:
     has_weights: bool = False
     history_delay: int = 0
     tasks: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
+    num_behaviours: int | None = None
+    num_only_behaviours: int = 0
+    histories: tuple[str, ...] = ()
+
+    @property
+    def has_behaviours(self) -> bool:
+        """True if histories come from a log of their own."""
+        return self.num_behaviours is not None
+
+    @property
+    def selects_behaviours(self) -> bool:
+        """True if behaviours are other than all events in their order: positives, or those of a log of their own."""
+        return self.has_labels or self.has_behaviours
+
+    @property
+    def num_candidates(self) -> int:
+        """How many items can be candidates: those that events have. Their dense ids come first."""
+        return self.num_items - self.num_only_behaviours
 
     @property
     def num_tasks(self) -> int:
@@ -128,7 +170,7 @@ class DatasetFacts:
     @property
     def present_rule(self) -> HistoryRule:
         """The rule by which histories of such a log are cut today."""
-        return HistoryRule.of(has_labels=self.has_labels)
+        return HistoryRule.of(has_order=not self.selects_behaviours)
 
     @property
     def histories_end(self) -> str:
@@ -154,6 +196,11 @@ class DatasetFacts:
             return self
         return self._with_histories(f"{self.fingerprint} {rule} {delay}", rule, delay)
 
+    def with_sets(self, names: Sequence[str]) -> DatasetFacts:
+        """Returns the facts of the same events with several histories; their fingerprint is another."""
+        facts = self._with_histories(f"{self.fingerprint} {','.join(names)}", self.history_rule, self.history_delay)
+        return dataclasses.replace(facts, histories=tuple(names))
+
     def _with_histories(self, text: str, rule: HistoryRule, delay: int) -> DatasetFacts:
         fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return dataclasses.replace(self, fingerprint=fingerprint, history_rule=rule, history_delay=delay)
@@ -169,7 +216,8 @@ class DatasetFacts:
         for name, is_possible in _POSSIBLE.items():
             if not is_possible(getattr(facts, name)):
                 raise ValueError(f"{name} cannot be {shown(getattr(facts, name))}")
-        return dataclasses.replace(facts, history_rule=HistoryRule(facts.history_rule), tasks=tuple(facts.tasks))
+        rule, tasks, actions = HistoryRule(facts.history_rule), tuple(facts.tasks), tuple(facts.actions)
+        return dataclasses.replace(facts, history_rule=rule, tasks=tasks, actions=actions)
 
     def to_json(self) -> dict:
         """Returns the fields, those that came later only where they differ from their default."""
@@ -178,13 +226,23 @@ class DatasetFacts:
         return {name: value for name, value in fields.items() if name not in _LATER or value != defaults[name]}
 
 
-_LATER = ("has_request_times", "has_label_times", "has_weights", "history_delay", "tasks")
+_LATER = (
+    "has_request_times",
+    "has_label_times",
+    "has_weights",
+    "history_delay",
+    "tasks",
+    "actions",
+    "num_behaviours",
+    "num_only_behaviours",
+    "histories",
+)
 
 
-def _are_tasks(value: Any) -> bool:
+def _are_names(value: Any, most: int) -> bool:
     return (
         isinstance(value, (list, tuple))
-        and len(value) <= MOST_TASKS
+        and len(value) <= most
         and all(isinstance(name, str) for name in value)
         and len({*value}) == len(value)
     )
@@ -195,7 +253,10 @@ def _are_sources(value: Any) -> bool:
 
 
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("num_users", "num_items", "num_events", "reader", "history_delay"), is_count),
+    **dict.fromkeys(
+        ("num_users", "num_items", "num_events", "reader", "history_delay", "num_only_behaviours"), is_count
+    ),
+    "num_behaviours": lambda value: value is None or is_count(value),
     **dict.fromkeys(("first_timestamp", "last_timestamp"), is_integer),
     **dict.fromkeys(
         ("has_labels", "has_request_times", "has_label_times", "has_weights"), lambda value: isinstance(value, bool)
@@ -203,7 +264,8 @@ _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     "fingerprint": lambda value: isinstance(value, str),
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,
-    "tasks": _are_tasks,
+    "tasks": lambda value: _are_names(value, MOST_TASKS),
+    "actions": lambda value: _are_names(value, MOST_ACTIONS),
 }
 _FEATURE = "feature:"
 _OURS = {"item", "items", "user", "users", "events", "popularity"}

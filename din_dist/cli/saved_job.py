@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
     from din_dist.models.ranking_model import RankingModel
 
-WHERE_DATA_LIES = ("data_path", "items_path", "users_path", "offers_path", "data_dir")
+WHERE_DATA_LIES = ("data_path", "items_path", "users_path", "offers_path", "behaviours_path", "data_dir")
 
 
 def config_of(folder: Path) -> Config:

@@ -8,7 +8,18 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from din_dist.config.data import LABELLED, UNKNOWN_ITEM_RATE, DataConfig, HistoryEnds, Negatives, Split, UnknownItem
+from din_dist.config.data import (
+    ALL_BEHAVIOURS,
+    LABELLED,
+    SKIPPED,
+    UNKNOWN_ITEM_RATE,
+    DataConfig,
+    HistoryEnds,
+    NamedHistory,
+    Negatives,
+    Split,
+    UnknownItem,
+)
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
 from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind, TaskHead
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
@@ -16,7 +27,9 @@ from din_dist.config.settings import Settings, is_saved, list_text, require
 from din_dist.config.telemetry import LogFormat, TelemetryConfig
 
 __all__ = [
+    "ALL_BEHAVIOURS",
     "LABELLED",
+    "SKIPPED",
     "UNKNOWN_ITEM_RATE",
     "Activation",
     "AttentionNormalization",
@@ -31,6 +44,7 @@ __all__ = [
     "LogFormat",
     "ModelConfig",
     "ModelKind",
+    "NamedHistory",
     "Negatives",
     "OptimizerConfig",
     "OptimizerKind",

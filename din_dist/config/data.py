@@ -27,6 +27,8 @@ _PURCHASES = "complete_journey"
 _IMPRESSIONS = "synthetic_impressions"
 LABELLED = ("event_log", _IMPRESSIONS)  # data sets that may have labels
 _DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic", _IMPRESSIONS)
+ALL_BEHAVIOURS, SKIPPED = "all", "skipped"  # histories that no action names
+_MOST_HISTORIES = 8
 _SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
 
 
@@ -75,6 +77,44 @@ def _check_declarations(name: str, value: str) -> None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         require(False, "must be features as a saved job keeps them", name, value, "Give --features instead.")
         raise AssertionError from error
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedHistory:
+    """One of several histories.
+
+    Attributes:
+        name: an action, a label, `ALL_BEHAVIOURS`, or `SKIPPED`: shown, but not acted on.
+        longest: the most behaviours; the newest are kept.
+    """
+
+    name: str
+    longest: int
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Reads NAME:LENGTH.
+
+        Raises:
+            ValueError: it is of another form.
+        """
+        name, _, longest = text.partition(":")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not re.fullmatch(r"[1-9][0-9]{0,8}", longest):
+            raise ValueError(text)
+        return cls(name, int(longest))
+
+
+def _check_named_histories(name: str, value: tuple[str, ...]) -> None:
+    for text in value:
+        try:
+            NamedHistory.from_text(text)
+        except ValueError as error:
+            rule = "must be NAME:LENGTH, the name of letters of ASCII, digits and _, the length at least 1"
+            require(False, rule, name, text, "For example click:100,skipped:50.")
+            raise AssertionError from error
+    names, given = [text.partition(":")[0] for text in value], ",".join(value)
+    require(len({*names}) == len(names), "each history may be named once", name, given, "Remove the repetition.")
+    require(len(value) <= _MOST_HISTORIES, f"takes at most {_MOST_HISTORIES} histories", name, given, "Drop some.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +281,29 @@ class DataConfig(Settings):
         check=_check_zone,
         later=True,
     )
+    behaviours_path: str = path_setting(
+        "",
+        "A log of behaviours: Parquet, CSV or JSON-lines files with a user, an item and a time in each row. Histories "
+        "then come from it alone, and --data_path has the examples, of the same users. Items that only behaviours have "
+        "are never candidates. Default: the positives of --data_path make histories.",
+        may_change=True,
+        later=True,
+    )
+    behaviour_user_column: str = text_setting(
+        "", "Column of the user's id in --behaviours_path. Default: --user_column.", later=True
+    )
+    behaviour_item_column: str = text_setting(
+        "", "Column of the item's id in --behaviours_path. Default: --item_column.", later=True
+    )
+    behaviour_timestamp_column: str = text_setting(
+        "", "Column of the behaviour's time in --behaviours_path. Default: --timestamp_column.", later=True
+    )
+    action_column: str = text_setting(
+        "",
+        "Column of what a behaviour was (click, cart, buy), for --histories: in --behaviours_path, or else in "
+        "--data_path. A value may be missing.",
+        later=True,
+    )
     presorted: bool = setting(
         False, "Keep the order of the log's rows. Preparing fails if a user's events are not in order of time."
     )
@@ -272,6 +335,16 @@ class DataConfig(Settings):
     )
     max_history_length: int = setting(
         100, "Longest behaviour history, in events; the newest are kept.", at_least=1, theme=_EXAMPLES
+    )
+    histories: tuple[str, ...] = text_setting(
+        (),
+        "Several histories, each with a name and its own longest length: click:100,buy:50,skipped:50. A name is a "
+        "value of --action_column or one of --label_columns; all stands for every behaviour, and skipped for what was "
+        "shown and not acted on (label 0). Each has its own attention, unless --share_attention. Default: one history, "
+        "of at most --max_history_length.",
+        check=_check_named_histories,
+        theme=_EXAMPLES,
+        later=True,
     )
     history_ends: HistoryEnds = text_setting(
         HistoryEnds.AUTO,
@@ -341,6 +414,7 @@ class DataConfig(Settings):
         self._check_features()
         self._check_split()
         self._check_histories()
+        self._check_behaviours()
         require(
             self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
             "belongs to --unknown_item=features",
@@ -367,7 +441,9 @@ class DataConfig(Settings):
         )
 
     def _check_columns(self) -> None:
-        given = [name for name in (self.label_time_column, self.request_column, self.weight_column) if name]
+        own = "" if self.behaviours_path else self.action_column
+        optional = (self.label_time_column, self.request_column, self.weight_column, own)
+        given = [name for name in optional if name]
         ids = (self.user_column, self.item_column, self.timestamp_column, *(self.label_columns or [self.label_column]))
         columns = (*ids, *given, *self.item_features)
         for name in columns:
@@ -380,6 +456,11 @@ class DataConfig(Settings):
         """The column of the label whose positives are behaviours; empty for none."""
         named = self.label_column_required or self.dataset != _IMPRESSIONS
         return self.history_label or next(iter(self.label_columns), self.label_column if named else "click")
+
+    @property
+    def named_histories(self) -> tuple[NamedHistory, ...]:
+        """The histories that have names; none if there is one history."""
+        return tuple(map(NamedHistory.from_text, self.histories))
 
     @property
     def drawn_negatives(self) -> Negatives:
@@ -415,7 +496,7 @@ class DataConfig(Settings):
         kind = self.dataset.partition("/")[0]
         both = (*LABELLED, _PURCHASES)
         columns: dict[str, tuple[str, ...]] = dict.fromkeys(("label_time_column", "label_columns"), LABELLED)
-        columns |= {"request_column": both, "weight_column": both}
+        columns |= {"request_column": both, "weight_column": both, "action_column": LABELLED}
         for name, kinds in columns.items():
             value = getattr(self, name)
             value = ",".join(value) if isinstance(value, tuple) else value
@@ -427,11 +508,41 @@ class DataConfig(Settings):
         known = not self.history_label or self.history_label in self.label_columns
         rule, remedy = "must be one of --label_columns", f"Choose among {', '.join(self.label_columns) or 'them'}."
         require(known, rule, "history_label", self.history_label, remedy)
+        told = {ALL_BEHAVIOURS, SKIPPED, *self.label_columns}
+        for history in self.named_histories if not self.action_column else ():
+            remedy = "Name --action_column, or --label_columns."
+            require(history.name in told, "names what no column tells", "histories", history.name, remedy)
+        rule, remedy = "is for --histories", "Add --histories, or drop it."
+        require(bool(self.histories) or not self.action_column, rule, "action_column", self.action_column, remedy)
         if self.history_ends is HistoryEnds.BEFORE_EVENT:
             for name, default in (("label_time_column", ""), ("request_column", ""), ("history_delay", "0")):
                 value = getattr(self, name)
                 rule = "belongs to histories that end before the time of a request"
                 require(value == default, rule, name, value, "Drop it, or use --history_ends=before_time.")
+
+    def _check_behaviours(self) -> None:
+        is_log, path = self.dataset == "event_log", self.behaviours_path
+        require(is_log or not path, "belongs to --dataset=event_log", "behaviours_path", path, "Drop it.")
+        columns = ("behaviour_user_column", "behaviour_item_column", "behaviour_timestamp_column")
+        for name in columns:
+            value = getattr(self, name)
+            rule, remedy = "names a column of --behaviours_path", "Give --behaviours_path, or drop it."
+            require(bool(path) or not value, rule, name, value, remedy)
+            rule, remedy = "a column's name must be one line", "Rename the column."
+            require(len(value.splitlines()) <= 1, rule, name, value, remedy)
+        if not path:
+            return
+        own = [getattr(self, name) or getattr(self, name.removeprefix("behaviour_")) for name in columns]
+        own += [self.action_column] if self.action_column else []
+        twice = next((name for name in own if own.count(name) > 1), "")
+        require(not twice, "a column can have one role", "behaviours_path", twice, "Name others.")
+        for name in ("label_time_column", "history_label"):
+            value = getattr(self, name)
+            rule = "tells of histories from --data_path"
+            require(not value, rule, name, value, "Drop it, because --behaviours_path makes the histories.")
+        rule, remedy = "orders behaviours as events, and those of --behaviours_path are none", "Drop it."
+        ends = self.history_ends
+        require(ends is not HistoryEnds.BEFORE_EVENT, rule, "history_ends", str(ends), remedy)
 
     def _check_split(self) -> None:
         if self.split is not Split.TEMPORAL:

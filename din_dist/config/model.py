@@ -128,6 +128,12 @@ class ModelConfig(Settings):
         later=True,
     )
 
+    share_attention: bool = text_setting(
+        False,
+        "One local activation unit for all of --histories. Default: each has its own.",
+        later=True,
+    )
+
     @property
     def heads(self) -> TaskHead:
         """How several labels are predicted."""

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
+from din_dist import schema
 from din_dist.data.raw_columns import RawFeature, TableCounts
 from din_dist.features.offers import Offers
 
@@ -21,9 +22,10 @@ EVENTS_PER_BLOCK = 80_000  # about 1 MB: an event takes 13 bytes
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The events of some successive users, each user's in time order: `offsets` `[U + 1]`, the other arrays `[E]`.
+    """The events of some successive users, each user's in time order.
 
-    The `BLOCK_*` names of `din_dist.schema` give the dtype and the meaning of each. None stands for an absent one.
+    The `BLOCK_*` names of `din_dist.schema` give the dtype, the shape and the meaning of each. None stands for an
+    absent one.
     """
 
     first_user: int
@@ -35,6 +37,34 @@ class Block:
     label_times: np.ndarray | None = None
     weights: np.ndarray | None = None
     task_labels: np.ndarray | None = None
+    actions: np.ndarray | None = None
+    behaviour_offsets: np.ndarray | None = None
+    behaviour_item_ids: np.ndarray | None = None
+    behaviour_times: np.ndarray | None = None
+    behaviour_actions: np.ndarray | None = None
+
+    @property
+    def more(self) -> dict[str, np.ndarray]:
+        """The arrays `[E]` beside those that every block has, by name."""
+        names = ("request_times", "label_times", "weights", "task_labels", "actions")
+        return {name: values for name in names if (values := getattr(self, name)) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Behaviours:
+    """P behaviours of a log of their own, user after user, each user's in time order.
+
+    Attributes:
+        offsets: int64 `[U + 1]`, where each user's behaviours begin.
+        item_ids: int32 `[P]`, dense ids.
+        times: int64 `[P]`.
+        actions: uint8 `[P]`, as of `schema.BLOCK_BEHAVIOUR_ACTIONS`; None without.
+    """
+
+    offsets: np.ndarray
+    item_ids: np.ndarray
+    times: np.ndarray
+    actions: np.ndarray | None = None
 
 
 class Blocks(abc.ABC):
@@ -71,6 +101,19 @@ class ItemFeature:
 
 
 @dataclasses.dataclass(frozen=True)
+class BehaviourCounts:
+    """How a log of behaviours fits the events.
+
+    Attributes:
+        kept: behaviours of users who have events.
+        only_behaviours: items that behaviours have and no event.
+    """
+
+    kept: int
+    only_behaviours: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EventLog:
     """Everything that a builder writes.
 
@@ -85,6 +128,8 @@ class EventLog:
         tables: how the tables of items, users and offers fit the events.
         offers: which row of a table of offers an item has; None without such a table.
         tasks: the labels to predict, if there are several.
+        behaviours: how the log of behaviours fits the events; None without one.
+        actions: what behaviours were, in the order of their codes from 1.
     """
 
     user_ids: pa.Array
@@ -97,6 +142,8 @@ class EventLog:
     tables: Mapping[str, TableCounts] = dataclasses.field(default_factory=dict)
     offers: Offers | None = None
     tasks: tuple[str, ...] = ()
+    behaviours: BehaviourCounts | None = None
+    actions: tuple[str, ...] = ()
 
 
 class SortedBlocks(Blocks):
@@ -108,6 +155,7 @@ class SortedBlocks(Blocks):
         timestamps: int64 `[E]`.
         labels: uint8 `[E]`.
         more: `[E]` each, what else a log has of its events, by the names in `Block`.
+        behaviours: of a log of their own, of the same users.
     """
 
     def __init__(
@@ -117,10 +165,12 @@ class SortedBlocks(Blocks):
         timestamps: np.ndarray,
         labels: np.ndarray,
         more: Mapping[str, np.ndarray] = MappingProxyType({}),
+        behaviours: Behaviours | None = None,
     ) -> None:
         self._offsets, self._item_ids, self._timestamps, self._labels = offsets, item_ids, timestamps, labels
-        self._more = more
-        block_of_user = offsets[:-1] // EVENTS_PER_BLOCK
+        self._more, self._behaviours = more, behaviours
+        begins = offsets[:-1] if behaviours is None else offsets[:-1] + behaviours.offsets[:-1]
+        block_of_user = begins // EVENTS_PER_BLOCK
         self._first_users = np.append(np.flatnonzero(np.diff(block_of_user, prepend=-1)), len(offsets) - 1)
 
     def __len__(self) -> int:
@@ -137,7 +187,22 @@ class SortedBlocks(Blocks):
             timestamps=self._timestamps[events],
             labels=self._labels[events],
             **{name: values[events] for name, values in self._more.items()},
+            **self._own_behaviours(int(first), int(last)),
         )
+
+    def _own_behaviours(self, first: int, end: int) -> dict[str, np.ndarray]:
+        """Returns the behaviours of users `first` to `end` - 1, by the names in `Block`."""
+        if self._behaviours is None:
+            return {}
+        offsets = self._behaviours.offsets[first : end + 1]
+        own = slice(offsets[0], offsets[-1])
+        actions = self._behaviours.actions
+        return {
+            schema.BLOCK_BEHAVIOUR_OFFSETS: offsets - offsets[0],
+            schema.BLOCK_BEHAVIOUR_ITEM_IDS: self._behaviours.item_ids[own],
+            schema.BLOCK_BEHAVIOUR_TIMES: self._behaviours.times[own],
+            **({} if actions is None else {schema.BLOCK_BEHAVIOUR_ACTIONS: actions[own]}),
+        }
 
 
 def group_by_user(
@@ -147,6 +212,7 @@ def group_by_user(
     labels: np.ndarray | None,
     order: np.ndarray,
     more: Mapping[str, np.ndarray] = MappingProxyType({}),
+    behaviours: Behaviours | None = None,
 ) -> SortedBlocks:
     """Returns events as blocks.
 
@@ -157,9 +223,10 @@ def group_by_user(
         labels: uint8 `[E]`; None: every event is a positive.
         order: `[E]`, the order of the events, which must bring those of each user together, users ascending.
         more: `[E]` each, as of `SortedBlocks`.
+        behaviours: as of `SortedBlocks`.
     """
     counts = np.bincount(users)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     in_order = np.ones(len(order), np.uint8) if labels is None else labels[order]
     in_order_too = {name: values[order] for name, values in more.items()}
-    return SortedBlocks(offsets, item_ids[order], timestamps[order], in_order, in_order_too)
+    return SortedBlocks(offsets, item_ids[order], timestamps[order], in_order, in_order_too, behaviours)

@@ -43,16 +43,20 @@ class ColumnReaders:
         }
 
     def add(self, batch: pa.RecordBatch, layout: Layout) -> None:
-        """Takes the next batch.
+        """Takes the next batch. Columns that it lacks have no values there.
 
         Raises:
             InputError: a value breaks a rule.
         """
+
+        def values(name: str) -> pa.Array:
+            return batch.column(name) if name in batch.schema.names else pa.nulls(batch.num_rows)
+
         for column, reader in self._readers.items():
             if column.weights and isinstance(reader, ListColumn):
-                reader.add_weighted(batch.column(column.column), batch.column(column.weights))
+                reader.add_weighted(values(column.column), values(column.weights))
             else:
-                reader.add(batch.column(column.column), column.column in layout.partition)
+                reader.add(values(column.column), column.column in layout.partition)
 
     def finish(self, is_text: Callable[[str], bool]) -> dict[RawColumn, ColumnValues]:
         """Returns the values of all batches; `is_text` tells of a column's name that text was read."""

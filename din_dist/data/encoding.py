@@ -31,7 +31,7 @@ from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore, map_array, reading_prepared
 from din_dist.data.raw_columns import RawColumn, RawFeature
 from din_dist.data.raw_features import open_offers, open_raw, raw_ids
-from din_dist.data.splits import kept_in, split_examples
+from din_dist.data.splits import Examples, behaviour_counts, kept_in, split_examples
 from din_dist.data.walks import parts
 from din_dist.errors import InputError
 from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
@@ -174,11 +174,14 @@ class _Encoder:
         self._store, self._config = store, config
 
     @functools.cached_property
+    def _splits(self) -> Mapping[str, Examples]:
+        return split_examples(self._store, self._config)
+
+    @functools.cached_property
     def _trains(self) -> np.ndarray:
         """Tells of each event if it is of the training part, bool `[E]`."""
-        splits = split_examples(self._store, self._config)
         found = np.ones(self._store.facts.num_events, bool)
-        for examples in (splits["validation"], splits["test"]):
+        for examples in (self._splits["validation"], self._splits["test"]):
             for events in examples.event_parts():
                 found[events] = False
         return found
@@ -225,7 +228,7 @@ class _Encoder:
         raise TypeError(type(raw.values))
 
     def _weights(self, spec: FeatureSpec, told: np.ndarray | None) -> np.ndarray:
-        """Returns how many training events tell the value of each row, int64 `[n]`."""
+        """Returns how many training events tell the value of each row, int64 `[n]`; of items also the behaviours."""
         counted = self._trains if told is None else self._trains & told
         if spec.by:
             return np.bincount(self._rows_of_offers[counted], minlength=self.offers.num_rows)
@@ -238,7 +241,7 @@ class _Encoder:
                 found = np.zeros(self._store.facts.num_items + 1, np.int64)
                 for part in parts(len(counted)):
                     found += np.bincount(self._store.item_ids[part][counted[part]], minlength=len(found))
-                return found
+                return found + behaviour_counts(self._store, self._splits["train"])
             case _:
                 return counted.astype(np.int64)
 

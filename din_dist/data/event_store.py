@@ -53,6 +53,27 @@ class FileState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class HistorySet:
+    """One of the named histories of an event.
+
+    Attributes:
+        name: of the history.
+        longest: the most items; the newest are kept.
+        item_ids: int32, the items of its behaviours, as of `EventStore.history_item_ids`; likewise the next.
+        offsets: int64 `[U + 1]`.
+        ends: int64 `[E]`; None if it is the event's own index.
+        times: int64, when each behaviour happened; None if the timestamps tell.
+    """
+
+    name: str
+    longest: int
+    item_ids: np.ndarray
+    offsets: np.ndarray
+    ends: np.ndarray | None
+    times: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class EventStore:
     """All events of a data set, user after user, each user's in time order.
 
@@ -70,20 +91,24 @@ class EventStore:
         label_times: int64 `[E]`, when each positive event came; None where the log does not say.
         weights: float32 `[E]`, by how much each event counts in training; None where all count alike.
         task_labels: uint8 `[E]`, bit t is the label of task t; None where there is one task, of `labels`.
-        history_item_ids: int32, the items of the positive events only, in the order of their times; `item_ids` itself
-            without labels.
-        history_offsets: int64 `[U + 1]`, where each user's positive events begin; `user_offsets` itself without labels.
-        history_ends: int64 `[E]`, how many positive events there are of all users before and of this user that are
-            known before the event's request; None if it is the event's own index, as without labels. Event e of user u
-            has this history of at most n items:
+        history_item_ids: int32, the items of the behaviours, in the order of their times: of the positive events, or
+            of a log of behaviours. It is `item_ids` itself without either.
+        history_offsets: int64 `[U + 1]`, where each user's behaviours begin; `user_offsets` itself without either.
+        history_ends: int64 `[E]`, how many behaviours there are of all users before and of this user that are known
+            before the event's request; None if it is the event's own index, as without either. Event e of user u has
+            this history of at most n items:
             `history_item_ids[max(history_offsets[u], history_ends[e] - n) : history_ends[e]]`.
-        history_times: int64, when each positive event happened; None if the timestamps tell.
-        touched_offsets: int64 `[U + 1]`, where each user's touched items begin; None with labels.
+        history_times: int64, when each behaviour happened; None if the timestamps tell.
+        touched_offsets: int64 `[U + 1]`, where the touched items of each user begin, those that can be candidates; None
+            with labels.
         touched_gaps: int32 `[T]`: with a user's touched items sorted and each taken once as t_0 < t_1 < ...,
             `t_j - 1 - j`: the number of smaller ids the user never touched.
             Nondecreasing for each user. None with labels.
         item_features: name -> int32 `[num_items + 1]`, an item's dense id -> its feature's dense id; 0 for item 0.
         features: name -> a declared feature. Its rows are users, events, or items with item 0, by its owner.
+        sets: several histories by name, where the model is to read those; empty if it reads the one above.
+        actions: uint8 `[E]`, as of `schema.BLOCK_ACTIONS`; None where no column tells.
+        history_actions: uint8, those of the behaviours of a log of their own; None where no column tells.
         files: the state of each file just before it was opened, so that every later change is noticed.
     """
 
@@ -104,8 +129,16 @@ class EventStore:
     history_times: np.ndarray | None = None
     weights: np.ndarray | None = None
     task_labels: np.ndarray | None = None
+    actions: np.ndarray | None = None
+    history_actions: np.ndarray | None = None
+    sets: tuple[HistorySet, ...] = ()
     features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
+
+    def histories(self, max_history_length: int) -> tuple[HistorySet, ...]:
+        """Returns the histories that a model reads: the named ones, or the one without a name."""
+        one = (self.history_item_ids, self.history_offsets, self.history_ends, self.history_times)
+        return self.sets or (HistorySet("", max_history_length, *one),)
 
     @property
     def max_touched(self) -> int:
@@ -278,14 +311,15 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
     history_offsets, history_item_ids = user_offsets, item_ids
     if facts.has_labels:
         labels = load.packed("labels", np.uint8, num_events)
-        history_ends = load.packed("history_ends", np.int64, num_events)
-        history_offsets = load.offsets("history_offsets", None)
-        history_item_ids = load.packed("history_item_ids", np.int32, int(history_offsets[-1]))
-        if facts.has_request_times or facts.has_label_times:
-            history_times = load.packed("history_times", np.int64, int(history_offsets[-1]))
     else:
         touched_offsets = load.offsets("touched_offsets", None)
         touched_gaps = load.packed("touched_gaps", np.int32, int(touched_offsets[-1]))
+    if facts.selects_behaviours:
+        history_ends = load.packed("history_ends", np.int64, num_events)
+        history_offsets = load.offsets("history_offsets", None)
+        history_item_ids = load.packed("history_item_ids", np.int32, int(history_offsets[-1]))
+        if _keeps_times(facts):
+            history_times = load.packed("history_times", np.int64, int(history_offsets[-1]))
     store = EventStore(
         facts=facts,
         folder=folder,
@@ -303,6 +337,12 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
         history_times=history_times,
         weights=load.packed("weights", np.float32, num_events) if facts.has_weights else None,
         task_labels=load.packed("task_labels", np.uint8, num_events) if facts.tasks else None,
+        actions=load.packed("actions", np.uint8, num_events) if facts.actions and not facts.has_behaviours else None,
+        history_actions=(
+            load.packed("history_actions", np.uint8, len(history_item_ids))
+            if facts.actions and facts.has_behaviours
+            else None
+        ),
         item_features={name: load.item_feature(name, facts.num_items + 1) for name in facts.item_features},
         files=files,
     )
@@ -403,9 +443,14 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
 
 _DTYPES = {  # of the arrays that are not int64
     **dict.fromkeys(("item_ids", "history_item_ids", "touched_gaps"), np.int32),
-    **dict.fromkeys(("labels", "task_labels"), np.uint8),
+    **dict.fromkeys(("labels", "task_labels", "actions", "history_actions"), np.uint8),
     "weights": np.float32,
 }
+
+
+def _keeps_times(facts: schema.DatasetFacts) -> bool:
+    """Tells whether the timestamps do not tell when each behaviour happened, or which events come before a moment."""
+    return facts.has_request_times or facts.has_label_times or facts.has_behaviours
 
 
 class _PackedArrays:
@@ -418,48 +463,70 @@ class _PackedArrays:
 
     def __init__(self, writers: ArrayWriters, facts: schema.DatasetFacts) -> None:
         self._write, self._facts = writers.append, facts
-        self._num_events = self._num_kept = 0  # kept: positive events with labels, touched items without
-        with_labels, without = ("history_offsets", "history_item_ids"), ("touched_offsets", "touched_gaps")
-        self._kept = with_labels if facts.has_labels else without
-        for offsets in ("user_offsets", self._kept[0]):
-            self._write(offsets, np.zeros(1, np.int64))
+        self._num_events = self._num_behaviours = self._num_touched = 0
+        self._write("user_offsets", np.zeros(1, np.int64))
+        if facts.selects_behaviours:
+            self._write("history_offsets", np.zeros(1, np.int64))
+        if not facts.has_labels:
+            self._write("touched_offsets", np.zeros(1, np.int64))
 
     def append(self, block: Block) -> None:
         """Writes the arrays of the next users."""
         self._write("user_offsets", self._num_events + block.offsets[1:])
         self._write("item_ids", block.item_ids)
         self._write("timestamps", block.timestamps)
-        if block.request_times is not None:
-            self._write("request_times", block.request_times)
-        if block.label_times is not None:
-            self._write("label_times", block.label_times)
-        if block.weights is not None:
-            self._write("weights", block.weights)
-        if block.task_labels is not None:
-            self._write("task_labels", block.task_labels)
+        for name, values in block.more.items():
+            self._write(name, values)
         if self._facts.has_labels:
-            found = cut_histories(block, HistoryRule.BEFORE_TIME)
-            new_offsets, new = found.offsets, found.item_ids
             self._write("labels", block.labels)
-            self._write("history_ends", self._num_kept + found.ends)
-            if self._facts.has_request_times or self._facts.has_label_times:
-                self._write("history_times", found.times)
         else:
-            new_offsets, new = touched_gaps(block.offsets, block.item_ids, self._facts.num_items)
-        offsets, kept = self._kept
-        self._write(offsets, self._num_kept + new_offsets[1:])
-        self._write(kept, new)
+            offsets, gaps = touched_gaps(*_touched(block, self._facts.num_candidates), self._facts.num_candidates)
+            self._write("touched_offsets", self._num_touched + offsets[1:])
+            self._write("touched_gaps", gaps)
+            self._num_touched += len(gaps)
+        if self._facts.selects_behaviours:
+            found = cut_histories(block, HistoryRule.BEFORE_TIME)
+            self._write("history_offsets", self._num_behaviours + found.offsets[1:])
+            self._write("history_item_ids", found.item_ids)
+            self._write("history_ends", self._num_behaviours + found.ends)
+            if _keeps_times(self._facts):
+                self._write("history_times", found.times)
+            if block.behaviour_actions is not None:
+                self._write("history_actions", block.behaviour_actions)
+            self._num_behaviours += len(found.item_ids)
         self._num_events += len(block.item_ids)
-        self._num_kept += len(new)
+
+
+def _touched(block: Block, num_candidates: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the offsets `[U + 1]` and the items of events and behaviours, those that can be candidates."""
+    if block.behaviour_offsets is None or block.behaviour_item_ids is None:
+        return block.offsets, block.item_ids
+    candidates = block.behaviour_item_ids <= num_candidates
+    offsets = np.concatenate([[0], np.cumsum(candidates)])[block.behaviour_offsets]
+    return joined_runs((block.offsets, block.item_ids), (offsets, block.behaviour_item_ids[candidates]))
+
+
+def joined_runs(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the offsets `[U + 1]` and values of runs, each that of `first` and then that of `second`.
+
+    Args:
+        first: offsets `[U + 1]` and values.
+        second: likewise, of the same U.
+    """
+    users = [np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) for offsets, _ in (first, second)]
+    order = np.argsort(np.concatenate(users), kind="stable")
+    return first[0] + second[0], np.concatenate([first[1], second[1]])[order]
 
 
 def touched_gaps(offsets: np.ndarray, item_ids: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the offsets `[U + 1]` and gaps `[T]` of users' touched items, which `EventStore` describes.
 
     Args:
-        offsets: int64 `[U + 1]`, where each user's events begin.
-        item_ids: int32 `[E]`.
-        num_items: the number of items in the vocabulary.
+        offsets: int64 `[U + 1]`, where each user's items begin.
+        item_ids: int32, the items that each user touched, any number of times.
+        num_items: the number of items to draw from.
     """
     num_users = len(offsets) - 1
     users = np.repeat(np.arange(num_users), np.diff(offsets))

@@ -33,7 +33,8 @@ class OwnerIds:
     """The users or the items of a log.
 
     Attributes:
-        of_event: int32 `[E]`, the owner of each event from 0, in the order of the files.
+        of_event: int32, the owner of each row that was read, from 0: of E events in the order of the files, and then of
+            behaviours; -1 for a row that was left out.
         ids: their own ids `[n]`.
     """
 
@@ -134,7 +135,7 @@ def _ids_of(values: ColumnValues) -> IdValues:
 def _of_owner(column: RawColumn, values: ColumnValues, owners: OwnerIds, order: np.ndarray, rows: Rows) -> RawFeature:
     """Returns one value for each owner: that of the first event which tells one. A missing value agrees with all."""
     given = values.given
-    told = np.flatnonzero(given)
+    told = np.flatnonzero(given & (owners.of_event >= 0))
     first = np.full(len(owners.ids), -1, np.int64)
     first[owners.of_event[told[::-1]]] = told[::-1]  # the last assignment stays, which is the first row's
     firsts = first[owners.of_event[told]]

@@ -9,73 +9,24 @@ Letters of shapes: E events, n owners (users or items), R rows of a table, K off
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from din_dist import progress
-from din_dist.data.column_readers import ColumnReaders, names_of, number_names
+from din_dist.data.column_readers import ColumnReaders, names_of
 from din_dist.data.raw_columns import TABLES, RawColumn, RawFeature, TableCounts
+from din_dist.data.table_files import TableFiles
 from din_dist.errors import InputError
 from din_dist.features.offers import Offers, places_in
 from din_dist.features.spec import Owner
-from din_dist.tables.columns import IdColumn, Rows, plain
-from din_dist.tables.formats import Format, format_of
-from din_dist.tables.record_batches import Layout, read_columns, require_columns
-from din_dist.tables.sources import find_files
+from din_dist.tables.columns import IdColumn, plain
 from din_dist.tables.value_columns import ValueRows
 from din_dist.tables.values import IdValues
 from din_dist.text import shown
 
 REMEDY = "Correct the file, or the column in the file of --features"
-
-
-class _TableFiles:
-    """The files of a table.
-
-    Args:
-        source: a file, a folder or a glob.
-        name: the table's name.
-        keys: the columns that name a row.
-        columns: the columns of features.
-    """
-
-    def __init__(self, source: str, name: str, keys: Sequence[str], columns: Sequence[RawColumn]) -> None:
-        self.source, self.flag = source, f"--{name}_path"
-        self.rows = Rows(f"row of a table of {name}")
-        files = find_files(source, self.flag, f"table of {name}").files
-        self._form = format_of(files[0]) or Format.PARQUET
-        names = list(dict.fromkeys([*keys, *names_of(columns)]))
-        numbers, lists = number_names(columns, keys), names_of(columns)
-        layouts = {file: Layout.of(file, self._form, names, numbers, lists) for file in files}
-        self._layouts = {file: layout for file, layout in layouts.items() if layout}
-        self._from_folders = set().union(*(layout.partition for layout in self._layouts.values()))
-        self.anywhere = set().union(*(layout.names for layout in self._layouts.values()))
-
-    def require(self, names: Sequence[str], remedy: str) -> None:
-        """Refuses a file that lacks a column."""
-        require_columns(self._layouts, names, remedy)
-
-    def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, Layout]]:
-        """Yields the batches of all files; `rows` tells where each stands.
-
-        Raises:
-            InputError: the files have no rows.
-        """
-        for file, layout in self._layouts.items():
-            self.rows.begin(file)
-            for batch in filter(len, read_columns(file, self._form, layout, names)):
-                progress.note()
-                yield batch, layout
-                self.rows.advance(batch.num_rows)
-        if not self.rows.count:
-            raise InputError(f"{self.source}: a table must have rows. Received: none. Correct {self.flag}.")
-
-    def is_text(self, name: str) -> bool:
-        """Tells whether a column is read as text."""
-        return self._form is Format.CSV or name in self._from_folders
 
 
 class OwnerTable:
@@ -89,7 +40,7 @@ class OwnerTable:
     """
 
     def __init__(self, source: str, owner: Owner, id_column: str, columns: Sequence[RawColumn]) -> None:
-        self._files = _TableFiles(source, TABLES[owner], [id_column], columns)
+        self._files = TableFiles(source, TABLES[owner], [id_column], columns)
         self._owner, self._id_column = owner, id_column
         self.columns = [
             column for column in columns if self._files.anywhere.issuperset(column.names) and id_column != column.column
@@ -140,7 +91,7 @@ class OffersTable:
     """
 
     def __init__(self, source: str, item_column: str, columns: Sequence[RawColumn], by: Sequence[str]) -> None:
-        self._files = _TableFiles(source, TABLES[Owner.CANDIDATE], [item_column, *by], columns)
+        self._files = TableFiles(source, TABLES[Owner.CANDIDATE], [item_column, *by], columns)
         self._item_column, self._by, self._columns = item_column, list(by), columns
         self._names = list(dict.fromkeys([item_column, *by, *names_of(columns)]))
         self._files.require(self._names, f"{REMEDY}, or --item_column.")
@@ -252,7 +203,7 @@ def _joint(number: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
     return np.where((number >= 0) & (place >= 0), number * size + place, -1)
 
 
-def _no_common_ids(files: _TableFiles, columns: str, example: pa.Scalar) -> InputError:
+def _no_common_ids(files: TableFiles, columns: str, example: pa.Scalar) -> InputError:
     return InputError(
         f"{files.source}: its ids must be those of the log. Received: none that the log has, for example "
         f"{shown(example.as_py())}. Correct {files.flag}, or the column {columns}."

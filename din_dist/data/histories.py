@@ -1,10 +1,11 @@
-"""Cuts histories: which behaviours, that is positive events, each event may see.
+"""Cuts histories: which behaviours each event may see. Behaviours are positive events, or have a log of their own.
 
-Letters of shapes: U users, E events, P positive events.
+Letters of shapes: U users, E events, P behaviours.
 """
 
 from __future__ import annotations
 
+import enum
 from typing import NamedTuple
 
 import numpy as np
@@ -25,29 +26,81 @@ class CutHistories(NamedTuple):
     ends: np.ndarray  # int64 [E]
 
 
-def cut_histories(block: Block, rule: HistoryRule, delay: int = 0) -> CutHistories:
+class Chosen(enum.Enum):
+    """The kinds of choices of behaviours."""
+
+    ALL = enum.auto()  # positive events, or all behaviours of a log of their own
+    SKIPPED = enum.auto()  # events that are not positive
+    ACTION = enum.auto()  # those of all behaviours with one action
+    TASK = enum.auto()  # events with one of several labels
+
+
+class Choice(NamedTuple):
+    """Which behaviours a history has."""
+
+    chosen: Chosen = Chosen.ALL
+    code: int = 0  # of the action from 1, or the task from 0
+
+
+ALL = Choice()
+
+
+def cut_histories(block: Block, rule: HistoryRule, delay: int = 0, choice: Choice = ALL) -> CutHistories:
     """Cuts the histories of whole users.
 
     Args:
         block: their events.
         rule: `BEFORE_TIME`: a history has the behaviours that are known before the time of the event's request.
-            `BEFORE_EVENT`: it has all that stand before the event.
+            `BEFORE_EVENT`: it has all that stand before the event, of behaviours that are events.
         delay: how long after its time a behaviour is known, in the unit of the timestamps.
+        choice: the behaviours.
     """
-    positive = np.flatnonzero(block.labels == 1)
-    before = np.concatenate([[0], np.cumsum(block.labels, dtype=np.int64)])
+    users = np.repeat(np.arange(len(block.offsets) - 1), np.diff(block.offsets))
+    moments = block.timestamps if block.request_times is None else block.request_times
+    if block.behaviour_offsets is not None and choice.chosen in (Chosen.ALL, Chosen.ACTION):
+        offsets, items, times = _own_behaviours(block, choice)
+        owners = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        return CutHistories(offsets, items, times, _num_earlier(users, earlier_by(moments, delay), owners, times))
+    is_chosen = _chosen_events(block, choice)
+    positive = np.flatnonzero(is_chosen)
+    before = np.concatenate([[0], np.cumsum(is_chosen, dtype=np.int64)])
     offsets = before[block.offsets]
     if rule is HistoryRule.BEFORE_EVENT:
         return CutHistories(offsets, block.item_ids[positive], block.timestamps[positive], before[:-1])
-    users = np.repeat(np.arange(len(block.offsets) - 1), np.diff(block.offsets))
     times = block.timestamps[positive]
     if block.label_times is not None:
         times = block.label_times[positive]
         order = np.lexsort((times, users[positive]))  # stable: equal times keep the order of the events
         positive, times = positive[order], times[order]
-    moments = block.timestamps if block.request_times is None else block.request_times
     ends = _num_earlier(users, earlier_by(moments, delay), users[positive], times)
     return CutHistories(offsets, block.item_ids[positive], times, ends)
+
+
+def _own_behaviours(block: Block, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns offsets `[U + 1]`, items and times of behaviours that have a log of their own."""
+    offsets, items, times = block.behaviour_offsets, block.behaviour_item_ids, block.behaviour_times
+    assert offsets is not None
+    assert items is not None
+    assert times is not None
+    if choice.chosen is Chosen.ALL:
+        return offsets, items, times
+    assert block.behaviour_actions is not None
+    kept = block.behaviour_actions == choice.code
+    return np.concatenate([[0], np.cumsum(kept)])[offsets], items[kept], times[kept]
+
+
+def _chosen_events(block: Block, choice: Choice) -> np.ndarray:
+    """Tells which events are behaviours, bool `[E]`."""
+    match choice.chosen:
+        case Chosen.SKIPPED:
+            return block.labels == 0
+        case Chosen.TASK:
+            assert block.task_labels is not None
+            return (block.task_labels >> choice.code & 1) == 1
+        case Chosen.ACTION:
+            assert block.actions is not None
+            return (block.labels == 1) & (block.actions == choice.code)
+    return block.labels == 1
 
 
 def earlier_by(times: np.ndarray, delay: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 PACKED/histories-RULE-DELAY/
     history_ends.npy
-    history_item_ids.npy  history_offsets.npy  history_times.npy     only with labels
+    history_item_ids.npy  history_offsets.npy  history_times.npy     unless behaviours are all events in their order
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from din_dist import progress
+from din_dist import progress, schema
 from din_dist.config import DataConfig, HistoryEnds
 from din_dist.data.array_writer import ArrayWriters
 from din_dist.data.blocks import Block
@@ -93,12 +93,12 @@ def open_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> Even
     Raises:
         InputError: a file is missing or damaged.
     """
-    names = _DTYPES if facts.has_labels else ["history_ends"]
+    names = _DTYPES if facts.selects_behaviours else ["history_ends"]
     arrays = {name: np.asarray(map_array(folder / f"{name}.npy", store.files)) for name in names}
     lengths = {"history_ends": facts.num_events, "history_offsets": facts.num_users + 1}
     wrong = [name for name, array in arrays.items() if array.dtype != _DTYPES[name]]
     wrong += [name for name, length in lengths.items() if name in arrays and len(arrays[name]) != length]
-    if facts.has_labels and not wrong:
+    if facts.selects_behaviours and not wrong:
         num_behaviours = arrays["history_offsets"][-1]
         wrong += [name for name in ("history_item_ids", "history_times") if len(arrays[name]) != num_behaviours]
     if wrong:
@@ -116,21 +116,22 @@ def _with(store: EventStore, facts: DatasetFacts, arrays: dict[str, Any]) -> Eve
 
 def _parts(store: EventStore, facts: DatasetFacts) -> Iterator[tuple[str, np.ndarray]]:
     """Yields name and values of the next part of each array, for some users at a time."""
-    if facts.has_labels:
+    if facts.selects_behaviours:
         yield "history_offsets", np.zeros(1, np.int64)
     num_behaviours = 0
-    for block in _blocks(store):
+    for block in blocks_of(store):
         progress.note()
         found = cut_histories(block, facts.history_rule, facts.history_delay)
         yield "history_ends", num_behaviours + found.ends
-        if facts.has_labels:
+        if facts.selects_behaviours:
             yield "history_offsets", num_behaviours + found.offsets[1:]
             yield "history_item_ids", found.item_ids
             yield "history_times", found.times
         num_behaviours += len(found.item_ids)
 
 
-def _blocks(store: EventStore) -> Iterator[Block]:
+def blocks_of(store: EventStore) -> Iterator[Block]:
+    """Yields what histories are cut from, for some users at a time."""
     offsets = store.user_offsets
     for first, end in user_runs(offsets[1:]):
         events = slice(int(offsets[first]), int(offsets[end]))
@@ -143,4 +144,21 @@ def _blocks(store: EventStore) -> Iterator[Block]:
             labels=labels,
             request_times=None if store.request_times is None else store.request_times[events],
             label_times=None if store.label_times is None else store.label_times[events],
+            task_labels=None if store.task_labels is None else store.task_labels[events],
+            actions=None if store.actions is None else store.actions[events],
+            **_own_behaviours(store, first, end),
         )
+
+
+def _own_behaviours(store: EventStore, first: int, end: int) -> dict[str, np.ndarray]:
+    """Returns the behaviours of a log of their own, of users `first` to `end` - 1, by the names in `Block`."""
+    if not store.facts.has_behaviours or store.history_times is None:
+        return {}
+    offsets = store.history_offsets[first : end + 1]
+    own = slice(int(offsets[0]), int(offsets[-1]))
+    return {
+        schema.BLOCK_BEHAVIOUR_OFFSETS: offsets - offsets[0],
+        schema.BLOCK_BEHAVIOUR_ITEM_IDS: store.history_item_ids[own],
+        schema.BLOCK_BEHAVIOUR_TIMES: store.history_times[own],
+        **({} if store.history_actions is None else {schema.BLOCK_BEHAVIOUR_ACTIONS: store.history_actions[own]}),
+    }

@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from din_dist import schema
+from din_dist.data.behaviour_log import BehaviourColumns, BehaviourReader, coded_actions
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
-from din_dist.data.column_readers import number_names
+from din_dist.data.column_readers import ColumnReaders, number_names
 from din_dist.data.feature_reader import FeatureReader, OwnerIds
 from din_dist.data.feature_tables import REMEDY
 from din_dist.data.raw_columns import RawColumn, RawColumns
 from din_dist.errors import InputError
 from din_dist.features.spec import Owner, shorthand
-from din_dist.tables.columns import NO_TIME, IdColumn, LabelColumn, Rows, TimeColumn
+from din_dist.tables.columns import NO_TIME, Column, IdColumn, LabelColumn, Rows, TimeColumn
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
 from din_dist.tables.value_columns import WeightColumn
 
-_LATER = ("label_time", "request", "weight", "tasks")
+_LATER = ("label_time", "request", "weight", "tasks", "action")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Columns:
     label_time: str = ""  # empty: a positive comes at its event's time
     request: str = ""  # empty: the events of one user and time are a request
     weight: str = ""  # empty: all events count alike
+    action: str = ""  # empty: what a behaviour was is not told here
     item_features: tuple[str, ...] = ("category_id",)
     item_features_required: bool = False
     presorted: bool = False
@@ -68,7 +70,8 @@ class Columns:
             )
         remedy = (
             "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
-            "--label_column, --label_columns, --label_time_column, --request_column, --weight_column, --item_features)."
+            "--label_column, --label_columns, --label_time_column, --request_column, --weight_column, "
+            "--action_column, --item_features)."
         )
         require_columns(layouts, columns.names, remedy)
         return columns
@@ -76,7 +79,8 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """The names of all columns to read."""
-        optional = [name for name in (*self.labels, self.label_time, self.request, self.weight) if name]
+        more = (*self.labels, self.label_time, self.request, self.weight, self.action)
+        optional = [name for name in more if name]
         return [self.user, self.item, self.timestamp, *optional, *self.item_features]
 
     @property
@@ -92,6 +96,7 @@ class Columns:
             schema.BLOCK_LABEL_TIMES: (self.label_time, np.int64),
             schema.BLOCK_WEIGHTS: (self.weight, np.float32),
             schema.BLOCK_TASK_LABELS: (self.tasks, np.uint8),
+            schema.BLOCK_ACTIONS: (self.action, np.uint8),
         }
         return {name: dtype for name, (columns, dtype) in found.items() if columns}
 
@@ -106,6 +111,7 @@ def read_log(
     columns: Columns,
     form: Format | None = None,
     features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
+    behaviours: BehaviourColumns | None = None,
 ) -> EventLog:
     """Reads files in their order, and sorts each user's events by time. Equal times keep the order of the files.
 
@@ -114,17 +120,25 @@ def read_log(
         columns: the columns to read.
         form: the format of all files. None: the one that the first file's name promises.
         features: what declared features need.
+        behaviours: the log that histories come from. None: this one.
 
     Raises:
         InputError: the files break a rule; the text names file, row (from 1, without the header) and value.
     """
-    return _LogReader(files, columns, form, features).read()
+    return _LogReader(files, columns, form, features, behaviours).read()
 
 
 class _LogReader:
     """Reads one log; see `read_log`."""
 
-    def __init__(self, files: Sequence[Path], columns: Columns, form: Format | None, features: RawColumns) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        columns: Columns,
+        form: Format | None,
+        features: RawColumns,
+        behaviours: BehaviourColumns | None,
+    ) -> None:
         self._form = form or format_of(files[0]) or Format.PARQUET
         self._files = files
         self._features = FeatureReader(features, columns.user, columns.item)
@@ -138,6 +152,10 @@ class _LogReader:
                 'look them up in a table of offers (by = [...]), or write of = "item" or of = "context".'
             )
         self._rows = Rows()
+        of_items = map(RawColumn.of, shorthand(self._columns.item_features))
+        self._of_items = [column for column in of_items if column]
+        told = [column for column in (*self._of_items, *self._features.from_log) if column.owner is Owner.ITEM]
+        self._behaviours = BehaviourReader(behaviours, told, self._rows) if behaviours else None
 
     def _find_layouts(self, columns: Columns) -> dict[Path, Layout]:
         of_features, lists = self._features.from_log, self._features.names
@@ -149,45 +167,24 @@ class _LogReader:
     def read(self) -> EventLog:
         columns, rows = self._columns, self._rows
         users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
-        times = TimeColumn(columns.timestamp, rows)
-        labels = [LabelColumn(name, rows, not columns.tasks) for name in columns.labels]
-        requests, label_times = IdColumn(columns.request, rows), TimeColumn(columns.label_time, rows, times, True)
-        weights = WeightColumn(columns.weight, rows)
-        read = [users, items, times, *labels, requests, label_times, weights]
-        of_items = (RawColumn.of(spec) for spec in shorthand(columns.item_features))
-        features = self._features.begin(rows, [column for column in of_items if column])
-        names = list(dict.fromkeys([*columns.names, *self._features.names]))
-        for file, layout in self._layouts.items():
-            rows.begin(file)
-            for batch in filter(len, read_columns(file, self._form, layout, names)):
-                for column in filter(lambda column: column.name, read):
-                    column.add(batch.column(column.name), column.name in layout.partition)
-                features.add(batch, layout)
-                rows.advance(batch.num_rows)
-        if not rows.count:
-            raise InputError(
-                f"{self._files[0]}: a log must have events. Received: no rows in {len(self._files)} file(s). "
-                "Give others."
-            )
+        times, optional = TimeColumn(columns.timestamp, rows), _OptionalColumns(columns, rows)
+        features = self._features.begin(rows, self._of_items)
+        self._read_rows([users, items, times, *optional.read_after(times)], features)
+        num_events = rows.count
+        if self._behaviours:
+            self._behaviours.read(features, times)
         user_of, user_ids = users.finish(self._is_text(users.name))
         item_of, item_ids = items.finish(self._is_text(items.name))
         timestamps = times.finish()
-        labels_of = {column.name: column.finish() for column in labels if column.name}
-        label_of = labels_of.get(columns.label)
-        more: dict[str, np.ndarray] = {}
-        if columns.tasks:
-            more[schema.BLOCK_TASK_LABELS] = as_bits(labels_of.values())
-        if columns.request:
-            request_of, _ = requests.finish(self._is_text(requests.name))
-            more[schema.BLOCK_REQUEST_TIMES] = first_times(user_of, request_of, timestamps)
-        if columns.label_time:
-            assert label_of is not None
-            more[schema.BLOCK_LABEL_TIMES] = self._checked_label_times(label_times.finish(), label_of, timestamps)
-        if columns.weight:
-            more[schema.BLOCK_WEIGHTS] = weights.finish(self._is_text(weights.name)).numbers
+        found = optional.finish(user_of, timestamps, self._is_text)
         order = self._order(user_of, timestamps)
+        owned = self._behaviours.finish(user_ids, item_ids) if self._behaviours else None
+        behaviours = owned.behaviours if owned else None
+        blocks = group_by_user(user_of, item_of + 1, timestamps, found.labels, order, found.more, behaviours)
+        if owned:  # no feature of users is read there
+            user_of = np.append(user_of, np.full(rows.count - num_events, -1, np.int32))
+            item_of, item_ids = np.append(item_of, owned.item_of_row), owned.item_ids
         owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
-        blocks = group_by_user(user_of, item_of + 1, timestamps, label_of, order, more)
         late = set().union(*(layout.late for layout in self._layouts.values()))
         declared = self._features.finish(owners, order, rows, self._is_text)
         return EventLog(
@@ -201,11 +198,94 @@ class _LogReader:
             self._features.counts,
             self._features.offers,
             columns.tasks,
+            owned.counts if owned else None,
+            owned.actions if owned else found.actions,
         )
+
+    def _read_rows(self, read: Sequence[Column], features: ColumnReaders) -> None:
+        """Gives all rows to the columns and to the readers of features."""
+        rows = self._rows
+        names = list(dict.fromkeys([*self._columns.names, *self._features.names]))
+        for file, layout in self._layouts.items():
+            rows.begin(file)
+            for batch in filter(len, read_columns(file, self._form, layout, names)):
+                for column in filter(lambda column: column.name, read):
+                    column.add(batch.column(column.name), column.name in layout.partition)
+                features.add(batch, layout)
+                rows.advance(batch.num_rows)
+        if not rows.count:
+            raise InputError(
+                f"{self._files[0]}: a log must have events. Received: no rows in {len(self._files)} file(s). "
+                "Give others."
+            )
 
     def _is_text(self, name: str) -> bool:
         """Tells whether a column is read as text, and so may hold integers that are written as text."""
         return self._form is Format.CSV or any(name in layout.partition for layout in self._layouts.values())
+
+    def _order(self, user_of: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+        """Returns the order of the events by user and time, int64 `[E]`."""
+        if not self._columns.presorted:
+            return np.lexsort((timestamps, user_of))
+        order = np.argsort(user_of, kind="stable")
+        _check_sorted(user_of, timestamps, order, self._rows)
+        return order
+
+
+class _Optional(NamedTuple):
+    """The values of the columns that not every log has, `[E]` each."""
+
+    labels: np.ndarray | None  # uint8, of histories
+    more: dict[str, np.ndarray]  # by the names of a block's arrays
+    actions: tuple[str, ...]  # in the order of their codes
+
+
+class _OptionalColumns:
+    """Reads the columns that not every log has.
+
+    Args:
+        columns: the names of all columns.
+        rows: where rows stand.
+    """
+
+    def __init__(self, columns: Columns, rows: Rows) -> None:
+        self._columns, self._rows = columns, rows
+        self._labels = [LabelColumn(name, rows, not columns.tasks) for name in columns.labels]
+        self._requests, self._weights = IdColumn(columns.request, rows), WeightColumn(columns.weight, rows)
+        self._actions = IdColumn(columns.action, rows, nullable=True)
+
+    def read_after(self, times: TimeColumn) -> list[Column]:
+        """Returns the columns to read, those without a name among them. Times are of the kind of `times`."""
+        self._label_times = TimeColumn(self._columns.label_time, self._rows, times, True)
+        return [*self._labels, self._requests, self._label_times, self._weights, self._actions]
+
+    def finish(self, user_of: np.ndarray, timestamps: np.ndarray, is_text: Callable[[str], bool]) -> _Optional:
+        """Returns the values.
+
+        Args:
+            user_of: int32 `[E]`, the user of each event.
+            timestamps: int64 `[E]`.
+            is_text: tells of a column's name that text was read.
+        """
+        columns = self._columns
+        labels_of = {column.name: column.finish() for column in self._labels if column.name}
+        label_of = labels_of.get(columns.label)
+        more: dict[str, np.ndarray] = {}
+        if columns.tasks:
+            more[schema.BLOCK_TASK_LABELS] = as_bits(labels_of.values())
+        if columns.request:
+            request_of, _ = self._requests.finish(is_text(columns.request))
+            more[schema.BLOCK_REQUEST_TIMES] = first_times(user_of, request_of, timestamps)
+        if columns.label_time:
+            assert label_of is not None
+            times = self._label_times.finish()
+            more[schema.BLOCK_LABEL_TIMES] = self._checked_label_times(times, label_of, timestamps)
+        if columns.weight:
+            more[schema.BLOCK_WEIGHTS] = self._weights.finish(is_text(columns.weight)).numbers
+        actions: tuple[str, ...] = ()
+        if columns.action:
+            more[schema.BLOCK_ACTIONS], actions = coded_actions(self._actions)
+        return _Optional(label_of, more, actions)
 
     def _checked_label_times(self, times: np.ndarray, labels: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
         """Returns when each positive came, and the time of each other event; refuses a positive before its event."""
@@ -221,14 +301,6 @@ class _LogReader:
                 "Correct the row.",
             )
         return np.where(positive, times, timestamps)
-
-    def _order(self, user_of: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-        """Returns the order of the events by user and time, int64 `[E]`."""
-        if not self._columns.presorted:
-            return np.lexsort((timestamps, user_of))
-        order = np.argsort(user_of, kind="stable")
-        _check_sorted(user_of, timestamps, order, self._rows)
-        return order
 
 
 def as_bits(labels: Iterable[np.ndarray]) -> np.ndarray:

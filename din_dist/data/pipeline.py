@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.config import DataConfig, UnknownItem
-from din_dist.data.event_store import EventStore
+from din_dist.data.event_store import EventStore, HistorySet
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import is_touched, untouched_items, weighted_untouched_items
 from din_dist.data.popularity import Popularity
@@ -223,15 +223,15 @@ class BatchMaker:
             "row_ends": self.examples.row_ends,
             "event_bases": self.examples.event_bases,
             "item_ids": self.store.item_ids,
-            "history_item_ids": self.store.history_item_ids,
-            "history_offsets": self.store.history_offsets,
-            "history_ends": self.store.history_ends,
             "labels": self.store.labels if self.store.task_labels is None else self.store.task_labels,
             "touched_gaps": self._drawn_from.touched_gaps,
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
             "weights": self.store.weights if self.mean_weight else None,
         }
+        for place, history in enumerate(self._histories):
+            own = {"item_ids": history.item_ids, "offsets": history.offsets, "ends": history.ends}
+            arrays |= {f"{place}-{name}": values for name, values in own.items()}
         if self.popularity is not None:
             arrays |= {
                 "touched_gaps": self.store.touched_gaps,
@@ -245,24 +245,34 @@ class BatchMaker:
         object.__setattr__(self, "_features", ExampleFeatures(self.store, self.execution))
 
     @property
+    def _histories(self) -> tuple[HistorySet, ...]:
+        return self.store.histories(self.max_history_length)
+
+    @property
     def _drawn_from(self) -> EventStore | TrainedItems:
         return self.trained or self.store
 
-    def _located(self, example_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns the user, the event, and the first and the end of the history of each example, int64 `[B]` each."""
+    def _located(self, example_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the user and the event of each example, int64 `[B]` each."""
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         row = example_ids // self.examples.draws_per_row
         segment = tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
-        event = tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
-        end = tf.gather(arrays["history_ends"], event) if "history_ends" in arrays else event
-        longest = tf.constant(self.max_history_length, tf.int64)
-        return user, event, tf.maximum(tf.gather(arrays["history_offsets"], user), end - longest), end
+        return user, tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
+
+    def _bounds(self, user: tf.Tensor, event: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """Returns the first and the end of each history of some examples, int64 `[B]` each, among its behaviours."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        found = []
+        for place, history in enumerate(self._histories):
+            end = tf.gather(arrays[f"{place}-ends"], event) if f"{place}-ends" in arrays else event
+            longest = tf.constant(history.longest, tf.int64)
+            found.append((tf.maximum(tf.gather(arrays[f"{place}-offsets"], user), end - longest), end))
+        return found
 
     def history_lengths(self, example_ids: tf.Tensor) -> tf.Tensor:
-        """Returns the length of each example's history, int64 `[B]`."""
-        _, _, start, end = self._located(example_ids)
-        return end - start
+        """Returns how many behaviours all histories of each example have, int64 `[B]`."""
+        return tf.add_n([end - start for start, end in self._bounds(*self._located(example_ids))])
 
     def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor, global_ids: tf.Tensor | None = None) -> Batch:
         """Returns the packed batch of some examples; `schema` documents its parts.
@@ -273,7 +283,7 @@ class BatchMaker:
             global_ids: int64, the examples of the global batch, for negatives that are drawn among its items.
         """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
-        user, event, history_start, history_end = self._located(example_ids)
+        user, event = self._located(example_ids)
         draw = example_ids % self.examples.draws_per_row
         candidate = tf.gather(arrays["item_ids"], event)
         if self.store.facts.has_labels:
@@ -287,8 +297,10 @@ class BatchMaker:
                 negative = self._weighted_negatives(draws, epoch, global_ids)
             candidate = tf.where(draw == 0, candidate, negative)
         offsets = tf.gather(arrays["logit_offsets"], candidate) if self.popularity is not None else ()
-        history = self._windows(arrays["history_item_ids"], history_start, history_end)
-        history_lengths = tf.cast(history_end - history_start, tf.int32)
+        bounds = self._bounds(user, event)
+        windows = [self._windows(arrays[f"{place}-item_ids"], *bound) for place, bound in enumerate(bounds)]
+        lengths = [tf.cast(end - start, tf.int32) for start, end in bounds]
+        history, history_lengths = (tf.concat(x, axis=0) if len(x) > 1 else x[0] for x in (windows, lengths))
         if self.hidden_rate:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # The rows that a step needs are found here, while the step before it runs.
@@ -322,7 +334,7 @@ class BatchMaker:
             tf.gather(arrays["touched_offsets"], draws.users),
             tf.gather(arrays["touched_offsets"], draws.users + 1),
             arrays["touched_gaps"],
-            self.store.facts.num_items if self.trained is None else len(self.trained.ids) - 1,
+            self.store.facts.num_candidates if self.trained is None else len(self.trained.ids) - 1,
             num_halvings=self._drawn_from.max_touched.bit_length(),
             execution=self.execution,
         )
@@ -345,7 +357,7 @@ class BatchMaker:
         )
         if not self.popularity.in_batch or global_ids is None:
             return negative
-        _, events, _, _ = self._located(global_ids)
+        _, events = self._located(global_ids)
         pool = tf.gather(arrays["item_ids"], events)
         for attempt in range(_ATTEMPTS):  # the last that fits is taken; if none fits, what is drawn by popularity
             random = hash64(self.seed, _IN_BATCH, epoch, draws.events, draws.numbers * _ATTEMPTS + attempt)
@@ -381,7 +393,8 @@ class BatchMaker:
         """
         keys = hash64(self.seed, _HIDING, epoch, example_ids)
         items = tf.concat([candidate, history], axis=0)
-        random = hash64(tf.concat([keys, tf.repeat(keys, history_lengths)], axis=0), items)
+        of_positions = tf.repeat(tf.tile(keys, [len(self._histories)]), history_lengths)
+        random = hash64(tf.concat([keys, of_positions], axis=0), items)
         items = tf.where(random < tf.constant(int(self.hidden_rate * 2**64), tf.uint64), -items, items)
         return items[: tf.size(candidate)], items[tf.size(candidate) :]
 

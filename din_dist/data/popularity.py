@@ -83,6 +83,7 @@ def popularity(
         if trained is not None:
             weights = np.where(trained.occur, weights, 0)
         weights[0] = 0
+        weights[store.facts.num_candidates + 1 :] = 0
         arrays = _arrays(store, weights)
         _require_untouched(store, splits["train"], arrays)
         try:

@@ -23,7 +23,8 @@ from absl import logging
 
 from din_dist import progress, schema
 from din_dist.config import LABELLED, DataConfig, list_text
-from din_dist.data import encoding, event_store, history_folders
+from din_dist.data import encoding, event_store, history_folders, history_sets
+from din_dist.data.behaviour_log import BehaviourColumns
 from din_dist.data.blocks import Block
 from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
 from din_dist.data.builders.base import EventsBuilder
@@ -41,7 +42,7 @@ from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_p
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import absolute, check_unchanged, find_files, partition_text
 
-_WHERE_FILES_LIE = ("data_path", "items_path", "users_path", "offers_path")
+_WHERE_FILES_LIE = ("data_path", "items_path", "users_path", "offers_path", "behaviours_path")
 FactsCheck = Callable[[schema.DatasetFacts], None]
 
 
@@ -76,8 +77,7 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
     with _quietly():
         match kind:
             case "event_log":
-                event_log = EventLogConfig.for_source(config.data_path, _columns(config), features)
-                return EventLogBuilder(data_dir=root, config=event_log)
+                return EventLogBuilder(data_dir=root, config=_event_log(config))
             case "complete_journey":
                 return CompleteJourney(
                     data_dir=root,
@@ -97,6 +97,25 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
                 return SyntheticImpressions(data_dir=root, config=impressions)
             case _:
                 raise ValueError(config.dataset)
+
+
+def _event_log(config: DataConfig) -> EventLogConfig:
+    return EventLogConfig.for_source(
+        config.data_path, _columns(config), _feature_columns(config), _behaviour_columns(config)
+    )
+
+
+def _behaviour_columns(config: DataConfig) -> BehaviourColumns | None:
+    """Returns the log of behaviours, or None if there is none."""
+    if not config.behaviours_path:
+        return None
+    return BehaviourColumns(
+        absolute(config.behaviours_path, "behaviours_path"),
+        config.behaviour_user_column or config.user_column,
+        config.behaviour_item_column or config.item_column,
+        config.behaviour_timestamp_column or config.timestamp_column,
+        config.action_column,
+    )
 
 
 def _synthetic_size(config: DataConfig) -> SyntheticConfig:
@@ -120,6 +139,7 @@ def _columns(config: DataConfig) -> Columns:
         label_time=config.label_time_column,
         request=config.request_column,
         weight=config.weight_column,
+        action="" if config.behaviours_path else config.action_column,
         item_features=config.item_features,
         item_features_required=config.item_features_required,
         presorted=config.presorted,
@@ -218,6 +238,7 @@ def open_prepared(config: DataConfig) -> EventStore:
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
     store = _with_chosen_histories(config, event_store.open_store(folder, features))
+    store = _with_named_histories(config, store)
     return dataclasses.replace(store, features=_declared_features(config, store))
 
 
@@ -234,6 +255,20 @@ def _with_chosen_histories(config: DataConfig, store: EventStore) -> EventStore:
     if not _keep(config, folder, lambda: history_folders.write_histories(folder, store, facts)):
         return history_folders.histories_in_memory(store, facts)
     return history_folders.open_histories(folder, store, facts)
+
+
+def _with_named_histories(config: DataConfig, store: EventStore) -> EventStore:
+    """Returns the store with the histories of `--histories`. One of the processes that need them cuts them.
+
+    Raises:
+        InputError: the log does not tell of one of them, or the kept ones are damaged.
+    """
+    if not (histories := config.named_histories):
+        return store
+    folder = history_sets.sets_folder(store, histories)
+    if not _keep(config, folder, lambda: history_sets.write_sets(folder, store, histories)):
+        return history_sets.sets_in_memory(store, histories)
+    return history_sets.open_sets(folder, store, histories)
 
 
 def _declared_features(config: DataConfig, store: EventStore) -> Mapping[str, StoredFeature]:
@@ -280,7 +315,12 @@ def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: No
             )
         facts = event_store.read_facts(Path(builder.data_path))
         chosen = {name: facts.item_features[name] for name in _chosen_features(config, facts)}
-        check(dataclasses.replace(history_folders.chosen_facts(facts, config), item_features=chosen))
+        chosen_facts = history_folders.chosen_facts(facts, config)
+        for history in config.named_histories:
+            history_sets.choice_of(facts, history.name)
+        if config.histories:
+            chosen_facts = chosen_facts.with_sets([history.name for history in config.named_histories])
+        check(dataclasses.replace(chosen_facts, item_features=chosen))
         publish_folder(Path(builder.data_path), folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -307,10 +347,7 @@ def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:
                 item_ids=record[schema.BLOCK_ITEM_IDS],
                 timestamps=record[schema.BLOCK_TIMESTAMPS],
                 labels=record[schema.BLOCK_LABELS],
-                request_times=record.get(schema.BLOCK_REQUEST_TIMES),
-                label_times=record.get(schema.BLOCK_LABEL_TIMES),
-                weights=record.get(schema.BLOCK_WEIGHTS),
-                task_labels=record.get(schema.BLOCK_TASK_LABELS),
+                **{name: record.get(name) for name in schema.OPTIONAL_BLOCKS},
             )
     except tf.errors.OpError as error:
         raise _unreadable(folder, error) from error
@@ -353,7 +390,7 @@ def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
         groups.setdefault(str(recorded.get("table", "")), {})[name] = recorded
     for table, sources in groups.items():
         if any(Path(name).exists() for name in sources):
-            now = _feature_columns(config).find_tables()[table] if table else find_files(config.data_path).files
+            now = _event_log(config).find_tables()[table] if table else find_files(config.data_path).files
             check_unchanged(sources, now)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from din_dist.config import DataConfig, Split
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
-from din_dist.data.walks import parts
+from din_dist.data.walks import parts, user_runs, windows
 from din_dist.errors import InputError
 from din_dist.files import published_folder
 
@@ -115,7 +115,7 @@ def _kept_in(name: str, store: EventStore, config: DataConfig, cut_times: Sequen
 def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns the first event and the end of each user's run in each split, int64 `[U]` each."""
     begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
-    firsts = begins if store.facts.has_labels else np.minimum(begins + 1, ends)
+    firsts = begins if store.facts.selects_behaviours else np.minimum(begins + 1, ends)
     match split:
         case Split.LEAVE_ONE_OUT:
             validation_from = test_from = np.maximum(firsts, ends - 1)
@@ -130,12 +130,30 @@ def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[s
 def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray:
     """Returns how many positive events of each item are in neither validation nor test: int64 `[num_items + 1]`."""
     counts = np.zeros(store.facts.num_items + 1, np.int64)
-    for part in parts(len(store.history_item_ids)):
-        counts += np.bincount(store.history_item_ids[part], minlength=len(counts))
+    for part in parts(store.facts.num_events):
+        weights = None if store.labels is None else store.labels[part]
+        counts += np.bincount(store.item_ids[part], weights, len(counts)).astype(np.int64)
     for examples in (splits["validation"], splits["test"]):
         for events in examples.event_parts():
             weights = None if store.labels is None else store.labels[events]
             counts -= np.bincount(store.item_ids[events], weights, len(counts)).astype(np.int64)
+    return counts
+
+
+def behaviour_counts(store: EventStore, train: Examples) -> np.ndarray:
+    """Returns how many behaviours of a log of their own each item has in the histories of training, of any length.
+
+    Returns:
+        int64 `[num_items + 1]`; zeros if behaviours are events.
+    """
+    counts = np.zeros(store.facts.num_items + 1, np.int64)
+    if store.facts.has_behaviours and store.history_ends is not None:
+        last_events = train.row_ends.astype(np.int64) + train.event_bases - 1
+        starts = store.history_offsets[train.users]
+        lengths = store.history_ends[last_events] - starts
+        for first, end in user_runs(np.cumsum(lengths)):
+            places = windows(starts[first:end], lengths[first:end])
+            counts += np.bincount(store.history_item_ids[places], minlength=len(counts))
     return counts
 
 
@@ -193,7 +211,7 @@ def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mappin
     """Refuses kept splits in which an event that can be an example is missing."""
     whole = all(len({len(array) for array in arrays.values()}) == 1 for arrays in mapped.values())
     found = sum(int(arrays["row_ends"][-1]) for arrays in mapped.values() if len(arrays["row_ends"]))
-    firsts = 0 if store.facts.has_labels else int(np.count_nonzero(np.diff(store.user_offsets)))
+    firsts = 0 if store.facts.selects_behaviours else int(np.count_nonzero(np.diff(store.user_offsets)))
     if not whole or found != store.facts.num_events - firsts:
         raise InputError(
             f"{folder}: the splits must hold {store.facts.num_events - firsts} events, each user's in one run. "
@@ -222,9 +240,9 @@ def _num_before(store: EventStore, time: int) -> np.ndarray:
 
 
 def _require_untouched_items(store: EventStore) -> None:
-    if store.touched_offsets is not None and store.max_touched >= store.facts.num_items:
+    if store.touched_offsets is not None and store.max_touched >= store.facts.num_candidates:
         user = store.vocabulary(USERS)[int(np.diff(store.touched_offsets).argmax())]
         raise InputError(
             f"Negatives are items that a user never touched. Received: user {user.as_py()!r}, who touched all "
-            f"{store.facts.num_items} items. Remove that user, or give the log a label column."
+            f"{store.facts.num_candidates} items. Remove that user, or give the log a label column."
         )

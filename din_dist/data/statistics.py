@@ -44,6 +44,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
         *([_tasks_line(found["label_rates"])] if "label_rates" in found else []),
         *([_weights_line(found["weights"])] if "weights" in found else []),
+        *([_behaviours_line(found["behaviours"])] if "behaviours" in found else []),
         _ties_line(found["events_at_a_shared_time"], found["events"], store.facts.history_rule),
         f"histories end {store.facts.histories_end}",
         f"events per user: {spread('events_per_user')}",
@@ -109,6 +110,8 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `events_at_a_shared_time`: the number of events that have the user and the time of another.
         `history_rule`, `history_delay`: where histories end, and how long after its time a behaviour is known.
         `label_rate`: the share of positive events; None without labels.
+        `behaviours`: of a log of behaviours, how many it has of these users and when, how many users have none, and
+            how many of its items no event has; absent without such a log.
         `label_rates`: of each label to predict, by name, the share of positive events; absent if there is one.
         `weights`: their `mean` and `max`, and how many are `zero`; absent if all events count alike.
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
@@ -133,7 +136,8 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "events_at_a_shared_time": _num_at_a_shared_time(store),
         "history_rule": str(facts.history_rule),
         "history_delay": facts.history_delay,
-        "label_rate": None if store.labels is None else len(store.history_item_ids) / facts.num_events,
+        "label_rate": None if store.labels is None else int(np.count_nonzero(store.labels)) / facts.num_events,
+        **({"behaviours": _measure_behaviours(store)} if facts.has_behaviours else {}),
         **({"label_rates": _label_rates(store)} if facts.tasks else {}),
         **({} if store.weights is None else {"weights": _measure_weights(store.weights)}),
         "events_per_user": _summary(events_per_user),
@@ -142,6 +146,26 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         **({"features": _measure_features(store)} if store.features else {}),
         **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),
     }
+
+
+def _measure_behaviours(store: EventStore) -> dict[str, int]:
+    assert store.history_times is not None
+    times = store.history_times if len(store.history_times) else np.zeros(1, np.int64)
+    return {
+        "behaviours": len(store.history_item_ids),
+        "users_without": int(np.count_nonzero(np.diff(store.history_offsets) == 0)),
+        "items_without_events": store.facts.num_only_behaviours,
+        "first_timestamp": int(times.min()),
+        "last_timestamp": int(times.max()),
+    }
+
+
+def _behaviours_line(found: Mapping[str, int]) -> str:
+    return (
+        f"behaviours: {found['behaviours']:,} in a log of their own, timestamps {found['first_timestamp']} to "
+        f"{found['last_timestamp']}; {found['users_without']:,} users have none, {found['items_without_events']:,} "
+        "items have no event and are never candidates"
+    )
 
 
 def _label_rates(store: EventStore) -> dict[str, float]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from din_dist.config import DataConfig, UnknownItem, require
 from din_dist.data.event_store import USERS, EventStore, map_array
-from din_dist.data.splits import Examples, kept_in, publish
-from din_dist.data.walks import user_runs
+from din_dist.data.splits import Examples, behaviour_counts, kept_in, publish
+from din_dist.data.walks import user_runs, windows
 from din_dist.errors import InputError
 from din_dist.schema import UNKNOWN_ID
 
@@ -23,15 +23,17 @@ _OCCUR, _OFFSETS, _GAPS = "occur", "touched_offsets", "touched_gaps"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedItems:
-    """The K items that occur in training, numbered 1 to K in the order of their ids.
+    """The items that occur in training. Those K that can be candidates are numbered 1 to K in the order of their ids.
 
     Attributes:
+        num_candidates: the items that can be candidates, whose ids come first.
         occur: bool `[num_items + 1]`, True for an item that occurs.
         touched_offsets: int64 `[U + 1]`, where each user's touched items begin among these K; None with labels, where
             no negatives are drawn.
         touched_gaps: int32 `[T]`, as in `EventStore`, but by the numbers of these K items; None with labels.
     """
 
+    num_candidates: int
     occur: np.ndarray
     touched_offsets: np.ndarray | None
     touched_gaps: np.ndarray | None
@@ -44,7 +46,8 @@ class TrainedItems:
     @property
     def ids(self) -> np.ndarray:
         """The item of each number, int32 `[K + 1]`; `UNKNOWN_ID` for number 0."""
-        return np.concatenate([[UNKNOWN_ID], np.flatnonzero(self.occur)]).astype(np.int32)
+        candidates = np.flatnonzero(self.occur[: self.num_candidates + 1])
+        return np.concatenate([[UNKNOWN_ID], candidates]).astype(np.int32)
 
     @property
     def max_touched(self) -> int:
@@ -86,7 +89,7 @@ def trained_items(store: EventStore, config: DataConfig, splits: Mapping[str, Ex
 
 
 def _checked(store: EventStore, splits: Mapping[str, Examples], arrays: Mapping[str, np.ndarray]) -> TrainedItems:
-    found = TrainedItems(arrays[_OCCUR], arrays.get(_OFFSETS), arrays.get(_GAPS))
+    found = TrainedItems(store.facts.num_candidates, arrays[_OCCUR], arrays.get(_OFFSETS), arrays.get(_GAPS))
     if found.touched_offsets is not None:
         users = splits["train"].users
         num_touched, num_trained = np.diff(found.touched_offsets)[users], len(found.ids) - 1
@@ -116,11 +119,8 @@ def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     begins = store.user_offsets[train.users]  # all earlier events of a user are history
     ends = train.row_ends.astype(np.int64) + train.event_bases
     for first, end in user_runs(np.cumsum(ends - begins)):
-        lengths = (ends - begins)[first:end]
-        before = np.cumsum(lengths) - lengths
-        events = np.arange(lengths.sum()) + np.repeat(begins[first:end] - before, lengths)
-        found[store.item_ids[events]] = True
-    return found
+        found[store.item_ids[windows(begins[first:end], (ends - begins)[first:end])]] = True
+    return found | (behaviour_counts(store, train) > 0)
 
 
 def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +133,7 @@ def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.
     offsets, gaps = store.touched_offsets, store.touched_gaps
     assert offsets is not None
     assert gaps is not None
-    if kept[1:].all():
+    if kept[1 : store.facts.num_candidates + 1].all():
         return offsets, gaps
     number_of = np.cumsum(kept)
     new_counts, new_gaps = [np.zeros(1, np.int64)], []

@@ -15,6 +15,17 @@ def parts(length: int, at_once: int | None = None) -> Iterator[slice]:
     return (slice(first, min(first + at_once, length)) for first in range(0, length, at_once))
 
 
+def windows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns the integers of all windows, concatenated, int64.
+
+    Args:
+        starts: int64 `[R]`, the first of each window.
+        lengths: int64 `[R]`.
+    """
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+
+
 def user_runs(ends: np.ndarray, at_once: int | None = None) -> Iterator[tuple[int, int]]:
     """Yields first and end of runs of users, one after the other.
 

@@ -36,7 +36,7 @@ from din_dist.distributed.runtime import open_runtime
 from din_dist.distributed.shared_memory import SharedMemory, share_memory
 from din_dist.features.spec import Owner
 from tests.support.featured_store import with_features
-from tests.support.small_log import small_config
+from tests.support.small_log import small_config, write_log
 from tests.support.task_log import TASKS, write_task_log
 
 CASES: dict[str, dict] = {
@@ -86,8 +86,10 @@ CASES: dict[str, dict] = {
         "split": Split.TEMPORAL,
         "validation_from": 12,
         "test_from": 16,
+        "histories": ("click:8", "buy:5", "skipped:6"),
     },
 }
+OWN_FILES = {"sgd": {"behaviours_path": "behaviours.parquet"}, "tasks": {"data_path": "tasks.parquet"}}
 BY_MESSAGES = {
     "bfloat16",
     "by_messages",
@@ -97,14 +99,14 @@ BY_MESSAGES = {
 
 def config_of(folder: Path, run: str, case: str, max_steps: int) -> Config:
     """Returns the settings of one case of a run."""
-    settings = CASES[case] | ({"data_path": str(folder / "tasks.parquet")} if case == "tasks" else {})
+    settings = CASES[case] | {name: str(folder / file) for name, file in OWN_FILES.get(case, {}).items()}
     return small_config(
         folder, output_dir=str(folder / run / case), max_steps=max_steps, epochs=100, log_every_steps=1, **settings
     )
 
 
 def data_config(folder: Path) -> DataConfig:
-    """Returns the data settings, which all cases but one share."""
+    """Returns the data settings, which all cases share but those with files of their own."""
     return config_of(folder, "any", "lazy_adam", 1).data
 
 
@@ -112,7 +114,9 @@ def prepare_data(folder: Path) -> None:
     """Prepares the data of all cases."""
     prepare(data_config(folder))
     write_task_log(folder / "tasks.parquet")
-    prepare(config_of(folder, "any", "tasks", 1).data)
+    write_log(folder / "behaviours.parquet", num_items=40, seed=1)  # 10 of them are never candidates
+    for case in OWN_FILES:
+        prepare(config_of(folder, "any", case, 1).data)
 
 
 def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:

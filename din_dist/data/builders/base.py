@@ -174,5 +174,8 @@ def write_beside(
         has_label_times=schema.BLOCK_LABEL_TIMES in tally.more,
         has_weights=schema.BLOCK_WEIGHTS in tally.more,
         tasks=log.tasks,
+        actions=log.actions,
+        num_behaviours=log.behaviours.kept if log.behaviours else None,
+        num_only_behaviours=log.behaviours.only_behaviours if log.behaviours else 0,
     )
     write_facts(folder, facts.by_present_rule())

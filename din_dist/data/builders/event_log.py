@@ -10,10 +10,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from din_dist.data.behaviour_log import OWN_LOG, BehaviourColumns
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.log_reader import Columns, read_log
@@ -29,11 +31,13 @@ class EventLogConfig(tfds.core.BuilderConfig):
         source: a file, a folder or a glob, as an absolute path.
         columns: the columns to read.
         features: what declared features need.
+        behaviours: the log that histories come from. None: this one.
     """
 
     source: str = ""
     columns: Columns = dataclasses.field(default_factory=Columns)
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
+    behaviours: BehaviourColumns | None = None
 
     @classmethod
     def for_source(
@@ -41,12 +45,24 @@ class EventLogConfig(tfds.core.BuilderConfig):
         source: str,
         columns: Columns,
         features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
+        behaviours: BehaviourColumns | None = None,
     ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
-        key = json.dumps([source, columns.to_json(), *features.name_parts()])
+        own_log = [behaviours.name_parts()] if behaviours else []
+        key = json.dumps([source, columns.to_json(), *features.name_parts(), *own_log])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        return cls(name=name, description=source, source=source, columns=columns, features=features)
+        return cls(
+            name=name, description=source, source=source, columns=columns, features=features, behaviours=behaviours
+        )
+
+    def find_tables(self) -> dict[str, list[Path]]:
+        """Returns the files beside those of the log, by the name of their table.
+
+        Raises:
+            InputError: a file is missing, or cannot be read.
+        """
+        return self.features.find_tables() | ({OWN_LOG: self.behaviours.find()} if self.behaviours else {})
 
 
 class EventLogBuilder(EventsBuilder):
@@ -61,18 +77,23 @@ class EventLogBuilder(EventsBuilder):
     builder_config: EventLogConfig  # None in what TFDS makes only to look at it
 
     def _settings(self) -> dict[str, Any]:
-        return self.builder_config.columns.to_json() | self.builder_config.features.settings()
+        config = self.builder_config
+        own_log = config.behaviours.settings() if config.behaviours else {}
+        return config.columns.to_json() | config.features.settings() | own_log
 
     def _more(self) -> dict[str, type]:
-        return self.builder_config.columns.more if self.builder_config else {}
+        config = self.builder_config
+        if not config:
+            return {}
+        return config.columns.more | (config.behaviours.blocks if config.behaviours else {})
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         config = self.builder_config
         files = find_files(config.source).files
-        tables = config.features.find_tables()
+        tables = config.find_tables()
         sources = fingerprint_files(files, config.columns.names)
         for name, found in tables.items():
             sources |= {path: {**facts, "table": name} for path, facts in fingerprint_files(found).items()}
-        log = read_log(files, config.columns, features=config.features)
+        log = read_log(files, config.columns, features=config.features, behaviours=config.behaviours)
         check_unchanged(sources, [*files, *itertools.chain(*tables.values())])  # while it was being read
         return log, sources

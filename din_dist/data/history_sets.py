@@ -1,0 +1,130 @@
+"""Keeps several named histories, cut for `--histories`, in a folder beside the packed arrays.
+
+PACKED/sets-KEY/
+    0-ends.npy  0-item_ids.npy  0-offsets.npy  0-times.npy     of the first name, and so on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from din_dist import progress
+from din_dist.config import ALL_BEHAVIOURS, SKIPPED, NamedHistory
+from din_dist.data.array_writer import ArrayWriters
+from din_dist.data.checksums import write_checksums
+from din_dist.data.event_store import PACKED_DIR, EventStore, HistorySet, map_array
+from din_dist.data.histories import ALL, Choice, Chosen, cut_histories
+from din_dist.data.history_folders import blocks_of
+from din_dist.errors import InputError
+from din_dist.files import published_folder
+from din_dist.schema import DatasetFacts
+
+_DTYPES = {"ends": np.int64, "item_ids": np.int32, "offsets": np.int64, "times": np.int64}
+
+
+def sets_folder(store: EventStore, histories: Sequence[NamedHistory]) -> Path:
+    """Returns the folder of some histories. Their lengths are not kept there, so others need not be cut anew.
+
+    Raises:
+        InputError: the log does not tell of one of them.
+    """
+    choices = [choice_of(store.facts, history.name) for history in histories]
+    key = f"{store.facts.history_rule} {store.facts.history_delay} {choices}"
+    return store.folder / PACKED_DIR / f"sets-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+
+def choice_of(facts: DatasetFacts, name: str) -> Choice:
+    """Returns which behaviours a named history has.
+
+    Raises:
+        InputError: the log does not tell.
+    """
+    if name == ALL_BEHAVIOURS:
+        return ALL
+    if name == SKIPPED:
+        if not facts.has_labels:
+            raise InputError(
+                f"--histories: {SKIPPED} is what was shown with a label of 0. Received: a log without labels. Drop it, "
+                "or name --label_column."
+            )
+        return Choice(Chosen.SKIPPED)
+    if name in facts.actions:
+        return Choice(Chosen.ACTION, facts.actions.index(name) + 1)
+    if name in facts.tasks:
+        return Choice(Chosen.TASK, facts.tasks.index(name))
+    known = ", ".join([*facts.actions, *facts.tasks, ALL_BEHAVIOURS, SKIPPED])
+    raise InputError(f"--histories: must name actions of the log. Received: {name!r}. Choose among {known}.")
+
+
+def write_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]) -> None:
+    """Publishes histories. The caller must hold a lock, so that they are made once.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    dtypes = {f"{place}-{name}": dtype for place in range(len(histories)) for name, dtype in _DTYPES.items()}
+    with published_folder(folder) as aside:
+        with ArrayWriters(aside, dtypes) as arrays:
+            for name, values in _parts(store, histories):
+                arrays.append(name, values)
+        write_checksums(aside)
+
+
+def sets_in_memory(store: EventStore, histories: Sequence[NamedHistory]) -> EventStore:
+    """Returns the store with histories, where nothing can be written."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, values in _parts(store, histories):
+        parts.setdefault(name, []).append(values)
+    return _with(store, histories, {name: np.concatenate(values) for name, values in parts.items()})
+
+
+def open_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]) -> EventStore:
+    """Returns the store with the histories in `folder`, mapped into memory.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    names = [f"{place}-{name}" for place in range(len(histories)) for name in _DTYPES]
+    arrays = {name: np.asarray(map_array(folder / f"{name}.npy", store.files)) for name in names}
+    for place in range(len(histories)):
+        own = {name: arrays[f"{place}-{name}"] for name in _DTYPES}
+        fits = len(own["ends"]) == store.facts.num_events and len(own["offsets"]) == store.facts.num_users + 1
+        fits = fits and len(own["item_ids"]) == len(own["times"]) == own["offsets"][-1]
+        if not fits or any(array.dtype != _DTYPES[name] for name, array in own.items()):
+            raise InputError(
+                f"{folder}: must hold the histories of {store.facts.num_events:,} events. Received: arrays of another "
+                "length or type. Delete this folder."
+            )
+    return _with(store, histories, arrays)
+
+
+def _with(store: EventStore, histories: Sequence[NamedHistory], arrays: dict[str, Any]) -> EventStore:
+    sets = tuple(
+        HistorySet(history.name, history.longest, **{name: arrays[f"{place}-{name}"] for name in _DTYPES})
+        for place, history in enumerate(histories)
+    )
+    facts = store.facts.with_sets([history.name for history in histories])
+    return dataclasses.replace(store, facts=facts, sets=sets)
+
+
+def _parts(store: EventStore, histories: Sequence[NamedHistory]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and values of the next part of each array, for some users at a time."""
+    choices = [choice_of(store.facts, history.name) for history in histories]
+    num_behaviours = [0] * len(choices)
+    for place in range(len(choices)):
+        yield f"{place}-offsets", np.zeros(1, np.int64)
+    for block in blocks_of(store):
+        progress.note()
+        for place, choice in enumerate(choices):
+            found = cut_histories(block, store.facts.history_rule, store.facts.history_delay, choice)
+            yield f"{place}-ends", num_behaviours[place] + found.ends
+            yield f"{place}-offsets", num_behaviours[place] + found.offsets[1:]
+            yield f"{place}-item_ids", found.item_ids
+            yield f"{place}-times", found.times
+            num_behaviours[place] += len(found.item_ids)
