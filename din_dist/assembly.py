@@ -15,7 +15,7 @@ from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TaskHe
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
 from din_dist.data.popularity import popularity
-from din_dist.data.splits import Examples, item_counts, split_examples
+from din_dist.data.splits import Examples, behaviour_counts, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
 from din_dist.data.walks import parts
 from din_dist.distributed.collectives import Collectives
@@ -159,6 +159,8 @@ def make_model(
     of_examples = {name: stored for own in of_owner.values() for name, stored in own.items()}
     # What a job does not have, its model need not know.
     given: dict[str, Any] = {"num_tasks": facts.num_tasks} if facts.num_tasks > 1 else {}
+    if facts.histories:
+        given["histories"] = facts.histories
     if of_examples:
         first_seed = seed + len(lookup.embeddings)
         given["example_columns"] = columns_of(of_examples, config.embedding_dim[0], first_seed)
@@ -409,13 +411,13 @@ def _row_counts(
 ) -> dict[str, np.ndarray]:
     """Returns how often the rows of each table occur in training, by its name; zeros if no penalty asks.
 
-    Rows of items and of their features are counted in the positive events of training, and other features in all its
-    events. A list counts each of its entries.
+    Rows of items and of their features are counted in the positive events of training and in a log of behaviours, and
+    other features in all events of training. A list counts each of its entries.
     """
     lookup = model.lookup
     of_items = np.zeros(store.facts.num_items + 1)
     if config.optimizer.mini_batch_aware_l2:
-        of_items = item_counts(store, splits).astype(np.float64)
+        of_items = (item_counts(store, splits) + behaviour_counts(store, splits["train"])).astype(np.float64)
     row_ids = [np.arange(len(of_items)), *store.item_features.values()]
     counts = {
         table.path: np.bincount(ids, of_items, spec.num_rows)

@@ -27,6 +27,21 @@ def segment_ids(lengths: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
     return tf.cumsum(begun)[:-1] - 1
 
 
+def split_histories(lengths: tf.Tensor, num_histories: int) -> list[tuple[tf.Tensor, slice]]:
+    """Returns the lengths of each of several histories, and where its positions stand among those of all.
+
+    Args:
+        lengths: int32 `[S * B]`, as of `Batch.history_lengths`.
+        num_histories: S.
+    """
+    if num_histories == 1:
+        return [(lengths, slice(None))]
+    parts = tf.split(lengths, num_histories)
+    ends = tf.cumsum(tf.stack([tf.reduce_sum(part) for part in parts]))
+    begins = [0, *(ends[place] for place in range(num_histories - 1))]
+    return [(part, slice(begin, ends[place])) for place, (part, begin) in enumerate(zip(parts, begins, strict=True))]
+
+
 def rows_of(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     """Returns `tf.gather(rows, index)`; padding, whose index is -1, gets some row."""
     return tf.gather(rows, tf.maximum(index, 0))

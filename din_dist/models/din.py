@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,9 +14,8 @@ from din_dist.layers.feature_columns import FeatureColumns
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.vectors import beside_product
-from din_dist.layers.packed import segment_ids
 from din_dist.layers.pairs import Pairs
-from din_dist.models.ranking_model import RankingModel, items_of
+from din_dist.models.ranking_model import RankingModel, items_of, suffixes_of
 from din_dist.schema import Batch
 
 
@@ -23,6 +23,7 @@ class DIN(RankingModel):
     """Weighs each past behaviour by its relevance to the candidate.
 
     interest = Dense(BN(attention(q, history))); logit = head(BN([interest, q, interest * q, context])) + bias[item].
+    Of several histories each has an interest, and the head sees them and their products with the candidate.
     The context is the columns of user, context and candidate features, if there are any.
     Source: the authors' din/model.py.
 
@@ -32,6 +33,7 @@ class DIN(RankingModel):
         training_mode: of a pass in training.
         example_columns: of the context.
         num_tasks: the labels to predict.
+        histories: the names of several histories.
         attention: another form of the local activation unit, for comparison.
     """
 
@@ -42,36 +44,60 @@ class DIN(RankingModel):
         training_mode: Mode | None = None,
         example_columns: FeatureColumns | None = None,
         num_tasks: int = 1,
+        histories: Sequence[str] | None = None,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, training_mode, example_columns, num_tasks, **kwargs)
-        self.attention = attention(
-            config.attention_hidden_units,
-            config.activation,
-            config.attention_normalization,
-            frozen=config.batch_norm is BatchNorm.FROZEN,
-            name="attention",
-        )
+        super().__init__(lookup, config, training_mode, example_columns, num_tasks, histories, **kwargs)
+        suffixes = suffixes_of(histories)
+        self.attentions = [
+            attention(
+                config.attention_hidden_units,
+                config.activation,
+                config.attention_normalization,
+                frozen=config.batch_norm is BatchNorm.FROZEN,
+                name=f"attention{suffix}",
+            )
+            for suffix in (suffixes[:1] if config.share_attention else suffixes)
+        ]
+
+    @property
+    def attention(self) -> LocalActivationUnit:
+        """The unit of the only history, or the first."""
+        return self.attentions[0]
+
+    def _attention_of(self, history: int) -> LocalActivationUnit:
+        return self.attentions[min(history, len(self.attentions) - 1)]
 
     def pools_compiled(self, mode: Mode) -> bool:
         return self.attention.is_compiled(mode)
 
     @property
     def late_weights(self) -> list[keras.Variable]:
-        return [*super().late_weights, *self.attention.scorer.dense_layers[0].trainable_weights]
+        first = [weight for unit in self.attentions for weight in unit.scorer.dense_layers[0].trainable_weights]
+        return [*super().late_weights, *first]
 
-    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
-        return self.attention(candidate, behaviours, pairs, mode=mode)
+    def interest(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
+    ) -> tf.Tensor:
+        return self._attention_of(history)(candidate, behaviours, pairs, mode=mode)
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+    def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        interest, *others = interests
+        more = [part for other in others for part in (other, other * candidate)]
         if mode.kernels:
-            return beside_product(interest, candidate)
-        return tf.concat([interest, candidate, interest * candidate], axis=1)
+            first = beside_product(interest, candidate)
+            return tf.concat([first, *more], axis=1) if more else first
+        return tf.concat([interest, candidate, interest * candidate, *more], axis=1)
 
     def attention_weights(self, batch: Batch) -> tf.Tensor:
         item_ids, index = items_of(batch)
         num_candidates = tf.size(batch.candidate_item_ids)
         vectors, _ = self.lookup(item_ids)
-        pairs = Pairs(segment_ids(batch.history_lengths), index[num_candidates:])
-        return self.attention.weights_of_pairs(tf.gather(vectors, index[:num_candidates]), vectors, pairs)
+        candidate = tf.gather(vectors, index[:num_candidates])
+        all_pairs = self.pairs(batch.history_lengths, index[num_candidates:])
+        found = [
+            self._attention_of(history).weights_of_pairs(candidate, vectors, pairs)
+            for history, pairs in enumerate(all_pairs)
+        ]
+        return tf.concat(found, axis=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from din_dist.execution import Mode
@@ -16,11 +18,14 @@ class MeanPooling(RankingModel):
     Source: the authors' base_model/model.py (there an empty history divides by zero; here its mean is zeros).
     """
 
-    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+    def interest(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
+    ) -> tf.Tensor:
         return mode.fused(_mean_pool)(behaviours, pairs, candidate)
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
-        return tf.concat([interest, candidate], axis=1)
+    def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        interest, *others = interests
+        return tf.concat([interest, candidate, *others], axis=1)
 
 
 def _mean_pool(behaviours: tf.Tensor, pairs: Pairs, candidate: tf.Tensor) -> tf.Tensor:

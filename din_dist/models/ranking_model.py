@@ -20,7 +20,7 @@ from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.dense import run_stages
 from din_dist.layers.native.vectors import vectors_and_candidates
-from din_dist.layers.packed import padded, rows_at, segment_ids
+from din_dist.layers.packed import padded, rows_at, segment_ids, split_histories
 from din_dist.layers.pairs import Pairs
 from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
@@ -67,6 +67,7 @@ class RankingModel(keras.Model):
         training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
         example_columns: the columns of the examples' features, those of candidates last. None: there are none.
         num_tasks: T, the labels to predict. Logits have an axis of tasks if there are several.
+        histories: the names of S histories, in the order in which batches have them. None: there is one.
     """
 
     def __init__(
@@ -76,16 +77,20 @@ class RankingModel(keras.Model):
         training_mode: Mode | None = None,
         example_columns: FeatureColumns | None = None,
         num_tasks: int = 1,
+        histories: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_tasks = num_tasks
+        self.num_tasks, self.num_histories = num_tasks, len(histories or [""])
         self.lookup, self.training_mode = lookup, training_mode or TRAINING
         self.example_columns = example_columns
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
-        self.interest_norm = BatchNormalization(frozen, name="interest_norm")
-        self.interest_projection = keras.layers.Dense(lookup.width, name="interest_projection")
+        suffixes = suffixes_of(histories)
+        self.interest_norms = [BatchNormalization(frozen, name=f"interest_norm{suffix}") for suffix in suffixes]
+        self.interest_projections = [
+            keras.layers.Dense(lookup.width, name=f"interest_projection{suffix}") for suffix in suffixes
+        ]
         self.head_norm = BatchNormalization(frozen, name="head_norm")
         make_head: Callable[..., HiddenLayers | TaskTowers] = HiddenLayers
         if num_tasks > 1:
@@ -98,9 +103,9 @@ class RankingModel(keras.Model):
     def build_variables(self) -> None:
         """Makes every variable, by scoring one candidate without a history."""
         nothing = tf.zeros([0], tf.int32)
-        one = tf.zeros([1], tf.int32)
+        one, lengths = tf.zeros([1], tf.int32), tf.zeros([self.num_histories], tf.int32)
         features = self.example_columns.missing(1) if self.example_columns else ()
-        self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=one, features=features))
+        self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=lengths, features=features))
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -167,12 +172,18 @@ class RankingModel(keras.Model):
         return logits if self.num_tasks == 1 else logits[..., task]
 
     @abc.abstractmethod
-    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
-        """Pools each candidate's history to `[C, H]`, zeros if it is empty. Arguments as of `LocalActivationUnit`."""
+    def interest(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
+    ) -> tf.Tensor:
+        """Pools each candidate's history to `[C, H]`, zeros if it is empty. Arguments as of `LocalActivationUnit`.
+
+        Args:
+            history: the place of the history among several.
+        """
 
     @abc.abstractmethod
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
-        """Returns what the head sees of interests and candidates, `[C, H]` each."""
+    def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        """Returns what the head sees of the interests in each history and of candidates, `[C, H]` each."""
 
     def call(self, batch: Batch, training: bool = False) -> tf.Tensor:
         """Returns the logits, float32 `[B]` or `[B, T]`, of a packed batch.
@@ -182,16 +193,30 @@ class RankingModel(keras.Model):
         mode = self.training_mode if training else INFERENCE
         item_ids, index = items_of(batch)
         num_candidates = tf.size(batch.candidate_item_ids)
-        pairs = Pairs(segment_ids(batch.history_lengths, mode), index[num_candidates:])
+        all_pairs = self.pairs(batch.history_lengths, index[num_candidates:], mode)
         few_lengths = self.pools_compiled(mode)
         num_vectors = round_up(tf.size(item_ids), steps=4) if few_lengths else None  # 12 % more items on average
         items = self._look_up(item_ids, index[:num_candidates], num_vectors, mode)
         if few_lengths:
-            num_pairs = tf.size(pairs.behaviour_of)
-            behaviour_of = padded(pairs.behaviour_of, self.num_computed_positions(num_pairs))
-            pairs = Pairs(padded(pairs.candidate_of, tf.size(behaviour_of), -1), behaviour_of, num_pairs)
+            all_pairs = [self._padded(pairs) for pairs in all_pairs]
         items = items._replace(context=self.context(batch.features, mode))
-        return self.logits(items, pairs, batch.dropout_seeds, mode)
+        return self.logits(items, all_pairs, batch.dropout_seeds, mode)
+
+    def pairs(self, history_lengths: tf.Tensor, behaviour_of: tf.Tensor, mode: Mode = INFERENCE) -> list[Pairs]:
+        """Returns the pairs of each history.
+
+        Args:
+            history_lengths: int32 `[S * B]`, as of `Batch`.
+            behaviour_of: int32 `[N]`, the behaviour at each position.
+            mode: of the pass.
+        """
+        histories = split_histories(history_lengths, self.num_histories)
+        return [Pairs(segment_ids(lengths, mode), behaviour_of[own]) for lengths, own in histories]
+
+    def _padded(self, pairs: Pairs) -> Pairs:
+        num_pairs = tf.size(pairs.behaviour_of)
+        behaviour_of = padded(pairs.behaviour_of, self.num_computed_positions(num_pairs))
+        return Pairs(padded(pairs.candidate_of, tf.size(behaviour_of), -1), behaviour_of, num_pairs)
 
     def context(self, features: Mapping[str, Any] | None, mode: Mode = INFERENCE) -> tf.Tensor | None:
         """Returns the columns of the features of B examples, float32 `[B, columns]`; None if the model has none.
@@ -241,24 +266,27 @@ class RankingModel(keras.Model):
         User and context columns go through the head's first layer once a history.
 
         Args:
-            history_item_ids: int32 `[N]`, B histories concatenated.
-            history_lengths: int32 `[B]`.
-            candidate_item_ids: int32 `[C]`, the candidates of B histories concatenated.
+            history_item_ids: int32 `[N]`, the histories of B users concatenated, as of `Batch`.
+            history_lengths: int32 `[S * B]`.
+            candidate_item_ids: int32 `[C]`, the candidates of B users concatenated.
             candidate_counts: int32 `[B]`.
             features: name -> values by form, as in `Batch.features`: B of each user and context feature, one for each
                 history, and C of each candidate feature. None: the model has no such features.
         """
         history_of = segment_ids(candidate_counts)  # [C]
-        starts = tf.gather(tf.cumsum(history_lengths, exclusive=True), history_of)
-        lengths = tf.gather(history_lengths, history_of)  # [C]
-        position_of = tf.ragged.range(starts, starts + lengths).values  # [P]
+        starts = tf.split(tf.cumsum(history_lengths, exclusive=True), self.num_histories)
         item_ids, index = distinct_items(candidate_item_ids, history_item_ids)
         num_candidates = tf.size(candidate_item_ids)
         items = self._look_up(item_ids, index[:num_candidates], None, INFERENCE)
         if (terms := self.history_terms(features)) is not None:
             terms = tf.gather(terms, history_of)
         items = items._replace(context=self.candidate_context(features), history_terms=terms)
-        return self.logits(items, Pairs(segment_ids(lengths), tf.gather(index[num_candidates:], position_of)))
+        all_pairs = []
+        for first, own in zip(starts, tf.split(history_lengths, self.num_histories), strict=True):
+            begins, lengths = tf.gather(first, history_of), tf.gather(own, history_of)  # [C] each
+            position_of = tf.ragged.range(begins, begins + lengths).values  # [P]
+            all_pairs.append(Pairs(segment_ids(lengths), tf.gather(index[num_candidates:], position_of)))
+        return self.logits(items, all_pairs)
 
     def split_head(self) -> SplitHead:
         """Returns the head's first layer in inference, for callers that share parts of it among candidates."""
@@ -299,19 +327,22 @@ class RankingModel(keras.Model):
         return self.example_columns(_given(features, wanted), owners=tuple(owners))
 
     def logits(
-        self, items: LookedUp, pairs: Pairs, seeds: tf.Tensor | None = None, mode: Mode = INFERENCE
+        self, items: LookedUp, all_pairs: Sequence[Pairs], seeds: tf.Tensor | None = None, mode: Mode = INFERENCE
     ) -> tf.Tensor:
         """Returns the logits `[C]` or `[C, T]` of items that were looked up before.
 
         Args:
-            items: candidates, and the behaviours that `pairs` names.
-            pairs: each candidate with the behaviours of its history.
+            items: candidates, and the behaviours that pairs name.
+            all_pairs: of each history, each candidate with its behaviours.
             seeds: int64 `[C]`, for dropout.
             mode: of the pass.
         """
-        interest = self.interest(items.candidate, items.behaviours, pairs, mode)
-        interest = run_stages([Stage(self.interest_norm, self.interest_projection)], interest, None, mode)
-        inputs = self.head_inputs(interest, items.candidate, mode)
+        stages = map(Stage, self.interest_norms, self.interest_projections)
+        interests = []
+        for place, (pairs, stage) in enumerate(zip(all_pairs, stages, strict=True)):
+            interest = self.interest(items.candidate, items.behaviours, pairs, mode, place)
+            interests.append(run_stages([stage], interest, None, mode))
+        inputs = self.head_inputs(interests, items.candidate, mode)
         if items.history_terms is not None:
             return self._logits_from_terms(inputs, items)
         if self.example_columns is not None:
@@ -329,6 +360,12 @@ class RankingModel(keras.Model):
         if items.context is not None:
             projected += tf.matmul(items.context, head.of_candidate)
         return self.head.combined(self.head.after_first(projected) + items.biases)
+
+
+def suffixes_of(histories: Sequence[str] | None) -> list[str]:
+    """Returns what the names of the layers of each history end with; the first ones are those of a single history."""
+    _, *others = histories or [""]
+    return ["", *(f"_{name}" for name in others)]
 
 
 def _given(features: Mapping[str, Any] | None, encodings: Sequence[Encoding]) -> Mapping[str, Any]:

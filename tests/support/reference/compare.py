@@ -49,6 +49,7 @@ def small_model(
     native: bool = False,
     features: Mapping[str, StoredFeature] | None = None,
     num_tasks: int = 1,
+    histories: Sequence[str] = (),
     **config,
 ) -> RankingModel:
     """Returns a model of embeddings 3 + 2 and hidden layers 5 and 4; every weight is random, as zeros hide mistakes."""
@@ -56,7 +57,7 @@ def small_model(
     sizes = {"embedding_dim": (3, 2), "attention_hidden_units": (5, 4), "hidden_units": (5, 4)}
     model = make_model(
         ModelConfig(**{**sizes, **config}),
-        dataclasses.replace(FACTS, tasks=tasks),
+        dataclasses.replace(FACTS, tasks=tasks, histories=tuple(histories)),
         ITEM_FEATURES,
         seed=seed,
         row_of_item=row_of_item,
@@ -187,28 +188,38 @@ def weights_of(layer: keras.layers.Layer, prefix: str = "") -> dict[str, np.ndar
 
 
 def padded_batch(
-    lengths: Sequence[int], seed: int = 0, features: RandomFeatures | None = None, num_tasks: int = 1
+    lengths: Sequence[int],
+    seed: int = 0,
+    features: RandomFeatures | None = None,
+    num_tasks: int = 1,
+    other_lengths: Sequence[Sequence[int]] = (),
 ) -> PaddedBatch:
     """Returns random candidates, labels, and histories of these lengths; their padding has random items too."""
     random = np.random.default_rng(seed)
     lengths = np.array(lengths, np.int64)
     longest = max(lengths, default=0)
+    others = [np.array(own, np.int64) for own in other_lengths]
     return PaddedBatch(
         candidate_item_ids=random.integers(1, NUM_ITEMS + 1, len(lengths)),
         history_item_ids=random.integers(0, NUM_ITEMS + 1, (len(lengths), longest)),
         history_mask=np.arange(longest) < lengths[:, None],
         labels=random.integers(0, 2, len(lengths) if num_tasks == 1 else (len(lengths), num_tasks)),
         features=features.of_examples(len(lengths), seed) if features else {},
+        other_histories=[
+            (random.integers(0, NUM_ITEMS + 1, (len(own), max(own))), np.arange(max(own)) < own[:, None])
+            for own in others
+        ],
     )
 
 
 def packed(batch: PaddedBatch, features: RandomFeatures | None = None) -> Batch:
     """Returns the same batch in the form that the model takes; `features`: of its examples."""
     num_examples = len(batch.labels)
+    histories = [(batch.history_item_ids, batch.history_mask), *batch.other_histories]
     return Batch(
         candidate_item_ids=tf.constant(batch.candidate_item_ids, tf.int32),
-        history_item_ids=tf.constant(batch.history_item_ids[batch.history_mask], tf.int32),
-        history_lengths=tf.constant(batch.history_mask.sum(axis=1), tf.int32),
+        history_item_ids=tf.constant(np.concatenate([ids[mask] for ids, mask in histories]), tf.int32),
+        history_lengths=tf.constant(np.concatenate([mask.sum(axis=1) for _, mask in histories]), tf.int32),
         dropout_seeds=tf.constant(np.random.default_rng(0).integers(0, 2**62, num_examples), tf.int64),
         labels=tf.constant(batch.labels, tf.float32),
         example_ids=tf.range(num_examples, dtype=tf.int64),

@@ -26,6 +26,7 @@ class PaddedBatch:
     history_mask: np.ndarray  # [B, T], True = real
     labels: np.ndarray  # [B], or [B, T] of T tasks
     features: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)  # name -> the value of each example
+    other_histories: Sequence[tuple[np.ndarray, np.ndarray]] = ()  # item ids and mask of each but the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ class PaddedModel:
         num_tasks: T, the labels of an example.
         task_head: "shared", "mmoe" or "esmm".
         task_weights: the factor of each task's loss.
+        other_histories: the names of all histories but the first.
+        share_attention: all histories have the first one's attention.
     """
 
     item_features: Mapping[str, np.ndarray]
@@ -72,6 +75,8 @@ class PaddedModel:
     num_tasks: int = 1
     task_head: str = "shared"
     task_weights: Sequence[float] = (1.0,)
+    other_histories: Sequence[str] = ()
+    share_attention: bool = False
 
     def loss(self, weights: Weights, batch: PaddedBatch) -> float:
         probability = sigmoid(self.logits(weights, batch))
@@ -81,18 +86,11 @@ class PaddedModel:
     def logits(self, weights: Weights, batch: PaddedBatch) -> np.ndarray:
         """Returns the logits `[B]`, or `[B, T]` of several tasks."""
         candidate = self.embed(weights, batch.candidate_item_ids)  # [B, H]
-        keys = self.embed(weights, batch.history_item_ids)  # [B, T, H]
-        mask = batch.history_mask
-        if self.model == "din":
-            unit = scope(weights, "model/attention/")
-            interest = attend(
-                unit, candidate, keys, mask, self.activation, self.normalization, self.batch_statistics
-            )  # [B, H]
-        else:
-            interest = np.where(mask[..., None], keys, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
-        interest = batch_norm(scope(weights, "model/interest_norm/"), interest, self.batch_statistics)
-        interest = dense(scope(weights, "model/interest_projection/"), interest)
+        interest = self.interest(weights, candidate, batch.history_item_ids, batch.history_mask, "")
         features = [interest, candidate, interest * candidate] if self.model == "din" else [interest, candidate]
+        for name, history in zip(self.other_histories, batch.other_histories, strict=True):
+            interest = self.interest(weights, candidate, *history, f"_{name}")
+            features += [interest, interest * candidate] if self.model == "din" else [interest]
         for feature in self.features:
             if feature.owner != "item":
                 features.append(columns_of(scope(weights, "features/"), feature, batch.features[feature.name]))
@@ -108,6 +106,23 @@ class PaddedModel:
             return outputs
         probabilities = np.cumprod(sigmoid(outputs), axis=1)
         return np.log(probabilities) - np.log(1 - probabilities)
+
+    def interest(
+        self, weights: Weights, candidate: np.ndarray, item_ids: np.ndarray, mask: np.ndarray, suffix: str
+    ) -> np.ndarray:
+        """Returns the projected interest of candidates `[B, H]` in a history `[B, T]`, `[B, H]`.
+
+        Args:
+            suffix: what the names of the history's layers end with.
+        """
+        keys = self.embed(weights, item_ids)  # [B, T, H]
+        if self.model == "din":
+            unit = scope(weights, f"model/attention{'' if self.share_attention else suffix}/")
+            interest = attend(unit, candidate, keys, mask, self.activation, self.normalization, self.batch_statistics)
+        else:
+            interest = np.where(mask[..., None], keys, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
+        interest = batch_norm(scope(weights, f"model/interest_norm{suffix}/"), interest, self.batch_statistics)
+        return dense(scope(weights, f"model/interest_projection{suffix}/"), interest)
 
     def embed(self, weights: Weights, item_ids: np.ndarray) -> np.ndarray:
         """Returns the embeddings of items and of their features, concatenated: `[..., H]`."""
