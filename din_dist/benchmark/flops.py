@@ -36,6 +36,7 @@ def forward_products(
     num_items: int,
     context_width: int = 0,
     num_tasks: int = 1,
+    num_histories: int = 1,
 ) -> list[Product]:
     """Returns the matrix products of one forward pass, in order.
 
@@ -47,16 +48,19 @@ def forward_products(
         num_items: distinct items among candidates and histories.
         context_width: the columns of the examples' features.
         num_tasks: the labels to predict.
+        num_histories: the histories of an example, which divide the positions.
     """
     products = []
-    head_width = 2 * width
+    head_width = (1 + num_histories) * width
     if config.model is ModelKind.DIN:
-        head_width = 3 * width
+        head_width = (1 + 2 * num_histories) * width
         first, *_ = config.attention_hidden_units
-        # The factored first layer has one term per candidate, one per distinct item and one per pair.
-        products += [Product(rows, width, first) for rows in (num_examples, num_items, num_positions)]
+        # The factored first layer has one term per candidate, one per distinct item and one per pair, the first two in
+        # each history.
+        rows = [*num_histories * (num_examples, num_items), num_positions]
+        products += [Product(number, width, first) for number in rows]
         products += _stack(num_positions, (*config.attention_hidden_units, 1))
-    products.append(Product(num_examples, width, width))  # the interest's projection
+    products += num_histories * [Product(num_examples, width, width)]  # the projection of each interest
     first, *_ = config.hidden_units
     experts = config.heads.experts if num_tasks > 1 else 0
     first_width = experts * (first + num_tasks) if experts else num_tasks * first

@@ -263,7 +263,7 @@ def _products(
     """Returns all matrix products of a forward pass."""
     columns = model.example_columns
     width = columns.width if columns else 0
-    sizes = (num_examples, num_positions, num_items, width, model.num_tasks)
+    sizes = (num_examples, num_positions, num_items, width, model.num_tasks, model.num_histories)
     products = forward_products(config.model, model.lookup.width, *sizes)
     products += projection_products(model.lookup.columns, num_items)
     return products + projection_products(columns, num_examples)

@@ -253,7 +253,7 @@ def _scorers(
     with runtime.together():
         if not runtime.is_chief:
             model, step = trained_model(config, store, step)
-    return logits_of(model), lambda: ModelScorer(model, store.facts.num_items, store, config.main_task), step
+    return logits_of(model), lambda: ModelScorer(model, store.facts.num_candidates, store, config.main_task), step
 
 
 def _check_path(path: str) -> None:

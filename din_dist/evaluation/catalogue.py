@@ -34,7 +34,7 @@ SCORES_BYTES = 256 * 2**20  # memory for the attention scores [K, C]
 
 def has_catalogue(model: RankingModel) -> bool:
     """Tells whether `CatalogueScorer` knows the formulas of a model."""
-    return isinstance(model, (DIN, MeanPooling))
+    return isinstance(model, (DIN, MeanPooling)) and model.num_histories == 1
 
 
 class CatalogueScorer:
@@ -49,8 +49,8 @@ class CatalogueScorer:
     def __init__(self, model: RankingModel, num_items: int, task: int = 0) -> None:
         self._lookup, self._num_items, self._task = model.lookup, num_items, task
         width = model.lookup.width
-        scale, offset = model.interest_norm.affine()
-        projection = model.interest_projection
+        (norm,), (projection,) = model.interest_norms, model.interest_projections
+        scale, offset = norm.affine()
         self._of_behaviour = scale[:, None] * projection.kernel.value  # [H, H]
         # The interest of a history without behaviours, `[1, H]`.
         self._empty_interest = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value

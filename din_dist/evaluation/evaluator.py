@@ -14,7 +14,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import batch_signature, evaluation_batches
 from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
-from din_dist.layers.packed import segment_ids, segment_sum
+from din_dist.layers.packed import segment_ids, segment_sum, split_histories
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import METRICS_OF_TASKS, Batch, metric_of
@@ -98,7 +98,12 @@ class Evaluator:
         identity = tf.range(self._store.facts.num_items + 1)
         features = {schema.feature_label(name): tf.constant(ids) for name, ids in self._store.item_features.items()}
         for name, feature_of in {"user": identity, **features}.items():
-            scorers[f"{name}_repeat"] = functools.partial(_repeats, feature_of=feature_of, popularity_of=popularity_of)
+            scorers[f"{name}_repeat"] = functools.partial(
+                _repeats,
+                feature_of=feature_of,
+                popularity_of=popularity_of,
+                num_histories=len(self._store.facts.histories or [""]),
+            )
         return scorers
 
     def _ranking_metrics(self, split: str, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -143,10 +148,12 @@ def _popularity(batch: Batch, popularity_of: tf.Tensor) -> tf.Tensor:
     return tf.gather(popularity_of, batch.candidate_item_ids)
 
 
-def _repeats(batch: Batch, feature_of: tf.Tensor, popularity_of: tf.Tensor) -> tf.Tensor:
-    candidate_of = segment_ids(batch.history_lengths)
+def _repeats(batch: Batch, feature_of: tf.Tensor, popularity_of: tf.Tensor, num_histories: int) -> tf.Tensor:
+    """Returns how many positions of the first history have the candidate's feature, plus the popularity, `[B]`."""
+    lengths, own = split_histories(batch.history_lengths, num_histories)[0]
+    candidate_of = segment_ids(lengths)
     candidate = tf.gather(feature_of, batch.candidate_item_ids)
     wanted = tf.gather(candidate, candidate_of)
-    same = tf.equal(wanted, tf.gather(feature_of, batch.history_item_ids)) & (wanted != schema.UNKNOWN_ID)
+    same = tf.equal(wanted, tf.gather(feature_of, batch.history_item_ids[own])) & (wanted != schema.UNKNOWN_ID)
     times = segment_sum(tf.cast(same, tf.float32), candidate_of, tf.size(candidate))
     return times + _popularity(batch, popularity_of)

@@ -54,7 +54,7 @@ class EvaluationRequest:
         for name in self.slice_by:
             remedy = f"Choose among {', '.join(known)}." if known else "The model has none."
             require(name in known, "must be features of the model", "slice_by", name, remedy)
-        split, num_items = self.evaluation_split, store.facts.num_items
+        split, num_items = self.evaluation_split, store.facts.num_candidates
         if not splits[split].num_examples:
             filled = [name for name, examples in splits.items() if examples.num_examples]
             raise InputError(

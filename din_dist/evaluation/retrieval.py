@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
 
-from din_dist.data.event_store import EventStore, touched_gaps
+from din_dist.data.event_store import EventStore, joined_runs, touched_gaps
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import distinct_untouched_items
 from din_dist.data.pipeline import ExampleFeatures, share
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import evenly_spaced, of_segments
+from din_dist.data.walks import windows
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
 from din_dist.evaluation.catalogue import CatalogueScorer, has_catalogue
@@ -81,7 +82,7 @@ class ModelScorer:
     def __init__(self, model: RankingModel, num_items: int, store: EventStore | None = None, task: int = 0) -> None:
         self._num_items = num_items
         self._catalogue = CatalogueScorer(model, num_items, task) if has_catalogue(model) else None
-        self._encodings = model.encodings
+        self._encodings, self._num_histories = model.encodings, model.num_histories
         self._features = ExampleFeatures(store) if store and self._encodings else None
         ids = [tf.TensorSpec([None], tf.int32)] * 4
         if self._encodings:
@@ -95,20 +96,19 @@ class ModelScorer:
     def of_all(
         self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
     ) -> np.ndarray:
+        num_users = len(history_lengths) // self._num_histories
         if self._catalogue is not None:
-            features = self._of(askers, len(history_lengths), 1)
+            features = self._of(askers, num_users, 1)
             return self._catalogue.logits(history_item_ids, history_lengths, tick, features)
-        logits = np.empty((len(history_lengths), self._num_items), np.float32)
-        ends = np.cumsum(history_lengths)
-        for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
-            history, lengths = history_item_ids[end - length : end], np.array([length])
+        logits = np.empty((num_users, self._num_items), np.float32)
+        for row, (history, lengths) in enumerate(histories_of(history_item_ids, history_lengths, self._num_histories)):
             asker = None if askers is None else Askers(*(values[row : row + 1] for values in askers))
-            each = max(1, PAIRS_AT_ONCE // max(1, int(length)))
+            each = max(1, PAIRS_AT_ONCE // max(1, len(history)))
             for first in range(0, self._num_items, each):
                 candidates = np.arange(first, min(first + each, self._num_items)) + 1
                 counts = np.array([len(candidates)])
                 logits[row, candidates - 1] = self.of_some(history, lengths, candidates, counts, asker)
-            tick((row + 1) / len(ends))
+            tick((row + 1) / num_users)
         return logits
 
     def of_some(
@@ -120,7 +120,7 @@ class ModelScorer:
         askers: Askers | None = None,
     ) -> np.ndarray:
         arrays = (history_item_ids, history_lengths, candidate_item_ids, candidate_counts)
-        features = self._of(askers, len(history_lengths), len(candidate_item_ids))
+        features = self._of(askers, len(candidate_counts), len(candidate_item_ids))
         given = [] if features is None else [features]
         return self._score(*(tf.constant(array, tf.int32) for array in arrays), *given).numpy()
 
@@ -146,7 +146,8 @@ class PopularityScorer:
     def of_all(
         self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
     ) -> np.ndarray:
-        return np.tile(self._counts[1:].astype(np.float32), (len(history_lengths), 1))
+        num_users = len(history_lengths) if askers is None else len(askers.users)
+        return np.tile(self._counts[1:].astype(np.float32), (num_users, 1))
 
     def of_some(
         self,
@@ -264,13 +265,14 @@ def rank(
         FailedElsewhere: on the other ranks in that case.
     """
     first, end = share(len(queries), runtime.rank, runtime.world_size)
-    num_top = min(num_top, store.facts.num_items)
+    num_candidates = store.facts.num_candidates
+    num_top = min(num_top, num_candidates)
     found = [np.zeros((0, 3 + num_top), np.int64)]
     started = reported = time.perf_counter()
     all_numbers = True
     begin = first
     while begin < end:
-        block = queries[begin : min(begin + _block_size(queries[begin:end], task, store.facts.num_items), end)]
+        block = queries[begin : min(begin + _block_size(queries[begin:end], task, num_candidates), end)]
 
         def tick(share: float, done: int = begin - first, size: int = len(block)) -> None:
             nonlocal reported
@@ -310,19 +312,20 @@ def _score(
 
     A score of -inf marks an item that is no candidate.
     """
-    lengths = queries.history_ends - queries.history_starts
-    histories = store.history_item_ids[_windows(queries.history_starts, lengths)]
+    found = [(items[windows(starts, lengths)], lengths) for items, starts, lengths in _windows_of(store, queries)]
+    histories, lengths = map(np.concatenate, zip(*found, strict=True))
     askers = Askers(queries.users, queries.events)
     if not task.num_negatives:
         scores = scorer.of_all(histories, lengths, tick, askers)
         if task.exclude_history:
             num_seen = queries.history_ends - queries.seen_starts
-            seen = store.history_item_ids[_windows(queries.seen_starts, num_seen)]
+            seen = store.history_item_ids[windows(queries.seen_starts, num_seen)]
             rows = np.arange(len(queries))
             targets = scores[rows, queries.targets - 1]
-            scores[np.repeat(rows, num_seen), seen - 1] = -np.inf
+            candidates = seen <= store.facts.num_candidates
+            scores[np.repeat(rows, num_seen)[candidates], seen[candidates] - 1] = -np.inf
             scores[rows, queries.targets - 1] = targets
-        return np.arange(1, store.facts.num_items + 1)[None], scores
+        return np.arange(1, store.facts.num_candidates + 1)[None], scores
     negatives, counts = drawn_negatives(store, queries, task)
     real = np.arange(1 + task.num_negatives) <= counts[:, None]  # the target, then its negatives
     candidates = np.zeros(real.shape, np.int64)
@@ -339,16 +342,59 @@ def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np
     The negatives of a query do not depend on the block that it is in.
     """
     users, user_of = np.unique(queries.users, return_inverse=True)
-    begins = store.user_offsets[users]
-    num_events = store.user_offsets[users + 1] - begins
-    events = _windows(begins, num_events)
-    offsets = np.concatenate([[0], np.cumsum(num_events)])
-    touched_offsets, gaps = touched_gaps(offsets, store.item_ids[events], store.facts.num_items)
+    num_candidates = store.facts.num_candidates
+    touched_offsets, gaps = touched_gaps(*_touched(store, users), num_candidates)
     begins, ends = touched_offsets[:-1][user_of], touched_offsets[1:][user_of]
-    counts = np.minimum(task.num_negatives, store.facts.num_items - (ends - begins))
+    counts = np.minimum(task.num_negatives, num_candidates - (ends - begins))
     keys = hash64(task.seed, _RANKING, tf.constant(queries.events, tf.int64))
-    negatives = distinct_untouched_items(keys, counts, begins, ends, tf.constant(gaps, tf.int32), store.facts.num_items)
+    negatives = distinct_untouched_items(keys, counts, begins, ends, tf.constant(gaps, tf.int32), num_candidates)
     return negatives.numpy(), counts
+
+
+def _touched(store: EventStore, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the offsets `[M + 1]` and the items of all events of M users, and of their behaviours."""
+    found = _of_users(store.user_offsets, store.item_ids, users)
+    if store.facts.has_behaviours:
+        offsets, items = _of_users(store.history_offsets, store.history_item_ids, users)
+        candidates = items <= store.facts.num_candidates
+        offsets = np.concatenate([[0], np.cumsum(candidates)])[offsets]
+        found = joined_runs(found, (offsets, items[candidates]))
+    return found
+
+
+def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns of each history the items of behaviours, and the first and the number of those of each query, `[B]`."""
+    if not store.sets:
+        return [(store.history_item_ids, queries.history_starts, queries.history_ends - queries.history_starts)]
+    found = []
+    for history in store.sets:
+        ends = queries.events if history.ends is None else history.ends[queries.events]
+        starts = np.maximum(history.offsets[queries.users], ends - history.longest)
+        found.append((history.item_ids, starts, ends - starts))
+    return found
+
+
+def histories_of(
+    item_ids: np.ndarray, lengths: np.ndarray, num_histories: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the items and the lengths `[S]` of the histories of each of B users.
+
+    Args:
+        item_ids: `[N]`, as of `Batch.history_item_ids`.
+        lengths: `[S * B]`, as of `Batch.history_lengths`.
+        num_histories: S.
+    """
+    ends = np.cumsum(lengths).reshape(num_histories, -1)
+    of_users = np.asarray(lengths).reshape(num_histories, -1)
+    for user in range(ends.shape[1]):
+        own = of_users[:, user]
+        yield item_ids[windows(ends[:, user] - own, own)], own
+
+
+def _of_users(offsets: np.ndarray, values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the offsets `[M + 1]` and the values of some users alone, given those of all."""
+    lengths = offsets[users + 1] - offsets[users]
+    return np.concatenate([[0], np.cumsum(lengths)]), values[windows(offsets[users], lengths)]
 
 
 def _target_positions(
@@ -366,12 +412,6 @@ def _target_positions(
     top_items = np.zeros((len(queries), num_top), np.int64)
     top_items[:, : items.shape[1]] = np.where(np.isneginf(highest.numpy()), 0, items)
     return np.concatenate([np.stack(counts, axis=1), top_items], axis=1)
-
-
-def _windows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns the integers of all windows, concatenated."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 def by_user(

@@ -111,7 +111,7 @@ def rank_split(
         FloatingPointError: on the chief, if a logit is NaN.
     """
     assert request.rank_against is not None
-    num_items, against = store.facts.num_items, request.rank_against
+    num_items, against = store.facts.num_candidates, request.rank_against
     task = Task(against, not against and request.exclude_history, config.job.seed)
     most = request.max_events or max(1, AUTO_CANDIDATES // (1 + against if against else num_items))
     examples = splits[request.evaluation_split]
@@ -130,7 +130,7 @@ def rank_split(
     seconds = time.perf_counter() - started
     popularity = item_counts(store, splits)
     parts = by_user(queries, positions, popularity, request.ks)
-    floor = rank(store, queries, task, PopularityScorer(popularity), request.ks[-1], runtime)
+    floor = rank(store, queries, task, PopularityScorer(popularity[: num_items + 1]), request.ks[-1], runtime)
     of_floor = _ratios(by_user(queries, floor, popularity, request.ks)) | coverages(floor, num_items, request.ks)
     found = _facts(store, queries, task, positions) | {
         "ks": list(request.ks),

@@ -13,6 +13,7 @@ from din_dist.data.event_store import ITEMS, USERS, EventStore, vocabulary_of
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import of_segments, thin_out
+from din_dist.layers.packed import split_histories
 from din_dist.models.ranking_model import RankingModel
 from din_dist.report.scoring import MODEL, ScoredExamples, probabilities
 
@@ -211,7 +212,7 @@ class WeighedExample:
 def weighed_examples(
     model: RankingModel, config: Config, store: EventStore, examples: Examples
 ) -> Iterator[WeighedExample]:
-    """Yields `examples` in their order, with what the model makes of them."""
+    """Yields `examples` in their order, with what the model makes of them; of several histories the first."""
     batches = evaluation_batches(
         store,
         examples,
@@ -224,11 +225,12 @@ def weighed_examples(
     for batch in batches:
         weights = model.attention_weights(batch)
         clicks = probabilities(model.of_task(model(batch, training=False), config.main_task).numpy())
-        ends = np.cumsum(batch.history_lengths.numpy())
-        histories = np.split(batch.history_item_ids.numpy(), ends[:-1])
+        lengths, own = split_histories(batch.history_lengths, model.num_histories)[0]
+        ends = np.cumsum(lengths.numpy())
+        histories = np.split(batch.history_item_ids[own].numpy(), ends[:-1])
         weights_of: Sequence[np.ndarray | None] = [None] * len(histories)
         if weights is not None:
-            weights_of = np.split(weights.numpy().astype(np.float64), ends[:-1])
+            weights_of = np.split(weights[own].numpy().astype(np.float64), ends[:-1])
         columns = [
             field.numpy().tolist()
             for field in (batch.example_ids, batch.candidate_item_ids, model.of_task(batch.labels, config.main_task))

@@ -207,7 +207,8 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
         ]
     rows.append(("Split", f"{config.data.split}: {_SPLITS[config.data.split]}"))
     ends = f", which end {data.facts.histories_end}" if data else ""
-    rows.append(("History", f"up to {config.data.max_history_length:,} events{ends}"))
+    behaviours = f"behaviours of {config.data.behaviours_path}" if config.data.behaviours_path else "events"
+    rows.append(("History", f"{_lengths(config)} {behaviours}{ends}"))
     if not data or not data.facts.has_labels:
         redrawn = ", redrawn each epoch" if config.data.resample_negatives else ""
         held_out = config.data.evaluation_negatives_per_positive
@@ -215,6 +216,12 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
             ("Negatives", f"{config.data.negatives_per_positive} per positive{redrawn}; {held_out} in evaluation")
         )
     return [("Data", rows), ("Model", _model_rows(config, summary)), ("Training", _training_rows(findings, config))]
+
+
+def _lengths(config: Config) -> str:
+    """Returns how long histories may be, in words."""
+    named = [f"{history.name} up to {history.longest:,}" for history in config.data.named_histories]
+    return ", ".join(named) or f"up to {config.data.max_history_length:,}"
 
 
 def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -7,17 +7,20 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import tensorflow as tf
 
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.splits import Examples
 from din_dist.evaluation.evaluator import Evaluator, logits_of
 from din_dist.evaluation.slicing import parts_of
+from din_dist.layers.packed import split_histories
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
 from din_dist.metrics.ranking import auc, gauc, log_loss
 from din_dist.metrics.slices import Slice, largest_parts, range_names, slices
 from din_dist.models.ranking_model import RankingModel
+from din_dist.schema import Batch
 
 MODEL = "model"  # the model's name among the rankings; the others are floors
 _HISTORY_BINS, _POPULARITY_BINS, _LARGEST_CATEGORIES = 8, 10, 12
@@ -32,7 +35,7 @@ class ScoredExamples:
         labels: in {0, 1}.
         users: of the examples.
         candidates: dense ids of their items.
-        history_lengths: of the examples.
+        history_lengths: of the examples; of several histories that of the first.
         draws_per_row: a positive and its drawn negatives; 1 if the log has labels.
         examples: the examples, for the values of declared features.
         by_task: task -> its logits and its labels, if there are several.
@@ -130,6 +133,11 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         examples: of the split.
         model: to evaluate.
     """
+
+    def lengths_of(batch: Batch) -> tf.Tensor:
+        lengths, _ = split_histories(batch.history_lengths, model.num_histories)[0]
+        return lengths
+
     logits = evaluator.scores(split, logits_of(model))
     rankings = {MODEL: logits}
     rankings |= {name: evaluator.scores(split, scorer) for name, scorer in evaluator.floor_scorers().items()}
@@ -142,7 +150,7 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
         users=examples.user_of_example(),
         examples=examples,
         candidates=evaluator.scores(split, lambda batch: batch.candidate_item_ids).astype(np.int64),
-        history_lengths=evaluator.scores(split, lambda batch: batch.history_lengths).astype(np.int64),
+        history_lengths=evaluator.scores(split, lengths_of).astype(np.int64),
         draws_per_row=examples.draws_per_row,
     )
 

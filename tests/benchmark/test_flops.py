@@ -25,6 +25,15 @@ def test_din_by_hand() -> None:
     assert training_flops(products) == 3 * (480 + 960 + 3360 + 1680 + 420 + 720 + 1800 + 100)
 
 
+def test_two_histories_by_hand() -> None:
+    config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,))
+    products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20, num_histories=2)
+    of_attention = [Product(10, 6, 4), Product(20, 6, 4), Product(10, 6, 4), Product(20, 6, 4), Product(70, 6, 4)]
+    of_attention += [Product(70, 4, 3), Product(70, 3, 1)]
+    of_head = [Product(10, 6, 6), Product(10, 6, 6), Product(10, 30, 5), Product(10, 5, 1)]
+    assert products == of_attention + of_head
+
+
 def test_mean_pooling_by_hand() -> None:
     config = ModelConfig(model=ModelKind.MEAN_POOLING, hidden_units=(5,))
     products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20)
