@@ -49,6 +49,12 @@ with theme("input"):
         "history",
         "Column of the history: a list of item ids, oldest first. Not with --user_histories.",
     )
+    HISTORY_NAMES_COLUMN = flags.DEFINE_string(
+        "history_names_column",
+        "history_names",
+        "For models with several --histories: column of a list with the name of the history of each item in "
+        "--history_column.",
+    )
     ITEM_COLUMN = flags.DEFINE_string("item_column", "item_id", "Column of the candidate's item id.")
     CANDIDATES_COLUMN = flags.DEFINE_string(
         "candidates_column",
@@ -65,8 +71,8 @@ with theme("histories from prepared data"):
         "user_histories",
         "",
         "The --output_dir of a job: histories are taken from the job's prepared data, by the user in --user_column. A "
-        "history is all that the user ever acted on. A user that is not there has an empty one. Default: none, "
-        "histories are in --history_column.",
+        "history is all that the user ever acted on (--behaviours_path, or the positives). A user that is not there "
+        "has an empty one. Default: none, histories are in --history_column.",
     )
     USER_COLUMN = flags.DEFINE_string("user_column", "user_id", "Column of the user's id, for --user_histories.")
     BEFORE_COLUMN = flags.DEFINE_string(
@@ -182,6 +188,13 @@ def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Sou
         return _Source(bundle, GivenHistories(manifest.max_history_length), columns, None)
     store = open_prepared(job.data)
     histories = UserHistories(store, manifest.max_history_length)
+    own = tuple(history.name for history in store.sets) if len(store.sets) > 1 else ()
+    if own != tuple(manifest.histories):
+        raise InputError(
+            "--user_histories: must be of a job with the export's --histories, "
+            f"{','.join(manifest.histories) or 'none'}. Received: {','.join(own) or 'none'}. Give the --output_dir of "
+            "such a job."
+        )
     check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
     of_users = tuple(feature.name for feature in manifest.features_of("user") if feature.name in store.features)
     columns = dataclasses.replace(_columns(manifest, histories.users_are_integers, files), user_features=of_users)
@@ -309,8 +322,10 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
     from din_dist.tables.survey import names_of
 
     integers = manifest.item_id_type == "integer"
+    names = None
     if users_are_integers is None:
         history = Field(HISTORY_COLUMN.value, integers, is_list=True)
+        names = Field(HISTORY_NAMES_COLUMN.value, integers=False, is_list=True) if manifest.histories else None
     else:
         history = Field(USER_COLUMN.value, users_are_integers)
     lists = flags.FLAGS[CANDIDATES_COLUMN.name].present > 0
@@ -331,6 +346,7 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
         BEFORE_COLUMN.value,
         features=tuple(features),
         predictions=manifest.predictions,
+        history_names=names,
     )
 
 
@@ -348,6 +364,7 @@ def _settings(manifest: Manifest, columns: RowColumns, data_fingerprint: str | N
     return {
         "--export_dir": manifest.digest,
         history: columns.history.name,
+        **({"--history_names_column": columns.history_names.name} if columns.history_names else {}),
         "--candidates_column" if columns.candidates.is_list else "--item_column": columns.candidates.name,
         "--user_histories": data_fingerprint,
         "--before_column": columns.before,

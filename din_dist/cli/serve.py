@@ -135,6 +135,7 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         **features,
         **({"calibration": manifest.calibration} if manifest.calibration else {}),
         "max_history_length": manifest.max_history_length,
+        **({"histories": dict(manifest.histories)} if manifest.histories else {}),
         "num_items": manifest.num_items,
         "step": manifest.step,
         "digest": manifest.digest,

@@ -14,8 +14,16 @@ import tensorflow as tf
 from din_dist.errors import InputError
 from din_dist.features.encoding import Lists
 from din_dist.serving.manifest import FeatureInputs, Manifest, check_files, read_manifest
+from din_dist.serving.named_histories import NamedBehaviours
 
 _DTYPES = {"string": tf.string, "integer": tf.int64}
+
+
+def _history(behaviours: Any) -> dict[str, Any]:
+    """Returns the inputs of histories, whose behaviours have names if there are several."""
+    if isinstance(behaviours, NamedBehaviours):
+        return {"history_item_ids": behaviours.item_ids, "history_names": behaviours.names}
+    return {"history_item_ids": behaviours}
 
 
 class Bundle:
@@ -90,7 +98,7 @@ class Bundle:
         """Returns the logits, `[B]` or `[B, T]` of T tasks, of one candidate for each of B histories.
 
         Args:
-            history_item_ids: `[N]`, the histories concatenated.
+            history_item_ids: `[N]`, the histories concatenated; of several histories `NamedBehaviours`, here and below.
             history_lengths: int64 `[B]`.
             candidate_item_ids: `[B]`.
             user: name -> B values of each feature of users; see `Bundle`.
@@ -98,7 +106,7 @@ class Bundle:
             candidate: likewise.
         """
         inputs = {
-            "history_item_ids": history_item_ids,
+            **_history(history_item_ids),
             "history_lengths": history_lengths,
             "candidate_item_ids": candidate_item_ids,
         }
@@ -127,7 +135,7 @@ class Bundle:
             candidate: name -> C values.
         """
         inputs = {
-            "history_item_ids": history_item_ids,
+            **_history(history_item_ids),
             "history_lengths": history_lengths,
             "candidate_item_ids": candidate_item_ids,
             "candidate_counts": candidate_counts,
@@ -150,7 +158,7 @@ class Bundle:
         tasks the main one ranks, and each has its own `logits_TASK` and `probability_TASK`.
         """
         examples = self._examples(user, context, candidate, 1, len(candidate_item_ids))
-        inputs = {"history_item_ids": history_item_ids, "candidate_item_ids": candidate_item_ids, "k": k}
+        inputs = {**_history(history_item_ids), "candidate_item_ids": candidate_item_ids, "k": k}
         return self.call("rank", inputs | examples)
 
     def score_with_features(
@@ -169,10 +177,10 @@ class Bundle:
         return self._logits(
             "score_with_features",
             {
-                "history_item_ids": history_item_ids,
+                **(history := _history(history_item_ids)),
                 "history_lengths": history_lengths,
                 "candidate_item_ids": candidate_item_ids,
-                **self._features("history", history_features, len(history_item_ids)),
+                **self._features("history", history_features, len(history["history_item_ids"])),
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
                 **self._examples(user, context, candidate, num, num),
             },
@@ -193,10 +201,10 @@ class Bundle:
         return self.call(
             "rank_with_features",
             {
-                "history_item_ids": history_item_ids,
+                **(history := _history(history_item_ids)),
                 "candidate_item_ids": candidate_item_ids,
                 "k": k,
-                **self._features("history", history_features, len(history_item_ids)),
+                **self._features("history", history_features, len(history["history_item_ids"])),
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
                 **self._examples(user, context, candidate, 1, len(candidate_item_ids)),
             },

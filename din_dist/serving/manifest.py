@@ -31,7 +31,7 @@ DIGEST_HELP = (
 _MOST_BYTES = 4 << 20  # largest manifest
 _FOLDERS = ("variables", "assets", "debug")  # folders of a SavedModel
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("item_features", "feature_inputs", "settings", "versions", "files"), dict),
+    **dict.fromkeys(("item_features", "feature_inputs", "settings", "versions", "files", "histories"), dict),
     **dict.fromkeys(("item_id_type", "flags", "data_fingerprint", "compared_split"), str),
     **dict.fromkeys(("max_history_length", "num_items", "embedding_width", "step", "num_compared"), int),
     "max_difference": (int, float),
@@ -103,6 +103,8 @@ class Manifest:
             probabilities are sigmoids of logits.
         tasks: the labels that are predicted, if there are several. Else the file has no such entry, nor the next.
         main_task: the one that items are ranked by.
+        histories: by name, the number of newest behaviours that the model reads of each history, if there are several.
+            Else the file has no such entry.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -127,6 +129,7 @@ class Manifest:
     calibration: Mapping[str, Any] | None = None
     tasks: tuple[str, ...] = ()
     main_task: str = ""
+    histories: Mapping[str, int] = dataclasses.field(default_factory=dict)
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +141,8 @@ class Manifest:
             del fields["calibration"]
         if not self.tasks:
             del fields["tasks"], fields["main_task"]
+        if not self.histories:
+            del fields["histories"]
         return fields
 
     @functools.cached_property
@@ -239,6 +244,8 @@ def _wrong(manifest: Manifest) -> str:
             label.calibrator.of_logits(np.zeros(1))
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         return f"a calibration that cannot be ({reason(error)})"
+    if len(manifest.histories) == 1 or not all(map(is_count, manifest.histories.values())):
+        return f"histories of {shown(dict(manifest.histories))}"
     if manifest.feature_inputs.keys() != manifest.item_features.keys():
         return "other features among feature_inputs than among item_features"
     for feature in manifest.features:

@@ -11,10 +11,11 @@ import tensorflow as tf
 
 from din_dist.data.event_store import ITEMS, EventStore
 from din_dist.data.splits import Examples
-from din_dist.evaluation.retrieval import Askers
+from din_dist.evaluation.retrieval import Askers, histories_of
 from din_dist.features.spec import Owner
 from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
+from din_dist.serving.named_histories import NamedBehaviours, by_user
 from din_dist.serving.own_values import OwnValues, by_owner
 
 _PAIRS = 100_000  # most (candidate, behaviour) pairs in one call
@@ -31,9 +32,10 @@ class ExportScorer:
     """
 
     def __init__(self, bundle: Bundle, store: EventStore, examples: Examples | None = None, task: int = 0) -> None:
-        self._bundle, self._num_items = bundle, store.facts.num_items
+        self._bundle, self._num_items = bundle, store.facts.num_candidates
         self._predictions = dataclasses.replace(bundle.manifest.predictions, main=task)
         self._examples, self._values = examples, OwnValues(store)
+        self._histories = list(bundle.manifest.histories)
         own_ids = store.vocabulary(ITEMS).to_numpy()
         kind = tf.string if bundle.manifest.item_id_type == "string" else tf.int64
         self._own_ids = tf.constant(own_ids, kind)
@@ -47,9 +49,8 @@ class ExportScorer:
                 raise ValueError("examples: must be given, because the model has features of them. Received: None.")
             users, events = self._examples.users_and_events(batch.example_ids.numpy())
             given = by_owner(self._values.of(users, events, candidates.numpy()))
-        return tf.constant(
-            self._bundle.score(self._own(histories), batch.history_lengths, self._own(candidates), **given)
-        )
+        behaviours, lengths = self._behaviours(histories.numpy(), batch.history_lengths.numpy())
+        return tf.constant(self._bundle.score(behaviours, lengths, self._own(candidates), **given))
 
     def of_all(
         self,
@@ -58,18 +59,19 @@ class ExportScorer:
         tick: Callable[[float], None],
         askers: Askers | None = None,
     ) -> np.ndarray:
-        logits = np.empty((len(history_lengths), self._num_items), np.float32)
-        ends = np.cumsum(history_lengths)
-        for row, (end, length) in enumerate(zip(ends, history_lengths, strict=True)):
-            history = self._own(history_item_ids[end - length : end])
+        num_histories = len(self._histories or [""])
+        num_users = len(history_lengths) // num_histories
+        logits = np.empty((num_users, self._num_items), np.float32)
+        for row, (items, lengths) in enumerate(histories_of(history_item_ids, history_lengths, num_histories)):
+            history, length = self._behaviours(items, lengths)
             given = self._of(askers, row, row + 1)
-            each = max(1, _PAIRS // max(1, int(length)))
+            each = max(1, _PAIRS // max(1, len(items)))
             for first in range(0, self._num_items, each):
-                candidates = self._own_ids[first : first + each]
+                candidates = self._own_ids[first : min(first + each, self._num_items)]
                 count = len(candidates)
-                found = self._bundle.rank_histories(history, np.array([length]), candidates, np.array([count]), **given)
+                found = self._bundle.rank_histories(history, length, candidates, np.array([count]), **given)
                 logits[row, first : first + count] = self._predictions.ranking(found)
-            tick((row + 1) / len(ends))
+            tick((row + 1) / num_users)
         return logits
 
     def of_some(
@@ -80,12 +82,13 @@ class ExportScorer:
         candidate_counts: np.ndarray,
         askers: Askers | None = None,
     ) -> np.ndarray:
+        behaviours, lengths = self._behaviours(history_item_ids, history_lengths)
         found = self._bundle.rank_histories(
-            self._own(history_item_ids),
-            history_lengths,
+            behaviours,
+            lengths,
             self._own(candidate_item_ids),
             candidate_counts,
-            **self._of(askers, 0, len(history_lengths)),
+            **self._of(askers, 0, len(candidate_counts)),
         )
         return self._predictions.ranking(found)
 
@@ -96,6 +99,13 @@ class ExportScorer:
         nothing = np.zeros(end - first, np.int64)  # the candidates are others
         found = self._values.of(askers.users[first:end], askers.events[first:end], nothing)
         return by_owner({owner: values for owner, values in found.items() if owner is not Owner.CANDIDATE})
+
+    def _behaviours(self, item_ids: np.ndarray, lengths: np.ndarray) -> tuple[tf.Tensor | NamedBehaviours, np.ndarray]:
+        """Returns behaviours and lengths as a bundle takes them, given those of a batch."""
+        if not self._histories:
+            return self._own(item_ids), lengths
+        items, names, lengths = by_user(item_ids, lengths, self._histories)
+        return NamedBehaviours(self._own(items), tf.constant(names, tf.string)), lengths
 
     def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Returns the log's own ids for dense ids, which count from 1."""

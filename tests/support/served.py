@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -42,6 +43,14 @@ class Served:
         """Returns the answer to a request for scores."""
         with urllib.request.urlopen(f"{self.url}:predict", json.dumps(body).encode(), timeout=30) as response:
             return json.load(response)
+
+    def refused(self, body: Any) -> str:
+        """Returns the text with which the server refuses a request."""
+        try:
+            answer = self.predict(body)
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        raise AssertionError(f"it was answered: {answer}")
 
 
 @contextlib.contextmanager

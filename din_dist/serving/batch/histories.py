@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from din_dist.data.event_store import ITEMS, USERS, EventStore
+from din_dist.data.event_store import ITEMS, USERS, EventStore, HistorySet
 from din_dist.data.histories import earlier_by
 from din_dist.errors import InputError
+from din_dist.serving.named_histories import NamedBehaviours, by_user
 from din_dist.serving.own_values import OwnValues
 from din_dist.tables.ids import Ids
 
@@ -26,14 +27,16 @@ _OTHER_UNIT = (
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Ids `[V]`, stored as `distinct[codes]`."""
+    """Ids `[V]`, stored as `distinct[codes]`. Of several histories, `names` `[V]` has the name of each one's."""
 
     distinct: tf.Tensor
     codes: np.ndarray
+    names: np.ndarray | None = None
 
-    def part(self, start: int, end: int) -> tf.Tensor:
+    def part(self, start: int, end: int) -> tf.Tensor | NamedBehaviours:
         """Returns the ids from `start` up to `end`."""
-        return tf.gather(self.distinct, self.codes[start:end])
+        ids = tf.gather(self.distinct, self.codes[start:end])
+        return ids if self.names is None else NamedBehaviours(ids, tf.constant(self.names[start:end], tf.string))
 
 
 def encode(ids: pa.Array) -> Encoded:
@@ -76,13 +79,40 @@ class GivenHistories:
     def __init__(self, max_history_length: int) -> None:
         self._most = max_history_length
 
-    def of(self, histories: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
-        """Returns the item ids of all histories, concatenated, and the lengths `[R]`."""
+    def of(
+        self, histories: Ids, before: np.ndarray | None = None, names: Ids | None = None
+    ) -> tuple[Encoded, np.ndarray]:
+        """Returns the item ids of all histories, concatenated, and the lengths `[R]`.
+
+        Args:
+            histories: lists of items.
+            before: must be None: the rows know no times.
+            names: lists of the names of each item's history; None: there is one history.
+
+        Raises:
+            InputError: a row has not as many names as items.
+        """
         if histories.offsets is None or before is not None:
             raise TypeError("histories are lists, without times")
+        if names is not None:
+            return self._named(histories, names)
         indices, lengths = newest(histories.offsets[:-1], histories.offsets[1:], self._most)
         values = histories.values
         return encode(values if len(indices) == len(values) else values.take(pa.array(indices))), lengths
+
+    def _named(self, histories: Ids, names: Ids) -> tuple[Encoded, np.ndarray]:
+        assert histories.offsets is not None
+        assert names.offsets is not None
+        lengths, others = np.diff(histories.offsets), np.diff(names.offsets)
+        if (wrong := np.flatnonzero(lengths != others)).size:
+            row = int(wrong[0])
+            raise InputError(
+                "--history_names_column: must name the history of each item. Received: "
+                f"{others[row]} names for {lengths[row]} items in a row. Correct the row."
+            )
+        found = encode(histories.values)
+        own_names = names.values.cast(pa.large_string()).to_numpy(zero_copy_only=False)
+        return dataclasses.replace(found, names=own_names), lengths
 
     def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
         """Returns nothing: the rows have them."""
@@ -90,7 +120,7 @@ class GivenHistories:
 
 
 class UserHistories:
-    """Histories from prepared data: a user's positive events, oldest first.
+    """Histories from prepared data: a user's behaviours, oldest first; the named ones if there are several.
 
     An unknown user has an empty history. The item ids are the log's own, so the model may come from another day's data.
     """
@@ -110,31 +140,60 @@ class UserHistories:
         self.num_timed = 0  # rows with a time and a history
         self.num_too_early = 0  # those of them whose time is before the whole history
 
-    def of(self, users: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]:
+    def of(self, users: Ids, before: np.ndarray | None = None, names: Ids | None = None) -> tuple[Encoded, np.ndarray]:
         """Returns the item ids of all users' histories, concatenated, and the lengths `[R]`.
 
         Args:
             users: `[R]`, the log's own ids.
             before: int64 `[R]`; only events that are known before count.
+            names: must be None: prepared data have them.
 
         Raises:
             InputError: a time cannot be of the log's kind and unit.
         """
+        if names is not None:
+            raise TypeError("prepared data have the names of histories")
         if before is not None:
             self._check_kind(before)
         found = self._indices(users)
         known = found >= 0
         self.num_unknown += int(np.count_nonzero(~known))
-        offsets = self._store.history_offsets
-        starts, ends = np.zeros((2, len(found)), np.int64)
-        starts[known], ends[known] = offsets[found[known]], offsets[found[known] + 1]
+        cut = [self._cut(history, found, before) for history in self._store.histories(self._most)]
         if before is not None:
-            timed = known & (starts < ends)
-            ends[known] = self._ends_before(found[known], before[known])
-            self.num_timed += int(np.count_nonzero(timed))
-            self.num_too_early += int(np.count_nonzero(timed & (starts == ends)))
-        indices, lengths = newest(starts, ends, self._most)
-        return Encoded(self._item_ids, self._store.history_item_ids[indices] - 1), lengths
+            has_any = np.any([starts < ends for starts, ends, _ in cut], axis=0)
+            has_some = np.any([starts < earlier for starts, _, earlier in cut], axis=0)
+            self.num_timed += int(np.count_nonzero(has_any))
+            self.num_too_early += int(np.count_nonzero(has_any & ~has_some))
+        items, all_lengths = [], []
+        for history, (starts, _, earlier) in zip(self._store.histories(self._most), cut, strict=True):
+            indices, lengths = newest(starts, earlier, history.longest)
+            items.append(history.item_ids[indices] - 1)
+            all_lengths.append(lengths)
+        if len(items) == 1:
+            return Encoded(self._item_ids, items[0]), all_lengths[0]
+        codes, own_names, lengths = by_user(
+            np.concatenate(items), np.concatenate(all_lengths), [history.name for history in self._store.sets]
+        )
+        return Encoded(self._item_ids, codes, own_names), lengths
+
+    def _cut(
+        self, history: HistorySet, users: np.ndarray, before: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns where the behaviours of each user begin, where they end, and where those known before a time do.
+
+        Args:
+            history: of the store.
+            users: int64 `[R]`, numbers of users; -1 for unknown ones.
+            before: int64 `[R]`; None: all are known.
+        """
+        known = users >= 0
+        starts, ends = np.zeros((2, len(users)), np.int64)
+        starts[known], ends[known] = history.offsets[users[known]], history.offsets[users[known] + 1]
+        if before is None:
+            return starts, ends, ends
+        earlier = ends.copy()
+        earlier[known] = self._ends_before(history, users[known], before[known])
+        return starts, ends, earlier
 
     def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
         """Returns the prepared users' own features of these names, `R` values each; an unknown user has none."""
@@ -161,17 +220,18 @@ class UserHistories:
                 "same kind (integers or dates) and unit as the log has."
             )
 
-    def _ends_before(self, users: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Returns where each user's positive events end that are known before a time.
+    def _ends_before(self, history: HistorySet, users: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """Returns where each user's behaviours end that are known before a time.
 
         Args:
+            history: of the store.
             users: int64 `[R]`, numbers of users.
             before: int64 `[R]`, times.
         """
         store = self._store
         before = earlier_by(before, store.facts.history_delay)
-        if store.history_times is not None:
-            return _num_before(store.history_times, store.history_offsets, users, before)
+        if history.times is not None:
+            return _num_before(history.times, history.offsets, users, before)
         first = _num_before(store.timestamps, store.user_offsets, users, before)  # the first event that is not earlier
         if store.labels is None:
             return first

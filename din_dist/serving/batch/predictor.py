@@ -51,7 +51,9 @@ class Histories(Protocol):
     num_timed: int
     num_too_early: int
 
-    def of(self, column: Ids, before: np.ndarray | None = None) -> tuple[Encoded, np.ndarray]: ...
+    def of(
+        self, column: Ids, before: np.ndarray | None = None, names: Ids | None = None
+    ) -> tuple[Encoded, np.ndarray]: ...
 
     def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]: ...
 
@@ -68,11 +70,13 @@ class RowColumns:
     features: tuple[FeatureColumn, ...] = ()
     user_features: tuple[str, ...] = ()  # features of users that the source of histories gives
     predictions: Predictions = Predictions()  # the labels that the export predicts
+    history_names: Field | None = None  # of each item's history, if there are several and the rows have them
 
     @property
     def read(self) -> list[str]:
         """The names of the columns to read."""
         names = [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
+        names += [self.history_names.name] if self.history_names else []
         names += [name for feature in self.features for name in feature.columns]
         return list(dict.fromkeys(names))
 
@@ -173,11 +177,12 @@ class Predictor:
 
     def _read(self, table: TableReader, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
         first_row = part.first_row
-        fields = [self._columns.history, self._columns.candidates]
+        names = self._columns.history_names
+        fields = [self._columns.history, self._columns.candidates, *([names] if names else [])]
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
-            history, candidates = table.ids(rows, first_row, fields)
+            history, candidates, *of_names = table.ids(rows, first_row, fields)
             before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
-            items, lengths = self._histories.of(history, before)
+            items, lengths = self._histories.of(history, before, *of_names)
             given = given_features(table, rows, first_row, self._columns.features, candidates.counts)
             given["user"] |= self._histories.user_features(history, self._columns.user_features)
             yield rows, _Batch(items, lengths, candidates, encode(candidates.values), given)
@@ -384,8 +389,8 @@ def check_columns(plan: Plan, columns: RowColumns) -> None:
                 what = "occurs more than once" if name in present else "is missing"
                 raise InputError(
                     f"{path}: column {name!r} {what}. Received: {shown_names(present)} Correct the file, or "
-                    "name your column (--history_column, --user_column, --item_column, --candidates_column, "
-                    "--before_column)."
+                    "name your column (--history_column, --history_names_column, --user_column, --item_column, "
+                    "--candidates_column, --before_column)."
                 )
         for column in columns.added:
             if column.name in present:

@@ -314,7 +314,7 @@ def input_names(features: Sequence[str], lists: Collection[str] = ()) -> dict[st
         features: names, each once.
         lists: those of them that have inputs for lengths and weights, too.
     """
-    taken = {"item_ids", "lengths", "counts"}
+    taken = {"item_ids", "lengths", "counts", "names"}
     names = {}
 
     def take(feature: str, name: str) -> bool:

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import tensorflow as tf
@@ -29,7 +30,7 @@ from din_dist.serving.predictions import Predictions
 Outputs = dict[str, tf.Tensor]
 
 HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate_item_ids"
-COUNTS = "candidate_counts"
+COUNTS, NAMES = "candidate_counts", "history_names"
 
 PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about 0.5 GB at width 128
 _CANDIDATE_COST = 8  # a candidate takes the memory of this many pairs, in addition to those with its history
@@ -42,7 +43,8 @@ class Signatures:
         model: the trained model.
         item_ids: the log's ids of all items, in the order of the dense ids.
         feature_ids: name of an item feature -> the ids of its values, in the order of the dense ids.
-        max_history_length: the number of newest behaviours that the model reads.
+        histories: by the name of each history, the number of newest behaviours that the model reads; "" names the only
+            one.
         folder: for the files of the vocabularies, which are needed until the SavedModel is written.
         declared: the declared features by name. None: there are none.
         predictions: the labels that are predicted. None: a click, whose probability is the sigmoid of its logit.
@@ -53,13 +55,13 @@ class Signatures:
         model: RankingModel,
         item_ids: pa.ChunkedArray,
         feature_ids: Mapping[str, pa.ChunkedArray],
-        max_history_length: int,
+        histories: Mapping[str, int],
         folder: Path,
         declared: Mapping[str, Declared] | None = None,
         predictions: Predictions | None = None,
     ) -> None:
         self._predictions = predictions or Predictions()
-        self._model, self._max_history_length = model, max_history_length
+        self._model, self._histories = model, dict(histories)
         declared = declared or {}
         self._items = ItemLookup(model.lookup, item_ids, feature_ids, declared, folder)
         self._names = names_of_inputs(list(feature_ids), declared)
@@ -88,8 +90,16 @@ class Signatures:
     def _functions(self) -> dict[str, Callable]:
         ids = self._items.ids.dtype
         flat, lengths = tf.TensorSpec([None], ids), tf.TensorSpec([None], tf.int64)
-        packed = {HISTORY: flat, LENGTHS: lengths, CANDIDATES: flat, **self._examples.specs}
-        one_history = {HISTORY: flat, CANDIDATES: flat, "k": tf.TensorSpec([], tf.int64), **self._examples.specs}
+        named = {NAMES: tf.TensorSpec([None], tf.string)} if self._has_names else {}
+        packed = {HISTORY: flat, LENGTHS: lengths, CANDIDATES: flat, **named, **self._examples.specs}
+        one_history = {
+            HISTORY: flat,
+            CANDIDATES: flat,
+            "k": tf.TensorSpec([], tf.int64),
+            **named,
+            **self._examples.specs,
+        }
+        padded = {name: tf.TensorSpec([None, None], spec.dtype) for name, spec in {HISTORY: flat, **named}.items()}
         features = {
             f"{side}_{self._names[feature]}": tf.TensorSpec([None], dtype)
             for feature, dtype in self._items.given_types.items()
@@ -97,7 +107,7 @@ class Signatures:
         }
         functions: dict[str, tuple[Callable[..., Outputs], dict[str, tf.TensorSpec]]] = {
             "score": (self.score, packed),
-            "score_padded": (self.score_padded, packed | {HISTORY: tf.TensorSpec([None, None], ids)}),
+            "score_padded": (self.score_padded, packed | padded),
             "rank": (self.rank, one_history),
             "rank_histories": (self.rank_histories, packed | {COUNTS: lengths}),
             "embed_items": (self.embed_items, {"item_ids": flat}),
@@ -122,11 +132,11 @@ class Signatures:
             history_lengths: int64 `[B]`.
             candidate_item_ids: `[B]`.
             features: those of items; none: all are looked up by the item id. And those of the B examples, see
-                `ExampleInputs`.
+                `ExampleInputs`. Of several histories also `history_names`, `[N]`, the name of each behaviour's history.
         """
         given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
         history_lengths = _of_same_size(history_lengths, candidate_item_ids, LENGTHS, CANDIDATES)
-        window, lengths = self._newest(history_item_ids, history_lengths)
+        window, lengths = self._newest(history_item_ids, history_lengths, features.get(NAMES))
         num_candidates = tf.size(candidate_item_ids)
         items = self._items.find(
             tf.concat([candidate_item_ids, window(history_item_ids)], axis=0),
@@ -142,8 +152,8 @@ class Signatures:
             items.vectors,
             context=self._columns_of(features, tuple(Owner), num_candidates, "candidate"),
         )
-        pairs = Pairs(segment_ids(lengths), items.index[num_candidates:])
-        return self._with_probability(self._model.logits(looked_up, pairs))
+        all_pairs = self._model.pairs(lengths, items.index[num_candidates:])
+        return self._with_probability(self._model.logits(looked_up, all_pairs))
 
     def score_padded(
         self,
@@ -168,6 +178,8 @@ class Signatures:
         with tf.control_dependencies([tf.Assert(fits, [rule, history_lengths, "for the shape", shape])]):
             real = tf.sequence_mask(history_lengths, shape[1])
         flat = tf.boolean_mask(history_item_ids, real)
+        if NAMES in features:
+            features = features | {NAMES: tf.boolean_mask(features[NAMES], real)}
         return self.score(flat, history_lengths, candidate_item_ids, **features)
 
     def rank(
@@ -238,7 +250,7 @@ class Signatures:
         """
         given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
         counts = _checked_lengths(candidate_counts, candidate_item_ids, COUNTS, CANDIDATES)
-        window, lengths = self._newest(history_item_ids, history_lengths)
+        window, lengths = self._newest(history_item_ids, history_lengths, features.get(NAMES))
         behaviours = self._items.find(window(history_item_ids), [window(feature) for feature in given_of_history])
         candidates = self._items.find(candidate_item_ids, given_of_candidate)
         terms = self._columns_of(features, OF_HISTORY, tf.size(counts), "history")
@@ -246,18 +258,17 @@ class Signatures:
             terms = tf.matmul(terms, self._model.split_head().of_history)
         context = self._columns_of(features, OF_CANDIDATE, tf.size(candidate_item_ids), "candidate")
         history_of = segment_ids(counts)  # [C]
-        starts = tf.gather(tf.cumsum(lengths, exclusive=True), history_of)
-        ends = starts + tf.gather(lengths, history_of)
-        costs = tf.cumsum(tf.cast(ends - starts + _CANDIDATE_COST, tf.int64))
+        spans = _spans(lengths, history_of, len(self._histories))
+        num_positions = tf.add_n([span.ends - span.starts for span in spans])
+        costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
         num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
         bounds = tf.searchsorted((costs - 1) // PAIRS_AT_ONCE, tf.range(num_parts + 1))
-        positions_from, positions_to = tf.concat([starts, [0]], axis=0), tf.concat([[0], ends], axis=0)
 
         def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             low, high = bounds[part], bounds[part + 1]
-            first_position = positions_from[low]
-            distinct, index = tf.unique(behaviours.index[first_position : positions_to[high]])
-            firsts, ends_of_part = starts[low:high] - first_position, ends[low:high] - first_position
+            all_positions = [span.part(low, high) for span in spans]
+            own = [behaviours.index[positions.begin : positions.end] for positions in all_positions]
+            distinct, index = tf.unique(tf.concat(own, axis=0))
             candidate_index = candidates.index[low:high]
             looked_up = LookedUp(
                 tf.gather(candidates.vectors, candidate_index),
@@ -266,8 +277,12 @@ class Signatures:
                 context=None if context is None else context[low:high],
                 history_terms=None if terms is None else tf.gather(terms, history_of[low:high]),
             )
-            behaviour_of = tf.gather(index, tf.ragged.range(firsts, ends_of_part).values)
-            found = self._model.logits(looked_up, Pairs(segment_ids(ends_of_part - firsts), behaviour_of))
+            all_pairs, before = [], tf.constant(0)
+            for positions, part_of in zip(all_positions, own, strict=True):
+                behaviour_of = tf.gather(index, before + tf.ragged.range(positions.firsts, positions.behind).values)
+                all_pairs.append(Pairs(segment_ids(positions.behind - positions.firsts), behaviour_of))
+                before += tf.size(part_of)
+            found = self._model.logits(looked_up, all_pairs)
             return part + 1, logits.write(tf.cast(part, tf.int32), found)
 
         shape = [None, self._model.num_tasks] if self._model.num_tasks > 1 else [None]
@@ -284,16 +299,30 @@ class Signatures:
             outputs |= {label.logits: own, label.probability: tf.sigmoid(calibrated(own, label.calibrator))}
         return outputs
 
+    @property
+    def _has_names(self) -> bool:
+        """True if behaviours have the names of their histories."""
+        return len(self._histories) > 1
+
     def _newest(
-        self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor
+        self, history_item_ids: tf.Tensor, history_lengths: tf.Tensor, names: tf.Tensor | None
     ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
         """Cuts histories to the newest behaviours, as many as the model reads.
 
+        Args:
+            history_item_ids: `[N]`.
+            history_lengths: int64 `[B]`.
+            names: string `[N]`, of each behaviour's history; None if there is one.
+
         Returns:
-            A function that keeps, of values `[N]`, those of the newest positions; their number, int32 `[B]`.
+            A function that keeps, of values `[N]`, those of the newest positions, history after history; their number,
+            int32 `[S * B]`.
         """
         lengths = _checked_lengths(history_lengths, history_item_ids, LENGTHS, HISTORY)
-        kept = tf.minimum(lengths, self._max_history_length)
+        if names is not None:
+            return self._newest_of_each(lengths, _of_same_size(names, history_item_ids, NAMES, HISTORY))
+        (longest,) = self._histories.values()
+        kept = tf.minimum(lengths, longest)
         ends = tf.cumsum(lengths)
         all_short = tf.reduce_all(tf.equal(kept, lengths))
 
@@ -305,6 +334,24 @@ class Signatures:
             )
 
         return window, kept
+
+    def _newest_of_each(
+        self, lengths: tf.Tensor, names: tf.Tensor
+    ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
+        """Does what `_newest` does, of several histories."""
+        is_of = tf.equal(names[:, None], tf.constant(list(self._histories)))  # [N, S]
+        rule = f"history_names must be of {', '.join(self._histories)}. Received:"
+        with tf.control_dependencies([tf.Assert(tf.reduce_all(tf.reduce_any(is_of, axis=1)), [rule, names])]):
+            place = tf.argmax(is_of, axis=1, output_type=tf.int32)
+        num_users = tf.size(lengths)
+        history_of = place * num_users + segment_ids(lengths)
+        order = tf.argsort(history_of, stable=True)
+        num_histories = len(self._histories) * num_users
+        own_lengths = tf.math.bincount(history_of, minlength=num_histories, maxlength=num_histories)
+        kept = tf.minimum(own_lengths, tf.repeat(tf.constant([*self._histories.values()]), num_users))
+        ends = tf.cumsum(own_lengths)
+        places = tf.gather(order, tf.ragged.range(ends - kept, ends).values)
+        return lambda values: tf.gather(values, places), kept
 
     def _given(
         self, features: Mapping[str, tf.Tensor], history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor
@@ -328,6 +375,41 @@ class Signatures:
             return None
         values = self._examples.encode(features, owners, num_rows, whose)
         return self._columns.of(values, owners) if values else None
+
+
+class _Positions(NamedTuple):
+    """The positions of one history that some candidates read."""
+
+    begin: tf.Tensor  # the first of all
+    end: tf.Tensor
+    firsts: tf.Tensor  # int32 [candidates], where each one's history begins, counted from `begin`
+    behind: tf.Tensor  # int32 [candidates], where it ends
+
+
+class _Span(NamedTuple):
+    """The positions of one history that each of C candidates reads."""
+
+    starts: tf.Tensor  # int32 [C]
+    ends: tf.Tensor  # int32 [C]
+
+    def part(self, low: tf.Tensor, high: tf.Tensor) -> _Positions:
+        """Returns the positions that the candidates `low` to `high` - 1 read; there may be none."""
+        begin = tf.concat([self.starts, [0]], axis=0)[low]
+        end = tf.concat([[0], self.ends], axis=0)[high]
+        return _Positions(begin, end, self.starts[low:high] - begin, self.ends[low:high] - begin)
+
+
+def _spans(lengths: tf.Tensor, history_of: tf.Tensor, num_histories: int) -> list[_Span]:
+    """Returns the span of each history.
+
+    Args:
+        lengths: int32 `[S * B]`, history after history.
+        history_of: int32 `[C]`, the user of each candidate.
+        num_histories: S.
+    """
+    all_starts = tf.split(tf.cumsum(lengths, exclusive=True), num_histories)
+    both = zip(all_starts, tf.split(lengths, num_histories), strict=True)
+    return [_Span(tf.gather(starts, history_of), tf.gather(starts + own, history_of)) for starts, own in both]
 
 
 def calibrated(logits: tf.Tensor, calibrator: Calibrator) -> tf.Tensor:

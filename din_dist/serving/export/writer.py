@@ -32,6 +32,7 @@ from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
+from din_dist.serving.named_histories import by_user
 from din_dist.serving.own_values import OwnValues
 from din_dist.serving.predictions import Predictions
 from din_dist.text import to_json
@@ -177,6 +178,7 @@ class _Exported:
         self._vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
         self._features, self._predictions = described_features(trained.store), trained.predictions
         self._examples, self._values = examples, OwnValues(trained.store)
+        self._histories = trained.store.facts.histories
 
     def logits(self, batch: Batch, *, signature: str, missing: bool) -> tf.Tensor:
         """Returns the logits, `[B]` or `[B, T]`, of a packed batch.
@@ -199,17 +201,21 @@ class _Exported:
         specs = function.structured_input_signature[1]
         inputs = {name: as_tensor(value, specs[name].dtype, name) for name, value in inputs.items()}
         if signature == "rank_histories":
-            inputs["candidate_counts"] = tf.ones_like(batch.history_lengths, tf.int64)
+            inputs["candidate_counts"] = tf.ones_like(batch.candidate_item_ids, tf.int64)
+        history, lengths = batch.history_item_ids, batch.history_lengths
+        if len(self._histories) > 1:
+            history, names, lengths = by_user(history.numpy(), lengths.numpy(), self._histories)
+            inputs["history_names"] = tf.constant(names, tf.string)
         outputs = function(
-            history_item_ids=self._own_ids(batch.history_item_ids),
-            history_lengths=tf.cast(batch.history_lengths, tf.int64),
+            history_item_ids=self._own_ids(history),
+            history_lengths=tf.cast(lengths, tf.int64),
             candidate_item_ids=self._own_ids(batch.candidate_item_ids),
             **inputs,
         )
         return self._predictions.stacked(outputs, tf.stack)
 
-    def _own_ids(self, dense_ids: tf.Tensor) -> tf.Tensor:
-        ids = self._vocabulary.take(pa.array(dense_ids.numpy() - 1)).to_numpy(zero_copy_only=False)
+    def _own_ids(self, dense_ids: tf.Tensor | np.ndarray) -> tf.Tensor:
+        ids = self._vocabulary.take(pa.array(np.asarray(dense_ids) - 1)).to_numpy(zero_copy_only=False)
         return tf.constant(ids, tf.int64 if pa.types.is_integer(self._vocabulary.type) else tf.string)
 
 
@@ -220,7 +226,7 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             trained.model,
             store.vocabulary(ITEMS),
             {name: store.vocabulary(vocabulary_of(name)) for name in store.item_features},
-            trained.config.data.max_history_length,
+            _histories(trained) or {"": _longest(trained)},
             Path(vocabularies),
             _declared(store),
             trained.predictions,
@@ -255,7 +261,7 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         item_id_type=_kind(store.vocabulary(ITEMS)),
         item_features=item_features,
         feature_inputs={name: names[name] for name in item_features},
-        max_history_length=trained.config.data.max_history_length,
+        max_history_length=_longest(trained),
         num_items=store.facts.num_items,
         embedding_width=trained.model.lookup.width,
         step=trained.step,
@@ -272,11 +278,23 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         calibration=_calibration(trained.predictions),
         tasks=trained.predictions.tasks,
         main_task=trained.predictions.labels[trained.predictions.main].task,
+        histories=_histories(trained),
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)
     write_text(path, to_json(manifest.to_json()) + "\n")
     return read_manifest(folder)
+
+
+def _histories(trained: TrainedModel) -> dict[str, int]:
+    """Returns the longest length of each history by name; nothing if there is one."""
+    sets = trained.store.sets
+    return {history.name: history.longest for history in sets} if len(sets) > 1 else {}
+
+
+def _longest(trained: TrainedModel) -> int:
+    """Returns the longest length of all histories."""
+    return max(history.longest for history in trained.store.histories(trained.config.data.max_history_length))
 
 
 def _calibration(predictions: Predictions) -> dict[str, Any] | None:

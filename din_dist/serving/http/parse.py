@@ -20,6 +20,7 @@ from din_dist.serving.manifest import FeatureInputs, Manifest
 from din_dist.serving.predictions import Predictions
 
 Id = str | int
+HISTORY, NAMES = "history_item_ids", "history_names"
 SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
@@ -42,18 +43,26 @@ class Vocabulary:
         item_features: name of an item feature -> type of its values.
         max_history_length: the number of newest behaviours that the model reads.
         features: the declared features of users, contexts and candidates.
+        histories: the names of several histories; empty if there is one.
     """
 
     item_id_type: str
     item_features: Mapping[str, str]
     max_history_length: int
     features: tuple[FeatureInputs, ...] = ()
+    histories: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         """Returns the vocabulary of an export."""
         features = tuple(feature for feature in manifest.features if feature.owner != "item")
-        return cls(manifest.item_id_type, manifest.item_features, manifest.max_history_length, features)
+        return cls(
+            manifest.item_id_type,
+            manifest.item_features,
+            manifest.max_history_length,
+            features,
+            tuple(manifest.histories),
+        )
 
     def features_of(self, owner: str) -> dict[str, FeatureInputs]:
         """Returns the declared features of an owner by name."""
@@ -77,6 +86,7 @@ class Instance:
     user: dict[str, Any] = dataclasses.field(default_factory=dict)
     context: dict[str, Any] = dataclasses.field(default_factory=dict)
     own_features: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    names: list[str] = dataclasses.field(default_factory=list)  # of several histories, that of each of `history`
 
     @property
     def num_positions(self) -> int:
@@ -114,7 +124,7 @@ def most_parts(vocabulary: Vocabulary, limits: ServeConfig) -> int:
     """Returns the number of lists, objects and keys of the largest allowed request."""
     features = len(vocabulary.item_features)
     # 3 objects with 5 keys and 2 lists; for each feature, a key and a list for the history and for the candidates.
-    per_instance = 10 + 4 * features
+    per_instance = 10 + 4 * features + (2 if vocabulary.histories else 0)
     if vocabulary.features:  # 2 objects with a key; for each feature a key, and 2 keys and 2 lists in an object
         per_instance += 4 + 6 * len(vocabulary.features)
     of_candidates = [feature for feature in vocabulary.features if feature.owner == "candidate"]
@@ -244,28 +254,30 @@ class _Reader:
         self._read_id = _one_of(vocabulary.item_id_type)
         self._of_owner = {owner: vocabulary.features_of(owner) for owner in ("user", "context", "candidate")}
         self._own_keys = tuple(owner for owner in ("user", "context") if self._of_owner[owner])
+        self._history_keys = (HISTORY, NAMES) if vocabulary.histories else (HISTORY,)
 
     def score_row(self, row: object, where: str) -> Instance:
-        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_id"), self._feature_keys)
+        keys = _check_keys(row, where, (*self._history_keys, "candidate_item_id"), self._feature_keys)
         candidate = self._read_id(keys["candidate_item_id"], f"{where}.candidate_item_id")
         return self._instance(keys, [candidate], where, one_candidate=True)
 
     def padded_row(self, row: object, where: str) -> Instance:
         """Reads a row in TensorFlow Serving's form: a padded history with the length of its real part."""
         keys = _check_keys(
-            row, where, ("history_item_ids", "history_lengths", "candidate_item_ids"), self._declared_keys
+            row, where, (*self._history_keys, "history_lengths", "candidate_item_ids"), self._declared_keys
         )
         candidate = self._read_id(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
         ids = self._history(keys["history_item_ids"], f"{where}.history_item_ids")
         length = _integer(keys["history_lengths"], f"{where}.history_lengths", 0, len(ids))
-        instance = Instance(self._newest(ids[:length]), [candidate])
+        names = self._names(keys, ids, where, length)
+        instance = Instance(self._newest(ids[:length]), [candidate], names=self._newest(names))
         given = _check_keys(
             keys.get("candidate_features", {}), f"{where}.candidate_features", (), tuple(self._of_owner["candidate"])
         )
         return self._with_own_features(instance, keys, given, where, single=True)
 
     def rank(self, row: object, where: str) -> Instance:
-        keys = _check_keys(row, where, ("history_item_ids", "candidate_item_ids"), ("k", *self._feature_keys))
+        keys = _check_keys(row, where, (*self._history_keys, "candidate_item_ids"), ("k", *self._feature_keys))
         candidates = self._candidates(keys["candidate_item_ids"], f"{where}.candidate_item_ids")
         instance = self._instance(keys, candidates, where)
         if "k" in keys:
@@ -278,32 +290,41 @@ class _Reader:
         A declared feature has a list with a value for each candidate.
         """
         keys = _check_keys(
-            inputs, "inputs", ("history_item_ids", "candidate_item_ids"), ("history_lengths", *self._declared_keys)
+            inputs, "inputs", (*self._history_keys, "candidate_item_ids"), ("history_lengths", *self._declared_keys)
         )
         candidates = self._candidates(keys["candidate_item_ids"], "inputs.candidate_item_ids")
         _check_length("inputs.candidate_item_ids", candidates, self._limits.max_instances)
-        given, where = keys["history_item_ids"], "inputs.history_item_ids"
+        found = [
+            Instance(self._newest(ids), [one], names=self._newest(names))
+            for (ids, names), one in zip(self._histories_of_columns(keys, candidates), candidates, strict=True)
+        ]
+        self._read_own_columns(keys, found)
+        return found
+
+    def _histories_of_columns(
+        self, keys: Mapping[str, Any], candidates: Sequence[Id]
+    ) -> list[tuple[list[Id], list[str]]]:
+        """Returns the behaviours of each candidate's histories, and the names of these; no names if there is one."""
+        given, where = keys[HISTORY], f"inputs.{HISTORY}"
         lengths = self._lengths(keys["history_lengths"]) if "history_lengths" in keys else None
         if not isinstance(given, list):
             _refuse(where, "must be a list", given)
         if lengths is None or (given and isinstance(given[0], list)):
             _check_same_length(where, given, "inputs.candidate_item_ids", candidates)
             histories = [self._history(ids, f"{where}[{index}]") for index, ids in enumerate(given)]
-            if lengths is not None:
-                _check_same_length("inputs.history_lengths", lengths, where, histories)
-                for index, (ids, length) in enumerate(zip(histories, lengths, strict=True)):
-                    _integer(length, f"inputs.history_lengths[{index}]", 0, len(ids))
-                histories = [ids[:length] for ids, length in zip(histories, lengths, strict=True)]
-        else:
-            _check_same_length("inputs.history_lengths", lengths, "inputs.candidate_item_ids", candidates)
-            ids = _list_of(self._vocabulary.item_id_type, given, where)
-            if sum(lengths) != len(ids):
-                _refuse("inputs.history_lengths", f"must add up to the {len(ids)} ids of {where}", sum(lengths))
-            ends = itertools.accumulate(lengths)
-            histories = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        found = [Instance(self._newest(ids), [one]) for ids, one in zip(histories, candidates, strict=True)]
-        self._read_own_columns(keys, found)
-        return found
+            real = [*map(len, histories)] if lengths is None else lengths
+            _check_same_length("inputs.history_lengths", real, where, histories)
+            for index, (ids, length) in enumerate(zip(histories, real, strict=True)):
+                _integer(length, f"inputs.history_lengths[{index}]", 0, len(ids))
+            names = self._names_of_rows(keys, histories, real)
+            return [(ids[:length], own) for ids, own, length in zip(histories, names, real, strict=True)]
+        _check_same_length("inputs.history_lengths", lengths, "inputs.candidate_item_ids", candidates)
+        ids = _list_of(self._vocabulary.item_id_type, given, where)
+        if sum(lengths) != len(ids):
+            _refuse("inputs.history_lengths", f"must add up to the {len(ids)} ids of {where}", sum(lengths))
+        all_names = self._names(keys, ids, "inputs")
+        bounds = [slice(end - length, end) for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
+        return [(ids[bound], all_names[bound]) for bound in bounds]
 
     def _read_own_columns(self, keys: Mapping[str, Any], instances: Sequence[Instance]) -> None:
         """Gives each instance its values of the columns of declared features."""
@@ -331,6 +352,7 @@ class _Reader:
             candidates,
             {name: self._newest(values) for name, values in features.items()},
             self._features(keys, "candidate_features", len(candidates), where, single=one_candidate),
+            names=self._newest(self._names(keys, history, where)),
         )
         given = {
             name: value
@@ -443,6 +465,39 @@ class _Reader:
         _check_length(where, ids, self._limits.max_history_items)
         return ids
 
+    def _names(
+        self, keys: Mapping[str, Any], history: Sequence[Id], where: str, length: int | None = None
+    ) -> list[str]:
+        """Returns the name of each behaviour's history; none if there is one history.
+
+        Args:
+            keys: with the names.
+            history: the behaviours, of which some at the end may be padding.
+            where: the path of the keys in the body.
+            length: the number of real behaviours; None: all.
+        """
+        return self._named(keys[NAMES], history, f"{where}.{NAMES}", length) if self._vocabulary.histories else []
+
+    def _names_of_rows(
+        self, keys: Mapping[str, Any], histories: Sequence[Sequence[Id]], lengths: Sequence[int]
+    ) -> list[list[str]]:
+        """Does what `_names` does, of lists for several rows."""
+        if not self._vocabulary.histories:
+            return [[] for _ in histories]
+        where, given = f"inputs.{NAMES}", keys[NAMES]
+        if not isinstance(given, list):
+            _refuse(where, "must be a list", given)
+        _check_same_length(where, given, "inputs.candidate_item_ids", histories)
+        rows = enumerate(zip(given, histories, lengths, strict=True))
+        return [self._named(own, ids, f"{where}[{index}]", length) for index, (own, ids, length) in rows]
+
+    def _named(self, value: object, history: Sequence[Id], where: str, length: int | None) -> list[str]:
+        names = _list_of("string", value, where)
+        _check_same_length(where, names, HISTORY, history)
+        if strange := [name for name in names[:length] if name not in self._vocabulary.histories]:
+            _refuse(where, f"must have names of histories, {', '.join(self._vocabulary.histories)}", strange[0])
+        return names[:length]
+
     def _lengths(self, value: object) -> list[int]:
         lengths = _list_of("integer", value, "inputs.history_lengths")
         for index, length in enumerate(lengths):
@@ -450,8 +505,11 @@ class _Reader:
         return lengths
 
     def _newest(self, values: list) -> list:
-        """Returns the values that the model reads. Histories are oldest first; the model would drop the same ones."""
-        return values[-self._vocabulary.max_history_length :]
+        """Returns the values that the model reads. Histories are oldest first; the model would drop the same ones.
+
+        Of several histories the model itself takes the newest of each.
+        """
+        return values if self._vocabulary.histories else values[-self._vocabulary.max_history_length :]
 
 
 _FEATURE_KEYS = ("history_features", "candidate_features")

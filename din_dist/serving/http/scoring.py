@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from din_dist.features.encoding import Lists
 from din_dist.serving.http.parse import Id, Instance, Vocabulary
 from din_dist.serving.manifest import FeatureInputs
+from din_dist.serving.named_histories import NamedBehaviours
 
 _MISSING: dict[str, Id] = {"string": "", "integer": -(2**63)}  # a feature with this value is looked up by the item id
 
@@ -70,17 +72,17 @@ def warm_up(scorer: Scorer, vocabulary: Vocabulary) -> None:
     """Runs every path with few and with many rows, so that no request waits for TensorFlow's preparations."""
     item: Id = "" if vocabulary.item_id_type == "string" else 0
     for length, count, num_rows in ((0, 1, 1), (1, 1, 1), (vocabulary.max_history_length, 1, 64), (9, 5, 16)):
-        plain = Instance([item] * length, [item] * count)
+        plain = Instance([item] * length, [item] * count, names=[*vocabulary.histories[:1]] * length)
         score_together(scorer, vocabulary, [plain] * num_rows)
         if vocabulary.item_features:
             unknown: dict[str, list[Id | None]] = {name: [None] * count for name in vocabulary.item_features}
-            featured = Instance(plain.history, plain.candidates, candidate_features=unknown)
+            featured = dataclasses.replace(plain, candidate_features=unknown)
             score_together(scorer, vocabulary, [featured] * num_rows)
 
 
 def _score_plain(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance]) -> np.ndarray:
     kind = vocabulary.item_id_type
-    histories = _column(kind, (instance.history for instance in group))
+    histories = _behaviours(vocabulary, group)
     lengths = _lengths(instance.history for instance in group)
     candidates = _column(kind, (instance.candidates for instance in group))
     given = _own_features(vocabulary, group, group)
@@ -106,13 +108,21 @@ def _score_with_features(scorer: Scorer, vocabulary: Vocabulary, group: Sequence
         for name, type_ in vocabulary.item_features.items()
     }
     return scorer.score_with_features(
-        _column(kind, (instance.history for instance in repeated)),
+        _behaviours(vocabulary, repeated),
         _lengths(instance.history for instance in repeated),
         _column(kind, (instance.candidates for instance in group)),
         history_features,
         candidate_features,
         **_own_features(vocabulary, repeated, group),
     )
+
+
+def _behaviours(vocabulary: Vocabulary, instances: Sequence[Instance]) -> Any:
+    """Returns the histories concatenated, as `Bundle.score` takes them."""
+    ids = _column(vocabulary.item_id_type, (instance.history for instance in instances))
+    if not vocabulary.histories:
+        return ids
+    return NamedBehaviours(ids, _column("string", (instance.names for instance in instances)))
 
 
 def _own_features(

@@ -31,6 +31,8 @@ from din_dist.serving.http.door import Door, json_errors
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.serving.http.parse import (
     DEFAULT_SIGNATURE,
+    HISTORY,
+    NAMES,
     RANK,
     SCORE,
     SCORE_PADDED,
@@ -202,7 +204,9 @@ class Server:
             SCORE: {"history_item_ids": (item, 1), "history_lengths": ("DT_INT64", 1), "candidate_item_ids": (item, 1)},
             RANK: {"history_item_ids": (item, 1), "candidate_item_ids": (item, 1), "k": ("DT_INT64", 0)},
         }
-        inputs[SCORE_PADDED] = inputs[SCORE] | {"history_item_ids": (item, 2)}
+        named = {NAMES: ("DT_STRING", 1)} if self._served.vocabulary.histories else {}
+        inputs = {name: given | named for name, given in inputs.items()}
+        inputs[SCORE_PADDED] = inputs[SCORE] | {HISTORY: (item, 2)} | ({NAMES: ("DT_STRING", 2)} if named else {})
         inputs[DEFAULT_SIGNATURE] = inputs[SCORE]
         labels = self._served.predictions.labels
         outputs = {name: ("DT_FLOAT", 1) for label in labels for name in (label.logits, label.probability)}
