@@ -95,6 +95,20 @@ def metric_of(name: str, task: str) -> str:
     return f"{name}_{task}"
 
 
+class NamedHistory(NamedTuple):
+    """One of several histories that a model reads.
+
+    Attributes:
+        name: of the history.
+        longest: the most behaviours; the newest are kept.
+        feature: only behaviours that share this feature of their item with the candidate; empty: all of the history.
+    """
+
+    name: str
+    longest: int
+    feature: str = ""
+
+
 class HistoryRule(enum.StrEnum):
     """The rule by which the history of an event ends."""
 
@@ -123,7 +137,7 @@ class DatasetFacts:
     `actions` names what behaviours were, as a column of the log tells, in the order of their codes from 1.
     `num_behaviours` counts those of a log of their own, None without one, and `num_only_behaviours` the items that no
     event has. Their dense ids come last, and they are never candidates.
-    `histories` names those that a model reads, if there are several. Prepared data do not choose, so theirs is empty.
+    `histories` are those that a model reads, if there are several. Prepared data do not choose, so theirs is empty.
     """
 
     num_users: int
@@ -145,7 +159,7 @@ class DatasetFacts:
     actions: tuple[str, ...] = ()
     num_behaviours: int | None = None
     num_only_behaviours: int = 0
-    histories: tuple[str, ...] = ()
+    histories: tuple[NamedHistory, ...] = ()
 
     @property
     def has_behaviours(self) -> bool:
@@ -161,6 +175,11 @@ class DatasetFacts:
     def num_candidates(self) -> int:
         """How many items can be candidates: those that events have. Their dense ids come first."""
         return self.num_items - self.num_only_behaviours
+
+    @property
+    def num_histories(self) -> int:
+        """How many histories a model reads."""
+        return max(1, len(self.histories))
 
     @property
     def num_tasks(self) -> int:
@@ -196,10 +215,11 @@ class DatasetFacts:
             return self
         return self._with_histories(f"{self.fingerprint} {rule} {delay}", rule, delay)
 
-    def with_sets(self, names: Sequence[str]) -> DatasetFacts:
+    def with_sets(self, histories: Sequence[NamedHistory]) -> DatasetFacts:
         """Returns the facts of the same events with several histories; their fingerprint is another."""
-        facts = self._with_histories(f"{self.fingerprint} {','.join(names)}", self.history_rule, self.history_delay)
-        return dataclasses.replace(facts, histories=tuple(names))
+        names = ",".join(":".join(filter(None, (history.name, history.feature))) for history in histories)
+        facts = self._with_histories(f"{self.fingerprint} {names}", self.history_rule, self.history_delay)
+        return dataclasses.replace(facts, histories=tuple(histories))
 
     def _with_histories(self, text: str, rule: HistoryRule, delay: int) -> DatasetFacts:
         fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

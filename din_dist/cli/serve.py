@@ -136,6 +136,7 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         **({"calibration": manifest.calibration} if manifest.calibration else {}),
         "max_history_length": manifest.max_history_length,
         **({"histories": dict(manifest.histories)} if manifest.histories else {}),
+        **({"long_history": manifest.long_history} if manifest.long_history else {}),
         "num_items": manifest.num_items,
         "step": manifest.step,
         "digest": manifest.digest,

@@ -11,11 +11,11 @@ from typing import Any
 from din_dist.config.data import (
     ALL_BEHAVIOURS,
     LABELLED,
+    LONG,
     SKIPPED,
     UNKNOWN_ITEM_RATE,
     DataConfig,
     HistoryEnds,
-    NamedHistory,
     Negatives,
     Split,
     UnknownItem,
@@ -29,6 +29,7 @@ from din_dist.config.telemetry import LogFormat, TelemetryConfig
 __all__ = [
     "ALL_BEHAVIOURS",
     "LABELLED",
+    "LONG",
     "SKIPPED",
     "UNKNOWN_ITEM_RATE",
     "Activation",
@@ -44,7 +45,6 @@ __all__ = [
     "LogFormat",
     "ModelConfig",
     "ModelKind",
-    "NamedHistory",
     "Negatives",
     "OptimizerConfig",
     "OptimizerKind",

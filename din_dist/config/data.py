@@ -19,7 +19,7 @@ from din_dist.config.settings import (
 )
 from din_dist.features.spec import FeatureSpec, from_text
 from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
-from din_dist.schema import MOST_TASKS
+from din_dist.schema import MOST_TASKS, NamedHistory
 
 UNKNOWN_ITEM_RATE = 0.1
 _EXPONENT, _LARGEST_EXPONENT = 0.75, 2  # of popularity
@@ -27,7 +27,7 @@ _PURCHASES = "complete_journey"
 _IMPRESSIONS = "synthetic_impressions"
 LABELLED = ("event_log", _IMPRESSIONS)  # data sets that may have labels
 _DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic", _IMPRESSIONS)
-ALL_BEHAVIOURS, SKIPPED = "all", "skipped"  # histories that no action names
+ALL_BEHAVIOURS, SKIPPED, LONG = "all", "skipped", "long"  # histories that no action names
 _MOST_HISTORIES = 8
 _SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
 
@@ -79,35 +79,26 @@ def _check_declarations(name: str, value: str) -> None:
         raise AssertionError from error
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedHistory:
-    """One of several histories.
+def _history_of(text: str, names: str = r"[A-Za-z0-9_]+") -> tuple[str, int]:
+    """Reads NAME:LENGTH.
 
-    Attributes:
-        name: an action, a label, `ALL_BEHAVIOURS`, or `SKIPPED`: shown, but not acted on.
-        longest: the most behaviours; the newest are kept.
+    Args:
+        text: to read.
+        names: the pattern of names.
+
+    Raises:
+        ValueError: it is of another form.
     """
-
-    name: str
-    longest: int
-
-    @classmethod
-    def from_text(cls, text: str) -> Self:
-        """Reads NAME:LENGTH.
-
-        Raises:
-            ValueError: it is of another form.
-        """
-        name, _, longest = text.partition(":")
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not re.fullmatch(r"[1-9][0-9]{0,8}", longest):
-            raise ValueError(text)
-        return cls(name, int(longest))
+    name, _, longest = text.rpartition(":")
+    if not re.fullmatch(names, name) or not re.fullmatch(r"[1-9][0-9]{0,8}", longest):
+        raise ValueError(text)
+    return name, int(longest)
 
 
 def _check_named_histories(name: str, value: tuple[str, ...]) -> None:
     for text in value:
         try:
-            NamedHistory.from_text(text)
+            _history_of(text)
         except ValueError as error:
             rule = "must be NAME:LENGTH, the name of letters of ASCII, digits and _, the length at least 1"
             require(False, rule, name, text, "For example click:100,skipped:50.")
@@ -157,6 +148,15 @@ def _check_negatives(name: str, value: str) -> None:
     except ValueError as error:
         rule = f"must be uniform, batch or popularity:EXPONENT, the exponent above 0 and at most {_LARGEST_EXPONENT}"
         require(False, rule, name, value, "For example popularity:0.75.")
+        raise AssertionError from error
+
+
+def _check_long_history(name: str, value: str) -> None:
+    try:
+        _history_of(value or "none:1", r".+")
+    except ValueError as error:
+        rule = "must be FEATURE:LENGTH, the length at least 1"
+        require(False, rule, name, value, "For example category_id:100.")
         raise AssertionError from error
 
 
@@ -346,6 +346,14 @@ class DataConfig(Settings):
         theme=_EXAMPLES,
         later=True,
     )
+    long_history: str = text_setting(
+        "",
+        "One more history: of all behaviours that share an item feature with the candidate the newest so many, however "
+        "long ago. category_id:100 takes those of the candidate's category. Default: none.",
+        check=_check_long_history,
+        theme=_EXAMPLES,
+        later=True,
+    )
     history_ends: HistoryEnds = text_setting(
         HistoryEnds.AUTO,
         "Where a history ends. before_time: it has what is known before the time of the request. before_event: it has "
@@ -460,7 +468,12 @@ class DataConfig(Settings):
     @property
     def named_histories(self) -> tuple[NamedHistory, ...]:
         """The histories that have names; none if there is one history."""
-        return tuple(map(NamedHistory.from_text, self.histories))
+        named = [NamedHistory(*_history_of(text)) for text in self.histories]
+        if self.long_history:
+            feature, longest = _history_of(self.long_history, r".+")
+            named = named or [NamedHistory(ALL_BEHAVIOURS, self.max_history_length)]
+            named.append(NamedHistory(LONG, longest, feature))
+        return tuple(named)
 
     @property
     def drawn_negatives(self) -> Negatives:
@@ -508,7 +521,14 @@ class DataConfig(Settings):
         known = not self.history_label or self.history_label in self.label_columns
         rule, remedy = "must be one of --label_columns", f"Choose among {', '.join(self.label_columns) or 'them'}."
         require(known, rule, "history_label", self.history_label, remedy)
-        told = {ALL_BEHAVIOURS, SKIPPED, *self.label_columns}
+        for history in self.named_histories:
+            known = not history.feature or history.feature in self.item_features
+            remedy = "Name it there."
+            require(known, "must be one of --item_features", "long_history", self.long_history, remedy)
+        taken = any(text.startswith(f"{LONG}:") for text in self.histories)
+        rule, remedy = f"may not name {LONG}, which is --long_history", "Use another name."
+        require(not taken, rule, "histories", ",".join(self.histories), remedy)
+        told = {LONG, ALL_BEHAVIOURS, SKIPPED, *self.label_columns}
         for history in self.named_histories if not self.action_column else ():
             remedy = "Name --action_column, or --label_columns."
             require(history.name in told, "names what no column tells", "histories", history.name, remedy)

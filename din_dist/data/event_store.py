@@ -63,6 +63,10 @@ class HistorySet:
         offsets: int64 `[U + 1]`.
         ends: int64 `[E]`; None if it is the event's own index.
         times: int64, when each behaviour happened; None if the timestamps tell.
+        feature: the feature of items that behaviours must share with the candidate; empty: none. With it, each user's
+            behaviours stand in the order of `keys`.
+        keys: int64, ascending for each user: the feature of the behaviour's item, shifted by `KEY_BITS`, and the place
+            of the behaviour in the order of time. None without a feature.
     """
 
     name: str
@@ -71,6 +75,11 @@ class HistorySet:
     offsets: np.ndarray
     ends: np.ndarray | None
     times: np.ndarray | None = None
+    feature: str = ""
+    keys: np.ndarray | None = None
+
+
+KEY_BITS = 40  # of a place among all behaviours, in a key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

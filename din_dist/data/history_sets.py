@@ -2,6 +2,7 @@
 
 PACKED/sets-KEY/
     0-ends.npy  0-item_ids.npy  0-offsets.npy  0-times.npy     of the first name, and so on
+    1-keys.npy                                                 instead of the times, of a history with a feature
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ from typing import Any
 import numpy as np
 
 from din_dist import progress
-from din_dist.config import ALL_BEHAVIOURS, SKIPPED, NamedHistory
+from din_dist.config import ALL_BEHAVIOURS, LONG, SKIPPED
 from din_dist.data.array_writer import ArrayWriters
 from din_dist.data.checksums import write_checksums
-from din_dist.data.event_store import PACKED_DIR, EventStore, HistorySet, map_array
-from din_dist.data.histories import ALL, Choice, Chosen, cut_histories
+from din_dist.data.event_store import KEY_BITS, PACKED_DIR, EventStore, HistorySet, map_array
+from din_dist.data.histories import ALL, Choice, Chosen, CutHistories, cut_histories
 from din_dist.data.history_folders import blocks_of
 from din_dist.errors import InputError
 from din_dist.files import published_folder
-from din_dist.schema import DatasetFacts
+from din_dist.schema import DatasetFacts, NamedHistory
 
-_DTYPES = {"ends": np.int64, "item_ids": np.int32, "offsets": np.int64, "times": np.int64}
+_DTYPES: dict[str, type] = {"ends": np.int64, "item_ids": np.int32, "offsets": np.int64}
+
+
+def _dtypes_of(history: NamedHistory) -> dict[str, type]:
+    """Returns the dtype of each array of a history by name; the last one has a value for each behaviour."""
+    last = "keys" if history.feature else "times"
+    return {**_DTYPES, last: np.int64}
 
 
 def sets_folder(store: EventStore, histories: Sequence[NamedHistory]) -> Path:
@@ -35,7 +42,8 @@ def sets_folder(store: EventStore, histories: Sequence[NamedHistory]) -> Path:
         InputError: the log does not tell of one of them.
     """
     choices = [choice_of(store.facts, history.name) for history in histories]
-    key = f"{store.facts.history_rule} {store.facts.history_delay} {choices}"
+    features = [history.feature for history in histories]
+    key = f"{store.facts.history_rule} {store.facts.history_delay} {choices} {features}"
     return store.folder / PACKED_DIR / f"sets-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
@@ -45,7 +53,7 @@ def choice_of(facts: DatasetFacts, name: str) -> Choice:
     Raises:
         InputError: the log does not tell.
     """
-    if name == ALL_BEHAVIOURS:
+    if name in (ALL_BEHAVIOURS, LONG):
         return ALL
     if name == SKIPPED:
         if not facts.has_labels:
@@ -68,7 +76,11 @@ def write_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory
     Raises:
         OSError: the folder cannot be written.
     """
-    dtypes = {f"{place}-{name}": dtype for place in range(len(histories)) for name, dtype in _DTYPES.items()}
+    dtypes = {
+        f"{place}-{name}": dtype
+        for place, history in enumerate(histories)
+        for name, dtype in _dtypes_of(history).items()
+    }
     with published_folder(folder) as aside:
         with ArrayWriters(aside, dtypes) as arrays:
             for name, values in _parts(store, histories):
@@ -90,13 +102,15 @@ def open_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]
     Raises:
         InputError: a file is missing or damaged.
     """
-    names = [f"{place}-{name}" for place in range(len(histories)) for name in _DTYPES]
-    arrays = {name: np.asarray(map_array(folder / f"{name}.npy", store.files)) for name in names}
-    for place in range(len(histories)):
-        own = {name: arrays[f"{place}-{name}"] for name in _DTYPES}
+    arrays: dict[str, np.ndarray] = {}
+    for place, history in enumerate(histories):
+        dtypes = _dtypes_of(history)
+        own = {name: np.asarray(map_array(folder / f"{place}-{name}.npy", store.files)) for name in dtypes}
+        arrays |= {f"{place}-{name}": array for name, array in own.items()}
+        *_, last = dtypes
         fits = len(own["ends"]) == store.facts.num_events and len(own["offsets"]) == store.facts.num_users + 1
-        fits = fits and len(own["item_ids"]) == len(own["times"]) == own["offsets"][-1]
-        if not fits or any(array.dtype != _DTYPES[name] for name, array in own.items()):
+        fits = fits and len(own["item_ids"]) == len(own[last]) == own["offsets"][-1]
+        if not fits or any(array.dtype != dtypes[name] for name, array in own.items()):
             raise InputError(
                 f"{folder}: must hold the histories of {store.facts.num_events:,} events. Received: arrays of another "
                 "length or type. Delete this folder."
@@ -106,11 +120,15 @@ def open_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]
 
 def _with(store: EventStore, histories: Sequence[NamedHistory], arrays: dict[str, Any]) -> EventStore:
     sets = tuple(
-        HistorySet(history.name, history.longest, **{name: arrays[f"{place}-{name}"] for name in _DTYPES})
+        HistorySet(
+            history.name,
+            history.longest,
+            feature=history.feature,
+            **{name: arrays[f"{place}-{name}"] for name in _dtypes_of(history)},
+        )
         for place, history in enumerate(histories)
     )
-    facts = store.facts.with_sets([history.name for history in histories])
-    return dataclasses.replace(store, facts=facts, sets=sets)
+    return dataclasses.replace(store, facts=store.facts.with_sets(histories), sets=sets)
 
 
 def _parts(store: EventStore, histories: Sequence[NamedHistory]) -> Iterator[tuple[str, np.ndarray]]:
@@ -121,10 +139,29 @@ def _parts(store: EventStore, histories: Sequence[NamedHistory]) -> Iterator[tup
         yield f"{place}-offsets", np.zeros(1, np.int64)
     for block in blocks_of(store):
         progress.note()
-        for place, choice in enumerate(choices):
+        for place, (history, choice) in enumerate(zip(histories, choices, strict=True)):
             found = cut_histories(block, store.facts.history_rule, store.facts.history_delay, choice)
             yield f"{place}-ends", num_behaviours[place] + found.ends
             yield f"{place}-offsets", num_behaviours[place] + found.offsets[1:]
-            yield f"{place}-item_ids", found.item_ids
-            yield f"{place}-times", found.times
+            if history.feature:
+                item_ids, keys = by_feature(found, store.item_features[history.feature], num_behaviours[place])
+                yield f"{place}-item_ids", item_ids
+                yield f"{place}-keys", keys
+            else:
+                yield f"{place}-item_ids", found.item_ids
+                yield f"{place}-times", found.times
             num_behaviours[place] += len(found.item_ids)
+
+
+def by_feature(found: CutHistories, feature_of: np.ndarray, before: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the items of each user's behaviours in the order of their keys, and the keys; see `HistorySet`.
+
+    Args:
+        found: the behaviours, of each user in the order of time.
+        feature_of: int32 `[num_items + 1]`.
+        before: how many behaviours stand before these.
+    """
+    users = np.repeat(np.arange(len(found.offsets) - 1), np.diff(found.offsets))
+    features = feature_of[found.item_ids].astype(np.int64)
+    order = np.lexsort((features, users))  # stable: equal features keep the order of time
+    return found.item_ids[order], (features[order] << KEY_BITS) | (before + order)

@@ -47,10 +47,10 @@ def untouched_items(
     def is_passed(place: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.gather(touched_gaps, tf.minimum(place, last)), tf.int64) <= rank
 
-    return tf.cast(rank + (_first_not(is_passed, begins, ends, num_halvings) - begins) + 1, tf.int32)
+    return tf.cast(rank + (first_not(is_passed, begins, ends, num_halvings) - begins) + 1, tf.int32)
 
 
-def _first_not(
+def first_not(
     is_passed: Callable[[tf.Tensor], tf.Tensor], low: tf.Tensor, high: tf.Tensor, num_halvings: int
 ) -> tf.Tensor:
     """Returns the first place of each window that is not passed, or its end: int64 `[M]`, by a binary search.
@@ -107,7 +107,7 @@ def weighted_untouched_items(
     def is_passed(place: tf.Tensor) -> tf.Tensor:
         return tf.gather(touched_below, tf.minimum(place, most)) <= number
 
-    first = _first_not(is_passed, begins, ends, num_halvings)
+    first = first_not(is_passed, begins, ends, num_halvings)
     return tf.searchsorted(cumulative, number + touched_weight(first), side="right")
 
 
@@ -130,7 +130,7 @@ def is_touched(
         place = tf.minimum(place, last)
         return tf.cast(tf.gather(touched_gaps, place), tf.int64) + 1 + (place - begins)
 
-    first = _first_not(lambda place: touched(place) < items, begins, ends, num_halvings)
+    first = first_not(lambda place: touched(place) < items, begins, ends, num_halvings)
     return (first < ends) & tf.equal(touched(first), items)
 
 

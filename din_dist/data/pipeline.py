@@ -19,9 +19,9 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist.config import DataConfig, UnknownItem
-from din_dist.data.event_store import EventStore, HistorySet
+from din_dist.data.event_store import KEY_BITS, EventStore, HistorySet
 from din_dist.data.hashing import hash64
-from din_dist.data.negatives import is_touched, untouched_items, weighted_untouched_items
+from din_dist.data.negatives import first_not, is_touched, untouched_items, weighted_untouched_items
 from din_dist.data.popularity import Popularity
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
@@ -31,7 +31,7 @@ from din_dist.features.encoding import Encoding
 from din_dist.features.gathering import FeatureValues, OfferRows, signature_of, without_copying
 from din_dist.features.spec import Owner
 from din_dist.kernels import operations
-from din_dist.schema import Batch
+from din_dist.schema import UNKNOWN_ID, Batch
 
 # Streams of random numbers that must not resemble each other.
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING, _IN_BATCH = 1, 2, 3, 4, 5
@@ -230,7 +230,8 @@ class BatchMaker:
             "weights": self.store.weights if self.mean_weight else None,
         }
         for place, history in enumerate(self._histories):
-            own = {"item_ids": history.item_ids, "offsets": history.offsets, "ends": history.ends}
+            own = {"item_ids": history.item_ids, "offsets": history.offsets, "ends": history.ends, "keys": history.keys}
+            own |= {"feature_of": self.store.item_features[history.feature]} if history.feature else {}
             arrays |= {f"{place}-{name}": values for name, values in own.items()}
         if self.popularity is not None:
             arrays |= {
@@ -260,18 +261,39 @@ class BatchMaker:
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
         return user, tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
 
-    def _bounds(self, user: tf.Tensor, event: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """Returns the first and the end of each history of some examples, int64 `[B]` each, among its behaviours."""
+    def _bounds(
+        self, user: tf.Tensor, event: tf.Tensor, candidate: tf.Tensor | None = None
+    ) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """Returns the first and the end of each history of some examples, int64 `[B]` each, among its behaviours.
+
+        Args:
+            user: int64 `[B]`.
+            event: int64 `[B]`.
+            candidate: int32 `[B]`. None: histories that depend on it are left out.
+        """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         found = []
         for place, history in enumerate(self._histories):
             end = tf.gather(arrays[f"{place}-ends"], event) if f"{place}-ends" in arrays else event
-            longest = tf.constant(history.longest, tf.int64)
-            found.append((tf.maximum(tf.gather(arrays[f"{place}-offsets"], user), end - longest), end))
+            start = tf.gather(arrays[f"{place}-offsets"], user)
+            if history.feature:
+                if candidate is None:
+                    continue
+                feature = tf.cast(tf.gather(arrays[f"{place}-feature_of"], candidate), tf.int64)
+                stop = tf.gather(arrays[f"{place}-offsets"], user + 1)
+                longest_user = int(np.diff(history.offsets).max(initial=0))
+                start, end = run_of_feature(
+                    arrays[f"{place}-keys"], (start, stop), feature, end, longest_user.bit_length()
+                )
+            found.append((tf.maximum(start, end - tf.constant(history.longest, tf.int64)), end))
         return found
 
     def history_lengths(self, example_ids: tf.Tensor) -> tf.Tensor:
-        """Returns how many behaviours all histories of each example have, int64 `[B]`."""
+        """Returns how many behaviours the histories of each example have that do not depend on the candidate.
+
+        Returns:
+            int64 `[B]`.
+        """
         return tf.add_n([end - start for start, end in self._bounds(*self._located(example_ids))])
 
     def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor, global_ids: tf.Tensor | None = None) -> Batch:
@@ -297,7 +319,7 @@ class BatchMaker:
                 negative = self._weighted_negatives(draws, epoch, global_ids)
             candidate = tf.where(draw == 0, candidate, negative)
         offsets = tf.gather(arrays["logit_offsets"], candidate) if self.popularity is not None else ()
-        bounds = self._bounds(user, event)
+        bounds = self._bounds(user, event, candidate)
         windows = [self._windows(arrays[f"{place}-item_ids"], *bound) for place, bound in enumerate(bounds)]
         lengths = [tf.cast(end - start, tf.int32) for start, end in bounds]
         history, history_lengths = (tf.concat(x, axis=0) if len(x) > 1 else x[0] for x in (windows, lengths))
@@ -397,6 +419,32 @@ class BatchMaker:
         random = hash64(tf.concat([keys, of_positions], axis=0), items)
         items = tf.where(random < tf.constant(int(self.hidden_rate * 2**64), tf.uint64), -items, items)
         return items[: tf.size(candidate)], items[tf.size(candidate) :]
+
+
+def run_of_feature(
+    keys: tf.Tensor, bounds: tuple[tf.Tensor, tf.Tensor], feature: tf.Tensor, end: tf.Tensor, num_halvings: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns where a user's behaviours with a feature begin that come before an end, and where these end.
+
+    Args:
+        keys: int64, as of `HistorySet`.
+        bounds: int64 `[B]` each, where each user's behaviours begin and end.
+        feature: int64 `[B]`; there is no behaviour for 0, which is unknown.
+        end: int64 `[B]`, the place in the order of time.
+        num_halvings: `ceil(log2(longest + 1))` for the user with the most behaviours.
+    """
+    last = tf.maximum(tf.size(keys, tf.int64) - 1, 0)
+    keys = tf.cond(tf.size(keys) > 0, lambda: keys, lambda: tf.zeros([1], tf.int64))
+
+    def place_of(wanted: tf.Tensor) -> tf.Tensor:
+        def is_passed(place: tf.Tensor) -> tf.Tensor:
+            return tf.gather(keys, tf.minimum(place, last)) < wanted
+
+        return first_not(is_passed, *bounds, num_halvings)
+
+    begin = place_of(tf.bitwise.left_shift(feature, tf.constant(KEY_BITS, tf.int64)))
+    behind = place_of(tf.bitwise.left_shift(feature, tf.constant(KEY_BITS, tf.int64)) | end)
+    return tf.where(feature == UNKNOWN_ID, behind, begin), behind
 
 
 def training_batches(

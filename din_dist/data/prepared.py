@@ -318,8 +318,8 @@ def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: No
         chosen_facts = history_folders.chosen_facts(facts, config)
         for history in config.named_histories:
             history_sets.choice_of(facts, history.name)
-        if config.histories:
-            chosen_facts = chosen_facts.with_sets([history.name for history in config.named_histories])
+        if config.named_histories:
+            chosen_facts = chosen_facts.with_sets(config.named_histories)
         check(dataclasses.replace(chosen_facts, item_features=chosen))
         publish_folder(Path(builder.data_path), folder)
     finally:

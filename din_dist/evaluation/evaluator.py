@@ -102,7 +102,7 @@ class Evaluator:
                 _repeats,
                 feature_of=feature_of,
                 popularity_of=popularity_of,
-                num_histories=len(self._store.facts.histories or [""]),
+                num_histories=self._store.facts.num_histories,
             )
         return scorers
 

@@ -368,6 +368,9 @@ def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, n
         return [(store.history_item_ids, queries.history_starts, queries.history_ends - queries.history_starts)]
     found = []
     for history in store.sets:
+        if history.feature:  # all behaviours, because each candidate gets its own of them
+            found.append((store.history_item_ids, queries.seen_starts, queries.history_ends - queries.seen_starts))
+            continue
         ends = queries.events if history.ends is None else history.ends[queries.events]
         starts = np.maximum(history.offsets[queries.users], ends - history.longest)
         found.append((history.item_ids, starts, ends - starts))

@@ -108,6 +108,11 @@ class LocalLookup(keras.layers.Layer):
             items = item_ids if self.row_of_item is None else tf.abs(item_ids)
             return [tf.gather(of_item, items) for of_item in self.item_features.values()]
 
+    def feature_of(self, name: str, item_ids: tf.Tensor) -> tf.Tensor:
+        """Returns a feature's ids of `item_ids`, int32 of the same shape; an item may occur several times."""
+        with on_host():
+            return tf.gather(self.item_features[name], tf.abs(item_ids))
+
     def feature_values(self, item_ids: tf.Tensor, mode: Mode = INFERENCE) -> dict[str, Any]:
         """Returns the values of the declared features of `item_ids` `[U]`, as `FeatureColumns.call` takes them."""
         items = item_ids if self.row_of_item is None else tf.abs(item_ids)

@@ -5,11 +5,14 @@ Rows of padding, at the end, belong to segment -1: they are left out of sums, an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import tensorflow as tf
 
 from din_dist.execution import INFERENCE, Mode
 from din_dist.kernels import operations
 from din_dist.layers.pairs import Pairs
+from din_dist.schema import UNKNOWN_ID
 
 
 def segment_ids(lengths: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
@@ -40,6 +43,35 @@ def split_histories(lengths: tf.Tensor, num_histories: int) -> list[tuple[tf.Ten
     ends = tf.cumsum(tf.stack([tf.reduce_sum(part) for part in parts]))
     begins = [0, *(ends[place] for place in range(num_histories - 1))]
     return [(part, slice(begin, ends[place])) for place, (part, begin) in enumerate(zip(parts, begins, strict=True))]
+
+
+class MatchedPositions(NamedTuple):
+    """The positions of users' histories that share a feature with each of C candidates."""
+
+    order: tf.Tensor  # int32 [N], the positions by user and feature, each oldest first
+    starts: tf.Tensor  # int32 [C], where those of each candidate begin in this order
+    ends: tf.Tensor  # int32 [C]
+
+
+def matched_positions(
+    of_positions: tuple[tf.Tensor, tf.Tensor], of_candidates: tuple[tf.Tensor, tf.Tensor], longest: int
+) -> MatchedPositions:
+    """Returns, for each candidate, the newest positions of its user that have its feature; none for feature 0.
+
+    Args:
+        of_positions: int32 `[N]` each, the user, ascending, and the feature.
+        of_candidates: int32 `[C]` each, likewise, users in any order.
+        longest: the most positions of a candidate.
+    """
+    users, features = (tf.cast(values, tf.int64) for values in of_positions)
+    own_users, own_features = (tf.cast(values, tf.int64) for values in of_candidates)
+    num_features = tf.reduce_max(tf.concat([features, own_features, [0]], axis=0)) + 1
+    keys = users * num_features + features
+    order = tf.argsort(keys, stable=True)
+    keys, wanted = tf.gather(keys, order), own_users * num_features + own_features
+    ends = tf.searchsorted(keys, wanted, side="right")
+    starts = tf.maximum(tf.searchsorted(keys, wanted), ends - longest)
+    return MatchedPositions(order, tf.where(own_features == UNKNOWN_ID, ends, starts), ends)
 
 
 def rows_of(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:

@@ -16,7 +16,7 @@ from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.vectors import beside_product
 from din_dist.layers.pairs import Pairs
 from din_dist.models.ranking_model import RankingModel, items_of, suffixes_of
-from din_dist.schema import Batch
+from din_dist.schema import Batch, NamedHistory
 
 
 class DIN(RankingModel):
@@ -33,7 +33,7 @@ class DIN(RankingModel):
         training_mode: of a pass in training.
         example_columns: of the context.
         num_tasks: the labels to predict.
-        histories: the names of several histories.
+        histories: several histories; None: there is one.
         attention: another form of the local activation unit, for comparison.
     """
 
@@ -44,12 +44,12 @@ class DIN(RankingModel):
         training_mode: Mode | None = None,
         example_columns: FeatureColumns | None = None,
         num_tasks: int = 1,
-        histories: Sequence[str] | None = None,
+        histories: Sequence[NamedHistory] | None = None,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
         super().__init__(lookup, config, training_mode, example_columns, num_tasks, histories, **kwargs)
-        suffixes = suffixes_of(histories)
+        suffixes = suffixes_of(self.histories)
         self.attentions = [
             attention(
                 config.attention_hidden_units,

@@ -20,12 +20,12 @@ from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.dense import run_stages
 from din_dist.layers.native.vectors import vectors_and_candidates
-from din_dist.layers.packed import padded, rows_at, segment_ids, split_histories
+from din_dist.layers.packed import matched_positions, padded, rows_at, segment_ids, split_histories
 from din_dist.layers.pairs import Pairs
 from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
 from din_dist.layers.task_towers import TaskTowers
-from din_dist.schema import Batch, TableSpec
+from din_dist.schema import Batch, NamedHistory, TableSpec
 
 OF_HISTORY, OF_CANDIDATE = (Owner.USER, Owner.CONTEXT), (Owner.CANDIDATE,)
 
@@ -67,7 +67,7 @@ class RankingModel(keras.Model):
         training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
         example_columns: the columns of the examples' features, those of candidates last. None: there are none.
         num_tasks: T, the labels to predict. Logits have an axis of tasks if there are several.
-        histories: the names of S histories, in the order in which batches have them. None: there is one.
+        histories: S histories, in the order in which batches have them. None: there is one.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class RankingModel(keras.Model):
         training_mode: Mode | None = None,
         example_columns: FeatureColumns | None = None,
         num_tasks: int = 1,
-        histories: Sequence[str] | None = None,
+        histories: Sequence[NamedHistory] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_tasks, self.num_histories = num_tasks, len(histories or [""])
+        self.num_tasks, self.histories = num_tasks, tuple(histories or [NamedHistory("", 0)])
         self.lookup, self.training_mode = lookup, training_mode or TRAINING
         self.example_columns = example_columns
         frozen = config.batch_norm is BatchNorm.FROZEN
         self.has_batch_statistics = not frozen
-        suffixes = suffixes_of(histories)
+        suffixes = suffixes_of(self.histories)
         self.interest_norms = [BatchNormalization(frozen, name=f"interest_norm{suffix}") for suffix in suffixes]
         self.interest_projections = [
             keras.layers.Dense(lookup.width, name=f"interest_projection{suffix}") for suffix in suffixes
@@ -106,6 +106,11 @@ class RankingModel(keras.Model):
         one, lengths = tf.zeros([1], tf.int32), tf.zeros([self.num_histories], tf.int32)
         features = self.example_columns.missing(1) if self.example_columns else ()
         self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=lengths, features=features))
+
+    @property
+    def num_histories(self) -> int:
+        """S, the histories of an example."""
+        return len(self.histories)
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -266,7 +271,8 @@ class RankingModel(keras.Model):
         User and context columns go through the head's first layer once a history.
 
         Args:
-            history_item_ids: int32 `[N]`, the histories of B users concatenated, as of `Batch`.
+            history_item_ids: int32 `[N]`, the histories of B users concatenated, as of `Batch`. One with a feature has
+                all behaviours, of which each candidate gets its own.
             history_lengths: int32 `[S * B]`.
             candidate_item_ids: int32 `[C]`, the candidates of B users concatenated.
             candidate_counts: int32 `[B]`.
@@ -274,7 +280,6 @@ class RankingModel(keras.Model):
                 history, and C of each candidate feature. None: the model has no such features.
         """
         history_of = segment_ids(candidate_counts)  # [C]
-        starts = tf.split(tf.cumsum(history_lengths, exclusive=True), self.num_histories)
         item_ids, index = distinct_items(candidate_item_ids, history_item_ids)
         num_candidates = tf.size(candidate_item_ids)
         items = self._look_up(item_ids, index[:num_candidates], None, INFERENCE)
@@ -282,10 +287,19 @@ class RankingModel(keras.Model):
             terms = tf.gather(terms, history_of)
         items = items._replace(context=self.candidate_context(features), history_terms=terms)
         all_pairs = []
-        for first, own in zip(starts, tf.split(history_lengths, self.num_histories), strict=True):
-            begins, lengths = tf.gather(first, history_of), tf.gather(own, history_of)  # [C] each
-            position_of = tf.ragged.range(begins, begins + lengths).values  # [P]
-            all_pairs.append(Pairs(segment_ids(lengths), tf.gather(index[num_candidates:], position_of)))
+        split = split_histories(history_lengths, self.num_histories)
+        for history, (lengths, own) in zip(self.histories, split, strict=True):
+            behaviour_of = index[num_candidates:][own]
+            if history.feature:
+                of_positions = segment_ids(lengths), self.lookup.feature_of(history.feature, history_item_ids[own])
+                of_candidates = history_of, self.lookup.feature_of(history.feature, candidate_item_ids)
+                order, starts, ends = matched_positions(of_positions, of_candidates, history.longest)
+                behaviour_of = tf.gather(behaviour_of, order)
+            else:
+                starts = tf.gather(tf.cumsum(lengths, exclusive=True), history_of)  # [C]
+                ends = starts + tf.gather(lengths, history_of)
+            position_of = tf.ragged.range(starts, ends).values  # [P]
+            all_pairs.append(Pairs(segment_ids(ends - starts), tf.gather(behaviour_of, position_of)))
         return self.logits(items, all_pairs)
 
     def split_head(self) -> SplitHead:
@@ -362,10 +376,10 @@ class RankingModel(keras.Model):
         return self.head.combined(self.head.after_first(projected) + items.biases)
 
 
-def suffixes_of(histories: Sequence[str] | None) -> list[str]:
+def suffixes_of(histories: Sequence[NamedHistory]) -> list[str]:
     """Returns what the names of the layers of each history end with; the first ones are those of a single history."""
-    _, *others = histories or [""]
-    return ["", *(f"_{name}" for name in others)]
+    _, *others = histories
+    return ["", *(f"_{history.name}" for history in others)]
 
 
 def _given(features: Mapping[str, Any] | None, encodings: Sequence[Encoding]) -> Mapping[str, Any]:

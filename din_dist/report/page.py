@@ -220,7 +220,10 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _lengths(config: Config) -> str:
     """Returns how long histories may be, in words."""
-    named = [f"{history.name} up to {history.longest:,}" for history in config.data.named_histories]
+    named = []
+    for history in config.data.named_histories:
+        whose = f" of the candidate's {history.feature}" if history.feature else ""
+        named.append(f"{history.name} up to {history.longest:,}{whose}")
     return ", ".join(named) or f"up to {config.data.max_history_length:,}"
 
 

@@ -32,7 +32,7 @@ _MOST_BYTES = 4 << 20  # largest manifest
 _FOLDERS = ("variables", "assets", "debug")  # folders of a SavedModel
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("item_features", "feature_inputs", "settings", "versions", "files", "histories"), dict),
-    **dict.fromkeys(("item_id_type", "flags", "data_fingerprint", "compared_split"), str),
+    **dict.fromkeys(("item_id_type", "flags", "data_fingerprint", "compared_split", "long_history"), str),
     **dict.fromkeys(("max_history_length", "num_items", "embedding_width", "step", "num_compared"), int),
     "max_difference": (int, float),
     "summary": (dict, NoneType),
@@ -105,6 +105,8 @@ class Manifest:
         main_task: the one that items are ranked by.
         histories: by name, the number of newest behaviours that the model reads of each history, if there are several.
             Else the file has no such entry.
+        long_history: the item feature that behaviours of the last history share with the candidate, if there is such a
+            history. It takes all behaviours. Else the file has no such entry.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -130,6 +132,7 @@ class Manifest:
     tasks: tuple[str, ...] = ()
     main_task: str = ""
     histories: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    long_history: str = ""
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -143,6 +146,8 @@ class Manifest:
             del fields["tasks"], fields["main_task"]
         if not self.histories:
             del fields["histories"]
+        if not self.long_history:
+            del fields["long_history"]
         return fields
 
     @functools.cached_property

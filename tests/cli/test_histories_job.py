@@ -23,13 +23,15 @@ from tests.support.served import serving
 
 VALIDATE_FROM, TEST_FROM = 12, 16
 WORDS = [
-    *("--action_column=action", "--histories=buy:3,view:2,skipped:4", "--split=temporal"),
+    *("--action_column=action", "--histories=buy:3,view:2,skipped:4", "--long_history=category_id:2"),
+    "--split=temporal",
     *(f"--validation_from={VALIDATE_FROM}", f"--test_from={TEST_FROM}", "--epochs=15", "--learning_rate=0.005"),
 ]
-ITEMS = ["i1", "i2", "i3", "i1", "never seen", "i4", "i5", "i6"]
-NAMES = ["buy", "view", "buy", "skipped", "buy", "buy", "view", "view"]  # more than the model reads of two of them
-LENGTHS = [5, 0, 3]
-CANDIDATES = ["i7", "i8", "i9"]
+HISTORIES = {"buy": 3, "view": 2, "skipped": 4, "long": 2}
+ITEMS = ["i1", "i2", "i3", "i1", "never seen", "i4", "i5", "i6", "i9", "i4", "i7", "i14"]
+NAMES = ["buy", "view", "buy", "skipped", "buy", "buy", "view", "view", *4 * ["long"]]
+LENGTHS = [5, 0, 7]
+CANDIDATES = ["i7", "i8", "i9"]  # of categories c2, c3 and c4; of c4 the long history has i9, i4 and i14
 
 
 def write_log(path: Path, num_users: int = 300) -> None:
@@ -58,24 +60,21 @@ def folder(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def expected(folder: Path) -> np.ndarray:
     """The logits of the behaviours above."""
     bundle = Bundle.open(folder / "export")
-    assert bundle.manifest.histories == {"buy": 3, "view": 2, "skipped": 4}
+    assert (bundle.manifest.histories, bundle.manifest.long_history) == (HISTORIES, "category_id")
     return bundle.score(NamedBehaviours(ITEMS, NAMES), LENGTHS, CANDIDATES)
 
 
 def test_each_history_is_cut_to_its_own_newest(folder: Path, expected: np.ndarray) -> None:
     bundle = Bundle.open(folder / "export")
-    kept = [1, 2, 3, 4, 5, 6, 7]  # all but i1: of four bought items the first, where the lengths allow three
-    same = bundle.score(NamedBehaviours(ITEMS, NAMES), LENGTHS, CANDIDATES)
-    np.testing.assert_array_equal(same, expected)
-    longer = ["i9", *ITEMS[:5], *ITEMS[5:]], ["skipped", *NAMES]
-    changed = bundle.score(NamedBehaviours(*longer), [6, 0, 3], CANDIDATES)
-    assert abs(changed[0] - expected[0]) > 1e-4
-    np.testing.assert_allclose(changed[1:], expected[1:], atol=1e-6)
-    dropped = bundle.score(
-        NamedBehaviours(["i9", "i8", *ITEMS[5:]], ["view", "view", "buy", "view", "view"]), [5], ["i9"]
-    )
-    np.testing.assert_allclose(dropped[0], expected[2], atol=1e-6)  # the newest two views are those of before
-    assert len(kept) == 7
+    longer = bundle.score(NamedBehaviours(["i9", *ITEMS], ["skipped", *NAMES]), [6, 0, 7], CANDIDATES)
+    assert abs(longer[0] - expected[0]) > 1e-4
+    np.testing.assert_allclose(longer[1:], expected[1:], atol=1e-6)
+    # Older views are not read, nor older ones of the candidate's category, nor any of another.
+    more, names = ["i9", "i8", "i19", "i3", "i1"], ["view", "view", "long", "long", "long"]
+    older = bundle.score(NamedBehaviours([*more, *ITEMS[5:]], [*names, *NAMES[5:]]), [12], ["i9"])
+    np.testing.assert_allclose(older[0], expected[2], atol=1e-6)
+    newer = bundle.score(NamedBehaviours([*ITEMS[5:], "i19"], [*NAMES[5:], "long"]), [8], ["i9"])
+    assert abs(newer[0] - expected[2]) > 1e-4
 
 
 def test_evaluate_finds_what_the_trainer_found(folder: Path, commands: Preloaded) -> None:
@@ -99,8 +98,8 @@ def test_all_ways_give_the_same(folder: Path, commands: Preloaded, expected: np.
     assert expected[2] == pytest.approx(ranked["logits"][ranked["places"].tolist().index(2)], abs=1e-5)
     ends = np.cumsum(LENGTHS)
     rows = [(ITEMS[end - n : end], NAMES[end - n : end]) for end, n in zip(ends, LENGTHS, strict=True)]
-    padded = [[*items, *["x"] * (5 - len(items))] for items, _ in rows]
-    padded_names = [[*names, *[""] * (5 - len(names))] for _, names in rows]
+    padded = [[*items, *["x"] * (7 - len(items))] for items, _ in rows]
+    padded_names = [[*names, *[""] * (7 - len(names))] for _, names in rows]
     inputs = {"history_item_ids": padded, "history_names": padded_names, "history_lengths": LENGTHS}
     found = bundle.call("score_padded", inputs | {"candidate_item_ids": CANDIDATES})["logits"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -128,12 +127,13 @@ def test_all_ways_give_the_same(folder: Path, commands: Preloaded, expected: np.
         answer = served.predict({"signature_name": "rank", "inputs": one})["outputs"]
         np.testing.assert_allclose(answer["logits"], ranked["logits"], atol=1e-5)
         wrong = instances[0] | {"history_names": ["buy", "view", "buy", "liked", "buy"]}
-        assert "instances[0].history_names must have names of histories, buy, view, skipped" in served.refused(
+        assert "instances[0].history_names must have names of histories, buy, view, skipped, long" in served.refused(
             {"instances": [wrong]}
         )
         metadata = json.loads(served.get("/v1/models/shop/metadata"))["metadata"]
         assert "history_names" in metadata["signature_def"]["signature_def"]["score"]["inputs"]
-        assert metadata["din_dist"]["histories"] == {"buy": 3, "view": 2, "skipped": 4}
+        assert metadata["din_dist"]["histories"] == HISTORIES
+        assert metadata["din_dist"]["long_history"] == "category_id"
 
 
 def test_predict_cuts_histories_as_training_does(folder: Path, commands: Preloaded, tmp_path: Path) -> None:
@@ -143,8 +143,9 @@ def test_predict_cuts_histories_as_training_does(folder: Path, commands: Preload
     lists: dict[str, list[Any]] = {"history": [], "history_names": [], "item_id": [row["item_id"] for row in rows]}
     for row in rows:
         own = [one for one in log if one["user_id"] == row["user_id"] and one["timestamp"] < row["timestamp"]]
-        lists["history"].append([one["item_id"] for one in own])
-        lists["history_names"].append([one["action"] or "skipped" for one in own])
+        clicked = [one for one in own if one["label"]]
+        lists["history"].append([one["item_id"] for one in (*own, *clicked)])
+        lists["history_names"].append([*(one["action"] or "skipped" for one in own), *["long"] * len(clicked)])
     by_user = pa.Table.from_pylist([{name: row[name] for name in ("user_id", "item_id", "timestamp")} for row in rows])
     logits = {}
     for name, table, flags in (
@@ -165,8 +166,8 @@ def test_histories_of_the_store(folder: Path) -> None:
     users = store.vocabulary("users").to_pylist()
     rows = sorted(log, key=lambda row: (users.index(row["user_id"]), row["timestamp"]))
     user_of = np.repeat(np.arange(len(users)), np.diff(store.user_offsets))
-    assert [history.name for history in store.sets] == ["buy", "view", "skipped"]
-    for history in store.sets:
+    assert [history.name for history in store.sets] == [*HISTORIES]
+    for history in store.sets[:-1]:
         for event in range(0, len(rows), 7):
             own = [one for one in rows if one["user_id"] == rows[event]["user_id"]]
             earlier = [one for one in own if one["timestamp"] < rows[event]["timestamp"]]
@@ -178,6 +179,7 @@ def test_histories_of_the_store(folder: Path) -> None:
 
 def config_of(folder: Path, **changes: Any) -> DataConfig:
     settings = {"histories": ("buy:3", "view:2", "skipped:4"), "action_column": "action", "split": Split.TEMPORAL}
+    settings["long_history"] = "category_id:2"
     settings |= {"validation_from": VALIDATE_FROM, "test_from": TEST_FROM} | changes
     log, prepared = str(folder / "log.parquet"), str(folder / "prepared")
     return DataConfig(dataset="event_log", data_path=log, data_dir=prepared, **settings)
@@ -209,7 +211,7 @@ def test_other_histories_do_not_resume(folder: Path, commands: Preloaded) -> Non
 def test_the_report_is_written(folder: Path, commands: Preloaded, tmp_path: Path) -> None:
     run(commands, "report", f"--output_dir={folder / 'run'}", f"--report_path={tmp_path / 'report.html'}")
     text = (tmp_path / "report.html").read_text()
-    assert "buy up to 3, view up to 2, skipped up to 4" in text
+    assert "buy up to 3, view up to 2, skipped up to 4, long up to 2 of the candidate&#39;s category_id events" in text
 
 
 @pytest.mark.parametrize("histories", [{"buy": 3}, {"buy": -1, "view": 2}, {"buy": "3", "view": 2}])

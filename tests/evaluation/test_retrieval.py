@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +162,14 @@ def test_places_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -
 class Sums(RankingModel):
     """A toy model that `CatalogueScorer` does not know; its head does not see the candidate by itself."""
 
-    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+    def interest(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
+    ) -> tf.Tensor:
         rows = tf.gather(behaviours, pairs.behaviour_of)
         return segment_sum(rows, pairs.candidate_of, tf.shape(candidate)[0])
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
-        return interest * candidate
+    def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        return interests[0] * candidate
 
 
 @pytest.mark.parametrize("kind", [DIN, Sums])

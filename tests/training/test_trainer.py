@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -643,14 +643,16 @@ def test_messages_in_shared_memory_keep_their_order(tmp_path: Path, model: Model
 class LastItem(RankingModel):
     """A toy model: the interest is the candidate's last behaviour."""
 
-    def interest(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+    def interest(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
+    ) -> tf.Tensor:
         positions = tf.range(tf.size(pairs.candidate_of))
         last = tf.math.unsorted_segment_max(positions, pairs.candidate_of, tf.shape(candidate)[0])
         found = tf.gather(behaviours, tf.gather(tf.concat([pairs.behaviour_of, [0]], 0), tf.maximum(last, 0)))
         return tf.where((last >= 0)[:, None], found, 0.0)
 
-    def head_inputs(self, interest: tf.Tensor, candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
-        return tf.concat([interest, candidate], axis=1)
+    def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
+        return tf.concat([*interests, candidate], axis=1)
 
 
 class Momentum(Optimizer):

@@ -158,14 +158,15 @@ class UserHistories:
         found = self._indices(users)
         known = found >= 0
         self.num_unknown += int(np.count_nonzero(~known))
-        cut = [self._cut(history, found, before) for history in self._store.histories(self._most)]
+        histories = [self._whole(history) for history in self._store.histories(self._most)]
+        cut = [self._cut(history, found, before) for history in histories]
         if before is not None:
             has_any = np.any([starts < ends for starts, ends, _ in cut], axis=0)
             has_some = np.any([starts < earlier for starts, _, earlier in cut], axis=0)
             self.num_timed += int(np.count_nonzero(has_any))
             self.num_too_early += int(np.count_nonzero(has_any & ~has_some))
         items, all_lengths = [], []
-        for history, (starts, _, earlier) in zip(self._store.histories(self._most), cut, strict=True):
+        for history, (starts, _, earlier) in zip(histories, cut, strict=True):
             indices, lengths = newest(starts, earlier, history.longest)
             items.append(history.item_ids[indices] - 1)
             all_lengths.append(lengths)
@@ -175,6 +176,13 @@ class UserHistories:
             np.concatenate(items), np.concatenate(all_lengths), [history.name for history in self._store.sets]
         )
         return Encoded(self._item_ids, codes, own_names), lengths
+
+    def _whole(self, history: HistorySet) -> HistorySet:
+        """Returns all behaviours in the order of time, of a history from which each candidate gets its own."""
+        if not history.feature:
+            return history
+        (whole,) = dataclasses.replace(self._store, sets=()).histories(np.iinfo(np.int64).max)
+        return whole
 
     def _cut(
         self, history: HistorySet, users: np.ndarray, before: np.ndarray | None

@@ -25,6 +25,7 @@ class Items(NamedTuple):
     vectors: tf.Tensor  # [U, H]
     biases: tf.Tensor  # [U], or [U, T] of T tasks
     index: tf.Tensor  # int32 [M], the index of each of the request's items among the distinct ones
+    features: Mapping[str, tf.Tensor]  # name -> int32 [U], the ids of each item feature
 
 
 class ItemLookup:
@@ -143,7 +144,7 @@ class ItemLookup:
         if self._columns:
             parts.append(self._columns.of(values))
         biases = self._lookup.flat(tf.gather(self._lookup.item_bias.value, rows))
-        return Items(tf.concat(parts, axis=1), biases, index)
+        return Items(tf.concat(parts, axis=1), biases, index, dict(zip(self._features, features, strict=True)))
 
     def _rows(self, dense_ids: tf.Tensor) -> tf.Tensor:
         """Returns the row of the item table of each dense id."""

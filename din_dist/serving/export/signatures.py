@@ -18,9 +18,10 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import Form, Owner
-from din_dist.layers.packed import segment_ids
+from din_dist.layers.packed import matched_positions, segment_ids, split_histories
 from din_dist.layers.pairs import Pairs
 from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
+from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
 from din_dist.serving.export.features import Declared, ExampleInputs, encoder_of, input_names
@@ -43,8 +44,7 @@ class Signatures:
         model: the trained model.
         item_ids: the log's ids of all items, in the order of the dense ids.
         feature_ids: name of an item feature -> the ids of its values, in the order of the dense ids.
-        histories: by the name of each history, the number of newest behaviours that the model reads; "" names the only
-            one.
+        histories: those that the model reads; "" names the only one.
         folder: for the files of the vocabularies, which are needed until the SavedModel is written.
         declared: the declared features by name. None: there are none.
         predictions: the labels that are predicted. None: a click, whose probability is the sigmoid of its logit.
@@ -55,13 +55,13 @@ class Signatures:
         model: RankingModel,
         item_ids: pa.ChunkedArray,
         feature_ids: Mapping[str, pa.ChunkedArray],
-        histories: Mapping[str, int],
+        histories: Sequence[NamedHistory],
         folder: Path,
         declared: Mapping[str, Declared] | None = None,
         predictions: Predictions | None = None,
     ) -> None:
         self._predictions = predictions or Predictions()
-        self._model, self._histories = model, dict(histories)
+        self._model, self._histories = model, tuple(histories)
         declared = declared or {}
         self._items = ItemLookup(model.lookup, item_ids, feature_ids, declared, folder)
         self._names = names_of_inputs(list(feature_ids), declared)
@@ -152,7 +152,13 @@ class Signatures:
             items.vectors,
             context=self._columns_of(features, tuple(Owner), num_candidates, "candidate"),
         )
-        all_pairs = self._model.pairs(lengths, items.index[num_candidates:])
+        if not any(history.feature for history in self._histories):
+            all_pairs = self._model.pairs(lengths, items.index[num_candidates:])
+        else:
+            of_candidates = {name: tf.gather(ids, candidate_index) for name, ids in items.features.items()}
+            users = tf.range(num_candidates)
+            spans = self._spans(lengths, items.index[num_candidates:], items.features, users, of_candidates)
+            all_pairs = [span.pairs() for span in spans]
         return self._with_probability(self._model.logits(looked_up, all_pairs))
 
     def score_padded(
@@ -258,7 +264,8 @@ class Signatures:
             terms = tf.matmul(terms, self._model.split_head().of_history)
         context = self._columns_of(features, OF_CANDIDATE, tf.size(candidate_item_ids), "candidate")
         history_of = segment_ids(counts)  # [C]
-        spans = _spans(lengths, history_of, len(self._histories))
+        of_candidates = {name: tf.gather(ids, candidates.index) for name, ids in candidates.features.items()}
+        spans = self._spans(lengths, behaviours.index, behaviours.features, history_of, of_candidates)
         num_positions = tf.add_n([span.ends - span.starts for span in spans])
         costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
         num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
@@ -267,7 +274,7 @@ class Signatures:
         def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             low, high = bounds[part], bounds[part + 1]
             all_positions = [span.part(low, high) for span in spans]
-            own = [behaviours.index[positions.begin : positions.end] for positions in all_positions]
+            own = [positions.index for positions in all_positions]
             distinct, index = tf.unique(tf.concat(own, axis=0))
             candidate_index = candidates.index[low:high]
             looked_up = LookedUp(
@@ -278,10 +285,10 @@ class Signatures:
                 history_terms=None if terms is None else tf.gather(terms, history_of[low:high]),
             )
             all_pairs, before = [], tf.constant(0)
-            for positions, part_of in zip(all_positions, own, strict=True):
-                behaviour_of = tf.gather(index, before + tf.ragged.range(positions.firsts, positions.behind).values)
-                all_pairs.append(Pairs(segment_ids(positions.behind - positions.firsts), behaviour_of))
-                before += tf.size(part_of)
+            for positions in all_positions:
+                again = positions._replace(index=index[before : before + tf.size(positions.index)])
+                all_pairs.append(again.pairs())
+                before += tf.size(positions.index)
             found = self._model.logits(looked_up, all_pairs)
             return part + 1, logits.write(tf.cast(part, tf.int32), found)
 
@@ -321,8 +328,8 @@ class Signatures:
         lengths = _checked_lengths(history_lengths, history_item_ids, LENGTHS, HISTORY)
         if names is not None:
             return self._newest_of_each(lengths, _of_same_size(names, history_item_ids, NAMES, HISTORY))
-        (longest,) = self._histories.values()
-        kept = tf.minimum(lengths, longest)
+        (history,) = self._histories
+        kept = tf.minimum(lengths, history.longest)
         ends = tf.cumsum(lengths)
         all_short = tf.reduce_all(tf.equal(kept, lengths))
 
@@ -339,8 +346,8 @@ class Signatures:
         self, lengths: tf.Tensor, names: tf.Tensor
     ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
         """Does what `_newest` does, of several histories."""
-        is_of = tf.equal(names[:, None], tf.constant(list(self._histories)))  # [N, S]
-        rule = f"history_names must be of {', '.join(self._histories)}. Received:"
+        is_of = tf.equal(names[:, None], tf.constant([history.name for history in self._histories]))  # [N, S]
+        rule = f"history_names must be of {', '.join(history.name for history in self._histories)}. Received:"
         with tf.control_dependencies([tf.Assert(tf.reduce_all(tf.reduce_any(is_of, axis=1)), [rule, names])]):
             place = tf.argmax(is_of, axis=1, output_type=tf.int32)
         num_users = tf.size(lengths)
@@ -348,10 +355,45 @@ class Signatures:
         order = tf.argsort(history_of, stable=True)
         num_histories = len(self._histories) * num_users
         own_lengths = tf.math.bincount(history_of, minlength=num_histories, maxlength=num_histories)
-        kept = tf.minimum(own_lengths, tf.repeat(tf.constant([*self._histories.values()]), num_users))
+        # Of a history with a feature each candidate gets the newest of its own.
+        longest = [tf.int32.max if history.feature else history.longest for history in self._histories]
+        kept = tf.minimum(own_lengths, tf.repeat(tf.constant(longest), num_users))
         ends = tf.cumsum(own_lengths)
         places = tf.gather(order, tf.ragged.range(ends - kept, ends).values)
         return lambda values: tf.gather(values, places), kept
+
+    def _spans(
+        self,
+        lengths: tf.Tensor,
+        behaviour_of: tf.Tensor,
+        of_behaviours: Mapping[str, tf.Tensor],
+        user_of: tf.Tensor,
+        of_candidates: Mapping[str, tf.Tensor],
+    ) -> list[_Span]:
+        """Returns the span of each history.
+
+        Args:
+            lengths: int32 `[S * B]`, history after history.
+            behaviour_of: int32 `[N]`, the behaviour at each position.
+            of_behaviours: name -> int32 `[K]`, the ids of item features.
+            user_of: int32 `[C]`, the user of each candidate.
+            of_candidates: name -> int32 `[C]`, the ids of item features.
+        """
+        spans = []
+        for history, (own_lengths, own) in zip(
+            self._histories, split_histories(lengths, len(self._histories)), strict=True
+        ):
+            index = behaviour_of[own]
+            if history.feature:
+                of_positions = segment_ids(own_lengths), tf.gather(of_behaviours[history.feature], index)
+                own_candidates = user_of, of_candidates[history.feature]
+                order, starts, ends = matched_positions(of_positions, own_candidates, history.longest)
+                index = tf.gather(index, order)
+            else:
+                starts = tf.gather(tf.cumsum(own_lengths, exclusive=True), user_of)
+                ends = starts + tf.gather(own_lengths, user_of)
+            spans.append(_Span(index, starts, ends))
+        return spans
 
     def _given(
         self, features: Mapping[str, tf.Tensor], history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor
@@ -377,39 +419,24 @@ class Signatures:
         return self._columns.of(values, owners) if values else None
 
 
-class _Positions(NamedTuple):
-    """The positions of one history that some candidates read."""
-
-    begin: tf.Tensor  # the first of all
-    end: tf.Tensor
-    firsts: tf.Tensor  # int32 [candidates], where each one's history begins, counted from `begin`
-    behind: tf.Tensor  # int32 [candidates], where it ends
-
-
 class _Span(NamedTuple):
     """The positions of one history that each of C candidates reads."""
 
+    index: tf.Tensor  # int32 [N], the behaviour at each position
     starts: tf.Tensor  # int32 [C]
     ends: tf.Tensor  # int32 [C]
 
-    def part(self, low: tf.Tensor, high: tf.Tensor) -> _Positions:
+    def part(self, low: tf.Tensor, high: tf.Tensor) -> _Span:
         """Returns the positions that the candidates `low` to `high` - 1 read; there may be none."""
-        begin = tf.concat([self.starts, [0]], axis=0)[low]
-        end = tf.concat([[0], self.ends], axis=0)[high]
-        return _Positions(begin, end, self.starts[low:high] - begin, self.ends[low:high] - begin)
+        starts, ends = self.starts[low:high], self.ends[low:high]
+        begin = tf.reduce_min(tf.concat([starts, tf.shape(self.index)], axis=0))
+        end = tf.reduce_max(tf.concat([ends, begin[None]], axis=0))
+        return _Span(self.index[begin:end], starts - begin, ends - begin)
 
-
-def _spans(lengths: tf.Tensor, history_of: tf.Tensor, num_histories: int) -> list[_Span]:
-    """Returns the span of each history.
-
-    Args:
-        lengths: int32 `[S * B]`, history after history.
-        history_of: int32 `[C]`, the user of each candidate.
-        num_histories: S.
-    """
-    all_starts = tf.split(tf.cumsum(lengths, exclusive=True), num_histories)
-    both = zip(all_starts, tf.split(lengths, num_histories), strict=True)
-    return [_Span(tf.gather(starts, history_of), tf.gather(starts + own, history_of)) for starts, own in both]
+    def pairs(self) -> Pairs:
+        """Returns each candidate with its behaviours."""
+        behaviour_of = tf.gather(self.index, tf.ragged.range(self.starts, self.ends).values)
+        return Pairs(segment_ids(self.ends - self.starts), behaviour_of)
 
 
 def calibrated(logits: tf.Tensor, calibrator: Calibrator) -> tf.Tensor:

@@ -26,7 +26,7 @@ from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Kind, Owner
 from din_dist.files import folder_aside, locked, make_folder, publish_folder, repair_publishing, write_text
 from din_dist.models.ranking_model import RankingModel
-from din_dist.schema import Batch
+from din_dist.schema import Batch, NamedHistory
 from din_dist.serving.bundle import as_tensor, inputs_of
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
@@ -178,7 +178,7 @@ class _Exported:
         self._vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
         self._features, self._predictions = described_features(trained.store), trained.predictions
         self._examples, self._values = examples, OwnValues(trained.store)
-        self._histories = trained.store.facts.histories
+        self._histories = [history.name for history in trained.store.facts.histories]
 
     def logits(self, batch: Batch, *, signature: str, missing: bool) -> tf.Tensor:
         """Returns the logits, `[B]` or `[B, T]`, of a packed batch.
@@ -226,7 +226,7 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             trained.model,
             store.vocabulary(ITEMS),
             {name: store.vocabulary(vocabulary_of(name)) for name in store.item_features},
-            _histories(trained) or {"": _longest(trained)},
+            store.facts.histories or (NamedHistory("", _longest(trained)),),
             Path(vocabularies),
             _declared(store),
             trained.predictions,
@@ -279,6 +279,7 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         tasks=trained.predictions.tasks,
         main_task=trained.predictions.labels[trained.predictions.main].task,
         histories=_histories(trained),
+        long_history=next((history.feature for history in store.sets if history.feature), ""),
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)

@@ -84,7 +84,9 @@ class Setup:
         randomise(model)
         self.weights = weights_of(model)
         vocabularies = {name: pa.chunked_array([values]) for name, values in case.features.items()}
-        Signatures(model, pa.chunked_array([case.ids]), vocabularies, {"": MAX_LENGTH}, folder).save(folder / "model")
+        Signatures(
+            model, pa.chunked_array([case.ids]), vocabularies, [schema.NamedHistory("", MAX_LENGTH)], folder
+        ).save(folder / "model")
         for path in folder.glob("*.txt"):  # the SavedModel has its own copies
             path.unlink()
         (folder / "model").rename(folder / "moved")

@@ -49,7 +49,7 @@ def small_model(
     native: bool = False,
     features: Mapping[str, StoredFeature] | None = None,
     num_tasks: int = 1,
-    histories: Sequence[str] = (),
+    histories: Sequence[schema.NamedHistory] = (),
     **config,
 ) -> RankingModel:
     """Returns a model of embeddings 3 + 2 and hidden layers 5 and 4; every weight is random, as zeros hide mistakes."""
