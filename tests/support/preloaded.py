@@ -22,7 +22,6 @@ from typing import Any
 
 from tests.support.repository import ROOT
 
-
 _LONGEST = 900.0  # seconds; a busy machine with two cores takes minutes for what takes seconds alone
 
 
