@@ -294,7 +294,8 @@ class BatchMaker:
         Returns:
             int64 `[B]`.
         """
-        return tf.add_n([end - start for start, end in self._bounds(*self._located(example_ids))])
+        lengths = [end - start for start, end in self._bounds(*self._located(example_ids))]
+        return tf.add_n(lengths) if len(lengths) > 1 else lengths[0]
 
     def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor, global_ids: tf.Tensor | None = None) -> Batch:
         """Returns the packed batch of some examples; `schema` documents its parts.

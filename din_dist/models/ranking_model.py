@@ -215,6 +215,8 @@ class RankingModel(keras.Model):
             behaviour_of: int32 `[N]`, the behaviour at each position.
             mode: of the pass.
         """
+        if self.num_histories == 1:
+            return [Pairs(segment_ids(history_lengths, mode), behaviour_of)]
         histories = split_histories(history_lengths, self.num_histories)
         return [Pairs(segment_ids(lengths, mode), behaviour_of[own]) for lengths, own in histories]
 
