@@ -50,6 +50,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"events per user: {spread('events_per_user')}",
         f"history lengths: {spread('history_length')}",
         f"history lengths up to {max_history_length:,}: {spread('capped_history_length')}",
+        *(f"history {name}: {number:,} behaviours" for name, number in found.get("histories", {}).items()),
         *map(_feature_line, store.features.values()),
         *starmap(_table_line, read_tables(store.folder).items()),
     ]
@@ -117,6 +118,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
         `history_length`: the same of the number of events before an example, over all examples that the log can give.
         `capped_history_length`: the same if only the newest `max_history_length` of them count.
+        `histories`: of each named history how many behaviours all users have; absent if there is one without a name.
         `features`: of each declared feature, by name: owner, kind, counts and what the training part fixed. Absent if
             none is declared, likewise the next.
         `tables`: of `items`, `users` and `offers`, how the table fits the events.
@@ -143,6 +145,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),
         "capped_history_length": _summary(capped),
+        **({"histories": {history.name: len(history.item_ids) for history in store.sets}} if store.sets else {}),
         **({"features": _measure_features(store)} if store.features else {}),
         **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),
     }

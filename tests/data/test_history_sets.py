@@ -17,6 +17,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
+from din_dist.data.statistics import describe
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.layers.packed import split_histories
@@ -179,6 +180,7 @@ def test_lengths_may_change_without_another_cut(tmp_path: Path) -> None:
     assert store.facts.fingerprint == other.facts.fingerprint != swapped.facts.fingerprint
     assert [history.longest for history in other.sets] == [5, 1]
     np.testing.assert_array_equal(other.sets[0].item_ids, store.sets[0].item_ids)
+    assert {"history view: 6 behaviours", "history buy: 6 behaviours"} <= {*describe(store, 8)}
     assert len([*(store.folder / "packed").glob("sets-*")]) == 2
 
 
