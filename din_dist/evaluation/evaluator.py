@@ -150,10 +150,10 @@ def _popularity(batch: Batch, popularity_of: tf.Tensor) -> tf.Tensor:
 
 def _repeats(batch: Batch, feature_of: tf.Tensor, popularity_of: tf.Tensor, num_histories: int) -> tf.Tensor:
     """Returns how many positions of the first history have the candidate's feature, plus the popularity, `[B]`."""
-    lengths, own = split_histories(batch.history_lengths, num_histories)[0]
+    lengths, history = split_histories(num_histories, batch.history_lengths, batch.history_item_ids)[0]
     candidate_of = segment_ids(lengths)
     candidate = tf.gather(feature_of, batch.candidate_item_ids)
     wanted = tf.gather(candidate, candidate_of)
-    same = tf.equal(wanted, tf.gather(feature_of, batch.history_item_ids[own])) & (wanted != schema.UNKNOWN_ID)
+    same = tf.equal(wanted, tf.gather(feature_of, history)) & (wanted != schema.UNKNOWN_ID)
     times = segment_sum(tf.cast(same, tf.float32), candidate_of, tf.size(candidate))
     return times + _popularity(batch, popularity_of)

@@ -109,7 +109,7 @@ class LocalLookup(keras.layers.Layer):
             return [tf.gather(of_item, items) for of_item in self.item_features.values()]
 
     def feature_of(self, name: str, item_ids: tf.Tensor) -> tf.Tensor:
-        """Returns a feature's ids of `item_ids`, int32 of the same shape; an item may occur several times."""
+        """Returns a feature's ids of each of `item_ids` `[U]`, int32 `[U]`."""
         with on_host():
             return tf.gather(self.item_features[name], tf.abs(item_ids))
 

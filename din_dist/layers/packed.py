@@ -30,19 +30,21 @@ def segment_ids(lengths: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
     return tf.cumsum(begun)[:-1] - 1
 
 
-def split_histories(lengths: tf.Tensor, num_histories: int) -> list[tuple[tf.Tensor, slice]]:
-    """Returns the lengths of each of several histories, and where its positions stand among those of all.
+def split_histories(num_histories: int, lengths: tf.Tensor, *values: tf.Tensor) -> list[tuple[tf.Tensor, ...]]:
+    """Returns the lengths of each of S histories, and its part of each of `values`.
 
     Args:
-        lengths: int32 `[S * B]`, as of `Batch.history_lengths`.
         num_histories: S.
+        lengths: int32 `[S * B]`, as of `Batch.history_lengths`.
+        values: `[N]` each, of all positions.
     """
     if num_histories == 1:
-        return [(lengths, slice(None))]
+        return [(lengths, *values)]
     parts = tf.split(lengths, num_histories)
     ends = tf.cumsum(tf.stack([tf.reduce_sum(part) for part in parts]))
     begins = [0, *(ends[place] for place in range(num_histories - 1))]
-    return [(part, slice(begin, ends[place])) for place, (part, begin) in enumerate(zip(parts, begins, strict=True))]
+    bounds = [slice(begin, ends[place]) for place, begin in enumerate(begins)]
+    return [(part, *(own[bound] for own in values)) for part, bound in zip(parts, bounds, strict=True)]
 
 
 class MatchedPositions(NamedTuple):

@@ -20,8 +20,9 @@ from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.dense import run_stages
 from din_dist.layers.native.vectors import vectors_and_candidates
-from din_dist.layers.packed import matched_positions, padded, rows_at, segment_ids, split_histories
+from din_dist.layers.packed import padded, rows_at, segment_ids, split_histories
 from din_dist.layers.pairs import Pairs
+from din_dist.layers.spans import spans_of
 from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
 from din_dist.layers.task_towers import TaskTowers
@@ -215,10 +216,8 @@ class RankingModel(keras.Model):
             behaviour_of: int32 `[N]`, the behaviour at each position.
             mode: of the pass.
         """
-        if self.num_histories == 1:
-            return [Pairs(segment_ids(history_lengths, mode), behaviour_of)]
-        histories = split_histories(history_lengths, self.num_histories)
-        return [Pairs(segment_ids(lengths, mode), behaviour_of[own]) for lengths, own in histories]
+        histories = split_histories(self.num_histories, history_lengths, behaviour_of)
+        return [Pairs(segment_ids(lengths, mode), own) for lengths, own in histories]
 
     def _padded(self, pairs: Pairs) -> Pairs:
         num_pairs = tf.size(pairs.behaviour_of)
@@ -288,21 +287,11 @@ class RankingModel(keras.Model):
         if (terms := self.history_terms(features)) is not None:
             terms = tf.gather(terms, history_of)
         items = items._replace(context=self.candidate_context(features), history_terms=terms)
-        all_pairs = []
-        split = split_histories(history_lengths, self.num_histories)
-        for history, (lengths, own) in zip(self.histories, split, strict=True):
-            behaviour_of = index[num_candidates:][own]
-            if history.feature:
-                of_positions = segment_ids(lengths), self.lookup.feature_of(history.feature, history_item_ids[own])
-                of_candidates = history_of, self.lookup.feature_of(history.feature, candidate_item_ids)
-                order, starts, ends = matched_positions(of_positions, of_candidates, history.longest)
-                behaviour_of = tf.gather(behaviour_of, order)
-            else:
-                starts = tf.gather(tf.cumsum(lengths, exclusive=True), history_of)  # [C]
-                ends = starts + tf.gather(lengths, history_of)
-            position_of = tf.ragged.range(starts, ends).values  # [P]
-            all_pairs.append(Pairs(segment_ids(ends - starts), tf.gather(behaviour_of, position_of)))
-        return self.logits(items, all_pairs)
+        names = {history.feature for history in self.histories if history.feature}
+        of_items = {name: self.lookup.feature_of(name, item_ids) for name in names}
+        of_candidates = {name: tf.gather(ids, index[:num_candidates]) for name, ids in of_items.items()}
+        spans = spans_of(self.histories, history_lengths, index[num_candidates:], of_items, history_of, of_candidates)
+        return self.logits(items, [span.pairs() for span in spans])
 
     def split_head(self) -> SplitHead:
         """Returns the head's first layer in inference, for callers that share parts of it among candidates."""

@@ -225,12 +225,12 @@ def weighed_examples(
     for batch in batches:
         weights = model.attention_weights(batch)
         clicks = probabilities(model.of_task(model(batch, training=False), config.main_task).numpy())
-        lengths, own = split_histories(batch.history_lengths, model.num_histories)[0]
+        lengths, history = split_histories(model.num_histories, batch.history_lengths, batch.history_item_ids)[0]
         ends = np.cumsum(lengths.numpy())
-        histories = np.split(batch.history_item_ids[own].numpy(), ends[:-1])
+        histories = np.split(history.numpy(), ends[:-1])
         weights_of: Sequence[np.ndarray | None] = [None] * len(histories)
         if weights is not None:
-            weights_of = np.split(weights[own].numpy().astype(np.float64), ends[:-1])
+            weights_of = np.split(weights[: len(history)].numpy().astype(np.float64), ends[:-1])
         columns = [
             field.numpy().tolist()
             for field in (batch.example_ids, batch.candidate_item_ids, model.of_task(batch.labels, config.main_task))

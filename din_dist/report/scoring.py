@@ -135,8 +135,7 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingMo
     """
 
     def lengths_of(batch: Batch) -> tf.Tensor:
-        lengths, _ = split_histories(batch.history_lengths, model.num_histories)[0]
-        return lengths
+        return split_histories(model.num_histories, batch.history_lengths)[0][0]
 
     logits = evaluator.scores(split, logits_of(model))
     rankings = {MODEL: logits}

@@ -98,10 +98,10 @@ def check(store: EventStore, rows: list[Row], config: Config) -> None:
         batch = maker.batch(tf.range(examples.num_examples, dtype=tf.int64), tf.constant(0, tf.int64))
         _, events = examples.users_and_events(batch.example_ids.numpy())
         candidates = store.own_ids("items", batch.candidate_item_ids.numpy())
-        split = split_histories(batch.history_lengths, len(longest))
+        split = split_histories(len(longest), batch.history_lengths, batch.history_item_ids)
         for (name, most), (lengths, own) in zip(longest.items(), split, strict=True):
             ends = np.cumsum(lengths)
-            items = store.own_ids("items", batch.history_item_ids[own].numpy())
+            items = store.own_ids("items", own.numpy())
             for place, event in enumerate(events):
                 before_event = config.data.history_ends is HistoryEnds.BEFORE_EVENT
                 wanted = plain(rows, event, name, by_item[candidates[place]], before_event)[-most:]
@@ -123,9 +123,9 @@ def test_a_long_history_costs_what_it_reads(tmp_path: Path) -> None:
     examples = split_examples(store, config.data)["test"]
     maker = BatchMaker(store, examples, 10, seed=0, stream=1)
     batch = maker.batch(tf.range(4, dtype=tf.int64), tf.constant(0, tf.int64))
-    (_, _), (lengths, own) = split_histories(batch.history_lengths, 2)
+    (_, _), (lengths, own) = split_histories(2, batch.history_lengths, batch.history_item_ids)
     assert lengths.numpy()[[0, 2]].tolist() == [30, 30]
-    items = store.own_ids("items", batch.history_item_ids[own].numpy()[:30])
+    items = store.own_ids("items", own.numpy()[:30])
     assert items == [f"i{time % 100}" for time in range(200) if time % 4 == 1][-30:]
 
 

@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import tensorflow as tf
@@ -18,8 +17,8 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import Form, Owner
-from din_dist.layers.packed import matched_positions, segment_ids, split_histories
-from din_dist.layers.pairs import Pairs
+from din_dist.layers.packed import segment_ids
+from din_dist.layers.spans import spans_of
 from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
 from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
@@ -157,7 +156,9 @@ class Signatures:
         else:
             of_candidates = {name: tf.gather(ids, candidate_index) for name, ids in items.features.items()}
             users = tf.range(num_candidates)
-            spans = self._spans(lengths, items.index[num_candidates:], items.features, users, of_candidates)
+            spans = spans_of(
+                self._histories, lengths, items.index[num_candidates:], items.features, users, of_candidates
+            )
             all_pairs = [span.pairs() for span in spans]
         return self._with_probability(self._model.logits(looked_up, all_pairs))
 
@@ -265,7 +266,7 @@ class Signatures:
         context = self._columns_of(features, OF_CANDIDATE, tf.size(candidate_item_ids), "candidate")
         history_of = segment_ids(counts)  # [C]
         of_candidates = {name: tf.gather(ids, candidates.index) for name, ids in candidates.features.items()}
-        spans = self._spans(lengths, behaviours.index, behaviours.features, history_of, of_candidates)
+        spans = spans_of(self._histories, lengths, behaviours.index, behaviours.features, history_of, of_candidates)
         num_positions = tf.add_n([span.ends - span.starts for span in spans])
         costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
         num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
@@ -362,39 +363,6 @@ class Signatures:
         places = tf.gather(order, tf.ragged.range(ends - kept, ends).values)
         return lambda values: tf.gather(values, places), kept
 
-    def _spans(
-        self,
-        lengths: tf.Tensor,
-        behaviour_of: tf.Tensor,
-        of_behaviours: Mapping[str, tf.Tensor],
-        user_of: tf.Tensor,
-        of_candidates: Mapping[str, tf.Tensor],
-    ) -> list[_Span]:
-        """Returns the span of each history.
-
-        Args:
-            lengths: int32 `[S * B]`, history after history.
-            behaviour_of: int32 `[N]`, the behaviour at each position.
-            of_behaviours: name -> int32 `[K]`, the ids of item features.
-            user_of: int32 `[C]`, the user of each candidate.
-            of_candidates: name -> int32 `[C]`, the ids of item features.
-        """
-        spans = []
-        for history, (own_lengths, own) in zip(
-            self._histories, split_histories(lengths, len(self._histories)), strict=True
-        ):
-            index = behaviour_of[own]
-            if history.feature:
-                of_positions = segment_ids(own_lengths), tf.gather(of_behaviours[history.feature], index)
-                own_candidates = user_of, of_candidates[history.feature]
-                order, starts, ends = matched_positions(of_positions, own_candidates, history.longest)
-                index = tf.gather(index, order)
-            else:
-                starts = tf.gather(tf.cumsum(own_lengths, exclusive=True), user_of)
-                ends = starts + tf.gather(own_lengths, user_of)
-            spans.append(_Span(index, starts, ends))
-        return spans
-
     def _given(
         self, features: Mapping[str, tf.Tensor], history_item_ids: tf.Tensor, candidate_item_ids: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -417,26 +385,6 @@ class Signatures:
             return None
         values = self._examples.encode(features, owners, num_rows, whose)
         return self._columns.of(values, owners) if values else None
-
-
-class _Span(NamedTuple):
-    """The positions of one history that each of C candidates reads."""
-
-    index: tf.Tensor  # int32 [N], the behaviour at each position
-    starts: tf.Tensor  # int32 [C]
-    ends: tf.Tensor  # int32 [C]
-
-    def part(self, low: tf.Tensor, high: tf.Tensor) -> _Span:
-        """Returns the positions that the candidates `low` to `high` - 1 read; there may be none."""
-        starts, ends = self.starts[low:high], self.ends[low:high]
-        begin = tf.reduce_min(tf.concat([starts, tf.shape(self.index)], axis=0))
-        end = tf.reduce_max(tf.concat([ends, begin[None]], axis=0))
-        return _Span(self.index[begin:end], starts - begin, ends - begin)
-
-    def pairs(self) -> Pairs:
-        """Returns each candidate with its behaviours."""
-        behaviour_of = tf.gather(self.index, tf.ragged.range(self.starts, self.ends).values)
-        return Pairs(segment_ids(self.ends - self.starts), behaviour_of)
 
 
 def calibrated(logits: tf.Tensor, calibrator: Calibrator) -> tf.Tensor:
