@@ -5,7 +5,6 @@ It takes every flag of the trainer and checks all of them. So a wrong flag is fo
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from absl import flags
@@ -28,18 +27,15 @@ def main() -> None:
     from din_dist.data.statistics import describe
     from din_dist.data.trained_items import trained_items
     from din_dist.schema import DatasetFacts
-    from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
-
-    # Only where the user names the folder, because the default one may hold an unrelated job.
-    checkpoint = latest_checkpoint(config) if flags.FLAGS["output_dir"].present else None
+    from din_dist.training.checkpoint import check_resumable
 
     def check(facts: DatasetFacts | None) -> None:
         """Refuses data with which the job could not resume, before the data of its training is replaced."""
         if facts:
             require_memory_for_tables(config, facts)
-        if checkpoint:
-            with contextlib.suppress(DamagedCheckpoint):  # training resumes from the one before
-                check_compatible(checkpoint, config, facts.fingerprint if facts else None)
+        # Only where the user names the folder, because the default one may hold an unrelated job.
+        if flags.FLAGS["output_dir"].present:
+            check_resumable(config, facts.fingerprint if facts else None)
 
     check(None)
     store = prepare(config.data, flags.FLAGS.overwrite_prepared, check)

@@ -5,7 +5,6 @@ The last line on stdout is the summary, as JSON.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,11 +109,10 @@ class _Training:
 
     def _require_same_job(self) -> None:
         """Refuses to resume with other settings or data, before anything of the job that is there is written over."""
-        from din_dist.training.checkpoint import DamagedCheckpoint, check_compatible, latest_checkpoint
+        from din_dist.training.checkpoint import check_resumable
 
-        if self._runtime.is_chief and (checkpoint := latest_checkpoint(self._config)):
-            with contextlib.suppress(DamagedCheckpoint):  # training resumes from the one before
-                check_compatible(checkpoint, self._config, self._store.facts.fingerprint)
+        if self._runtime.is_chief:
+            check_resumable(self._config, self._store.facts.fingerprint)
 
     def _finish_test(self, *, has_results: bool) -> dict[str, Any]:
         """Computes the floors of the test split and writes the projector's files."""

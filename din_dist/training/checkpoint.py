@@ -6,6 +6,7 @@ workers reads what any number wrote) and `manifest.json`: training state, settin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -297,6 +298,19 @@ def check_compatible(folder: Path, config: Config, data_fingerprint: str | None)
             "from a changed source or by another version. Give another --output_dir to train on it from the start."
         )
     return manifest
+
+
+def check_resumable(config: Config, data_fingerprint: str | None) -> None:
+    """Checks that a job may go on from the newest checkpoint in its folder, if there is one; as `check_compatible`.
+
+    One that cannot be read is passed over, because training resumes from the one before.
+
+    Raises:
+        InputError: the checkpoint has other settings or data.
+    """
+    if checkpoint := latest_checkpoint(config):
+        with contextlib.suppress(DamagedCheckpoint):
+            check_compatible(checkpoint, config, data_fingerprint)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
