@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import numpy.lib.format
+
+from din_dist.data.checksums import write_checksums
+from din_dist.files import published_folder
 
 
 class ArrayWriter:
@@ -68,3 +71,32 @@ class ArrayWriters:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._files.__exit__(kind, error, trace)
+
+
+Parts = Iterable[tuple[str, np.ndarray]]  # name and values of the next part of each array
+
+
+def publish_arrays(folder: Path, dtypes: Mapping[str, type], parts: Parts) -> None:
+    """Publishes a folder with several arrays and their checksums.
+
+    Args:
+        folder: of the files.
+        dtypes: as of `ArrayWriters`.
+        parts: of the arrays.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with published_folder(folder) as aside:
+        with ArrayWriters(aside, dtypes) as arrays:
+            for name, values in parts:
+                arrays.append(name, values)
+        write_checksums(aside)
+
+
+def arrays_in_memory(dtypes: Mapping[str, type], parts: Parts) -> dict[str, np.ndarray]:
+    """Returns the arrays that `publish_arrays` writes, by name."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, values in parts:
+        found.setdefault(name, []).append(values.astype(dtypes.get(name, np.int64), copy=False))
+    return {name: np.concatenate(values) for name, values in found.items()}

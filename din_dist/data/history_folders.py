@@ -16,15 +16,13 @@ import numpy as np
 
 from din_dist import progress, schema
 from din_dist.config import DataConfig, HistoryEnds
-from din_dist.data.array_writer import ArrayWriters
+from din_dist.data.array_writer import arrays_in_memory, publish_arrays
 from din_dist.data.blocks import Block
-from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, EventStore, map_array
 from din_dist.data.histories import cut_histories
 from din_dist.data.walks import user_runs
 from din_dist.errors import InputError
 from din_dist.features.times import Delay, TimestampUnit, unit_of
-from din_dist.files import published_folder
 from din_dist.schema import DatasetFacts, HistoryRule
 
 _DTYPES = {
@@ -72,19 +70,12 @@ def write_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> Non
     Raises:
         OSError: the folder cannot be written.
     """
-    with published_folder(folder) as aside:
-        with ArrayWriters(aside, _DTYPES) as arrays:
-            for name, values in _parts(store, facts):
-                arrays.append(name, values)
-        write_checksums(aside)
+    publish_arrays(folder, _DTYPES, _parts(store, facts))
 
 
 def histories_in_memory(store: EventStore, facts: DatasetFacts) -> EventStore:
     """Returns the store with the histories that `facts` describe, where nothing can be written."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for name, values in _parts(store, facts):
-        parts.setdefault(name, []).append(values.astype(_DTYPES[name], copy=False))
-    return _with(store, facts, {name: np.concatenate(values) for name, values in parts.items()})
+    return _with(store, facts, arrays_in_memory(_DTYPES, _parts(store, facts)))
 
 
 def open_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> EventStore:

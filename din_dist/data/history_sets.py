@@ -17,13 +17,11 @@ import numpy as np
 
 from din_dist import progress
 from din_dist.config import ALL_BEHAVIOURS, LONG, SKIPPED
-from din_dist.data.array_writer import ArrayWriters
-from din_dist.data.checksums import write_checksums
+from din_dist.data.array_writer import arrays_in_memory, publish_arrays
 from din_dist.data.event_store import KEY_BITS, PACKED_DIR, EventStore, HistorySet, map_array
 from din_dist.data.histories import ALL, Choice, Chosen, CutHistories, cut_histories
 from din_dist.data.history_folders import blocks_of
 from din_dist.errors import InputError
-from din_dist.files import published_folder
 from din_dist.schema import DatasetFacts, NamedHistory
 
 _DTYPES: dict[str, type] = {"ends": np.int64, "item_ids": np.int32, "offsets": np.int64}
@@ -33,6 +31,14 @@ def _dtypes_of(history: NamedHistory) -> dict[str, type]:
     """Returns the dtype of each array of a history by name; the last one has a value for each behaviour."""
     last = "keys" if history.feature else "times"
     return {**_DTYPES, last: np.int64}
+
+
+def _all_dtypes(histories: Sequence[NamedHistory]) -> dict[str, type]:
+    return {
+        f"{place}-{name}": dtype
+        for place, history in enumerate(histories)
+        for name, dtype in _dtypes_of(history).items()
+    }
 
 
 def sets_folder(store: EventStore, histories: Sequence[NamedHistory]) -> Path:
@@ -76,24 +82,12 @@ def write_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory
     Raises:
         OSError: the folder cannot be written.
     """
-    dtypes = {
-        f"{place}-{name}": dtype
-        for place, history in enumerate(histories)
-        for name, dtype in _dtypes_of(history).items()
-    }
-    with published_folder(folder) as aside:
-        with ArrayWriters(aside, dtypes) as arrays:
-            for name, values in _parts(store, histories):
-                arrays.append(name, values)
-        write_checksums(aside)
+    publish_arrays(folder, _all_dtypes(histories), _parts(store, histories))
 
 
 def sets_in_memory(store: EventStore, histories: Sequence[NamedHistory]) -> EventStore:
     """Returns the store with histories, where nothing can be written."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for name, values in _parts(store, histories):
-        parts.setdefault(name, []).append(values)
-    return _with(store, histories, {name: np.concatenate(values) for name, values in parts.items()})
+    return _with(store, histories, arrays_in_memory(_all_dtypes(histories), _parts(store, histories)))
 
 
 def open_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]) -> EventStore:
