@@ -489,7 +489,10 @@ class _PackedArrays:
         if self._facts.has_labels:
             self._write("labels", block.labels)
         else:
-            offsets, gaps = touched_gaps(*_touched(block, self._facts.num_candidates), self._facts.num_candidates)
+            runs = [(block.offsets, block.item_ids)]
+            if block.behaviour_offsets is not None and block.behaviour_item_ids is not None:
+                runs.append((block.behaviour_offsets, block.behaviour_item_ids))
+            offsets, gaps = touched_gaps(runs, self._facts.num_candidates)
             self._write("touched_offsets", self._num_touched + offsets[1:])
             self._write("touched_gaps", gaps)
             self._num_touched += len(gaps)
@@ -506,40 +509,20 @@ class _PackedArrays:
         self._num_events += len(block.item_ids)
 
 
-def _touched(block: Block, num_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the offsets `[U + 1]` and the items of events and behaviours, those that can be candidates."""
-    if block.behaviour_offsets is None or block.behaviour_item_ids is None:
-        return block.offsets, block.item_ids
-    candidates = block.behaviour_item_ids <= num_candidates
-    offsets = np.concatenate([[0], np.cumsum(candidates)])[block.behaviour_offsets]
-    return joined_runs((block.offsets, block.item_ids), (offsets, block.behaviour_item_ids[candidates]))
-
-
-def joined_runs(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the offsets `[U + 1]` and values of runs, each that of `first` and then that of `second`.
-
-    Args:
-        first: offsets `[U + 1]` and values.
-        second: likewise, of the same U.
-    """
-    users = [np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) for offsets, _ in (first, second)]
-    order = np.argsort(np.concatenate(users), kind="stable")
-    return first[0] + second[0], np.concatenate([first[1], second[1]])[order]
-
-
-def touched_gaps(offsets: np.ndarray, item_ids: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+def touched_gaps(runs: Iterable[tuple[np.ndarray, np.ndarray]], num_items: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the offsets `[U + 1]` and gaps `[T]` of users' touched items, which `EventStore` describes.
 
     Args:
-        offsets: int64 `[U + 1]`, where each user's items begin.
-        item_ids: int32, the items that each user touched, any number of times.
-        num_items: the number of items to draw from.
+        runs: offsets int64 `[U + 1]` and items int32 each, what every user touched: events, or behaviours.
+        num_items: the number of items to draw from; those behind are left out.
     """
-    num_users = len(offsets) - 1
-    users = np.repeat(np.arange(num_users), np.diff(offsets))
-    touched_users, touched_items = np.divmod(np.unique(users * (num_items + 1) + item_ids), num_items + 1)
+    pairs = []
+    for offsets, item_ids in runs:
+        num_users = len(offsets) - 1
+        users = np.repeat(np.arange(num_users), np.diff(offsets))
+        kept = item_ids <= num_items
+        pairs.append(users[kept] * (num_items + 1) + item_ids[kept])
+    touched_users, touched_items = np.divmod(np.unique(np.concatenate(pairs)), num_items + 1)
     offsets = np.searchsorted(touched_users, np.arange(num_users + 1))
     ranks = np.arange(len(touched_items)) - offsets[touched_users]
     return offsets, touched_items - 1 - ranks

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from din_dist.data.event_store import EventStore, joined_runs, touched_gaps
+from din_dist.data.event_store import EventStore, touched_gaps
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import distinct_untouched_items
 from din_dist.data.pipeline import ExampleFeatures, share
@@ -343,23 +343,15 @@ def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np
     """
     users, user_of = np.unique(queries.users, return_inverse=True)
     num_candidates = store.facts.num_candidates
-    touched_offsets, gaps = touched_gaps(*_touched(store, users), num_candidates)
+    runs = [_of_users(store.user_offsets, store.item_ids, users)]
+    if store.facts.has_behaviours:
+        runs.append(_of_users(store.history_offsets, store.history_item_ids, users))
+    touched_offsets, gaps = touched_gaps(runs, num_candidates)
     begins, ends = touched_offsets[:-1][user_of], touched_offsets[1:][user_of]
     counts = np.minimum(task.num_negatives, num_candidates - (ends - begins))
     keys = hash64(task.seed, _RANKING, tf.constant(queries.events, tf.int64))
     negatives = distinct_untouched_items(keys, counts, begins, ends, tf.constant(gaps, tf.int32), num_candidates)
     return negatives.numpy(), counts
-
-
-def _touched(store: EventStore, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the offsets `[M + 1]` and the items of all events of M users, and of their behaviours."""
-    found = _of_users(store.user_offsets, store.item_ids, users)
-    if store.facts.has_behaviours:
-        offsets, items = _of_users(store.history_offsets, store.history_item_ids, users)
-        candidates = items <= store.facts.num_candidates
-        offsets = np.concatenate([[0], np.cumsum(candidates)])[offsets]
-        found = joined_runs(found, (offsets, items[candidates]))
-    return found
 
 
 def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
