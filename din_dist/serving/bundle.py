@@ -14,7 +14,7 @@ import tensorflow as tf
 from din_dist.errors import InputError
 from din_dist.features.encoding import Lists
 from din_dist.serving.manifest import FeatureInputs, Manifest, check_files, read_manifest
-from din_dist.serving.named_histories import NamedBehaviours
+from din_dist.serving.named_histories import NAMES, NamedBehaviours
 
 _DTYPES = {"string": tf.string, "integer": tf.int64}
 
@@ -22,7 +22,7 @@ _DTYPES = {"string": tf.string, "integer": tf.int64}
 def _history(behaviours: Any) -> dict[str, Any]:
     """Returns the inputs of histories, whose behaviours have names if there are several."""
     if isinstance(behaviours, NamedBehaviours):
-        return {"history_item_ids": behaviours.item_ids, "history_names": behaviours.names}
+        return {"history_item_ids": behaviours.item_ids, NAMES: behaviours.names}
     return {"history_item_ids": behaviours}
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+NAMES = "history_names"  # of the input with each behaviour's history
+
 
 class NamedBehaviours(NamedTuple):
     """Behaviours of several histories."""

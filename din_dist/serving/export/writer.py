@@ -32,7 +32,7 @@ from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
-from din_dist.serving.named_histories import by_user
+from din_dist.serving.named_histories import NAMES, by_user
 from din_dist.serving.own_values import OwnValues
 from din_dist.serving.predictions import Predictions
 from din_dist.text import to_json
@@ -205,7 +205,7 @@ class _Exported:
         history, lengths = batch.history_item_ids, batch.history_lengths
         if len(self._histories) > 1:
             history, names, lengths = by_user(history.numpy(), lengths.numpy(), self._histories)
-            inputs["history_names"] = tf.constant(names, tf.string)
+            inputs[NAMES] = tf.constant(names, tf.string)
         outputs = function(
             history_item_ids=self._own_ids(history),
             history_lengths=tf.cast(lengths, tf.int64),

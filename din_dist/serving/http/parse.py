@@ -17,10 +17,11 @@ import numpy as np
 
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs, Manifest
+from din_dist.serving.named_histories import NAMES
 from din_dist.serving.predictions import Predictions
 
 Id = str | int
-HISTORY, NAMES = "history_item_ids", "history_names"
+HISTORY = "history_item_ids"
 SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`

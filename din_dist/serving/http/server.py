@@ -32,7 +32,6 @@ from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.serving.http.parse import (
     DEFAULT_SIGNATURE,
     HISTORY,
-    NAMES,
     RANK,
     SCORE,
     SCORE_PADDED,
@@ -49,6 +48,7 @@ from din_dist.serving.http.probes import PATHS, Probes
 from din_dist.serving.http.responses import Scores, busy, error
 from din_dist.serving.http.scoring import Scorer, score_together
 from din_dist.serving.http.settings import ServeConfig
+from din_dist.serving.named_histories import NAMES
 from din_dist.serving.predictions import Predictions
 from din_dist.text import shown
 
