@@ -41,6 +41,7 @@ from din_dist.text import printable
 
 _HELP_OF_ABSL = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("helpfull", "helpxml")}
 _MOST_LAST_WORDS = 1 << 20  # bytes
+_NOT_NEEDED = ("matplotlib", "pandas")  # Keras imports them where they are installed, which takes 2 of 7 seconds
 _PRINTING_SECONDS = 2.0  # for the last line of a stuck process
 
 _signals_are_heard = threading.Event()  # set by `Signals`, which watches disks too
@@ -310,7 +311,7 @@ def import_tensorflow() -> None:
     with tempfile.TemporaryFile() as aside:
         os.dup2(aside.fileno(), 2)
         try:
-            with _last_words(aside.fileno(), saved):
+            with _last_words(aside.fileno(), saved), _hidden(_NOT_NEEDED):
                 importlib.import_module("tensorflow")
         except BaseException:
             os.write(saved, os.pread(aside.fileno(), _MOST_LAST_WORDS, 0))
@@ -318,6 +319,18 @@ def import_tensorflow() -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+@contextlib.contextmanager
+def _hidden(names: Sequence[str]) -> Iterator[None]:
+    """Makes modules that nobody has imported yet look as if they were not installed, in the block."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

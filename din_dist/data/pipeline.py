@@ -434,8 +434,8 @@ def run_of_feature(
         end: int64 `[B]`, the place in the order of time.
         num_halvings: `ceil(log2(longest + 1))` for the user with the most behaviours.
     """
-    last = tf.maximum(tf.size(keys, tf.int64) - 1, 0)
-    keys = tf.cond(tf.size(keys) > 0, lambda: keys, lambda: tf.zeros([1], tf.int64))
+    last = tf.size(keys, tf.int64) - 1  # without keys there are no halvings, so none is read
+    first_key = tf.bitwise.left_shift(feature, tf.constant(KEY_BITS, tf.int64))
 
     def place_of(wanted: tf.Tensor) -> tf.Tensor:
         def is_passed(place: tf.Tensor) -> tf.Tensor:
@@ -443,9 +443,8 @@ def run_of_feature(
 
         return first_not(is_passed, *bounds, num_halvings)
 
-    begin = place_of(tf.bitwise.left_shift(feature, tf.constant(KEY_BITS, tf.int64)))
-    behind = place_of(tf.bitwise.left_shift(feature, tf.constant(KEY_BITS, tf.int64)) | end)
-    return tf.where(feature == UNKNOWN_ID, behind, begin), behind
+    behind = place_of(first_key | end)
+    return tf.where(feature == UNKNOWN_ID, behind, place_of(first_key)), behind
 
 
 def training_batches(
@@ -590,4 +589,5 @@ def _mapped(dataset: tf.data.Dataset, make: Callable[[tf.Tensor], Batch], num_pa
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False
     options.deterministic = True
+    make = tf.autograph.experimental.do_not_convert(make)  # it has no branches on tensors, and converting takes seconds
     return dataset.map(make, num_parallel_calls=num_parallel_calls).prefetch(2).with_options(options)

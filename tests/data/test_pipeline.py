@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -336,6 +337,15 @@ def test_shares_cover_everything_and_differ_by_one() -> None:
         assert [place for first, end in runs for place in range(first, end)] == list(range(total))
         sizes = [end - first for first, end in runs]
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_functions_of_batches_are_traced_as_they_are(prepared) -> None:
+    """Converting them to what may branch on tensors would take seconds of each start."""
+    config, store, splits = prepared
+    known = set(sys.modules)
+    next(train(prepared, steps=(0, 1)))
+    next(iter(evaluation_batches(store, splits["test"], config, seed=1, batch_size=8, shard_index=0, num_shards=1)))
+    assert not [name for name in sys.modules.keys() - known if name.startswith("__autograph")]
 
 
 def test_batches_have_the_declared_signature(prepared) -> None:
