@@ -17,6 +17,7 @@ from din_dist.data.prepared import data_dir
 from din_dist.errors import InputError
 from din_dist.files import local_path
 from tests.support.commands import assert_one_line, command
+from tests.support.patience import PATIENCE
 
 PLACE = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1"}
 MEETING = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "4000"}
@@ -80,7 +81,7 @@ def start(name: str, folder: Path, *flags: str, variables: dict[str, str]) -> su
         env={"PATH": os.environ["PATH"], **variables},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
         check=False,
     )
 

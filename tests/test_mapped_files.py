@@ -14,6 +14,7 @@ import pytest
 
 from din_dist import kernels
 from din_dist.data.event_store import map_array
+from tests.support.patience import PATIENCE
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
@@ -60,7 +61,7 @@ def read(array: Path, way: str, *flags: str, **keywords: object) -> subprocess.C
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
         **keywords,  # type: ignore[call-overload]
     )

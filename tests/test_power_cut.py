@@ -21,7 +21,6 @@ from tests.support.commands import command
 from tests.support.preloaded import Preloaded, preloaded
 from tests.support.programs import missing, program
 
-pytestmark = pytest.mark.timeout(600)
 IMAGE_BYTES = 64 << 20
 COMMIT_SECONDS = 300  # of ext4's journal: what is not asked for is not on the disk before
 _DETACH = 2  # of umount2

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.commands import assert_one_line, command, run, run_at_once
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
@@ -214,7 +215,13 @@ def test_preparing_takes_no_notice_of_the_default_folder(tmp_path: Path) -> None
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for named, code in (((), 0), (("--output_dir=runs/latest",), 2)):
         done = subprocess.run(
-            [*words, *named], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+            [*words, *named],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
         assert done.returncode == code, done.stderr
 
@@ -334,7 +341,7 @@ def test_a_rank_that_fails_names_itself_and_its_step(tmp_path: Path, prepared: P
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 1

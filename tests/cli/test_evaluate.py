@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.commands import assert_one_line, command
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
@@ -80,7 +81,7 @@ def test_two_workers_find_the_same(job: Path, alone: subprocess.CompletedProcess
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from din_dist.serving.bundle import Bundle
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 from tests.support.small_log import small_config
 from tests.support.trained_job import write_job
@@ -36,7 +37,7 @@ for arguments in json.loads(sys.argv[1]):
 
 def run_commands(*commands: list[str]) -> list[tuple[int, str, str]]:
     words = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 

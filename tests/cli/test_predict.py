@@ -25,6 +25,7 @@ from horovod.runner.http import authentication
 from horovod.runner.http.http_server import RendezvousServer
 
 from tests.support.commands import assert_one_line
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded, Running
 
 LONGEST = 10  # --max_history_length of the job
@@ -157,7 +158,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def interrupted(job: Job, words: tuple[str, ...], out: Path, number: signal.Signals) -> subprocess.CompletedProcess:
     """Sends the signal while the second part is being written."""
     command = job.predict(*words)
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not any(path.name.endswith(str(command.pid)) for path in out.glob(".part-00001*")):
         assert time.monotonic() < until, command.stderr
         time.sleep(0.002)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.benchmark_report import benchmark_report
 from tests.support.commands import assert_one_line
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
 LINK = ("--bandwidth_gbits=25", "--latency_us=50")
@@ -18,7 +19,7 @@ LINK = ("--bandwidth_gbits=25", "--latency_us=50")
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "din_dist.cli.predict_scaling", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from matplotlib import image
 
 from tests.support.chromium import open_page, screenshot
 from tests.support.commands import assert_one_line, command
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded, preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
@@ -69,7 +70,12 @@ Report = Callable[..., subprocess.CompletedProcess[str]]  # given a job's folder
 def report_by_a_process(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     words = command("report", folder.parent)[:3]
     return subprocess.run(
-        [*words, f"--output_dir={folder}", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [*words, f"--output_dir={folder}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
 
 

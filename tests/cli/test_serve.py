@@ -31,6 +31,7 @@ import tensorflow as tf
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.manifest import MANIFEST, digest_of_file, read_manifest
 from tests.support.commands import assert_one_line
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded
 from tests.support.served import Served, serving
 
@@ -330,12 +331,12 @@ async def main():
 
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "stopped\n"
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -13,6 +13,7 @@ import pytest
 
 from din_dist import files
 from tests.support.commands import command, prepare_log
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
 COMMAND = """
@@ -44,7 +45,7 @@ def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
     line = f"set -o pipefail; {line}".replace("COMMAND", f"{sys.executable} command.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -142,7 +143,7 @@ def test_a_job_trains_on_when_its_log_is_gone(tmp_path: Path, redirected: str) -
         env={**os.environ, **ASCII},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

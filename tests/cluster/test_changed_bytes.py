@@ -10,12 +10,12 @@ import sys
 import time
 
 import numpy as np
-import pytest
 
 from din_dist.distributed.runtime import open_runtime
 from din_dist.errors import LostPeer
 from tests.support import host_lab
 from tests.support.cable import change, internet_checksum
+from tests.support.patience import PATIENCE
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
@@ -65,7 +65,6 @@ def test_the_cable_changes_one_bit_and_the_checksum() -> None:
     assert change(frame(b"ssh's", port=22), random.Random(1)) is None
 
 
-@pytest.mark.timeout(300)
 def test_a_changed_message_is_a_lost_one() -> None:
     with contextlib.ExitStack() as stack:
         try:
@@ -87,7 +86,7 @@ def test_a_changed_message_is_a_lost_one() -> None:
                 break
         time.sleep(0.2)
         hosts[1].disturb(changed=0.02)
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=PATIENCE)
         assert hosts[1].disturb() > 0
         said += [line.partition(">:")[2].strip() for line in out.splitlines()]
     results = [line for line in said if line.startswith(("broken", "wrong", "to the end"))]

@@ -26,6 +26,7 @@ from din_dist.errors import InputError
 from tests.support import host_lab
 from tests.support.commands import assert_one_line
 from tests.support.host_lab import Host
+from tests.support.patience import PATIENCE
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 from tests.support.small_log import small_config
@@ -55,7 +56,7 @@ def check(config: Config, *words: str, on: Host | None = None, cwd: Path = ROOT)
     command = [sys.executable, "-m", "din_dist.cli.check_cluster", f"--output_dir={config.job.output_dir}"]
     command += [*flags, "--metrics_port=-1", *words]
     return subprocess.run(
-        on.command(command) if on else command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        on.command(command) if on else command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -213,7 +214,7 @@ def test_data_is_prepared_on_one_host_only(lab: list[Host], prepared: Config) ->
         what, found, remedy = only_row(check_lab(lab, prepared), SECOND)
         assert (what, found.split(":")[0]) == ("data", "not prepared")
         command = remedy.removeprefix("Run there: ")
-        subprocess.run(lab[0].command(["ssh", SECOND, command]), capture_output=True, timeout=60, check=True)
+        subprocess.run(lab[0].command(["ssh", SECOND, command]), capture_output=True, timeout=PATIENCE, check=True)
         assert check_lab(lab, prepared).returncode == 0
 
 
@@ -281,7 +282,7 @@ def test_nothing_imports_tensorflow(prepared: Config) -> None:
         "from din_dist.cluster.preflight import check_hosts; check_hosts([HostSlots('localhost')], Config()); "
         "sys.exit('tensorflow' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
 
 
 # --- Answers that take another ssh. ---
@@ -341,7 +342,7 @@ def test_the_probe_ends_with_its_stdin_and_keeps_to_itself_what_others_print() -
     script = "from din_dist.cluster import probe; probe.unreached = lambda peers: print('noise') or {}; probe.main()"
     question = '{"ask": "reach", "peers": {}}\n{"ask": "time"}\n'
     done = subprocess.run(
-        [sys.executable, "-c", script], input=question, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", script], input=question, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     reach, now = (json.loads(line)["answer"] for line in done.stdout.splitlines())
     assert reach == {}

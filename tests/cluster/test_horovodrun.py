@@ -6,8 +6,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.support import host_lab
 from tests.support.launcher_jobs import environment
 from tests.support.programs import missing
@@ -21,7 +19,6 @@ FLAGS = (
 )
 
 
-@pytest.mark.timeout(300)
 def test_two_hosts(tmp_path: Path) -> None:
     # Reaches the workers, as every other variable: the log of each says at this level that Horovod has started.
     variables = {**environment(), "HOROVOD_LOG_LEVEL": "info"}

@@ -18,6 +18,7 @@ import pytest
 
 from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
 from din_dist.errors import InputError
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
 
@@ -76,7 +77,7 @@ print(is_local("localhost"), is_local("other.test"))
 def test_localhost_needs_no_name_server() -> None:
     """In a process of its own: answers of name servers are remembered."""
     command = [sys.executable, "-c", WITHOUT_NAME_SERVER]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout == "True False\n"
 
 

@@ -24,10 +24,9 @@ import pytest
 from tests.support import host_lab
 from tests.support.host_lab import Host
 from tests.support.overlays import render
+from tests.support.patience import PATIENCE
 from tests.support.programs import missing
 from tests.support.repository import ROOT
-
-pytestmark = pytest.mark.timeout(600)
 
 SECRET = f"planted-{secrets.token_hex(8)}"
 OPEN_FILES = 256
@@ -147,7 +146,7 @@ class Job:
             return [record for line in lines if line.endswith("}") and (record := json.loads(line))["kind"] == kind]
         return []
 
-    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 120) -> None:
+    def wait(self, what: str, holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert self.process.poll() is None, (what, self.process.returncode, self.tail())
@@ -169,7 +168,7 @@ class Job:
     def stop(self) -> None:
         """As an operator does."""
         self.process.terminate()
-        assert self.process.wait(timeout=90) == 75, self.tail()
+        assert self.process.wait(timeout=PATIENCE) == 75, self.tail()
 
     def processes(self) -> list[int]:
         """The launcher's, Horovod's, and those of the workers, on all hosts."""

@@ -31,6 +31,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import builder_for, data_dir, open_prepared, prepare, prepared_folder
 from din_dist.errors import InputError
 from tests.support.event_stores import check_against_plain_python
+from tests.support.patience import PATIENCE
 
 ROWS = [
     {"user_id": f"u{n % 17}", "item_id": f"i{n * n % 23}", "category_id": f"c{n * n % 23 % 4}", "timestamp": n % 29}
@@ -438,7 +439,7 @@ def test_threads_that_prepare_at_once_build_once(config: DataConfig) -> None:
     def writing(config: DataConfig) -> AbstractContextManager[Path]:
         if not hasattr(thread, "waited"):
             thread.waited = True
-            all_found_nothing.wait(timeout=60)
+            all_found_nothing.wait(timeout=PATIENCE)
         return real_writing(config)
 
     with (

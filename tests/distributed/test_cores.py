@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from din_dist.distributed.cores import claim_cores, cores_near_gpus
+from tests.support.patience import PATIENCE
 
 
 def shares(
@@ -110,4 +111,4 @@ def test_every_thread_of_a_real_worker_is_confined() -> None:
     )
     expected = len(os.sched_getaffinity(0)) - len(os.sched_getaffinity(0)) // 2
     env = os.environ | {"HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2", "EXPECTED": str(expected)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=PATIENCE)

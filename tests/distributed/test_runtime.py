@@ -13,6 +13,7 @@ import tensorflow as tf
 from din_dist.distributed.devices import claim_devices
 from din_dist.distributed.runtime import Runtime, open_runtime, raise_lost_peer
 from din_dist.errors import InputError, LostPeer
+from tests.support.patience import PATIENCE
 
 
 def worker(local_rank: int, local_size: int) -> Runtime:
@@ -61,7 +62,7 @@ def test_alone_horovod_is_not_even_imported() -> None:
         "import sys; from din_dist.distributed.runtime import open_runtime; r = open_runtime(); "
         "assert r.is_chief and r.world_size == 1 and 'horovod' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
     assert type(open_runtime()) is Runtime
 
 

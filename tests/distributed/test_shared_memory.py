@@ -24,6 +24,7 @@ from din_dist.distributed import shared_memory as module
 from din_dist.distributed.runtime import Runtime, raise_lost_peer
 from din_dist.distributed.shared_memory import SharedMemory, share_memory
 from din_dist.errors import FailedElsewhere, InputError, LostPeer
+from tests.support.patience import PATIENCE
 
 SMALL = 128  # bytes of a buffer: most messages take several turns
 
@@ -32,7 +33,7 @@ class Meeting:
     """Where threads that play the ranks meet outside of graphs."""
 
     def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=60)
+        self._barrier = threading.Barrier(world_size, timeout=PATIENCE)
         self._told: list[Any] = [None] * world_size
 
     def all(self, rank: int, value: Any) -> list[Any]:
@@ -363,7 +364,7 @@ def test_a_peer_that_ends_is_told_of() -> None:
     with pytest.raises(queue.Empty):
         result.get(timeout=8)  # as long as it lives
     os.kill(peer, signal.SIGKILL)
-    name, text = result.get(timeout=60)
+    name, text = result.get(timeout=PATIENCE)
     os.waitpid(peer, 0)
     waiting.join()
     os.close(file)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.fake_checkout import path_without, write_script
 from tests.support.overlays import OVERLAYS, kubectl, render
+from tests.support.patience import PATIENCE
 from tests.support.programs import program
 from tests.support.repository import ROOT
 
@@ -60,7 +61,7 @@ class Cluster:
             env={**os.environ, "PATH": path or f"{self.bin}:{os.environ['PATH']}", "TMPDIR": str(self.tmp)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
 
     def error(self, *arguments: str, path: str = "") -> str:

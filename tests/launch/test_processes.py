@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
@@ -45,7 +46,7 @@ def start(launcher: Path, limit: int, *flags: str) -> subprocess.CompletedProces
         as_user = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
     command = [*as_user, "bash", "-c", 'ulimit -u "$1" && shift && exec "$@"', "", str(limit), launcher, *flags]
     variables = {name: value for name, value in os.environ.items() if name != "HOME"}
-    return subprocess.run(command, cwd="/", env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd="/", env=variables, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -86,7 +87,7 @@ def group_of_processes(limit: int) -> Iterator[Path]:
 def test_a_container_that_may_start_too_few(launch: Path) -> None:
     with group_of_processes(limit=25) as group:
         words = ["bash", "-c", 'echo $$ >"$1/cgroup.procs" && exec "$2"', "", group, launch / "train.sh"]
-        done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "train.sh: this container or service must be allowed 32 more processes. Received: a limit of 25 "

@@ -17,6 +17,7 @@ import pytest
 
 from din_dist.cluster.addresses import card_towards
 from tests.support.fake_checkout import finished, write_commands, write_script
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
 SETUP = '#!/usr/bin/env bash\necho "set up with: $*"\n[[ ! ${FAKE_SETUP:-} ]] || exit "$FAKE_SETUP"\n'
@@ -106,7 +107,7 @@ class Launcher:
         stop(process.pid, number)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -549,7 +550,7 @@ def test_the_progress_bar_is_told_the_terminal(launcher: Launcher) -> None:
     assert launcher.run("--num_workers=1").stdout == "None\n"
     process = launcher.start("--num_workers=1", stderr=terminal)
     os.close(terminal)
-    assert process.communicate(timeout=60)[0] == f"{name}\n"
+    assert process.communicate(timeout=PATIENCE)[0] == f"{name}\n"
     os.close(controller)
 
 
@@ -558,4 +559,4 @@ def test_nothing_survives_a_killed_launcher(launcher: Launcher, num_workers: int
     process = launcher.start(f"--num_workers={num_workers}", FAKE_TRAIN="until_stopped=0")
     launcher.stop_when_training(process, num_workers, os.kill, signal.SIGKILL)
     wait_until(lambda: len(list(launcher.work.glob("checkpoint.*"))) == num_workers)
-    process.communicate(timeout=60)  # ends when the last process has closed its output
+    process.communicate(timeout=PATIENCE)  # ends when the last process has closed its output

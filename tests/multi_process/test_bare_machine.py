@@ -12,6 +12,7 @@ import pytest
 
 from din_dist.errors import EXIT_INPUT_ERROR
 from tests.support.launcher_jobs import environment, launcher
+from tests.support.patience import PATIENCE
 from tests.support.programs import missing
 
 _NAMELESS = """
@@ -37,7 +38,7 @@ def launch_on(machine: str, folder: Path, *flags: str) -> subprocess.CompletedPr
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -17,6 +17,7 @@ import pytest
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from tests.support.commands import prepare_log, run
 from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
+from tests.support.patience import PATIENCE
 
 FLAGS = ("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02")
 
@@ -57,7 +58,7 @@ def test_a_killed_chief_costs_no_example(undisturbed: tuple[Path, dict[str, Any]
     with start_elastic(tmp_path, *FLAGS) as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(0, tmp_path), signal.SIGKILL)
-        out, err = job.communicate(timeout=200)
+        out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert_as_if_nothing_happened(summary, expected)
@@ -80,7 +81,7 @@ def test_two_workers_become_four_and_three(undisturbed: tuple[Path, dict[str, An
         wait_for(job, f"{FEWEST_TO_SUM_AT_OWNERS} worker(s) from step ")
         wait_for(job, "00 of ")  # they have trained together
         os.kill(worker_of(3, tmp_path), signal.SIGKILL)
-        out, err = job.communicate(timeout=200)
+        out, err = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, err
     assert_as_if_nothing_happened(json.loads(out.splitlines()[-1]), expected)
     world_sizes = [line["world_size"] for line in events(tmp_path) if line["kind"] in ("start", "elastic")]
@@ -95,7 +96,7 @@ def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
     with start_elastic(tmp_path, *FLAGS, "--min_workers=2", "--rejoin_timeout_seconds=3") as job:
         wait_for(job, "step 200 of ")
         os.kill(worker_of(0, tmp_path), signal.SIGKILL)
-        err = job.communicate(timeout=100)[1]
+        err = job.communicate(timeout=PATIENCE)[1]
     assert job.returncode == 75, err
     *_, saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     step = int(saved.name.removeprefix("step-"))
@@ -115,7 +116,7 @@ def test_a_stop_while_a_lost_worker_is_waited_for(undisturbed: tuple[Path, dict[
         os.kill(worker_of(1, tmp_path), signal.SIGKILL)
         wait_for(job, "a worker was lost")
         job.send_signal(signal.SIGTERM)
-        err = job.communicate(timeout=100)[1]
+        err = job.communicate(timeout=PATIENCE)[1]
     assert job.returncode == 75, err
     *_, saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     step = int(saved.name.removeprefix("step-"))
@@ -126,7 +127,7 @@ def test_a_stop_while_a_lost_worker_is_waited_for(undisturbed: tuple[Path, dict[
 def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
     def refusal(*flags: str) -> str:
         words = [launcher(tmp_path)[0], *flags]
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         return line

@@ -15,6 +15,7 @@ import pytest
 from din_dist.training.output_dir import claim_output_dir
 from tests.support.commands import assert_one_line, command, prepare_log
 from tests.support.launcher_jobs import environment, launch, launcher, worker_of
+from tests.support.patience import PATIENCE
 
 
 def without_preparation(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,7 @@ def test_a_card_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
         check=False,
     )
     said = {line for line in done.stderr.splitlines() if "must reach the other workers" in line}

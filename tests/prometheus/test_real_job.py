@@ -20,6 +20,7 @@ import yaml
 
 from tests.support.commands import prepare_log
 from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
+from tests.support.patience import PATIENCE
 from tests.support.programs import free_port, program, running
 from tests.support.repository import ROOT
 
@@ -131,7 +132,7 @@ def test_the_rates_are_those_that_the_job_tells(tmp_path: Path) -> None:
         parts = server.query("run_part:din_dist_step_part_seconds:ratio_rate5m", at=middle)
         assert abs(sum(float(part["value"][1]) for part in parts) - 1) < 1e-6
         # It has ended well, so nobody misses its ranks.
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while server.query('up{job="din_dist"}'):
             assert time.monotonic() < until
             time.sleep(INTERVAL)
@@ -164,7 +165,7 @@ def test_the_loss_of_an_elastic_worker_is_seen(tmp_path: Path) -> None:
     assert job.returncode == 75
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 60) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     """Whether `holds` within so long; values that are not there yet do not."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

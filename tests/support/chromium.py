@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from tests.support.patience import PATIENCE
 from tests.support.programs import program
 
 _QUIET = [
@@ -36,7 +37,7 @@ def _run(task: str, page: Path, profile: Path, *flags: str) -> subprocess.Comple
         [program("chromium"), *_QUIET, f"--user-data-dir={profile}", *flags, task, page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from din_dist.config import DataConfig
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded
 from tests.support.repository import ROOT
 from tests.support.small_log import write_log
@@ -51,7 +52,7 @@ def command(name: str, folder: Path, *flags: str) -> list[str]:
 def run(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs `command(...)` to its end, whatever its exit code."""
     return subprocess.run(
-        command(name, folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command(name, folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

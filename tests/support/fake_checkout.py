@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from tests.support.packages import digest
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
 HOROVOD = "0.28.1"
@@ -186,7 +187,7 @@ class FakeCheckout:
 
 def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """Waits for the end of a process; returns its exit code and output."""
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

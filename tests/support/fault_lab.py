@@ -36,6 +36,7 @@ from tests.support import host_lab
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.host_lab import Host
 from tests.support.launcher_jobs import environment
+from tests.support.patience import PATIENCE
 from tests.support.programs import program
 from tests.support.repository import ROOT
 
@@ -238,7 +239,7 @@ class Job:
         """Returns the number of workers at the last start or change."""
         return max(self.records("elastic") + self.records("start"), key=lambda record: record["time"])["world_size"]
 
-    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 150) -> None:
+    def wait(self, what: str, holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Waits until `holds` returns True or the job has completed.
 
         Raises:
@@ -302,7 +303,7 @@ class Job:
         (host,) = (host for host in self.laboratory.workers if host.address == trainer.host)
         return host
 
-    def finish(self, seconds: float = 600) -> dict[str, Any]:
+    def finish(self, seconds: float = PATIENCE) -> dict[str, Any]:
         """Waits until the job has completed, and returns its summary."""
         code = self.process.wait(timeout=seconds)
         for reader in self._readers:
@@ -528,7 +529,7 @@ def fail_data(job: Job) -> None:
 
 
 def _restart(job: Job) -> None:
-    deadline = time.monotonic() + job.laboratory.stall_timeout_seconds + 45
+    deadline = time.monotonic() + PATIENCE
     while job.running or job.trainers():
         if time.monotonic() > deadline:
             raise FaultError(f"still there: launcher {job.running}, trainers {job.trainers()}")
@@ -540,7 +541,7 @@ def kill_driver(job: Job) -> None:
     """Kills the driver of Horovod."""
     driver = _descendant(job.process.pid, "horovodrun")
     os.kill(driver, signal.SIGKILL)
-    code = job.process.wait(timeout=90)
+    code = job.process.wait(timeout=PATIENCE)
     if code != 75:
         raise FaultError(f"without its driver a job must end with code 75. Received: {code}\n{job.tail()}")
     _restart(job)
@@ -561,7 +562,7 @@ def stop_job(job: Job) -> None:
     """Sends SIGTERM to the launcher."""
     before = job.step()
     job.process.terminate()
-    code = job.process.wait(timeout=90)
+    code = job.process.wait(timeout=PATIENCE)
     if code != 75:
         raise FaultError(f"a stopped job must end with code 75. Received: {code}\n{job.tail()}")
     saved = max(int(path.name.removeprefix("step-")) for path in (job.output / "checkpoints").glob("step-*"))
@@ -574,7 +575,7 @@ def _cut_off_launcher(job: Job, direction: str) -> None:
     """Cuts the launcher off for longer than `--stall_timeout_seconds`; the workers save and stop by themselves."""
     before, said = job.step(), len(job.log)
     job.laboratory.launcher.disturb(cut=direction)
-    code = job.process.wait(timeout=job.laboratory.stall_timeout_seconds + 90)
+    code = job.process.wait(timeout=job.laboratory.stall_timeout_seconds + PATIENCE)
     job.laboratory.launcher.disturb()
     words = "".join(job.log[said:])
     if code != 75 or "Traceback" in words:
@@ -599,7 +600,7 @@ def kill_all_workers(job: Job) -> None:
     """Kills all trainers, as a power cut of all hosts but the launcher's would."""
     for trainer in job.trainers():
         trainer.signal(signal.SIGKILL)
-    job.process.wait(timeout=150)
+    job.process.wait(timeout=PATIENCE)
     _restart(job)
 
 

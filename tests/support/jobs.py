@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 from tests.support.train_cases import CASES
 
@@ -51,7 +52,9 @@ def start(world_size: int, module: str, *arguments: str, variables: Mapping[str,
         # Other jobs of the tests may take the cores for longer than the 30 s after which a rank counts as lost.
         command = [str(launcher), "--gloo", "--gloo-timeout-seconds", "280", "-np", str(world_size), *command]
     environment = {**os.environ, **(variables or {})}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, _ends_of(done.stdout + done.stderr)
     return done.stdout
 

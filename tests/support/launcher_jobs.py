@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from tests.support.commands import command
+from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
 
@@ -31,7 +32,7 @@ def environment() -> dict[str, str]:
 def launch(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs `launcher(...)` to its end, whatever its exit code."""
     return subprocess.run(
-        launcher(folder, *flags), env=environment(), capture_output=True, text=True, timeout=200, check=False
+        launcher(folder, *flags), env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

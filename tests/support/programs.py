@@ -19,6 +19,8 @@ from typing import NoReturn
 
 import pytest
 
+from tests.support.patience import PATIENCE
+
 DEBIAN_PACKAGES = {"promtool": "prometheus", "mkfs.ext4": "e2fsprogs"}  # where the name is another
 
 
@@ -49,7 +51,7 @@ def running(command: Sequence[str | Path], log: Path, ready_url: str) -> Iterato
     """Runs a server for a block, which begins when the server answers at `ready_url`; its output goes to `log`."""
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + PATIENCE
             while True:
                 try:
                     urllib.request.urlopen(ready_url, timeout=5).close()

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded, Running
 from tests.support.programs import free_port
 
@@ -66,7 +67,7 @@ def serving(commands: Preloaded, name: str, *words: str) -> Iterator[Served]:
     process = commands.start("serve", f"--port={port}", f"--model_name={name}", *words)
     served = Served(process, f"http://127.0.0.1:{port}/v1/models/{name}")
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE
         while not served.is_ready():
             assert time.monotonic() < until, process.stderr
             time.sleep(0.02)

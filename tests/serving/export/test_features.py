@@ -33,6 +33,7 @@ from din_dist.serving.export.writer import TrainedModel, described_features, exp
 from din_dist.serving.own_values import OwnValues, by_owner
 from din_dist.serving.scorer import ExportScorer
 from tests.support.featured_log import featured_config
+from tests.support.patience import PATIENCE
 from tests.support.trained_job import write_job
 
 
@@ -225,7 +226,7 @@ print(scorer(**inputs)["logits"].numpy()[0])
 
 def test_it_needs_nothing_but_tensorflow(job: Job, tmp_path: Path) -> None:
     words = [sys.executable, "-c", ALONE, str(job.folder / "export")]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert_allclose(float(done.stdout), job.bundle.score([], [0], [101])[0], rtol=1e-5)
 

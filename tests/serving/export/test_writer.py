@@ -29,6 +29,7 @@ from din_dist.serving.export import writer as exporting
 from din_dist.serving.export.signatures import Signatures
 from din_dist.serving.export.writer import TrainedModel, export
 from din_dist.serving.manifest import MANIFEST, Manifest
+from tests.support.patience import PATIENCE
 from tests.support.small_log import small_config
 from tests.support.trained_job import histories_of_tests, write_job
 
@@ -119,7 +120,7 @@ def test_it_needs_nothing_but_tensorflow(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
