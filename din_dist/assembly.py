@@ -151,7 +151,7 @@ def make_model(
     of_owner: dict[Owner, dict[str, StoredFeature]] = {owner: {} for owner in Owner}
     for name, stored in (features or {}).items():
         of_owner[stored.encoding.spec.owner][name] = stored
-    of_items = of_owner.pop(Owner.ITEM)
+    of_items, of_history = of_owner.pop(Owner.ITEM), of_owner.pop(Owner.HISTORY)
     lookup = LocalLookup(
         table_specs(config, facts), item_features, seed, row_of_item, of_items, facts.num_tasks, name="lookup"
     )
@@ -164,6 +164,9 @@ def make_model(
     if of_examples:
         first_seed = seed + len(lookup.embeddings)
         given["example_columns"] = columns_of(of_examples, config.embedding_dim[0], first_seed)
+    if of_history:
+        first_seed = seed + len(lookup.embeddings) + len(of_examples)
+        given["side_columns"] = columns_of(of_history, config.embedding_dim[0], first_seed, name="sides")
     make = model_class or MODELS[config.model]
     model = make(lookup, config, training_mode, name="model", **given)
     model.build_variables()

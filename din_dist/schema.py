@@ -40,6 +40,9 @@ class Batch(NamedTuple):
     # Name -> the user, context and candidate features of each example, by form: int32 [B], `Lists` of B, float32 [B] or
     # float16 [B, D]. () stands for none: a signature may hold nothing but TensorSpecs.
     features: Any = ()
+    # Side information of behaviours: name -> int32 [T], each combination of values once; () for none.
+    sides: Any = ()
+    side_index: Any = ()  # int32 [N], the place of each history position among those
     # float32 [B], by how much each example's loss counts, 1 on average over the split; () for 1 everywhere.
     weights: Any = ()
     # float32 [B], added to the logits in the loss: the correction for negatives that are drawn unevenly; () for 0.

@@ -9,6 +9,7 @@ import tensorflow as tf
 from din_dist.config import AttentionNormalization
 from din_dist.execution import INFERENCE, Mode
 from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.layers.packed import behaviours_of
 from din_dist.layers.pairs import Pairs
 
 
@@ -18,8 +19,12 @@ class UnfactoredActivationUnit(LocalActivationUnit):
     def runs_by_kernels(self, mode: Mode) -> bool:
         return False
 
-    def scores(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+    def scores(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, sides: tf.Tensor | None = None
+    ) -> tf.Tensor:
         inputs = concatenated(tf.gather(candidate, pairs.candidate_of), tf.gather(behaviours, pairs.behaviour_of))
+        if sides is not None:
+            inputs = tf.concat([inputs, tf.gather(sides, pairs.side_of)], axis=1)
         return self.scorer(inputs, mode=mode)
 
 
@@ -32,15 +37,24 @@ class PaddedActivationUnit(LocalActivationUnit):
     def runs_by_kernels(self, mode: Mode) -> bool:
         return False
 
-    def call(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode = INFERENCE) -> tf.Tensor:
+    def call(
+        self,
+        candidate: tf.Tensor,
+        behaviours: tf.Tensor,
+        pairs: Pairs,
+        mode: Mode = INFERENCE,
+        sides: tf.Tensor | None = None,
+    ) -> tf.Tensor:
         num_candidates, width = tf.shape(candidate)[0], candidate.shape[-1]
-        rows = tf.gather(behaviours, pairs.behaviour_of)
+        rows = behaviours_of(behaviours, pairs, sides)
         histories = tf.RaggedTensor.from_value_rowids(rows, pairs.candidate_of, num_candidates)
-        padded = histories.to_tensor(shape=[None, None, width])  # [C, T, H]
+        padded = histories.to_tensor(shape=[None, None, width + self.side_width])  # [C, T, H + S]
         longest = tf.shape(padded)[1]
         mask = tf.sequence_mask(histories.row_lengths(), longest)
         repeated = tf.repeat(candidate, longest, axis=0)
-        scores = self.scorer(concatenated(repeated, tf.reshape(padded, [-1, width])), mode=mode)
+        flat = tf.reshape(padded, [-1, width + self.side_width])
+        inputs = tf.concat([concatenated(repeated, flat[:, :width]), flat[:, width:]], axis=1)
+        scores = self.scorer(inputs, mode=mode)
         scores = tf.reshape(scores, [num_candidates, longest])
         if self.normalization is AttentionNormalization.SOFTMAX:
             scores = tf.where(mask, scores / math.sqrt(width), -(2.0**31))

@@ -19,6 +19,7 @@ class Owner(enum.StrEnum):
     CONTEXT = "context"  # the event: hour, device, page
     CANDIDATE = "candidate"  # the event's own value of the item that was shown: a price, a position
     ITEM = "item"  # every item, as candidate and in histories
+    HISTORY = "history"  # a behaviour: its action, its quantity, how long ago it was
 
 
 class Kind(enum.StrEnum):
@@ -30,6 +31,7 @@ class Kind(enum.StrEnum):
     VECTOR = "vector"  # a list of numbers, of one length
     HOUR_OF_DAY = "hour_of_day"  # of the event's time
     DAY_OF_WEEK = "day_of_week"
+    TIME_SINCE = "time_since"  # from a behaviour to the request
 
 
 class Form(enum.StrEnum):
@@ -59,8 +61,8 @@ class Scale(enum.StrEnum):
     PERIODIC = "periodic"  # standard, then sin and cos of K frequencies that are learned
 
 
-TIME_KINDS = (Kind.HOUR_OF_DAY, Kind.DAY_OF_WEEK)
-NUM_TIME_IDS = {Kind.HOUR_OF_DAY: 24, Kind.DAY_OF_WEEK: 7}
+TIME_KINDS = (Kind.HOUR_OF_DAY, Kind.DAY_OF_WEEK, Kind.TIME_SINCE)
+NUM_TIME_IDS = {Kind.HOUR_OF_DAY: 24, Kind.DAY_OF_WEEK: 7, Kind.TIME_SINCE: 64}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -565,14 +565,16 @@ void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float
       FetchKey(pass.pairs, tile + r, pass.by_key, units);
       float* to = x + r * units;
       for (int64_t i = 0; i < units; i += L) Store(to + i, Load(a + i) + Load(b + i));
+      if (pass.pairs.side_of) Add(pass.by_side + pass.pairs.side_of[tile + r] * units, units, to);
     }
     MultiplyRows(products, rows, pass.width, kernel, pass.units, {x, units}, x, products);
     SumAbout(x, pass.centre, rows, units, sums);
   }
 }
 
-void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
-                      float* of_by_key, float* scratch) {
+void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, const FirstGradientSums& sums,
+                      float* scratch) {
+  const int64_t interest_width = pass.width + pass.side_width;
   const int64_t units = Padded(pass.statistics.width), width = Padded(pass.width);
   float* products = scratch;
   float* of_x = products + kTile * width;
@@ -585,17 +587,22 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, flo
     const int64_t rows = std::min(kTile, end - tile);
     Differentiate(pass.statistics, pass.x + tile * units, pass.held + tile * units, rows, of_x);
     Products(pass.pairs, pass.candidate, pass.keys, pass.width, tile, rows, products);
-    AddTransposedByRows(products, of_x, rows, pass.width, pass.statistics.width, of_kernel, products, down);
+    AddTransposedByRows(products, of_x, rows, pass.width, pass.statistics.width, sums.of_kernel, products, down);
     MultiplyRows(of_x, rows, pass.statistics.width, transposed_kernel, pass.width, {zeros, 0}, of_products, along);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t q = pass.pairs.candidate_of[tile + r], k = pass.pairs.key_of[tile + r];
-      FetchKey(pass.pairs, tile + r, of_keys, pass.width);
-      FetchKey(pass.pairs, tile + r, of_by_key, units);
+      FetchKey(pass.pairs, tile + r, sums.of_keys, pass.width);
+      FetchKey(pass.pairs, tile + r, sums.of_by_key, units);
       AddTimes(of_products + r * width, pass.keys + k * pass.width, pass.width, pass.of_candidate + q * pass.width);
       AddTimesAndScaled(of_products + r * width, pass.candidate + q * pass.width, pass.weights[tile + r],
-                        pass.of_interest + q * pass.width, pass.width, of_keys + k * pass.width);
+                        pass.of_interest + q * interest_width, pass.width, sums.of_keys + k * pass.width);
       Add(of_x + r * units, units, pass.of_by_candidate + q * units);
-      Add(of_x + r * units, units, of_by_key + k * units);
+      Add(of_x + r * units, units, sums.of_by_key + k * units);
+      if (!pass.pairs.side_of) continue;
+      const int64_t s = pass.pairs.side_of[tile + r];
+      AddScaled(pass.weights[tile + r], pass.of_interest + q * interest_width + pass.width, pass.side_width,
+                sums.of_sides + s * pass.side_width);
+      Add(of_x + r * units, units, sums.of_by_side + s * units);
     }
   }
 }
@@ -663,10 +670,13 @@ void RunPool(const Pool& pass, int64_t begin, int64_t end, float* activated) {
       for (int64_t p = first; p < last; ++p) total += pass.weights[p] = std::exp(pass.weights[p] - largest);
       for (int64_t p = first; p < last; ++p) pass.weights[p] /= total;
     }
-    float* interest = pass.interest + pass.pairs.candidate_of[first] * pass.width;
+    float* interest = pass.interest + pass.pairs.candidate_of[first] * (pass.width + pass.side_width);
     for (int64_t p = first; p < last; ++p) {
       FetchKey(pass.pairs, p, pass.keys, pass.width);
       AddScaled(pass.weights[p], pass.keys + pass.pairs.key_of[p] * pass.width, pass.width, interest);
+      if (!pass.pairs.side_of) continue;
+      const float* side = pass.sides + pass.pairs.side_of[p] * pass.side_width;
+      AddScaled(pass.weights[p], side, pass.side_width, interest + pass.width);
     }
     first = last;
   }
@@ -676,11 +686,15 @@ void RunPoolGradient(const PoolGradient& pass, int64_t begin, int64_t end, doubl
                      float* scratch) {
   for (int64_t first = begin; first < end;) {
     const int64_t last = EndOfCandidate(pass.pairs, first, end);
-    const float* of_interest = pass.of_interest + pass.pairs.candidate_of[first] * pass.width;
+    const float* of_interest = pass.of_interest + pass.pairs.candidate_of[first] * (pass.width + pass.side_width);
     float mean = 0;
     for (int64_t p = first; p < last; ++p) {
       FetchKey(pass.pairs, p, pass.keys, pass.width);
       pass.of_scores[p] = Dot(of_interest, pass.keys + pass.pairs.key_of[p] * pass.width, pass.width);
+      if (pass.pairs.side_of) {
+        const float* side = pass.sides + pass.pairs.side_of[p] * pass.side_width;
+        pass.of_scores[p] += Dot(of_interest + pass.width, side, pass.side_width);
+      }
       mean += pass.weights[p] * pass.of_scores[p];
     }
     for (int64_t p = first; p < last; ++p) {

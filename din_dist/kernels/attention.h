@@ -54,6 +54,9 @@ struct Pairs {
   int64_t num_keys;
   const int32_t* candidate_of;  // ascending
   const int32_t* key_of;
+  // What tells the behaviours of one key apart: the side of each pair. Null where keys have none.
+  int64_t num_sides;
+  const int32_t* side_of;
 };
 
 // to = from kernel + bias
@@ -75,7 +78,7 @@ struct ProjectionGradient {
   float* of_from;                  // [N, H], which is added to
 };
 
-// x = (q * k) kernel + by_candidate[q] + by_key[k]
+// x = (q * k) kernel + by_candidate[q] + by_key[k] + by_side[s]
 struct First {
   Pairs pairs;
   int64_t width;  // H, the width of candidates and keys
@@ -85,6 +88,7 @@ struct First {
   const float* kernel;        // [H, Padded(units)]
   const float* by_candidate;  // [C, Padded(units)]
   const float* by_key;        // [K, Padded(units)]
+  const float* by_side;       // [T, Padded(units)]
   const float* centre;        // [Padded(units)], subtracted before the sums are taken
   float* x;                   // [P, Padded(units)]
 };
@@ -92,6 +96,7 @@ struct First {
 struct FirstGradient {
   Pairs pairs;
   int64_t width;
+  int64_t side_width;    // S, the width of sides
   Statistics statistics;  // of x
   const float* candidate;
   const float* keys;
@@ -100,9 +105,18 @@ struct FirstGradient {
   const float* transposed_kernel;  // [units, Padded(H)]
   // The pooling's part of the keys' gradient is added in the same pass, because the keys are in the cache.
   const float* weights;      // [P]
-  const float* of_interest;  // [C, H]
+  const float* of_interest;  // [C, H + S]
   float* of_candidate;       // [C, H], 0 at first
   float* of_by_candidate;    // [C, Padded(units)], 0 at first
+};
+
+// What a shard of FirstGradient adds to.
+struct FirstGradientSums {
+  float* of_kernel;   // [H, Padded(units)]
+  float* of_keys;     // [K, H]
+  float* of_by_key;   // [K, Padded(units)]
+  float* of_sides;    // [T, S]
+  float* of_by_side;  // [T, Padded(units)]
 };
 
 // next = (gate(x) * factors) kernel + bias
@@ -130,32 +144,37 @@ struct DenseGradient {
   float* held;                     // [P, Padded(width)]
 };
 
-// interest = sum over a candidate's pairs of weight * key; the weights come from the scores gate(x) output + bias
+// interest = sum over a candidate's pairs of weight * [key, side]; the weights come from the scores
+// gate(x) output + bias
 struct Pool {
   Pairs pairs;
   int64_t width;
+  int64_t side_width;
   Gate gate;
   bool softmax;
   float divisor;  // the scores are divided by it
   const float* x;
   const float* output;  // [Padded(gate.width)]
   float bias;
-  const float* keys;  // [K, H]
-  float* interest;    // [C, H], 0 at first
-  float* weights;     // [P]
+  const float* keys;   // [K, H]
+  const float* sides;  // [T, S]
+  float* interest;     // [C, H + S], 0 at first
+  float* weights;      // [P]
 };
 
 struct PoolGradient {
   Pairs pairs;
   int64_t width;
+  int64_t side_width;
   Gate gate;
   bool softmax;
   float divisor;
   const float* x;
   const float* output;
   const float* keys;
+  const float* sides;
   const float* weights;
-  const float* of_interest;  // [C, H]
+  const float* of_interest;  // [C, H + S]
   float* of_scores;          // [P], scratch
   float* held;               // as in FirstGradient, [P, Padded(gate.width)]
 };
@@ -185,9 +204,8 @@ struct Passes {
                            float* scratch);
   // sums: [2, Padded(units)] of x - centre and its square
   void (*first)(const First&, int64_t begin, int64_t end, double* sums, float* scratch);
-  // of_kernel: [H, Padded(units)]; of_keys: [K, H]; of_by_key: [K, Padded(units)]
-  void (*first_gradient)(const FirstGradient&, int64_t begin, int64_t end, float* of_kernel, float* of_keys,
-                         float* of_by_key, float* scratch);
+  void (*first_gradient)(const FirstGradient&, int64_t begin, int64_t end, const FirstGradientSums& sums,
+                         float* scratch);
   void (*dense)(const Dense&, int64_t begin, int64_t end, double* sums, float* scratch);
   // sums: [4, Padded(width)], the gradients with respect to n, the same times n, and those of alpha and of beta
   void (*dense_gradient)(const DenseGradient&, int64_t begin, int64_t end, float* of_kernel, double* of_bias,

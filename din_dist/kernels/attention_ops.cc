@@ -190,6 +190,19 @@ class Call {
     return pairs;
   }
 
+  // Reads the side of each pair into `pairs`; there are none if the next input is empty.
+  void NextSides(Pairs* pairs, int64_t num_sides) {
+    int64_t given;
+    const auto* side_of = Vector<int32_t>(&given);
+    if (given == 0) return;
+    Require(given == pairs->count, "the kernels' arrays must fit each other");
+    bool good = true;
+    for (int64_t p = 0; p < given; ++p) good &= side_of[p] >= 0 && side_of[p] < num_sides;
+    Require(good, "pairs must name sides");
+    pairs->side_of = side_of;
+    pairs->num_sides = num_sides;
+  }
+
  private:
   const float* Pad(const float* from, int64_t rows, int64_t columns, int64_t row, int64_t step) {
     const int64_t padded = Padded(columns);
@@ -353,6 +366,11 @@ void First_(Call& call, const Settings& settings) {
   const float* bias = call.PaddedVector(pass.units);
   pass.centre = call.PaddedVector(pass.units);
   pass.pairs = call.NextPairs(num_candidates, num_keys);
+  int64_t num_sides, side_width, side_rows;
+  const float* sides = call.Matrix(&num_sides, &side_width);
+  const float* of_side = call.PaddedMatrix(&side_rows, &width);
+  Require(side_rows == side_width && width == pass.units, "the kernels must fit");
+  call.NextSides(&pass.pairs, num_sides);
   const int64_t units = Padded(pass.units);
   pass.x = call.Output({pass.pairs.count, units}, false);
   const float* no_bias = call.Zeros(units);
@@ -361,6 +379,11 @@ void First_(Call& call, const Settings& settings) {
   const auto by_key = Project({pass.width, pass.units, pass.keys, of_key, no_bias, nullptr}, num_keys, settings);
   pass.by_candidate = by_candidate.data();
   pass.by_key = by_key.data();
+  const Floats by_side =
+      pass.pairs.side_of
+          ? Project({side_width, pass.units, sides, of_side, no_bias, nullptr}, num_sides, settings)
+          : Floats(0);
+  pass.by_side = by_side.data();
   const auto bounds = Shards(pass.pairs.count, kMore * settings.num_threads, nullptr);
   Sums sums(2 * units, bounds.size() - 1);
   RunShards(settings, bounds, std::max(pass.width, pass.units), [&](const Passes& run, const Shard& shard) {
@@ -388,16 +411,25 @@ void FirstGradient_(Call& call, const Settings& settings) {
   pass.statistics = call.NextStatistics(units);
   pass.held = call.Array<float>(num_pairs * padded);
   pass.weights = call.Array<float>(num_pairs);
-  pass.of_interest = call.Array<float>(num_candidates * pass.width);
+  int64_t interest_width, side_rows, side_units, num_sides;
+  pass.of_interest = call.Matrix(&num_candidates, &interest_width);
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
+  const float* sides = call.Matrix(&num_sides, &pass.side_width);
+  const float* transposed_of_side = call.TransposedMatrix(&side_rows, &side_units);
+  Require(side_rows == pass.side_width && side_units == units, "the kernels must fit");
+  Require(interest_width == pass.width + pass.side_width, "interests must be as wide as keys and sides");
+  call.NextSides(&pass.pairs, num_sides);
   pass.of_candidate = call.Output({num_candidates, pass.width});
   float* of_keys = call.Output({num_keys, pass.width}, false);
   float* of_candidates_kernel = call.Output({pass.width, units}, false);
   float* of_keys_kernel = call.Output({pass.width, units}, false);
   float* of_kernel = call.Output({pass.width, units}, false);
   float* of_bias = call.Output({units}, false);
+  float* of_sides = call.Output({num_sides, pass.side_width});
+  float* of_sides_kernel = call.Output({pass.side_width, units});
   const Floats of_by_candidate(num_candidates * padded), of_by_key(num_keys * padded);
+  const Floats of_by_side(num_sides * padded);
   pass.of_by_candidate = of_by_candidate.data();
   std::fill_n(pass.of_by_candidate, num_candidates * padded, 0.0f);
   // Filling and merging copies of all keys' gradients takes time, so there are at most two rows of them for each pair.
@@ -405,11 +437,14 @@ void FirstGradient_(Call& call, const Settings& settings) {
   const auto bounds = Shards(num_pairs, std::min<int64_t>(settings.num_threads, copies), &pass.pairs);
   const int shards = static_cast<int>(bounds.size()) - 1;
   Shared keys(of_keys, num_keys * pass.width, shards), by_key(of_by_key.data(), num_keys * padded, shards);
+  Shared side_rows_of(of_sides, num_sides * pass.side_width, shards);
+  Shared by_side(of_by_side.data(), num_sides * padded, shards);
   float* padded_kernel = call.Zeros(pass.width * padded);
   Shared kernel(padded_kernel, pass.width * padded, shards);
   RunShards(settings, bounds, std::max(pass.width, units), [&](const Passes& run, const Shard& shard) {
-    run.first_gradient(pass, shard.begin, shard.end, kernel.Of(shard.index),
-                       keys.Of(shard.index), by_key.Of(shard.index), shard.scratch);
+    const FirstGradientSums sums{kernel.Of(shard.index), keys.Of(shard.index), by_key.Of(shard.index),
+                                 side_rows_of.Of(shard.index), by_side.Of(shard.index)};
+    run.first_gradient(pass, shard.begin, shard.end, sums, shard.scratch);
   });
   keys.Merge(settings.num_threads);
   by_key.Merge(settings.num_threads);
@@ -420,6 +455,11 @@ void FirstGradient_(Call& call, const Settings& settings) {
       num_candidates, settings, of_candidates_kernel, of_bias);
   GradientOfProjection(call, {pass.width, units, pass.keys, of_by_key.data(), transposed_of_key, of_keys}, num_keys,
                        settings, of_keys_kernel, nullptr);
+  if (!pass.pairs.side_of) return;
+  side_rows_of.Merge(settings.num_threads);
+  by_side.Merge(settings.num_threads);
+  GradientOfProjection(call, {pass.side_width, units, sides, of_by_side.data(), transposed_of_side, of_sides}, num_sides,
+                       settings, of_sides_kernel, nullptr);
 }
 
 void Dense_(Call& call, const Settings& settings) {
@@ -492,7 +532,10 @@ void Pool_(Call& call, const Settings& settings) {
   pass.softmax = settings.softmax;
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
-  pass.interest = call.Output({num_candidates, pass.width});
+  int64_t num_sides;
+  pass.sides = call.Matrix(&num_sides, &pass.side_width);
+  call.NextSides(&pass.pairs, num_sides);
+  pass.interest = call.Output({num_candidates, pass.width + pass.side_width});
   pass.weights = call.Output({num_pairs}, false);
   const auto bounds = Shards(num_pairs, kMore * settings.num_threads, &pass.pairs);
   RunShards(settings, bounds, inner, [&](const Passes& run, const Shard& shard) {
@@ -511,11 +554,14 @@ void PoolGradient_(Call& call, const Settings& settings) {
   pass.keys = call.Matrix(&num_keys, &pass.width);
   pass.weights = call.Array<float>(num_pairs);
   pass.of_interest = call.Matrix(&num_candidates, &width);
-  Require(width == pass.width, "interests and keys must be equally wide");
   pass.divisor = *call.Vector<float>(&one);
   pass.softmax = settings.softmax;
   pass.pairs = call.NextPairs(num_candidates, num_keys);
   Require(pass.pairs.count == num_pairs, "x must have a row for each pair");
+  int64_t num_sides;
+  pass.sides = call.Matrix(&num_sides, &pass.side_width);
+  Require(width == pass.width + pass.side_width, "interests must be as wide as keys and sides");
+  call.NextSides(&pass.pairs, num_sides);
   const Floats of_scores(num_pairs);
   pass.of_scores = of_scores.data();
   pass.held = call.Output({num_pairs, padded}, false);
@@ -599,15 +645,17 @@ void Register(const char* name, const std::vector<const char*>& inputs, const st
 const bool kRegistered = [] {
   Register<First_>("DinDistFirst",
                    {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float",
-                    "kernel: float", "bias: float", "centre: float", "candidate_of: int32", "key_of: int32"},
+                    "kernel: float", "bias: float", "centre: float", "candidate_of: int32", "key_of: int32",
+                    "sides: float", "kernel_of_side: float", "side_of: int32"},
                    {"x: float", "sums: float"}, {"in_bfloat16: bool"});
   Register<FirstGradient_>(
       "DinDistFirstGradient",
       {"candidate: float", "keys: float", "kernel_of_candidate: float", "kernel_of_key: float", "kernel: float",
        "x: float", "mean: float", "scale: float", "sums_of_gradient: float", "num_rows: float", "held: float",
-       "weights: float", "of_interest: float", "candidate_of: int32", "key_of: int32"},
+       "weights: float", "of_interest: float", "candidate_of: int32", "key_of: int32", "sides: float",
+       "kernel_of_side: float", "side_of: int32"},
       {"of_candidate: float", "of_keys: float", "of_kernel_of_candidate: float", "of_kernel_of_key: float",
-       "of_kernel: float", "of_bias: float"},
+       "of_kernel: float", "of_bias: float", "of_sides: float", "of_kernel_of_side: float"},
       {"in_bfloat16: bool"});
   Register<Dense_>("DinDistDense",
                    {"x: float", "kernel: float", "bias: float", "centre: float", "mean: float", "scale: float",
@@ -623,12 +671,14 @@ const bool kRegistered = [] {
       {"activation: string", "in_bfloat16: bool"});
   Register<Pool_>("DinDistPool",
                   {"x: float", "output: float", "bias: float", "mean: float", "scale: float", "alpha: float",
-                   "keys: float", "num_candidates: int32", "divisor: float", "candidate_of: int32", "key_of: int32"},
+                   "keys: float", "num_candidates: int32", "divisor: float", "candidate_of: int32", "key_of: int32",
+                   "sides: float", "side_of: int32"},
                   {"interest: float", "weights: float"}, {"activation: string", "softmax: bool"});
   Register<PoolGradient_>(
       "DinDistPoolGradient",
       {"x: float", "output: float", "mean: float", "scale: float", "alpha: float", "keys: float", "weights: float",
-       "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32"},
+       "of_interest: float", "divisor: float", "candidate_of: int32", "key_of: int32", "sides: float",
+       "side_of: int32"},
       {"held: float", "of_output: float", "of_bias: float", "of_standardised: float", "of_alpha: float"},
       {"activation: string", "softmax: bool"});
   Register<SumsAbout_>("DinDistSumsAbout", {"x: float", "centre: float"}, {"sums: float"}, {});

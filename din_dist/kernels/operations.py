@@ -44,6 +44,19 @@ class FirstKernels(NamedTuple):
     of_product: tf.Tensor  # float32 [H, W]
 
 
+class SideRows(NamedTuple):
+    """What tells the behaviours of one item apart, T rows of width S. `no_sides` has none."""
+
+    vectors: tf.Tensor  # float32 [T, S]
+    kernel: tf.Tensor  # float32 [S, W], of the first attention layer
+    side_of: tf.Tensor  # int32 [P], or empty
+
+
+def no_sides(width: int) -> SideRows:
+    """Returns no rows, for a first layer of a width."""
+    return SideRows(tf.zeros([0, 0]), tf.zeros([0, width]), tf.zeros([0], tf.int32))
+
+
 class ScoreScale(NamedTuple):
     """How attention scores become weights."""
 
@@ -56,7 +69,7 @@ class PooledGradient(NamedTuple):
 
     held: tf.Tensor  # float32 [P, padded W], of the layer's results, with their statistics held fixed
     weights: tf.Tensor  # float32 [P], with which behaviours were pooled
-    of_interest: tf.Tensor  # float32 [C, H]
+    of_interest: tf.Tensor  # float32 [C, H + S]
 
 
 # --- Rows and batches. ---
@@ -273,6 +286,7 @@ def attention_first(
     centre: tf.Tensor,
     pairs: PairIndex,
     bfloat16: bool,
+    sides: SideRows,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the first layer's results `[P, padded W]`, and their `sums_about` the `centre`.
 
@@ -284,36 +298,42 @@ def attention_first(
         centre: float32 `[W]`.
         pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
         bfloat16: round the factors of products.
+        sides: of the behaviours.
     """
     return kernels.library().din_dist_first(
-        *(candidate, behaviours, *first, bias, centre, *pairs), in_bfloat16=bfloat16, num_threads=kernels.num_threads()
+        *(candidate, behaviours, *first, bias, centre, *pairs, *sides),
+        in_bfloat16=bfloat16,
+        num_threads=kernels.num_threads(),
     )
 
 
 def attention_first_gradient(
-    candidate: tf.Tensor,
-    behaviours: tf.Tensor,
+    rows: tuple[tf.Tensor, tf.Tensor],
     first: FirstKernels,
     inputs: tf.Tensor,
     found: GateStatistics,
     pooled: PooledGradient,
     pairs: PairIndex,
     bfloat16: bool,
+    sides: SideRows,
 ) -> tuple[tf.Tensor, ...]:
-    """Returns the gradients of candidate, behaviours, the three kernels and the bias of `attention_first`.
+    """Returns the gradients of what `attention_first` takes.
 
     Args:
-        candidate: as of `attention_first`, like behaviours, first, pairs and bfloat16.
-        behaviours: float32 `[K, H]`.
+        rows: candidate and behaviours, as of `attention_first`; likewise first, pairs, bfloat16 and sides.
         first: the layer's kernels.
         inputs: float32 `[P, padded W]`, the results of `attention_first`.
         found: statistics of the gate above.
         pooled: the gradient from above.
         pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
         bfloat16: round the factors of products.
+        sides: of the behaviours.
+
+    Returns:
+        The gradients of candidate, behaviours, the three kernels, the bias, the vectors of sides and their kernel.
     """
     return kernels.library().din_dist_first_gradient(
-        *(candidate, behaviours, *first, inputs, *found, *pooled, *pairs),
+        *(*rows, *first, inputs, *found, *pooled, *pairs, *sides),
         in_bfloat16=bfloat16,
         num_threads=kernels.num_threads(),
     )
@@ -327,8 +347,9 @@ def attention_pool(
     num_candidates: tf.Tensor,
     scale: ScoreScale,
     pairs: PairIndex,
+    sides: SideRows,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the interests `[C, H]`, and the weights with which behaviours were pooled, `[P]`.
+    """Returns the interests `[C, H + S]`, and the weights with which behaviours were pooled, `[P]`.
 
     Args:
         inputs: float32 `[P, padded W]`, of the last hidden layer's activation.
@@ -338,14 +359,16 @@ def attention_pool(
         num_candidates: int32.
         scale: how scores become weights.
         pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
+        sides: of the behaviours.
     """
+    of_gate = (gate.mean, gate.scale, gate.alpha)
     interest, weights = kernels.library().din_dist_pool(
-        *(inputs, *output, gate.mean, gate.scale, gate.alpha, behaviours, num_candidates, scale.divisor, *pairs),
+        *(inputs, *output, *of_gate, behaviours, num_candidates, scale.divisor, *pairs, sides.vectors, sides.side_of),
         activation=gate.activation,
         softmax=scale.softmax,
         num_threads=kernels.num_threads(),
     )
-    return _shaped(interest, [None, behaviours.shape[-1]]), weights
+    return _shaped(interest, [None, behaviours.shape[-1] + sides.vectors.shape[-1]]), weights
 
 
 def attention_pool_gradient(
@@ -353,25 +376,26 @@ def attention_pool_gradient(
     gate: GateInputs,
     output: tf.Tensor,
     behaviours: tf.Tensor,
-    weights: tf.Tensor,
-    of_interest: tf.Tensor,
+    pooled: tuple[tf.Tensor, tf.Tensor],
     scale: ScoreScale,
     pairs: PairIndex,
+    sides: SideRows,
 ) -> tuple[tf.Tensor, ...]:
     """Returns the gradients of inputs (with their statistics held fixed), output, bias, standardised inputs and alpha.
 
     Args:
-        inputs: as of `attention_pool`, like gate, behaviours, scale and pairs.
+        inputs: as of `attention_pool`, like gate, behaviours, scale, pairs and sides.
         gate: the last activation.
         output: float32 `[W]`, kernel of the output unit.
         behaviours: float32 `[K, H]`.
-        weights: float32 `[P]`, of `attention_pool`.
-        of_interest: float32 `[C, H]`, the gradient of its interests.
+        pooled: float32 `[P]` and `[C, H + S]`, the weights of `attention_pool` and the gradient of its interests.
         scale: how scores become weights.
         pairs: int32 `[P]` each, candidate and behaviour of each pair, by ascending candidate.
+        sides: of the behaviours.
     """
+    of_gate = (gate.mean, gate.scale, gate.alpha)
     return kernels.library().din_dist_pool_gradient(
-        *(inputs, output, gate.mean, gate.scale, gate.alpha, behaviours, weights, of_interest, scale.divisor, *pairs),
+        *(inputs, output, *of_gate, behaviours, *pooled, scale.divisor, *pairs, sides.vectors, sides.side_of),
         activation=gate.activation,
         softmax=scale.softmax,
         num_threads=kernels.num_threads(),

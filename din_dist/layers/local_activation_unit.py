@@ -29,11 +29,15 @@ class LocalActivationUnit(keras.layers.Layer):
     four inputs were concatenated, but W·[q, k, q-k, q*k] = (Wq+Wd)·q + (Wk-Wd)·k + Wp·(q*k): the first term is computed
     once a candidate, the second once a distinct behaviour, and only the third once a pair.
 
+    Side information s of a behaviour (its action, its age) stands beside k: the scorer gets [q, k, q - k, q * k, s] and
+    W has S rows more, whose term is computed once for each of T distinct sides. What is pooled is [k, s].
+
     Args:
         hidden_units: width of each hidden layer of the scorer.
         activation: of the hidden layers, a key of `hidden.ACTIVATIONS`.
         normalization: of the scores over a history.
         frozen: batch statistics of the activations are never updated.
+        side_width: S, the width of side information.
     """
 
     def __init__(
@@ -43,9 +47,11 @@ class LocalActivationUnit(keras.layers.Layer):
         normalization: AttentionNormalization = AttentionNormalization.SOFTMAX,
         *,
         frozen: bool = False,
+        side_width: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.side_width = side_width
         self.normalization = AttentionNormalization(normalization)
         self.scorer = HiddenLayers(hidden_units, activation, frozen=frozen, name="scorer")
         self._settings = {
@@ -53,10 +59,11 @@ class LocalActivationUnit(keras.layers.Layer):
             "activation": str(activation),
             "normalization": str(self.normalization),
             "frozen": frozen,
+            **({"side_width": side_width} if side_width else {}),
         }
 
     def build(self, candidate_shape: tuple) -> None:
-        self.scorer.build((None, 4 * candidate_shape[-1]))
+        self.scorer.build((None, 4 * candidate_shape[-1] + self.side_width))
 
     def is_compiled(self, mode: Mode) -> bool:
         """Tells whether `call` is compiled for each number of pairs anew, so that few numbers are wanted."""
@@ -66,40 +73,53 @@ class LocalActivationUnit(keras.layers.Layer):
         """Tells whether our kernels compute `call`."""
         return mode.kernels and has_kernels(self)
 
-    def call(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode = INFERENCE) -> tf.Tensor:
-        """Returns the interest that each candidate finds in its history, float32 `[C, H]`; zeros if that is empty.
+    def call(
+        self,
+        candidate: tf.Tensor,
+        behaviours: tf.Tensor,
+        pairs: Pairs,
+        mode: Mode = INFERENCE,
+        sides: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Returns the interest that each candidate finds in its history, float32 `[C, H + S]`; zeros if that is empty.
 
         Args:
             candidate: float32 `[C, H]`.
             behaviours: float32 `[K, H]`, distinct: what several pairs share is projected once.
             pairs: each candidate with the behaviours of its history.
             mode: of the pass.
+            sides: float32 `[T, S]`, the side information that pairs name. None: there is none.
         """
         if self.runs_by_kernels(mode):
-            return pool_by_kernels(self, candidate, behaviours, pairs, mode)
-        scores = self.scores(candidate, behaviours, pairs, mode)
+            return pool_by_kernels(self, candidate, behaviours, pairs, mode, sides)
+        scores = self.scores(candidate, behaviours, pairs, mode, sides)
         if self.normalization is AttentionNormalization.SOFTMAX:
             scores = scores / math.sqrt(candidate.shape[-1])
-            return mode.fused(_softmax_pool)(scores, behaviours, pairs, candidate)
-        return mode.fused(pool)(scores, behaviours, pairs, candidate)
+            return mode.fused(_softmax_pool)(scores, behaviours, pairs, candidate, sides)
+        return mode.fused(pool)(scores, behaviours, pairs, candidate, sides)
 
-    def weights_of_pairs(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs) -> tf.Tensor:
+    def weights_of_pairs(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, sides: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Returns the attention weights `[P]` with which `call` pools in inference.
 
         With `softmax` those of a candidate sum to 1. With `none` they may be of any size, and negative.
         """
-        scores = self.scores(candidate, behaviours, pairs, INFERENCE)
+        scores = self.scores(candidate, behaviours, pairs, INFERENCE, sides)
         if self.normalization is AttentionNormalization.SOFTMAX:
             return segment_softmax(scores / math.sqrt(candidate.shape[-1]), pairs.candidate_of, tf.shape(candidate)[0])
         return scores
 
-    def scores(self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode) -> tf.Tensor:
+    def scores(
+        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, sides: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Returns the attention scores `[P]` before normalization; arguments as of `call`."""
         of_candidate, of_behaviour, of_product, bias = self.first_terms()
         by_candidate, by_behaviour = tf.matmul(candidate, of_candidate) + bias, tf.matmul(behaviours, of_behaviour)
         products = mode.fused(_products)(candidate, behaviours, pairs)  # [P, H]
         by_pair = tf.matmul(products, of_product)  # [P, units]
-        projected = mode.fused(_plus_rows)(by_pair, by_candidate, by_behaviour, pairs)
+        by_side = None if sides is None else tf.matmul(sides, self.side_kernel())
+        projected = mode.fused(_plus_rows)(by_pair, by_candidate, by_behaviour, pairs, by_side)
         return self.scorer.after_first(projected, mode=mode, num_rows=pairs.num_real)
 
     def get_config(self) -> dict:
@@ -108,18 +128,29 @@ class LocalActivationUnit(keras.layers.Layer):
     def first_terms(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the first layer's kernels of q, of k and of q * k, `[H, units]` each, and its bias `[units]`."""
         first = self.scorer.dense_layers[0]
-        of_candidate, of_behaviour, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
+        kernel = first.kernel.value[: -self.side_width] if self.side_width else first.kernel.value
+        of_candidate, of_behaviour, of_difference, of_product = tf.split(kernel, 4, axis=0)
         return of_candidate + of_difference, of_behaviour - of_difference, of_product, first.bias.value
+
+    def side_kernel(self) -> tf.Tensor:
+        """Returns the first layer's kernel of side information, `[S, units]`."""
+        kernel = self.scorer.dense_layers[0].kernel.value
+        return kernel[tf.shape(kernel)[0] - self.side_width :]
 
 
 def _products(candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs) -> tf.Tensor:
     return rows_of(candidate, pairs.candidate_of) * tf.gather(behaviours, pairs.behaviour_of)
 
 
-def _plus_rows(by_pair: tf.Tensor, by_candidate: tf.Tensor, by_behaviour: tf.Tensor, pairs: Pairs) -> tf.Tensor:
-    return by_pair + rows_of(by_candidate, pairs.candidate_of) + tf.gather(by_behaviour, pairs.behaviour_of)
+def _plus_rows(
+    by_pair: tf.Tensor, by_candidate: tf.Tensor, by_behaviour: tf.Tensor, pairs: Pairs, by_side: tf.Tensor | None
+) -> tf.Tensor:
+    found = by_pair + rows_of(by_candidate, pairs.candidate_of) + tf.gather(by_behaviour, pairs.behaviour_of)
+    return found if by_side is None else found + tf.gather(by_side, pairs.side_of)
 
 
-def _softmax_pool(scores: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, candidate: tf.Tensor) -> tf.Tensor:
+def _softmax_pool(
+    scores: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, candidate: tf.Tensor, sides: tf.Tensor | None
+) -> tf.Tensor:
     weights = segment_softmax(scores, pairs.candidate_of, tf.shape(candidate)[0])
-    return pool(weights, behaviours, pairs, candidate)
+    return pool(weights, behaviours, pairs, candidate, sides)

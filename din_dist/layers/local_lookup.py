@@ -202,12 +202,14 @@ class LocalLookup(keras.layers.Layer):
         return cls(**config | {"tables": tables, "features": features})
 
 
-def columns_of(features: Mapping[str, StoredFeature], default_width: int, seed: int) -> FeatureColumns:
+def columns_of(
+    features: Mapping[str, StoredFeature], default_width: int, seed: int, name: str = "features"
+) -> FeatureColumns:
     """Returns the columns of stored features; arguments as of `FeatureColumns`."""
     given = {name: getattr(stored, "start", None) for name, stored in features.items()}
     starts = {name: start for name, start in given.items() if start is not None}
     encodings = [stored.encoding for stored in features.values()]
-    return FeatureColumns(encodings, default_width, seed, starts, name="features")
+    return FeatureColumns(encodings, default_width, seed, starts, name=name)
 
 
 def _to_config(stored: StoredFeature) -> dict[str, Any]:

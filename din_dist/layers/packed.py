@@ -101,16 +101,31 @@ def rows_at(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     return tf.gather(rows, index)
 
 
-def pool(weights: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, like: tf.Tensor) -> tf.Tensor:
-    """Returns the sum over each candidate's pairs of weight times behaviour, float32 `[C, H]`.
+def behaviours_of(behaviours: tf.Tensor, pairs: Pairs, sides: tf.Tensor | None = None) -> tf.Tensor:
+    """Returns the behaviour of each pair with its side information, float32 `[P, H + S]`.
+
+    Args:
+        behaviours: float32 `[K, H]`.
+        pairs: P pairs.
+        sides: float32 `[T, S]`. None: there is none.
+    """
+    rows = tf.gather(behaviours, pairs.behaviour_of)
+    return rows if sides is None else tf.concat([rows, tf.gather(sides, pairs.side_of)], axis=1)
+
+
+def pool(
+    weights: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, like: tf.Tensor, sides: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Returns the sum over each candidate's pairs of weight times behaviour, float32 `[C, H + S]`.
 
     Args:
         weights: float32 `[P]`.
         behaviours: float32 `[K, H]`.
         pairs: P pairs.
         like: any `[C, ...]`: XLA must know the number of candidates when it compiles.
+        sides: float32 `[T, S]`. None: there is none.
     """
-    rows = tf.gather(behaviours, pairs.behaviour_of)
+    rows = behaviours_of(behaviours, pairs, sides)
     return segment_sum(weights[:, None] * rows, pairs.candidate_of, tf.shape(like)[0])
 
 

@@ -16,3 +16,4 @@ class Pairs(NamedTuple):
     candidate_of: tf.Tensor  # int32 [P]; -1 in padding, which stands at the end
     behaviour_of: tf.Tensor  # int32 [P]
     num_real: tf.Tensor | None = None  # int32, how many of the P pairs are no padding; None: all
+    side_of: tf.Tensor | None = None  # int32 [P], the side information of each behaviour; None: there is none

@@ -15,7 +15,7 @@ from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.vectors import beside_product
 from din_dist.layers.pairs import Pairs
-from din_dist.models.ranking_model import RankingModel, items_of, suffixes_of
+from din_dist.models.ranking_model import LookedUp, RankingModel, items_of, suffixes_of
 from din_dist.schema import Batch, NamedHistory
 
 
@@ -34,6 +34,7 @@ class DIN(RankingModel):
         example_columns: of the context.
         num_tasks: the labels to predict.
         histories: several histories; None: there is one.
+        side_columns: of the side information of behaviours.
         attention: another form of the local activation unit, for comparison.
     """
 
@@ -45,10 +46,11 @@ class DIN(RankingModel):
         example_columns: FeatureColumns | None = None,
         num_tasks: int = 1,
         histories: Sequence[NamedHistory] | None = None,
+        side_columns: FeatureColumns | None = None,
         attention: type[LocalActivationUnit] = LocalActivationUnit,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lookup, config, training_mode, example_columns, num_tasks, histories, **kwargs)
+        super().__init__(lookup, config, training_mode, example_columns, num_tasks, histories, side_columns, **kwargs)
         suffixes = suffixes_of(self.histories)
         self.attentions = [
             attention(
@@ -56,6 +58,7 @@ class DIN(RankingModel):
                 config.activation,
                 config.attention_normalization,
                 frozen=config.batch_norm is BatchNorm.FROZEN,
+                side_width=self.side_width,
                 name=f"attention{suffix}",
             )
             for suffix in (suffixes[:1] if config.share_attention else suffixes)
@@ -77,10 +80,9 @@ class DIN(RankingModel):
         first = [weight for unit in self.attentions for weight in unit.scorer.dense_layers[0].trainable_weights]
         return [*super().late_weights, *first]
 
-    def interest(
-        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
-    ) -> tf.Tensor:
-        return self._attention_of(history)(candidate, behaviours, pairs, mode=mode)
+    def interest(self, items: LookedUp, pairs: Pairs, mode: Mode, history: int = 0) -> tf.Tensor:
+        unit = self._attention_of(history)
+        return unit(items.candidate, items.behaviours, pairs, mode=mode, sides=items.sides)
 
     def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
         interest, *others = interests
@@ -95,9 +97,13 @@ class DIN(RankingModel):
         num_candidates = tf.size(batch.candidate_item_ids)
         vectors, _ = self.lookup(item_ids)
         candidate = tf.gather(vectors, index[:num_candidates])
-        all_pairs = self.pairs(batch.history_lengths, index[num_candidates:])
+        side_of = batch.side_index if self.side_columns else None
+        all_pairs, sides = (
+            self.pairs(batch.history_lengths, index[num_candidates:], side_of=side_of),
+            self.sides(batch.sides),
+        )
         found = [
-            self._attention_of(history).weights_of_pairs(candidate, vectors, pairs)
+            self._attention_of(history).weights_of_pairs(candidate, vectors, pairs, sides)
             for history, pairs in enumerate(all_pairs)
         ]
         return tf.concat(found, axis=0)

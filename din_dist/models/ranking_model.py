@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +23,20 @@ from din_dist.layers.native.dense import run_stages
 from din_dist.layers.native.vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids, split_histories
 from din_dist.layers.pairs import Pairs
-from din_dist.layers.spans import spans_of
+from din_dist.layers.spans import Positions, spans_of
 from din_dist.layers.stages import Stage
 from din_dist.layers.standardize import BatchNormalization
 from din_dist.layers.task_towers import TaskTowers
 from din_dist.schema import Batch, NamedHistory, TableSpec
 
 OF_HISTORY, OF_CANDIDATE = (Owner.USER, Owner.CONTEXT), (Owner.CANDIDATE,)
+
+
+class Sides(NamedTuple):
+    """Side information of the behaviours at N history positions."""
+
+    values: Mapping[str, tf.Tensor]  # name -> int32 [T], each combination of values once
+    index: tf.Tensor  # int32 [N], the place of each position among those
 
 
 class LookedUp(NamedTuple):
@@ -42,6 +50,7 @@ class LookedUp(NamedTuple):
     context: tf.Tensor | None = None
     # Float32 [C, D], in inference: what `RankingModel.history_terms` gives the history of each candidate.
     history_terms: tf.Tensor | None = None
+    sides: tf.Tensor | None = None  # float32 [T, S], of side information; None without any
 
 
 class SplitHead(NamedTuple):
@@ -69,6 +78,7 @@ class RankingModel(keras.Model):
         example_columns: the columns of the examples' features, those of candidates last. None: there are none.
         num_tasks: T, the labels to predict. Logits have an axis of tasks if there are several.
         histories: S histories, in the order in which batches have them. None: there is one.
+        side_columns: the columns of the side information of behaviours. None: there is none.
     """
 
     def __init__(
@@ -79,9 +89,11 @@ class RankingModel(keras.Model):
         example_columns: FeatureColumns | None = None,
         num_tasks: int = 1,
         histories: Sequence[NamedHistory] | None = None,
+        side_columns: FeatureColumns | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.side_columns = side_columns
         self.num_tasks, self.histories = num_tasks, tuple(histories or [NamedHistory("", 0)])
         self.lookup, self.training_mode = lookup, training_mode or TRAINING
         self.example_columns = example_columns
@@ -105,8 +117,12 @@ class RankingModel(keras.Model):
         """Makes every variable, by scoring one candidate without a history."""
         nothing = tf.zeros([0], tf.int32)
         one, lengths = tf.zeros([1], tf.int32), tf.zeros([self.num_histories], tf.int32)
-        features = self.example_columns.missing(1) if self.example_columns else ()
-        self(Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=lengths, features=features))
+        batch = Batch(candidate_item_ids=one, history_item_ids=nothing, history_lengths=lengths)
+        if self.example_columns:
+            batch = batch._replace(features=self.example_columns.missing(1))
+        if self.side_columns:
+            batch = batch._replace(sides=self.side_columns.missing(1), side_index=nothing)
+        self(batch)
 
     @property
     def num_histories(self) -> int:
@@ -119,20 +135,34 @@ class RankingModel(keras.Model):
         return self.example_columns.encodings if self.example_columns else ()
 
     @property
+    def side_encodings(self) -> tuple[Encoding, ...]:
+        """The encodings of the side information of behaviours, in the order of its columns."""
+        return self.side_columns.encodings if self.side_columns else ()
+
+    @property
+    def side_width(self) -> int:
+        """The number of columns of side information."""
+        return self.side_columns.width if self.side_columns else 0
+
+    @property
+    def _columns(self) -> list[FeatureColumns]:
+        return [columns for columns in (self.example_columns, self.side_columns) if columns]
+
+    @property
     def embeddings(self) -> list[tuple[TableSpec, keras.Variable]]:
-        """Each embedding table with its sizes: those of items, then those of the examples' features."""
-        columns = self.example_columns
-        return self.lookup.embeddings + ([*zip(columns.specs, columns.tables, strict=True)] if columns else [])
+        """Each embedding table with its sizes: of items, of the examples' features, and of side information."""
+        others = (zip(columns.specs, columns.tables, strict=True) for columns in self._columns)
+        return [*self.lookup.embeddings, *itertools.chain.from_iterable(others)]
 
     @property
     def tables(self) -> list[keras.Variable]:
         """The variables of which a batch reads some rows, and whose gradient therefore has only those."""
-        return [*self.lookup.variables_by_rows, *(self.example_columns.tables if self.example_columns else ())]
+        return [*self.lookup.variables_by_rows, *(table for columns in self._columns for table in columns.tables)]
 
     @property
     def specs_of_ids(self) -> list[TableSpec]:
-        """The tables of one id an item or an example, in the order of `unknown_ids`."""
-        return [*self.lookup.specs_of_ids, *(self.example_columns.specs_of_ids if self.example_columns else ())]
+        """The tables of one id an item, an example or a position, in the order of `unknown_ids`."""
+        return [*self.lookup.specs_of_ids, *(spec for columns in self._columns for spec in columns.specs_of_ids)]
 
     def unknown_ids(self, batch: Batch) -> tf.Tensor:
         """Returns the share of the ids of a packed batch that are unknown in each table, float32 `[tables]`.
@@ -149,6 +179,11 @@ class RankingModel(keras.Model):
             num_unknown = tf.reduce_sum(tf.cast(of_examples, tf.float32), axis=1)
             num_examples = tf.cast(tf.maximum(tf.size(batch.candidate_item_ids), 1), tf.float32)
             shares = tf.concat([shares, num_unknown / num_examples], axis=0)
+        if self.side_columns:
+            of_sides = tf.cast(self.side_columns.unknown(batch.sides), tf.float32)
+            of_positions = tf.gather(of_sides, batch.side_index, axis=1)
+            num_positions = tf.cast(tf.maximum(tf.size(batch.side_index), 1), tf.float32)
+            shares = tf.concat([shares, tf.reduce_sum(of_positions, axis=1) / num_positions], axis=0)
         return shares
 
     @property
@@ -160,7 +195,7 @@ class RankingModel(keras.Model):
     @property
     def late_weights(self) -> list[keras.Variable]:
         """Weights whose gradients are known in the last pass of all, after the last batch statistics."""
-        return self.lookup.trainable_weights
+        return [*self.lookup.trainable_weights, *(self.side_columns.trainable_weights if self.side_columns else ())]
 
     def num_computed_positions(self, num_positions: tf.Tensor) -> tf.Tensor:
         """Returns how many positions training computes, padding included, int32.
@@ -178,12 +213,13 @@ class RankingModel(keras.Model):
         return logits if self.num_tasks == 1 else logits[..., task]
 
     @abc.abstractmethod
-    def interest(
-        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
-    ) -> tf.Tensor:
-        """Pools each candidate's history to `[C, H]`, zeros if it is empty. Arguments as of `LocalActivationUnit`.
+    def interest(self, items: LookedUp, pairs: Pairs, mode: Mode, history: int = 0) -> tf.Tensor:
+        """Pools each candidate's history to `[C, H + S]`, zeros if it is empty.
 
         Args:
+            items: candidates, and the behaviours and sides that pairs name.
+            pairs: each candidate with the behaviours of its history.
+            mode: of the pass.
             history: the place of the history among several.
         """
 
@@ -199,30 +235,58 @@ class RankingModel(keras.Model):
         mode = self.training_mode if training else INFERENCE
         item_ids, index = items_of(batch)
         num_candidates = tf.size(batch.candidate_item_ids)
-        all_pairs = self.pairs(batch.history_lengths, index[num_candidates:], mode)
+        side_of = batch.side_index if self.side_columns else None
+        all_pairs = self.pairs(batch.history_lengths, index[num_candidates:], mode, side_of)
         few_lengths = self.pools_compiled(mode)
         num_vectors = round_up(tf.size(item_ids), steps=4) if few_lengths else None  # 12 % more items on average
         items = self._look_up(item_ids, index[:num_candidates], num_vectors, mode)
         if few_lengths:
             all_pairs = [self._padded(pairs) for pairs in all_pairs]
-        items = items._replace(context=self.context(batch.features, mode))
+        items = items._replace(context=self.context(batch.features, mode), sides=self.sides(batch.sides, mode))
         return self.logits(items, all_pairs, batch.dropout_seeds, mode)
 
-    def pairs(self, history_lengths: tf.Tensor, behaviour_of: tf.Tensor, mode: Mode = INFERENCE) -> list[Pairs]:
+    def pairs(
+        self,
+        history_lengths: tf.Tensor,
+        behaviour_of: tf.Tensor,
+        mode: Mode = INFERENCE,
+        side_of: tf.Tensor | None = None,
+    ) -> list[Pairs]:
         """Returns the pairs of each history.
 
         Args:
             history_lengths: int32 `[S * B]`, as of `Batch`.
             behaviour_of: int32 `[N]`, the behaviour at each position.
             mode: of the pass.
+            side_of: int32 `[N]`, the side information at each position. None: there is none.
         """
-        histories = split_histories(self.num_histories, history_lengths, behaviour_of)
-        return [Pairs(segment_ids(lengths, mode), own) for lengths, own in histories]
+        of_positions = [behaviour_of] if side_of is None else [behaviour_of, side_of]
+        histories = split_histories(self.num_histories, history_lengths, *of_positions)
+        return [
+            Pairs(segment_ids(lengths, mode), own, side_of=sides[0] if sides else None)
+            for lengths, own, *sides in histories
+        ]
 
     def _padded(self, pairs: Pairs) -> Pairs:
         num_pairs = tf.size(pairs.behaviour_of)
         behaviour_of = padded(pairs.behaviour_of, self.num_computed_positions(num_pairs))
-        return Pairs(padded(pairs.candidate_of, tf.size(behaviour_of), -1), behaviour_of, num_pairs)
+        length = tf.size(behaviour_of)
+        side_of = None if pairs.side_of is None else padded(pairs.side_of, length)
+        return Pairs(padded(pairs.candidate_of, length, -1), behaviour_of, num_pairs, side_of)
+
+    def sides(self, values: Mapping[str, Any], mode: Mode = INFERENCE) -> tf.Tensor | None:
+        """Returns the columns of T combinations of side information, float32 `[T, S]`; None if the model has none.
+
+        With XLA there are further rows behind them.
+
+        Args:
+            values: as of `Batch.sides`.
+            mode: of the pass.
+        """
+        if self.side_columns is None:
+            return None
+        found = self.side_columns(_given(values, self.side_encodings), mode=mode)
+        return padded(found, round_up(tf.shape(found)[0], steps=4)) if self.pools_compiled(mode) else found
 
     def context(self, features: Mapping[str, Any] | None, mode: Mode = INFERENCE) -> tf.Tensor | None:
         """Returns the columns of the features of B examples, float32 `[B, columns]`; None if the model has none.
@@ -265,6 +329,7 @@ class RankingModel(keras.Model):
         candidate_item_ids: tf.Tensor,
         candidate_counts: tf.Tensor,
         features: Mapping[str, Any] | None = None,
+        sides: Sides | None = None,
     ) -> tf.Tensor:
         """Returns the logits `[C]` or `[C, T]` of many candidates for each history.
 
@@ -279,6 +344,7 @@ class RankingModel(keras.Model):
             candidate_counts: int32 `[B]`.
             features: name -> values by form, as in `Batch.features`: B of each user and context feature, one for each
                 history, and C of each candidate feature. None: the model has no such features.
+            sides: the side information of the behaviours. None: the model reads none.
         """
         history_of = segment_ids(candidate_counts)  # [C]
         item_ids, index = distinct_items(candidate_item_ids, history_item_ids)
@@ -287,10 +353,13 @@ class RankingModel(keras.Model):
         if (terms := self.history_terms(features)) is not None:
             terms = tf.gather(terms, history_of)
         items = items._replace(context=self.candidate_context(features), history_terms=terms)
+        if sides is not None:
+            items = items._replace(sides=self.sides(sides.values))
         names = {history.feature for history in self.histories if history.feature}
         of_items = {name: self.lookup.feature_of(name, item_ids) for name in names}
         of_candidates = {name: tf.gather(ids, index[:num_candidates]) for name, ids in of_items.items()}
-        spans = spans_of(self.histories, history_lengths, index[num_candidates:], of_items, history_of, of_candidates)
+        of_positions = Positions(index[num_candidates:], sides.index if sides else None)
+        spans = spans_of(self.histories, history_lengths, of_positions, of_items, history_of, of_candidates)
         return self.logits(items, [span.pairs() for span in spans])
 
     def split_head(self) -> SplitHead:
@@ -345,7 +414,7 @@ class RankingModel(keras.Model):
         stages = map(Stage, self.interest_norms, self.interest_projections)
         interests = []
         for place, (pairs, stage) in enumerate(zip(all_pairs, stages, strict=True)):
-            interest = self.interest(items.candidate, items.behaviours, pairs, mode, place)
+            interest = self.interest(items, pairs, mode, place)
             interests.append(run_stages([stage], interest, None, mode))
         inputs = self.head_inputs(interests, items.candidate, mode)
         if items.history_terms is not None:

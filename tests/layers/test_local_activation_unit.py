@@ -18,8 +18,8 @@ from tests.support.reference.compare import assert_same_gradients, randomise, we
 SOFTMAX, NONE = AttentionNormalization
 
 
-def built(width, hidden_units, activation=Activation.RELU, normalization=SOFTMAX):
-    unit = LocalActivationUnit(hidden_units, activation, normalization, name="attention")
+def built(width, hidden_units, activation=Activation.RELU, normalization=SOFTMAX, **settings):
+    unit = LocalActivationUnit(hidden_units, activation, normalization, name="attention", **settings)
     unit.build((None, width))
     return unit
 
@@ -76,6 +76,37 @@ def test_weights_without_softmax_are_the_scores():
     assert_allclose(
         unit.weights_of_pairs(tf.constant([[5.0]]), keys, Pairs(one, tf.constant([1, 0]))), [-20135, -10315], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("normalization", AttentionNormalization)
+@pytest.mark.parametrize("activation", Activation)
+def test_side_information_equals_the_reference(activation, normalization):
+    unit = built(3, [5, 4], activation, normalization, side_width=2)
+    randomise(unit)
+    candidate, keys, mask = random_inputs([3, 0, 1, 6, 2], seed=1)
+    random = np.random.default_rng(3)
+    sides, side_of = random.normal(0, 1, (4, 2)), random.integers(0, 4, mask.shape)
+    direction = random.normal(0, 1, (5, 5))
+    q, k, s = (tf.constant(values, tf.float32) for values in (candidate, keys[mask], sides))
+    pairs = Pairs(segment_ids(tf.constant(mask.sum(axis=1), tf.int32)), tf.range(tf.shape(k)[0]))
+    pairs = pairs._replace(side_of=tf.constant(side_of[mask], tf.int32))
+    variables = {weight.path.removeprefix("attention/"): weight.value for weight in unit.trainable_weights}
+    with tf.GradientTape() as tape:
+        tape.watch([q, k, s])
+        total = tf.reduce_sum(unit(q, k, pairs, mode=TRAINING, sides=s) * direction)
+    gradients = tape.gradient(total, {**variables, "candidate": q, "keys": k, "sides": s})
+
+    def pooled(weights):
+        given = weights["candidate"], weights["keys"], mask, activation, normalization, True, weights["sides"][side_of]
+        return padded_din.attend(weights, *given)
+
+    weights = {**weights_of(unit, "attention/"), "candidate": candidate, "keys": keys, "sides": sides}
+    assert_allclose(unit(q, k, pairs, mode=TRAINING, sides=s), pooled(weights), rtol=1e-3, atol=1e-4)
+    expected = padded_din.central_differences(
+        lambda changed: np.sum(pooled(changed) * direction), weights, list(gradients)
+    )
+    expected["keys"] = expected["keys"][mask]
+    assert_same_gradients({name: gradient.numpy() for name, gradient in gradients.items()}, expected)
 
 
 def random_inputs(lengths, seed, width=3):

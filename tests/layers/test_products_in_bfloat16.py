@@ -102,6 +102,12 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
     bias, up = numbers(units), numbers(num_pairs, units)
     candidate_of = np.sort(numbers.places(num_candidates, num_pairs))
     key_of = numbers.places(num_keys, num_pairs)
+    num_sides, side_width = 7, 5
+    sides, of_s, side_of = (
+        numbers(num_sides, side_width),
+        numbers(side_width, units),
+        numbers.places(num_sides, num_pairs),
+    )
     products = q[candidate_of] * k[key_of]
     ops, settings = kernels.library(), {"in_bfloat16": True, "num_threads": num_threads}
 
@@ -110,16 +116,22 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
             as_is(products) @ as_is(of_product)
             + (as_is(q) @ as_is(of_q))[candidate_of]
             + (as_is(k) @ as_is(of_k))[key_of]
+            + (as_is(sides) @ as_is(of_s))[side_of]
             + bias
         )
 
     found, _ = ops.din_dist_first(
-        *float32(q, k, of_q, of_k, of_product, bias, np.zeros(units)), candidate_of, key_of, **settings
+        *float32(q, k, of_q, of_k, of_product, bias, np.zeros(units)),
+        candidate_of,
+        key_of,
+        *float32(sides, of_s),
+        side_of,
+        **settings,
     )
     assert_product(found[:, :units], first(rounded), first(np.asarray))
     assert not np.any(found[:, units:])  # the padding
 
-    weights, of_interest = numbers(num_pairs), numbers(num_candidates, width)
+    weights, of_interest = numbers(num_pairs), numbers(num_candidates, width + side_width)
     statistics = float32(np.zeros(units), np.ones(units), np.zeros(2 * units), [1.0])
     results = ops.din_dist_first_gradient(
         *float32(q, k, of_q, of_k, of_product, with_padding(found[:, :units].numpy())),
@@ -127,23 +139,31 @@ def test_the_first_layer_of_pairs_and_its_gradient(num_pairs, width, units, num_
         *float32(with_padding(up), weights, of_interest),
         candidate_of,
         key_of,
+        *float32(sides, of_s),
+        side_of,
         **settings,
     )
 
     def gradient(as_is):
         by_candidate, by_key = np.zeros((num_candidates, units)), np.zeros((num_keys, units))
+        by_side, pooled = np.zeros((num_sides, units)), weights[:, None] * of_interest[candidate_of]
+        np.add.at(by_side, side_of, up)
         np.add.at(by_candidate, candidate_of, up)
         np.add.at(by_key, key_of, up)
         of_products = as_is(up) @ as_is(of_product).T
         of_candidates, of_keys = as_is(by_candidate) @ as_is(of_q).T, as_is(by_key) @ as_is(of_k).T
         np.add.at(of_candidates, candidate_of, of_products * k[key_of])
-        np.add.at(of_keys, key_of, of_products * q[candidate_of] + weights[:, None] * of_interest[candidate_of])
+        np.add.at(of_keys, key_of, of_products * q[candidate_of] + pooled[:, :width])
+        of_sides = as_is(by_side) @ as_is(of_s).T
+        np.add.at(of_sides, side_of, pooled[:, width:])
         of_kernels = [as_is(a).T @ as_is(b) for a, b in ((q, by_candidate), (k, by_key), (products, up))]
-        return [of_candidates, of_keys, *of_kernels]
+        return [of_candidates, of_keys, *of_kernels, of_sides, as_is(sides).T @ as_is(by_side)]
 
-    for one, expected, factors in zip(results, gradient(rounded), gradient(np.asarray), strict=False):
+    *of_products, of_bias, of_sides, of_side_kernel = results
+    found = [*of_products, of_sides, of_side_kernel]
+    for one, expected, factors in zip(found, gradient(rounded), gradient(np.asarray), strict=True):
         assert_product(one, expected, factors)
-    assert_array_equal(results[-1], up.sum(axis=0))
+    assert_array_equal(of_bias, up.sum(axis=0))
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True])

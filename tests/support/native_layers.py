@@ -32,13 +32,16 @@ def built(width, hidden_units, activation=Activation.DICE, normalization=Attenti
     return unit
 
 
-def run(unit, candidate, keys, candidate_of, key_of, direction, mode=KERNELS):
-    """Returns the interest, and the gradients of sum(interest * `direction`) by name: weights, candidates and keys."""
+def run(unit, candidate, keys, candidate_of, key_of, direction, mode=KERNELS, sides=None, side_of=None):
+    """Returns the interest, and the gradients of sum(interest * `direction`) by name: weights, candidates and keys.
+
+    With `sides` `[T, S]`, of which `side_of` names that of each pair, their gradient too.
+    """
     watched = {w.path.removeprefix("attention/"): w.value for w in unit.trainable_weights}
-    watched |= {"candidate": candidate, "keys": keys}
+    watched |= {"candidate": candidate, "keys": keys} | ({} if sides is None else {"sides": sides})
     with tf.GradientTape() as tape:
-        tape.watch([candidate, keys])
-        interest = unit(candidate, keys, Pairs(candidate_of, key_of), mode=mode)
+        tape.watch([candidate, keys, *([] if sides is None else [sides])])
+        interest = unit(candidate, keys, Pairs(candidate_of, key_of, side_of=side_of), mode=mode, sides=sides)
         total = tf.reduce_sum(interest * direction)
     found = tape.gradient(total, watched, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return interest.numpy(), {name: gradient.numpy() for name, gradient in found.items()}
@@ -59,13 +62,23 @@ def large_inputs(seed, width, num_candidates=50, num_keys=40, num_pairs=200):
     )
 
 
-def assert_units_agree(inputs, *settings, **more):
+def large_sides(seed, width, num_sides=30, num_pairs=200, num_candidates=50, item_width=0):
+    """Returns what `large_inputs` lacks for side information of `width`: `sides`, `side_of`, and a wider direction."""
+    random = np.random.default_rng(seed + 1)
+    sides = tf.constant(random.normal(size=(num_sides, width)), tf.float32)
+    side_of = tf.constant(random.integers(0, num_sides - 3, num_pairs), tf.int32)  # some sides in no pair
+    direction = tf.constant(random.normal(size=(num_candidates, item_width + width)), tf.float32)
+    return sides, side_of, direction
+
+
+def assert_units_agree(inputs, *settings, sides=None, side_of=None, **more):
     """Asserts that TensorFlow's operations and the kernels give the same interest, gradients and moving averages."""
     width = inputs[0].shape[1]
+    more |= {} if sides is None else {"side_width": sides.shape[1]}
     theirs, ours = (built(width, *settings, **more) for _ in range(2))
     for _ in range(2):  # the second time with moving averages that both have changed
-        expected_interest, expected = run(theirs, *inputs, mode=TRAINING)
-        interest, gradients = run(ours, *inputs)
+        expected_interest, expected = run(theirs, *inputs, mode=TRAINING, sides=sides, side_of=side_of)
+        interest, gradients = run(ours, *inputs, sides=sides, side_of=side_of)
         largest = max(1.0, np.abs(expected_interest).max())
         assert_allclose(interest, expected_interest, rtol=1e-4, atol=1e-5 * largest)
         assert_same_gradients(gradients, expected)

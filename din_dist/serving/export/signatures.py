@@ -18,19 +18,20 @@ from din_dist import schema
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import Form, Owner
 from din_dist.layers.packed import segment_ids
-from din_dist.layers.spans import spans_of
+from din_dist.layers.spans import Positions, spans_of
 from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
 from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
 from din_dist.serving.export.features import Declared, ExampleInputs, encoder_of, input_names
 from din_dist.serving.export.items import ItemLookup
+from din_dist.serving.named_histories import NAMES
 from din_dist.serving.predictions import Predictions
 
 Outputs = dict[str, tf.Tensor]
 
 HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate_item_ids"
-COUNTS, NAMES = "candidate_counts", "history_names"
+COUNTS = "candidate_counts"
 
 PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about 0.5 GB at width 128
 _CANDIDATE_COST = 8  # a candidate takes the memory of this many pairs, in addition to those with its history
@@ -156,9 +157,8 @@ class Signatures:
         else:
             of_candidates = {name: tf.gather(ids, candidate_index) for name, ids in items.features.items()}
             users = tf.range(num_candidates)
-            spans = spans_of(
-                self._histories, lengths, items.index[num_candidates:], items.features, users, of_candidates
-            )
+            positions = Positions(items.index[num_candidates:])
+            spans = spans_of(self._histories, lengths, positions, items.features, users, of_candidates)
             all_pairs = [span.pairs() for span in spans]
         return self._with_probability(self._model.logits(looked_up, all_pairs))
 
@@ -266,7 +266,8 @@ class Signatures:
         context = self._columns_of(features, OF_CANDIDATE, tf.size(candidate_item_ids), "candidate")
         history_of = segment_ids(counts)  # [C]
         of_candidates = {name: tf.gather(ids, candidates.index) for name, ids in candidates.features.items()}
-        spans = spans_of(self._histories, lengths, behaviours.index, behaviours.features, history_of, of_candidates)
+        positions = Positions(behaviours.index)
+        spans = spans_of(self._histories, lengths, positions, behaviours.features, history_of, of_candidates)
         num_positions = tf.add_n([span.ends - span.starts for span in spans])
         costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
         num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
@@ -274,8 +275,8 @@ class Signatures:
 
         def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             low, high = bounds[part], bounds[part + 1]
-            all_positions = [span.part(low, high) for span in spans]
-            own = [positions.index for positions in all_positions]
+            own_spans = [span.part(low, high) for span in spans]
+            own = [span.positions.behaviour_of for span in own_spans]
             distinct, index = tf.unique(tf.concat(own, axis=0))
             candidate_index = candidates.index[low:high]
             looked_up = LookedUp(
@@ -286,10 +287,11 @@ class Signatures:
                 history_terms=None if terms is None else tf.gather(terms, history_of[low:high]),
             )
             all_pairs, before = [], tf.constant(0)
-            for positions in all_positions:
-                again = positions._replace(index=index[before : before + tf.size(positions.index)])
-                all_pairs.append(again.pairs())
-                before += tf.size(positions.index)
+            for span in own_spans:
+                behind = before + tf.size(span.positions.behaviour_of)
+                again = span.positions._replace(behaviour_of=index[before:behind])
+                all_pairs.append(span._replace(positions=again).pairs())
+                before = behind
             found = self._model.logits(looked_up, all_pairs)
             return part + 1, logits.write(tf.cast(part, tf.int32), found)
 
@@ -348,7 +350,7 @@ class Signatures:
     ) -> tuple[Callable[[tf.Tensor], tf.Tensor], tf.Tensor]:
         """Does what `_newest` does, of several histories."""
         is_of = tf.equal(names[:, None], tf.constant([history.name for history in self._histories]))  # [N, S]
-        rule = f"history_names must be of {', '.join(history.name for history in self._histories)}. Received:"
+        rule = f"{NAMES} must be of {', '.join(history.name for history in self._histories)}. Received:"
         with tf.control_dependencies([tf.Assert(tf.reduce_all(tf.reduce_any(is_of, axis=1)), [rule, names])]):
             place = tf.argmax(is_of, axis=1, output_type=tf.int32)
         num_users = tf.size(lengths)

@@ -12,9 +12,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist import kernels
 from din_dist.config import Activation, AttentionNormalization
+from din_dist.execution import TRAINING
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.pairs import Pairs
-from tests.support.native_layers import KERNELS, assert_units_agree, built, large_inputs, run, with_padding
+from tests.support.native_layers import (
+    KERNELS,
+    assert_units_agree,
+    built,
+    large_inputs,
+    large_sides,
+    run,
+    with_padding,
+)
 from tests.support.processor import need_instructions
 from tests.support.reference import padded_din
 from tests.support.reference.compare import assert_same_gradients, weights_of
@@ -28,18 +37,21 @@ OLDER = {"avx2": "avx2", "plain": "fpu"}  # instructions, and what /proc/cpuinfo
     ("activation", "frozen"), [*((activation, False) for activation in Activation), (Activation.DICE, True)]
 )
 @pytest.mark.parametrize("hidden_units", [[3], [5, 4], [4, 3, 2]], ids=str)
-def test_interest_and_gradients_equal_the_reference(hidden_units, activation, frozen, normalization):
+@pytest.mark.parametrize("side_width", [0, 2])
+def test_interest_and_gradients_equal_the_reference(side_width, hidden_units, activation, frozen, normalization):
     lengths = np.array([3, 0, 1, 6, 2])
     random = np.random.default_rng(1)
     mask = np.arange(6) < lengths[:, None]
     candidate, keys = random.normal(0, 1, (5, 3)), random.normal(0, 1, (5, 6, 3))
-    direction = random.normal(0, 1, candidate.shape)
-    unit = built(3, hidden_units, activation, normalization, frozen=frozen)
-    weights = {**weights_of(unit, "attention/"), "candidate": candidate, "keys": keys}
+    sides, side_of = random.normal(0, 1, (4, side_width)), random.integers(0, 4, (5, 6))
+    direction = random.normal(0, 1, (5, 3 + side_width))
+    unit = built(3, hidden_units, activation, normalization, frozen=frozen, side_width=side_width)
+    weights = {**weights_of(unit, "attention/"), "candidate": candidate, "keys": keys, "sides": sides}
 
     def reference(weights):
+        own = weights["sides"][side_of] if side_width else None
         return padded_din.attend(
-            weights, weights["candidate"], weights["keys"], mask, activation, normalization, not frozen
+            weights, weights["candidate"], weights["keys"], mask, activation, normalization, not frozen, own
         )
 
     expected_interest = reference(weights)
@@ -51,6 +63,8 @@ def test_interest_and_gradients_equal_the_reference(hidden_units, activation, fr
         segment_ids(tf.constant(lengths, tf.int32)),
         tf.range(len(packed)),
         tf.constant(direction, tf.float32),
+        sides=tf.constant(sides, tf.float32) if side_width else None,
+        side_of=tf.constant(side_of[mask], tf.int32) if side_width else None,
     )
     assert_allclose(interest, expected_interest, rtol=1e-4, atol=1e-5)
     expected = padded_din.central_differences(
@@ -68,6 +82,48 @@ def test_it_equals_the_unit_of_tensorflows_operations(activation, normalization,
     monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
     for width, hidden_units in ((19, [20, 17, 9]), (128, [80, 40]), (33, [97])):
         assert_units_agree(large_inputs(width, width), hidden_units, activation, normalization, frozen=frozen)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(("activation", "normalization"), [*itertools.product(Activation, AttentionNormalization)])
+def test_sides_equal_the_unit_of_tensorflows_operations(activation, normalization, num_threads, monkeypatch):
+    monkeypatch.setattr(kernels, "num_threads", lambda: num_threads)
+    for width, side_width, hidden_units in ((19, 5, [20, 17, 9]), (32, 16, [80, 40]), (33, 50, [97])):
+        inputs = large_inputs(width, width)[:-1]
+        sides, side_of, direction = large_sides(width, side_width, item_width=width)
+        assert_units_agree((*inputs, direction), hidden_units, activation, normalization, sides=sides, side_of=side_of)
+
+
+@pytest.mark.parametrize("mode", [TRAINING, KERNELS], ids=["plain", "kernels"])
+def test_one_side_of_zeros_changes_no_bit(mode):
+    inputs = large_inputs(3, 16)
+    plain, unit = built(16, [20, 9]), built(16, [20, 9], side_width=3)
+    for own, other in zip(unit.weights, plain.weights, strict=True):
+        own.assign(other if own.shape == other.shape else tf.concat([other, tf.ones([3, 20])], axis=0))
+    wanted, gradients = run(plain, *inputs, mode=mode)
+    wider = tf.pad(inputs[-1], [[0, 0], [0, 3]])
+    found, own_gradients = run(unit, *inputs[:-1], wider, mode, tf.zeros([1, 3]), tf.zeros_like(inputs[2]))
+    assert_array_equal(found[:, :16], wanted)
+    for name, gradient in gradients.items():
+        assert_array_equal(own_gradients[name][: len(gradient)], gradient, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", [TRAINING, KERNELS], ids=["plain", "kernels"])
+def test_no_pair_has_a_side(mode):
+    unit = built(3, [4], side_width=2)
+    none, sides = tf.zeros([0], tf.int32), tf.ones([5, 2])
+    direction = tf.ones([4, 5])
+    interest, gradients = run(unit, tf.ones([4, 3]), tf.ones([6, 3]), none, none, direction, mode, sides, none)
+    assert_array_equal(interest, np.zeros((4, 5)))
+    for gradient in gradients.values():
+        assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+def test_sides_that_do_not_exist_are_refused():
+    unit = built(3, [4], side_width=2)
+    pairs = Pairs(tf.constant([0]), tf.constant([0]), side_of=tf.constant([5]))
+    with pytest.raises(tf.errors.OpError, match="pairs must name sides"):
+        unit(tf.ones([1, 3]), tf.ones([1, 3]), pairs, mode=KERNELS, sides=tf.ones([5, 2]))
 
 
 @pytest.mark.parametrize("instructions", OLDER)

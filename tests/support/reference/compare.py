@@ -20,6 +20,7 @@ from din_dist.config import ModelConfig
 from din_dist.execution import Execution, Mode
 from din_dist.features.encoding import Encoding, Lists, StoredFeature
 from din_dist.features.gathering import FeatureValues
+from din_dist.features.sides import distinct_sides
 from din_dist.features.spec import Encode, FeatureSpec, Form, Kind, Owner, Pooling
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
@@ -28,6 +29,7 @@ from tests.support.reference.padded_din import Feature, PaddedBatch
 NUM_ITEMS = 12
 CATEGORY_OF = np.array([0, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4], np.int32)
 FACTS = schema.DatasetFacts(1, NUM_ITEMS, 1, False, {"category_id": 4}, 0, 0, "", {})
+NUM_SIDES = 4
 RAGGED = (3, 0, 1, 7, 2, 12, 0, 5)  # history lengths: empty ones, one of length one, a longest one
 
 FORMS: dict[str, dict] = {  # of training: settings of `small_model`
@@ -68,6 +70,15 @@ def small_model(
     return model
 
 
+_OWNERS = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE, Owner.ITEM)  # of features of every form
+
+
+def side_information(**widths: int) -> dict[str, StoredFeature]:
+    """Returns features of behaviours by name, each with `NUM_SIDES` rows of a width, for a model."""
+    specs = [FeatureSpec(name, Owner.HISTORY, Kind.CATEGORY, name, width=width) for name, width in widths.items()]
+    return {spec.name: StoredFeature(Encoding(spec, NUM_SIDES), np.zeros(0, np.int32)) for spec in specs}
+
+
 class RandomFeatures:
     """Features of every owner and form with random values, for a model and for the reference.
 
@@ -76,7 +87,7 @@ class RandomFeatures:
         seed: of the values of items.
     """
 
-    def __init__(self, owners: Sequence[Owner] = tuple(Owner), seed: int = 0) -> None:
+    def __init__(self, owners: Sequence[Owner] = _OWNERS, seed: int = 0) -> None:
         specs = [
             dataclasses.replace(spec, name=f"{owner}_{spec.name}", owner=owner) for owner in owners for spec in _SPECS
         ]
@@ -193,13 +204,18 @@ def padded_batch(
     features: RandomFeatures | None = None,
     num_tasks: int = 1,
     other_lengths: Sequence[Sequence[int]] = (),
+    sides: Sequence[str] = (),
 ) -> PaddedBatch:
-    """Returns random candidates, labels, and histories of these lengths; their padding has random items too."""
+    """Returns random candidates, labels, and histories of these lengths; their padding has random items too.
+
+    Args:
+        sides: the names of side information of behaviours.
+    """
     random = np.random.default_rng(seed)
     lengths = np.array(lengths, np.int64)
     longest = max(lengths, default=0)
     others = [np.array(own, np.int64) for own in other_lengths]
-    return PaddedBatch(
+    batch = PaddedBatch(
         candidate_item_ids=random.integers(1, NUM_ITEMS + 1, len(lengths)),
         history_item_ids=random.integers(0, NUM_ITEMS + 1, (len(lengths), longest)),
         history_mask=np.arange(longest) < lengths[:, None],
@@ -210,12 +226,22 @@ def padded_batch(
             for own in others
         ],
     )
+    masks = [batch.history_mask, *(mask for _, mask in batch.other_histories)]
+    found = [{name: random.integers(0, NUM_SIDES, mask.shape) for name in sides} for mask in masks]
+    return dataclasses.replace(batch, sides=found if sides else ())
 
 
 def packed(batch: PaddedBatch, features: RandomFeatures | None = None) -> Batch:
     """Returns the same batch in the form that the model takes; `features`: of its examples."""
     num_examples = len(batch.labels)
     histories = [(batch.history_item_ids, batch.history_mask), *batch.other_histories]
+    sides = {
+        name: tf.constant(
+            np.concatenate([own[name][mask] for own, (_, mask) in zip(batch.sides, histories, strict=True)]), tf.int32
+        )
+        for name in (batch.sides[0] if batch.sides else ())
+    }
+    values, index = distinct_sides(sides) if sides else ((), ())
     return Batch(
         candidate_item_ids=tf.constant(batch.candidate_item_ids, tf.int32),
         history_item_ids=tf.constant(np.concatenate([ids[mask] for ids, mask in histories]), tf.int32),
@@ -224,6 +250,8 @@ def packed(batch: PaddedBatch, features: RandomFeatures | None = None) -> Batch:
         labels=tf.constant(batch.labels, tf.float32),
         example_ids=tf.range(num_examples, dtype=tf.int64),
         features=values_of(batch, features) if features else (),
+        sides=values,
+        side_index=index,
     )
 
 
@@ -241,15 +269,16 @@ def take(batch: Batch, examples: Sequence[int]) -> Batch:
     ends = np.cumsum(batch.history_lengths)
     starts = ends - batch.history_lengths
     positions = np.concatenate([np.arange(starts[i], ends[i]) for i in examples] + [np.arange(0)]).astype(np.int32)
-    rows = dict.fromkeys(Batch._fields, np.array(examples, np.int32)) | {"history_item_ids": positions}
+    rows = dict.fromkeys(Batch._fields, np.array(examples, np.int32))
+    rows |= {"history_item_ids": positions, "side_index": positions}
     fields = {
         name: None if values is None else tf.gather(values, rows[name])
         for name, values in batch._asdict().items()
-        if name != "features" and not isinstance(values, tuple)
+        if name not in ("features", "sides") and not isinstance(values, tuple)
     }
     if batch.features:
         fields["features"] = {name: take_values(values, examples) for name, values in batch.features.items()}
-    return Batch(**fields)
+    return Batch(**fields, sides=batch.sides)
 
 
 def take_values(values: Any, examples: Sequence[int]) -> Any:

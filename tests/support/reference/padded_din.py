@@ -27,6 +27,8 @@ class PaddedBatch:
     labels: np.ndarray  # [B], or [B, T] of T tasks
     features: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)  # name -> the value of each example
     other_histories: Sequence[tuple[np.ndarray, np.ndarray]] = ()  # item ids and mask of each but the first
+    # Of each history: name -> the row of each behaviour [B, T], what stands where its mask is False must not matter.
+    sides: Sequence[Mapping[str, np.ndarray]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class PaddedModel:
         task_weights: the factor of each task's loss.
         other_histories: the names of all histories but the first.
         share_attention: all histories have the first one's attention.
+        sides: the names of side information of behaviours, in the order of its columns.
     """
 
     item_features: Mapping[str, np.ndarray]
@@ -77,6 +80,7 @@ class PaddedModel:
     task_weights: Sequence[float] = (1.0,)
     other_histories: Sequence[str] = ()
     share_attention: bool = False
+    sides: Sequence[str] = ()
 
     def loss(self, weights: Weights, batch: PaddedBatch) -> float:
         probability = sigmoid(self.logits(weights, batch))
@@ -86,10 +90,12 @@ class PaddedModel:
     def logits(self, weights: Weights, batch: PaddedBatch) -> np.ndarray:
         """Returns the logits `[B]`, or `[B, T]` of several tasks."""
         candidate = self.embed(weights, batch.candidate_item_ids)  # [B, H]
-        interest = self.interest(weights, candidate, batch.history_item_ids, batch.history_mask, "")
+        sides = [*batch.sides, *[{}] * len(batch.other_histories)]
+        own = batch.history_item_ids, batch.history_mask, sides[0] if sides else {}
+        interest = self.interest(weights, candidate, *own, "")
         features = [interest, candidate, interest * candidate] if self.model == "din" else [interest, candidate]
-        for name, history in zip(self.other_histories, batch.other_histories, strict=True):
-            interest = self.interest(weights, candidate, *history, f"_{name}")
+        for place, (name, history) in enumerate(zip(self.other_histories, batch.other_histories, strict=True), 1):
+            interest = self.interest(weights, candidate, *history, sides[place], f"_{name}")
             features += [interest, interest * candidate] if self.model == "din" else [interest]
         for feature in self.features:
             if feature.owner != "item":
@@ -108,18 +114,30 @@ class PaddedModel:
         return np.log(probabilities) - np.log(1 - probabilities)
 
     def interest(
-        self, weights: Weights, candidate: np.ndarray, item_ids: np.ndarray, mask: np.ndarray, suffix: str
+        self,
+        weights: Weights,
+        candidate: np.ndarray,
+        item_ids: np.ndarray,
+        mask: np.ndarray,
+        side_rows: Mapping[str, np.ndarray],
+        suffix: str,
     ) -> np.ndarray:
         """Returns the projected interest of candidates `[B, H]` in a history `[B, T]`, `[B, H]`.
 
         Args:
+            side_rows: name -> the row of each behaviour, `[B, T]`.
             suffix: what the names of the history's layers end with.
         """
         keys = self.embed(weights, item_ids)  # [B, T, H]
+        parts = [weights[f"sides/{name}"][side_rows[name]] for name in self.sides]
+        sides = np.concatenate(parts, axis=-1) if parts else None  # [B, T, S]
         if self.model == "din":
             unit = scope(weights, f"model/attention{'' if self.share_attention else suffix}/")
-            interest = attend(unit, candidate, keys, mask, self.activation, self.normalization, self.batch_statistics)
+            interest = attend(
+                unit, candidate, keys, mask, self.activation, self.normalization, self.batch_statistics, sides
+            )
         else:
+            keys = keys if sides is None else np.concatenate([keys, sides], axis=-1)
             interest = np.where(mask[..., None], keys, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
         interest = batch_norm(scope(weights, f"model/interest_norm{suffix}/"), interest, self.batch_statistics)
         return dense(scope(weights, f"model/interest_projection{suffix}/"), interest)
@@ -179,10 +197,17 @@ def attend(
     activation: str,
     normalization: str,
     batch_statistics: bool,
+    sides: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Pools `keys` `[B, T, H]` for `candidate` `[B, H]` into `[B, H]`; zeros where `mask` `[B, T]` is all False."""
-    weights_of_keys = attention_weights(weights, candidate, keys, mask, activation, normalization, batch_statistics)
-    return (weights_of_keys[..., None] * keys).sum(axis=1)
+    """Pools `keys` `[B, T, H]` for `candidate` `[B, H]` into `[B, H]`; zeros where `mask` `[B, T]` is all False.
+
+    With `sides` `[B, T, S]`, side information of each key, into `[B, H + S]`.
+    """
+    weights_of_keys = attention_weights(
+        weights, candidate, keys, mask, activation, normalization, batch_statistics, sides
+    )
+    pooled = keys if sides is None else np.concatenate([keys, sides], axis=-1)
+    return (weights_of_keys[..., None] * pooled).sum(axis=1)
 
 
 def attention_weights(
@@ -193,10 +218,13 @@ def attention_weights(
     activation: str,
     normalization: str,
     batch_statistics: bool,
+    sides: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns the weight of each of `keys`, `[B, T]`; 0 where `mask` is False."""
     query = np.broadcast_to(candidate[:, None, :], keys.shape)
     pairs = np.concatenate([query, keys, query - keys, query * keys], axis=-1)  # [B, T, 4H]
+    if sides is not None:
+        pairs = np.concatenate([pairs, sides], axis=-1)  # [B, T, 4H + S]
     scores = perceptron(scope(weights, "scorer/"), pairs, activation, batch_statistics, mask)  # [B, T]
     if normalization == "softmax":
         scores = np.where(mask, scores / np.sqrt(candidate.shape[1]), -np.inf)

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import tensorflow as tf
 
+from tests.support.patience import PATIENCE
+
 Result = TypeVar("Result")
 
 
@@ -21,7 +23,7 @@ class ThreadedRanks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._barrier = threading.Barrier(world_size, timeout=60)
+        self._barrier = threading.Barrier(world_size, timeout=PATIENCE)
         self._tensors: list[tf.Tensor] = [None] * world_size
 
     def sum_over_ranks(self, rank: int) -> Callable[[tf.Tensor], tf.Tensor]:
