@@ -13,7 +13,7 @@ import tensorflow as tf
 from din_dist import kernels, progress, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TaskHead, require
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, training_batches
+from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, side_counts, training_batches
 from din_dist.data.popularity import popularity
 from din_dist.data.splits import Examples, behaviour_counts, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, trained_items
@@ -415,7 +415,8 @@ def _row_counts(
     """Returns how often the rows of each table occur in training, by its name; zeros if no penalty asks.
 
     Rows of items and of their features are counted in the positive events of training and in a log of behaviours, and
-    other features in all events of training. A list counts each of its entries.
+    other features in all events of training. A list counts each of its entries. Side information of behaviours is
+    counted at all positions of the histories of training.
     """
     lookup = model.lookup
     of_items = np.zeros(store.facts.num_items + 1)
@@ -438,6 +439,12 @@ def _row_counts(
         for encoding, table in columns.embedded if columns else ():
             stored = store.features[encoding.spec.name]
             counts[table.path] = _row_counts_of(stored, _times_of(stored, times, store))
+    if model.side_columns:
+        of_sides: Mapping[str, np.ndarray] = {}
+        if config.optimizer.mini_batch_aware_l2:
+            of_sides = side_counts(store, splits["train"], config.data.max_history_length, model.side_encodings)
+        for encoding, table in model.side_columns.embedded:
+            counts[table.path] = of_sides.get(encoding.spec.name, np.zeros(encoding.num_rows))
     return counts
 
 

@@ -37,6 +37,7 @@ def forward_products(
     context_width: int = 0,
     num_tasks: int = 1,
     num_histories: int = 1,
+    sides: tuple[int, int] = (0, 0),
 ) -> list[Product]:
     """Returns the matrix products of one forward pass, in order.
 
@@ -49,7 +50,9 @@ def forward_products(
         context_width: the columns of the examples' features.
         num_tasks: the labels to predict.
         num_histories: the histories of an example, which divide the positions.
+        sides: the distinct combinations of side information, and its width S.
     """
+    num_sides, side_width = sides
     products = []
     head_width = (1 + num_histories) * width
     if config.model is ModelKind.DIN:
@@ -59,8 +62,9 @@ def forward_products(
         # each history.
         rows = [*num_histories * (num_examples, num_items), num_positions]
         products += [Product(number, width, first) for number in rows]
+        products += num_histories * [Product(num_sides, side_width, first)] if side_width else []
         products += _stack(num_positions, (*config.attention_hidden_units, 1))
-    products += num_histories * [Product(num_examples, width, width)]  # the projection of each interest
+    products += num_histories * [Product(num_examples, width + side_width, width)]  # the projection of each interest
     first, *_ = config.hidden_units
     experts = config.heads.experts if num_tasks > 1 else 0
     first_width = experts * (first + num_tasks) if experts else num_tasks * first

@@ -37,6 +37,7 @@ class UpdateTotals:
     examples: int = 0
     positions: int = 0
     items: int = 0
+    sides: int = 0
     wait_seconds: float = 0.0
     step_seconds: float = 0.0  # includes `report_seconds`
     report_seconds: float = 0.0
@@ -46,6 +47,7 @@ class UpdateTotals:
         self.examples += len(batch.candidate_item_ids)
         self.positions += len(batch.history_item_ids)
         self.items += len(batch.distinct_item_ids)
+        self.sides += max((len(ids) for ids in dict(batch.sides).values()), default=0)
         self.wait_seconds += waited
         self.step_seconds += seconds
         self.report_seconds += report_seconds
@@ -54,12 +56,13 @@ class UpdateTotals:
     def seconds(self) -> float:
         return self.wait_seconds + self.step_seconds
 
-    def mean_sizes(self) -> tuple[int, int, int]:
-        """Returns the mean number of examples, of positions and of distinct items of an update."""
+    def mean_sizes(self) -> tuple[int, int, int, int]:
+        """Returns the mean number of examples, of positions, of distinct items and of distinct sides of an update."""
         return (
             round(self.examples / self.steps),
             round(self.positions / self.steps),
             round(self.items / self.steps),
+            round(self.sides / self.steps),
         )
 
 
@@ -258,13 +261,13 @@ def seconds_since_process_start() -> float:
 
 
 def _products(
-    config: Config, model: RankingModel, num_examples: int, num_positions: int, num_items: int
+    config: Config, model: RankingModel, num_examples: int, num_positions: int, num_items: int, num_sides: int
 ) -> list[Product]:
     """Returns all matrix products of a forward pass."""
     columns = model.example_columns
     width = columns.width if columns else 0
     sizes = (num_examples, num_positions, num_items, width, model.num_tasks, model.num_histories)
-    products = forward_products(config.model, model.lookup.width, *sizes)
+    products = forward_products(config.model, model.lookup.width, *sizes, sides=(num_sides, model.side_width))
     products += projection_products(model.lookup.columns, num_items)
     return products + projection_products(columns, num_examples)
 

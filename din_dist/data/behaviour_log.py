@@ -86,6 +86,7 @@ class OwnedBehaviours:
         item_of_row: int32 `[rows that were read]`, the place of each row's item in `item_ids`; -1 for a row of a user
             who has no events.
         counts: how they fit the events.
+        order: int64 `[P]`, the row of each behaviour among those that were read.
         actions: what they were, in the order of their codes from 1.
     """
 
@@ -93,6 +94,7 @@ class OwnedBehaviours:
     item_ids: pa.Array
     item_of_row: np.ndarray
     counts: BehaviourCounts
+    order: np.ndarray
     actions: tuple[str, ...] = ()
 
 
@@ -102,17 +104,24 @@ class BehaviourReader:
     Args:
         columns: its files and columns.
         of_items: the columns of features of items. A file may lack some.
+        of_behaviours: the columns of features of behaviours.
         rows: where rows stand; those of the event log come before.
 
     Raises:
         InputError: a file is missing or damaged, or lacks a column.
     """
 
-    def __init__(self, columns: BehaviourColumns, of_items: Sequence[RawColumn], rows: Rows) -> None:
+    def __init__(
+        self,
+        columns: BehaviourColumns,
+        of_items: Sequence[RawColumn],
+        of_behaviours: Sequence[RawColumn],
+        rows: Rows,
+    ) -> None:
         self._columns, self._rows = columns, rows
-        self._files = TableFiles(columns.source, OWN_LOG, columns.names, of_items, rows)
+        self._files = TableFiles(columns.source, OWN_LOG, columns.names, [*of_items, *of_behaviours], rows)
         here = [column for column in of_items if self._files.anywhere.issuperset(column.names)]
-        self._names = list(dict.fromkeys([*columns.names, *names_of(here)]))
+        self._names = list(dict.fromkeys([*columns.names, *names_of([*here, *of_behaviours])]))
         remedy = (
             "Correct the file, or name your column (--behaviour_user_column, --behaviour_item_column, "
             "--behaviour_timestamp_column, --action_column)."
@@ -173,7 +182,11 @@ class BehaviourReader:
             times=times[order],
             actions=None if codes_of_actions is None else codes_of_actions[order],
         )
-        return OwnedBehaviours(behaviours, all_ids, item_of, counts, actions)
+        return OwnedBehaviours(behaviours, all_ids, item_of, counts, order, actions)
+
+    def is_text(self, name: str) -> bool:
+        """Tells whether a column is read as text."""
+        return self._files.is_text(name)
 
     def _unified(
         self, codes: np.ndarray, own_ids: pa.Array, kept: np.ndarray, item_ids: pa.Array

@@ -31,7 +31,7 @@ from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore, map_array, reading_prepared
 from din_dist.data.raw_columns import RawColumn, RawFeature
 from din_dist.data.raw_features import open_offers, open_raw, raw_ids
-from din_dist.data.splits import Examples, behaviour_counts, kept_in, split_examples
+from din_dist.data.splits import Examples, behaviour_counts, kept_in, split_examples, trained_behaviours
 from din_dist.data.walks import parts
 from din_dist.errors import InputError
 from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
@@ -123,6 +123,8 @@ def _check(feature: StoredFeature, store: EventStore, folder: Path) -> None:
     """Refuses arrays that do not fit the events."""
     spec, facts = feature.encoding.spec, store.facts
     rows = {Owner.USER: facts.num_users, Owner.ITEM: facts.num_items + 1}.get(spec.owner, facts.num_events)
+    if spec.owner is Owner.HISTORY:
+        rows = 0 if spec.kind is Kind.TIME_SINCE else len(store.behaviour_times)
     if feature.offers is not None:
         rows = feature.offers.num_rows
     found = len(feature.values) if feature.offsets is None else len(feature.offsets) - 1
@@ -242,6 +244,8 @@ class _Encoder:
                 for part in parts(len(counted)):
                     found += np.bincount(self._store.item_ids[part][counted[part]], minlength=len(found))
                 return found + behaviour_counts(self._store, self._splits["train"])
+            case Owner.HISTORY if self._store.facts.has_behaviours:
+                return trained_behaviours(self._store, self._splits["train"]).astype(np.int64)
             case _:
                 return counted.astype(np.int64)
 
@@ -302,6 +306,9 @@ class _Encoder:
         return encoding, {"values": rows, **start}
 
     def _encode_times(self, spec: FeatureSpec) -> tuple[Encoding, Arrays]:
+        if spec.kind is Kind.TIME_SINCE:  # it depends on the request, so nothing is stored
+            encoding = Encoding(spec, NUM_TIME_IDS[spec.kind] + 1, integers=True)
+            return encoding, {"values": np.zeros(0, np.int32)}
         unit, zone = self._unit, self._config.timezone
         timestamps = self._store.timestamps
         found = [time_rows(timestamps[part], spec.kind, unit, zone) for part in parts(len(timestamps))]

@@ -67,6 +67,7 @@ class HistorySet:
             behaviours stand in the order of `keys`.
         keys: int64, ascending for each user: the feature of the behaviour's item, shifted by `KEY_BITS`, and the place
             of the behaviour in the order of time. None without a feature.
+        rows: int64, the row of each behaviour in features of behaviours; see `EventStore.features`. None: its place is.
     """
 
     name: str
@@ -77,6 +78,7 @@ class HistorySet:
     times: np.ndarray | None = None
     feature: str = ""
     keys: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
 
 KEY_BITS = 40  # of a place among all behaviours, in a key
@@ -114,7 +116,9 @@ class EventStore:
             `t_j - 1 - j`: the number of smaller ids the user never touched.
             Nondecreasing for each user. None with labels.
         item_features: name -> int32 `[num_items + 1]`, an item's dense id -> its feature's dense id; 0 for item 0.
-        features: name -> a declared feature. Its rows are users, events, or items with item 0, by its owner.
+        history_rows: int64, as of `HistorySet.rows`, of the history above.
+        features: name -> a declared feature. Its rows are users, events, or items with item 0, by its owner. Those of
+            behaviours are events, or the behaviours of a log of their own in its order.
         sets: several histories by name, where the model is to read those; empty if it reads the one above.
         actions: uint8 `[E]`, as of `schema.BLOCK_ACTIONS`; None where no column tells.
         history_actions: uint8, those of the behaviours of a log of their own; None where no column tells.
@@ -141,13 +145,22 @@ class EventStore:
     actions: np.ndarray | None = None
     history_actions: np.ndarray | None = None
     sets: tuple[HistorySet, ...] = ()
+    history_rows: np.ndarray | None = None
     features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
 
     def histories(self, max_history_length: int) -> tuple[HistorySet, ...]:
         """Returns the histories that a model reads: the named ones, or the one without a name."""
         one = (self.history_item_ids, self.history_offsets, self.history_ends, self.history_times)
-        return self.sets or (HistorySet("", max_history_length, *one),)
+        return self.sets or (HistorySet("", max_history_length, *one, rows=self.history_rows),)
+
+    @property
+    def behaviour_times(self) -> np.ndarray:
+        """When what each row of features of behaviours tells of happened, int64."""
+        if self.facts.has_behaviours:
+            assert self.history_times is not None
+            return self.history_times
+        return self.timestamps if self.label_times is None else self.label_times
 
     @property
     def max_touched(self) -> int:

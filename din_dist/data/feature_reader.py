@@ -49,13 +49,16 @@ class FeatureReader:
         wanted: what to read.
         user_column: the column of users' ids.
         item_column: the column of items' ids.
+        has_own_behaviours: features of behaviours come from a log of their own, and not from the events.
 
     Raises:
         InputError: a table is missing, or its layout is wrong.
     """
 
-    def __init__(self, wanted: RawColumns, user_column: str, item_column: str) -> None:
-        self._wanted = wanted
+    def __init__(
+        self, wanted: RawColumns, user_column: str, item_column: str, has_own_behaviours: bool = False
+    ) -> None:
+        self._wanted, self._has_own_behaviours = wanted, has_own_behaviours
         self._tables: dict[Owner, OwnerTable] = {}
         for owner, source, id_column in (
             (Owner.ITEM, wanted.items_path, item_column),
@@ -80,9 +83,19 @@ class FeatureReader:
             self._offers = OffersTable(wanted.offers_path, item_column, of_offers, wanted.by)
 
     @property
+    def from_behaviours(self) -> list[RawColumn]:
+        """What is read from a log of behaviours alone."""
+        return [column for column in self.from_log if column.owner is Owner.HISTORY and self._has_own_behaviours]
+
+    @property
+    def from_events(self) -> list[RawColumn]:
+        """What is read from the log of events."""
+        return [column for column in self.from_log if column not in self.from_behaviours]
+
+    @property
     def names(self) -> list[str]:
-        """The columns of the log that are read."""
-        return names_of(self.from_log)
+        """The columns of the log of events that are read."""
+        return names_of(self.from_events)
 
     def begin(self, rows: Rows, shorthand: Sequence[RawColumn] = ()) -> ColumnReaders:
         """Returns the readers of the log's columns, and of those of `--item_features`."""
@@ -91,13 +104,19 @@ class FeatureReader:
         return self._readers
 
     def finish(
-        self, owners: Mapping[Owner, OwnerIds], order: np.ndarray, rows: Rows, is_text: Callable[[str], bool]
+        self,
+        owners: Mapping[Owner, OwnerIds],
+        order: np.ndarray,
+        behaviour_order: np.ndarray,
+        rows: Rows,
+        is_text: Callable[[str], bool],
     ) -> tuple[RawFeature, ...]:
         """Returns the features.
 
         Args:
             owners: the users and the items.
             order: int64 `[E]`, the order of the events in prepared data.
+            behaviour_order: int64 `[P]`, that of behaviours, which are events or have a log of their own.
             rows: where rows of the log stand, for the texts of errors.
             is_text: tells of a column's name that text was read.
 
@@ -109,9 +128,10 @@ class FeatureReader:
         for column in self._shorthand:
             of_items = _of_owner(column, in_log[column], owners[Owner.ITEM], order, rows).values
             self.item_features[column.column] = _ids_of(of_items)
+        orders = {Owner.CONTEXT: order, Owner.HISTORY: behaviour_order}
         found = [
-            RawFeature(column, values.take(order))
-            if column.owner is Owner.CONTEXT
+            RawFeature(column, values.take(orders[column.owner]))
+            if column.owner in orders
             else _of_owner(column, values, owners[column.owner], order, rows)
             for column, values in in_log.items()
             if column in self._wanted.columns

@@ -24,6 +24,7 @@ class CutHistories(NamedTuple):
     item_ids: np.ndarray  # int32 [P], of each user in the order of time
     times: np.ndarray  # int64 [P], when each happened
     ends: np.ndarray  # int64 [E]
+    rows: np.ndarray  # int64 [P], the place of each among the block's events, or behaviours of a log of their own
 
 
 class Chosen(enum.Enum):
@@ -58,35 +59,36 @@ def cut_histories(block: Block, rule: HistoryRule, delay: int = 0, choice: Choic
     users = np.repeat(np.arange(len(block.offsets) - 1), np.diff(block.offsets))
     moments = block.timestamps if block.request_times is None else block.request_times
     if block.behaviour_offsets is not None and choice.chosen in (Chosen.ALL, Chosen.ACTION):
-        offsets, items, times = _own_behaviours(block, choice)
+        offsets, items, times, rows = _own_behaviours(block, choice)
         owners = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        return CutHistories(offsets, items, times, _num_earlier(users, earlier_by(moments, delay), owners, times))
+        ends = _num_earlier(users, earlier_by(moments, delay), owners, times)
+        return CutHistories(offsets, items, times, ends, rows)
     is_chosen = _chosen_events(block, choice)
     positive = np.flatnonzero(is_chosen)
     before = np.concatenate([[0], np.cumsum(is_chosen, dtype=np.int64)])
     offsets = before[block.offsets]
     if rule is HistoryRule.BEFORE_EVENT:
-        return CutHistories(offsets, block.item_ids[positive], block.timestamps[positive], before[:-1])
+        return CutHistories(offsets, block.item_ids[positive], block.timestamps[positive], before[:-1], positive)
     times = block.timestamps[positive]
     if block.label_times is not None:
         times = block.label_times[positive]
         order = np.lexsort((times, users[positive]))  # stable: equal times keep the order of the events
         positive, times = positive[order], times[order]
     ends = _num_earlier(users, earlier_by(moments, delay), users[positive], times)
-    return CutHistories(offsets, block.item_ids[positive], times, ends)
+    return CutHistories(offsets, block.item_ids[positive], times, ends, positive)
 
 
-def _own_behaviours(block: Block, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns offsets `[U + 1]`, items and times of behaviours that have a log of their own."""
+def _own_behaviours(block: Block, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns offsets `[U + 1]`, items, times and places of behaviours that have a log of their own."""
     offsets, items, times = block.behaviour_offsets, block.behaviour_item_ids, block.behaviour_times
     assert offsets is not None
     assert items is not None
     assert times is not None
     if choice.chosen is Chosen.ALL:
-        return offsets, items, times
+        return offsets, items, times, np.arange(len(items))
     assert block.behaviour_actions is not None
     kept = block.behaviour_actions == choice.code
-    return np.concatenate([[0], np.cumsum(kept)])[offsets], items[kept], times[kept]
+    return np.concatenate([[0], np.cumsum(kept)])[offsets], items[kept], times[kept], np.flatnonzero(kept)
 
 
 def _chosen_events(block: Block, choice: Choice) -> np.ndarray:

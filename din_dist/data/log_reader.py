@@ -141,7 +141,7 @@ class _LogReader:
     ) -> None:
         self._form = form or format_of(files[0]) or Format.PARQUET
         self._files = files
-        self._features = FeatureReader(features, columns.user, columns.item)
+        self._features = FeatureReader(features, columns.user, columns.item, has_own_behaviours=behaviours is not None)
         self._layouts = self._find_layouts(columns)
         self._columns = columns.chosen(self._layouts) if self._layouts else columns
         require_columns(self._layouts, self._features.names, f"{REMEDY}.")
@@ -155,10 +155,11 @@ class _LogReader:
         of_items = map(RawColumn.of, shorthand(self._columns.item_features))
         self._of_items = [column for column in of_items if column]
         told = [column for column in (*self._of_items, *self._features.from_log) if column.owner is Owner.ITEM]
-        self._behaviours = BehaviourReader(behaviours, told, self._rows) if behaviours else None
+        of_behaviours = self._features.from_behaviours
+        self._behaviours = BehaviourReader(behaviours, told, of_behaviours, self._rows) if behaviours else None
 
     def _find_layouts(self, columns: Columns) -> dict[Path, Layout]:
-        of_features, lists = self._features.from_log, self._features.names
+        of_features, lists = self._features.from_events, self._features.names
         names = list(dict.fromkeys([*columns.names, *lists]))
         numbers = [*columns.labels, columns.weight, *number_names(of_features, columns.names)]
         found = {file: Layout.of(file, self._form, names, numbers, lists) for file in self._files}
@@ -184,9 +185,10 @@ class _LogReader:
         if owned:  # no feature of users is read there
             user_of = np.append(user_of, np.full(rows.count - num_events, -1, np.int32))
             item_of, item_ids = np.append(item_of, owned.item_of_row), owned.item_ids
+        behaviour_order = num_events + owned.order if owned else order
         owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
         late = set().union(*(layout.late for layout in self._layouts.values()))
-        declared = self._features.finish(owners, order, rows, self._is_text)
+        declared = self._features.finish(owners, order, behaviour_order, rows, self._is_text_of_feature)
         return EventLog(
             user_ids,
             item_ids,
@@ -222,6 +224,10 @@ class _LogReader:
     def _is_text(self, name: str) -> bool:
         """Tells whether a column is read as text, and so may hold integers that are written as text."""
         return self._form is Format.CSV or any(name in layout.partition for layout in self._layouts.values())
+
+    def _is_text_of_feature(self, name: str) -> bool:
+        of_behaviours = any(name in column.names for column in self._features.from_behaviours)
+        return self._behaviours.is_text(name) if self._behaviours and of_behaviours else self._is_text(name)
 
     def _order(self, user_of: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
         """Returns the order of the events by user and time, int64 `[E]`."""

@@ -23,6 +23,7 @@ from din_dist.data.event_store import KEY_BITS, EventStore, HistorySet
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import first_not, is_touched, untouched_items, weighted_untouched_items
 from din_dist.data.popularity import Popularity
+from din_dist.data.side_information import SideInformation
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
 from din_dist.errors import InputError
@@ -37,6 +38,7 @@ from din_dist.schema import UNKNOWN_ID, Batch
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING, _IN_BATCH = 1, 2, 3, 4, 5
 
 MOST_DEALERS = 8
+_COUNTED_AT_ONCE = 8192  # examples
 _ATTEMPTS = 4  # to find an item in the batch that the user never touched
 
 
@@ -49,6 +51,8 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
         num_tasks: the labels of an example.
     """
     ids, ids64 = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)
+    encodings = list(encodings)
+    sides = {encoding.spec.name: ids for encoding in encodings if encoding.spec.owner is Owner.HISTORY}
     return Batch(
         candidate_item_ids=ids,
         history_item_ids=ids,
@@ -58,7 +62,9 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
         distinct_item_ids=ids,
         item_index=ids,
         example_ids=ids64,
-        features=signature_of(encoding for encoding in encodings if encoding.spec.owner is not Owner.ITEM) or (),
+        features=signature_of(e for e in encodings if e.spec.owner not in (Owner.ITEM, Owner.HISTORY)) or (),
+        sides=sides or (),
+        side_index=ids if sides else (),
         **{name: tf.TensorSpec([None], tf.float32) for name in extras},
     )
 
@@ -72,7 +78,8 @@ class ExampleFeatures:
     """
 
     def __init__(self, store: EventStore, execution: Execution | None = None) -> None:
-        features = {name: stored for name, stored in store.features.items() if stored.encoding.spec.owner != Owner.ITEM}
+        others = (Owner.ITEM, Owner.HISTORY)
+        features = {name: stored for name, stored in store.features.items() if stored.encoding.spec.owner not in others}
         self._execution = execution
         self._values = {name: FeatureValues(stored) for name, stored in features.items()}
         offers = {id(values.offers): values.offers for values in self._values.values() if values.offers is not None}
@@ -244,6 +251,7 @@ class BatchMaker:
         tensors = {name: without_copying(array) for name, array in arrays.items() if array is not None}
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_features", ExampleFeatures(self.store, self.execution))
+        object.__setattr__(self, "_sides", SideInformation(self.store, self._histories))
 
     @property
     def _histories(self) -> tuple[HistorySet, ...]:
@@ -261,7 +269,7 @@ class BatchMaker:
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
         return user, tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
 
-    def _bounds(
+    def bounds(
         self, user: tf.Tensor, event: tf.Tensor, candidate: tf.Tensor | None = None
     ) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """Returns the first and the end of each history of some examples, int64 `[B]` each, among its behaviours.
@@ -294,7 +302,7 @@ class BatchMaker:
         Returns:
             int64 `[B]`.
         """
-        lengths = [end - start for start, end in self._bounds(*self._located(example_ids))]
+        lengths = [end - start for start, end in self.bounds(*self._located(example_ids))]
         return tf.add_n(lengths) if len(lengths) > 1 else lengths[0]
 
     def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor, global_ids: tf.Tensor | None = None) -> Batch:
@@ -320,7 +328,7 @@ class BatchMaker:
                 negative = self._weighted_negatives(draws, epoch, global_ids)
             candidate = tf.where(draw == 0, candidate, negative)
         offsets = tf.gather(arrays["logit_offsets"], candidate) if self.popularity is not None else ()
-        bounds = self._bounds(user, event, candidate)
+        bounds = self.bounds(user, event, candidate)
         windows = [self._windows(arrays[f"{place}-item_ids"], *bound) for place, bound in enumerate(bounds)]
         lengths = [tf.cast(end - start, tf.int32) for start, end in bounds]
         history, history_lengths = (tf.concat(x, axis=0) if len(x) > 1 else x[0] for x in (windows, lengths))
@@ -328,6 +336,7 @@ class BatchMaker:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # The rows that a step needs are found here, while the step before it runs.
         distinct, index = self._distinct(candidate, history)
+        sides, side_index = self._sides.of(bounds, event)  # type: ignore[attr-defined]
         return Batch(
             candidate_item_ids=candidate,
             history_item_ids=history,
@@ -338,6 +347,8 @@ class BatchMaker:
             item_index=index,
             example_ids=example_ids,
             features=self._features.of(user, event, candidate),  # type: ignore[attr-defined]
+            sides=sides,
+            side_index=side_index,
             weights=tf.gather(arrays["weights"], event) / self.mean_weight if self.mean_weight else (),
             logit_offsets=offsets,
         )
@@ -420,6 +431,27 @@ class BatchMaker:
         random = hash64(tf.concat([keys, of_positions], axis=0), items)
         items = tf.where(random < tf.constant(int(self.hidden_rate * 2**64), tf.uint64), -items, items)
         return items[: tf.size(candidate)], items[tf.size(candidate) :]
+
+
+def side_counts(
+    store: EventStore, examples: Examples, max_history_length: int, encodings: Iterable[Encoding]
+) -> dict[str, np.ndarray]:
+    """Returns at how many history positions of a split each row of side information occurs, by its name.
+
+    Args:
+        store: the events.
+        examples: of the split. The draws of an event are counted with it.
+        max_history_length: as of `BatchMaker`.
+        encodings: of the features of behaviours.
+    """
+    maker = BatchMaker(store, examples, max_history_length, 0, _NEGATIVES)
+    counts = {encoding.spec.name: np.zeros(encoding.num_rows) for encoding in encodings}
+    for first in range(0, examples.num_examples, _COUNTED_AT_ONCE):
+        end = min(first + _COUNTED_AT_ONCE, examples.num_examples)
+        batch = maker.batch(tf.range(first, end, dtype=tf.int64), tf.constant(0, tf.int64))
+        for name, rows in batch.sides.items():
+            counts[name] += np.bincount(tf.gather(rows, batch.side_index).numpy(), minlength=len(counts[name]))
+    return counts
 
 
 def run_of_feature(

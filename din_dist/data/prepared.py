@@ -23,7 +23,7 @@ from absl import logging
 
 from din_dist import progress, schema
 from din_dist.config import LABELLED, DataConfig, list_text
-from din_dist.data import encoding, event_store, history_folders, history_sets
+from din_dist.data import encoding, event_store, history_folders, history_rows, history_sets
 from din_dist.data.behaviour_log import BehaviourColumns
 from din_dist.data.blocks import Block
 from din_dist.data.builders.amazon_reviews import CATEGORIES, AmazonReviews
@@ -238,7 +238,7 @@ def open_prepared(config: DataConfig) -> EventStore:
             if not event_store.is_packed(folder, facts):
                 event_store.pack(folder, facts, _blocks(config, folder))
     store = _with_chosen_histories(config, event_store.open_store(folder, features))
-    store = _with_named_histories(config, store)
+    store = _with_history_rows(config, _with_named_histories(config, store))
     return dataclasses.replace(store, features=_declared_features(config, store))
 
 
@@ -269,6 +269,20 @@ def _with_named_histories(config: DataConfig, store: EventStore) -> EventStore:
     if not _keep(config, folder, lambda: history_sets.write_sets(folder, store, histories)):
         return history_sets.sets_in_memory(store, histories)
     return history_sets.open_sets(folder, store, histories)
+
+
+def _with_history_rows(config: DataConfig, store: EventStore) -> EventStore:
+    """Returns the store with the rows of behaviours, if features of behaviours are declared.
+
+    Raises:
+        InputError: the kept rows are damaged.
+    """
+    declared = any(spec.owner is Owner.HISTORY for spec in config.feature_specs)
+    if not declared or (folder := history_rows.rows_folder(store)) is None:
+        return store
+    if not _keep(config, folder, lambda: history_rows.write_rows(folder, store)):
+        return history_rows.rows_in_memory(store)
+    return history_rows.open_rows(folder, store)
 
 
 def _declared_features(config: DataConfig, store: EventStore) -> Mapping[str, StoredFeature]:

@@ -147,14 +147,28 @@ def behaviour_counts(store: EventStore, train: Examples) -> np.ndarray:
         int64 `[num_items + 1]`; zeros if behaviours are events.
     """
     counts = np.zeros(store.facts.num_items + 1, np.int64)
-    if store.facts.has_behaviours and store.history_ends is not None:
-        last_events = train.row_ends.astype(np.int64) + train.event_bases - 1
-        starts = store.history_offsets[train.users]
-        lengths = store.history_ends[last_events] - starts
-        for first, end in user_runs(np.cumsum(lengths)):
-            places = windows(starts[first:end], lengths[first:end])
+    if store.facts.has_behaviours:
+        for places in _places_in_training(store, train):
             counts += np.bincount(store.history_item_ids[places], minlength=len(counts))
     return counts
+
+
+def trained_behaviours(store: EventStore, train: Examples) -> np.ndarray:
+    """Tells which behaviours of a log of their own are in the histories of training, of any length: bool `[P]`."""
+    found = np.zeros(len(store.history_item_ids), bool)
+    for places in _places_in_training(store, train):
+        found[places] = True
+    return found
+
+
+def _places_in_training(store: EventStore, train: Examples) -> Iterator[np.ndarray]:
+    """Yields the places of behaviours in the histories of training, some users at a time."""
+    assert store.history_ends is not None
+    last_events = train.row_ends.astype(np.int64) + train.event_bases - 1
+    starts = store.history_offsets[train.users]
+    lengths = store.history_ends[last_events] - starts
+    for first, end in user_runs(np.cumsum(lengths)):
+        yield windows(starts[first:end], lengths[first:end])
 
 
 def _runs(low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:

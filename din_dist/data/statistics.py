@@ -59,7 +59,10 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
 def _feature_line(feature: StoredFeature) -> str:
     found, spec = feature.encoding, feature.encoding.spec
     counts = found.counts
-    words = [f"feature {spec.name}: {spec.owner} {spec.kind}", f"{counts.distinct:,} distinct"]
+    words = [f"feature {spec.name}: {spec.owner} {spec.kind}"]
+    if spec.kind is Kind.TIME_SINCE:
+        return f"{words[0]}, a row for each doubling, found at the request"
+    words.append(f"{counts.distinct:,} distinct")
     words += [f"{counts.missing:,} missing"] if spec.kind not in TIME_KINDS else [f"{found.unit}, {found.timezone}"]
     if spec.kind in _COUNTED and not spec.rows:
         words.append(f"{counts.rare:,} rare (fewer than {spec.min_count:,} training events)")

@@ -34,7 +34,7 @@ SCORES_BYTES = 256 * 2**20  # memory for the attention scores [K, C]
 
 def has_catalogue(model: RankingModel) -> bool:
     """Tells whether `CatalogueScorer` knows the formulas of a model."""
-    return isinstance(model, (DIN, MeanPooling)) and model.num_histories == 1
+    return isinstance(model, (DIN, MeanPooling)) and model.num_histories == 1 and not model.side_encodings
 
 
 class CatalogueScorer:

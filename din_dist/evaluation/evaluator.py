@@ -27,7 +27,7 @@ def logits_of(model: RankingModel) -> BatchScorer:
     """Returns a function from packed batches to the model's logits, traced once."""
     return tf.function(
         lambda batch: model(batch, training=False),
-        input_signature=[batch_signature(model.encodings, num_tasks=model.num_tasks)],
+        input_signature=[batch_signature(model.batch_encodings, num_tasks=model.num_tasks)],
         autograph=False,
     )
 

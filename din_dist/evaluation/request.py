@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from din_dist.config import Config, require
 from din_dist.errors import InputError
+from din_dist.features.spec import Owner
 
 if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
@@ -50,7 +51,8 @@ class EvaluationRequest:
         Raises:
             InputError: the split is empty, a feature is not there, or a setting does not fit the number of items.
         """
-        known = [*store.item_features, *store.features]
+        of_history = [name for name, each in store.features.items() if each.encoding.spec.owner is Owner.HISTORY]
+        known = [name for name in (*store.item_features, *store.features) if name not in of_history]
         for name in self.slice_by:
             remedy = f"Choose among {', '.join(known)}." if known else "The model has none."
             require(name in known, "must be features of the model", "slice_by", name, remedy)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from din_dist.data.event_store import EventStore, touched_gaps
+from din_dist.data.event_store import EventStore, HistorySet, touched_gaps
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import distinct_untouched_items
 from din_dist.data.pipeline import ExampleFeatures, share
+from din_dist.data.side_information import SideInformation
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import evenly_spaced, of_segments
 from din_dist.data.walks import windows
@@ -27,7 +28,7 @@ from din_dist.evaluation.catalogue import CatalogueScorer, has_catalogue
 from din_dist.features.gathering import missing_values, signature_of
 from din_dist.features.spec import Owner
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.ranking_model import RankingModel, Sides
 
 _RANKING = 5  # number of the random stream; `data/pipeline.py` uses others
 SCORES_BYTES = 256 * 2**20  # memory for the logits of all candidates of a block of queries
@@ -43,6 +44,14 @@ class Askers(NamedTuple):
 
     users: np.ndarray  # int64 [B]
     events: np.ndarray  # int64 [B]
+    # Of each history the first and the end of each one's positions among its behaviours, int64 [B]; see `in_full`.
+    bounds: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    def alone(self, row: int) -> Askers:
+        """Returns one of them."""
+        part = slice(row, row + 1)
+        own_bounds = tuple((begins[part], ends[part]) for begins, ends in self.bounds)
+        return Askers(self.users[part], self.events[part], own_bounds)
 
 
 class CandidateScorer(Protocol):
@@ -84,14 +93,16 @@ class ModelScorer:
         self._catalogue = CatalogueScorer(model, num_items, task) if has_catalogue(model) else None
         self._encodings, self._num_histories = model.encodings, model.num_histories
         self._features = ExampleFeatures(store) if store and self._encodings else None
-        ids = [tf.TensorSpec([None], tf.int32)] * 4
-        if self._encodings:
-            ids.append(signature_of(self._encodings))
+        self._side_names = [encoding.spec.name for encoding in model.side_encodings]
+        self._sides = SideInformation(store, in_full(store)) if store and self._side_names else None
+        ids = tf.TensorSpec([None], tf.int32)
+        more: dict[str, Any] = {"features": signature_of(self._encodings)} if self._encodings else {}
+        more |= {"sides": Sides(dict.fromkeys(self._side_names, ids), ids)} if self._side_names else {}
 
-        def score(*given: Any) -> tf.Tensor:
-            return model.of_task(model.score_candidates(*given), task)
+        def score(history: Any, lengths: Any, candidates: Any, counts: Any, more: Mapping[str, Any]) -> tf.Tensor:
+            return model.of_task(model.score_candidates(history, lengths, candidates, counts, **more), task)
 
-        self._score = tf.function(score, input_signature=ids, autograph=False)
+        self._score = tf.function(score, input_signature=[*[ids] * 4, more], autograph=False)
 
     def of_all(
         self, history_item_ids: np.ndarray, history_lengths: np.ndarray, tick: Tick, askers: Askers | None = None
@@ -102,7 +113,7 @@ class ModelScorer:
             return self._catalogue.logits(history_item_ids, history_lengths, tick, features)
         logits = np.empty((num_users, self._num_items), np.float32)
         for row, (history, lengths) in enumerate(histories_of(history_item_ids, history_lengths, self._num_histories)):
-            asker = None if askers is None else Askers(*(values[row : row + 1] for values in askers))
+            asker = None if askers is None else askers.alone(row)
             each = max(1, PAIRS_AT_ONCE // max(1, len(history)))
             for first in range(0, self._num_items, each):
                 candidates = np.arange(first, min(first + each, self._num_items)) + 1
@@ -120,9 +131,19 @@ class ModelScorer:
         askers: Askers | None = None,
     ) -> np.ndarray:
         arrays = (history_item_ids, history_lengths, candidate_item_ids, candidate_counts)
-        features = self._of(askers, len(candidate_counts), len(candidate_item_ids))
-        given = [] if features is None else [features]
-        return self._score(*(tf.constant(array, tf.int32) for array in arrays), *given).numpy()
+        more: dict[str, Any] = {}
+        if (features := self._of(askers, len(candidate_counts), len(candidate_item_ids))) is not None:
+            more["features"] = features
+        if self._side_names:
+            more["sides"] = self._sides_of(askers, len(history_item_ids))
+        return self._score(*(tf.constant(array, tf.int32) for array in arrays), more).numpy()
+
+    def _sides_of(self, askers: Askers | None, num_positions: int) -> Sides:
+        """Returns the side information of all positions; all of it is missing without askers."""
+        if self._sides is None or askers is None:
+            missing = dict.fromkeys(self._side_names, tf.zeros([1], tf.int32))
+            return Sides(missing, tf.zeros([num_positions], tf.int32))
+        return Sides(*self._sides.of(askers.bounds, tf.constant(askers.events)))
 
     def _of(self, askers: Askers | None, num_histories: int, num_candidates: int) -> dict[str, Any] | None:
         """Returns the features of histories, and those of candidates as missing; None without features."""
@@ -312,9 +333,11 @@ def _score(
 
     A score of -inf marks an item that is no candidate.
     """
-    found = [(items[windows(starts, lengths)], lengths) for items, starts, lengths in _windows_of(store, queries)]
+    all_windows = _windows_of(store, queries)
+    found = [(items[windows(starts, lengths)], lengths) for items, starts, lengths in all_windows]
     histories, lengths = map(np.concatenate, zip(*found, strict=True))
-    askers = Askers(queries.users, queries.events)
+    bounds = tuple((starts, starts + own) for _, starts, own in all_windows)
+    askers = Askers(queries.users, queries.events, bounds)
     if not task.num_negatives:
         scores = scorer.of_all(histories, lengths, tick, askers)
         if task.exclude_history:
@@ -352,6 +375,15 @@ def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np
     keys = hash64(task.seed, _RANKING, tf.constant(queries.events, tf.int64))
     negatives = distinct_untouched_items(keys, counts, begins, ends, tf.constant(gaps, tf.int32), num_candidates)
     return negatives.numpy(), counts
+
+
+def in_full(store: EventStore) -> list[HistorySet]:
+    """Returns the histories of users for whom many items are ranked.
+
+    In the place of one with a feature stand all behaviours, of which each candidate gets its own.
+    """
+    every = dataclasses.replace(store, sets=()).histories(0)[0]
+    return [every if history.feature else history for history in store.histories(0)]
 
 
 def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from din_dist.errors import InputError
-from din_dist.features.spec import TIME_KINDS, Encode, FeatureSpec, Kind, Owner, Pooling
+from din_dist.features.spec import TIME_KINDS, Encode, FeatureSpec, Form, Kind, Owner, Pooling
 from din_dist.files import read_bounded
 from din_dist.text import shown
 
@@ -142,12 +142,25 @@ class _Declaration:
                 )
 
     def _check_together(self, spec: FeatureSpec) -> None:
-        is_time = spec.kind in TIME_KINDS
+        is_time, is_age = spec.kind in TIME_KINDS, spec.kind is Kind.TIME_SINCE
         self._require(
-            not is_time or spec.owner is Owner.CONTEXT,
+            not is_time or is_age or spec.owner is Owner.CONTEXT,
             "the event's time belongs to the context",
             f'of = "{spec.owner}"',
             'Write of = "context"',
+        )
+        self._require(
+            not is_age or spec.owner is Owner.HISTORY,
+            f"{Kind.TIME_SINCE} is the time from a behaviour to the request",
+            f'of = "{spec.owner}"',
+            'Write of = "history"',
+        )
+        is_id = spec.form is Form.IDS and spec.kind is not Kind.VECTOR
+        self._require(
+            spec.owner is not Owner.HISTORY or is_id,
+            f"a feature of behaviours is a category, a number in quantiles, or {Kind.TIME_SINCE}",
+            f'kind = "{spec.kind}"' + (f' with encode = "{spec.encode}"' if spec.kind is Kind.NUMBER else ""),
+            "Write one of these",
         )
         self._require(
             not is_time or self._table.get("from") == "timestamp",

@@ -7,7 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import tensorflow as tf
+
+_POWERS = 2 ** np.arange(63)  # int64
+
+
+def age_rows(ages: tf.Tensor) -> tf.Tensor:
+    """Returns the row of each age in the table of a `time_since` feature, int32 `[N]`: 1 for 0, then one a doubling.
+
+    An age of 1 has row 2, of 2 or 3 row 3, of 4 to 7 row 4.
+
+    Args:
+        ages: int64 `[N]`, from a behaviour to the request, in the unit of the timestamps; less than 0 counts as 0.
+    """
+    return 1 + tf.searchsorted(tf.constant(_POWERS, tf.int64), tf.maximum(ages, 0), side="right")
 
 
 def distinct_sides(values: Mapping[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], tf.Tensor]:

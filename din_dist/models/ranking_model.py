@@ -140,6 +140,11 @@ class RankingModel(keras.Model):
         return self.side_columns.encodings if self.side_columns else ()
 
     @property
+    def batch_encodings(self) -> tuple[Encoding, ...]:
+        """The encodings of all features that batches have values of."""
+        return (*self.encodings, *self.side_encodings)
+
+    @property
     def side_width(self) -> int:
         """The number of columns of side information."""
         return self.side_columns.width if self.side_columns else 0

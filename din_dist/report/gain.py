@@ -18,7 +18,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.splits import Examples
 from din_dist.evaluation.confidence import affordable_samples, intervals_of_sums
 from din_dist.features.encoding import StoredFeature
-from din_dist.features.spec import Owner
+from din_dist.features.spec import Kind, Owner
 from din_dist.metrics.bootstrap import WeightedAuc, intervals
 from din_dist.metrics.ranking import auc, aucs_by_user
 from din_dist.tables.values import places_of
@@ -69,8 +69,11 @@ def gains(
     owners |= {name: feature.encoding.spec.owner for name, feature in store.features.items()}
     users = examples.user_of_example()
     for number, (name, owner) in enumerate(owners.items()):
-        order = _order(store, examples, owner, np.random.default_rng([seed, number]))
-        other = logits_with(permuted(store, name, order), owner)
+        random = np.random.default_rng([seed, number])
+        if name in store.features and store.features[name].encoding.spec.kind is Kind.TIME_SINCE:
+            other = logits_with(with_permuted_times(store, random), owner)
+        else:
+            other = logits_with(permuted(store, name, _order(store, examples, owner, random)), owner)
         yield Gain(name, str(owner), *_difference(logits, other, labels, users, seed))
 
 
@@ -85,6 +88,18 @@ def permuted(store: EventStore, name: str, order: np.ndarray) -> EventStore:
         )
     feature = store.features[name]
     return dataclasses.replace(store, features={**store.features, name: _permuted(feature, order)})
+
+
+def with_permuted_times(store: EventStore, random: np.random.Generator) -> EventStore:
+    """Returns the data with the times of each history's behaviours in another order."""
+    found = []
+    for history in store.histories(0):
+        rows = np.arange(len(history.item_ids)) if history.rows is None else history.rows
+        times = store.behaviour_times[rows] if history.times is None else history.times
+        found.append(dataclasses.replace(history, times=random.permutation(times)))
+    if store.sets:
+        return dataclasses.replace(store, sets=tuple(found))
+    return dataclasses.replace(store, history_times=found[0].times)
 
 
 def _permuted(feature: StoredFeature, order: np.ndarray) -> StoredFeature:
@@ -103,6 +118,8 @@ def _order(store: EventStore, examples: Examples, owner: Owner, random: np.rando
     match owner:
         case Owner.ITEM:
             order, rows = np.arange(store.facts.num_items + 1), np.arange(1, store.facts.num_items + 1)
+        case Owner.HISTORY:
+            return random.permutation(len(store.behaviour_times))
         case Owner.USER:
             order, rows = np.arange(store.facts.num_users), np.asarray(examples.users, np.int64)
         case _:

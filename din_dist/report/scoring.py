@@ -14,6 +14,7 @@ from din_dist.data.event_store import EventStore, vocabulary_of
 from din_dist.data.splits import Examples
 from din_dist.evaluation.evaluator import Evaluator, logits_of
 from din_dist.evaluation.slicing import parts_of
+from din_dist.features.spec import Owner
 from din_dist.layers.packed import split_histories
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
@@ -178,7 +179,11 @@ def evaluate(
             scored, scored.by_row(popularity[scored.candidates]), _POPULARITY_BINS, "item popularity", "Training events"
         ),
         *(_by_feature(scored, store, name) for name in store.item_features),
-        *(_by_declared(scored, store, name) for name in store.features),
+        *(
+            _by_declared(scored, store, name)
+            for name, feature in store.features.items()
+            if feature.encoding.spec.owner is not Owner.HISTORY
+        ),
     ]
     return Evaluation(
         split=split,

@@ -13,17 +13,11 @@ import tensorflow as tf
 
 from din_dist.errors import InputError
 from din_dist.features.encoding import Lists
+from din_dist.serving.given_behaviours import NAMES, GivenBehaviours
 from din_dist.serving.manifest import FeatureInputs, Manifest, check_files, read_manifest
-from din_dist.serving.named_histories import NAMES, NamedBehaviours
 
+HISTORY = "history_item_ids"
 _DTYPES = {"string": tf.string, "integer": tf.int64}
-
-
-def _history(behaviours: Any) -> dict[str, Any]:
-    """Returns the inputs of histories, whose behaviours have names if there are several."""
-    if isinstance(behaviours, NamedBehaviours):
-        return {"history_item_ids": behaviours.item_ids, NAMES: behaviours.names}
-    return {"history_item_ids": behaviours}
 
 
 class Bundle:
@@ -32,8 +26,8 @@ class Bundle:
     All calls raise `InputError` for inputs that do not fit, such as ids of another type or lengths that do not add up.
 
     Declared features are given by name: `user` and `context` have one value for each history, `candidate` one for each
-    candidate. Lists are `Lists`. Values that are missing are as the manifest says; features that are not given are all
-    missing.
+    candidate, and `GivenBehaviours.features` one for each behaviour. Lists are `Lists`. Values that are missing are as
+    the manifest says; features that are not given are all missing.
     """
 
     def __init__(self, manifest: Manifest, loaded: Any) -> None:
@@ -98,7 +92,8 @@ class Bundle:
         """Returns the logits, `[B]` or `[B, T]` of T tasks, of one candidate for each of B histories.
 
         Args:
-            history_item_ids: `[N]`, the histories concatenated; of several histories `NamedBehaviours`, here and below.
+            history_item_ids: `[N]`, the histories concatenated; `GivenBehaviours` if behaviours have more than an item,
+                here and below.
             history_lengths: int64 `[B]`.
             candidate_item_ids: `[B]`.
             user: name -> B values of each feature of users; see `Bundle`.
@@ -106,7 +101,7 @@ class Bundle:
             candidate: likewise.
         """
         inputs = {
-            **_history(history_item_ids),
+            **self._history(history_item_ids),
             "history_lengths": history_lengths,
             "candidate_item_ids": candidate_item_ids,
         }
@@ -135,7 +130,7 @@ class Bundle:
             candidate: name -> C values.
         """
         inputs = {
-            **_history(history_item_ids),
+            **self._history(history_item_ids),
             "history_lengths": history_lengths,
             "candidate_item_ids": candidate_item_ids,
             "candidate_counts": candidate_counts,
@@ -158,7 +153,7 @@ class Bundle:
         tasks the main one ranks, and each has its own `logits_TASK` and `probability_TASK`.
         """
         examples = self._examples(user, context, candidate, 1, len(candidate_item_ids))
-        inputs = {**_history(history_item_ids), "candidate_item_ids": candidate_item_ids, "k": k}
+        inputs = {**self._history(history_item_ids), "candidate_item_ids": candidate_item_ids, "k": k}
         return self.call("rank", inputs | examples)
 
     def score_with_features(
@@ -177,10 +172,10 @@ class Bundle:
         return self._logits(
             "score_with_features",
             {
-                **(history := _history(history_item_ids)),
+                **(history := self._history(history_item_ids)),
                 "history_lengths": history_lengths,
                 "candidate_item_ids": candidate_item_ids,
-                **self._features("history", history_features, len(history["history_item_ids"])),
+                **self._features("history", history_features, len(history[HISTORY])),
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
                 **self._examples(user, context, candidate, num, num),
             },
@@ -201,10 +196,10 @@ class Bundle:
         return self.call(
             "rank_with_features",
             {
-                **(history := _history(history_item_ids)),
+                **(history := self._history(history_item_ids)),
                 "candidate_item_ids": candidate_item_ids,
                 "k": k,
-                **self._features("history", history_features, len(history["history_item_ids"])),
+                **self._features("history", history_features, len(history[HISTORY])),
                 **self._features("candidate", candidate_features, len(candidate_item_ids)),
                 **self._examples(user, context, candidate, 1, len(candidate_item_ids)),
             },
@@ -213,6 +208,15 @@ class Bundle:
     def embed_items(self, item_ids: Any) -> dict[str, np.ndarray]:
         """Returns `embeddings` `[M, H]`, and `known` `[M]`, which is true for items that the model knows."""
         return self.call("embed_items", {"item_ids": item_ids})
+
+    def _history(self, behaviours: Any) -> dict[str, Any]:
+        """Returns the inputs of behaviours: items, the names of their histories if there are several, and features."""
+        if not isinstance(behaviours, GivenBehaviours):
+            behaviours = GivenBehaviours(behaviours)
+        inputs = {HISTORY: behaviours.item_ids}
+        if behaviours.names is not None:
+            inputs[NAMES] = behaviours.names
+        return inputs | self._of_owner("history", behaviours.features, len(behaviours.item_ids))
 
     def _logits(self, name: str, inputs: Mapping[str, Any]) -> np.ndarray:
         return self.manifest.predictions.stacked(self.call(name, inputs), np.stack)
@@ -243,15 +247,21 @@ class Bundle:
         inputs: dict[str, Any] = {}
         sizes = {"user": num_histories, "context": num_histories, "candidate": num_candidates}
         for (owner, size), given in zip(sizes.items(), (user, context, candidate), strict=True):
-            features = {feature.name: feature for feature in self.manifest.features_of(owner)}
-            for name in given or {}:
-                if name not in features:
-                    raise InputError(
-                        f"{owner} features: must be features of the model. Received: {name!r}. "
-                        f"Choose among {', '.join(features) or 'none: it has no such features'}."
-                    )
-            for name, feature in features.items():
-                inputs |= inputs_of(feature, (given or {}).get(name), size)
+            inputs |= self._of_owner(owner, given or {}, size)
+        return inputs
+
+    def _of_owner(self, owner: str, given: Mapping[str, Any], size: int) -> dict[str, Any]:
+        """Returns the inputs of an owner's features by name, those that are not given as missing."""
+        features = {feature.name: feature for feature in self.manifest.features_of(owner)}
+        for name in given:
+            if name not in features:
+                raise InputError(
+                    f"{owner} features: must be features of the model. Received: {name!r}. "
+                    f"Choose among {', '.join(features) or 'none: it has no such features'}."
+                )
+        inputs: dict[str, Any] = {}
+        for name, feature in features.items():
+            inputs |= inputs_of(feature, given.get(name), size)
         return inputs
 
 

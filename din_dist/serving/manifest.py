@@ -45,7 +45,7 @@ class FeatureInputs:
 
     Attributes:
         name: of the feature.
-        owner: "user", "context", "candidate" or "item".
+        owner: "user", "context", "candidate", "item" or "history", of behaviours.
         kind: as declared, for example "category".
         type: of its values, "string", "integer" or "number".
         inputs: the names of its inputs: the values, then the lengths of lists, then the weights. An item's category has
@@ -271,7 +271,7 @@ def _wrong_feature(feature: FeatureInputs) -> str:
     texts = (feature.name, feature.kind, feature.column, feature.weights, feature.separator, feature.unit)
     if not all(isinstance(text, str) for text in texts) or not is_count(feature.dimension):
         return "a feature of another form"
-    if feature.owner not in ("user", "context", "candidate", "item"):
+    if feature.owner not in ("user", "context", "candidate", "item", "history"):
         return f"a feature of {shown(feature.owner)}"
     if feature.type not in ("string", "integer", "number"):
         return f"a feature of type {shown(feature.type)}"

@@ -1,4 +1,4 @@
-"""The log's own values of user, context and candidate features, read back from prepared data.
+"""The log's own values of declared features other than those of items, read back from prepared data.
 
 An export is compared with the trainer by them, and `evaluate` scores an export by them.
 
@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import tensorflow as tf
 
 from din_dist.data.event_store import USERS, EventStore
+from din_dist.data.pipeline import BatchMaker
 from din_dist.data.raw_columns import RawColumn
 from din_dist.data.raw_features import open_raw, raw_ids
+from din_dist.data.side_information import SideInformation
+from din_dist.data.splits import Examples
+from din_dist.evaluation.retrieval import Askers, in_full
 from din_dist.features.encoding import Lists
-from din_dist.features.spec import FeatureSpec, Owner
+from din_dist.features.spec import FeatureSpec, Kind, Owner
+from din_dist.schema import Batch
 from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberValues, VectorValues
 
 OWNERS = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)
@@ -35,7 +41,10 @@ class OwnValues:
         self._store = store
         self._raw: dict[str, tuple[ColumnValues, np.ndarray]] = {}
         self.specs = [feature.encoding.spec for feature in store.features.values()]
-        self.specs = [spec for spec in self.specs if spec.owner is not Owner.ITEM]
+        self.specs = [spec for spec in self.specs if spec.owner not in (Owner.ITEM, Owner.HISTORY)]
+        self.of_history = [
+            feature.encoding.spec for feature in store.features.values() if feature.encoding.spec.owner is Owner.HISTORY
+        ]
 
     def of(self, users: np.ndarray, events: np.ndarray, items: np.ndarray) -> dict[Owner, dict[str, Any]]:
         """Returns the values of each owner's features by name, as `Bundle.score` takes them.
@@ -52,6 +61,17 @@ class OwnValues:
                 rows = offers.rows(events, items)
             found[spec.owner][spec.name] = self._values(spec, np.asarray(rows, np.int64))
         return found
+
+    def of_behaviours(self, rows: np.ndarray, ages: np.ndarray) -> dict[str, Any]:
+        """Returns the values of the features of behaviours by name, `[N]` each.
+
+        Args:
+            rows: int64 `[N]`, as of `SideInformation.rows_and_ages`, likewise `ages`.
+            ages: int64 `[N]`.
+        """
+        return {
+            spec.name: ages if spec.kind is Kind.TIME_SINCE else self._values(spec, rows) for spec in self.of_history
+        }
 
     def of_users(self, users: np.ndarray, names: Collection[str]) -> dict[str, Any]:
         """Returns the values of some features of users, int `[n]`; -1 is a user without any."""
@@ -80,6 +100,40 @@ class OwnValues:
     @functools.cached_property
     def _ids_of_users(self) -> np.ndarray:
         return with_missing(self._store.vocabulary(USERS).combine_chunks())
+
+
+class OwnBehaviours:
+    """The own values of the features of the behaviours in batches.
+
+    Args:
+        store: the prepared data.
+        values: of its features.
+        max_history_length: the most behaviours of a history without a name.
+    """
+
+    def __init__(self, store: EventStore, values: OwnValues, max_history_length: int) -> None:
+        self._store, self._values, self._longest = store, values, max_history_length
+        self._of_batch = SideInformation(store, store.histories(max_history_length))
+        self._in_full = SideInformation(store, in_full(store))
+
+    def of(self, examples: Examples, batch: Batch) -> dict[str, Any]:
+        """Returns the values at all positions of a batch by name, `[N]` each; none without such features."""
+        if not self._values.of_history:
+            return {}
+        users, events = (tf.constant(ids, tf.int64) for ids in examples.users_and_events(batch.example_ids.numpy()))
+        maker = BatchMaker(self._store, examples, self._longest, 0, 0)
+        bounds = maker.bounds(users, events, batch.candidate_item_ids)
+        return self._found(self._of_batch, bounds, events)
+
+    def of_askers(self, askers: Askers) -> dict[str, Any]:
+        """Returns the values of all behaviours for which items are ranked."""
+        if not self._values.of_history:
+            return {}
+        return self._found(self._in_full, askers.bounds, tf.constant(askers.events, tf.int64))
+
+    def _found(self, sides: SideInformation, bounds: Any, events: tf.Tensor) -> dict[str, Any]:
+        rows, ages = sides.rows_and_ages(bounds, events)
+        return self._values.of_behaviours(rows.numpy(), ages.numpy())
 
 
 def own_values(values: ColumnValues, ids: np.ndarray) -> Any:

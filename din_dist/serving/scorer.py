@@ -15,8 +15,8 @@ from din_dist.evaluation.retrieval import Askers, histories_of
 from din_dist.features.spec import Owner
 from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.named_histories import NamedBehaviours, by_user
-from din_dist.serving.own_values import OwnValues, by_owner
+from din_dist.serving.given_behaviours import GivenBehaviours, by_user
+from din_dist.serving.own_values import OwnBehaviours, OwnValues, by_owner
 
 _PAIRS = 100_000  # most (candidate, behaviour) pairs in one call
 
@@ -35,6 +35,7 @@ class ExportScorer:
         self._bundle, self._num_items = bundle, store.facts.num_candidates
         self._predictions = dataclasses.replace(bundle.manifest.predictions, main=task)
         self._examples, self._values = examples, OwnValues(store)
+        self._own_behaviours = OwnBehaviours(store, self._values, bundle.manifest.max_history_length)
         self._histories = list(bundle.manifest.histories)
         own_ids = store.vocabulary(ITEMS).to_numpy()
         kind = tf.string if bundle.manifest.item_id_type == "string" else tf.int64
@@ -44,12 +45,14 @@ class ExportScorer:
         """Returns the logits, `[B]` or `[B, T]`, of a packed batch (see `schema`)."""
         histories, candidates = batch.history_item_ids, batch.candidate_item_ids
         given = {}
-        if self._values.specs:
+        of_behaviours: Mapping[str, Any] = {}
+        if self._values.specs or self._values.of_history:
             if self._examples is None:
                 raise ValueError("examples: must be given, because the model has features of them. Received: None.")
+            of_behaviours = self._own_behaviours.of(self._examples, batch)
             users, events = self._examples.users_and_events(batch.example_ids.numpy())
             given = by_owner(self._values.of(users, events, candidates.numpy()))
-        behaviours, lengths = self._behaviours(histories.numpy(), batch.history_lengths.numpy())
+        behaviours, lengths = self._behaviours(histories.numpy(), batch.history_lengths.numpy(), of_behaviours)
         return tf.constant(self._bundle.score(behaviours, lengths, self._own(candidates), **given))
 
     def of_all(
@@ -63,7 +66,8 @@ class ExportScorer:
         num_users = len(history_lengths) // num_histories
         logits = np.empty((num_users, self._num_items), np.float32)
         for row, (items, lengths) in enumerate(histories_of(history_item_ids, history_lengths, num_histories)):
-            history, length = self._behaviours(items, lengths)
+            asker = None if askers is None else askers.alone(row)
+            history, length = self._behaviours(items, lengths, self._of_askers(asker))
             given = self._of(askers, row, row + 1)
             each = max(1, _PAIRS // max(1, len(items)))
             for first in range(0, self._num_items, each):
@@ -82,7 +86,7 @@ class ExportScorer:
         candidate_counts: np.ndarray,
         askers: Askers | None = None,
     ) -> np.ndarray:
-        behaviours, lengths = self._behaviours(history_item_ids, history_lengths)
+        behaviours, lengths = self._behaviours(history_item_ids, history_lengths, self._of_askers(askers))
         found = self._bundle.rank_histories(
             behaviours,
             lengths,
@@ -100,12 +104,18 @@ class ExportScorer:
         found = self._values.of(askers.users[first:end], askers.events[first:end], nothing)
         return by_owner({owner: values for owner, values in found.items() if owner is not Owner.CANDIDATE})
 
-    def _behaviours(self, item_ids: np.ndarray, lengths: np.ndarray) -> tuple[tf.Tensor | NamedBehaviours, np.ndarray]:
-        """Returns behaviours and lengths as a bundle takes them, given those of a batch."""
+    def _of_askers(self, askers: Askers | None) -> Mapping[str, Any]:
+        return {} if askers is None else self._own_behaviours.of_askers(askers)
+
+    def _behaviours(
+        self, item_ids: np.ndarray, lengths: np.ndarray, features: Mapping[str, Any]
+    ) -> tuple[GivenBehaviours, np.ndarray]:
+        """Returns behaviours and lengths as a bundle takes them, given those of a batch and their features."""
         if not self._histories:
-            return self._own(item_ids), lengths
-        items, names, lengths = by_user(item_ids, lengths, self._histories)
-        return NamedBehaviours(self._own(items), tf.constant(names, tf.string)), lengths
+            return GivenBehaviours(self._own(item_ids), features=features), lengths
+        order, names, lengths = by_user(lengths, self._histories)
+        ordered = {name: values[order] for name, values in features.items()}
+        return GivenBehaviours(self._own(item_ids[order]), tf.constant(names, tf.string), ordered), lengths
 
     def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Returns the log's own ids for dense ids, which count from 1."""

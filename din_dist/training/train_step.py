@@ -96,7 +96,7 @@ class TrainStep:
         """Returns the function that runs an update, made once for each form of the exchange and of batches."""
         if self._optimizer.updates_in_place:
             self._exchange.share(self._optimizer.changing_by_rows)
-        batches = batch_signature(self._model.encodings, extras, self._model.num_tasks)
+        batches = batch_signature(self._model.batch_encodings, extras, self._model.num_tasks)
         signature = [batches, tf.TensorSpec([3 + len(Requests._fields)], tf.float64)]
         self._run = tf.function(self._step, input_signature=signature, autograph=False)
         return self._run.get_concrete_function()

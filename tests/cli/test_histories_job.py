@@ -14,7 +14,7 @@ import pytest
 from din_dist.config import DataConfig, Split
 from din_dist.data.prepared import open_prepared
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.named_histories import NamedBehaviours
+from din_dist.serving.given_behaviours import GivenBehaviours
 from tests.support.changed_manifest import assert_refused, fields_of
 from tests.support.commands import command
 from tests.support.finished_job import finish, run
@@ -61,19 +61,19 @@ def expected(folder: Path) -> np.ndarray:
     """The logits of the behaviours above."""
     bundle = Bundle.open(folder / "export")
     assert (bundle.manifest.histories, bundle.manifest.long_history) == (HISTORIES, "category_id")
-    return bundle.score(NamedBehaviours(ITEMS, NAMES), LENGTHS, CANDIDATES)
+    return bundle.score(GivenBehaviours(ITEMS, NAMES), LENGTHS, CANDIDATES)
 
 
 def test_each_history_is_cut_to_its_own_newest(folder: Path, expected: np.ndarray) -> None:
     bundle = Bundle.open(folder / "export")
-    longer = bundle.score(NamedBehaviours(["i9", *ITEMS], ["skipped", *NAMES]), [6, 0, 7], CANDIDATES)
+    longer = bundle.score(GivenBehaviours(["i9", *ITEMS], ["skipped", *NAMES]), [6, 0, 7], CANDIDATES)
     assert abs(longer[0] - expected[0]) > 1e-4
     np.testing.assert_allclose(longer[1:], expected[1:], atol=1e-6)
     # Older views are not read, nor older ones of the candidate's category, nor any of another.
     more, names = ["i9", "i8", "i19", "i3", "i1"], ["view", "view", "long", "long", "long"]
-    older = bundle.score(NamedBehaviours([*more, *ITEMS[5:]], [*names, *NAMES[5:]]), [12], ["i9"])
+    older = bundle.score(GivenBehaviours([*more, *ITEMS[5:]], [*names, *NAMES[5:]]), [12], ["i9"])
     np.testing.assert_allclose(older[0], expected[2], atol=1e-6)
-    newer = bundle.score(NamedBehaviours([*ITEMS[5:], "i19"], [*NAMES[5:], "long"]), [8], ["i9"])
+    newer = bundle.score(GivenBehaviours([*ITEMS[5:], "i19"], [*NAMES[5:], "long"]), [8], ["i9"])
     assert abs(newer[0] - expected[2]) > 1e-4
 
 
@@ -92,9 +92,9 @@ def test_evaluate_finds_what_the_trainer_found(folder: Path, commands: Preloaded
 
 def test_all_ways_give_the_same(folder: Path, commands: Preloaded, expected: np.ndarray, tmp_path: Path) -> None:
     bundle = Bundle.open(folder / "export")
-    found = bundle.rank_histories(NamedBehaviours(ITEMS, NAMES), LENGTHS, CANDIDATES, [1, 1, 1])
+    found = bundle.rank_histories(GivenBehaviours(ITEMS, NAMES), LENGTHS, CANDIDATES, [1, 1, 1])
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    ranked = bundle.rank(NamedBehaviours(ITEMS[5:], NAMES[5:]), np.array(CANDIDATES, object), 3)
+    ranked = bundle.rank(GivenBehaviours(ITEMS[5:], NAMES[5:]), np.array(CANDIDATES, object), 3)
     assert expected[2] == pytest.approx(ranked["logits"][ranked["places"].tolist().index(2)], abs=1e-5)
     ends = np.cumsum(LENGTHS)
     rows = [(ITEMS[end - n : end], NAMES[end - n : end]) for end, n in zip(ends, LENGTHS, strict=True)]

@@ -16,7 +16,7 @@ import tensorflow as tf
 from din_dist.data.event_store import ITEMS, USERS, EventStore, HistorySet
 from din_dist.data.histories import earlier_by
 from din_dist.errors import InputError
-from din_dist.serving.named_histories import NamedBehaviours, by_user
+from din_dist.serving.given_behaviours import GivenBehaviours, by_user
 from din_dist.serving.own_values import OwnValues
 from din_dist.tables.ids import Ids
 
@@ -33,10 +33,10 @@ class Encoded:
     codes: np.ndarray
     names: np.ndarray | None = None
 
-    def part(self, start: int, end: int) -> tf.Tensor | NamedBehaviours:
+    def part(self, start: int, end: int) -> tf.Tensor | GivenBehaviours:
         """Returns the ids from `start` up to `end`."""
         ids = tf.gather(self.distinct, self.codes[start:end])
-        return ids if self.names is None else NamedBehaviours(ids, tf.constant(self.names[start:end], tf.string))
+        return ids if self.names is None else GivenBehaviours(ids, tf.constant(self.names[start:end], tf.string))
 
 
 def encode(ids: pa.Array) -> Encoded:
@@ -172,10 +172,9 @@ class UserHistories:
             all_lengths.append(lengths)
         if len(items) == 1:
             return Encoded(self._item_ids, items[0]), all_lengths[0]
-        codes, own_names, lengths = by_user(
-            np.concatenate(items), np.concatenate(all_lengths), [history.name for history in self._store.sets]
-        )
-        return Encoded(self._item_ids, codes, own_names), lengths
+        of_sets = [history.name for history in self._store.sets]
+        order, own_names, lengths = by_user(np.concatenate(all_lengths), of_sets)
+        return Encoded(self._item_ids, np.concatenate(items)[order], own_names), lengths
 
     def _whole(self, history: HistorySet) -> HistorySet:
         """Returns all behaviours in the order of time, of a history from which each candidate gets its own."""

@@ -21,6 +21,7 @@ import tensorflow as tf
 from din_dist import schema
 from din_dist.data.hashing import hashed_rows
 from din_dist.features.encoding import Encoding, Lists, StoredFeature
+from din_dist.features.sides import age_rows
 from din_dist.features.spec import TIME_KINDS, FeatureSpec, Form, Kind, Owner, Scale
 from din_dist.features.times import PER_SECOND, TimestampUnit, zone_table
 from din_dist.layers.packed import segment_ids
@@ -178,6 +179,18 @@ class TimeEncoder(ValueEncoder):
         return tf.where(tf.equal(times, MISSING[tf.int64]), schema.UNKNOWN_ID, tf.cast(found, tf.int32))
 
 
+class AgeEncoder(ValueEncoder):
+    """Ages of behaviours at the request `[n]`, in the log's unit, to the rows of their doublings."""
+
+    @property
+    def specs(self) -> dict[str, tf.TensorSpec]:
+        return {VALUES: tf.TensorSpec([None], tf.int64)}
+
+    def encode(self, given: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        ages = given[VALUES]
+        return tf.where(tf.equal(ages, MISSING[tf.int64]), schema.UNKNOWN_ID, age_rows(ages))
+
+
 class VectorEncoder(ValueEncoder):
     """Vectors `[n, D]`, NaN where they are missing, to float16."""
 
@@ -195,6 +208,8 @@ def encoder_of(feature: Declared, path: Path) -> ValueEncoder:
     """Returns the encoder of a feature; `path` is for the file of its vocabulary."""
     encoding = feature.stored.encoding
     spec = encoding.spec
+    if spec.kind is Kind.TIME_SINCE:
+        return AgeEncoder(encoding)
     if spec.kind in TIME_KINDS:
         return TimeEncoder(encoding)
     if spec.kind is Kind.NUMBER:
@@ -209,7 +224,7 @@ def encoder_of(feature: Declared, path: Path) -> ValueEncoder:
 
 
 class ExampleInputs(tf.Module):
-    """The inputs of user, context and candidate features.
+    """The inputs of user, context and candidate features, or of those of behaviours.
 
     Args:
         encoders: of the features.

@@ -16,16 +16,17 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.features.encoding import StoredFeature
+from din_dist.features.sides import distinct_sides
 from din_dist.features.spec import Form, Owner
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.spans import Positions, spans_of
-from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
+from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel, Sides
 from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
 from din_dist.serving.export.features import Declared, ExampleInputs, encoder_of, input_names
 from din_dist.serving.export.items import ItemLookup
-from din_dist.serving.named_histories import NAMES
+from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.predictions import Predictions
 
 Outputs = dict[str, tf.Tensor]
@@ -74,6 +75,13 @@ class Signatures:
             ],
             self._names,
         )
+        self._sides = ExampleInputs(
+            [
+                encoder_of(declared[encoding.spec.name], folder / f"side_{number}.txt")
+                for number, encoding in enumerate(model.side_encodings)
+            ],
+            self._names,
+        )
 
     def save(self, folder: Path) -> None:
         """Writes the SavedModel to `folder`."""
@@ -84,13 +92,14 @@ class Signatures:
             apart |= {id(weight) for weight in model.example_columns.weights}
             root.columns = self._columns.variables
         root.weights = [weight.value for weight in model.weights if id(weight) not in apart]
-        root.items, root.examples = self._items.resources, self._examples
+        root.items, root.examples, root.sides = self._items.resources, self._examples, self._sides
         tf.saved_model.save(root, str(folder), signatures=self._functions())
 
     def _functions(self) -> dict[str, Callable]:
         ids = self._items.ids.dtype
         flat, lengths = tf.TensorSpec([None], ids), tf.TensorSpec([None], tf.int64)
         named = {NAMES: tf.TensorSpec([None], tf.string)} if self._has_names else {}
+        named |= self._sides.specs
         packed = {HISTORY: flat, LENGTHS: lengths, CANDIDATES: flat, **named, **self._examples.specs}
         one_history = {
             HISTORY: flat,
@@ -132,7 +141,8 @@ class Signatures:
             history_lengths: int64 `[B]`.
             candidate_item_ids: `[B]`.
             features: those of items; none: all are looked up by the item id. And those of the B examples, see
-                `ExampleInputs`. Of several histories also `history_names`, `[N]`, the name of each behaviour's history.
+                `ExampleInputs`. Of several histories also `history_names`, `[N]`, the name of each behaviour's history,
+                and of features of behaviours `history_NAME`, `[N]`.
         """
         given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
         history_lengths = _of_same_size(history_lengths, candidate_item_ids, LENGTHS, CANDIDATES)
@@ -152,12 +162,15 @@ class Signatures:
             items.vectors,
             context=self._columns_of(features, tuple(Owner), num_candidates, "candidate"),
         )
+        side_of = None
+        if (sides := self._sides_of(features, tf.size(history_item_ids), window)) is not None:
+            looked_up, side_of = looked_up._replace(sides=self._model.sides(sides.values)), sides.index
         if not any(history.feature for history in self._histories):
-            all_pairs = self._model.pairs(lengths, items.index[num_candidates:])
+            all_pairs = self._model.pairs(lengths, items.index[num_candidates:], side_of=side_of)
         else:
             of_candidates = {name: tf.gather(ids, candidate_index) for name, ids in items.features.items()}
             users = tf.range(num_candidates)
-            positions = Positions(items.index[num_candidates:])
+            positions = Positions(items.index[num_candidates:], side_of)
             spans = spans_of(self._histories, lengths, positions, items.features, users, of_candidates)
             all_pairs = [span.pairs() for span in spans]
         return self._with_probability(self._model.logits(looked_up, all_pairs))
@@ -185,8 +198,8 @@ class Signatures:
         with tf.control_dependencies([tf.Assert(fits, [rule, history_lengths, "for the shape", shape])]):
             real = tf.sequence_mask(history_lengths, shape[1])
         flat = tf.boolean_mask(history_item_ids, real)
-        if NAMES in features:
-            features = features | {NAMES: tf.boolean_mask(features[NAMES], real)}
+        of_positions = [name for name in (NAMES, *self._sides.specs) if name in features]
+        features = features | {name: tf.boolean_mask(features[name], real) for name in of_positions}
         return self.score(flat, history_lengths, candidate_item_ids, **features)
 
     def rank(
@@ -266,7 +279,9 @@ class Signatures:
         context = self._columns_of(features, OF_CANDIDATE, tf.size(candidate_item_ids), "candidate")
         history_of = segment_ids(counts)  # [C]
         of_candidates = {name: tf.gather(ids, candidates.index) for name, ids in candidates.features.items()}
-        positions = Positions(behaviours.index)
+        sides = self._sides_of(features, tf.size(history_item_ids), window)
+        side_rows = None if sides is None else self._model.sides(sides.values)
+        positions = Positions(behaviours.index, None if sides is None else sides.index)
         spans = spans_of(self._histories, lengths, positions, behaviours.features, history_of, of_candidates)
         num_positions = tf.add_n([span.ends - span.starts for span in spans])
         costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
@@ -285,6 +300,7 @@ class Signatures:
                 tf.gather(behaviours.vectors, distinct),
                 context=None if context is None else context[low:high],
                 history_terms=None if terms is None else tf.gather(terms, history_of[low:high]),
+                sides=side_rows,
             )
             all_pairs, before = [], tf.constant(0)
             for span in own_spans:
@@ -302,6 +318,21 @@ class Signatures:
             lambda part, _: part < num_parts, score_part, [none_yet, logits], parallel_iterations=1
         )
         return logits.concat()
+
+    def _sides_of(
+        self, features: Mapping[str, tf.Tensor], num_positions: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor]
+    ) -> Sides | None:
+        """Returns the side information of the behaviours that are read; None if the model reads none.
+
+        Args:
+            features: the inputs.
+            num_positions: int32, of the behaviours that are given.
+            window: as of `_newest`.
+        """
+        if not self._sides.specs:
+            return None
+        found = self._sides.encode(features, (Owner.HISTORY,), num_positions, "behaviour")
+        return Sides(*distinct_sides({name: window(rows) for name, rows in found.items()}))
 
     def _with_probability(self, logits: tf.Tensor) -> Outputs:
         outputs: Outputs = {}

@@ -31,9 +31,9 @@ from din_dist.serving.bundle import as_tensor, inputs_of
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
+from din_dist.serving.given_behaviours import NAMES, by_user
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
-from din_dist.serving.named_histories import NAMES, by_user
-from din_dist.serving.own_values import OwnValues
+from din_dist.serving.own_values import OwnBehaviours, OwnValues
 from din_dist.serving.predictions import Predictions
 from din_dist.text import to_json
 from din_dist.versions import build_info
@@ -137,7 +137,7 @@ def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator
     """
     exported = _Exported(trained, folder, evaluator.examples(split))
     encodings = trained.model.encodings
-    batches = batch_signature(encodings, num_tasks=trained.model.num_tasks)
+    batches = batch_signature(trained.model.batch_encodings, num_tasks=trained.model.num_tasks)
     trace = functools.partial(tf.function, input_signature=[batches], autograph=False)
 
     def without_features(batch: Batch) -> Batch:
@@ -179,6 +179,7 @@ class _Exported:
         self._features, self._predictions = described_features(trained.store), trained.predictions
         self._examples, self._values = examples, OwnValues(trained.store)
         self._histories = [history.name for history in trained.store.facts.histories]
+        self._behaviours = OwnBehaviours(trained.store, self._values, trained.config.data.max_history_length)
 
     def logits(self, batch: Batch, *, signature: str, missing: bool) -> tf.Tensor:
         """Returns the logits, `[B]` or `[B, T]`, of a packed batch.
@@ -194,7 +195,7 @@ class _Exported:
             given = self._values.of(users, events, batch.candidate_item_ids.numpy())
         inputs: dict[str, Any] = {}
         for feature in self._features:
-            if feature.owner != Owner.ITEM:
+            if feature.owner not in (Owner.ITEM, Owner.HISTORY):
                 values = given.get(Owner(feature.owner), {}).get(feature.name)
                 inputs |= inputs_of(feature, values, len(batch.candidate_item_ids))
         function = self._loaded.signatures[signature]
@@ -202,12 +203,18 @@ class _Exported:
         inputs = {name: as_tensor(value, specs[name].dtype, name) for name, value in inputs.items()}
         if signature == "rank_histories":
             inputs["candidate_counts"] = tf.ones_like(batch.candidate_item_ids, tf.int64)
-        history, lengths = batch.history_item_ids, batch.history_lengths
+        history, lengths = batch.history_item_ids.numpy(), batch.history_lengths.numpy()
+        order = np.arange(len(history))
         if len(self._histories) > 1:
-            history, names, lengths = by_user(history.numpy(), lengths.numpy(), self._histories)
+            order, names, lengths = by_user(lengths, self._histories)
             inputs[NAMES] = tf.constant(names, tf.string)
+        of_behaviours = self._behaviours.of(self._examples, batch)
+        for feature in self._features:
+            if feature.owner == Owner.HISTORY:
+                values = of_behaviours[feature.name][order]
+                inputs |= {feature.inputs[0]: as_tensor(values, specs[feature.inputs[0]].dtype, feature.name)}
         outputs = function(
-            history_item_ids=self._own_ids(history),
+            history_item_ids=self._own_ids(history[order]),
             history_lengths=tf.cast(lengths, tf.int64),
             candidate_item_ids=self._own_ids(batch.candidate_item_ids),
             **inputs,

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs, Manifest
-from din_dist.serving.named_histories import NAMES
 from din_dist.serving.predictions import Predictions
 
 Id = str | int

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from din_dist.features.encoding import Lists
+from din_dist.serving.given_behaviours import GivenBehaviours
 from din_dist.serving.http.parse import Id, Instance, Vocabulary
 from din_dist.serving.manifest import FeatureInputs
-from din_dist.serving.named_histories import NamedBehaviours
 
 _MISSING: dict[str, Id] = {"string": "", "integer": -(2**63)}  # a feature with this value is looked up by the item id
 
@@ -122,7 +122,7 @@ def _behaviours(vocabulary: Vocabulary, instances: Sequence[Instance]) -> Any:
     ids = _column(vocabulary.item_id_type, (instance.history for instance in instances))
     if not vocabulary.histories:
         return ids
-    return NamedBehaviours(ids, _column("string", (instance.names for instance in instances)))
+    return GivenBehaviours(ids, _column("string", (instance.names for instance in instances)))
 
 
 def _own_features(

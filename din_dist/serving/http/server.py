@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.http.batcher import Batcher, QueueFull
 from din_dist.serving.http.body import (
     Buffers,
@@ -48,7 +49,6 @@ from din_dist.serving.http.probes import PATHS, Probes
 from din_dist.serving.http.responses import Scores, busy, error
 from din_dist.serving.http.scoring import Scorer, score_together
 from din_dist.serving.http.settings import ServeConfig
-from din_dist.serving.named_histories import NAMES
 from din_dist.serving.predictions import Predictions
 from din_dist.text import shown
 
