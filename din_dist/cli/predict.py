@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -177,6 +177,7 @@ class _Counts(NamedTuple):
 def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Source:
     """Opens the export and, if `job` is given, the histories in its prepared data."""
     from din_dist.data.prepared import open_prepared
+    from din_dist.features.spec import Kind
     from din_dist.serving.batch.histories import GivenHistories, UserHistories, check_item_types
     from din_dist.serving.bundle import Bundle
 
@@ -187,7 +188,8 @@ def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Sou
         _warn_of_absent(manifest, columns)
         return _Source(bundle, GivenHistories(manifest.max_history_length), columns, None)
     store = open_prepared(job.data)
-    histories = UserHistories(store, manifest.max_history_length)
+    of_behaviours = [feature.name for feature in manifest.features_of("history") if feature.name in store.features]
+    histories = UserHistories(store, manifest.max_history_length, of_behaviours)
     own = tuple(history.name for history in store.sets) if len(store.sets) > 1 else ()
     if own != tuple(manifest.histories):
         raise InputError(
@@ -198,7 +200,8 @@ def _open_source(job: Config | None, files: Sequence[Path], digest: str) -> _Sou
     check_item_types(histories, manifest.item_id_type == "integer", USER_HISTORIES.value)
     of_users = tuple(feature.name for feature in manifest.features_of("user") if feature.name in store.features)
     columns = dataclasses.replace(_columns(manifest, histories.users_are_integers, files), user_features=of_users)
-    _warn_of_absent(manifest, columns)
+    ages = [feature.name for feature in manifest.features_of("history") if feature.kind == Kind.TIME_SINCE]
+    _warn_of_absent(manifest, columns, [name for name in of_behaviours if columns.before or name not in ages])
     return _Source(bundle, histories, columns, store)
 
 
@@ -316,7 +319,7 @@ def _checked_flags() -> tuple[list[Path], Path]:
 
 def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequence[Path]) -> RowColumns:
     """Returns the columns to read and to add, from the flags."""
-    from din_dist.serving.batch.features import find_features
+    from din_dist.serving.batch.features import find_behaviour_features, find_features
     from din_dist.serving.batch.predictor import RowColumns
     from din_dist.tables.ids import Field
     from din_dist.tables.survey import names_of
@@ -347,12 +350,20 @@ def _columns(manifest: Manifest, users_are_integers: bool | None, files: Sequenc
         features=tuple(features),
         predictions=manifest.predictions,
         history_names=names,
+        behaviour_features=tuple(find_behaviour_features(manifest, files[0])) if users_are_integers is None else (),
     )
 
 
-def _warn_of_absent(manifest: Manifest, columns: RowColumns) -> None:
-    """Warns in one line of features of the model that no column has, nor the prepared users."""
-    found = {column.feature.name for column in columns.features} | set(columns.user_features)
+def _warn_of_absent(manifest: Manifest, columns: RowColumns, in_store: Collection[str] = ()) -> None:
+    """Warns in one line of features of the model that no column has, nor the prepared data.
+
+    Args:
+        manifest: of the export.
+        columns: of the rows.
+        in_store: the names of features of behaviours that prepared data give.
+    """
+    of_rows = (*columns.features, *columns.behaviour_features)
+    found = {column.feature.name for column in of_rows} | {*columns.user_features, *in_store}
     names = [feature.name for feature in manifest.features if feature.owner != "item"]
     if absent := [name for name in names if name not in found]:
         entry.warn(f"--input: no column of {', '.join(absent)}. These features count as missing in every row.")

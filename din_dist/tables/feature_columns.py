@@ -31,7 +31,8 @@ class ValueField:
         integers: ids are integers; otherwise strings.
         separator: separates the values of a list or vector that is written as text; empty: it is a JSON array.
         weights: the column of the weights of lists.
-        in_lists: a row has a list of values, one for each of its candidates.
+        in_lists: a row has a list of values, one for each of its candidates, or of what `each` says.
+        each: what has a value, for the texts of errors.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ValueField:
     separator: str = ""
     weights: str = ""
     in_lists: bool = False
+    each: str = "candidate"
 
     @property
     def columns(self) -> list[str]:
@@ -117,14 +119,14 @@ class ValueReader:
         if pa.types.is_null(column.type):
             return pa.nulls(int(counts.sum()))
         if not is_list(column.type):
-            rule = f"{name} must hold lists, one value for each candidate"
-            raise rows.reject(rows.count, rule, f"{column.type}", "Write lists, as of the candidates.")
+            rule = f"{name} must hold lists, one value for each {field.each}"
+            raise rows.reject(rows.count, rule, f"{column.type}", f"Write lists, as of the {field.each}s.")
         column = column.cast(pa.large_list(column.type.value_type))
         given = pc.list_value_length(column).fill_null(-1).to_numpy(zero_copy_only=False)
         wrong = (given != counts) & (given >= 0)
         if wrong.any():
             row = int(np.argmax(wrong))
-            rule = f"{name} must have one value for each of the {counts[row]} candidates"
+            rule = f"{name} must have one value for each of the {counts[row]} {field.each}s"
             raise rows.reject(rows.count + row, rule, f"{given[row]} values", "Correct the row.")
         values = column.flatten()
         if (given == counts).all():
@@ -140,7 +142,7 @@ class ValueReader:
             return json_lines.parse_lines(arrow_text.join('{"v":', text, "}"), schema).column("v").combine_chunks()
         except pa.ArrowException as error:
             detail = " ".join(str(error).split())[:100]
-            rule = f"{name} must be a JSON array with one value for each candidate, from here on"
+            rule = f"{name} must be a JSON array with one value for each {field.each}, from here on"
             raise rows.reject(rows.count, rule, detail, "Correct the cell.") from error
 
     def _of_type(self, values: IdValues | ListValues, field: ValueField, rows: Rows) -> ColumnValues:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist.errors import InputError
-from din_dist.features.spec import TIME_KINDS, Kind
+from din_dist.features.spec import TIME_KINDS, Kind, Owner
 from din_dist.features.times import PER_SECOND, TimestampUnit
 from din_dist.serving.manifest import FeatureInputs, Manifest
 from din_dist.serving.own_values import OWNERS, own_values, with_missing
@@ -36,8 +36,8 @@ class FeatureColumn:
 
     @property
     def is_time(self) -> bool:
-        """True for features that are made from a time."""
-        return self.feature.kind in TIME_KINDS
+        """True for features that are made from the time of a row."""
+        return self.feature.kind in TIME_KINDS and self.feature.owner != Owner.HISTORY
 
     @property
     def columns(self) -> list[str]:
@@ -45,8 +45,22 @@ class FeatureColumn:
         return self.field.columns
 
 
+def find_behaviour_features(manifest: Manifest, file: Path) -> list[FeatureColumn]:
+    """Returns the features of behaviours that a table with histories has. Each column has the name of an input."""
+    present = names_of(file)
+    found = []
+    for feature in manifest.features_of(Owner.HISTORY):
+        name = feature.inputs[0]
+        if name in present:
+            kind = Kind.CATEGORY if feature.kind in TIME_KINDS else Kind(feature.kind)  # whole numbers, as ids are
+            integers = feature.type == "integer"
+            field = ValueField(name, kind, integers, feature.separator, in_lists=True, each="behaviour")
+            found.append(FeatureColumn(feature, field))
+    return found
+
+
 def find_features(manifest: Manifest, file: Path, in_lists: bool, before: str = "") -> list[FeatureColumn]:
-    """Returns the features that a table has.
+    """Returns the features of users, contexts and candidates that a table has.
 
     Args:
         manifest: of the export.
@@ -100,12 +114,12 @@ def given_features(
         rows: a batch of it.
         first_row: the row at which the batch begins.
         columns: of the features.
-        counts: int64 `[R]`, the number of each row's candidates.
+        counts: int64 `[R]`, the number of each row's candidates, or behaviours.
 
     Raises:
         InputError: a value breaks a rule; the text names file and row.
     """
-    found: dict[str, dict[str, Any]] = {owner: {} for owner in OWNERS}
+    found: dict[str, dict[str, Any]] = {owner: {} for owner in (*OWNERS, Owner.HISTORY)}
     for column in columns:
         if column.is_time:
             times = table.times(rows, first_row, column.field.name)

@@ -6,7 +6,7 @@ Letters of shapes: R rows of a batch, V ids.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,23 @@ _OTHER_UNIT = (
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Ids `[V]`, stored as `distinct[codes]`. Of several histories, `names` `[V]` has the name of each one's."""
+    """Ids `[V]`, stored as `distinct[codes]`.
+
+    Of several histories, `names` `[V]` has the name of each one's. `features` has `[V]` values of each by name.
+    """
 
     distinct: tf.Tensor
     codes: np.ndarray
     names: np.ndarray | None = None
+    features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def part(self, start: int, end: int) -> tf.Tensor | GivenBehaviours:
         """Returns the ids from `start` up to `end`."""
         ids = tf.gather(self.distinct, self.codes[start:end])
-        return ids if self.names is None else GivenBehaviours(ids, tf.constant(self.names[start:end], tf.string))
+        if self.names is None and not self.features:
+            return ids
+        names = None if self.names is None else tf.constant(self.names[start:end], tf.string)
+        return GivenBehaviours(ids, names, {name: values[start:end] for name, values in self.features.items()})
 
 
 def encode(ids: pa.Array) -> Encoded:
@@ -80,7 +87,11 @@ class GivenHistories:
         self._most = max_history_length
 
     def of(
-        self, histories: Ids, before: np.ndarray | None = None, names: Ids | None = None
+        self,
+        histories: Ids,
+        before: np.ndarray | None = None,
+        names: Ids | None = None,
+        features: Mapping[str, Any] | None = None,
     ) -> tuple[Encoded, np.ndarray]:
         """Returns the item ids of all histories, concatenated, and the lengths `[R]`.
 
@@ -88,6 +99,7 @@ class GivenHistories:
             histories: lists of items.
             before: must be None: the rows know no times.
             names: lists of the names of each item's history; None: there is one history.
+            features: name -> the value of each item, of all histories concatenated. None: there are none.
 
         Raises:
             InputError: a row has not as many names as items.
@@ -95,12 +107,14 @@ class GivenHistories:
         if histories.offsets is None or before is not None:
             raise TypeError("histories are lists, without times")
         if names is not None:
-            return self._named(histories, names)
+            return self._named(histories, names, features or {})
         indices, lengths = newest(histories.offsets[:-1], histories.offsets[1:], self._most)
         values = histories.values
-        return encode(values if len(indices) == len(values) else values.take(pa.array(indices))), lengths
+        found = encode(values if len(indices) == len(values) else values.take(pa.array(indices)))
+        own_features = {name: own[indices] for name, own in (features or {}).items()}
+        return dataclasses.replace(found, features=own_features), lengths
 
-    def _named(self, histories: Ids, names: Ids) -> tuple[Encoded, np.ndarray]:
+    def _named(self, histories: Ids, names: Ids, features: Mapping[str, Any]) -> tuple[Encoded, np.ndarray]:
         assert histories.offsets is not None
         assert names.offsets is not None
         lengths, others = np.diff(histories.offsets), np.diff(names.offsets)
@@ -112,7 +126,7 @@ class GivenHistories:
             )
         found = encode(histories.values)
         own_names = names.values.cast(pa.large_string()).to_numpy(zero_copy_only=False)
-        return dataclasses.replace(found, names=own_names), lengths
+        return dataclasses.replace(found, names=own_names, features=features), lengths
 
     def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
         """Returns nothing: the rows have them."""
@@ -123,10 +137,15 @@ class UserHistories:
     """Histories from prepared data: a user's behaviours, oldest first; the named ones if there are several.
 
     An unknown user has an empty history. The item ids are the log's own, so the model may come from another day's data.
+
+    Args:
+        store: the prepared data.
+        max_history_length: the most behaviours of a history without a name.
+        features: the names of the features of behaviours that the model reads.
     """
 
-    def __init__(self, store: EventStore, max_history_length: int) -> None:
-        self._store, self._most = store, max_history_length
+    def __init__(self, store: EventStore, max_history_length: int, features: Collection[str] = ()) -> None:
+        self._store, self._most, self._features = store, max_history_length, features
         users = store.vocabulary(USERS)
         self.users_are_integers = pa.types.is_integer(users.type)
         self._user_of = tf.lookup.StaticHashTable(
@@ -140,19 +159,26 @@ class UserHistories:
         self.num_timed = 0  # rows with a time and a history
         self.num_too_early = 0  # those of them whose time is before the whole history
 
-    def of(self, users: Ids, before: np.ndarray | None = None, names: Ids | None = None) -> tuple[Encoded, np.ndarray]:
+    def of(
+        self,
+        users: Ids,
+        before: np.ndarray | None = None,
+        names: Ids | None = None,
+        features: Mapping[str, Any] | None = None,
+    ) -> tuple[Encoded, np.ndarray]:
         """Returns the item ids of all users' histories, concatenated, and the lengths `[R]`.
 
         Args:
             users: `[R]`, the log's own ids.
             before: int64 `[R]`; only events that are known before count.
-            names: must be None: prepared data have them.
+            names: must be None: prepared data have them, and the features too.
+            features: see `names`.
 
         Raises:
             InputError: a time cannot be of the log's kind and unit.
         """
-        if names is not None:
-            raise TypeError("prepared data have the names of histories")
+        if names is not None or features:
+            raise TypeError("prepared data have the names of histories and the features of behaviours")
         if before is not None:
             self._check_kind(before)
         found = self._indices(users)
@@ -165,16 +191,41 @@ class UserHistories:
             has_some = np.any([starts < earlier for starts, _, earlier in cut], axis=0)
             self.num_timed += int(np.count_nonzero(has_any))
             self.num_too_early += int(np.count_nonzero(has_any & ~has_some))
-        items, all_lengths = [], []
+        items, all_lengths, all_rows, all_ages = [], [], [], []
         for history, (starts, _, earlier) in zip(histories, cut, strict=True):
             indices, lengths = newest(starts, earlier, history.longest)
             items.append(history.item_ids[indices] - 1)
             all_lengths.append(lengths)
+            if self._features:
+                all_rows.append(indices if history.rows is None else history.rows[indices])
+                all_ages.append(self._ages(history, indices, all_rows[-1], before, lengths))
+        own_features: dict[str, Any] = {}
+        if self._features:
+            every = self._values.of_behaviours(np.concatenate(all_rows), np.concatenate(all_ages))
+            own_features = {name: values for name, values in every.items() if name in self._features}
         if len(items) == 1:
-            return Encoded(self._item_ids, items[0]), all_lengths[0]
+            return Encoded(self._item_ids, items[0], features=own_features), all_lengths[0]
         of_sets = [history.name for history in self._store.sets]
         order, own_names, lengths = by_user(np.concatenate(all_lengths), of_sets)
-        return Encoded(self._item_ids, np.concatenate(items)[order], own_names), lengths
+        ordered = {name: values[order] for name, values in own_features.items()}
+        return Encoded(self._item_ids, np.concatenate(items)[order], own_names, ordered), lengths
+
+    def _ages(
+        self, history: HistorySet, places: np.ndarray, rows: np.ndarray, before: np.ndarray | None, lengths: np.ndarray
+    ) -> np.ndarray:
+        """Returns how long ago behaviours were, int64 `[V]`; what stands for missing where no time is given.
+
+        Args:
+            history: of the store.
+            places: int64 `[V]`, of the behaviours.
+            rows: int64 `[V]`, their rows in features of behaviours.
+            before: int64 `[R]`, the time of each row of the batch.
+            lengths: int64 `[R]`.
+        """
+        if before is None:
+            return np.full(len(places), np.iinfo(np.int64).min)
+        times = self._store.behaviour_times[rows] if history.times is None else history.times[places]
+        return np.repeat(before, lengths) - times
 
     def _whole(self, history: HistorySet) -> HistorySet:
         """Returns all behaviours in the order of time, of a history from which each candidate gets its own."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from din_dist.config import LogFormat
 from din_dist.errors import InputError
+from din_dist.features.spec import Owner
 from din_dist.files import published
 from din_dist.progress import at, each
 from din_dist.serving.batch.features import FeatureColumn, given_features
@@ -52,7 +53,11 @@ class Histories(Protocol):
     num_too_early: int
 
     def of(
-        self, column: Ids, before: np.ndarray | None = None, names: Ids | None = None
+        self,
+        column: Ids,
+        before: np.ndarray | None = None,
+        names: Ids | None = None,
+        features: Mapping[str, Any] | None = None,
     ) -> tuple[Encoded, np.ndarray]: ...
 
     def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]: ...
@@ -71,13 +76,14 @@ class RowColumns:
     user_features: tuple[str, ...] = ()  # features of users that the source of histories gives
     predictions: Predictions = Predictions()  # the labels that the export predicts
     history_names: Field | None = None  # of each item's history, if there are several and the rows have them
+    behaviour_features: tuple[FeatureColumn, ...] = ()  # of the behaviours, if the rows have them
 
     @property
     def read(self) -> list[str]:
         """The names of the columns to read."""
         names = [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
         names += [self.history_names.name] if self.history_names else []
-        names += [name for feature in self.features for name in feature.columns]
+        names += [name for feature in (*self.features, *self.behaviour_features) for name in feature.columns]
         return list(dict.fromkeys(names))
 
     @property
@@ -182,7 +188,13 @@ class Predictor:
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
             history, candidates, *of_names = table.ids(rows, first_row, fields)
             before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
-            items, lengths = self._histories.of(history, before, *of_names)
+            of_behaviours: Mapping[str, Any] = {}
+            if self._columns.behaviour_features and history.offsets is not None:
+                counts = np.diff(history.offsets)
+                found = given_features(table, rows, first_row, self._columns.behaviour_features, counts)
+                of_behaviours = found[Owner.HISTORY]
+            names_of_rows = of_names[0] if of_names else None
+            items, lengths = self._histories.of(history, before, names_of_rows, of_behaviours)
             given = given_features(table, rows, first_row, self._columns.features, candidates.counts)
             given["user"] |= self._histories.user_features(history, self._columns.user_features)
             yield rows, _Batch(items, lengths, candidates, encode(candidates.values), given)

@@ -43,7 +43,7 @@ class Vocabulary:
         item_id_type: of items.
         item_features: name of an item feature -> type of its values.
         max_history_length: the number of newest behaviours that the model reads.
-        features: the declared features of users, contexts and candidates.
+        features: the declared features of users, contexts, candidates and behaviours.
         histories: the names of several histories; empty if there is one.
     """
 
@@ -88,6 +88,7 @@ class Instance:
     context: dict[str, Any] = dataclasses.field(default_factory=dict)
     own_features: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     names: list[str] = dataclasses.field(default_factory=list)  # of several histories, that of each of `history`
+    behaviour_features: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # a value for each of `history`
 
     @property
     def num_positions(self) -> int:
@@ -253,7 +254,7 @@ class _Reader:
     def __init__(self, vocabulary: Vocabulary, limits: ServeConfig) -> None:
         self._vocabulary, self._limits = vocabulary, limits
         self._read_id = _one_of(vocabulary.item_id_type)
-        self._of_owner = {owner: vocabulary.features_of(owner) for owner in ("user", "context", "candidate")}
+        self._of_owner = {owner: vocabulary.features_of(owner) for owner in ("user", "context", "candidate", "history")}
         self._own_keys = tuple(owner for owner in ("user", "context") if self._of_owner[owner])
         self._history_keys = (HISTORY, NAMES) if vocabulary.histories else (HISTORY,)
 
@@ -275,6 +276,7 @@ class _Reader:
         given = _check_keys(
             keys.get("candidate_features", {}), f"{where}.candidate_features", (), tuple(self._of_owner["candidate"])
         )
+        self._read_behaviour_features(instance, keys, len(ids), where, length)
         return self._with_own_features(instance, keys, given, where, single=True)
 
     def rank(self, row: object, where: str) -> Instance:
@@ -300,6 +302,7 @@ class _Reader:
             for (ids, names), one in zip(self._histories_of_columns(keys, candidates), candidates, strict=True)
         ]
         self._read_own_columns(keys, found)
+        self._read_behaviour_columns(keys, found)
         return found
 
     def _histories_of_columns(
@@ -355,6 +358,7 @@ class _Reader:
             self._features(keys, "candidate_features", len(candidates), where, single=one_candidate),
             names=self._newest(self._names(keys, history, where)),
         )
+        self._read_behaviour_features(instance, keys, len(history), where)
         given = {
             name: value
             for name, value in keys.get("candidate_features", {}).items()
@@ -365,7 +369,8 @@ class _Reader:
     @property
     def _declared_keys(self) -> tuple[str, ...]:
         """The keys of declared features, where item features cannot be given."""
-        return (*self._own_keys, *(["candidate_features"] if self._of_owner["candidate"] else []))
+        keys = {"history_features": "history", "candidate_features": "candidate"}
+        return (*self._own_keys, *(key for key, owner in keys.items() if self._of_owner[owner]))
 
     @property
     def _feature_keys(self) -> tuple[str, ...]:
@@ -403,6 +408,56 @@ class _Reader:
             instance.own_features[name] = own
         return instance
 
+    def _read_behaviour_features(
+        self, instance: Instance, keys: Mapping[str, Any], num_given: int, where: str, length: int | None = None
+    ) -> None:
+        """Gives an instance the values of features of its behaviours.
+
+        Args:
+            instance: without them.
+            keys: the instance's in the body.
+            num_given: the number of behaviours, padding included.
+            where: the instance's path in the body.
+            length: the number of real behaviours; None: all.
+        """
+        features = self._of_owner["history"]
+        known = (*features, *self._vocabulary.item_features)
+        given = _check_keys(keys.get("history_features", {}), f"{where}.history_features", (), known)
+        for name, values in given.items():
+            if name in features:
+                read = self._behaviour_values(features[name], values, f"{where}.history_features.{name}", num_given)
+                instance.behaviour_features[name] = self._newest(read[:length])
+
+    def _read_behaviour_columns(self, keys: Mapping[str, Any], instances: Sequence[Instance]) -> None:
+        """Gives each instance its values of the columns of features of behaviours, in the form of the histories."""
+        features, place = self._of_owner["history"], "inputs.history_features"
+        given = _check_keys(keys.get("history_features", {}), place, (), tuple(features))
+        rows = keys[HISTORY]
+        in_rows = "history_lengths" not in keys or (rows and isinstance(rows[0], list))
+        lengths = keys["history_lengths"] if "history_lengths" in keys else [*map(len, rows)]
+        for name, values in given.items():
+            where, feature = f"{place}.{name}", features[name]
+            if in_rows:
+                if not isinstance(values, list):
+                    _refuse(where, "must be a list", values)
+                _check_same_length(where, values, "inputs.candidate_item_ids", instances)
+                parts = [
+                    self._behaviour_values(feature, own, f"{where}[{index}]", len(row))[:length]
+                    for index, (own, row, length) in enumerate(zip(values, rows, lengths, strict=True))
+                ]
+            else:
+                flat, ends = self._behaviour_values(feature, values, where, len(rows)), itertools.accumulate(lengths)
+                parts = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+            for instance, own in zip(instances, parts, strict=True):
+                instance.behaviour_features[name] = self._newest(own)
+
+    def _behaviour_values(self, feature: FeatureInputs, values: object, where: str, num: int) -> list[Any]:
+        if not isinstance(values, list):
+            _refuse(where, "must be a list", values)
+        if len(values) != num:
+            _refuse(where, f"must have {num} values, one for each item", len(values))
+        return [self._own_value(feature, value, f"{where}[{index}]") for index, value in enumerate(values)]
+
     def _own_value(self, feature: FeatureInputs, value: object, where: str) -> Any:
         """Returns the value of a declared feature, which may be missing."""
         if value is None:
@@ -438,7 +493,7 @@ class _Reader:
         """
         where = f"{where}.{key}"
         types = self._vocabulary.item_features
-        own = self._of_owner["candidate"] if key == "candidate_features" else {}
+        own = self._of_owner[key.removesuffix("_features")]
         given = _check_keys(keys.get(key, {}), where, (), (*types, *own))
         found = {}
         for name, values in given.items():

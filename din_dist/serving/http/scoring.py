@@ -120,9 +120,15 @@ def _score_with_features(scorer: Scorer, vocabulary: Vocabulary, group: Sequence
 def _behaviours(vocabulary: Vocabulary, instances: Sequence[Instance]) -> Any:
     """Returns the histories concatenated, as `Bundle.score` takes them."""
     ids = _column(vocabulary.item_id_type, (instance.history for instance in instances))
-    if not vocabulary.histories:
+    features = {}
+    for name, feature in vocabulary.features_of("history").items():
+        missing = ([None] * len(one.history) for one in instances)
+        parts = (one.behaviour_features.get(name, none) for one, none in zip(instances, missing, strict=True))
+        features[name] = _as_given(feature, [*itertools.chain.from_iterable(parts)])
+    if not vocabulary.histories and not features:
         return ids
-    return GivenBehaviours(ids, _column("string", (instance.names for instance in instances)))
+    names = _column("string", (instance.names for instance in instances)) if vocabulary.histories else None
+    return GivenBehaviours(ids, names, features)
 
 
 def _own_features(
@@ -138,6 +144,8 @@ def _own_features(
     found: dict[str, dict[str, Any]] = {}
     for feature in vocabulary.features:
         name = feature.name
+        if feature.owner == "history":
+            continue  # behaviours have them
         if feature.owner == "candidate":
             values = [value for one in group for value in one.own_features.get(name) or [None] * len(one.candidates)]
         else:
