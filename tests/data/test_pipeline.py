@@ -38,6 +38,7 @@ from din_dist.features.gathering import without_copying
 from din_dist.features.spec import Owner
 from din_dist.schema import Batch
 from tests.support.featured_store import with_features
+from tests.support.owners import OWNERS
 from tests.support.small_log import small_config, write_log
 
 
@@ -359,7 +360,7 @@ def test_batches_have_the_declared_signature(prepared) -> None:
 def test_batches_carry_the_features_of_their_examples(prepared, native: bool) -> None:
     """Those of users by the user, the others by the event, list by list; those of items stay where they are."""
     config, plain, splits = prepared
-    store = with_features(plain, tuple(Owner))
+    store = with_features(plain, OWNERS)
     maker = BatchMaker.for_training(store, splits["train"], config, 1, execution=Execution(kernels=native))
     dataset = training_batches(maker, config, global_batch_size=16, steps=range(2))
     encodings = [feature.encoding for feature in store.features.values()]

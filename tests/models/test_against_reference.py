@@ -9,6 +9,7 @@ import pytest
 
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
 from din_dist.features.spec import Owner
+from tests.support.owners import OWNERS
 from tests.support.reference.compare import (
     FORMS,
     ITEM_FEATURES,
@@ -94,7 +95,7 @@ def expected_with_features(lengths, model, owners):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("owners", [tuple(Owner), (Owner.ITEM,), (Owner.USER,)], ids=["all", "item", "user"])
+@pytest.mark.parametrize("owners", [OWNERS, (Owner.ITEM,), (Owner.USER,)], ids=["all", "item", "user"])
 @pytest.mark.parametrize("model", ModelKind)
 def test_features_of_every_form_equal_the_reference(model, owners, form):
     """Lists of every pooling, numbers of every encoding, frozen and trained vectors; a third of all is missing."""

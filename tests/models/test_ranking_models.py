@@ -12,6 +12,7 @@ from din_dist.data.pipeline import batch_signature
 from din_dist.features.spec import Owner
 from din_dist.models.ranking_model import items_of
 from din_dist.schema import Batch
+from tests.support.owners import OWNERS
 from tests.support.reference.compare import (
     FACTS,
     ITEM_FEATURES,
@@ -93,7 +94,7 @@ def score_with_features(model, features):
 
 @pytest.mark.parametrize(
     "owners",
-    [tuple(Owner), (Owner.USER,), (Owner.CONTEXT, Owner.ITEM), (Owner.CANDIDATE,), (Owner.ITEM,)],
+    [OWNERS, (Owner.USER,), (Owner.CONTEXT, Owner.ITEM), (Owner.CANDIDATE,), (Owner.ITEM,)],
     ids=["all", "user", "context, item", "candidate", "item"],
 )
 def test_the_split_head_equals_scoring_one_by_one(kind, owners):

@@ -18,8 +18,12 @@ from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from tests.support.commands import prepare_log, run
 from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
 from tests.support.patience import PATIENCE
+from tests.support.repository import ROOT
 
-FLAGS = ("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02")
+FLAGS = (
+    *("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02"),
+    *("--histories=all:10", "--long_history=category_id:5", f"--features={ROOT / 'tests' / 'support' / 'age.toml'}"),
+)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from din_dist.config import Config
 from din_dist.features.declarations import read_declarations
 from din_dist.features.spec import Owner, to_text
+from tests.support.owners import OWNERS
 from tests.support.small_log import small_config
 
 DECLARATIONS = """
@@ -127,7 +128,7 @@ def write_featured_log(path: Path, *, labels: bool = True, num_users: int = 40, 
 
 
 def featured_config(
-    folder: Path, owners: Collection[Owner] = tuple(Owner), *, labels: bool = True, **settings: object
+    folder: Path, owners: Collection[Owner] = OWNERS, *, labels: bool = True, **settings: object
 ) -> Config:
     """Returns the settings of a small job in `folder` with the features of some owners, and writes its log.
 

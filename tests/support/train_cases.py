@@ -34,8 +34,9 @@ from din_dist.distributed.cores import claim_cores
 from din_dist.distributed.devices import claim_devices
 from din_dist.distributed.runtime import open_runtime
 from din_dist.distributed.shared_memory import SharedMemory, share_memory
-from din_dist.features.spec import Owner
+from din_dist.features.spec import FeatureSpec, Kind, Owner, to_text
 from tests.support.featured_store import with_features
+from tests.support.owners import OWNERS
 from tests.support.small_log import small_config, write_log
 from tests.support.task_log import TASKS, write_task_log
 
@@ -87,6 +88,12 @@ CASES: dict[str, dict] = {
         "validation_from": 12,
         "test_from": 16,
         "histories": ("click:8", "buy:5", "skipped:6"),
+        "feature_declarations": to_text(
+            (
+                FeatureSpec("age", Owner.HISTORY, Kind.TIME_SINCE),
+                FeatureSpec("bought", Owner.HISTORY, Kind.CATEGORY, "buy", width=3),
+            )
+        ),
     },
 }
 OWN_FILES = {"sgd": {"behaviours_path": "behaviours.parquet"}, "tasks": {"data_path": "tasks.parquet"}}
@@ -134,7 +141,7 @@ def main(folder: Path, run: str, max_steps: int, cases: list[str]) -> None:
         store = open_prepared(config.data)
         if case == "features":
             weights = np.random.default_rng(0).integers(0, 4, store.facts.num_events).astype(np.float32)
-            store = dataclasses.replace(with_features(store, tuple(Owner), by_offers=True), weights=weights)
+            store = dataclasses.replace(with_features(store, OWNERS, by_offers=True), weights=weights)
         job = make(config, runtime, store)
         job.trainer.train()
         if shared_memory and shares:

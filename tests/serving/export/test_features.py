@@ -33,6 +33,7 @@ from din_dist.serving.export.writer import TrainedModel, described_features, exp
 from din_dist.serving.own_values import OwnValues, by_owner
 from din_dist.serving.scorer import ExportScorer
 from tests.support.featured_log import featured_config
+from tests.support.owners import OWNERS
 from tests.support.patience import PATIENCE
 from tests.support.trained_job import write_job
 
@@ -236,7 +237,7 @@ OTHER_JOBS: dict[str, dict[str, Any]] = {
     "items": {"owners": (Owner.ITEM,)},
     "users": {"owners": (Owner.USER,)},
     "candidates": {"owners": (Owner.CANDIDATE,)},
-    "drawn negatives": {"owners": tuple(Owner), "labels": False},
+    "drawn negatives": {"owners": OWNERS, "labels": False},
     "mean pooling": {"owners": EXAMPLES, "model": ModelKind.MEAN_POOLING, "batch_norm": BatchNorm.FROZEN},
     "items by their features": {
         **{"owners": (Owner.ITEM,), "labels": False},
@@ -322,7 +323,7 @@ def test_names_of_inputs_are_each_there_once() -> None:
 
 def test_without_features_of_examples_there_are_no_inputs() -> None:
     assert ExampleInputs([], {}).specs == {}
-    assert ExampleInputs([], {}).encode({}, tuple(Owner), tf.constant(3), "candidate") == {}
+    assert ExampleInputs([], {}).encode({}, OWNERS, tf.constant(3), "candidate") == {}
 
 
 def test_lists_lose_ids_that_are_missing(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from din_dist.features.sides import distinct_sides
 from din_dist.features.spec import Encode, FeatureSpec, Form, Kind, Owner, Pooling
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
+from tests.support.owners import OWNERS
 from tests.support.reference.padded_din import Feature, PaddedBatch
 
 NUM_ITEMS = 12
@@ -70,9 +71,6 @@ def small_model(
     return model
 
 
-_OWNERS = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE, Owner.ITEM)  # of features of every form
-
-
 def side_information(**widths: int) -> dict[str, StoredFeature]:
     """Returns features of behaviours by name, each with `NUM_SIDES` rows of a width, for a model."""
     specs = [FeatureSpec(name, Owner.HISTORY, Kind.CATEGORY, name, width=width) for name, width in widths.items()]
@@ -87,7 +85,7 @@ class RandomFeatures:
         seed: of the values of items.
     """
 
-    def __init__(self, owners: Sequence[Owner] = _OWNERS, seed: int = 0) -> None:
+    def __init__(self, owners: Sequence[Owner] = OWNERS, seed: int = 0) -> None:
         specs = [
             dataclasses.replace(spec, name=f"{owner}_{spec.name}", owner=owner) for owner in owners for spec in _SPECS
         ]
