@@ -28,31 +28,36 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.columns
 
 
+class BatchSizes(NamedTuple):
+    """The sizes of a batch."""
+
+    examples: int
+    positions: int  # of the histories of all examples
+    items: int  # distinct ones among candidates and histories
+    sides: int = 0  # distinct combinations of features of behaviours
+
+
 def forward_products(
     config: ModelConfig,
     width: int,
-    num_examples: int,
-    num_positions: int,
-    num_items: int,
+    sizes: BatchSizes,
     context_width: int = 0,
     num_tasks: int = 1,
     num_histories: int = 1,
-    sides: tuple[int, int] = (0, 0),
+    side_width: int = 0,
 ) -> list[Product]:
     """Returns the matrix products of one forward pass, in order.
 
     Args:
         config: the model's settings.
         width: H, the width of an item vector.
-        num_examples: examples of the batch.
-        num_positions: history positions of all examples.
-        num_items: distinct items among candidates and histories.
+        sizes: of the batch.
         context_width: the columns of the examples' features.
         num_tasks: the labels to predict.
         num_histories: the histories of an example, which divide the positions.
-        sides: the distinct combinations of side information, and its width S.
+        side_width: S, the width of features of behaviours.
     """
-    num_sides, side_width = sides
+    num_examples, num_positions, num_items, num_sides = sizes
     products = []
     head_width = (1 + num_histories) * width
     if config.model is ModelKind.DIN:

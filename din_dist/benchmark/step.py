@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist.benchmark.flops import Product, forward_products, projection_products, training_flops
+from din_dist.benchmark.flops import BatchSizes, Product, forward_products, projection_products, training_flops
 from din_dist.benchmark.scaling_model import allreduce_bytes, row_bytes
 from din_dist.config import Config
 from din_dist.distributed.gradients import Gradient
@@ -56,14 +56,10 @@ class UpdateTotals:
     def seconds(self) -> float:
         return self.wait_seconds + self.step_seconds
 
-    def mean_sizes(self) -> tuple[int, int, int, int]:
-        """Returns the mean number of examples, of positions, of distinct items and of distinct sides of an update."""
-        return (
-            round(self.examples / self.steps),
-            round(self.positions / self.steps),
-            round(self.items / self.steps),
-            round(self.sides / self.steps),
-        )
+    def mean_sizes(self) -> BatchSizes:
+        """Returns the mean sizes of an update."""
+        totals = (self.examples, self.positions, self.items, self.sides)
+        return BatchSizes(*(round(total / self.steps) for total in totals))
 
 
 class StepBenchmark:
@@ -260,16 +256,14 @@ def seconds_since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _products(
-    config: Config, model: RankingModel, num_examples: int, num_positions: int, num_items: int, num_sides: int
-) -> list[Product]:
+def _products(config: Config, model: RankingModel, sizes: BatchSizes) -> list[Product]:
     """Returns all matrix products of a forward pass."""
     columns = model.example_columns
     width = columns.width if columns else 0
-    sizes = (num_examples, num_positions, num_items, width, model.num_tasks, model.num_histories)
-    products = forward_products(config.model, model.lookup.width, *sizes, sides=(num_sides, model.side_width))
-    products += projection_products(model.lookup.columns, num_items)
-    return products + projection_products(columns, num_examples)
+    of_model = (width, model.num_tasks, model.num_histories, model.side_width)
+    products = forward_products(config.model, model.lookup.width, sizes, *of_model)
+    products += projection_products(model.lookup.columns, sizes.items)
+    return products + projection_products(columns, sizes.examples)
 
 
 def report(
@@ -286,7 +280,7 @@ def report(
     All ranks must call it.
     """
     rates = runtime.sum(np.array([totals.examples, totals.positions], np.float64) / totals.seconds)
-    products = _products(config, model, *totals.mean_sizes())
+    products = _products(config, model, totals.mean_sizes())
     flops = training_flops(products)
     runtime.barrier()  # so that all ranks multiply at once, as in training
     alone_seconds = matrix_seconds(products)
@@ -309,7 +303,7 @@ def report(
         "row_merge_seconds": row_merge_seconds(gradients, execution),
         "owners_sum_rows": execution.kernels,
         "bytes_sent_per_step": bytes_sent(sizes, runtime.world_size, owners_sum_rows=execution.kernels),
-        "flops_per_example": flops / totals.mean_sizes()[0],
+        "flops_per_example": flops / totals.mean_sizes().examples,
         "matrix_flops_per_second": flops / alone_seconds,
         "achieved_flops_per_second": flops / per_step,
         "share_of_matrix_rate": alone_seconds / per_step,

@@ -240,7 +240,7 @@ class DataConfig(Settings):
     item_features_required: bool = flagless(False)  # likewise
     features: str = path_setting(
         "",
-        "File that declares features of users, events (context), candidates and items, in TOML; see "
+        "File that declares features of users, events (context), candidates, items and behaviours, in TOML; see "
         "din_dist/data/README.md.",
         may_change=True,
         later=True,

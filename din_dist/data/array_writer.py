@@ -73,10 +73,10 @@ class ArrayWriters:
         self._files.__exit__(kind, error, trace)
 
 
-Parts = Iterable[tuple[str, np.ndarray]]  # name and values of the next part of each array
+NextParts = Iterable[tuple[str, np.ndarray]]  # name and values of the next part of each array
 
 
-def publish_arrays(folder: Path, dtypes: Mapping[str, type], parts: Parts) -> None:
+def publish_arrays(folder: Path, dtypes: Mapping[str, type], parts: NextParts) -> None:
     """Publishes a folder with several arrays and their checksums.
 
     Args:
@@ -94,7 +94,7 @@ def publish_arrays(folder: Path, dtypes: Mapping[str, type], parts: Parts) -> No
         write_checksums(aside)
 
 
-def arrays_in_memory(dtypes: Mapping[str, type], parts: Parts) -> dict[str, np.ndarray]:
+def arrays_in_memory(dtypes: Mapping[str, type], parts: NextParts) -> dict[str, np.ndarray]:
     """Returns the arrays that `publish_arrays` writes, by name."""
     found: dict[str, list[np.ndarray]] = {}
     for name, values in parts:

@@ -84,12 +84,12 @@ class FeatureReader:
 
     @property
     def from_behaviours(self) -> list[RawColumn]:
-        """What is read from a log of behaviours alone."""
+        """The columns of a log of behaviours alone."""
         return [column for column in self.from_log if column.owner is Owner.HISTORY and self._has_own_behaviours]
 
     @property
     def from_events(self) -> list[RawColumn]:
-        """What is read from the log of events."""
+        """The columns of the log of events."""
         return [column for column in self.from_log if column not in self.from_behaviours]
 
     @property

@@ -71,7 +71,7 @@ class SideInformation:
 
 
 class _BehaviourPlaces:
-    """What is known of the behaviours of one history."""
+    """Rows and times of the behaviours of one history."""
 
     def __init__(self, store: EventStore, history: HistorySet) -> None:
         self._rows = None if history.rows is None else without_copying(history.rows)

@@ -117,6 +117,7 @@ class _Declaration:
             trained=self._switch("trained"),
             by=self._columns("by"),
         )
+        self._check_owner(spec)
         self._check_together(spec)
         return spec
 
@@ -141,7 +142,8 @@ class _Declaration:
                     f"{key} belongs to kind = {kinds}", f'{key} with kind = "{kind}"', f"Drop {key}, or change the kind"
                 )
 
-    def _check_together(self, spec: FeatureSpec) -> None:
+    def _check_owner(self, spec: FeatureSpec) -> None:
+        """Refuses kinds that their owner does not have."""
         is_time, is_age = spec.kind in TIME_KINDS, spec.kind is Kind.TIME_SINCE
         self._require(
             not is_time or is_age or spec.owner is Owner.CONTEXT,
@@ -168,6 +170,8 @@ class _Declaration:
             f"from = {shown(self._table.get('from'))}",
             'Write from = "timestamp"',
         )
+
+    def _check_together(self, spec: FeatureSpec) -> None:
         self._require(
             not (spec.rows and "min_count" in self._table),
             "hashed values are not counted",

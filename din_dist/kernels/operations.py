@@ -45,7 +45,7 @@ class FirstKernels(NamedTuple):
 
 
 class SideRows(NamedTuple):
-    """What tells the behaviours of one item apart, T rows of width S. `no_sides` has none."""
+    """Side information, by which behaviours of one item differ: T rows of width S. `no_sides` has none."""
 
     vectors: tf.Tensor  # float32 [T, S]
     kernel: tf.Tensor  # float32 [S, W], of the first attention layer

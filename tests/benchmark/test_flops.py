@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from din_dist.benchmark.flops import Product, forward_products, training_flops
+from din_dist.benchmark.flops import BatchSizes, Product, forward_products, training_flops
 from din_dist.config import ModelConfig, ModelKind
+
+SIZES = BatchSizes(10, 70, 20)
 
 
 def test_din_by_hand() -> None:
     """H = 6, attention 4-3-1, head 5-1; 10 examples with 70 positions of 20 distinct items."""
     config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,))
-    products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20)
+    products = forward_products(config, 6, SIZES)
     assert products == [
         Product(10, 6, 4),  # candidates: 480 flops
         Product(20, 6, 4),  # items: 960
@@ -27,16 +29,23 @@ def test_din_by_hand() -> None:
 
 def test_two_histories_by_hand() -> None:
     config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,))
-    products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20, num_histories=2)
+    products = forward_products(config, 6, SIZES, num_histories=2)
     of_attention = [Product(10, 6, 4), Product(20, 6, 4), Product(10, 6, 4), Product(20, 6, 4), Product(70, 6, 4)]
     of_attention += [Product(70, 4, 3), Product(70, 3, 1)]
     of_head = [Product(10, 6, 6), Product(10, 6, 6), Product(10, 30, 5), Product(10, 5, 1)]
     assert products == of_attention + of_head
 
 
+def test_features_of_behaviours_by_hand() -> None:
+    config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,))
+    products = forward_products(config, 6, BatchSizes(10, 70, 20, 9), side_width=2)
+    of_attention = [Product(10, 6, 4), Product(20, 6, 4), Product(70, 6, 4), Product(9, 2, 4), Product(70, 4, 3)]
+    assert products == [*of_attention, Product(70, 3, 1), Product(10, 8, 6), Product(10, 18, 5), Product(10, 5, 1)]
+
+
 def test_mean_pooling_by_hand() -> None:
     config = ModelConfig(model=ModelKind.MEAN_POOLING, hidden_units=(5,))
-    products = forward_products(config, 6, num_examples=10, num_positions=70, num_items=20)
+    products = forward_products(config, 6, SIZES)
     assert products == [Product(10, 6, 6), Product(10, 12, 5), Product(10, 5, 1)]
     assert training_flops(products) == 3 * (720 + 1200 + 100)
 
@@ -50,5 +59,5 @@ def test_mean_pooling_by_hand() -> None:
 )
 def test_two_labels_by_hand(head: str, heads: list[tuple[int, int]]) -> None:
     config = ModelConfig(attention_hidden_units=(4, 3), hidden_units=(5,), task_head=head)
-    one, two = (forward_products(config, 6, 10, 70, 20, num_tasks=number) for number in (1, 2))
+    one, two = (forward_products(config, 6, SIZES, num_tasks=number) for number in (1, 2))
     assert two == [*one[:-2], *(Product(10, *sizes) for sizes in heads)]

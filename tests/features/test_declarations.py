@@ -78,7 +78,10 @@ def test_every_kind() -> None:
 @pytest.mark.parametrize(
     ("declaration", "message"),
     [
-        ('kind = "category"', "of must be user, context, candidate or item. Received: no of. Write one of these."),
+        (
+            'kind = "category"',
+            "of must be user, context, candidate, item or history. Received: no of. Write one of these.",
+        ),
         ('of = "user"', "Received: no kind."),
         ('of = "user"\nkind = "categorie"', "Received: kind = 'categorie'. Did you mean categories?"),
         ('of = "user"\nkind = "category"\nwdth = 3', "there is no such key. Received: wdth. Did you mean width?"),
@@ -97,6 +100,18 @@ def test_every_kind() -> None:
         ('of = "user"\nkind = "number"\nencode = "log:4"', 'Received: encode = "log:4".'),
         ('of = "user"\nkind = "hour_of_day"\nfrom = "timestamp"', "the event's time belongs to the context."),
         ('of = "context"\nkind = "day_of_week"', 'from = None. Write from = "timestamp".'),
+        ('of = "history"\nkind = "time_since"', 'time_since is made from = "timestamp". Received: from = None.'),
+        (
+            'of = "context"\nkind = "time_since"\nfrom = "timestamp"',
+            'time_since is the time from a behaviour to the request. Received: of = "context". Write of = "history".',
+        ),
+        (
+            'of = "history"\nkind = "number"\nencode = "log"',
+            "a feature of behaviours is a category, a number in quantiles, or time_since. Received: kind = "
+            '"number" with encode = "log". Write one of these.',
+        ),
+        ('of = "history"\nkind = "vector"', 'or time_since. Received: kind = "vector".'),
+        ('of = "history"\nkind = "categories"', 'or time_since. Received: kind = "categories".'),
         ('of = "user"\nkind = "category"\nrows = 9\nmin_count = 2', "hashed values are not counted."),
         ('of = "user"\nkind = "categories"\npool = "weighted"', "the column of the weights, belong together."),
         ('of = "user"\nkind = "categories"\nweights = "w"', "the column of the weights, belong together."),

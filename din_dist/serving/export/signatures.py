@@ -19,7 +19,7 @@ from din_dist.features.encoding import StoredFeature
 from din_dist.features.sides import distinct_sides
 from din_dist.features.spec import Form, Owner
 from din_dist.layers.packed import segment_ids
-from din_dist.layers.spans import Positions, spans_of
+from din_dist.layers.spans import Positions, Span, spans_of
 from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel, Sides
 from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
@@ -283,10 +283,7 @@ class Signatures:
         side_rows = None if sides is None else self._model.sides(sides.values)
         positions = Positions(behaviours.index, None if sides is None else sides.index)
         spans = spans_of(self._histories, lengths, positions, behaviours.features, history_of, of_candidates)
-        num_positions = tf.add_n([span.ends - span.starts for span in spans])
-        costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
-        num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
-        bounds = tf.searchsorted((costs - 1) // PAIRS_AT_ONCE, tf.range(num_parts + 1))
+        num_parts, bounds = _parts_of(spans)
 
         def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             low, high = bounds[part], bounds[part + 1]
@@ -442,6 +439,14 @@ def _interpolated(values: tf.Tensor, knots: Sequence[float], heights: Sequence[f
     share = tf.math.divide_no_nan(inputs - tf.gather(at, left), width)
     rise = tf.gather(height, right) - tf.gather(height, left)
     return tf.cast(tf.gather(height, left) + share * rise, tf.float32)
+
+
+def _parts_of(spans: Sequence[Span]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns how many parts the candidates are scored in, and where each begins, int64 `[parts + 1]`."""
+    num_positions = tf.add_n([span.ends - span.starts for span in spans])
+    costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
+    num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
+    return num_parts, tf.searchsorted((costs - 1) // PAIRS_AT_ONCE, tf.range(num_parts + 1))
 
 
 def names_of_inputs(item_features: Sequence[str], declared: Mapping[str, Declared | StoredFeature]) -> dict[str, str]:
