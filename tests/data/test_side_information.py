@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from din_dist.config import HistoryEnds
+from din_dist.data import prepared as prepared_data
+from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker
 from din_dist.data.prepared import open_prepared, prepare
@@ -179,3 +182,52 @@ def bin_of(store: EventStore, value: float | None) -> int:
 @pytest.mark.parametrize(("age", "row"), [(-5, 1), (0, 1), (1, 2), (2, 3), (3, 3), (4, 4), (7, 4), (8, 5), (2**62, 64)])
 def test_rows_of_ages_by_hand(age: int, row: int) -> None:
     assert age_rows(tf.constant([age], tf.int64)).numpy().tolist() == [row]
+
+
+LOG: list[Row] = [
+    {"user_id": user, "item_id": f"i{item}", "category_id": f"c{item % 3}", "timestamp": time, "label": time % 2}
+    | {"kind": "tap" if item % 2 else "swipe", "quantity": float(item)}
+    for user, shift in (("a", 0), ("b", 3))
+    for time in range(1, 9)
+    for item in [(time + shift) % 7]
+]
+
+
+def sides_of(store: EventStore, config: Any) -> list[tuple[str, list[int]]]:
+    maker = BatchMaker(store, split_examples(store, config.data)["train"], 8, seed=0, stream=1)
+    batch = maker.batch(tf.range(6, dtype=tf.int64), tf.constant(0, tf.int64))
+    return [(name, tf.gather(ids, batch.side_index).numpy().tolist()) for name, ids in batch.sides.items()]
+
+
+def test_where_nothing_can_be_written_rows_are_found_in_memory(tmp_path: Path, monkeypatch: Any) -> None:
+    config = config_of(tmp_path, LOG)
+    wanted = sides_of(prepare(config.data), config)
+    monkeypatch.setattr(prepared_data, "_keep", lambda *_: False)
+    assert sides_of(open_prepared(config.data), config) == wanted
+    assert any(any(values) for _, values in wanted)
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, LOG)
+    store = prepare(config.data)
+    (file,) = (store.folder / "packed").glob("rows-*/all.npy")
+    np.save(file, np.zeros(3, np.int64))
+    write_checksums(file.parent)
+    with pytest.raises(InputError, match=r"must hold the rows of 8 behaviours\. Received: 3 of int64\. Delete this"):
+        open_prepared(config.data)
+
+
+def test_a_log_without_the_column_is_refused(tmp_path: Path) -> None:
+    rows = [{name: value for name, value in row.items() if name != "kind"} for row in LOG]
+    with pytest.raises(InputError, match="log.jsonl: column 'kind' is missing"):
+        prepare(config_of(tmp_path, rows).data)
+    with pytest.raises(InputError, match="behaviours.jsonl: column 'kind' is missing"):
+        prepare(config_of(tmp_path, LOG, behaviours=rows).data)
+
+
+def test_a_log_of_behaviours_alone_has_the_columns(tmp_path: Path) -> None:
+    """The log of events may lack them then."""
+    rows = [{name: value for name, value in row.items() if name not in ("kind", "quantity")} for row in LOG]
+    store = prepare(config_of(tmp_path, rows, behaviours=LOG).data)
+    assert store.feature_vocabulary("how").to_pylist() == ["swipe", "tap"]
+    assert len(store.features["how"].values) == len(LOG)
