@@ -509,7 +509,7 @@ class DataConfig(Settings):
         kind = self.dataset.partition("/")[0]
         both = (*LABELLED, _PURCHASES)
         columns: dict[str, tuple[str, ...]] = dict.fromkeys(("label_time_column", "label_columns"), LABELLED)
-        columns |= {"request_column": both, "weight_column": both, "action_column": LABELLED}
+        columns |= dict.fromkeys(("request_column", "weight_column", "action_column"), both)
         for name, kinds in columns.items():
             value = getattr(self, name)
             value = ",".join(value) if isinstance(value, tuple) else value

@@ -81,7 +81,9 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
             case "complete_journey":
                 return CompleteJourney(
                     data_dir=root,
-                    config=CompleteJourneyConfig.of(features, config.request_column, config.weight_column),
+                    config=CompleteJourneyConfig.of(
+                        features, config.request_column, config.weight_column, config.action_column
+                    ),
                 )
             case "amazon_reviews":
                 if category not in ("", *CATEGORIES):

@@ -1,4 +1,4 @@
-"""Time of an update with several histories, beside one: `python -m tests.benchmarks.histories FLAGS`.
+"""Time of an update with several histories, or with ages of behaviours: `python -m tests.benchmarks.histories FLAGS`.
 
 FLAGS are those of a job on `synthetic_impressions`, for example
 --dataset=synthetic_impressions --label_columns=click,buy --split=temporal --embedding_dim=64 --group_negatives
@@ -14,6 +14,7 @@ from typing import Any
 
 from din_dist.cli import entry
 from din_dist.cli import flags as settings
+from din_dist.features.spec import FeatureSpec, Kind, Owner, to_text
 from tests.benchmarks.in_turn import compare
 
 settings.define_flags()
@@ -22,6 +23,7 @@ FORMS: dict[str, dict] = {
     "click and buy": {"histories": ("click:100", "buy:100")},
     "click, buy and skipped": {"histories": ("click:100", "buy:100", "skipped:100")},
     "the same, shared attention": {"histories": ("click:100", "buy:100", "skipped:100"), "share_attention": True},
+    "one with ages": {"feature_declarations": to_text((FeatureSpec("age", Owner.HISTORY, Kind.TIME_SINCE, width=8),))},
     "one of 20 and long": {"histories": ("all:20",), "long_history": "category_id:20"},
 }
 _BATCHES = 20

@@ -35,7 +35,7 @@ from din_dist.execution import Mode
 from din_dist.layers.packed import segment_sum
 from din_dist.layers.pairs import Pairs
 from din_dist.models.din import DIN
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.ranking_model import LookedUp, RankingModel
 from tests.support.small_log import small_config
 
 LONGEST = 4
@@ -162,11 +162,9 @@ def test_places_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -
 class Sums(RankingModel):
     """A toy model that `CatalogueScorer` does not know; its head does not see the candidate by itself."""
 
-    def interest(
-        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
-    ) -> tf.Tensor:
-        rows = tf.gather(behaviours, pairs.behaviour_of)
-        return segment_sum(rows, pairs.candidate_of, tf.shape(candidate)[0])
+    def interest(self, items: LookedUp, pairs: Pairs, mode: Mode, history: int = 0) -> tf.Tensor:
+        rows = tf.gather(items.behaviours, pairs.behaviour_of)
+        return segment_sum(rows, pairs.candidate_of, tf.shape(items.candidate)[0])
 
     def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:
         return interests[0] * candidate

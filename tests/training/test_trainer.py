@@ -37,7 +37,7 @@ from din_dist.errors import InputError, Interrupted
 from din_dist.execution import Mode
 from din_dist.files import make_folder
 from din_dist.layers.pairs import Pairs
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.ranking_model import LookedUp, RankingModel
 from din_dist.schema import feature_label
 from din_dist.telemetry.projector import write_projector
 from din_dist.training import checkpoint
@@ -643,12 +643,10 @@ def test_messages_in_shared_memory_keep_their_order(tmp_path: Path, model: Model
 class LastItem(RankingModel):
     """A toy model: the interest is the candidate's last behaviour."""
 
-    def interest(
-        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, history: int = 0
-    ) -> tf.Tensor:
+    def interest(self, items: LookedUp, pairs: Pairs, mode: Mode, history: int = 0) -> tf.Tensor:
         positions = tf.range(tf.size(pairs.candidate_of))
-        last = tf.math.unsorted_segment_max(positions, pairs.candidate_of, tf.shape(candidate)[0])
-        found = tf.gather(behaviours, tf.gather(tf.concat([pairs.behaviour_of, [0]], 0), tf.maximum(last, 0)))
+        last = tf.math.unsorted_segment_max(positions, pairs.candidate_of, tf.shape(items.candidate)[0])
+        found = tf.gather(items.behaviours, tf.gather(tf.concat([pairs.behaviour_of, [0]], 0), tf.maximum(last, 0)))
         return tf.where((last >= 0)[:, None], found, 0.0)
 
     def head_inputs(self, interests: Sequence[tf.Tensor], candidate: tf.Tensor, mode: Mode) -> tf.Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,25 +35,29 @@ PRODUCT_COLUMNS = {
 
 
 USER_COLUMN, ITEM_COLUMN = "household_id", "product_id"
+REDEMPTION = "redemption"  # a column that the builder adds
+COUPON, PLAIN = "coupon", "plain"  # its values: was a manufacturer's coupon redeemed?
 COLUMNS = Columns(USER_COLUMN, ITEM_COLUMN, "transaction_timestamp", label="", item_features=())
 
 
 @dataclasses.dataclass(eq=False)
 class CompleteJourneyConfig(tfds.core.BuilderConfig):
-    """The columns of the package to read beside those of every log: of declared features, requests and weights."""
+    """The columns of the package to read beside those of every log: of features, requests, weights and actions."""
 
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
     columns: Columns = dataclasses.field(default_factory=lambda: COLUMNS)
 
     @classmethod
-    def of(cls, features: RawColumns, request: str = "", weight: str = "") -> CompleteJourneyConfig | None:
+    def of(
+        cls, features: RawColumns, request: str = "", weight: str = "", action: str = ""
+    ) -> CompleteJourneyConfig | None:
         """Makes a configuration whose name, and so whose folder, follows from the columns; None without any."""
-        if not features.columns and not request and not weight:
+        if not features.columns and not request and not weight and not action:
             return None
-        more = {"request": request} | ({"weight": weight} if weight else {})
-        key = json.dumps([*features.name_parts(), *([more] if request or weight else [])])
+        more = {"request": request} | ({"weight": weight} if weight else {}) | ({"action": action} if action else {})
+        key = json.dumps([*features.name_parts(), *([more] if any(more.values()) else [])])
         name = f"features_{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-        columns = dataclasses.replace(COLUMNS, request=request, weight=weight)
+        columns = dataclasses.replace(COLUMNS, request=request, weight=weight, action=action)
         return cls(name=name, features=features, columns=columns)
 
 
@@ -60,7 +65,8 @@ class CompleteJourney(EventsBuilder):
     """Grocery purchases: users are households, items are products, timestamps are microseconds.
 
     Each row of the transactions is an event. Purchases of one basket have the same time and keep the file's order.
-    `--request_column=basket_id` names the baskets.
+    `--request_column=basket_id` names the baskets. `--action_column=redemption` tells a purchase with a coupon of the
+    manufacturer, `coupon`, from others, `plain`.
     The vocabularies of item features are those of the whole catalogue, bought or not. Declared features may name every
     column of the transactions, of the products and of the demographics, which 801 households have. Features of
     candidates may name the columns of the promotions, by = ["store_id", "week"].
@@ -96,7 +102,9 @@ class CompleteJourney(EventsBuilder):
             columns = self.builder_config.columns
             vectors = self.builder_config.features.find_tables().get("vectors", [])
             sources += [demographics, *([promotions] if promotions else []), *vectors]
-        log = read_log([transactions], columns, features=features)
+        with tempfile.TemporaryDirectory() as aside:
+            file = _with_redemptions(transactions, Path(aside)) if columns.action == REDEMPTION else transactions
+            log = read_log([file], columns, features=features)
         table = pq.read_table(products, columns=["product_id", *PRODUCT_COLUMNS.values()]).combine_chunks()
         rows = pc.index_in(log.item_ids, table.column("product_id").combine_chunks())  # null: a product not described
         item_features = {
@@ -104,6 +112,14 @@ class CompleteJourney(EventsBuilder):
             for name, column in PRODUCT_COLUMNS.items()
         }
         return dataclasses.replace(log, item_features=item_features), fingerprint_files(sources)
+
+
+def _with_redemptions(transactions: Path, folder: Path) -> Path:
+    """Writes the transactions with the column `REDEMPTION` to a folder, and returns the file."""
+    table = pq.read_table(transactions)
+    redeemed = pc.greater(table.column("coupon_disc"), 0)
+    pq.write_table(table.append_column(REDEMPTION, pc.if_else(redeemed, COUPON, PLAIN)), folder / transactions.name)
+    return folder / transactions.name
 
 
 def package_data() -> Path:

@@ -90,8 +90,8 @@ class PaddedModel:
     def logits(self, weights: Weights, batch: PaddedBatch) -> np.ndarray:
         """Returns the logits `[B]`, or `[B, T]` of several tasks."""
         candidate = self.embed(weights, batch.candidate_item_ids)  # [B, H]
-        sides = [*batch.sides, *[{}] * len(batch.other_histories)]
-        own = batch.history_item_ids, batch.history_mask, sides[0] if sides else {}
+        sides = batch.sides or [{}] * (1 + len(batch.other_histories))
+        own = batch.history_item_ids, batch.history_mask, sides[0]
         interest = self.interest(weights, candidate, *own, "")
         features = [interest, candidate, interest * candidate] if self.model == "din" else [interest, candidate]
         for place, (name, history) in enumerate(zip(self.other_histories, batch.other_histories, strict=True), 1):
