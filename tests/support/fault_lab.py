@@ -43,6 +43,7 @@ from tests.support.repository import ROOT
 NUM_WORKERS = 3
 DISK_BYTES = 192 << 20
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW of linux/fs.h
+_LISTENING = re.compile(rb"sshd: \S*/sshd ")  # how the sshd that waits for connections calls itself
 _OF_AN_UPDATE = re.compile(r"(\[\d+\])? ?step ")  # the chief may be any rank
 EPOCHS = 14  # the faults take half of them or more: the job must not end before the last one has passed
 TRAINER_FLAGS = (
@@ -408,7 +409,7 @@ def reset_host(job: Job) -> None:
         host.unplug()
         for pid in _pids_in(host):
             with contextlib.suppress(OSError):
-                if not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sshd: /usr/sbin/sshd"):
+                if not _LISTENING.match(Path(f"/proc/{pid}/cmdline").read_bytes()):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(job.laboratory.stall_timeout_seconds / 2)
         host.plug_in()
