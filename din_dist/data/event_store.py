@@ -155,6 +155,20 @@ class EventStore:
         return self.sets or (HistorySet("", max_history_length, *one, rows=self.history_rows),)
 
     @property
+    def whole_history(self) -> HistorySet:
+        """All behaviours in the order of time, however long."""
+        (whole,) = dataclasses.replace(self, sets=()).histories(np.iinfo(np.int64).max)
+        return whole
+
+    def histories_in_full(self, max_history_length: int) -> tuple[HistorySet, ...]:
+        """Returns what is read where many candidates share the histories of a user.
+
+        In the place of a history with a feature stands the whole one, of which each candidate gets its own.
+        """
+        every = self.histories(max_history_length)
+        return tuple(self.whole_history if history.feature else history for history in every)
+
+    @property
     def behaviour_times(self) -> np.ndarray:
         """When what each row of features of behaviours tells of happened, int64."""
         if self.facts.has_behaviours:

@@ -16,7 +16,7 @@ import numpy as np
 
 from din_dist import progress
 from din_dist.data.array_writer import arrays_in_memory, publish_arrays
-from din_dist.data.event_store import KEY_BITS, PACKED_DIR, EventStore, HistorySet, map_array
+from din_dist.data.event_store import PACKED_DIR, EventStore, HistorySet, map_array
 from din_dist.data.histories import ALL, Choice, Chosen, CutHistories, cut_histories
 from din_dist.data.history_folders import blocks_of
 from din_dist.data.history_sets import by_feature, choice_of
@@ -73,17 +73,15 @@ def _with(store: EventStore, arrays: dict[str, Any]) -> EventStore:
 
 def _histories(store: EventStore) -> dict[str, HistorySet]:
     """Returns the histories by the names of their files: the named ones, and that of all behaviours if it is read."""
-    every = dataclasses.replace(store, sets=()).histories(0)[0]
     found = {str(place): history for place, history in enumerate(store.sets)}
     is_read = not store.sets or any(history.feature for history in store.sets)
-    return found | ({_ALL: every} if is_read else {})
+    return found | ({_ALL: store.whole_history} if is_read else {})
 
 
 def _parts(store: EventStore) -> Iterator[tuple[str, np.ndarray]]:
     """Yields place and values of the next part of the rows of each history, for some users at a time."""
     facts, histories = store.facts, _histories(store)
     choices = {place: choice_of(facts, history.name) if history.name else ALL for place, history in histories.items()}
-    num_behaviours = dict.fromkeys(choices, 0)
     for place in choices:
         yield place, np.zeros(0, np.int64)
     for block in blocks_of(store):
@@ -93,11 +91,9 @@ def _parts(store: EventStore) -> Iterator[tuple[str, np.ndarray]]:
             found = cut_histories(block, facts.history_rule, facts.history_delay, choice)
             rows = _rows(store, block.first_user, choice, found)
             if history.feature:
-                before = num_behaviours[place]
-                _, keys = by_feature(found, store.item_features[history.feature], before)
-                rows = rows[(keys & ((1 << KEY_BITS) - 1)) - before]
+                order, _ = by_feature(found, store.item_features[history.feature])
+                rows = rows[order]
             yield place, rows
-            num_behaviours[place] += len(rows)
 
 
 def _rows(store: EventStore, first_user: int, choice: Choice, found: CutHistories) -> np.ndarray:

@@ -138,24 +138,23 @@ def _parts(store: EventStore, histories: Sequence[NamedHistory]) -> Iterator[tup
             yield f"{place}-ends", num_behaviours[place] + found.ends
             yield f"{place}-offsets", num_behaviours[place] + found.offsets[1:]
             if history.feature:
-                item_ids, keys = by_feature(found, store.item_features[history.feature], num_behaviours[place])
-                yield f"{place}-item_ids", item_ids
-                yield f"{place}-keys", keys
+                order, features = by_feature(found, store.item_features[history.feature])
+                yield f"{place}-item_ids", found.item_ids[order]
+                yield f"{place}-keys", (features << KEY_BITS) | (num_behaviours[place] + order)
             else:
                 yield f"{place}-item_ids", found.item_ids
                 yield f"{place}-times", found.times
             num_behaviours[place] += len(found.item_ids)
 
 
-def by_feature(found: CutHistories, feature_of: np.ndarray, before: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the items of each user's behaviours in the order of their keys, and the keys; see `HistorySet`.
+def by_feature(found: CutHistories, feature_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each user's behaviours in the order of their features, and these features: int64 `[P]` each.
 
     Args:
-        found: the behaviours, of each user in the order of time.
+        found: the behaviours, of each user in the order of time, which equal features keep.
         feature_of: int32 `[num_items + 1]`.
-        before: how many behaviours stand before these.
     """
     users = np.repeat(np.arange(len(found.offsets) - 1), np.diff(found.offsets))
     features = feature_of[found.item_ids].astype(np.int64)
-    order = np.lexsort((features, users))  # stable: equal features keep the order of time
-    return found.item_ids[order], (features[order] << KEY_BITS) | (before + order)
+    order = np.lexsort((features, users))
+    return order, features[order]

@@ -30,7 +30,7 @@ from din_dist.errors import InputError
 from din_dist.execution import Execution
 from din_dist.features.encoding import Encoding
 from din_dist.features.gathering import FeatureValues, OfferRows, signature_of, without_copying
-from din_dist.features.spec import Owner
+from din_dist.features.spec import OF_EXAMPLES, Owner
 from din_dist.kernels import operations
 from din_dist.schema import UNKNOWN_ID, Batch
 
@@ -62,7 +62,7 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
         distinct_item_ids=ids,
         item_index=ids,
         example_ids=ids64,
-        features=signature_of(e for e in encodings if e.spec.owner not in (Owner.ITEM, Owner.HISTORY)) or (),
+        features=signature_of(encoding for encoding in encodings if encoding.spec.owner in OF_EXAMPLES) or (),
         sides=sides or (),
         side_index=ids if sides else (),
         **{name: tf.TensorSpec([None], tf.float32) for name in extras},
@@ -78,8 +78,7 @@ class ExampleFeatures:
     """
 
     def __init__(self, store: EventStore, execution: Execution | None = None) -> None:
-        others = (Owner.ITEM, Owner.HISTORY)
-        features = {name: stored for name, stored in store.features.items() if stored.encoding.spec.owner not in others}
+        features = {name: each for name, each in store.features.items() if each.encoding.spec.owner in OF_EXAMPLES}
         self._execution = execution
         self._values = {name: FeatureValues(stored) for name, stored in features.items()}
         offers = {id(values.offers): values.offers for values in self._values.values() if values.offers is not None}

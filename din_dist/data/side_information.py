@@ -26,8 +26,9 @@ class SideInformation:
         features = {name: each for name, each in store.features.items() if each.encoding.spec.owner is Owner.HISTORY}
         self._kinds = {name: each.encoding.spec.kind for name, each in features.items()}
         self._values = {name: without_copying(each.values) for name, each in features.items()}
-        self._moments = without_copying(store.timestamps if store.request_times is None else store.request_times)
-        self._places = [_BehaviourPlaces(store, history) for history in histories] if features else []
+        if features:
+            self._moments = without_copying(store.timestamps if store.request_times is None else store.request_times)
+            self._places = [_BehaviourPlaces(store, history) for history in histories]
 
     def of(self, bounds: Sequence[tuple[tf.Tensor, tf.Tensor]], events: tf.Tensor) -> tuple[Any, Any]:
         """Returns the combinations of values of all positions, and the place of each; see `Batch`. () without features.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from din_dist.data.event_store import EventStore, HistorySet, touched_gaps
+from din_dist.data.event_store import EventStore, touched_gaps
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import distinct_untouched_items
 from din_dist.data.pipeline import ExampleFeatures, share
@@ -44,7 +44,8 @@ class Askers(NamedTuple):
 
     users: np.ndarray  # int64 [B]
     events: np.ndarray  # int64 [B]
-    # Of each history the first and the end of each one's positions among its behaviours, int64 [B]; see `in_full`.
+    # Of each history the first and the end of each one's positions among its behaviours, int64 [B]; see
+    # `EventStore.histories_in_full`.
     bounds: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     def alone(self, row: int) -> Askers:
@@ -94,7 +95,7 @@ class ModelScorer:
         self._encodings, self._num_histories = model.encodings, model.num_histories
         self._features = ExampleFeatures(store) if store and self._encodings else None
         self._side_names = [encoding.spec.name for encoding in model.side_encodings]
-        self._sides = SideInformation(store, in_full(store)) if store and self._side_names else None
+        self._sides = SideInformation(store, store.histories_in_full(0)) if store and self._side_names else None
         ids = tf.TensorSpec([None], tf.int32)
         more: dict[str, Any] = {"features": signature_of(self._encodings)} if self._encodings else {}
         more |= {"sides": Sides(dict.fromkeys(self._side_names, ids), ids)} if self._side_names else {}
@@ -375,15 +376,6 @@ def drawn_negatives(store: EventStore, queries: Queries, task: Task) -> tuple[np
     keys = hash64(task.seed, _RANKING, tf.constant(queries.events, tf.int64))
     negatives = distinct_untouched_items(keys, counts, begins, ends, tf.constant(gaps, tf.int32), num_candidates)
     return negatives.numpy(), counts
-
-
-def in_full(store: EventStore) -> list[HistorySet]:
-    """Returns the histories of users for whom many items are ranked.
-
-    In the place of one with a feature stand all behaviours, of which each candidate gets its own.
-    """
-    every = dataclasses.replace(store, sets=()).histories(0)[0]
-    return [every if history.feature else history for history in store.histories(0)]
 
 
 def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -22,6 +22,9 @@ class Owner(enum.StrEnum):
     HISTORY = "history"  # a behaviour: its action, its quantity, how long ago it was
 
 
+OF_EXAMPLES = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)  # whose features have a value for each example
+
+
 class Kind(enum.StrEnum):
     """The kind of a feature's values."""
 

@@ -98,10 +98,8 @@ class DIN(RankingModel):
         vectors, _ = self.lookup(item_ids)
         candidate = tf.gather(vectors, index[:num_candidates])
         side_of = batch.side_index if self.side_columns else None
-        all_pairs, sides = (
-            self.pairs(batch.history_lengths, index[num_candidates:], side_of=side_of),
-            self.sides(batch.sides),
-        )
+        all_pairs = self.pairs(batch.history_lengths, index[num_candidates:], side_of=side_of)
+        sides = self.sides(batch.sides)
         found = [
             self._attention_of(history).weights_of_pairs(candidate, vectors, pairs, sides)
             for history, pairs in enumerate(all_pairs)

@@ -21,13 +21,11 @@ from din_dist.data.raw_columns import RawColumn
 from din_dist.data.raw_features import open_raw, raw_ids
 from din_dist.data.side_information import SideInformation
 from din_dist.data.splits import Examples
-from din_dist.evaluation.retrieval import Askers, in_full
+from din_dist.evaluation.retrieval import Askers
 from din_dist.features.encoding import Lists
-from din_dist.features.spec import FeatureSpec, Kind, Owner
+from din_dist.features.spec import OF_EXAMPLES, FeatureSpec, Kind, Owner
 from din_dist.schema import Batch
 from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberValues, VectorValues
-
-OWNERS = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)
 
 
 class OwnValues:
@@ -41,7 +39,7 @@ class OwnValues:
         self._store = store
         self._raw: dict[str, tuple[ColumnValues, np.ndarray]] = {}
         self.specs = [feature.encoding.spec for feature in store.features.values()]
-        self.specs = [spec for spec in self.specs if spec.owner not in (Owner.ITEM, Owner.HISTORY)]
+        self.specs = [spec for spec in self.specs if spec.owner in OF_EXAMPLES]
         self.of_history = [
             feature.encoding.spec for feature in store.features.values() if feature.encoding.spec.owner is Owner.HISTORY
         ]
@@ -54,7 +52,7 @@ class OwnValues:
             events: int `[n]`.
             items: int `[n]`, dense ids of the candidates; 0 for one without offers.
         """
-        found: dict[Owner, dict[str, Any]] = {owner: {} for owner in OWNERS}
+        found: dict[Owner, dict[str, Any]] = {owner: {} for owner in OF_EXAMPLES}
         for spec in self.specs:
             rows = users if spec.owner is Owner.USER else events
             if (offers := self._store.features[spec.name].offers) is not None:
@@ -114,7 +112,7 @@ class OwnBehaviours:
     def __init__(self, store: EventStore, values: OwnValues, max_history_length: int) -> None:
         self._store, self._values, self._longest = store, values, max_history_length
         self._of_batch = SideInformation(store, store.histories(max_history_length))
-        self._in_full = SideInformation(store, in_full(store))
+        self._in_full = SideInformation(store, store.histories_in_full(max_history_length))
 
     def of(self, examples: Examples, batch: Batch) -> dict[str, Any]:
         """Returns the values at all positions of a batch by name, `[N]` each; none without such features."""

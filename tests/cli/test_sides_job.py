@@ -15,27 +15,12 @@ from din_dist.errors import InputError
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.given_behaviours import GivenBehaviours
 from tests.support.commands import command
+from tests.support.declared_features import OF_BEHAVIOURS
 from tests.support.finished_job import finish, run
 from tests.support.preloaded import Preloaded
 from tests.support.served import serving
 
 VALIDATE_FROM, TEST_FROM = 800, 900
-DECLARED = """
-[how]
-of = "history"
-kind = "category"
-
-[pieces]
-of = "history"
-kind = "number"
-column = "quantity"
-encode = "quantiles:4"
-
-[age]
-of = "history"
-kind = "time_since"
-from = "timestamp"
-"""
 ITEMS = ["i1", "i2", "never seen", "i4", "i5", "i6"]
 SIDES = {  # of these behaviours; the last of each is missing
     "how": ["tap", "swipe", "never seen", "tap", "tap", ""],
@@ -53,10 +38,10 @@ def folder(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for time in np.sort(random.integers(0, 1000, random.integers(8, 20))):
             item = int(random.integers(30))
             row = {"user_id": f"u{user}", "item_id": f"i{item}", "category_id": f"c{item % 5}", "timestamp": int(time)}
-            row |= {"how": random.choice(["tap", "swipe"]), "quantity": float(random.integers(1, 9))}
+            row |= {"kind": random.choice(["tap", "swipe"]), "quantity": float(random.integers(1, 9))}
             rows.append(row | {"label": int(random.random() < (0.8 if item % 5 == user % 5 else 0.3))})
     pq.write_table(pa.Table.from_pylist(rows), folder / "log.parquet")
-    (folder / "features.toml").write_text(DECLARED)
+    (folder / "features.toml").write_text(OF_BEHAVIOURS)
     return finish(commands, folder, *words(folder))
 
 
@@ -182,7 +167,7 @@ def test_predict_finds_what_the_log_tells(folder: Path, commands: Preloaded, tmp
     for row in rows:
         own = [one for one in log if one["user_id"] == row["user_id"] and one["timestamp"] < row["timestamp"]]
         own = [one for one in own if one["label"]]
-        for name, column in zip(names[:3], ("item_id", "how", "quantity"), strict=True):
+        for name, column in zip(names[:3], ("item_id", "kind", "quantity"), strict=True):
             lists[name].append([one[column] for one in own])
         lists["history_age"].append([row["timestamp"] - one["timestamp"] for one in own])
     by_user = pa.Table.from_pylist([{name: row[name] for name in ("user_id", "item_id", "timestamp")} for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from din_dist.config import HistoryEnds
-from din_dist.data import prepared as prepared_data
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore
+from din_dist.data.history_rows import rows_in_memory
 from din_dist.data.pipeline import BatchMaker
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import split_examples
@@ -22,33 +23,15 @@ from din_dist.errors import InputError
 from din_dist.features.declarations import parse_declarations
 from din_dist.features.sides import age_rows
 from din_dist.features.spec import to_text
-from tests.support.declared_features import Row, write_table
+from tests.support.declared_features import OF_BEHAVIOURS, Row, write_table
 from tests.support.small_log import small_config
-
-DECLARED = """
-[how]
-of = "history"
-kind = "category"
-column = "kind"
-
-[pieces]
-of = "history"
-kind = "number"
-column = "quantity"
-encode = "quantiles:4"
-
-[age]
-of = "history"
-kind = "time_since"
-from = "timestamp"
-"""
 
 
 def config_of(folder: Path, rows: list[Row], **data: Any) -> Any:
     log = write_table(folder / "log.jsonl", rows)
     if behaviours := data.pop("behaviours", None):
         data["behaviours_path"] = str(write_table(folder / "behaviours.jsonl", behaviours))
-    specs = parse_declarations(DECLARED, folder / "features.toml")
+    specs = parse_declarations(OF_BEHAVIOURS, folder / "features.toml")
     return small_config(folder, **{"data_path": str(log), "feature_declarations": to_text(specs)} | data)
 
 
@@ -199,11 +182,13 @@ def sides_of(store: EventStore, config: Any) -> list[tuple[str, list[int]]]:
     return [(name, tf.gather(ids, batch.side_index).numpy().tolist()) for name, ids in batch.sides.items()]
 
 
-def test_where_nothing_can_be_written_rows_are_found_in_memory(tmp_path: Path, monkeypatch: Any) -> None:
+def test_where_nothing_can_be_written_rows_are_found_in_memory(tmp_path: Path) -> None:
     config = config_of(tmp_path, LOG)
-    wanted = sides_of(prepare(config.data), config)
-    monkeypatch.setattr(prepared_data, "_keep", lambda *_: False)
-    assert sides_of(open_prepared(config.data), config) == wanted
+    store = prepare(config.data)
+    wanted = sides_of(store, config)
+    without = dataclasses.replace(store, history_rows=None)
+    assert sides_of(without, config) != wanted
+    assert sides_of(rows_in_memory(without), config) == wanted
     assert any(any(values) for _, values in wanted)
 
 

@@ -18,6 +18,26 @@ from din_dist.features.spec import to_text
 Row = dict[str, Any]
 
 
+# Features of behaviours whose log has the columns kind and quantity.
+OF_BEHAVIOURS = """
+[how]
+of = "history"
+kind = "category"
+column = "kind"
+
+[pieces]
+of = "history"
+kind = "number"
+column = "quantity"
+encode = "quantiles:4"
+
+[age]
+of = "history"
+kind = "time_since"
+from = "timestamp"
+"""
+
+
 def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
 

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist.errors import InputError
-from din_dist.features.spec import TIME_KINDS, Kind, Owner
+from din_dist.features.spec import OF_EXAMPLES, TIME_KINDS, Kind, Owner
 from din_dist.features.times import PER_SECOND, TimestampUnit
 from din_dist.serving.manifest import FeatureInputs, Manifest
-from din_dist.serving.own_values import OWNERS, own_values, with_missing
+from din_dist.serving.own_values import own_values, with_missing
 from din_dist.tables.feature_columns import ValueField
 from din_dist.tables.reader import TableReader
 from din_dist.tables.survey import names_of
@@ -76,7 +76,7 @@ def find_features(manifest: Manifest, file: Path, in_lists: bool, before: str = 
     timestamp = data.get("timestamp_column", "timestamp") if isinstance(data, dict) else "timestamp"
     found = []
     for feature in manifest.features:
-        if feature.owner not in OWNERS:
+        if feature.owner not in OF_EXAMPLES:
             continue
         is_time = feature.kind in TIME_KINDS
         names = [before, timestamp, feature.inputs[0]] if is_time else [feature.column, feature.inputs[0]]
@@ -119,7 +119,7 @@ def given_features(
     Raises:
         InputError: a value breaks a rule; the text names file and row.
     """
-    found: dict[str, dict[str, Any]] = {owner: {} for owner in (*OWNERS, Owner.HISTORY)}
+    found: dict[str, dict[str, Any]] = {owner: {} for owner in (*OF_EXAMPLES, Owner.HISTORY)}
     for column in columns:
         if column.is_time:
             times = table.times(rows, first_row, column.field.name)

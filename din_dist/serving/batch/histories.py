@@ -184,7 +184,7 @@ class UserHistories:
         found = self._indices(users)
         known = found >= 0
         self.num_unknown += int(np.count_nonzero(~known))
-        histories = [self._whole(history) for history in self._store.histories(self._most)]
+        histories = self._store.histories_in_full(self._most)
         cut = [self._cut(history, found, before) for history in histories]
         if before is not None:
             has_any = np.any([starts < ends for starts, ends, _ in cut], axis=0)
@@ -226,13 +226,6 @@ class UserHistories:
             return np.full(len(places), np.iinfo(np.int64).min)
         times = self._store.behaviour_times[rows] if history.times is None else history.times[places]
         return np.repeat(before, lengths) - times
-
-    def _whole(self, history: HistorySet) -> HistorySet:
-        """Returns all behaviours in the order of time, of a history from which each candidate gets its own."""
-        if not history.feature:
-            return history
-        (whole,) = dataclasses.replace(self._store, sets=()).histories(np.iinfo(np.int64).max)
-        return whole
 
     def _cut(
         self, history: HistorySet, users: np.ndarray, before: np.ndarray | None

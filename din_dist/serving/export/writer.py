@@ -23,7 +23,7 @@ from din_dist.data.splits import Examples
 from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.features.gathering import missing_values
-from din_dist.features.spec import Kind, Owner
+from din_dist.features.spec import OF_EXAMPLES, Kind, Owner
 from din_dist.files import folder_aside, locked, make_folder, publish_folder, repair_publishing, write_text
 from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch, NamedHistory
@@ -195,7 +195,7 @@ class _Exported:
             given = self._values.of(users, events, batch.candidate_item_ids.numpy())
         inputs: dict[str, Any] = {}
         for feature in self._features:
-            if feature.owner not in (Owner.ITEM, Owner.HISTORY):
+            if feature.owner in OF_EXAMPLES:
                 values = given.get(Owner(feature.owner), {}).get(feature.name)
                 inputs |= inputs_of(feature, values, len(batch.candidate_item_ids))
         function = self._loaded.signatures[signature]
