@@ -157,7 +157,7 @@ def test_baskets_are_requests(tmp_path: Path) -> None:
 
 
 def test_coupons_make_a_history_of_their_own(tmp_path: Path) -> None:
-    """Those that a manufacturer gave, of which 1.2 % of the purchases have one."""
+    """Coupons of manufacturers, which 1.5 % of the purchases have."""
     config = DataConfig(item_features=(), data_dir=str(tmp_path), action_column="redemption", histories=("coupon:5",))
     store = prepare(config)
     assert sorted(store.facts.actions) == ["coupon", "plain"] and store.actions is not None
