@@ -3,8 +3,9 @@
 #
 #   launch/test.sh [pytest arguments]
 #
-# `launch/test.sh -m fast` takes two minutes and covers every room (tests/conftest.py says which tests). Tests go to two
-# processes, unless the arguments say otherwise: `-n 0` (or --pdb) runs them in one.
+# `launch/test.sh -m fast` takes two minutes and covers every room (tests/conftest.py says which tests). `--thorough` runs
+# more combinations and longer jobs too. Tests go to two processes, unless the arguments say otherwise: `-n 0` (or --pdb)
+# runs them in one.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import thorough
+
 # What `-m fast` runs: folders and files, and the words in the names of those of their tests that are left out.
 FAST = {
     "tests/benchmark": (),
@@ -68,10 +70,38 @@ def is_fast(test: str) -> bool:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="also run what is marked thorough: more combinations, longer jobs"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--thorough"):
+        os.environ[thorough.VARIABLE] = "1"
+
+
+def is_left_to_thorough_runs(item: pytest.Item) -> bool:
+    """Tells whether only `--thorough` runs a test.
+
+    `@pytest.mark.thorough` says so of a test. `@pytest.mark.thorough(unless=holds)` says so of its cases, but for those
+    whose parameters, a dict, `holds` accepts. Each of them varies what another test or case covers.
+    """
+    return any(
+        "unless" not in mark.kwargs or not mark.kwargs["unless"](item.callspec.params)  # type: ignore[attr-defined]
+        for mark in item.iter_markers("thorough")
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_fast(item.nodeid):
             item.add_marker(pytest.mark.fast)
+    if config.getoption("--thorough") or any("::" in argument for argument in config.args):
+        return
+    left = [item for item in items if is_left_to_thorough_runs(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from typing import Any
 from tests.support.fault_lab import FAULTS, FAULTS_OF_JOBS, Job, Laboratory, check, seconds_to_go_on, wrong_epochs
 
 _RARE = 0.25  # the chance, against the others, of faults that the job has to be started again for
+_EPOCHS = 14
 _LAST_STEPS = 30  # of a job: none is begun then
 
 
@@ -91,12 +92,12 @@ def main() -> int:
             disturbance_seconds=arguments.disturbance_seconds,
         ) as laboratory,
     ):
-        undisturbed: dict[str, Any] = laboratory.undisturbed()
+        undisturbed: dict[str, Any] = laboratory.undisturbed(_EPOCHS)
         until = time.time() + 60 * arguments.minutes
         while time.time() < until:
             jobs += 1
             print(f"job {jobs}, {(until - time.time()) / 60:.0f} minutes left", flush=True)
-            with laboratory.job(f"job-{jobs}") as job:
+            with laboratory.job(f"job-{jobs}", _EPOCHS) as job:
                 found: list[tuple[str, float]] = []
                 problem = None
                 try:

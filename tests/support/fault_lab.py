@@ -41,11 +41,11 @@ from tests.support.programs import program
 from tests.support.repository import ROOT
 
 NUM_WORKERS = 3
+ENDLESS = 1000  # epochs
 DISK_BYTES = 192 << 20
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW of linux/fs.h
 _LISTENING = re.compile(rb"sshd: \S*/sshd ")  # how the sshd that waits for connections calls itself
 _OF_AN_UPDATE = re.compile(r"(\[\d+\])? ?step ")  # the chief may be any rank
-EPOCHS = 14  # the faults take half of them or more: the job must not end before the last one has passed
 TRAINER_FLAGS = (
     "--dataset=event_log",
     "--split=leave_two_out",
@@ -53,7 +53,7 @@ TRAINER_FLAGS = (
     "--attention_hidden_units=32,16",
     "--optimizer=lazy_adam",
     "--global_batch_size=1024",
-    "--checkpoint_every_steps=50",
+    "--checkpoint_every_steps=20",
     "--log_every_steps=1",
     "--histograms_every_steps=0",
     "--noxla",  # a new worker would compile for long
@@ -74,9 +74,9 @@ class Laboratory:
         folder: Path,
         log: Path,
         seed: int,
-        epochs: int = EPOCHS,
         stall_timeout_seconds: float = 20,
         disturbance_seconds: float = 10,
+        delay_ms: float = 0,
     ) -> None:
         """
         Args:
@@ -84,12 +84,12 @@ class Laboratory:
             log: the log to train on.
             seed: decides which workers the faults strike.
             disturbance_seconds: how long a bad cable stays bad.
+            delay_ms: one way between two hosts. It slows updates down and leaves the cores to workers that start.
         """
-        self.folder = folder
+        self.folder, self.delay_ms = folder, delay_ms
         self.stall_timeout_seconds, self.disturbance_seconds = stall_timeout_seconds, disturbance_seconds
         self.random = random.Random(seed)
         self.trainer_flags = [*TRAINER_FLAGS, f"--data_path={log}", f"--data_dir={folder / 'data'}"]
-        self.trainer_flags.append(f"--epochs={epochs}")
         self.disk = folder / "disk"
         self.num_steps = 0
         self._stack = contextlib.ExitStack()
@@ -103,7 +103,9 @@ class Laboratory:
                 stack.enter_context(FaultyDisk(data, self.folder / f"data-of-{number}"))
                 for number in range(NUM_WORKERS)
             ]
-            self.launcher, *self.workers = stack.enter_context(host_lab.hosts(1 + NUM_WORKERS, our_cables=True))
+            self.launcher, *self.workers = stack.enter_context(
+                host_lab.hosts(1 + NUM_WORKERS, our_cables=True, delay_ms=self.delay_ms)
+            )
             self.data_disks = {host.address: disk for host, disk in zip(self.workers, disks, strict=True)}
             for host in self.workers:
                 there = ["nsenter", f"--target={_sshd_of(host)}", "--mount"]
@@ -140,9 +142,9 @@ class Laboratory:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def undisturbed(self) -> dict[str, Any]:
+    def undisturbed(self, epochs: int) -> dict[str, Any]:
         """Runs the same job in one process, without faults, and returns its summary."""
-        words = [*self.trainer_flags, f"--output_dir={self.folder / 'undisturbed'}"]
+        words = [*self.trainer_flags, f"--epochs={epochs}", f"--output_dir={self.folder / 'undisturbed'}"]
         for command in ("prepare_data", "train"):
             done = subprocess.run(
                 [sys.executable, "-m", f"din_dist.cli.{command}", *words], capture_output=True, text=True, check=False
@@ -154,12 +156,12 @@ class Laboratory:
         return summary
 
     @contextlib.contextmanager
-    def job(self, name: str) -> Iterator[Job]:
+    def job(self, name: str, epochs: int = ENDLESS) -> Iterator[Job]:
         """Runs a job for a block, on an empty disk."""
         for old in self.disk.iterdir():
             if old.name != "lost+found":
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-        job = Job(self, self.disk / name)
+        job = Job(self, self.disk / name, epochs)
         try:
             job.start()
             yield job
@@ -170,8 +172,8 @@ class Laboratory:
 class Job:
     """An elastic job. Faults that end its launcher start it again."""
 
-    def __init__(self, laboratory: Laboratory, output: Path) -> None:
-        self.laboratory, self.output = laboratory, output
+    def __init__(self, laboratory: Laboratory, output: Path, epochs: int) -> None:
+        self.laboratory, self.output, self.epochs = laboratory, output, epochs
         self.random = laboratory.random
         self._hosts_file = laboratory.folder / "hosts"
         self.list_hosts(laboratory.workers)
@@ -192,6 +194,7 @@ class Job:
             "--host_cooldown_seconds=1",
             f"--stall_timeout_seconds={self.laboratory.stall_timeout_seconds:g}",
             *self.laboratory.trainer_flags,
+            f"--epochs={self.epochs}",
             f"--output_dir={self.output}",
         ]
         self.process = subprocess.Popen(
@@ -511,7 +514,8 @@ def stick_data(job: Job) -> None:
         _lose(job, trainer, lambda: disk.stick(killable=job.random.random() < 0.5))
     finally:
         disk.release()
-    if not any("a disk must answer" in line and "reading data in" in line for line in job.log[said:]):
+    data = str(job.laboratory.folder / "data")
+    if not any("a disk must answer" in line and data in line for line in job.log[said:]):
         raise FaultError(f"a worker must say that it waits for its data:\n{job.tail()}")
 
 
@@ -561,6 +565,18 @@ def kill_launcher(job: Job) -> None:
 
 def stop_job(job: Job) -> None:
     """Sends SIGTERM to the launcher."""
+    _stop(job)
+    _restart(job)
+
+
+def end_after_this_epoch(job: Job) -> None:
+    """Stops the job, and starts it again so that it ends with the epoch it has begun."""
+    _stop(job)
+    job.epochs = 1 + max((record["epoch"] for record in job.records("epoch")), default=0)
+    _restart(job)
+
+
+def _stop(job: Job) -> None:
     before = job.step()
     job.process.terminate()
     code = job.process.wait(timeout=PATIENCE)
@@ -569,7 +585,6 @@ def stop_job(job: Job) -> None:
     saved = max(int(path.name.removeprefix("step-")) for path in (job.output / "checkpoints").glob("step-*"))
     if saved < before:
         raise FaultError(f"a stopped job must save where it stands. Received: step {saved} after step {before}")
-    _restart(job)
 
 
 def _cut_off_launcher(job: Job, direction: str) -> None:

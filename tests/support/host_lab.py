@@ -56,6 +56,7 @@ class Host:
     address: str
     switch: str  # the switch's namespace; the port there has this host's name
     cable: subprocess.Popen[str] | None = None  # where it is one of ours, see `hosts`
+    usual_delay_ms: float = 0.0  # of a cable of ours that nothing disturbs, one way between two hosts
 
     def command(self, command: Sequence[str]) -> list[str]:
         """Returns the words that run `command` on this host."""
@@ -85,7 +86,7 @@ class Host:
         """Makes a cable of ours bad, or good again without arguments; returns the number of frames changed so far.
 
         Args:
-            delay_ms: one way, as in `limit`.
+            delay_ms: one way, as in `limit`; the host's usual delay if 0.
             loss: the share of frames that are lost.
             changed: the share of frames with TCP data in which a bit changes that TCP does not notice.
             cut: `from` loses what this host sends, `to` what is sent to it.
@@ -93,7 +94,7 @@ class Host:
         assert self.cable, "Only cables of ours can be made bad: give hosts() our_cables=True."
         assert self.cable.stdin
         assert self.cable.stdout
-        condition = Condition(delay_ms=delay_ms / 2, loss=loss, changed=changed, cut=cut)
+        condition = Condition(delay_ms=(delay_ms or self.usual_delay_ms) / 2, loss=loss, changed=changed, cut=cut)
         print(json.dumps(dataclasses.asdict(condition)), file=self.cable.stdin, flush=True)
         return int(self.cable.stdout.readline())
 
@@ -133,11 +134,14 @@ def horovodrun(hosts: Sequence[Host], command: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def hosts(num_hosts: int, *, our_cables: bool = False, own_names: bool = True) -> Iterator[list[Host]]:
+def hosts(
+    num_hosts: int, *, our_cables: bool = False, delay_ms: float = 0.0, own_names: bool = True
+) -> Iterator[list[Host]]:
     """Builds the lab for a block and takes it down, whatever happens; it also takes down what a killed one left.
 
     Args:
         our_cables: a process carries the packets of each host (see `cable`), slower than the kernel would.
+        delay_ms: the usual delay of such cables.
         own_names: each host knows an address for the name of the machine. Otherwise no host does, and the name server
             does not answer.
 
@@ -162,7 +166,12 @@ def hosts(num_hosts: int, *, our_cables: bool = False, own_names: bool = True) -
         for host in found:
             _run(["ip", "netns", "add", host.namespace])
         if our_cables:
-            found = [dataclasses.replace(host, cable=stack.enter_context(_cable(host))) for host in found]
+            found = [
+                dataclasses.replace(host, cable=stack.enter_context(_cable(host)), usual_delay_ms=delay_ms)
+                for host in found
+            ]
+            for host in found:
+                host.disturb()  # no more than usual
         for host in found:
             _add(host, found, folder, own_names)
         for host in found:
