@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import functools
 import re
 import zoneinfo
 
@@ -120,6 +121,7 @@ class ZoneTable:
     cycle: int = _CYCLE
 
 
+@functools.cache
 def zone_table(zone: str) -> ZoneTable:
     """Returns the table of a time zone; it takes a second, but for UTC.
 
