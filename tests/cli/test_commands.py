@@ -125,6 +125,7 @@ def straight(prepared: Path, commands: Preloaded) -> Path:
     return output
 
 
+@pytest.mark.thorough(unless=lambda case: case["number"] != signal.SIGHUP)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
     commands: Preloaded, tmp_path: Path, prepared: Path, straight: Path, number: signal.Signals
@@ -245,17 +246,21 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert (process.returncode, rest) == (130, "")
 
 
-def test_benchmark_reports_where_the_time_goes(tmp_path: Path, prepared: Path) -> None:
-    forms = (
-        "padded",
-        "unfactored",
-        "dense_allreduce",
-        "without_native",
-        "without_xla",
-        "without_shared_memory",
-        "undoable",
-        "without_group_negatives",
-    )
+ALL_FORMS = (
+    "padded",
+    "unfactored",
+    "dense_allreduce",
+    "without_native",
+    "without_xla",
+    "without_shared_memory",
+    "undoable",
+    "without_group_negatives",
+)
+
+
+@pytest.mark.thorough(unless=lambda case: case["forms"] != ALL_FORMS)
+@pytest.mark.parametrize("forms", [("padded", "without_native"), ALL_FORMS], ids=["two", "all"])
+def test_benchmark_reports_where_the_time_goes(tmp_path: Path, prepared: Path, forms: tuple[str, ...]) -> None:
     short = ("--benchmark_steps=10", "--benchmark_warmup_steps=2")
     output = f"--output_dir={tmp_path / 'run'}"
     done = run("benchmark", prepared, *short, "--xla", f"--compare={','.join(forms)}", output)
@@ -333,6 +338,7 @@ entry.run(train.main)
 """
 
 
+@pytest.mark.thorough(unless=lambda case: case["log_format"] == "text")
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_a_rank_that_fails_names_itself_and_its_step(tmp_path: Path, prepared: Path, log_format: str) -> None:
     words = command("train", prepared, f"--log_format={log_format}", f"--output_dir={tmp_path / 'run'}")

@@ -133,6 +133,7 @@ def test_every_text_file_says_its_encoding() -> None:
     assert opened > 10
 
 
+@pytest.mark.thorough(unless=lambda case: case["redirected"] in ("2>&-", "2>&1 | head -1"))
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", "2> >(head -1 >/dev/null)", "2>&1 | head -1"])
 def test_a_job_trains_on_when_its_log_is_gone(tmp_path: Path, redirected: str) -> None:
     prepare_log(tmp_path)

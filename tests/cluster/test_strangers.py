@@ -375,6 +375,7 @@ def measured(job: Job) -> Iterator[Most]:
         watcher.join()
 
 
+@pytest.mark.thorough  # test_addresses.py has such machines too
 def test_a_machine_whose_name_nobody_knows(lab: list[Host], tmp_path: Path) -> None:
     """With the flags of anybody. (The elastic job above took a worker in on such hosts.)"""
     with running(lab[0], tmp_path, "--num_workers=2") as job:

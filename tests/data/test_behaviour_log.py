@@ -28,6 +28,7 @@ from din_dist.serving.batch.histories import UserHistories
 from din_dist.tables.ids import Ids
 from tests.support.declared_features import Row, config_for, write_table
 from tests.support.small_log import small_config
+from tests.support.thorough import up_to
 
 FORMATS = [".parquet", ".csv", ".jsonl"]
 # What was shown: users a and b, items x, y and z.
@@ -158,7 +159,7 @@ def logs(draw: st.DrawFn) -> tuple[list[Row], list[Row], bool]:
     return shown, [*rows("bcd" + shown[0]["user_id"], "uvwxyzpq", 1, 20), shown[0] | {"timestamp": 0}], labelled
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(logs(), st.integers(0, 3), st.sampled_from([1, 80_000]))
 @example((SHOWN, DONE, True), 0, 1)
 def test_against_plain_python(tmp_path_factory: Any, log: Any, delay: int, events_per_block: int) -> None:

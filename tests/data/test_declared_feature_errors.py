@@ -23,6 +23,7 @@ from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.features.declarations import parse_declarations
 from tests.support.declared_features import Row, config_for, write_table
+from tests.support.thorough import up_to
 
 BASE = [{"user_id": "a", "item_id": f"i{n % 2}", "timestamp": n, "label": n % 2} for n in range(4)]
 FORMATS = [".parquet", ".csv", ".jsonl"]
@@ -416,7 +417,7 @@ DECLARATIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=up_to(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     declared=st.dictionaries(st.sampled_from(["f", "g", "h"]), DECLARATIONS, min_size=1),
     first=COLUMNS,

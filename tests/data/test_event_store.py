@@ -28,6 +28,7 @@ from din_dist.data.event_store import EventStore, open_store, pack
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.errors import InputError
 from tests.support.event_stores import check_against_plain_python, store_of
+from tests.support.thorough import up_to
 
 
 @st.composite
@@ -51,7 +52,7 @@ def logs(draw: st.DrawFn) -> list[dict]:
     return rows
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=logs(), events_per_block=st.integers(1, 30))
 def test_round_trip(rows: list[dict], events_per_block: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("store") / "1.0.0"

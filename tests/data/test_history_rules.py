@@ -29,6 +29,7 @@ from din_dist.serving.batch.histories import UserHistories
 from din_dist.tables.ids import Ids
 from tests.support.page_log import pages
 from tests.support.small_log import small_config
+from tests.support.thorough import up_to
 
 BEFORE_TIME, BEFORE_EVENT = HistoryEnds.BEFORE_TIME, HistoryEnds.BEFORE_EVENT
 
@@ -147,7 +148,7 @@ def slow_histories(rows: list[dict], data: dict[str, Any], labelled: bool) -> li
     return found
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(log=logs())
 @example(
     log=(
@@ -216,6 +217,7 @@ def test_training_and_scoring_by_time_are_one(tmp_path: Path, rule: str) -> None
         np.testing.assert_allclose(job.evaluator.scores(split, job.model), logits, atol=1e-6)
 
 
+@pytest.mark.thorough(unless=lambda case: case["data"])
 @pytest.mark.parametrize(
     ("seconds", "data", "leaks"),
     [

@@ -23,6 +23,7 @@ from din_dist.errors import InputError
 from din_dist.layers.packed import split_histories
 from tests.support.declared_features import Row, write_table
 from tests.support.small_log import small_config
+from tests.support.thorough import up_to
 
 ACTIONS = ["view", "buy", None]
 
@@ -76,7 +77,7 @@ def plain(rows: list[Row], place: int, name: str, candidate: Row, before_event: 
     return [row["item_id"] for row in found]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=up_to(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(logs(), st.sampled_from([UnknownItem.UNTRAINED, UnknownItem.FEATURES]))
 def test_batches_have_the_histories_of_plain_python(tmp_path_factory: Any, log: Any, unknown: UnknownItem) -> None:
     rows, data = log

@@ -94,6 +94,7 @@ def batches(config: Config, num_epochs: int, shard: Shard | None = None) -> list
     return list(made.as_numpy_iterator())
 
 
+@pytest.mark.thorough(unless=lambda case: case["negatives"] != "popularity:0.3")
 @pytest.mark.parametrize("negatives", ["uniform", "popularity:0.75", "popularity:0.3", "batch"])
 def test_logits_mean_the_same_however_negatives_are_drawn(tmp_path: Path, negatives: str) -> None:
     """The logits of best likelihood, corrected, give the softmax of what users click: by counting, for a model of one
@@ -151,6 +152,7 @@ def test_negatives_of_the_batch_are_its_items(tmp_path: Path) -> None:
     assert outside < 0.001 * num_drawn
 
 
+@pytest.mark.thorough(unless=lambda case: not case["grouped"])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("negatives", ["popularity:0.75", "batch"])
 def test_shards_draw_as_one(tmp_path: Path, negatives: str, grouped: bool) -> None:
@@ -231,6 +233,7 @@ def test_a_user_who_touched_all_that_is_drawn(tmp_path: Path) -> None:
         batches(config, num_epochs=1)
 
 
+@pytest.mark.thorough(unless=lambda case: case["native"])
 @pytest.mark.parametrize("negatives", ["popularity:0.75", "batch"])
 @pytest.mark.parametrize("native", [True, False])
 def test_a_job_learns_with_them(tmp_path: Path, negatives: str, native: bool) -> None:

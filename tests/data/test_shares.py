@@ -20,6 +20,7 @@ from din_dist.data.pipeline import BatchMaker, Shard, deal, num_steps_per_epoch,
 from din_dist.data.splits import Examples
 from din_dist.training.undo import UndoLog, agree
 from din_dist.training_state import TrainingState
+from tests.support.thorough import up_to
 
 SEED = 7
 Taken = list[tuple[int, int]]  # of each example its id, and the number from which all that is random about it comes
@@ -98,7 +99,7 @@ def walk(job: Job, changes: Sequence[Stretch], take: Take) -> list[Taken]:
     return applied
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=up_to(300), deadline=None)
 @given(job=jobs(60, 3), changes=stretches(70, 20, 6))
 @example(job=Job(5, 4, 2), changes=[Stretch(3, 2, undone=True)])  # undoes the one example of an epoch's end
 def test_plans_through_any_changes(job: Job, changes: list[Stretch]) -> None:
@@ -136,7 +137,7 @@ def test_shares_of_any_size(total: int, world_size: int) -> None:
 )
 @example(lengths=[], head=2, tail=0, num_shards=2)
 @example(lengths=[100, 0, 0, 99], head=0, tail=0, num_shards=2)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=up_to(60), deadline=None)
 def test_groups_are_dealt_from_the_longest_to_the_shortest(
     lengths: list[int], head: int, tail: int, num_shards: int
 ) -> None:

@@ -25,6 +25,7 @@ from din_dist.features.sides import age_rows
 from din_dist.features.spec import to_text
 from tests.support.declared_features import OF_BEHAVIOURS, Row, write_table
 from tests.support.small_log import small_config
+from tests.support.thorough import up_to
 
 
 def config_of(folder: Path, rows: list[Row], **data: Any) -> Any:
@@ -75,7 +76,10 @@ def logs(draw: st.DrawFn) -> tuple[list[Row], dict[str, Any]]:
 
 
 @settings(
-    phases=[Phase.generate], max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    phases=[Phase.generate],
+    max_examples=up_to(20),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(logs())
 def test_positions_have_the_values_of_plain_python(tmp_path_factory: Any, log: Any) -> None:

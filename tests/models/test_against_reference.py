@@ -61,6 +61,13 @@ def compare(lengths, training, model, activation, normalization, batch_norm, see
     assert_same_gradients(gradients, wanted[2])
 
 
+def all_forms_of_dice(case):
+    return case["form"] == "native" or (
+        case["activation"] is Activation.DICE and case["batch_norm"] is BatchNorm.SYNCED
+    )
+
+
+@pytest.mark.thorough(unless=all_forms_of_dice)
 @pytest.mark.parametrize(("training", "form"), [*((True, form) for form in FORMS), (False, "plain")])
 @pytest.mark.parametrize("batch_norm", BatchNorm)
 @pytest.mark.parametrize(("model", "activation", "normalization"), VARIANTS)
@@ -68,6 +75,11 @@ def test_every_variant_equals_the_reference(model, activation, normalization, ba
     compare(RAGGED, training, model, activation, normalization, batch_norm, form=form)
 
 
+def all_forms_of_nothing_and_of_full_histories(case):
+    return case["form"] == "native" or (case["lengths"] in ((0,), (12, 12)) and case["batch_norm"] is BatchNorm.SYNCED)
+
+
+@pytest.mark.thorough(unless=all_forms_of_nothing_and_of_full_histories)
 @pytest.mark.parametrize(
     "lengths", [(0,), (1,), (12,), (0, 0, 0), (1, 1, 1), (12, 12), (0, 0, 1)], ids=lambda lengths: str(list(lengths))
 )
@@ -94,6 +106,7 @@ def expected_with_features(lengths, model, owners):
     return reference.logits(weights, batch), reference.loss(weights, batch), gradients
 
 
+@pytest.mark.thorough(unless=lambda case: case["form"] == "native" or case["owners"] == OWNERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("owners", [OWNERS, (Owner.ITEM,), (Owner.USER,)], ids=["all", "item", "user"])
 @pytest.mark.parametrize("model", ModelKind)

@@ -92,6 +92,7 @@ def score_with_features(model, features):
     return score(model, HISTORIES, CANDIDATES, given), one_by_one
 
 
+@pytest.mark.thorough(unless=lambda case: case["kind"] is ModelKind.DIN or case["owners"] == OWNERS)
 @pytest.mark.parametrize(
     "owners",
     [OWNERS, (Owner.USER,), (Owner.CONTEXT, Owner.ITEM), (Owner.CANDIDATE,), (Owner.ITEM,)],
@@ -172,6 +173,9 @@ def test_a_batch_without_examples_gives_zero_gradients_and_moves_no_average(kind
         assert_array_equal(weight, before, err_msg=weight.path)
 
 
+@pytest.mark.thorough(
+    unless=lambda case: not case["compiled"] or (case["kind"], len(case["shares"])) == (ModelKind.DIN, 3)
+)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shares", [((0, 1, 2), (3, 4, 5, 6, 7)), ((0, 1), (2, 3, 4, 5, 6, 7), ())], ids=["2", "3"])
 def test_many_ranks_equal_one(kind, shares, compiled):

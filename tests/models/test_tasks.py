@@ -63,6 +63,7 @@ def built(kind, head, activation, hidden_units, **settings):
     return small_model(seed=1, num_tasks=3, task_head=HEADS[head], **settings)
 
 
+@pytest.mark.thorough(unless=lambda case: case["form"] == "native" or case["activation"] is Activation.DICE)
 @pytest.mark.parametrize(("training", "form"), [*((True, form) for form in FORMS), (False, "plain")])
 @pytest.mark.parametrize(
     ("activation", "hidden_units"), [(Activation.DICE, (4, 3)), (Activation.PRELU, (3,))], ids=["two", "one"]
@@ -90,6 +91,7 @@ def test_mean_pooling_predicts_several_labels_too():
     assert_same_gradients(gradients, wanted[2])
 
 
+@pytest.mark.thorough(unless=lambda case: case["native"] or case["head"] == "mmoe")
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 def test_many_ranks_equal_one(head, native):
@@ -117,6 +119,7 @@ def test_many_ranks_equal_one(head, native):
             assert_allclose(weight, wanted, rtol=1e-5, atol=1e-6, err_msg=weight.path)
 
 
+@pytest.mark.thorough(unless=lambda case: case["native"] or case["head"] == "mmoe")
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_graph_trains_as_without_one(head, native):
@@ -144,6 +147,7 @@ def test_a_graph_trains_as_without_one(head, native):
     assert seen and None not in seen
 
 
+@pytest.mark.thorough(unless=lambda case: case["kind"] is ModelKind.DIN and (case["owners"] or case["head"] == "mmoe"))
 @pytest.mark.parametrize("owners", [(), (Owner.USER, Owner.CANDIDATE)], ids=["plain", "features"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", ModelKind)

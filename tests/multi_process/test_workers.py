@@ -32,18 +32,22 @@ class Job(NamedTuple):
     world_sizes: tuple[int, ...]
 
 
-WITH_THREE = ("sgd", "lazy_adam", "features", "tasks")
 JOBS = {
     "one": Job(tuple(CASES), (1,)),
     "two": Job(tuple(CASES), (2,)),
-    "three": Job(WITH_THREE, (3,)),
+    "three": Job(("sgd", "tasks"), (3,)),
+    "three_more": Job(("lazy_adam", "features"), (3,)),
     # These share no memory.
     "by_messages": Job(("lazy_adam",), (2,)),
-    "at_owners": Job(("lazy_adam", "bfloat16"), (FEWEST_TO_SUM_AT_OWNERS,)),
+    "at_owners": Job(("adagrad",), (FEWEST_TO_SUM_AT_OWNERS,)),
+    "at_owners_more": Job(("lazy_adam", "bfloat16"), (FEWEST_TO_SUM_AT_OWNERS,)),
     "two_then_three": Job(("lazy_adam",), (2, 3)),
 }
-AS_ONE = [(run, case) for run in ("two", "three") for case in JOBS[run].cases]
-BY_MESSAGES = [(run, case) for run in ("by_messages", "at_owners") for case in JOBS[run].cases]
+AS_ONE = [(run, case) for run in ("two", "three", "three_more") for case in JOBS[run].cases]
+BY_MESSAGES = [(run, case) for run in ("by_messages", "at_owners", "at_owners_more") for case in JOBS[run].cases]
+EACH_WAY_ONCE = pytest.mark.thorough(
+    unless=lambda case: case["run"] in ("one", "two", "three", "by_messages", "at_owners")
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,7 @@ def trained(folder: Path) -> Callable[..., None]:
     return train_jobs
 
 
+@EACH_WAY_ONCE
 @pytest.mark.parametrize(("run", "case"), [*AS_ONE, *BY_MESSAGES])
 def test_many_workers_equal_one(folder: Path, trained: Callable[..., None], run: str, case: str) -> None:
     trained("one", run)
@@ -80,13 +85,15 @@ def test_many_workers_equal_one(folder: Path, trained: Callable[..., None], run:
     assert losses(folder, "one", case)[-10:].mean() < losses(folder, "one", case)[:10].mean()  # it learns something
 
 
+@pytest.mark.thorough  # as elastic jobs do in test_elastic.py
 def test_a_job_that_changes_its_size_ends_the_same(folder: Path, trained: Callable[..., None]) -> None:
     trained("one", "two_then_three")
     other = weights(folder, "two_then_three", "lazy_adam")
     assert_same_weights(other, weights(folder, "one", "lazy_adam"), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("run", ["one", "two", "three", "two_then_three"])
+@EACH_WAY_ONCE
+@pytest.mark.parametrize("run", ["one", "two", "three_more", "two_then_three"])
 def test_every_example_is_trained_on_exactly_once_an_epoch(
     folder: Path, trained: Callable[..., None], run: str
 ) -> None:
@@ -102,6 +109,7 @@ def test_every_example_is_trained_on_exactly_once_an_epoch(
         assert record["example_checksum"] == checksum
 
 
+@EACH_WAY_ONCE
 @pytest.mark.parametrize(("run", "case"), AS_ONE)
 def test_evaluation_is_that_of_one_worker(folder: Path, trained: Callable[..., None], run: str, case: str) -> None:
     trained("one", run)

@@ -101,6 +101,7 @@ BY_MESSAGES = {
     "bfloat16",
     "by_messages",
     "at_owners",
+    "at_owners_more",
 }  # cases and runs whose workers communicate as those of several machines do
 
 

@@ -77,6 +77,7 @@ def test_it_learns_what_users_like(tmp_path: Path, model: ModelKind) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.thorough(unless=lambda case: case["xla"])
 @pytest.mark.parametrize("xla", [False, True])
 def test_an_epoch_costs_one_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xla: bool) -> None:
     """No batch size or history length makes TensorFlow trace the step again, nor does the next epoch."""
