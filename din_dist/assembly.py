@@ -16,7 +16,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, side_counts, training_batches
 from din_dist.data.popularity import popularity
 from din_dist.data.splits import Examples, behaviour_counts, item_counts, split_examples
-from din_dist.data.trained_items import TrainedItems, trained_items
+from din_dist.data.trained_items import TrainedItems, row_of_item, trained_items
 from din_dist.data.walks import parts
 from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import GradientExchange
@@ -241,7 +241,7 @@ class Assembly:
             self.config.model,
             self.store.facts,
             self.store.item_features,
-            row_of_item=self.trained_items.row_of_item if self.trained_items else None,
+            row_of_item=row_of_item(self.store.facts, self.trained_items),
             features=self.store.features,
             **self.model_arguments,
         )
@@ -422,15 +422,17 @@ def _row_counts(
     of_items = np.zeros(store.facts.num_items + 1)
     if config.optimizer.mini_batch_aware_l2:
         of_items = (item_counts(store, splits) + behaviour_counts(store, splits["train"])).astype(np.float64)
-    row_ids = [np.arange(len(of_items)), *store.item_features.values()]
+    rows = row_of_item(store.facts, trained)
+    row_ids = [np.arange(len(of_items)) if rows is None else rows, *store.item_features.values()]
     counts = {
         table.path: np.bincount(ids, of_items, spec.num_rows)
         for table, spec, ids in zip(lookup.tables, lookup.specs, row_ids, strict=True)
     }
     if trained:  # the reserved row has the events whose item is hidden
-        rate = config.data.unknown_item_rate
-        of_rows = (1 - rate) * counts[lookup.tables[0].path]
-        of_rows[schema.UNKNOWN_ID] = rate * of_items.sum()
+        rate, of_item = config.data.unknown_item_rate, counts[lookup.tables[0].path]
+        without_row = of_item[schema.UNKNOWN_ID]
+        of_rows = (1 - rate) * of_item
+        of_rows[schema.UNKNOWN_ID] = without_row + rate * (of_items.sum() - without_row)
         counts |= {lookup.tables[0].path: of_rows}
     times = {Owner.ITEM: of_items}
     if config.optimizer.mini_batch_aware_l2 and model.example_columns:

@@ -139,7 +139,8 @@ class DatasetFacts:
     `tasks` names the labels to predict, if there are several; those that make histories are among them.
     `actions` names what behaviours were, as a column of the log tells, in the order of their codes from 1.
     `num_behaviours` counts those of a log of their own, None without one, and `num_only_behaviours` the items that no
-    event has. Their dense ids come last, and they are never candidates.
+    event has. Their dense ids come last, and they are never candidates. `num_without_id` counts the last of them, which
+    stand for behaviours without an item's id: they have no row of their own in the table of items.
     `histories` are those that a model reads, if there are several. Prepared data do not choose, so theirs is empty.
     """
 
@@ -162,6 +163,7 @@ class DatasetFacts:
     actions: tuple[str, ...] = ()
     num_behaviours: int | None = None
     num_only_behaviours: int = 0
+    num_without_id: int = 0
     histories: tuple[NamedHistory, ...] = ()
 
     @property
@@ -258,6 +260,7 @@ _LATER = (
     "actions",
     "num_behaviours",
     "num_only_behaviours",
+    "num_without_id",
     "histories",
 )
 
@@ -277,7 +280,8 @@ def _are_sources(value: Any) -> bool:
 
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
-        ("num_users", "num_items", "num_events", "reader", "history_delay", "num_only_behaviours"), is_count
+        ("num_users", "num_items", "num_events", "reader", "history_delay", "num_only_behaviours", "num_without_id"),
+        is_count,
     ),
     "num_behaviours": lambda value: value is None or is_count(value),
     **dict.fromkeys(("first_timestamp", "last_timestamp"), is_integer),

@@ -11,6 +11,7 @@ import numpy as np
 from din_dist.assembly import Assembly, make_model
 from din_dist.benchmark.attention_forms import PaddedActivationUnit, UnfactoredActivationUnit
 from din_dist.config import ComputeDtype, Config
+from din_dist.data.trained_items import row_of_item
 from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import DenseExchange
 from din_dist.features.encoding import StoredFeature
@@ -70,12 +71,12 @@ def with_idle_rows(form: type[Assembly], idle_rows_per_item: int) -> type[Assemb
     class WithIdleRows(form):  # type: ignore[valid-type, misc]
         @functools.cached_property
         def model(self) -> RankingModel:
-            trained = self.trained_items
+            rows = row_of_item(self.store.facts, self.trained_items)
             return make_model(
                 self.config.model,
                 dataclasses.replace(self.store.facts, num_items=count * self.store.facts.num_items),
                 {name: repeated(ids) for name, ids in self.store.item_features.items()},
-                row_of_item=count * repeated(trained.row_of_item) if trained else None,
+                row_of_item=None if rows is None else count * repeated(rows),
                 features={name: _repeated_feature(stored, repeated) for name, stored in self.store.features.items()},
                 **self.model_arguments,
             )

@@ -73,20 +73,19 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
     """
     from din_dist.assembly import make_model
     from din_dist.data.splits import split_examples
-    from din_dist.data.trained_items import trained_items
+    from din_dist.data.trained_items import row_of_item, trained_items
     from din_dist.distributed.runtime import Runtime
     from din_dist.training.checkpoint import CheckpointStore, checkpoints_dir
 
     if step is not None:
         require_checkpoint(step, checkpoints_dir(config))
     trained = trained_items(store, config.data, split_examples(store, config.data))
-    row_of_item = trained.row_of_item if trained else None
     model = make_model(
         config.model,
         store.facts,
         store.item_features,
         seed=config.job.seed,
-        row_of_item=row_of_item,
+        row_of_item=row_of_item(store.facts, trained),
         features=store.features,
     )
     variables = {weight.path: weight.value for weight in model.weights}

@@ -293,7 +293,10 @@ class DataConfig(Settings):
         "", "Column of the user's id in --behaviours_path. Default: --user_column.", later=True
     )
     behaviour_item_column: str = text_setting(
-        "", "Column of the item's id in --behaviours_path. Default: --item_column.", later=True
+        "",
+        "Column of the item's id in --behaviours_path, none if there is no such column. A behaviour without an id is "
+        "known by its categories, --item_features and the like. Default: --item_column.",
+        later=True,
     )
     behaviour_timestamp_column: str = text_setting(
         "", "Column of the behaviour's time in --behaviours_path. Default: --timestamp_column.", later=True

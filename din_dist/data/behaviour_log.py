@@ -6,12 +6,13 @@ Letters of shapes: U users, E events, P behaviours.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from din_dist import schema
 from din_dist.data.blocks import BehaviourCounts, Behaviours
@@ -20,10 +21,13 @@ from din_dist.data.feature_tables import rows_of_ids
 from din_dist.data.raw_columns import RawColumn
 from din_dist.data.table_files import TableFiles
 from din_dist.errors import InputError
+from din_dist.features.spec import Kind
 from din_dist.tables.columns import IdColumn, Rows, TimeColumn
 from din_dist.tables.sources import find_files
+from din_dist.tables.values import ColumnValues, IdValues
 
 OWN_LOG = "behaviours"  # the name of such a log
+NO_COLUMN = "none"  # in the place of the column of items: no behaviour has an item's id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class BehaviourColumns:
     Attributes:
         source: a file, a folder or a glob, as an absolute path.
         user: the column of users' ids.
-        item: the column of items' ids.
+        item: the column of items' ids; `NO_COLUMN` for none.
         timestamp: the column of times.
         action: the column of what a behaviour was; empty for none.
     """
@@ -47,7 +51,8 @@ class BehaviourColumns:
     @property
     def names(self) -> list[str]:
         """The columns that every file must have."""
-        return [self.user, self.item, self.timestamp, *([self.action] if self.action else [])]
+        items = [] if self.item == NO_COLUMN else [self.item]
+        return [self.user, *items, self.timestamp, *([self.action] if self.action else [])]
 
     @property
     def blocks(self) -> dict[str, type]:
@@ -82,7 +87,8 @@ class OwnedBehaviours:
 
     Attributes:
         behaviours: those of the users of the event log.
-        item_ids: own ids, those of the event log first and then those that only behaviours have.
+        item_ids: own ids, those of the event log first, then those that only behaviours have, and at last those made
+            up for the items of behaviours without an id.
         item_of_row: int32 `[rows that were read]`, the place of each row's item in `item_ids`; -1 for a row of a user
             who has no events.
         counts: how they fit the events.
@@ -121,6 +127,8 @@ class BehaviourReader:
         self._columns, self._rows = columns, rows
         self._files = TableFiles(columns.source, OWN_LOG, columns.names, [*of_items, *of_behaviours], rows)
         here = [column for column in of_items if self._files.anywhere.issuperset(column.names)]
+        self._categories = [column for column in here if column.kind is Kind.CATEGORY]
+        self._first_row = 0  # where its rows begin among all that are read
         self._names = list(dict.fromkeys([*columns.names, *names_of([*here, *of_behaviours])]))
         remedy = (
             "Correct the file, or name your column (--behaviour_user_column, --behaviour_item_column, "
@@ -139,7 +147,9 @@ class BehaviourReader:
             InputError: a value breaks a rule.
         """
         columns, rows = self._columns, self._rows
-        self._users, self._items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
+        self._first_row = rows.count
+        item = "" if columns.item == NO_COLUMN else columns.item
+        self._users, self._items = IdColumn(columns.user, rows), IdColumn(item, rows, nullable=True)
         self._times = TimeColumn(columns.timestamp, rows, times_of_events)
         self._actions = IdColumn(columns.action, rows, nullable=True)
         read = [column for column in (self._users, self._items, self._times, self._actions) if column.name]
@@ -148,15 +158,20 @@ class BehaviourReader:
                 column.add(batch.column(column.name), column.name in layout.partition)
             features.add(batch, layout)
 
-    def finish(self, user_ids: pa.Array, item_ids: pa.Array) -> OwnedBehaviours:
+    def finish(
+        self, user_ids: pa.Array, item_ids: pa.Array, values: Mapping[RawColumn, ColumnValues]
+    ) -> OwnedBehaviours:
         """Returns the behaviours of the users of the event log.
+
+        Behaviours without an item's id get an item for each combination of the categories that they have.
 
         Args:
             user_ids: own ids `[U]`, in the order of the dense ids.
             item_ids: own ids of the events' items, likewise.
+            values: of the columns of features, in all rows that were read.
 
         Raises:
-            InputError: the two logs have no user in common, or item ids of two types.
+            InputError: the two logs have no user in common, or item ids of two types; a behaviour tells of no item.
         """
         codes, own_ids = self._users.finish(self._files.is_text(self._users.name))
         place_of = rows_of_ids(own_ids, user_ids)
@@ -169,9 +184,13 @@ class BehaviourReader:
             )
         times = self._times.finish()
         order = kept[np.lexsort((times[kept], user_of[kept]))]
-        items, own_ids = self._items.finish(self._files.is_text(self._items.name))
-        item_of, all_ids = self._unified(items, own_ids, kept, item_ids)
-        counts = BehaviourCounts(kept=len(kept), only_behaviours=len(all_ids) - len(item_ids))
+        items, own_ids = np.full(len(codes), -1, np.int32), item_ids[:0]
+        if self._items.name:
+            items, own_ids = self._items.finish(self._files.is_text(self._items.name))
+        item_of, all_ids = self._unified(items, own_ids, kept[items[kept] >= 0], item_ids)
+        made_up = self._made_up(kept[items[kept] < 0], values, item_of, all_ids)
+        all_ids = pa.concat_arrays([all_ids, made_up])
+        counts = BehaviourCounts(len(kept), len(all_ids) - len(item_ids), len(made_up))
         codes_of_actions: np.ndarray | None = None
         actions: tuple[str, ...] = ()
         if self._actions.name:
@@ -205,7 +224,9 @@ class BehaviourReader:
         new = np.flatnonzero(occurs & (place_of < 0))
         place_of[new] = len(item_ids) + np.arange(len(new))
         added = own_ids.take(pa.array(new))
-        if len(added) and added.type != item_ids.type:
+        if not len(added):
+            added = item_ids[:0]
+        elif added.type != item_ids.type:
             if not pa.types.is_integer(added.type):
                 raise InputError(
                     f"--behaviours_path: item ids must be of the type that they have in --data_path, {item_ids.type}. "
@@ -215,6 +236,49 @@ class BehaviourReader:
         item_of = np.full(len(codes), -1, np.int32)
         item_of[kept] = place_of[codes[kept]]
         return item_of, pa.concat_arrays([item_ids, added])
+
+    def _made_up(
+        self, rows: np.ndarray, values: Mapping[RawColumn, ColumnValues], item_of: np.ndarray, all_ids: pa.Array
+    ) -> pa.Array:
+        """Returns made-up ids of the items that stand for behaviours without one, and notes the item of each.
+
+        Args:
+            rows: int64 `[K]`, behaviours without an item's id.
+            values: of the columns of features.
+            item_of: int32, the place of each behaviour's item, in which those of `rows` are written.
+            all_ids: the ids of all other items.
+        """
+        if not len(rows):
+            return all_ids[:0]
+        columns = [found for column in self._categories if isinstance(found := values[column], IdValues)]
+        names = [column.column for column in self._categories]
+        codes = np.array([column.codes[self._first_row + rows] for column in columns]).reshape(len(columns), len(rows))
+        told = codes.any(axis=0)
+        if not told.all():
+            raise self._rows.reject(
+                self._first_row + int(rows[np.argmin(told)]),
+                "a behaviour needs the id of its item, or a category of it",
+                f"neither {self._columns.item} nor {' nor '.join(names)}" if names else f"no {self._columns.item}",
+                "Fill it in, drop the row, or name columns of the files in --item_features.",
+            )
+        distinct, place = np.unique(codes, axis=1, return_inverse=True)
+        item_of[rows] = len(all_ids) + place.reshape(-1)
+        if pa.types.is_integer(all_ids.type):
+            below = min(0, pc.min(all_ids).as_py() or 0)
+            return pa.array(range(below - 1, below - 1 - distinct.shape[1], -1), all_ids.type)
+        texts = [_combination(names, columns, combination) for combination in distinct.T]
+        while pc.any(pc.is_in(pa.array(texts, all_ids.type), all_ids)).as_py():
+            texts = [f"{text}'" for text in texts]
+        return pa.array(texts, all_ids.type)
+
+
+def _combination(names: Sequence[str], columns: Sequence[IdValues], codes: Sequence[int]) -> str:
+    """Returns the text of a combination of categories, of which each code but 0 names one."""
+    return ", ".join(
+        f"{name}={column.ids[int(code) - 1].as_py()}"
+        for name, column, code in zip(names, columns, codes, strict=True)
+        if code
+    )
 
 
 def coded_actions(column: IdColumn) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -107,10 +107,12 @@ class BehaviourCounts:
     Attributes:
         kept: behaviours of users who have events.
         only_behaviours: items that behaviours have and no event.
+        without_id: those of them that stand for behaviours without an item's id. Their dense ids come last.
     """
 
     kept: int
     only_behaviours: int
+    without_id: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,10 +36,17 @@ class OwnerIds:
         of_event: int32, the owner of each row that was read, from 0: of E events in the order of the files, and then of
             behaviours; -1 for a row that was left out.
         ids: their own ids `[n]`.
+        without_id: how many of the last are items that stand for behaviours without an id, told by categories alone.
     """
 
     of_event: np.ndarray
     ids: pa.Array
+    without_id: int = 0
+
+    def told_by(self, kind: Kind) -> np.ndarray:
+        """Returns the rows that may tell a feature of a kind of their owner, bool."""
+        num_told = len(self.ids) - (0 if kind is Kind.CATEGORY else self.without_id)
+        return (self.of_event >= 0) & (self.of_event < num_told)
 
 
 class FeatureReader:
@@ -103,28 +110,38 @@ class FeatureReader:
         self._readers = ColumnReaders(list(dict.fromkeys([*self.from_log, *shorthand])), rows)
         return self._readers
 
+    def read_values(self, is_text: Callable[[str], bool]) -> dict[RawColumn, ColumnValues]:
+        """Returns the values of the log's columns in all rows.
+
+        Args:
+            is_text: tells of a column's name that text was read.
+
+        Raises:
+            InputError: a value breaks a rule.
+        """
+        assert self._readers is not None
+        return self._readers.finish(is_text)
+
     def finish(
         self,
+        in_log: Mapping[RawColumn, ColumnValues],
         owners: Mapping[Owner, OwnerIds],
         order: np.ndarray,
         behaviour_order: np.ndarray,
         rows: Rows,
-        is_text: Callable[[str], bool],
     ) -> tuple[RawFeature, ...]:
         """Returns the features.
 
         Args:
+            in_log: as from `read_values`.
             owners: the users and the items.
             order: int64 `[E]`, the order of the events in prepared data.
             behaviour_order: int64 `[P]`, that of behaviours, which are events or have a log of their own.
             rows: where rows of the log stand, for the texts of errors.
-            is_text: tells of a column's name that text was read.
 
         Raises:
             InputError: an owner has two values, or a table breaks a rule.
         """
-        assert self._readers is not None
-        in_log = self._readers.finish(is_text)
         for column in self._shorthand:
             of_items = _of_owner(column, in_log[column], owners[Owner.ITEM], order, rows).values
             self.item_features[column.column] = _ids_of(of_items)
@@ -155,7 +172,7 @@ def _ids_of(values: ColumnValues) -> IdValues:
 def _of_owner(column: RawColumn, values: ColumnValues, owners: OwnerIds, order: np.ndarray, rows: Rows) -> RawFeature:
     """Returns one value for each owner: that of the first event which tells one. A missing value agrees with all."""
     given = values.given
-    told = np.flatnonzero(given & (owners.of_event >= 0))
+    told = np.flatnonzero(given & owners.told_by(column.kind))
     first = np.full(len(owners.ids), -1, np.int64)
     first[owners.of_event[told[::-1]]] = told[::-1]  # the last assignment stays, which is the first row's
     firsts = first[owners.of_event[told]]

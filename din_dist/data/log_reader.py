@@ -179,16 +179,18 @@ class _LogReader:
         timestamps = times.finish()
         found = optional.finish(user_of, timestamps, self._is_text)
         order = self._order(user_of, timestamps)
-        owned = self._behaviours.finish(user_ids, item_ids) if self._behaviours else None
+        values = self._features.read_values(self._is_text_of_feature)
+        owned = self._behaviours.finish(user_ids, item_ids, values) if self._behaviours else None
         behaviours = owned.behaviours if owned else None
         blocks = group_by_user(user_of, item_of + 1, timestamps, found.labels, order, found.more, behaviours)
         if owned:  # no feature of users is read there
             user_of = np.append(user_of, np.full(rows.count - num_events, -1, np.int32))
             item_of, item_ids = np.append(item_of, owned.item_of_row), owned.item_ids
         behaviour_order = num_events + owned.order if owned else order
-        owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids)}
+        without_id = owned.counts.without_id if owned else 0
+        owners = {Owner.USER: OwnerIds(user_of, user_ids), Owner.ITEM: OwnerIds(item_of, item_ids, without_id)}
         late = set().union(*(layout.late for layout in self._layouts.values()))
-        declared = self._features.finish(owners, order, behaviour_order, rows, self._is_text_of_feature)
+        declared = self._features.finish(values, owners, order, behaviour_order, rows)
         return EventLog(
             user_ids,
             item_ids,

@@ -161,16 +161,19 @@ def _measure_behaviours(store: EventStore) -> dict[str, int]:
         "behaviours": len(store.history_item_ids),
         "users_without": int(np.count_nonzero(np.diff(store.history_offsets) == 0)),
         "items_without_events": store.facts.num_only_behaviours,
+        "items_without_ids": store.facts.num_without_id,
         "first_timestamp": int(times.min()),
         "last_timestamp": int(times.max()),
     }
 
 
 def _behaviours_line(found: Mapping[str, int]) -> str:
+    count = found["items_without_ids"]
+    without_ids = f", {count:,} of which stand for behaviours without an item's id" if count else ""
     return (
         f"behaviours: {found['behaviours']:,} in a log of their own, timestamps {found['first_timestamp']} to "
         f"{found['last_timestamp']}; {found['users_without']:,} users have none, {found['items_without_events']:,} "
-        "items have no event and are never candidates"
+        f"items have no event and are never candidates{without_ids}"
     )
 
 

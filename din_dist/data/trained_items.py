@@ -15,7 +15,7 @@ from din_dist.data.event_store import USERS, EventStore, map_array
 from din_dist.data.splits import Examples, behaviour_counts, kept_in, publish
 from din_dist.data.walks import user_runs, windows
 from din_dist.errors import InputError
-from din_dist.schema import UNKNOWN_ID
+from din_dist.schema import UNKNOWN_ID, DatasetFacts
 
 _NAME = "trained"
 _OCCUR, _OFFSETS, _GAPS = "occur", "touched_offsets", "touched_gaps"
@@ -113,6 +113,22 @@ def _check_kept(store: EventStore, folder: Path, arrays: Mapping[str, np.ndarray
         )
 
 
+def row_of_item(facts: DatasetFacts, trained: TrainedItems | None) -> np.ndarray | None:
+    """Returns the row of each item in the table of items, int32 `[num_items + 1]`; None if each has its own.
+
+    Args:
+        facts: about the data.
+        trained: as from `trained_items`.
+    """
+    if trained:
+        return trained.row_of_item
+    if not facts.num_without_id:
+        return None
+    rows = np.arange(facts.num_items + 1, dtype=np.int32)
+    rows[-facts.num_without_id :] = UNKNOWN_ID
+    return rows
+
+
 def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     """Returns bool `[num_items + 1]`: True for the items of training examples and of their histories."""
     found = np.zeros(store.facts.num_items + 1, bool)
@@ -120,7 +136,9 @@ def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     ends = train.row_ends.astype(np.int64) + train.event_bases
     for first, end in user_runs(np.cumsum(ends - begins)):
         found[store.item_ids[windows(begins[first:end], (ends - begins)[first:end])]] = True
-    return found | (behaviour_counts(store, train) > 0)
+    found |= behaviour_counts(store, train) > 0
+    found[store.facts.num_items + 1 - store.facts.num_without_id :] = False  # known by their features alone
+    return found
 
 
 def _touched_among(store: EventStore, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from din_dist.serving.bundle import Bundle
 from tests.support.commands import command
 from tests.support.finished_job import finish, run
 from tests.support.preloaded import Preloaded
@@ -33,6 +34,14 @@ def write_logs(folder: Path) -> None:
             done.append({"who": name, "item_id": f"i{item}", "category_id": f"c{item % 5}", "timestamp": time})
     pq.write_table(pa.Table.from_pylist(shown), folder / "log.parquet")
     pq.write_table(pa.Table.from_pylist(done), folder / "done.parquet")
+
+
+def without_ids(folder: Path) -> Path:
+    """Writes the behaviours of `folder` without the ids of their items."""
+    table = pq.read_table(folder / "done.parquet").drop_columns("item_id")
+    path = folder / "done_without_ids.parquet"
+    pq.write_table(table, path)
+    return path
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -110,6 +119,26 @@ def test_a_resumed_job_ends_the_same(folder: Path, commands: Preloaded) -> None:
         np.testing.assert_allclose(
             np.load(path), np.load(folder / "run" / "checkpoints" / newest.name / path.name), atol=1e-5
         )
+
+
+def test_behaviours_without_ids_tell_by_their_categories(commands: Preloaded, tmp_path: Path) -> None:
+    """Training, evaluation, the export and requests agree; a request has any id that the model does not know."""
+    write_logs(tmp_path)
+    behaviours = [f"--behaviours_path={without_ids(tmp_path)}", "--behaviour_item_column=none"]
+    finish(commands, tmp_path, *words(tmp_path, *behaviours, "--behaviour_user_column=who"))
+    summary = summary_of(tmp_path / "run")
+    assert summary["test_auc"] > 0.75
+    done = commands.run("evaluate", f"--export_dir={tmp_path / 'export'}", "--bootstrap_samples=100")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["log_loss"] == pytest.approx(summary["test_log_loss"], abs=1e-6)  # histories of one category tie
+    assert found["retrieval"]["mean_num_candidates"] <= 25
+    bundle = Bundle.open(tmp_path / "export")
+    liked, candidates = ["c3", "c1", "c3"], ["i3", "i8", "i4"]
+    by_made_up_ids = bundle.score([f"category_id={category}" for category in liked] * 3, [3] * 3, candidates)
+    by_categories = bundle.score_with_features([""] * 9, [3] * 3, candidates, {"category_id": liked * 3}, {})
+    np.testing.assert_allclose(by_categories, by_made_up_ids, atol=1e-6)
+    assert by_categories[:2].min() > by_categories[2] + 1
 
 
 def test_the_report_is_written(folder: Path, commands: Preloaded, tmp_path: Path) -> None:

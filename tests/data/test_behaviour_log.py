@@ -20,7 +20,7 @@ from din_dist.data.popularity import popularity
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.data.splits import behaviour_counts, split_examples
 from din_dist.data.statistics import describe
-from din_dist.data.trained_items import trained_items
+from din_dist.data.trained_items import row_of_item, trained_items
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
 from din_dist.evaluation.retrieval import PopularityScorer, Task, queries_of, rank
@@ -134,6 +134,76 @@ def test_two_values_of_a_feature_in_two_logs(tmp_path: Path) -> None:
                 tmp_path, shown=shown, done=[DONE[1] | {"item_id": "x"}], item_features=("kind",), embedding_dim=(6, 4)
             ).data
         )
+
+
+WITHOUT_IDS = [
+    {"user_id": "a", "item_id": None, "timestamp": 5, "kind": "k3", "brand": None},
+    {"user_id": "a", "item_id": None, "timestamp": 6, "kind": "k3", "brand": "b1"},
+    {"user_id": "a", "item_id": "p", "timestamp": 7, "kind": "k3", "brand": "b1"},
+    {"user_id": "b", "item_id": None, "timestamp": 8, "kind": "k3", "brand": "b1"},
+    {"user_id": "b", "item_id": None, "timestamp": 9, "kind": None, "brand": "b2"},
+    {"user_id": "c", "item_id": None, "timestamp": 9, "kind": None, "brand": None},  # of nobody's here
+]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_behaviours_without_ids_are_items_of_their_categories(tmp_path: Path, suffix: str) -> None:
+    """One item for each combination; they come last, are never candidates, and share the reserved row."""
+    features = {"item_features": ("kind", "brand"), "embedding_dim": (6, 4, 4)}
+    shown = [row | {"kind": "k3", "brand": "b1"} for row in SHOWN]
+    config = config_of(tmp_path, suffix, shown, done=WITHOUT_IDS, **features)
+    store = prepare(config.data)
+    made_up = ["brand=b2", "kind=k3", "kind=k3, brand=b1"]
+    assert sorted(store.vocabulary("items").to_pylist()[4:]) == made_up
+    assert histories(store) == [["kind=k3", "kind=k3, brand=b1", "p"]] * 3 + [["kind=k3, brand=b1", "brand=b2"]] * 2
+    facts = store.facts
+    assert (facts.num_items, facts.num_candidates, facts.num_only_behaviours, facts.num_without_id) == (7, 3, 4, 3)
+    for name in ("kind", "brand"):
+        of_items = dict(zip(store.vocabulary("items").to_pylist(), store.item_features[name][1:], strict=True))
+        found = {item: store.own_ids(name, [of_items[item]], unknown="")[0] for item in [*made_up, "p"]}
+        whole = {"kind": ["", "k3", "k3", "k3"], "brand": ["b2", "", "b1", "b1"]}[name]
+        assert list(found.values()) == whole
+    rows = row_of_item(facts, None)
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    (line,) = [line for line in describe(store, 100) if line.startswith("behaviours:")]
+    assert line.endswith(
+        "4 items have no event and are never candidates, 3 of which stand for behaviours without an item's id"
+    )
+    known = config.replace(
+        unknown_item=UnknownItem.FEATURES, split=Split.TEMPORAL, validation_from=41, test_from=42
+    ).data
+    trained = trained_items(store, known, split_examples(store, known))
+    assert trained
+    assert row_of_item(facts, trained).tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert trained.ids.tolist() == [0, 1, 2, 3]
+
+
+def test_ids_that_are_made_up_are_nobodys(tmp_path: Path) -> None:
+    features = {"item_features": ("kind",), "embedding_dim": (6, 4)}
+    shown = [row | {"item_id": number - 7, "kind": "k1"} for number, row in enumerate(SHOWN)]
+    done = [row | {"item_id": None, "kind": f"k{number}"} for number, row in enumerate(DONE)]
+    store = prepare(config_of(tmp_path, shown=shown, done=done, **features).data)
+    assert store.vocabulary("items").to_pylist() == [-7, -6, -5, -4, -3, -8, -9, -10, -11]
+    other = tmp_path / "other"
+    other.mkdir()
+    shown = [row | {"item_id": "kind=k1", "kind": "k1"} for row in SHOWN]
+    store = prepare(config_of(other, shown=shown, done=[DONE[1] | {"item_id": None}], **features).data)
+    assert store.vocabulary("items").to_pylist() == ["kind=k1", "kind=k1'"]
+
+
+def test_a_log_without_a_column_of_items(tmp_path: Path) -> None:
+    """A number of an item is not known of what has no id: a caller could not give it."""
+    done = [{name: value for name, value in row.items() if name != "item_id"} for row in DONE if row["kind"]]
+    done = [row | {"price": float(number)} for number, row in enumerate(done)]
+    config = config_of(tmp_path, shown=[row | {"price": 3.0, "kind": "k1"} for row in SHOWN], done=done)
+    declared = '[kind]\nof = "item"\nkind = "category"\n[price]\nof = "item"\nkind = "number"\nencode = "none"\n'
+    given = {"behaviours_path": config.data.behaviours_path, "behaviour_item_column": "none", "item_features": ()}
+    store = prepare(config_for(tmp_path / "shown.parquet", declared, **given))
+    assert histories(store)[2] == ["kind=k1", "kind=k1"]
+    assert histories(store)[4] == ["kind=k2"]
+    assert np.isnan(store.features["price"].values[-2:]).all()
+    assert not np.isnan(store.features["price"].values[1:-2]).any()
 
 
 def plain_history(shown: Row, done: list[Row], delay: int) -> list[str]:
@@ -282,7 +352,21 @@ def test_predict_reads_the_histories_that_training_had(tmp_path: Path, labels: b
     [
         ({"done": [DONE[2]]}, "--behaviours_path: must have behaviours of users of --data_path. Received: none"),
         ({"done": [DONE[1] | {"user_id": None}, DONE[0]]}, "done.parquet, row 1: every event needs a user_id"),
-        ({"done": [DONE[1] | {"item_id": None}, DONE[0]]}, "done.parquet, row 1: every event needs a item_id"),
+        (
+            {"done": [DONE[1] | {"item_id": None}, DONE[0]]},
+            "done.parquet, row 1: a behaviour needs the id of its item, or a category of it. Received: no item_id. "
+            "Fill it in, drop the row, or name columns of the files in --item_features.",
+        ),
+        (
+            {
+                "shown": [row | {"kind": "k3"} for row in SHOWN],
+                "done": [DONE[0], DONE[3] | {"item_id": None}],
+                "item_features": ("kind",),
+                "embedding_dim": (6, 4),
+            },
+            "done.parquet, row 2: a behaviour needs the id of its item, or a category of it. Received: neither item_id "
+            "nor kind. Fill it in",
+        ),
         ({"done": [row | {"timestamp": "2020-01-01"} for row in DONE]}, "all timestamps must be of one kind"),
         ({"behaviour_item_column": "sku"}, "column 'sku' is missing"),
         ({"behaviours_path": "nothing.csv"}, "nothing.csv: no such file, folder, or match of a glob. Correct"),

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import tensorflow as tf
 
 from din_dist.assembly import Assembly
@@ -123,7 +126,12 @@ def prepare_data(folder: Path) -> None:
     prepare(data_config(folder))
     # With fewer users, two scores that change places move the AUC of purchases by more than rounding may.
     write_task_log(folder / "tasks.parquet", num_users=240)
-    write_log(folder / "behaviours.parquet", num_items=40, seed=1)  # 10 of them are never candidates
+    behaviours = folder / "behaviours.parquet"
+    write_log(behaviours, num_items=40, seed=1)  # 10 of them are never candidates
+    table = pq.read_table(behaviours)
+    has_id = np.arange(len(table)) % 3 > 0  # the others are known by their categories alone
+    items = pc.if_else(pa.array(has_id), table["item_id"], None)
+    pq.write_table(table.set_column(table.schema.get_field_index("item_id"), "item_id", items), behaviours)
     for case in OWN_FILES:
         prepare(config_of(folder, "any", case, 1).data)
 

@@ -177,5 +177,6 @@ def write_beside(
         actions=log.actions,
         num_behaviours=log.behaviours.kept if log.behaviours else None,
         num_only_behaviours=log.behaviours.only_behaviours if log.behaviours else 0,
+        num_without_id=log.behaviours.without_id if log.behaviours else 0,
     )
     write_facts(folder, facts.by_present_rule())
