@@ -13,7 +13,6 @@ from din_dist.data.event_store import ITEMS, USERS, EventStore, vocabulary_of
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import of_segments, thin_out
-from din_dist.layers.packed import split_histories
 from din_dist.models.ranking_model import RankingModel
 from din_dist.report.scoring import MODEL, ScoredExamples, probabilities
 
@@ -45,6 +44,7 @@ class ShownExample:
         behaviours: newest first; only the heaviest ones of a long history.
         num_rest: the number of behaviours that are not shown.
         weight_of_rest: the sum of their weights.
+        history: the name of the history; empty if the model reads one.
     """
 
     kind: str
@@ -57,22 +57,25 @@ class ShownExample:
     behaviours: Sequence[Behaviour]
     num_rest: int
     weight_of_rest: float
+    history: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Averages:
-    """Averages of the attention over examples with at least two behaviours.
+    """Averages of the attention over examples with at least two behaviours in a history.
 
     Attributes:
         num_examples: the number of these examples.
         by_age: for each range of ages: its name, the mean weight relative to an equal share, the number of positions.
         same: for the item and each item feature, over the examples in which only some behaviours share it with the
             candidate: its name, the number of examples, these behaviours' share of the history and of the attention.
+        history: its name; empty if the model reads one.
     """
 
     num_examples: int
     by_age: list[tuple[str, float, int]]
     same: list[tuple[str, int, float, float]]
+    history: str = ""
 
 
 def choose(scored: ScoredExamples, per_kind: int = _PER_KIND) -> dict[str, list[int]]:
@@ -123,6 +126,8 @@ def show(
 ) -> list[ShownExample]:
     """Returns the chosen examples with the weights of their histories, in the log's own ids.
 
+    Of several histories each that has behaviours is there by itself.
+
     Args:
         model: gives the weights.
         config: the job's settings.
@@ -141,11 +146,12 @@ def show(
     new_before = np.concatenate([[0], np.cumsum(smaller.rows_per_user())[:-1]])
     new_segment_of = np.searchsorted(segments, segment_of)
     new_indices = wanted + (new_before - before)[new_segment_of] * examples.draws_per_row
-    found: dict[int, WeighedExample] = {}
+    found: dict[int, list[WeighedExample]] = {int(index): [] for index in wanted}
     for example in weighed_examples(model, config, store, smaller):
-        if example.index in new_indices:
-            found[int(wanted[np.searchsorted(new_indices, example.index)])] = example
-    items = np.unique(np.concatenate([[e.candidate, *e.history] for e in found.values()]).astype(np.int64))
+        if len(example.history) and example.index in new_indices:
+            found[int(wanted[np.searchsorted(new_indices, example.index)])].append(example)
+    every = [[e.candidate, *e.history] for examples in found.values() for e in examples]
+    items = np.unique(np.concatenate([[], *every]).astype(np.int64))
     item_names = dict(zip(items.tolist(), store.own_ids(ITEMS, items), strict=True))
     feature, of_item = next(iter(store.item_features.items()), ("", np.zeros(store.facts.num_items + 1, np.int32)))
     categories = np.unique(of_item[items])
@@ -154,49 +160,63 @@ def show(
     users = store.own_ids(USERS, examples.user_of_example()[wanted] + 1)  # users count from 0
     user_names = dict(zip(wanted.tolist(), users, strict=True))
     return [
-        _shown(kind, found[index], user_names[index], item_names, category_names, of_item)
+        _shown(kind, example, user_names[index], item_names, category_names, of_item)
         for kind, indices in chosen.items()
         for index in indices
+        for example in found[index]
     ]
 
 
-def averages(model: RankingModel, config: Config, store: EventStore, examples: Examples) -> Averages | None:
-    """Returns averages of the attention, or None if the weights of a history do not sum to 1 or there are none."""
+def averages(model: RankingModel, config: Config, store: EventStore, examples: Examples) -> list[Averages]:
+    """Returns averages of the attention to each history; nothing if its weights do not sum to 1 or there are none."""
     if config.model.attention_normalization is not AttentionNormalization.SOFTMAX:
-        return None
+        return []
     features = {"item": np.arange(store.facts.num_items + 1)}
     features |= {schema.feature_label(name): of_item for name, of_item in store.item_features.items()}
+    of_histories: dict[str, list[WeighedExample]] = {}
+    for example in weighed_examples(model, config, store, thin_out(examples, _MOST_AVERAGED)):
+        of_histories.setdefault(example.name, []).append(example)
+    found = (_averages(name, examples, features) for name, examples in of_histories.items())
+    return [each for each in found if each]
+
+
+def _averages(name: str, examples: Sequence[WeighedExample], features: Mapping[str, np.ndarray]) -> Averages | None:
+    """Returns averages of the attention to one history; None if no example has weights.
+
+    Args:
+        name: of the history.
+        examples: with this history.
+        features: name -> of each item, the value that behaviours may share with the candidate.
+    """
     starts = np.array(_AGES)
     totals, counts, num_examples = np.zeros(len(starts)), np.zeros(len(starts), np.int64), 0
     shares: dict[str, list[tuple[float, float]]] = {name: [] for name in features}
-    for example in weighed_examples(model, config, store, thin_out(examples, _MOST_AVERAGED)):
+    for example in examples:
         length = len(example.history)
-        if example.weights is None:
-            return None
-        if length < 2:
+        if example.weights is None or length < 2:
             continue
         num_examples += 1
         range_of = np.searchsorted(starts, np.arange(length, 0, -1), side="right") - 1
         totals += np.bincount(range_of, example.weights * length, len(starts))
         counts += np.bincount(range_of, minlength=len(starts))
-        for name, of_item in features.items():
+        for feature, of_item in features.items():
             same = of_item[example.history] == of_item[example.candidate]
             if of_item[example.candidate] and same.any() and not same.all():
-                shares[name].append((float(same.mean()), float(example.weights[same].sum())))
+                shares[feature].append((float(same.mean()), float(example.weights[same].sum())))
     if not num_examples:
         return None
     ends = [*(starts[1:] - 1), None]
-    names = [
+    ranges = [
         f"{low:,}" if low == high else f"{low:,}–{high:,}" if high else f"{low:,} and more"
         for low, high in zip(starts, ends, strict=True)
     ]
     by_age = [
-        (name, float(total / count), int(count))
-        for name, total, count in zip(names, totals, counts, strict=True)
+        (ages, float(total / count), int(count))
+        for ages, total, count in zip(ranges, totals, counts, strict=True)
         if count
     ]
-    same = [(name, len(pairs), *map(float, np.mean(pairs, axis=0))) for name, pairs in shares.items() if pairs]
-    return Averages(num_examples, by_age, same)
+    same = [(feature, len(pairs), *map(float, np.mean(pairs, axis=0))) for feature, pairs in shares.items() if pairs]
+    return Averages(num_examples, by_age, same, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +227,14 @@ class WeighedExample:
     probability: float
     history: np.ndarray  # item ids, oldest first
     weights: np.ndarray | None
+    name: str = ""  # of the history
 
 
 def weighed_examples(
     model: RankingModel, config: Config, store: EventStore, examples: Examples
 ) -> Iterator[WeighedExample]:
-    """Yields `examples` in their order, with what the model makes of them; of several histories the first."""
+    """Yields each history of `examples` in their order, with what the model makes of it."""
+    names = [history.name for history in store.sets] or [""]
     batches = evaluation_batches(
         store,
         examples,
@@ -225,20 +247,20 @@ def weighed_examples(
     for batch in batches:
         weights = model.attention_weights(batch)
         clicks = probabilities(model.of_task(model(batch, training=False), config.main_task).numpy())
-        lengths, history = split_histories(model.num_histories, batch.history_lengths, batch.history_item_ids)[0]
-        ends = np.cumsum(lengths.numpy())
-        histories = np.split(history.numpy(), ends[:-1])
-        weights_of: Sequence[np.ndarray | None] = [None] * len(histories)
-        if weights is not None:
-            weights_of = np.split(weights[: len(history)].numpy().astype(np.float64), ends[:-1])
         columns = [
             field.numpy().tolist()
             for field in (batch.example_ids, batch.candidate_item_ids, model.of_task(batch.labels, config.main_task))
         ]
-        for index, candidate, label, probability, history, own_weights in zip(
-            *columns, clicks.tolist(), histories, weights_of, strict=True
-        ):
-            yield WeighedExample(index, candidate, int(label), probability, history, own_weights)
+        ends = np.cumsum(batch.history_lengths.numpy())  # [S * B], the histories of all examples of each name in turn
+        histories = np.split(batch.history_item_ids.numpy(), ends[:-1])
+        weights_of: Sequence[np.ndarray | None] = [None] * len(histories)
+        if weights is not None:
+            weights_of = np.split(weights.numpy().astype(np.float64), ends[:-1])
+        num_examples = len(columns[0])
+        for place, (index, candidate, label, probability) in enumerate(zip(*columns, clicks.tolist(), strict=True)):
+            for number, name in enumerate(names):
+                own = place + number * num_examples
+                yield WeighedExample(index, candidate, int(label), probability, histories[own], weights_of[own], name)
 
 
 def _shown(
@@ -279,4 +301,5 @@ def _shown(
         behaviours=behaviours,
         num_rest=length - len(order),
         weight_of_rest=0.0 if weights is None else float(weights.sum() - weights[order].sum()),
+        history=example.name,
     )

@@ -70,7 +70,7 @@ class Findings:
     step: int | None = None  # of the checkpoint
     evaluation: Evaluation | None = None
     shown: Sequence[ShownExample] = ()
-    averages: Averages | None = None
+    averages: Sequence[Averages] = ()
     gains: Sequence[Gain] = ()
     problems: list[str] = dataclasses.field(default_factory=list)
 

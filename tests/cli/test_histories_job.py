@@ -212,6 +212,8 @@ def test_the_report_is_written(folder: Path, commands: Preloaded, tmp_path: Path
     run(commands, "report", f"--output_dir={folder / 'run'}", f"--report_path={tmp_path / 'report.html'}")
     text = (tmp_path / "report.html").read_text()
     assert "buy up to 3, view up to 2, skipped up to 4, long up to 2 of the candidate&#39;s category_id events" in text
+    for name in ("buy", "view", "skipped", "long"):
+        assert f"In the history <bdi>{name}</bdi>" in text
 
 
 @pytest.mark.parametrize("histories", [{"buy": 3}, {"buy": -1, "view": 2}, {"buy": "3", "view": 2}])

@@ -16,6 +16,7 @@ from din_dist.data.splits import split_examples
 from din_dist.report import attention
 from din_dist.report.scoring import MODEL, ScoredExamples
 from din_dist.schema import Batch
+from tests.support.small_log import small_config
 
 
 def scored(logits, labels, lengths, users=None) -> ScoredExamples:
@@ -47,8 +48,6 @@ def test_nobody_has_a_history() -> None:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory):
-    from tests.support.small_log import small_config
-
     config = small_config(tmp_path_factory.mktemp("log"), split=Split.LEAVE_TWO_OUT, max_history_length=24)
     store = prepare(config.data)
     return config, store, split_examples(store, config.data)["test"]
@@ -102,6 +101,33 @@ def test_what_is_shown_is_what_the_model_does(parts, normalization) -> None:
     assert (np.abs(weights[here]) > smallest * 1.0001).sum() < len(long.behaviours)
 
 
+def test_each_history_is_shown_with_its_own_weights(tmp_path) -> None:
+    """Against the whole split in one batch, where the histories of one name follow those of the other."""
+    histories = ("all:6", "skipped:4")
+    times = {"split": Split.TEMPORAL, "validation_from": 2, "test_from": 3}
+    config = small_config(tmp_path, labels=True, histories=histories, **times)
+    store = prepare(config.data)
+    examples = split_examples(store, config.data)["test"]
+    model = assembly.make_model(config.model, store.facts, store.item_features, seed=3)
+    batch = batch_of((config, store, examples))
+    lengths = batch.history_lengths.numpy()
+    num_examples = len(lengths) // 2
+    ends, weights = np.cumsum(lengths), model.attention_weights(batch).numpy()
+    both = [place for place in range(num_examples) if lengths[place] and lengths[num_examples + place]]
+    one = int(np.flatnonzero((lengths[:num_examples] > 0) & (lengths[num_examples:] == 0))[0])
+    shown = attention.show(model, config, store, examples, {"a": [both[0]], "b": [one]})
+    assert [(example.kind, example.history) for example in shown] == [("a", "all"), ("a", "skipped"), ("b", "all")]
+    for example, place in zip(shown, (both[0], num_examples + both[0], one), strict=True):
+        own = slice(ends[place] - lengths[place], ends[place])
+        newest_first = store.own_ids("items", batch.history_item_ids.numpy()[own])[::-1]
+        assert [behaviour.item for behaviour in example.behaviours] == newest_first
+        assert_allclose([behaviour.weight for behaviour in example.behaviours], weights[own][::-1], rtol=1e-4)
+    found = attention.averages(model, config, store, examples)
+    assert [average.history for average in found] == ["all", "skipped"]
+    counts = [np.count_nonzero(of_name > 1) for of_name in np.split(lengths, 2)]
+    assert [average.num_examples for average in found] == counts
+
+
 def test_averages_by_hand(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two examples with hand-made weights; items 1 and 2 have the features 1 and 2."""
     config, store, examples = parts
@@ -114,7 +140,7 @@ def test_averages_by_hand(parts, monkeypatch: pytest.MonkeyPatch) -> None:
         attention.WeighedExample(2, 2, 0, 0.5, np.array([1]), np.array([1.0])),  # one behaviour: nothing to weigh
     ]
     monkeypatch.setattr(attention, "weighed_examples", lambda *arguments: iter(made))
-    found = attention.averages(None, config, store, examples)
+    (found,) = attention.averages(None, config, store, examples)
     assert found.num_examples == 2
     # Newest: .3 * 2 and .2 * 4; next: .7 * 2 and .6 * 4; ages 3 and 4 ("3-5"): .1 * 4 twice.
     assert [(name, count) for name, _, count in found.by_age] == [("1", 2), ("2", 2), ("3–5", 2)]
@@ -128,7 +154,7 @@ def test_without_shares_there_are_no_averages(parts) -> None:
     for changes in ({"model": ModelKind.MEAN_POOLING}, {"attention_normalization": AttentionNormalization.NONE}):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
         model = assembly.make_model(changed.model, store.facts, store.item_features, seed=3)
-        assert attention.averages(model, changed, store, examples) is None
+        assert attention.averages(model, changed, store, examples) == []
 
 
 def test_mean_pooling_shows_histories_without_weights(parts) -> None:

@@ -122,10 +122,10 @@ def test_weights_that_are_no_shares() -> None:
 def test_bars_of_shares_are_to_scale() -> None:
     """The heaviest fills its place; the line of the equal share, 1/3, stands at 1/3 of 1/2."""
     averages = Averages(5, [("1", 1.5, 9), ("2", 0.5, 4)], [("item", 3, 0.1, 0.4)])
-    page = render(found(shown=[example(0.5, 0.3, 0.2)], averages=averages))
+    page = render(found(shown=[example(0.5, 0.3, 0.2)], averages=[averages]))
     assert re.findall(r'class="fill" width="([\d.]+)%"', page)[-3:] == ["100.00", "60.00", "40.00"]
     assert set(re.findall(r'class="tick" x1="([\d.]+)%"', page)) == {"66.67", "10.00"}
-    text = text_of(found(shown=[example(0.5, 0.3, 0.2)], averages=averages))
+    text = text_of(found(shown=[example(0.5, 0.3, 0.2)], averages=[averages]))
     for words in ("> 99.9 %", "50.0 %", "1.50", "40.0 % of the attention on 10.0 % of the history"):
         assert words in text, words
 

@@ -15,6 +15,10 @@ With --features (declarations as of the trainer, ids alone) FuxiCTR has the same
 those of items beside the item, in histories too, and the others in its head. With --max_examples each system trains
 until it has seen so many, and the table compares the test GAUC there.
 
+With --long_history two histories are compared: ours has the newest 20 and the newest 20 of the candidate's category,
+and FuxiCTR's SIM the newest 20 and those 20 of the newest 100 whose vectors fit the candidate's best. Its attention is
+a product of two projections instead of units, and it has a second loss for what it chooses.
+
 Each system is used as its documentation shows, so these differences remain:
 - Padding. DeepCTR fills every history up to 100, the width of its input; FuxiCTR up to the longest of the batch; ours
   pads nothing. Histories here have 9 items on average: this, and the factored attention layer, is what is measured.
@@ -79,7 +83,9 @@ OTHER_SETTINGS = {
     "embedding_l2": 0,
     "metrics_port": -1,
 }
+LONG_HISTORY = {"histories": "all:20", "long_history": "category_id:20"}
 FOR_THE_RUNNERS = (
+    "long_history",
     *("batch_size", "threads", "loader_workers", "seed", "warmup_steps", "seconds"),
     *("evaluate_every_steps", "max_seconds"),
 )
@@ -87,6 +93,7 @@ FOR_THE_RUNNERS = (
 flags.DEFINE_string("dataset", "event_log", "As of the trainer: event_log or complete_journey.")
 flags.DEFINE_string("data_path", "", "The log, as for the trainer; with a column category_id and without labels.")
 flags.DEFINE_string("features", "", "Declared features, as for the trainer. FuxiCTR alone takes them.")
+flags.DEFINE_bool("long_history", False, "Compare models of two histories, of which one is searched. FuxiCTR alone.")
 flags.DEFINE_list("peers", list(PEERS), f"Which ones: of {', '.join(PEERS)}.")
 flags.DEFINE_integer("rounds", 3, "Rounds of the measurement of speed.")
 flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not measured.")
@@ -134,8 +141,8 @@ def main() -> None:
 def _check_flags() -> None:
     own_log = FLAGS.dataset == "event_log"
     require(own_log == bool(FLAGS.data_path), "belongs to event_log", "data_path", FLAGS.data_path, "Name the log.")
-    others = [peer for peer in FLAGS.peers if peer != "fuxictr"] if FLAGS.features else []
-    require(not others, "takes no features", "peers", ",".join(others), "Give --peers=fuxictr.")
+    others = [peer for peer in FLAGS.peers if peer != "fuxictr"] if FLAGS.features or FLAGS.long_history else []
+    require(not others, "takes no features and one history", "peers", ",".join(others), "Give --peers=fuxictr.")
     for peer in FLAGS.peers:
         require(peer in PEERS, f"must be of {', '.join(PEERS)}", "peers", peer, "For example deepctr.")
     values = FLAGS.flag_values_dict()
@@ -183,7 +190,8 @@ def _environment(peer: str, folder: Path) -> Path:
 
 def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     """Exports the examples, has each peer bring them into its own form, and tells the bytes of each form."""
-    lines = _read([sys.executable, str(HERE / "export.py"), *_our_flags(), f"--export_dir={folder / 'data'}"])
+    of_examples = _our_flags(long_history=False)  # the peers find both histories in one
+    lines = _read([sys.executable, str(HERE / "export.py"), *of_examples, f"--export_dir={folder / 'data'}"])
     sizes = {OURS: int(lines[-1]["bytes"])}
     for peer in pythons:
         _peer(peer, pythons, folder, "prepare")
@@ -191,9 +199,11 @@ def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     return sizes
 
 
-def _our_flags() -> list[str]:
+def _our_flags(long_history: bool | None = None) -> list[str]:
+    """The flags of our job, by default as --long_history says."""
     settings = {**OTHER_SETTINGS, **SIZES, "dataset": FLAGS.dataset, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
     settings |= {"features": FLAGS.features} if FLAGS.features else {}
+    settings |= LONG_HISTORY if (FLAGS.long_history if long_history is None else long_history) else {}
     settings |= {"global_batch_size": FLAGS.batch_size, "compute_dtype": FLAGS.compute_dtype}
     texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
     return [f"--{name}={text}" for name, text in texts.items()]

@@ -1,4 +1,4 @@
-"""Trains FuxiCTR's DIN, the one that its package installs: `model_zoo.LongCTR`, with that folder's data loader.
+"""Trains FuxiCTR's DIN, or its SIM, as its package installs them: `model_zoo.LongCTR`, with that folder's data loader.
 
 It goes the way of LongCTR's `run_expid.py`: a feature map, three kinds of Parquet files, `RankDataLoader`, `model.fit`.
 Its data are compact as ours are (a user's sequence once, an example as a place in it), and a batch is filled up, at the
@@ -64,6 +64,7 @@ def train(job: dict[str, Any], channel: Any) -> None:
     from fuxictr.pytorch.torch_utils import seed_everything
     from model_zoo.LongCTR.DIN import DIN
     from model_zoo.LongCTR.longctr_dataloader import LongCTRDataLoader
+    from model_zoo.LongCTR.SIM import SIM
 
     logging.disable()
     torch.set_num_threads(job["threads"])
@@ -93,7 +94,10 @@ def train(job: dict[str, Any], channel: Any) -> None:
     feature_map = FeatureMap(FORM, str(folder))
     feature_map.load(str(folder / "feature_map.json"), params)
 
-    class Timed(DIN):
+    if job["long_history"]:  # its slice of the newest ends before the candidate, which it counts
+        params |= {"short_seq_len": 21, "topk": 20, "attention_dim": job["embedding_dim"]}
+
+    class Timed(SIM if job["long_history"] else DIN):
         def train_step(self, batch_data: Any) -> Any:
             loss = super().train_step(batch_data)
             watch.after_step(len(batch_data[2]))
