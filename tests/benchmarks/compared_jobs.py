@@ -23,7 +23,8 @@ def quick_flags(folder: Path, name: str) -> list[str]:
 def compare(folder: Path, jobs: Mapping[str, Sequence[str]], what: str) -> None:
     """Trains jobs in FOLDER/NAME and prints a table. A job that is finished there stays.
 
-    GAUC and AUC of the test events have bootstrap intervals. The speed is that of one process, measured in turn.
+    GAUC and AUC of the test events have bootstrap intervals. The speed is that of one process, measured in turn. The
+    bytes are those that the chief handed to the exchange between workers, for each example of the job.
 
     Args:
         folder: of all jobs.
@@ -39,13 +40,22 @@ def compare(folder: Path, jobs: Mapping[str, Sequence[str]], what: str) -> None:
             of_one = [word for word in words if not word.startswith("--num_workers")]
             found = _run([*_module("benchmark"), *of_one, f"--benchmark_steps={STEPS}"])
             speeds[name].append(json.loads(found.splitlines()[-1])["examples_per_second"])
-    print(f"| {what} | validation GAUC | test GAUC | test AUC | examples/s |\n|---|---|---|---|---|")
+    columns = [what, "validation GAUC", "test GAUC", "test AUC", "examples/s", "bytes an example"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in jobs:
         summary = json.loads((folder / name / "summary.json").read_text())
         words = [*_module("evaluate"), f"--output_dir={folder / name}", "--rank_against=none"]
         test = json.loads(_run(words).splitlines()[-1])
         columns = [f"{summary['best_validation_gauc']:.4f}", _interval(test, "gauc"), _interval(test, "auc")]
-        print(f"| {name} | {' | '.join(columns)} | {statistics.median(speeds[name]):,.0f} |", flush=True)
+        sent = _bytes_per_example(summary["metrics"])
+        print(f"| {name} | {' | '.join(columns)} | {statistics.median(speeds[name]):,.0f} | {sent:,.0f} |", flush=True)
+        if others := {key: value for key, value in summary.items() if key.startswith("test_auc_")}:
+            print(f"{name}: {others}", file=sys.stderr, flush=True)
+
+
+def _bytes_per_example(metrics: Mapping[str, float]) -> float:
+    sent = sum(value for name, value in metrics.items() if name.startswith("din_dist_exchanged_bytes_total"))
+    return sent / metrics["din_dist_examples_total"]
 
 
 def _module(name: str) -> list[str]:
