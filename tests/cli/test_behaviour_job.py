@@ -107,6 +107,7 @@ def test_predict_gives_the_logits_of_training(folder: Path, commands: Preloaded,
     assert np.corrcoef(logits["user"], rows["label"])[0, 1] > 0.4
 
 
+@pytest.mark.thorough  # as test_sides_job.py and test_elastic.py do
 def test_a_resumed_job_ends_the_same(folder: Path, commands: Preloaded) -> None:
     output = folder / "resumed"
     flags = command("train", folder, *words(folder, *with_behaviours(folder)), f"--output_dir={output}")[3:]

@@ -185,6 +185,7 @@ def config_of(folder: Path, **changes: Any) -> DataConfig:
     return DataConfig(dataset="event_log", data_path=log, data_dir=prepared, **settings)
 
 
+@pytest.mark.thorough  # as test_sides_job.py and test_elastic.py do
 def test_a_resumed_job_ends_the_same(folder: Path, commands: Preloaded) -> None:
     output = folder / "resumed"
     flags = command("train", folder, *WORDS, f"--output_dir={output}")[3:]
