@@ -18,8 +18,6 @@ pytestmark = pytest.mark.timeout(2400)
 SEED = 20181
 DELAY_MS = 4
 ONE_OF_EACH_KIND = (  # and SIGTERM of the launcher, with which the test ends the job
-    "the launcher is not heard",
-    "a host's data cannot be read",
     "SIGKILL of the chief",
     "SIGTERM of a worker",
     "a host freezes",
