@@ -49,7 +49,7 @@ IMPRESSIONS: dict[str, tuple[str, ...]] = {
     "mmoe": (_BOTH, "--task_head=mmoe:4"),
     "clicks_alone": ("--label_column=click",),
 }
-_AGES = '[age]\nof = "history"\nkind = "time_since"\nwidth = 8\n'
+_AGES = '[age]\nof = "history"\nkind = "time_since"\nfrom = "timestamp"\nwidth = 8\n'
 
 
 def main(folder: Path, names: Sequence[str]) -> None:

@@ -275,6 +275,7 @@ def test_benchmark_reports_where_the_time_goes(tmp_path: Path, prepared: Path, f
     assert_one_line(run("benchmark", prepared, "--compare=torch"), "--compare: must be of padded, unfactored")
 
 
+@pytest.mark.thorough
 def test_benchmark_of_one_worker_and_of_two(tmp_path: Path, prepared: Path) -> None:
     """The series starts horovodrun itself; the batch of a worker stays, and so what it computes."""
     # With our kernels they would speak through shared memory, of which Horovod's timeline knows nothing.

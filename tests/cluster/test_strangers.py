@@ -301,6 +301,7 @@ def targets(job: Job) -> list[str]:
     return [target for group in json.loads((job.output / "targets.json").read_text()) for target in group["targets"]]
 
 
+@pytest.mark.thorough
 def test_an_elastic_job_goes_on_among_strangers(lab: list[Host], tmp_path: Path, watched: list[str]) -> None:
     first, second, stranger = lab
     hosts = tmp_path / "hosts"

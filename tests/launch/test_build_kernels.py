@@ -23,6 +23,7 @@ def checkout(tmp_path: Path) -> FakeCheckout:
     return found
 
 
+@pytest.mark.thorough  # each set-up does
 def test_compiles_once_into_the_environment(checkout: FakeCheckout, tmp_path: Path) -> None:
     done = checkout.run("build_kernels.sh")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -494,6 +494,7 @@ def test_hosts_that_do_not_answer_are_named_before_the_start(launcher: Launcher)
     assert "train got" not in done.stdout
 
 
+@pytest.mark.thorough(unless=lambda case: case["number"] != signal.SIGINT)
 @pytest.mark.parametrize(
     ("stop", "number"),
     [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)],

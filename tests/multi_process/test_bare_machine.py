@@ -43,6 +43,7 @@ def launch_on(machine: str, folder: Path, *flags: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.thorough(unless=lambda case: case["machine"] == _NAMELESS)
 @pytest.mark.parametrize("machine", [_NAMELESS, f"ip link set lo up\n{_NO_SHARED_MEMORY}"])
 def test_two_workers_train(machine: str, tmp_path: Path) -> None:
     done = launch_on(machine.format(folder=tmp_path), tmp_path)

@@ -88,6 +88,7 @@ def test_data_that_do_not_come(tmp_path: Path, disk: FaultyDisk) -> None:
     assert f" was reading data in {disk.path / 'prepared'}" in line
 
 
+@pytest.mark.thorough(unless=lambda case: not case["killable"])
 @pytest.mark.parametrize("killable", [True, False])
 def test_a_request_to_stop_that_waits_for_data(tmp_path: Path, disk: FaultyDisk, killable: bool) -> None:
     """Without a launcher, and with one; long before `--stall_timeout_seconds`, though no signal may end the process."""
@@ -139,6 +140,7 @@ entry.run(read)
     assert job.end() == 75, job.said
 
 
+@pytest.mark.thorough  # as test_faults.py does
 def test_an_output_folder_that_takes_nothing_for_a_while(tmp_path: Path, disk: FaultyDisk) -> None:
     """Updates go on, and it is told; then so do checkpoints and records, and no example is lost or doubled."""
     output = disk.path / "run"

@@ -57,6 +57,7 @@ def assert_as_if_nothing_happened(summary: dict[str, Any], undisturbed: dict[str
     assert summary["test_gauc"] == pytest.approx(undisturbed["test_gauc"], abs=0.003)
 
 
+@pytest.mark.thorough  # as test_faults.py does
 def test_a_killed_chief_costs_no_example(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     expected = share_log(undisturbed, tmp_path)
     with start_elastic(tmp_path, *FLAGS) as job:
@@ -113,6 +114,7 @@ def test_with_too_few_workers_a_job_saves_and_can_be_run_again(
     assert_as_if_nothing_happened(json.loads(done.stdout.splitlines()[-1]), expected)
 
 
+@pytest.mark.thorough
 def test_a_stop_while_a_lost_worker_is_waited_for(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     share_log(undisturbed, tmp_path)
     with start_elastic(tmp_path, *FLAGS, "--min_workers=2") as job:

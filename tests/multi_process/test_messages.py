@@ -7,6 +7,7 @@ import pytest
 from tests.support.jobs import start
 
 
+@pytest.mark.thorough(unless=lambda case: case["world_size"] == 2)
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_messages_are_right_and_do_not_wait_until_they_are_looked_for(world_size: int) -> None:
     """More than a hundred of them, one after the other: to look for each would take five seconds."""

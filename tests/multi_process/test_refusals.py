@@ -82,6 +82,7 @@ def test_a_card_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert not [line for line in done.stderr.splitlines() if line.startswith("[") and "Traceback" in line]
 
 
+@pytest.mark.thorough(unless=lambda case: case["host"] == "192.0.2.7")
 @pytest.mark.parametrize("host", ["192.0.2.7", "no-such-host.invalid"])
 def test_metrics_at_an_address_that_is_not_here(tmp_path: Path, host: str) -> None:
     done = without_preparation(launch(tmp_path, "--metrics_port=0", f"--metrics_host={host}"))
