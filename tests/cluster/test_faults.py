@@ -33,7 +33,7 @@ ONE_OF_EACH_KIND = (  # and SIGTERM of the launcher, with which the test ends th
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     folder = tmp_path_factory.mktemp("laboratory")
     log = folder / "log.parquet"
-    write_log(log, num_users=6_500, num_items=12_000)  # an epoch of 128 updates
+    write_log(log, num_users=13_000, num_items=12_000)  # an epoch of 256 updates
     with contextlib.ExitStack() as stack:
         try:
             found = stack.enter_context(
