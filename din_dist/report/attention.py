@@ -173,50 +173,53 @@ def averages(model: RankingModel, config: Config, store: EventStore, examples: E
         return []
     features = {"item": np.arange(store.facts.num_items + 1)}
     features |= {schema.feature_label(name): of_item for name, of_item in store.item_features.items()}
-    of_histories: dict[str, list[WeighedExample]] = {}
+    sums: dict[str, _Sums] = {}
     for example in weighed_examples(model, config, store, thin_out(examples, _MOST_AVERAGED)):
-        of_histories.setdefault(example.name, []).append(example)
-    found = (_averages(name, examples, features) for name, examples in of_histories.items())
-    return [each for each in found if each]
+        if example.weights is None:
+            return []
+        if len(example.history) >= 2:
+            sums.setdefault(example.name, _Sums(features)).add(example, example.weights)
+    return [of_history.averages(name) for name, of_history in sums.items()]
 
 
-def _averages(name: str, examples: Sequence[WeighedExample], features: Mapping[str, np.ndarray]) -> Averages | None:
-    """Returns averages of the attention to one history; None if no example has weights.
+class _Sums:
+    """Sums over the examples of one history.
 
     Args:
-        name: of the history.
-        examples: with this history.
         features: name -> of each item, the value that behaviours may share with the candidate.
     """
-    starts = np.array(_AGES)
-    totals, counts, num_examples = np.zeros(len(starts)), np.zeros(len(starts), np.int64), 0
-    shares: dict[str, list[tuple[float, float]]] = {name: [] for name in features}
-    for example in examples:
-        length = len(example.history)
-        if example.weights is None or length < 2:
-            continue
-        num_examples += 1
-        range_of = np.searchsorted(starts, np.arange(length, 0, -1), side="right") - 1
-        totals += np.bincount(range_of, example.weights * length, len(starts))
-        counts += np.bincount(range_of, minlength=len(starts))
-        for feature, of_item in features.items():
+
+    def __init__(self, features: Mapping[str, np.ndarray]) -> None:
+        self._features, self._starts = features, np.array(_AGES)
+        self._totals, self._counts = np.zeros(len(_AGES)), np.zeros(len(_AGES), np.int64)
+        self._shares: dict[str, list[tuple[float, float]]] = {name: [] for name in features}
+        self._num_examples = 0
+
+    def add(self, example: WeighedExample, weights: np.ndarray) -> None:
+        length, num_ranges = len(example.history), len(self._starts)
+        self._num_examples += 1
+        range_of = np.searchsorted(self._starts, np.arange(length, 0, -1), side="right") - 1
+        self._totals += np.bincount(range_of, weights * length, num_ranges)
+        self._counts += np.bincount(range_of, minlength=num_ranges)
+        for feature, of_item in self._features.items():
             same = of_item[example.history] == of_item[example.candidate]
             if of_item[example.candidate] and same.any() and not same.all():
-                shares[feature].append((float(same.mean()), float(example.weights[same].sum())))
-    if not num_examples:
-        return None
-    ends = [*(starts[1:] - 1), None]
-    ranges = [
-        f"{low:,}" if low == high else f"{low:,}–{high:,}" if high else f"{low:,} and more"
-        for low, high in zip(starts, ends, strict=True)
-    ]
-    by_age = [
-        (ages, float(total / count), int(count))
-        for ages, total, count in zip(ranges, totals, counts, strict=True)
-        if count
-    ]
-    same = [(feature, len(pairs), *map(float, np.mean(pairs, axis=0))) for feature, pairs in shares.items() if pairs]
-    return Averages(num_examples, by_age, same, name)
+                self._shares[feature].append((float(same.mean()), float(weights[same].sum())))
+
+    def averages(self, history: str) -> Averages:
+        ends = [*(self._starts[1:] - 1), None]
+        ranges = [
+            f"{low:,}" if low == high else f"{low:,}–{high:,}" if high else f"{low:,} and more"
+            for low, high in zip(self._starts, ends, strict=True)
+        ]
+        by_age = [
+            (ages, float(total / count), int(count))
+            for ages, total, count in zip(ranges, self._totals, self._counts, strict=True)
+            if count
+        ]
+        means = {feature: np.mean(pairs, axis=0).tolist() for feature, pairs in self._shares.items() if pairs}
+        same = [(feature, len(self._shares[feature]), *means[feature]) for feature in means]
+        return Averages(self._num_examples, by_age, same, history)
 
 
 @dataclasses.dataclass(frozen=True)
