@@ -83,7 +83,7 @@ OTHER_SETTINGS = {
     "embedding_l2": 0,
     "metrics_port": -1,
 }
-LONG_HISTORY = {"histories": "all:20", "long_history": "category_id:20"}
+LONG_HISTORY = ("--histories=all:20", "--long_history=category_id:20")
 FOR_THE_RUNNERS = (
     "long_history",
     *("batch_size", "threads", "loader_workers", "seed", "warmup_steps", "seconds"),
@@ -190,8 +190,7 @@ def _environment(peer: str, folder: Path) -> Path:
 
 def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     """Exports the examples, has each peer bring them into its own form, and tells the bytes of each form."""
-    of_examples = _our_flags(long_history=False)  # the peers find both histories in one
-    lines = _read([sys.executable, str(HERE / "export.py"), *of_examples, f"--export_dir={folder / 'data'}"])
+    lines = _read([sys.executable, str(HERE / "export.py"), *_our_flags(), f"--export_dir={folder / 'data'}"])
     sizes = {OURS: int(lines[-1]["bytes"])}
     for peer in pythons:
         _peer(peer, pythons, folder, "prepare")
@@ -199,11 +198,14 @@ def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     return sizes
 
 
-def _our_flags(long_history: bool | None = None) -> list[str]:
-    """The flags of our job, by default as --long_history says."""
+def _our_job() -> list[str]:
+    """The flags of our job. The peers find both histories in the one of `_our_flags`."""
+    return [*_our_flags(), *(LONG_HISTORY if FLAGS.long_history else ())]
+
+
+def _our_flags() -> list[str]:
     settings = {**OTHER_SETTINGS, **SIZES, "dataset": FLAGS.dataset, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
     settings |= {"features": FLAGS.features} if FLAGS.features else {}
-    settings |= LONG_HISTORY if (FLAGS.long_history if long_history is None else long_history) else {}
     settings |= {"global_batch_size": FLAGS.batch_size, "compute_dtype": FLAGS.compute_dtype}
     texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
     return [f"--{name}={text}" for name, text in texts.items()]
@@ -212,7 +214,7 @@ def _our_flags(long_history: bool | None = None) -> list[str]:
 def _our_speed(steps: int) -> dict[str, Any]:
     options = [f"--benchmark_steps={steps}", f"--benchmark_warmup_steps={FLAGS.warmup_steps}"]
     versions = {package: metadata.version(package) for package in ("tensorflow-cpu", "keras")}
-    found = _read([sys.executable, "-m", "din_dist.cli.benchmark", *_our_flags(), *options])[-1]
+    found = _read([sys.executable, "-m", "din_dist.cli.benchmark", *_our_job(), *options])[-1]
     return {**found, "versions": versions}
 
 
@@ -237,7 +239,7 @@ def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> lis
         return "stop" if enough or found["gauc"] >= FLAGS.target_gauc else "go on"
 
     if system == OURS:
-        return _read([sys.executable, str(HERE / "run_ours.py"), *_our_flags(), f"--job={json.dumps(job)}"], judge)
+        return _read([sys.executable, str(HERE / "run_ours.py"), *_our_job(), f"--job={json.dumps(job)}"], judge)
     return _read([str(pythons[system]), str(HERE / f"run_{system}.py"), json.dumps(job)], judge)
 
 
