@@ -99,8 +99,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.fast)
     if config.getoption("--thorough") or any("::" in argument for argument in config.args):
         return
-    left = [item for item in items if is_left_to_thorough_runs(item)]
-    config.hook.pytest_deselected(items=left)
+    left = {item for item in items if is_left_to_thorough_runs(item)}
+    config.hook.pytest_deselected(items=list(left))
     items[:] = [item for item in items if item not in left]
 
 
