@@ -16,7 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.fault_lab import FAULTS, FAULTS_OF_JOBS, Job, Laboratory, check, seconds_to_go_on, wrong_epochs
+from tests.support.fault_lab import (
+    FAULTS,
+    FAULTS_OF_JOBS,
+    Job,
+    Laboratory,
+    check,
+    gauc_difference,
+    seconds_to_go_on,
+    wrong_epochs,
+)
 
 _RARE = 0.25  # the chance, against the others, of faults that the job has to be started again for
 _EPOCHS = 14
@@ -103,9 +112,9 @@ def main() -> int:
                 try:
                     found = torment(job, until)
                     summary = job.finish()
-                    differences.append(abs(summary["test_gauc"] - undisturbed["test_gauc"]))
+                    differences.append(gauc_difference(job, summary, undisturbed))
                     doubled += len(wrong_epochs(summary, undisturbed))
-                    check(summary, undisturbed)
+                    check(job, summary, undisturbed)
                 except Exception as error:
                     problem = error
                     failures += 1

@@ -51,10 +51,12 @@ def test_a_job_goes_on_after_each_fault_and_loses_no_example(laboratory: Laborat
     with laboratory.job("job") as job:
         for name in names:
             job.wait_for_updates()
+            assert job.running, f"{name} is still to come"
             started = time.time()
             FAULTS[name](job)
             job.wait_for_updates(1)
             print(f"{name}: {seconds_to_go_on(job, started):.1f} s until training went on, at step {job.step()}")
+        assert job.counter("din_dist_checkpoint_failures_total") >= 1, "of the full disk, the last fault"
         end_after_this_epoch(job)
         summary = job.finish()
-    check(summary, laboratory.undisturbed(job.epochs))
+    check(job, summary, laboratory.undisturbed(job.epochs))
