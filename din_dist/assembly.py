@@ -421,7 +421,10 @@ def _row_counts(
     lookup = model.lookup
     of_items = np.zeros(store.facts.num_items + 1)
     if config.optimizer.mini_batch_aware_l2:
-        of_items = (item_counts(store, splits) + behaviour_counts(store, splits["train"])).astype(np.float64)
+        of_events = item_counts(store, splits)
+        if trained:  # a user's events before its first example are in none, if only validation and test have examples
+            of_events *= trained.occur
+        of_items = (of_events + behaviour_counts(store, splits["train"])).astype(np.float64)
     rows = row_of_item(store.facts, trained)
     row_ids = [np.arange(len(of_items)) if rows is None else rows, *store.item_features.values()]
     counts = {
