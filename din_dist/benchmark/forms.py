@@ -17,8 +17,8 @@ from din_dist.distributed.gradients import DenseExchange
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import Owner
 from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.models.din import DIN
-from din_dist.models.ranking_model import RankingModel
 from din_dist.schema import Batch
 from din_dist.training.train_step import TrainStep, UnobservedTrainStep
 
@@ -33,7 +33,7 @@ class _OtherAttention(Assembly):
     unit: type[LocalActivationUnit]
 
     @property
-    def model_class(self) -> Callable[..., RankingModel]:
+    def model_class(self) -> Callable[..., BehaviourModel]:
         return functools.partial(DIN, attention=self.unit)
 
 
@@ -70,7 +70,7 @@ def with_idle_rows(form: type[Assembly], idle_rows_per_item: int) -> type[Assemb
 
     class WithIdleRows(form):  # type: ignore[valid-type, misc]
         @functools.cached_property
-        def model(self) -> RankingModel:
+        def model(self) -> BehaviourModel:
             rows = row_of_item(self.store.facts, self.trained_items)
             return make_model(
                 self.config.model,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from din_dist.config import Config
     from din_dist.data.event_store import EventStore
     from din_dist.data.splits import Examples
-    from din_dist.models.ranking_model import RankingModel
+    from din_dist.models.behaviour_model import BehaviourModel
     from din_dist.report.gain import Gain
     from din_dist.report.page import Findings
 
@@ -101,7 +101,7 @@ def _find(record: JobRecord, most: int) -> Findings:
     return found
 
 
-def _gains(config: Config, store: EventStore, examples: Examples, step: int, model: RankingModel) -> list[Gain]:
+def _gains(config: Config, store: EventStore, examples: Examples, step: int, model: BehaviourModel) -> list[Gain]:
     """Returns the gain of each feature. For one of items the model is opened again, because it holds their values."""
     from din_dist.distributed.runtime import Runtime
     from din_dist.evaluation import evaluator as evaluation

@@ -15,7 +15,7 @@ from din_dist.files import read_record
 
 if TYPE_CHECKING:
     from din_dist.data.event_store import EventStore
-    from din_dist.models.ranking_model import RankingModel
+    from din_dist.models.behaviour_model import BehaviourModel
 
 WHERE_DATA_LIES = ("data_path", "items_path", "users_path", "offers_path", "behaviours_path", "data_dir")
 
@@ -60,7 +60,7 @@ def config_from_text(text: str, path: Path) -> Config:
     return settings.config_from_flags(values)
 
 
-def trained_model(config: Config, store: EventStore, step: int | None = None) -> tuple[RankingModel, int]:
+def trained_model(config: Config, store: EventStore, step: int | None = None) -> tuple[BehaviourModel, int]:
     """Returns the model with its weights after update `step`, and that update.
 
     Args:

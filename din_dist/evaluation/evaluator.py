@@ -16,14 +16,14 @@ from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.packed import segment_ids, segment_sum, split_histories
 from din_dist.metrics.ranking import auc, gauc, log_loss, pairwise_gauc
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import METRICS_OF_TASKS, Batch, metric_of
 
 # Packed batch -> a number for each example, `[B]`, or for each example and label, `[B, T]`.
 BatchScorer = Callable[[Batch], tf.Tensor]
 
 
-def logits_of(model: RankingModel) -> BatchScorer:
+def logits_of(model: BehaviourModel) -> BatchScorer:
     """Returns a function from packed batches to the model's logits, traced once."""
     return tf.function(
         lambda batch: model(batch, training=False),

@@ -15,7 +15,8 @@ from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.native.vectors import beside_product
 from din_dist.layers.pairs import Pairs
-from din_dist.models.ranking_model import LookedUp, RankingModel, items_of, suffixes_of
+from din_dist.models.behaviour_model import items_of
+from din_dist.models.ranking_model import LookedUp, RankingModel, suffixes_of
 from din_dist.schema import Batch, NamedHistory
 
 

@@ -13,7 +13,7 @@ from din_dist.data.event_store import ITEMS, USERS, EventStore, vocabulary_of
 from din_dist.data.pipeline import evaluation_batches
 from din_dist.data.splits import Examples
 from din_dist.data.thinning import of_segments, thin_out
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.report.scoring import MODEL, ScoredExamples, probabilities
 
 _PER_KIND = 2
@@ -118,7 +118,7 @@ def choose(scored: ScoredExamples, per_kind: int = _PER_KIND) -> dict[str, list[
 
 
 def show(
-    model: RankingModel,
+    model: BehaviourModel,
     config: Config,
     store: EventStore,
     examples: Examples,
@@ -167,7 +167,7 @@ def show(
     ]
 
 
-def averages(model: RankingModel, config: Config, store: EventStore, examples: Examples) -> list[Averages]:
+def averages(model: BehaviourModel, config: Config, store: EventStore, examples: Examples) -> list[Averages]:
     """Returns averages of the attention to each history; nothing if its weights do not sum to 1 or there are none."""
     if config.model.attention_normalization is not AttentionNormalization.SOFTMAX:
         return []
@@ -234,7 +234,7 @@ class WeighedExample:
 
 
 def weighed_examples(
-    model: RankingModel, config: Config, store: EventStore, examples: Examples
+    model: BehaviourModel, config: Config, store: EventStore, examples: Examples
 ) -> Iterator[WeighedExample]:
     """Yields each history of `examples` in their order, with what the model makes of it."""
     names = [history.name for history in store.sets] or [""]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from din_dist.data.event_store import EventStore
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.undo import UndoLog
@@ -27,7 +27,7 @@ class Learner:
         message_sizes: the bytes that an update sends to other ranks.
     """
 
-    model: RankingModel
+    model: BehaviourModel
     step: TrainStep
     undo_log: UndoLog
     variables: Mapping[str, tf.Variable]

@@ -14,7 +14,7 @@ from din_dist.data.pipeline import batch_signature
 from din_dist.distributed.gradients import Gradient, GradientExchange
 from din_dist.distributed.row_transports import RowGradients
 from din_dist.execution import on_host
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
 from din_dist.training.optimizers import Optimizer
 from din_dist.training.regularization import Regularization, clip
@@ -28,7 +28,7 @@ class Observed(NamedTuple):
     exchange_ended: tf.Tensor  # likewise
     rows_sent: tf.Tensor  # int32 [S], of each table, padding included, also by a rank that has nobody to send to
     unique_rows: tf.Tensor  # int32 [S], over all ranks
-    unknown_ids: tf.Tensor  # float32 [T], as from `RankingModel.unknown_ids`
+    unknown_ids: tf.Tensor  # float32 [T], as from `BehaviourModel.unknown_ids`
     computed_positions: tf.Tensor  # int32, padding included
 
 
@@ -67,7 +67,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: RankingModel,
+        model: BehaviourModel,
         optimizer: Optimizer,
         exchange: GradientExchange,
         regularization: Regularization,
@@ -158,12 +158,7 @@ class TrainStep:
     ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor, tf.Tensor]:
         """Returns this rank's part of the gradient and of the loss, and the loss of each of its examples."""
         with tf.GradientTape() as tape:
-            logits = self._model(batch, training=True)
-            execution = self._model.training_mode.execution
-            # Beside kernels there are few cheap operations left, and XLA would compile for each number of examples.
-            find = _cross_entropy if execution.kernels else execution.fused(_cross_entropy)
-            corrected = logits + batch.logit_offsets if "logit_offsets" in batch.extras else logits
-            losses = find(corrected, batch.labels)
+            losses = self._model.losses(batch)
             if self._model.num_tasks > 1:
                 losses = tf.linalg.matvec(losses, self._task_weights)
             weighted = losses * batch.weights if "weights" in batch.extras else losses
@@ -224,10 +219,6 @@ def checksum_of(sums: Sequence[float]) -> int:
     return sum(int(value) << (8 * place) for place, value in enumerate(sums)) % 2**64
 
 
-def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    return tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
-
-
 def _as_bytes(checksum: tf.Tensor) -> tf.Tensor:
     """Splits a uint64 into 8 float32, which add up exactly over 65,000 ranks in the message of dense gradients."""
     places = tf.constant([8 * place for place in range(NUM_CHECKSUM_PARTS)], tf.uint64)
@@ -241,7 +232,7 @@ class MessageSizes:
         wire_bytes: of one value of a row gradient.
     """
 
-    def __init__(self, model: RankingModel, optimizer: Optimizer, wire_bytes: int, has_peers: bool) -> None:
+    def __init__(self, model: BehaviourModel, optimizer: Optimizer, wire_bytes: int, has_peers: bool) -> None:
         self._alone = not has_peers
         tables = {weight.path for weight in model.tables}
         named = dict(zip(optimizer.names, optimizer.variables, strict=True))

@@ -20,7 +20,8 @@ from din_dist.features.sides import distinct_sides
 from din_dist.features.spec import Form, Owner
 from din_dist.layers.packed import segment_ids
 from din_dist.layers.spans import Positions, Span, spans_of
-from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel, Sides
+from din_dist.models.behaviour_model import Sides
+from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
 from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
