@@ -15,6 +15,7 @@ from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TaskHe
 from din_dist.data.event_store import EventStore
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, side_counts, training_batches
 from din_dist.data.popularity import popularity
+from din_dist.data.sampled_items import sampled_items
 from din_dist.data.splits import Examples, behaviour_counts, item_counts, split_examples
 from din_dist.data.trained_items import TrainedItems, row_of_item, trained_items
 from din_dist.data.walks import parts
@@ -29,9 +30,12 @@ from din_dist.features.spec import Owner
 from din_dist.layers.feature_columns import feature_table_specs
 from din_dist.layers.local_lookup import LocalLookup, columns_of
 from din_dist.machine import memory_bytes
+from din_dist.models.behaviour_model import BehaviourModel
+from din_dist.models.comirec import MIND, ComiRecDR, ComiRecSA
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.sr_gnn import SRGNN
+from din_dist.models.youtube_dnn import YouTubeDNN
 from din_dist.schema import Batch
 from din_dist.telemetry.prometheus import PrometheusMetrics
 from din_dist.telemetry.reporter import Reporter
@@ -121,7 +125,31 @@ def require_chained_labels(config: Config, store: EventStore) -> None:
 
 
 # Name -> the class of a model.
-MODELS: dict[str, type[RankingModel]] = {ModelKind.DIN: DIN, ModelKind.MEAN_POOLING: MeanPooling}
+MODELS: dict[str, Callable[..., BehaviourModel]] = {
+    ModelKind.DIN: DIN,
+    ModelKind.MEAN_POOLING: MeanPooling,
+    ModelKind.YOUTUBE_DNN: YouTubeDNN,
+    ModelKind.COMIREC_SA: ComiRecSA,
+    ModelKind.COMIREC_DR: ComiRecDR,
+    ModelKind.MIND: MIND,
+    ModelKind.SR_GNN: SRGNN,
+}
+
+
+def require_known_features(config: Config, store: EventStore) -> None:
+    """Checks that a model that finds items is given no feature that it does not read.
+
+    Raises:
+        InputError: it is.
+    """
+    kind = config.model.model
+    if not kind.retrieves:
+        return
+    read = (Owner.ITEM, Owner.USER, Owner.CONTEXT) if kind is ModelKind.YOUTUBE_DNN else (Owner.ITEM,)
+    owners = {name: stored.encoding.spec.owner for name, stored in store.features.items()}
+    left = next((name for name, owner in owners.items() if owner not in read), "")
+    rule = f"{kind} reads features of {', '.join(read)} only"
+    require(not left, rule, "features", f"{left}, of {owners.get(left)}", "Leave it out, or use another --model.")
 
 
 def make_model(
@@ -132,9 +160,9 @@ def make_model(
     seed: int,
     row_of_item: np.ndarray | None = None,
     training_mode: Mode | None = None,
-    model_class: Callable[..., RankingModel] | None = None,
+    model_class: Callable[..., BehaviourModel] | None = None,
     features: Mapping[str, StoredFeature] | None = None,
-) -> RankingModel:
+) -> BehaviourModel:
     """Makes a model and its variables, the same for the same `seed`.
 
     Args:
@@ -152,8 +180,9 @@ def make_model(
     for name, stored in (features or {}).items():
         of_owner[stored.encoding.spec.owner][name] = stored
     of_items, of_history = of_owner.pop(Owner.ITEM), of_owner.pop(Owner.HISTORY)
+    num_biases = 0 if config.model.retrieves else facts.num_tasks
     lookup = LocalLookup(
-        table_specs(config, facts), item_features, seed, row_of_item, of_items, facts.num_tasks, name="lookup"
+        table_specs(config, facts), item_features, seed, row_of_item, of_items, num_biases, name="lookup"
     )
     # The order of `Owner`: a split head wants the candidates' columns last.
     of_examples = {name: stored for own in of_owner.values() for name, stored in own.items()}
@@ -202,6 +231,7 @@ class Assembly:
     ) -> None:
         require_memory_for_tables(config, store.facts, store.features)
         require_chained_labels(config, store)
+        require_known_features(config, store)
         self.config, self.runtime, self.store = config, runtime, store
         self._prometheus_metrics, self._num_threads = prometheus_metrics, num_threads
         self._signals = signals or NoSignals()
@@ -230,12 +260,12 @@ class Assembly:
         return share_memory(self.runtime) if self.execution.kernels else self.runtime
 
     @property
-    def model_class(self) -> Callable[..., RankingModel]:
+    def model_class(self) -> Callable[..., BehaviourModel]:
         """The class that makes the model."""
         return MODELS[self.config.model.model]
 
     @functools.cached_property
-    def model(self) -> RankingModel:
+    def model(self) -> BehaviourModel:
         """The model with its variables."""
         return make_model(
             self.config.model,
@@ -340,7 +370,9 @@ class Assembly:
     @functools.cached_property
     def _maker(self) -> BatchMaker:
         examples, seed = self.splits["train"], self.config.job.seed
-        drawn = popularity(self.store, self.config.data, self.splits, self.trained_items)
+        drawn = sampled_items(self.store, self.config.model, self.splits, self.trained_items, seed) or popularity(
+            self.store, self.config.data, self.splits, self.trained_items
+        )
         return BatchMaker.for_training(
             self.store, examples, self.config.data, seed, self.trained_items, self.execution, drawn
         )
@@ -410,7 +442,7 @@ def _row_counts(
     store: EventStore,
     splits: Mapping[str, Examples],
     trained: TrainedItems | None,
-    model: RankingModel,
+    model: BehaviourModel,
 ) -> dict[str, np.ndarray]:
     """Returns how often the rows of each table occur in training, by its name; zeros if no penalty asks.
 

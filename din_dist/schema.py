@@ -47,11 +47,18 @@ class Batch(NamedTuple):
     weights: Any = ()
     # float32 [B], added to the logits in the loss: the correction for negatives that are drawn unevenly; () for 0.
     logit_offsets: Any = ()
+    # int32 [S], the items that a softmax compares all targets with, which then are the candidates; () without one.
+    # `item_index` is then [B + N + S], with these items' places at its end.
+    sampled_item_ids: Any = ()
+    sampled_offsets: Any = ()  # float32 [S], as logit_offsets
 
     @property
     def extras(self) -> tuple[str, ...]:
         """The names of the fields for the loss that only some batches have, and this one has."""
-        return tuple(name for name in ("weights", "logit_offsets") if not isinstance(getattr(self, name), tuple))
+        return tuple(name for name in EXTRAS if not isinstance(getattr(self, name), tuple))
+
+
+EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets")
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from din_dist.config import ModelConfig, ModelKind
+from din_dist.config import ModelConfig, ModelKind, SessionReadout
 from din_dist.features.spec import Form
 from din_dist.layers.feature_columns import FeatureColumns
 
@@ -75,6 +75,35 @@ def forward_products(
     first_width = experts * (first + num_tasks) if experts else num_tasks * first
     products.append(Product(num_examples, head_width + context_width, first_width))
     return products + num_tasks * _stack(num_examples, (*config.hidden_units, 1))
+
+
+def retrieval_products(config: ModelConfig, width: int, sizes: BatchSizes, num_sampled: int) -> list[Product]:
+    """Returns the matrix products of one forward pass of a model that finds items.
+
+    Args:
+        config: the model's settings.
+        width: H, the width of an item vector.
+        sizes: of the batch. As many positions as there are count as nodes of sessions, of which there may be fewer.
+        num_sampled: S, the items that the softmax compares targets with.
+    """
+    num_examples, num_positions, num_items, _ = sizes
+    count = config.num_interests
+    match config.model:
+        case ModelKind.YOUTUBE_DNN:
+            products = _stack(num_examples, (width, *config.tower_units, width))
+        case ModelKind.COMIREC_SA:
+            products = [Product(num_items, width, 4 * width), Product(num_positions, 4 * width, count)]
+        case ModelKind.COMIREC_DR:
+            products = [Product(num_positions, width, count * width)]
+        case ModelKind.MIND:
+            products = [Product(num_items, width, width), Product(count * num_examples, width, width)]
+        case _:
+            products = 2 * [Product(num_positions, width, width)]
+            products += [Product(num_positions, 2 * width, 3 * width), Product(num_positions, width, 3 * width)]
+            products.append(Product(num_examples, 2 * width, width))
+            if config.session_readout is SessionReadout.GATE:
+                products += [Product(rows, width, width) for rows in (num_positions, num_examples)]
+    return [*products, Product(num_examples, width, num_sampled)]
 
 
 def projection_products(columns: FeatureColumns | None, num_rows: int) -> list[Product]:

@@ -12,16 +12,23 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from din_dist.benchmark.flops import BatchSizes, Product, forward_products, projection_products, training_flops
+from din_dist.benchmark.flops import (
+    BatchSizes,
+    Product,
+    forward_products,
+    projection_products,
+    retrieval_products,
+    training_flops,
+)
 from din_dist.benchmark.scaling_model import allreduce_bytes, row_bytes
-from din_dist.config import Config
+from din_dist.config import Config, Softmax
 from din_dist.distributed.gradients import Gradient
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.row_transports import RowGradients, merge_rows
 from din_dist.distributed.runtime import Runtime
 from din_dist.execution import Execution
 from din_dist.files import read_text
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
 from din_dist.telemetry.step_report import Moment
 from din_dist.training.train_step import StepResult, TrainStep, statistics_bytes
@@ -256,12 +263,17 @@ def seconds_since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _products(config: Config, model: RankingModel, sizes: BatchSizes) -> list[Product]:
+def _products(config: Config, model: BehaviourModel, sizes: BatchSizes) -> list[Product]:
     """Returns all matrix products of a forward pass."""
     columns = model.example_columns
     width = columns.width if columns else 0
-    of_model = (width, model.num_tasks, model.num_histories, model.side_width)
-    products = forward_products(config.model, model.lookup.width, sizes, *of_model)
+    if config.model.model.retrieves:
+        is_full = config.model.softmax is Softmax.FULL
+        num_sampled = model.lookup.specs[0].num_rows - 1 if is_full else config.model.num_sampled
+        products = retrieval_products(config.model, model.lookup.width, sizes, num_sampled)
+    else:
+        of_model = (width, model.num_tasks, model.num_histories, model.side_width)
+        products = forward_products(config.model, model.lookup.width, sizes, *of_model)
     products += projection_products(model.lookup.columns, sizes.items)
     return products + projection_products(columns, sizes.examples)
 
@@ -269,7 +281,7 @@ def _products(config: Config, model: RankingModel, sizes: BatchSizes) -> list[Pr
 def report(
     config: Config,
     runtime: Runtime,
-    model: RankingModel,
+    model: BehaviourModel,
     totals: UpdateTotals,
     parts: dict[str, float],
     gradients: Sequence[Any],

@@ -71,6 +71,14 @@ def main() -> None:
         "For example 0.1, if a tenth of the negatives was kept.",
     )
     config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
+    kind = config.model.model
+    require(
+        not kind.retrieves,
+        "exports have models that rank given candidates, and this job's model finds items",
+        "output_dir",
+        f"{OUTPUT_DIR.value}, with --model={kind}",
+        "Give a job with --model=din or mean_pooling; cli.evaluate scores this one.",
+    )
     require(
         not config.data.label_columns or NEGATIVE_RATE.value == 1,
         "is for logs of one label: which negatives of several were kept is not known",

@@ -21,7 +21,22 @@ from din_dist.config.data import (
     UnknownItem,
 )
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
-from din_dist.config.model import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind, TaskHead
+from din_dist.config.model import (
+    Activation,
+    AttentionNormalization,
+    BatchNorm,
+    EvaluateWith,
+    InterestWeights,
+    ModelConfig,
+    ModelKind,
+    PositionVectors,
+    Readout,
+    Sampler,
+    SessionQuery,
+    SessionReadout,
+    Softmax,
+    TaskHead,
+)
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
 from din_dist.config.settings import Settings, is_saved, list_text, require
 from din_dist.config.telemetry import LogFormat, TelemetryConfig
@@ -38,9 +53,11 @@ __all__ = [
     "ComputeDtype",
     "Config",
     "DataConfig",
+    "EvaluateWith",
     "EvaluationConfig",
     "ExecutionConfig",
     "HistoryEnds",
+    "InterestWeights",
     "JobConfig",
     "LogFormat",
     "ModelConfig",
@@ -48,9 +65,15 @@ __all__ = [
     "Negatives",
     "OptimizerConfig",
     "OptimizerKind",
+    "PositionVectors",
+    "Readout",
     "RecoveryConfig",
+    "Sampler",
     "Schedule",
+    "SessionQuery",
+    "SessionReadout",
     "Settings",
+    "Softmax",
     "Split",
     "TaskHead",
     "TelemetryConfig",
@@ -87,6 +110,29 @@ class Config:
             "Use --split=leave_two_out or temporal, or drop it.",
         )
         self._check_tasks()
+        self._check_model()
+
+    def _check_model(self) -> None:
+        kind, data = self.model.model, self.data
+        drawn = data.negatives_per_positive
+        if not kind.retrieves:
+            rule, remedy = "a model that ranks needs negatives", "Give at least 1."
+            require(drawn > 0, rule, "negatives_per_positive", drawn, remedy)
+            return
+        positions, longest = self.model.num_positions, data.max_history_length
+        rule, remedy = f"must be at least --max_history_length={longest}", f"Give {longest}."
+        require(positions >= longest or not kind.has_positions, rule, "num_positions", positions, remedy)
+        refused = {
+            "label_columns": (list_text(data.label_columns), ""),
+            "histories": (list_text(data.histories), ""),
+            "long_history": (data.long_history, ""),
+            "negatives": (data.negatives, Negatives.UNIFORM),
+        }
+        for name, (value, default) in refused.items():
+            remedy = "Drop it." if name != "negatives" else "Drop it, or give --sampler instead."
+            require(value == default, f"is for models that rank, and {kind} finds", name, value, remedy)
+        # Their negatives are those of the softmax, so an event is one example.
+        object.__setattr__(self, "data", dataclasses.replace(data, negatives_per_positive=0))
 
     def _check_tasks(self) -> None:
         tasks, factors = self.data.label_columns, self.optimizer.task_weights

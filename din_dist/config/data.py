@@ -374,8 +374,9 @@ class DataConfig(Settings):
     )
     negatives_per_positive: int = setting(
         1,
-        "For logs without labels: random items that the user never touched, per positive, for training.",
-        at_least=1,
+        "For logs without labels: random items that the user never touched, per positive, for training. Models that "
+        "find items have none, but --num_sampled.",
+        at_least=0,
         theme=_EXAMPLES,
     )
     negatives: str = text_setting(

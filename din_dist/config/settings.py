@@ -128,8 +128,10 @@ class Settings:
 
 def is_saved(field: dataclasses.Field, value: object) -> bool:
     """Tells whether a setting of this value is written where a job is saved."""
-    value = tuple(value) if isinstance(value, list) else value
-    return not field.metadata.get("later") or value != field.default
+    default: Any = field.default
+    if isinstance(value, (list, tuple)):  # compared as text, because a flag has its numbers so
+        value, default = list_text(value), list_text(default)
+    return not field.metadata.get("later") or value != default
 
 
 def theme_of(kind: type[Settings], field: dataclasses.Field) -> str:

@@ -11,6 +11,7 @@ Letters of shapes: B examples of a batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from din_dist.data.event_store import KEY_BITS, EventStore, HistorySet
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import first_not, is_touched, untouched_items, weighted_untouched_items
 from din_dist.data.popularity import Popularity
+from din_dist.data.sampled_items import SampledItems
 from din_dist.data.side_information import SideInformation
 from din_dist.data.splits import Examples
 from din_dist.data.trained_items import TrainedItems
@@ -65,7 +67,7 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
         features=signature_of(encoding for encoding in encodings if encoding.spec.owner in OF_EXAMPLES) or (),
         sides=sides or (),
         side_index=ids if sides else (),
-        **{name: tf.TensorSpec([None], tf.float32) for name in extras},
+        **{name: ids if name == "sampled_item_ids" else tf.TensorSpec([None], tf.float32) for name in extras},
     )
 
 
@@ -105,15 +107,31 @@ class ExampleFeatures:
         } or ()
 
 
-def mean_weight(store: EventStore, examples: Examples) -> float | None:
+def mean_weight(store: EventStore, examples: Examples, *, positives: bool = False) -> float | None:
     """Returns the mean weight of the examples of a split, or None if all count alike.
+
+    Args:
+        store: the events.
+        examples: of the split.
+        positives: examples whose label is 0 have weight 0.
 
     Raises:
         InputError: no example has a weight above 0.
     """
-    if store.weights is None:
+    labels = store.labels if positives else None
+    if store.weights is None and labels is None:
         return None
-    total = sum(float(store.weights[events].sum(dtype=np.float64)) for events in examples.event_parts())
+
+    def of_part(events: np.ndarray) -> float:
+        weights = np.ones(len(events)) if store.weights is None else store.weights[events].astype(np.float64)
+        return float(weights.sum() if labels is None else weights[labels[events] == 1].sum())
+
+    total = sum(map(of_part, examples.event_parts()))
+    if not total and store.weights is None:
+        raise InputError(
+            f"--label_column: training needs a positive event. Received: none among {examples.num_rows:,}. Use more "
+            "data, or another split."
+        )
     if not total:
         raise InputError(
             f"--weight_column: training examples must have a weight above 0. Received: 0 for all "
@@ -170,6 +188,7 @@ class BatchMaker:
         hidden_rate: the share of the item ids that are hidden.
         mean_weight: the weights of events are divided by it. None: the batches have no weights.
         popularity: the weights by which negatives are drawn. None: uniformly.
+        sampled: what draws the items of a softmax; the candidates are then its targets. None: there is none.
         execution: how batches are made; every way makes the same.
     """
 
@@ -183,6 +202,7 @@ class BatchMaker:
     hidden_rate: float = 0.0
     mean_weight: float | None = None
     popularity: Popularity | None = None
+    sampled: SampledItems | None = None
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @classmethod
@@ -194,7 +214,7 @@ class BatchMaker:
         seed: int,
         trained: TrainedItems | None = None,
         execution: Execution | None = None,
-        popularity: Popularity | None = None,
+        drawn: Popularity | SampledItems | None = None,
     ) -> BatchMaker:
         """Returns what makes the batches of training.
 
@@ -205,7 +225,8 @@ class BatchMaker:
             seed: the seed of all draws.
             trained: the items of training, if other items are hidden at random; see `trained_items`.
             execution: how batches are made. None: TensorFlow's operations make them.
-            popularity: the weights by which negatives are drawn, as of the module of this name.
+            drawn: the weights by which negatives are drawn, as of `data/popularity.py`, or what draws the items of a
+                softmax. None: negatives are drawn uniformly.
         """
         if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
             raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -218,8 +239,9 @@ class BatchMaker:
             config.resample_negatives,
             trained,
             hidden_rate=config.unknown_item_rate if trained else 0.0,
-            mean_weight=mean_weight(store, examples),
-            popularity=popularity,
+            mean_weight=mean_weight(store, examples, positives=isinstance(drawn, SampledItems)),
+            popularity=drawn if isinstance(drawn, Popularity) else None,
+            sampled=drawn if isinstance(drawn, SampledItems) else None,
             execution=execution or Execution(),
         )
 
@@ -233,7 +255,7 @@ class BatchMaker:
             "touched_gaps": self._drawn_from.touched_gaps,
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
-            "weights": self.store.weights if self.mean_weight else None,
+            "weights": self.store.weights if self.mean_weight and self.store.weights is not None else None,
         }
         for place, history in enumerate(self._histories):
             own = {"item_ids": history.item_ids, "offsets": history.offsets, "ends": history.ends, "keys": history.keys}
@@ -304,29 +326,31 @@ class BatchMaker:
         lengths = [end - start for start, end in self.bounds(*self._located(example_ids))]
         return tf.add_n(lengths) if len(lengths) > 1 else lengths[0]
 
-    def batch(self, example_ids: tf.Tensor, epoch: tf.Tensor, global_ids: tf.Tensor | None = None) -> Batch:
+    def batch(
+        self,
+        example_ids: tf.Tensor,
+        epoch: tf.Tensor,
+        global_ids: tf.Tensor | None = None,
+        step: tf.Tensor | None = None,
+    ) -> Batch:
         """Returns the packed batch of some examples; `schema` documents its parts.
 
         Args:
             example_ids: int64 `[B]`.
             epoch: int64, the epoch from 0.
             global_ids: int64, the examples of the global batch, for negatives that are drawn among its items.
+            step: int64, the number of the update, for the items of a softmax. None: 0.
         """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
         user, event = self._located(example_ids)
         draw = example_ids % self.examples.draws_per_row
-        candidate = tf.gather(arrays["item_ids"], event)
-        if self.store.facts.has_labels:
-            labels = self._labels(tf.gather(arrays["labels"], event))
-        else:
-            labels = tf.cast(draw == 0, tf.float32)
-            draws = _Draws(event, user, draw, epoch if self.resample else tf.zeros_like(epoch))
-            if self.popularity is None:
-                negative = self._uniform_negatives(draws)
-            else:
-                negative = self._weighted_negatives(draws, epoch, global_ids)
-            candidate = tf.where(draw == 0, candidate, negative)
+        draws = _Draws(event, user, draw, epoch if self.resample else tf.zeros_like(epoch))
+        candidate, labels = self._candidates(draws, epoch, global_ids)
         offsets = tf.gather(arrays["logit_offsets"], candidate) if self.popularity is not None else ()
+        sampled: tuple = ((), ())
+        if self.sampled is not None:
+            items = self.sampled.of_update(tf.constant(0, tf.int64) if step is None else step)
+            sampled, offsets = (items, self.sampled.offsets(items)), self.sampled.offsets(candidate)
         bounds = self.bounds(user, event, candidate)
         windows = [self._windows(arrays[f"{place}-item_ids"], *bound) for place, bound in enumerate(bounds)]
         lengths = [tf.cast(end - start, tf.int32) for start, end in bounds]
@@ -334,7 +358,7 @@ class BatchMaker:
         if self.hidden_rate:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # The rows that a step needs are found here, while the step before it runs.
-        distinct, index = self._distinct(candidate, history)
+        distinct, index = self._distinct([candidate, history, *([sampled[0]] if self.sampled else ())])
         sides, side_index = self._sides.of(bounds, event)  # type: ignore[attr-defined]
         return Batch(
             candidate_item_ids=candidate,
@@ -348,9 +372,35 @@ class BatchMaker:
             features=self._features.of(user, event, candidate),  # type: ignore[attr-defined]
             sides=sides,
             side_index=side_index,
-            weights=tf.gather(arrays["weights"], event) / self.mean_weight if self.mean_weight else (),
+            weights=self._weights(event, labels),
             logit_offsets=offsets,
+            sampled_item_ids=sampled[0],
+            sampled_offsets=sampled[1],
         )
+
+    def _weights(self, events: tf.Tensor, labels: tf.Tensor) -> tf.Tensor | tuple[()]:
+        """Returns by how much each example's loss counts, float32 `[B]`; () if all count alike."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        if not self.mean_weight:
+            return ()
+        found = [tf.gather(arrays["weights"], events)] if "weights" in arrays else []
+        found += [labels] if self.sampled is not None and self.store.labels is not None else []
+        return functools.reduce(tf.multiply, found) / self.mean_weight
+
+    def _candidates(self, draws: _Draws, epoch: tf.Tensor, global_ids: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the candidate of each example, int32 `[B]`, and its labels."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        items = tf.gather(arrays["item_ids"], draws.events)
+        if self.store.facts.has_labels:
+            return items, self._labels(tf.gather(arrays["labels"], draws.events))
+        is_event = draws.numbers == 0
+        if self.examples.draws_per_row > 1:
+            if self.popularity is None:
+                negative = self._uniform_negatives(draws)
+            else:
+                negative = self._weighted_negatives(draws, epoch, global_ids)
+            items = tf.where(is_event, items, negative)
+        return items, tf.cast(is_event, tf.float32)
 
     def _labels(self, found: tf.Tensor) -> tf.Tensor:
         """Returns labels as batches have them, given those of the events or their bits by task, uint8 `[B]`."""
@@ -406,11 +456,11 @@ class BatchMaker:
             return tf.gather(values, tf.ragged.range(begins, ends).values)
         return operations.windows(values, begins, ends)
 
-    def _distinct(self, candidate: tf.Tensor, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the distinct items, and the index among them of each candidate and then each history position."""
+    def _distinct(self, item_ids: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the distinct items, and the index among them of each item, in the order of `item_ids`."""
         if not self.execution.kernels:
-            return tf.unique(tf.concat([candidate, history], axis=0))
-        return operations.distinct_ids([candidate, history])
+            return tf.unique(tf.concat(item_ids, axis=0))
+        return operations.distinct_ids(item_ids)
 
     def _hide(
         self,
@@ -525,7 +575,7 @@ def training_batches(
         ids = ids[place % together :][: dealt_end - dealt_begin]
         if len(dealers) > 1:
             ids = deal(ids, -place % together, together, len(dealers), maker.history_lengths)
-        return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch, of_update(first, total, order))
+        return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch, of_update(first, total, order), step)
 
     def of_update(first: tf.Tensor, total: tf.Tensor, order: tf.Tensor) -> tf.Tensor | None:
         """Returns the examples of the whole update, for negatives that are drawn among its items."""

@@ -15,26 +15,99 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
-from din_dist.features.gathering import missing_values
+from din_dist.features.gathering import missing_values, signature_of
 from din_dist.layers.local_activation_unit import LocalActivationUnit
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.models.din import DIN
 from din_dist.models.mean_pooling import MeanPooling
 from din_dist.models.ranking_model import OF_HISTORY, RankingModel
+from din_dist.models.retrieval_model import RetrievalModel
 
 PAIRS_AT_ONCE = 16_384  # pairs of a candidate with a behaviour or a history that are computed at once
+ITEMS_AT_ONCE = 65_536  # items whose vectors are looked up at once
 _MAX_HISTORIES = 1024  # histories at once, where there are few candidates
 SCORES_BYTES = 256 * 2**20  # memory for the attention scores [K, C]
 
 
-def has_catalogue(model: RankingModel) -> bool:
-    """Tells whether `CatalogueScorer` knows the formulas of a model."""
-    return isinstance(model, (DIN, MeanPooling)) and model.num_histories == 1 and not model.side_encodings
+class Catalogue(Protocol):
+    """Scores all items for each history."""
+
+    def logits(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Callable[[float], None] = lambda share: None,
+        features: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """Returns the logits of all items for B histories: float32 `[B, I]`. Column i belongs to item i + 1.
+
+        Args:
+            history_item_ids: int `[N]`, B histories concatenated.
+            history_lengths: int `[B]`.
+            tick: called often with the share of the work that is done.
+            features: B values of each user and context feature, as of `BehaviourModel.score_candidates`.
+        """
+
+
+def catalogue_of(model: BehaviourModel, num_items: int, task: int = 0) -> Catalogue | None:
+    """Returns what scores all items of a model at once; None if its formulas are not known.
+
+    Args:
+        model: with the weights that it has now.
+        num_items: I, of the catalogue.
+        task: the one whose logits are returned.
+    """
+    if isinstance(model, RetrievalModel):
+        return VectorCatalogue(model, num_items)
+    if isinstance(model, (DIN, MeanPooling)) and model.num_histories == 1 and not model.side_encodings:
+        return CatalogueScorer(model, num_items, task)
+    return None
+
+
+class VectorCatalogue:
+    """Logits of the items 1 to `num_items` by one matrix product with their vectors.
+
+    Args:
+        model: the model.
+        num_items: of the catalogue.
+    """
+
+    def __init__(self, model: RetrievalModel, num_items: int) -> None:
+        self._model, self._num_items = model, num_items
+        firsts = range(1, num_items + 1, ITEMS_AT_ONCE)
+        blocks = [model.items(tf.range(first, min(first + ITEMS_AT_ONCE, num_items + 1))) for first in firsts]
+        self._vectors = tf.concat(blocks, axis=0)
+        ids = tf.TensorSpec([None], tf.int32)
+        given = [ids, ids, signature_of(model.encodings) or {}]
+        self._users = tf.function(model.users_of, input_signature=given, autograph=False)
+        matrix = tf.TensorSpec([None, None, None], tf.float32)
+        self._products = tf.function(self._logits_of, input_signature=[matrix], autograph=False)
+
+    def logits(
+        self,
+        history_item_ids: np.ndarray,
+        history_lengths: np.ndarray,
+        tick: Callable[[float], None] = lambda share: None,
+        features: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        given = {encoding.spec.name: (features or {})[encoding.spec.name] for encoding in self._model.encodings}
+        users = self._users(tf.constant(history_item_ids, tf.int32), tf.constant(history_lengths, tf.int32), given)
+        found = np.empty((len(history_lengths), self._num_items), np.float32)
+        at_once = max(1, SCORES_BYTES // (4 * self._num_items * users.shape[1]))
+        for first in range(0, len(found), at_once):
+            found[first : first + at_once] = self._products(users[first : first + at_once]).numpy()
+            tick(min(1.0, (first + at_once) / len(found)))
+        return found
+
+    def _logits_of(self, users: tf.Tensor) -> tf.Tensor:
+        """Returns the logits of all items `[B, I]`, given the users' vectors `[B, K, H]`."""
+        return self._model.best(tf.einsum("bkh,ih->bik", users, self._vectors))
 
 
 class CatalogueScorer:
@@ -89,14 +162,7 @@ class CatalogueScorer:
         tick: Callable[[float], None] = lambda share: None,
         features: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
-        """Returns the logits of all items for B histories: float32 `[B, I]`. Column i belongs to item i + 1.
-
-        Args:
-            history_item_ids: int `[N]`, B histories concatenated.
-            history_lengths: int `[B]`.
-            tick: called often with the share of the work that is done.
-            features: B values of each user and context feature, as of `RankingModel.history_terms`.
-        """
+        """Returns what `Catalogue.logits` does."""
         terms = self._model.history_terms(features)  # [B, D]
         behaviour_ids, index = np.unique(history_item_ids, return_inverse=True)
         behaviours, _ = self._lookup(tf.constant(behaviour_ids, tf.int32))  # [K, H]

@@ -24,11 +24,11 @@ from din_dist.data.thinning import evenly_spaced, of_segments
 from din_dist.data.walks import windows
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
-from din_dist.evaluation.catalogue import CatalogueScorer, has_catalogue
+from din_dist.evaluation.catalogue import catalogue_of
 from din_dist.features.gathering import missing_values, signature_of
 from din_dist.features.spec import Owner
 from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
-from din_dist.models.ranking_model import RankingModel, Sides
+from din_dist.models.behaviour_model import BehaviourModel, Sides
 
 _RANKING = 5  # number of the random stream; `data/pipeline.py` uses others
 SCORES_BYTES = 256 * 2**20  # memory for the logits of all candidates of a block of queries
@@ -74,13 +74,13 @@ class CandidateScorer(Protocol):
         candidate_counts: np.ndarray,
         askers: Askers | None = None,
     ) -> np.ndarray:
-        """Returns the logits `[C]` of each history's own candidates, like `RankingModel.score_candidates`."""
+        """Returns the logits `[C]` of each history's own candidates, like `BehaviourModel.score_candidates`."""
 
 
 class ModelScorer:
     """Logits of a model, with the weights that it has at construction.
 
-    A model that `CatalogueScorer` does not know scores all items for one history after the other.
+    A model that `catalogue_of` does not know scores all items for one history after the other.
 
     Args:
         model: the model.
@@ -89,9 +89,9 @@ class ModelScorer:
         task: the one whose logits are returned.
     """
 
-    def __init__(self, model: RankingModel, num_items: int, store: EventStore | None = None, task: int = 0) -> None:
+    def __init__(self, model: BehaviourModel, num_items: int, store: EventStore | None = None, task: int = 0) -> None:
         self._num_items = num_items
-        self._catalogue = CatalogueScorer(model, num_items, task) if has_catalogue(model) else None
+        self._catalogue = catalogue_of(model, num_items, task)
         self._encodings, self._num_histories = model.encodings, model.num_histories
         self._features = ExampleFeatures(store) if store and self._encodings else None
         self._side_names = [encoding.spec.name for encoding in model.side_encodings]

@@ -35,7 +35,7 @@ class LocalLookup(keras.layers.Layer):
             many share. Then -id means item `id` with its own id hidden: that row, and its features. None: their own.
         features: name -> a declared feature whose rows are items. None: there are none. Embeddings and projections
             that declare no width are as wide as the item's own table.
-        num_biases: of each item, T: one for each task.
+        num_biases: of each item, T: one for each task. 0: items have none.
     """
 
     def __init__(
@@ -62,9 +62,11 @@ class LocalLookup(keras.layers.Layer):
             )
             for place, (spec, name) in enumerate(zip(self.specs, names, strict=True))
         ]
-        self.item_bias = self.add_weight(
-            shape=(self.specs[0].num_rows, num_biases), initializer="zeros", name=_ITEM_BIAS
-        )
+        self._biases = []
+        if num_biases:
+            self._biases.append(
+                self.add_weight(shape=(self.specs[0].num_rows, num_biases), initializer="zeros", name=_ITEM_BIAS)
+            )
         self._features = dict(features or {})
         self._values = {name: FeatureValues(stored) for name, stored in self._features.items()}
         self.columns: FeatureColumns | None = None
@@ -78,6 +80,12 @@ class LocalLookup(keras.layers.Layer):
         return sum(spec.width for spec in self.specs) + (self.columns.width if self.columns else 0)
 
     @property
+    def item_bias(self) -> keras.Variable:
+        """The biases of the items `[num_rows, T]`."""
+        (biases,) = self._biases
+        return biases
+
+    @property
     def embeddings(self) -> list[tuple[TableSpec, keras.Variable]]:
         """Each embedding table with its sizes."""
         own = [*zip(self.specs, self.tables, strict=True)]
@@ -86,12 +94,13 @@ class LocalLookup(keras.layers.Layer):
     @property
     def variables_by_rows(self) -> list[keras.Variable]:
         """The variables of which a batch reads some rows: the tables and the biases."""
-        return [*(table for _, table in self.embeddings), self.item_bias]
+        return [*(table for _, table in self.embeddings), *self._biases]
 
     def call(self, item_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the vectors `[U, H]` and biases, `[U]` or `[U, T]`, of distinct `item_ids`, int32 `[U]`.
 
-        No row of a table is gathered twice, so the gradient of a table names each row once.
+        Biases are zeros if items have none. No row of a table is gathered twice, so the gradient of a table names each
+        row once.
         """
         return self.rows(self.item_rows(item_ids), self.feature_ids(item_ids), self.feature_values(item_ids))
 
@@ -153,7 +162,7 @@ class LocalLookup(keras.layers.Layer):
             with on_host():
                 item_rows, index_of = tf.unique(item_rows)
         parts = [VectorColumns(tf.gather(self.tables[0].value, item_rows), index_of)]
-        biases = tf.gather(self.item_bias.value, item_rows)
+        biases = tf.gather(self.item_bias.value, item_rows) if self._biases else tf.zeros([tf.size(item_rows), 1])
         if index_of is not None:
             biases = tf.gather(biases, index_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
@@ -166,7 +175,7 @@ class LocalLookup(keras.layers.Layer):
 
     def flat(self, biases: tf.Tensor) -> tf.Tensor:
         """Returns rows of `item_bias` as models want them: `[U]` if there is one task, else `[U, T]`."""
-        return tf.squeeze(biases, axis=1) if self._num_biases == 1 else biases
+        return tf.squeeze(biases, axis=1) if self._num_biases < 2 else biases
 
     @property
     def specs_of_ids(self) -> list[TableSpec]:

@@ -30,6 +30,17 @@ def segment_ids(lengths: tf.Tensor, mode: Mode = INFERENCE) -> tf.Tensor:
     return tf.cumsum(begun)[:-1] - 1
 
 
+def places_in(lengths: tf.Tensor, segment_of: tf.Tensor) -> tf.Tensor:
+    """Returns the place of each of N rows within its segment, int32 `[N]`: `[2, 0, 1] -> [0, 1, 0]`.
+
+    Args:
+        lengths: int32 `[B]`, rows of each segment.
+        segment_of: int32 `[N]`, as from `segment_ids`.
+    """
+    starts = tf.cumsum(lengths, exclusive=True)
+    return tf.range(tf.size(segment_of)) - tf.gather(starts, segment_of)
+
+
 def split_histories(num_histories: int, lengths: tf.Tensor, *values: tf.Tensor) -> list[tuple[tf.Tensor, ...]]:
     """Returns the lengths of each of S histories, and its part of each of `values`.
 
@@ -87,8 +98,10 @@ def segment_sum(values: tf.Tensor, segment_of: tf.Tensor, num_segments: tf.Tenso
 
 
 def segment_softmax(scores: tf.Tensor, segment_of: tf.Tensor, num_segments: tf.Tensor) -> tf.Tensor:
-    """Returns the softmax of `scores` `[N]` within each segment, `[N]`."""
+    """Returns the softmax of `scores` `[N]` or `[N, K]` within each segment, by column, in their shape."""
     real = segment_of >= 0
+    if scores.shape.rank == 2:
+        real = real[:, None]
     # The largest score only guards exp against overflow; it cancels out, in the gradient too.
     largest = tf.stop_gradient(tf.math.unsorted_segment_max(scores, segment_of, num_segments))
     exponentials = tf.exp(tf.where(real, scores - rows_of(largest, segment_of), 0.0))

@@ -20,7 +20,16 @@ import jinja2
 from markupsafe import Markup
 
 from din_dist import __version__
-from din_dist.config import AttentionNormalization, BatchNorm, Config, ModelKind, OptimizerKind, Schedule, Split
+from din_dist.config import (
+    AttentionNormalization,
+    BatchNorm,
+    Config,
+    ModelKind,
+    OptimizerKind,
+    Schedule,
+    Softmax,
+    Split,
+)
 from din_dist.files import read_text
 from din_dist.report import charts
 from din_dist.report.attention import Averages, ShownExample
@@ -44,6 +53,11 @@ _STATUS = {
 _MODEL_NAMES = {  # another model is called by its name in the flags
     ModelKind.DIN: "Deep Interest Network",
     ModelKind.MEAN_POOLING: "mean pooling of the history (no attention)",
+    ModelKind.YOUTUBE_DNN: "YouTube DNN, which finds items",
+    ModelKind.COMIREC_SA: "ComiRec with self-attention, which finds items",
+    ModelKind.COMIREC_DR: "ComiRec with dynamic routing, which finds items",
+    ModelKind.MIND: "MIND, which finds items",
+    ModelKind.SR_GNN: "SR-GNN, which finds items",
 }
 _SPLITS = {
     Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",
@@ -211,10 +225,9 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
     rows.append(("History", f"{_lengths(config)} {behaviours}{ends}"))
     if not data or not data.facts.has_labels:
         redrawn = ", redrawn each epoch" if config.data.resample_negatives else ""
+        drawn = f"{config.data.negatives_per_positive} per positive{redrawn}; "
         held_out = config.data.evaluation_negatives_per_positive
-        rows.append(
-            ("Negatives", f"{config.data.negatives_per_positive} per positive{redrawn}; {held_out} in evaluation")
-        )
+        rows.append(("Negatives", f"{'' if config.model.model.retrieves else drawn}{held_out} in evaluation"))
     return [("Data", rows), ("Model", _model_rows(config, summary)), ("Training", _training_rows(findings, config))]
 
 
@@ -235,10 +248,16 @@ def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, s
         units = "–".join(map(str, model.attention_hidden_units))
         softmax = "softmax over the history" if model.attention_normalization == "softmax" else "no normalisation"
         rows.append(("Attention", f"hidden units {units}, {softmax}"))
-    rows.append(("Head", f"hidden units {'–'.join(map(str, model.hidden_units))}, {model.activation}"))
-    synced = model.batch_norm is BatchNorm.SYNCED
-    rows.append(("Batch norm", "over the whole global batch" if synced else "frozen, as the authors' code ran"))
-    rows.append(("Dropout", f"{model.dropout:g}"))
+    if model.model.retrieves:
+        against = f"{model.num_sampled:,} items, drawn {model.sampler}"
+        rows.append(("Softmax", f"over {against if model.softmax is Softmax.SAMPLED else 'all items'}"))
+        if model.model.has_positions:
+            rows.append(("Interests", f"{model.num_interests} of a user"))
+    else:
+        rows.append(("Head", f"hidden units {'–'.join(map(str, model.hidden_units))}, {model.activation}"))
+        synced = model.batch_norm is BatchNorm.SYNCED
+        rows.append(("Batch norm", "over the whole global batch" if synced else "frozen, as the authors' code ran"))
+        rows.append(("Dropout", f"{model.dropout:g}"))
     parameters = number(dict(summary), "num_parameters")
     return [*rows, ("Parameters", f"{parameters:,.0f}")] if parameters else rows
 

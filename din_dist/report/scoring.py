@@ -20,7 +20,7 @@ from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
 from din_dist.metrics.ranking import auc, gauc, log_loss
 from din_dist.metrics.slices import Slice, largest_parts, range_names, slices
-from din_dist.models.ranking_model import RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
 
 MODEL = "model"  # the model's name among the rankings; the others are floors
@@ -125,7 +125,7 @@ class Evaluation:
         return -sum(part * math.log(part) for part in (rate, 1 - rate) if part > 0)
 
 
-def score(evaluator: Evaluator, split: str, examples: Examples, model: RankingModel) -> ScoredExamples:
+def score(evaluator: Evaluator, split: str, examples: Examples, model: BehaviourModel) -> ScoredExamples:
     """Scores a split with the model and the floors.
 
     Args:
@@ -216,10 +216,10 @@ def _corrected(scored: ScoredExamples, config: DataConfig) -> tuple[float, Calib
     """Returns the log loss and the calibration, corrected for another number of negatives than in training.
 
     With n negatives per positive in training and m here, the odds of a click are n / m times those in training. If n
-    equals m, the result is None.
+    equals m, the result is None. So it is for models that find items, whose logits are no odds of clicks.
     """
     ratio = config.negatives_per_positive / config.evaluation_negatives_per_positive
-    if ratio == 1:
+    if ratio in (0, 1):
         return None
     logits = scored.rankings[MODEL].astype(np.float64) + math.log(ratio)
     return log_loss(logits, scored.labels), calibration(probabilities(logits), scored.labels)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from din_dist.benchmark.flops import BatchSizes, Product, forward_products, training_flops
-from din_dist.config import ModelConfig, ModelKind
+from din_dist.benchmark.flops import BatchSizes, Product, forward_products, retrieval_products, training_flops
+from din_dist.config import ModelConfig, ModelKind, SessionReadout
 
 SIZES = BatchSizes(10, 70, 20)
 
@@ -48,6 +48,30 @@ def test_mean_pooling_by_hand() -> None:
     products = forward_products(config, 6, SIZES)
     assert products == [Product(10, 6, 6), Product(10, 12, 5), Product(10, 5, 1)]
     assert training_flops(products) == 3 * (720 + 1200 + 100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "products"),
+    [
+        ({"model": ModelKind.YOUTUBE_DNN, "tower_units": (5,)}, [(10, 6, 5), (10, 5, 6)]),
+        ({"model": ModelKind.YOUTUBE_DNN, "tower_units": ()}, [(10, 6, 6)]),
+        ({"model": ModelKind.COMIREC_SA, "num_interests": 3}, [(20, 6, 24), (70, 24, 3)]),
+        ({"model": ModelKind.COMIREC_DR, "num_interests": 3}, [(70, 6, 18)]),
+        ({"model": ModelKind.MIND, "num_interests": 3}, [(20, 6, 6), (30, 6, 6)]),
+        (
+            {"model": ModelKind.SR_GNN},
+            [(70, 6, 6), (70, 6, 6), (70, 12, 18), (70, 6, 18), (10, 12, 6), (70, 6, 6), (10, 6, 6)],
+        ),
+        (
+            {"model": ModelKind.SR_GNN, "session_readout": SessionReadout.MEAN_LAST},
+            [(70, 6, 6), (70, 6, 6), (70, 12, 18), (70, 6, 18), (10, 12, 6)],
+        ),
+    ],
+)
+def test_models_that_find_items_by_hand(settings: dict, products: list[tuple[int, int, int]]) -> None:
+    """And the product of 10 users with 8 sampled items."""
+    found = retrieval_products(ModelConfig(**settings), 6, SIZES, 8)
+    assert found == [Product(*sizes) for sizes in [*products, (10, 6, 8)]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,17 @@ from din_dist.cli import help
 from tests.support.repository import ROOT
 
 TRAINER = [
-    *("data", "synthetic data", "examples", "model", "optimizer", "schedule", "training", "execution"),
+    *(
+        "data",
+        "synthetic data",
+        "examples",
+        "model",
+        "models that find items",
+        "optimizer",
+        "schedule",
+        "training",
+        "execution",
+    ),
     *("checkpoints and recovery", "elastic", "evaluation", "logs and TensorBoard", "Prometheus"),
 ]
 THEMES = {

@@ -88,7 +88,7 @@ def batches(config: Config, num_epochs: int, shard: Shard | None = None) -> list
     splits = split_examples(store, config.data)
     trained, size = trained_items(store, config.data, splits), config.job.global_batch_size
     drawn = popularity(store, config.data, splits, trained)
-    maker = BatchMaker.for_training(store, splits["train"], config.data, 1, trained, popularity=drawn)
+    maker = BatchMaker.for_training(store, splits["train"], config.data, 1, trained, drawn=drawn)
     steps = range(num_epochs * num_steps_per_epoch(splits["train"].num_examples, size))
     made = training_batches(maker, config.data, global_batch_size=size, steps=steps, shard=shard)
     return list(made.as_numpy_iterator())

@@ -7,9 +7,10 @@ from numpy.testing import assert_allclose
 
 import din_dist.evaluation.catalogue
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
-from din_dist.evaluation.catalogue import CatalogueScorer
+from din_dist.evaluation.catalogue import CatalogueScorer, VectorCatalogue, catalogue_of
 from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Owner
+from tests.support.model_kinds import RANKING, RETRIEVAL
 from tests.support.reference.compare import RandomFeatures, padded_batch, small_model, take_values, values_of
 
 NUM_ITEMS = 12
@@ -29,6 +30,39 @@ def at_once(model, histories, features=None):
     flat = np.array([item for history in histories for item in history], np.int32)
     lengths = np.array([len(history) for history in histories])
     return CatalogueScorer(model, NUM_ITEMS).logits(flat, lengths, features=features)
+
+
+def vectors_at_once(model, histories, features=None):
+    flat = np.array([item for history in histories for item in history], np.int32)
+    lengths = np.array([len(history) for history in histories])
+    catalogue = catalogue_of(model, NUM_ITEMS)
+    assert isinstance(catalogue, VectorCatalogue)
+    told = []
+    found = catalogue.logits(flat, lengths, told.append, features)
+    assert told[-1] == 1
+    return found
+
+
+@pytest.mark.parametrize("bytes_at_once", [2**28, 200])
+@pytest.mark.parametrize("kind", RETRIEVAL)
+def test_models_that_find_items_score_all_by_their_vectors(kind, bytes_at_once, monkeypatch):
+    """In blocks of items and of users of any size."""
+    monkeypatch.setattr(din_dist.evaluation.catalogue, "SCORES_BYTES", bytes_at_once)
+    monkeypatch.setattr(din_dist.evaluation.catalogue, "ITEMS_AT_ONCE", 5)
+    model = small_model(model=kind, temperature=0.5)
+    expected = one_by_one(model, HISTORIES)
+    assert expected.std() > 0.05
+    assert_allclose(vectors_at_once(model, HISTORIES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_users_count_in_their_vectors():
+    features = RandomFeatures((Owner.USER, Owner.CONTEXT, Owner.ITEM))
+    model = small_model(model=ModelKind.YOUTUBE_DNN, features=features.stored)
+    values = values_of(padded_batch([1] * len(HISTORIES), features=features), features)
+    expected = one_by_one(model, HISTORIES, values)
+    assert_allclose(vectors_at_once(model, HISTORIES, values), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    others = {name: take_values(own, [1, 0, 2, 3, 4, 5, 6]) for name, own in values.items()}
+    assert np.abs(vectors_at_once(model, HISTORIES, others)[:2] - expected[:2]).max(axis=1).min() > 0.01
 
 
 def far_from_the_start(model):
@@ -61,7 +95,7 @@ def test_any_activation_and_frozen_statistics(activation):
     assert_allclose(at_once(model, HISTORIES), one_by_one(model, HISTORIES), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ModelKind)
+@pytest.mark.parametrize("kind", RANKING)
 def test_features_of_the_event_count_for_every_candidate(kind):
     """Of users, contexts and items."""
     features = RandomFeatures((Owner.USER, Owner.CONTEXT, Owner.ITEM))

@@ -9,6 +9,7 @@ import pytest
 
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
 from din_dist.features.spec import Owner
+from tests.support.model_kinds import RANKING
 from tests.support.owners import OWNERS
 from tests.support.reference.compare import (
     FORMS,
@@ -83,7 +84,7 @@ def all_forms_of_nothing_and_of_full_histories(case):
 @pytest.mark.parametrize(
     "lengths", [(0,), (1,), (12,), (0, 0, 0), (1, 1, 1), (12, 12), (0, 0, 1)], ids=lambda lengths: str(list(lengths))
 )
-@pytest.mark.parametrize("model", ModelKind)
+@pytest.mark.parametrize("model", RANKING)
 @pytest.mark.parametrize("batch_norm", BatchNorm)
 @pytest.mark.parametrize("form", FORMS)
 def test_batches_at_the_edges_equal_the_reference(form, model, batch_norm, lengths):
@@ -111,7 +112,7 @@ def expected_with_features(lengths, model, owners):
 )
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("owners", [OWNERS, (Owner.ITEM,), (Owner.USER,)], ids=["all", "item", "user"])
-@pytest.mark.parametrize("model", ModelKind)
+@pytest.mark.parametrize("model", RANKING)
 def test_features_of_every_form_equal_the_reference(model, owners, form):
     """Lists of every pooling, numbers of every encoding, frozen and trained vectors; a third of all is missing."""
     wanted_logits, wanted_loss, wanted = expected_with_features(RAGGED, model, owners)
@@ -130,7 +131,7 @@ def test_random_ragged_batches_equal_the_reference(seed):
     compare(lengths, True, ModelKind.DIN, Activation.DICE, AttentionNormalization.SOFTMAX, BatchNorm.SYNCED, seed)
 
 
-@pytest.mark.parametrize("model", ModelKind)
+@pytest.mark.parametrize("model", RANKING)
 def test_items_told_by_their_features_alone_equal_the_reference(model):
     """Items 2, 5 and 9 have no row of their own, and a third of the others are hidden: row 0 and their features."""
     row_of_item = np.array([0, 1, 0, 3, 4, 0, 6, 7, 8, 0, 10, 11, 12], np.int32)

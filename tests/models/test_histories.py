@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization, ModelKind
 from din_dist.data.pipeline import batch_signature
-from din_dist.models.ranking_model import items_of
+from din_dist.models.behaviour_model import items_of
 from din_dist.schema import Batch, NamedHistory
 from tests.support.reference.compare import (
     FORMS,

@@ -10,8 +10,9 @@ from din_dist.assembly import make_model
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.data.pipeline import batch_signature
 from din_dist.features.spec import Owner
-from din_dist.models.ranking_model import items_of
+from din_dist.models.behaviour_model import items_of
 from din_dist.schema import Batch
+from tests.support.model_kinds import RANKING
 from tests.support.owners import OWNERS
 from tests.support.reference.compare import (
     FACTS,
@@ -29,7 +30,7 @@ from tests.support.reference.compare import (
 )
 from tests.support.reference.ranks import ThreadedRanks
 
-pytestmark = pytest.mark.parametrize("kind", ModelKind)
+pytestmark = pytest.mark.parametrize("kind", RANKING)
 
 HISTORIES = [[3, 1, 4], [], [5], [9, 2, 6, 5], []]
 CANDIDATES = [[1, 3], [7, 7, 8], [], [5], []]  # some histories have none

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization, ModelKind
 from din_dist.features.sides import distinct_sides
-from din_dist.models.ranking_model import Sides, items_of
+from din_dist.models.behaviour_model import Sides, items_of
 from din_dist.schema import Batch, NamedHistory
 from tests.support.reference.compare import (
     FORMS,

@@ -14,7 +14,8 @@ from din_dist.evaluation.retrieval import ModelScorer
 from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Owner
 from din_dist.layers.task_towers import TaskTowers, logits_of_chain, side_by_side
-from din_dist.models.ranking_model import items_of
+from din_dist.models.behaviour_model import items_of
+from tests.support.model_kinds import RANKING
 from tests.support.reference.compare import (
     FORMS,
     ITEM_FEATURES,
@@ -150,7 +151,7 @@ def test_a_graph_trains_as_without_one(head, native):
 @pytest.mark.thorough(unless=lambda case: case["kind"] is ModelKind.DIN and (case["owners"] or case["head"] == "mmoe"))
 @pytest.mark.parametrize("owners", [(), (Owner.USER, Owner.CANDIDATE)], ids=["plain", "features"])
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("kind", ModelKind)
+@pytest.mark.parametrize("kind", RANKING)
 def test_all_candidates_of_a_history_score_as_one_by_one(kind, head, owners):
     """By `score_candidates` and by the catalogue."""
     features = RandomFeatures(owners) if owners else None

@@ -35,10 +35,10 @@ class Job(NamedTuple):
 JOBS = {
     "one": Job(tuple(CASES), (1,)),
     "two": Job(tuple(CASES), (2,)),
-    "three": Job(("sgd", "tasks"), (3,)),
+    "three": Job(("sgd", "tasks", "comirec_sa"), (3,)),
     "three_more": Job(("lazy_adam", "features"), (3,)),
     # These share no memory.
-    "by_messages": Job(("lazy_adam",), (2,)),
+    "by_messages": Job(("lazy_adam", "comirec_sa"), (2,)),
     "at_owners": Job(("adagrad",), (FEWEST_TO_SUM_AT_OWNERS,)),
     "at_owners_more": Job(("lazy_adam", "bfloat16"), (FEWEST_TO_SUM_AT_OWNERS,)),
     "two_then_three": Job(("lazy_adam",), (2, 3)),

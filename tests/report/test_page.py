@@ -101,7 +101,7 @@ def test_mean_pooling_says_that_it_looks_at_nothing() -> None:
     [
         (ModelKind.DIN, "Deep Interest Network"),
         (ModelKind.MEAN_POOLING, "mean pooling of the history (no attention)"),
-        ("another", "another"),
+        (ModelKind.SR_GNN, "SR-GNN, which finds items"),
     ],
 )
 def test_a_model_is_called_by_its_name(model: ModelKind, name: str) -> None:

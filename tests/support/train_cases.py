@@ -28,6 +28,7 @@ from din_dist.config import (
     ModelKind,
     Negatives,
     OptimizerKind,
+    Softmax,
     Split,
     UnknownItem,
     WireDtype,
@@ -97,6 +98,22 @@ CASES: dict[str, dict] = {
                 FeatureSpec("bought", Owner.HISTORY, Kind.CATEGORY, "buy", width=3),
             )
         ),
+    },
+    "comirec_sa": {
+        "model": ModelKind.COMIREC_SA,
+        "optimizer": OptimizerKind.LAZY_ADAM,
+        "learning_rate": 0.01,
+        "embedding_l2": 0.01,
+        "num_sampled": 20,
+        "unknown_item": UnknownItem.FEATURES,
+        "unknown_item_rate": 0.3,
+    },
+    "sr_gnn": {
+        "model": ModelKind.SR_GNN,
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "clip_norm": 1.0,
+        "softmax": Softmax.FULL,
     },
 }
 OWN_FILES = {"sgd": {"behaviours_path": "behaviours.parquet"}, "tasks": {"data_path": "tasks.parquet"}}

@@ -43,6 +43,7 @@ from din_dist.telemetry.projector import write_projector
 from din_dist.training import checkpoint
 from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
 from din_dist.training.optimizers import OPTIMIZERS, Optimizer
+from tests.support.model_kinds import RANKING
 from tests.support.processor import need_bfloat16
 from tests.support.signals import StopWhen
 from tests.support.small_log import small_config, write_log
@@ -63,7 +64,7 @@ def lines(config: Config, kind: str) -> list[dict]:
     return [line for line in found if line["kind"] == kind]
 
 
-@pytest.mark.parametrize("model", list(ModelKind))
+@pytest.mark.parametrize("model", RANKING)
 def test_it_learns_what_users_like(tmp_path: Path, model: ModelKind) -> None:
     """Users of the made-up log like one category: an untrained model ranks at chance, a trained one well above it."""
     write_log(tmp_path / "log.parquet", num_users=300)
@@ -166,7 +167,7 @@ def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytes
     )
 
 
-@pytest.mark.parametrize("model", ModelKind)
+@pytest.mark.parametrize("model", RANKING)
 def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) -> None:
     """All that multiply, in the attention and in the head."""
     need_bfloat16()
@@ -610,7 +611,7 @@ def test_tables_in_shared_memory_are_trained_the_same(tmp_path: Path) -> None:
     assert len(clock.control_inputs) > 15
 
 
-@pytest.mark.parametrize("model", ModelKind)
+@pytest.mark.parametrize("model", RANKING)
 def test_messages_in_shared_memory_keep_their_order(tmp_path: Path, model: ModelKind) -> None:
     """In the graph that runs, after TensorFlow's optimizer: each of two messages at once would overwrite the other."""
 
