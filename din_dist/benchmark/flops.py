@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from din_dist.config import ModelConfig, ModelKind, SessionReadout
+from din_dist.config import AttentionKind, ModelConfig, ModelKind, SessionReadout
 from din_dist.features.spec import Form
 from din_dist.layers.feature_columns import FeatureColumns
 
@@ -62,6 +62,7 @@ def forward_products(
     head_width = (1 + num_histories) * width
     if config.model is ModelKind.DIN:
         head_width = (1 + 2 * num_histories) * width
+    if config.model is ModelKind.DIN and config.attention is AttentionKind.MLP:
         first, *_ = config.attention_hidden_units
         # The factored first layer has one term per candidate, one per distinct item and one per pair, the first two in
         # each history.

@@ -23,6 +23,7 @@ from din_dist.config.data import (
 from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
 from din_dist.config.model import (
     Activation,
+    AttentionKind,
     AttentionNormalization,
     BatchNorm,
     EvaluateWith,
@@ -48,6 +49,7 @@ __all__ = [
     "SKIPPED",
     "UNKNOWN_ITEM_RATE",
     "Activation",
+    "AttentionKind",
     "AttentionNormalization",
     "BatchNorm",
     "ComputeDtype",

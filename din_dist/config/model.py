@@ -81,6 +81,11 @@ class Activation(enum.StrEnum):
     RELU = "relu"
 
 
+class AttentionKind(enum.StrEnum):
+    MLP = "mlp"
+    DOT = "dot"
+
+
 class AttentionNormalization(enum.StrEnum):
     SOFTMAX = "softmax"
     NONE = "none"
@@ -214,6 +219,13 @@ class ModelConfig(Settings):
         later=True,
     )
 
+    attention: AttentionKind = text_setting(
+        AttentionKind.MLP,
+        "mlp: the local activation unit, a network that scores each pair of candidate and behaviour. dot: their "
+        "product, normalized by softmax, as keras.layers.Attention does; it has no weights.",
+        later=True,
+    )
+
     tower_units: tuple[int, ...] = text_setting(
         (128,),
         "youtube_dnn: widths of the hidden layers (ReLU) between the mean of the history and the user's vector. Empty "
@@ -312,6 +324,13 @@ class ModelConfig(Settings):
         theme=_RETRIEVAL,
         later=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = self.attention_normalization is AttentionNormalization.SOFTMAX
+        rule, remedy = "must be softmax with --attention=dot", "Drop it, or use --attention=mlp."
+        fits = plain or self.attention is AttentionKind.MLP
+        require(fits, rule, "attention_normalization", str(self.attention_normalization), remedy)
 
     @property
     def heads(self) -> TaskHead:

@@ -13,7 +13,6 @@ Letters of shapes: I items, C of them at once, H the width of their vectors, K d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ import tensorflow as tf
 
 from din_dist.config import AttentionNormalization
 from din_dist.features.gathering import missing_values, signature_of
+from din_dist.layers.attention_unit import AttentionUnit
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.models.din import DIN
@@ -137,7 +137,7 @@ class CatalogueScorer:
             self._head_bias += tf.matmul(missing, head.of_candidate)
         parts = tf.split(head.of_items, head.of_items.shape[0] // width, axis=0)
         self._of_interest, self._of_candidate, *of_product = parts  # [H, D] each
-        self._attention: LocalActivationUnit | None = None
+        self._attention: AttentionUnit | None = None
         self._of_product: tf.Tensor | None = None
         match model:
             case DIN():
@@ -224,7 +224,8 @@ class CatalogueScorer:
         return tf.concat(chunks, axis=0)
 
     def _relevance_of(self, behaviours: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-        assert self._attention is not None
+        if not isinstance(self._attention, LocalActivationUnit):
+            return tf.matmul(behaviours, candidates, transpose_b=True)
         scorer = self._attention.scorer
         first = scorer.dense_layers[0]
         of_candidate, of_behaviour, of_difference, of_product = tf.split(first.kernel.value, 4, axis=0)
@@ -263,7 +264,7 @@ class CatalogueScorer:
         else:
             weights = tf.gather(scores, index)  # [G, T, C]
             if self._attention.normalization is AttentionNormalization.SOFTMAX:
-                scaled = weights / math.sqrt(self._lookup.width)
+                scaled = weights / self._attention.scale(self._lookup.width)
                 weights = tf.nn.softmax(tf.where(real, scaled, scaled.dtype.min), axis=1)
             weights = tf.where(real, weights, 0.0)
         pooled = tf.matmul(weights, tf.gather(by_behaviour, index), transpose_a=True)  # [G, C or 1, D or D + H]

@@ -27,7 +27,14 @@ from din_dist.errors import FailedElsewhere
 from din_dist.evaluation.catalogue import catalogue_of
 from din_dist.features.gathering import missing_values, signature_of
 from din_dist.features.spec import Owner
-from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
+from din_dist.metrics.retrieval import (
+    coverage,
+    hit_rate_by_user,
+    ndcg_at,
+    pairs_that_differ,
+    recall_at,
+    reciprocal_rank,
+)
 from din_dist.models.behaviour_model import BehaviourModel, Sides
 
 _RANKING = 5  # number of the random stream; `data/pipeline.py` uses others
@@ -434,37 +441,54 @@ def _target_positions(
 
 
 def by_user(
-    queries: Queries, positions: TargetPositions, popularity: np.ndarray, ks: Sequence[int]
+    queries: Queries,
+    positions: TargetPositions,
+    popularity: np.ndarray,
+    ks: Sequence[int],
+    category_of: np.ndarray | None = None,
 ) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Returns what each of the K users adds to the numerator and the denominator of each metric, `[K]` each.
 
     - Means over events: recall, NDCG and the reciprocal rank.
     - Means over users: the hit rate, 1 if any of the user's events is a hit.
+    - `rare_...`: the same over the events whose target was chosen at most as often as their median.
     - Means over the items in the lists: how often each was chosen in training.
+    - Means over the pairs of items in the lists: `diversity`, 1 if they differ in category.
 
     Args:
         queries: the events, whose users are counted.
         positions: those of the events.
         popularity: `[I + 1]`, how often each item was chosen in training.
         ks: list lengths.
+        category_of: int `[I + 1]`. None: there is no diversity.
     """
     users, user_of = np.unique(queries.users, return_inverse=True)
-    num_events = np.bincount(user_of, minlength=len(users))
 
-    def per_event(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.bincount(user_of, values, len(users)), num_events
+    def sums(values: np.ndarray) -> np.ndarray:
+        return np.bincount(user_of, values, len(users))
 
-    parts = {"mrr": per_event(reciprocal_rank(positions.greater, positions.tied))}
+    def of_events(name: str, counted: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns the metrics of some events."""
+        greater, tied, num_counted = positions.greater, positions.tied, sums(counted)
+        found = {f"{name}mrr": (sums(counted * reciprocal_rank(greater, tied)), num_counted)}
+        for k in ks:
+            recall = recall_at(k, greater, tied)
+            found[f"{name}recall@{k}"] = sums(counted * recall), num_counted
+            found[f"{name}ndcg@{k}"] = sums(counted * ndcg_at(k, greater, tied)), num_counted
+            hits = hit_rate_by_user(counted * recall, queries.users)[1]
+            found[f"{name}hit_rate@{k}"] = hits, (num_counted > 0).astype(np.float64)
+        return found
+
+    of_targets = popularity[queries.targets]
+    parts = of_events("", np.ones(len(queries)))
+    parts |= of_events("rare_", (of_targets <= np.median(of_targets)).astype(np.float64))
     for k in ks:
-        recall = recall_at(k, positions.greater, positions.tied)
         listed = positions.top_items[:, :k]
-        parts[f"recall@{k}"] = per_event(recall)
-        parts[f"ndcg@{k}"] = per_event(ndcg_at(k, positions.greater, positions.tied))
-        parts[f"hit_rate@{k}"] = (hit_rate_by_user(recall, queries.users)[1], np.ones(len(users)))
-        parts[f"mean_popularity@{k}"] = (
-            per_event(np.where(listed > 0, popularity[listed], 0).sum(axis=1))[0],
-            per_event((listed > 0).sum(axis=1))[0],
-        )
+        chosen = np.where(listed > 0, popularity[listed], 0).sum(axis=1)
+        parts[f"mean_popularity@{k}"] = sums(chosen), sums((listed > 0).sum(axis=1))
+        if category_of is not None and (listed[:, 1:] > 0).any():  # a list of one has no pair
+            differ, pairs = pairs_that_differ(listed, category_of)
+            parts[f"diversity@{k}"] = sums(differ), sums(pairs)
     return parts
 
 

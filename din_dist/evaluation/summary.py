@@ -129,9 +129,11 @@ def rank_split(
     positions = rank(store, queries, task, scorer, request.ks[-1], runtime, progress)
     seconds = time.perf_counter() - started
     popularity = item_counts(store, splits)
-    parts = by_user(queries, positions, popularity, request.ks)
+    category_of = next(iter(store.item_features.values()), None)
+    parts = by_user(queries, positions, popularity, request.ks, category_of)
     floor = rank(store, queries, task, PopularityScorer(popularity[: num_items + 1]), request.ks[-1], runtime)
-    of_floor = _ratios(by_user(queries, floor, popularity, request.ks)) | coverages(floor, num_items, request.ks)
+    of_floor = _ratios(by_user(queries, floor, popularity, request.ks, category_of))
+    of_floor |= coverages(floor, num_items, request.ks)
     found = _facts(store, queries, task, positions) | {
         "ks": list(request.ks),
         "events_per_second": len(queries) / seconds,

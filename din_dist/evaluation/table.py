@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from din_dist.schema import METRICS_OF_TASKS, metric_of
 from din_dist.text import duration, printable
 
-_ROWS = {"recall": ".4f", "ndcg": ".4f", "hit_rate": ".4f", "coverage": ".4f", "mean_popularity": ",.1f"}
+_ROWS = {
+    **dict.fromkeys(("recall", "ndcg", "hit_rate", "rare_recall", "rare_ndcg", "diversity", "coverage"), ".4f"),
+    "mean_popularity": ",.1f",
+}
 _WIDTH = 17
 
 
@@ -85,11 +88,13 @@ def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
     lines.append(f"  {'':<20}" + "".join(f"{f'@{k}':>{_WIDTH}}" for k in ks))
     for name, form in _ROWS.items():
         keys = [f"{name}@{k}" for k in ks]
-        lines.append(f"  {name.replace('_', ' '):<20}" + "".join(f"{metrics[key]:>{_WIDTH}{form}}" for key in keys))
-        if all(key in intervals for key in keys):
-            bounds = [f"{_interval(intervals[key], form):>{_WIDTH}}" for key in keys]
+        if not any(key in metrics for key in keys):
+            continue
+        lines.append(f"  {name.replace('_', ' '):<20}" + _cells(metrics, keys, form))
+        if any(key in intervals for key in keys):
+            bounds = [f"{_interval(intervals.get(key), form):>{_WIDTH}}" for key in keys]
             lines.append(f"  {'  95 % interval':<20}" + "".join(bounds))
-        lines.append(f"  {'  popularity has':<20}" + "".join(f"{floor[key]:>{_WIDTH}{form}}" for key in keys))
+        lines.append(f"  {'  popularity has':<20}" + _cells(floor, keys, form))
     lines.append(
         f"  {'mean 1 / place':<20} {metrics['mrr']:9.4f}  {_interval(intervals.get('mrr'), '.4f')}".rstrip()
         + f"  (popularity {floor['mrr']:.4f})"
@@ -98,6 +103,11 @@ def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
     thinned = found["num_events"] < found["num_events_in_split"]
     lines.append(f"  {rate:,.1f} events/s" + (f"; all would take about {duration(whole)}" if thinned else ""))
     return lines
+
+
+def _cells(metrics: Mapping[str, float], keys: Sequence[str], form: str) -> str:
+    """Returns a cell for each key; a list of one item has no diversity."""
+    return "".join(f"{metrics[key]:>{_WIDTH}{form}}" if key in metrics else f"{'–':>{_WIDTH}}" for key in keys)
 
 
 def _interval(bounds: tuple[float, float] | None, form: str) -> str:

@@ -11,14 +11,15 @@ import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization
 from din_dist.execution import INFERENCE, Mode
+from din_dist.layers.attention_unit import AttentionUnit, products
 from din_dist.layers.hidden import HiddenLayers
 from din_dist.layers.native.attention import has_kernels, pool_by_kernels
-from din_dist.layers.packed import pool, rows_of, segment_softmax
+from din_dist.layers.packed import rows_of
 from din_dist.layers.pairs import Pairs
 
 
 @keras.saving.register_keras_serializable("din_dist")
-class LocalActivationUnit(keras.layers.Layer):
+class LocalActivationUnit(AttentionUnit):
     """Pools packed behaviours by their relevance to a candidate.
 
     The score of a (candidate q, behaviour k) pair is MLP([q, k, q - k, q * k]). With `softmax` the scores are divided
@@ -50,9 +51,7 @@ class LocalActivationUnit(keras.layers.Layer):
         side_width: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.side_width = side_width
-        self.normalization = AttentionNormalization(normalization)
+        super().__init__(normalization, side_width, **kwargs)
         self.scorer = HiddenLayers(hidden_units, activation, frozen=frozen, name="scorer")
         self._settings = {
             "hidden_units": list(hidden_units),
@@ -65,12 +64,14 @@ class LocalActivationUnit(keras.layers.Layer):
     def build(self, candidate_shape: tuple) -> None:
         self.scorer.build((None, 4 * candidate_shape[-1] + self.side_width))
 
-    def is_compiled(self, mode: Mode) -> bool:
-        """Tells whether `call` is compiled for each number of pairs anew, so that few numbers are wanted."""
-        return mode.training and mode.execution.xla and not self.runs_by_kernels(mode)
+    def scale(self, width: int) -> float:
+        return math.sqrt(width)
+
+    @property
+    def last_known(self) -> list[keras.Variable]:
+        return self.scorer.dense_layers[0].trainable_weights
 
     def runs_by_kernels(self, mode: Mode) -> bool:
-        """Tells whether our kernels compute `call`."""
         return mode.kernels and has_kernels(self)
 
     def call(
@@ -81,43 +82,17 @@ class LocalActivationUnit(keras.layers.Layer):
         mode: Mode = INFERENCE,
         sides: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Returns the interest that each candidate finds in its history, float32 `[C, H + S]`; zeros if that is empty.
-
-        Args:
-            candidate: float32 `[C, H]`.
-            behaviours: float32 `[K, H]`, distinct: what several pairs share is projected once.
-            pairs: each candidate with the behaviours of its history.
-            mode: of the pass.
-            sides: float32 `[T, S]`, the side information that pairs name. None: there is none.
-        """
         if self.runs_by_kernels(mode):
             return pool_by_kernels(self, candidate, behaviours, pairs, mode, sides)
-        scores = self.scores(candidate, behaviours, pairs, mode, sides)
-        if self.normalization is AttentionNormalization.SOFTMAX:
-            scores = scores / math.sqrt(candidate.shape[-1])
-            return mode.fused(_softmax_pool)(scores, behaviours, pairs, candidate, sides)
-        return mode.fused(pool)(scores, behaviours, pairs, candidate, sides)
-
-    def weights_of_pairs(
-        self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, sides: tf.Tensor | None = None
-    ) -> tf.Tensor:
-        """Returns the attention weights `[P]` with which `call` pools in inference.
-
-        With `softmax` those of a candidate sum to 1. With `none` they may be of any size, and negative.
-        """
-        scores = self.scores(candidate, behaviours, pairs, INFERENCE, sides)
-        if self.normalization is AttentionNormalization.SOFTMAX:
-            return segment_softmax(scores / math.sqrt(candidate.shape[-1]), pairs.candidate_of, tf.shape(candidate)[0])
-        return scores
+        return super().call(candidate, behaviours, pairs, mode, sides)
 
     def scores(
         self, candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, mode: Mode, sides: tf.Tensor | None = None
     ) -> tf.Tensor:
-        """Returns the attention scores `[P]` before normalization; arguments as of `call`."""
         of_candidate, of_behaviour, of_product, bias = self.first_terms()
         by_candidate, by_behaviour = tf.matmul(candidate, of_candidate) + bias, tf.matmul(behaviours, of_behaviour)
-        products = mode.fused(_products)(candidate, behaviours, pairs)  # [P, H]
-        by_pair = tf.matmul(products, of_product)  # [P, units]
+        of_pairs = mode.fused(products)(candidate, behaviours, pairs)  # [P, H]
+        by_pair = tf.matmul(of_pairs, of_product)  # [P, units]
         by_side = None if sides is None else tf.matmul(sides, self.side_kernel())
         projected = mode.fused(_plus_rows)(by_pair, by_candidate, by_behaviour, pairs, by_side)
         return self.scorer.after_first(projected, mode=mode, num_rows=pairs.num_real)
@@ -138,19 +113,8 @@ class LocalActivationUnit(keras.layers.Layer):
         return kernel[tf.shape(kernel)[0] - self.side_width :]
 
 
-def _products(candidate: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs) -> tf.Tensor:
-    return rows_of(candidate, pairs.candidate_of) * tf.gather(behaviours, pairs.behaviour_of)
-
-
 def _plus_rows(
     by_pair: tf.Tensor, by_candidate: tf.Tensor, by_behaviour: tf.Tensor, pairs: Pairs, by_side: tf.Tensor | None
 ) -> tf.Tensor:
     found = by_pair + rows_of(by_candidate, pairs.candidate_of) + tf.gather(by_behaviour, pairs.behaviour_of)
     return found if by_side is None else found + tf.gather(by_side, pairs.side_of)
-
-
-def _softmax_pool(
-    scores: tf.Tensor, behaviours: tf.Tensor, pairs: Pairs, candidate: tf.Tensor, sides: tf.Tensor | None
-) -> tf.Tensor:
-    weights = segment_softmax(scores, pairs.candidate_of, tf.shape(candidate)[0])
-    return pool(weights, behaviours, pairs, candidate, sides)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_LISTS_AT_ONCE = 1024
+
 
 def recall_at(k: int, greater: np.ndarray, tied: np.ndarray) -> np.ndarray:
     """Returns the chance that each target is among the first `k`, `[E]`; 0 or 1 unless the target is tied."""
@@ -43,6 +45,26 @@ def hit_rate_by_user(recall: np.ndarray, users: np.ndarray) -> tuple[np.ndarray,
 def coverage(top_items: np.ndarray, num_items: int) -> float:
     """Returns the share of the catalogue that occurs in at least one of the lists `[E, k]`; 0 in a list is no item."""
     return len(np.setdiff1d(top_items, [0])) / num_items if num_items else float("nan")
+
+
+def pairs_that_differ(top_items: np.ndarray, category_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many pairs of items of each list differ in category, and how many pairs there are, int64 `[E]` each.
+
+    Their ratio is the diversity of Cen et al. 2020 (ComiRec).
+
+    Args:
+        top_items: int `[E, k]`; 0 is no item.
+        category_of: int `[num_items + 1]`.
+    """
+    differ = np.zeros(len(top_items), np.int64)
+    for first in range(0, len(top_items), _LISTS_AT_ONCE):
+        items = top_items[first : first + _LISTS_AT_ONCE]
+        categories, real = category_of[items], items > 0
+        both = real[:, :, None] & real[:, None, :]
+        unequal = categories[:, :, None] != categories[:, None, :]
+        differ[first : first + len(items)] = (both & unequal).sum(axis=(1, 2)) // 2
+    lengths = (top_items > 0).sum(axis=1).astype(np.int64)
+    return differ, lengths * (lengths - 1) // 2
 
 
 def _mean_over_positions(gains: np.ndarray, greater: np.ndarray, tied: np.ndarray) -> np.ndarray:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from din_dist.config import BatchNorm, ModelConfig
+from din_dist.config import AttentionKind, BatchNorm, ModelConfig
 from din_dist.execution import Mode
+from din_dist.layers.attention_unit import AttentionUnit
+from din_dist.layers.dot_product_attention import DotProductAttention
 from din_dist.layers.feature_columns import FeatureColumns
 from din_dist.layers.local_activation_unit import LocalActivationUnit
 from din_dist.layers.local_lookup import LocalLookup
@@ -36,7 +39,7 @@ class DIN(RankingModel):
         num_tasks: the labels to predict.
         histories: several histories; None: there is one.
         side_columns: of the side information of behaviours.
-        attention: another form of the local activation unit, for comparison.
+        attention: another form of the local activation unit, for comparison. None: the one of `config`.
     """
 
     def __init__(
@@ -48,29 +51,33 @@ class DIN(RankingModel):
         num_tasks: int = 1,
         histories: Sequence[NamedHistory] | None = None,
         side_columns: FeatureColumns | None = None,
-        attention: type[LocalActivationUnit] = LocalActivationUnit,
+        attention: type[LocalActivationUnit] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(lookup, config, training_mode, example_columns, num_tasks, histories, side_columns, **kwargs)
         suffixes = suffixes_of(self.histories)
-        self.attentions = [
-            attention(
+        make = attention or LocalActivationUnit
+        if config.attention is AttentionKind.DOT and attention is None:
+            make_unit: Callable[..., AttentionUnit] = functools.partial(DotProductAttention, self.side_width)
+        else:
+            make_unit = functools.partial(
+                make,
                 config.attention_hidden_units,
                 config.activation,
                 config.attention_normalization,
                 frozen=config.batch_norm is BatchNorm.FROZEN,
                 side_width=self.side_width,
-                name=f"attention{suffix}",
             )
-            for suffix in (suffixes[:1] if config.share_attention else suffixes)
+        self.attentions = [
+            make_unit(name=f"attention{suffix}") for suffix in (suffixes[:1] if config.share_attention else suffixes)
         ]
 
     @property
-    def attention(self) -> LocalActivationUnit:
+    def attention(self) -> AttentionUnit:
         """The unit of the only history, or the first."""
         return self.attentions[0]
 
-    def _attention_of(self, history: int) -> LocalActivationUnit:
+    def _attention_of(self, history: int) -> AttentionUnit:
         return self.attentions[min(history, len(self.attentions) - 1)]
 
     def pools_compiled(self, mode: Mode) -> bool:
@@ -78,8 +85,7 @@ class DIN(RankingModel):
 
     @property
     def late_weights(self) -> list[keras.Variable]:
-        first = [weight for unit in self.attentions for weight in unit.scorer.dense_layers[0].trainable_weights]
-        return [*super().late_weights, *first]
+        return [*super().late_weights, *(weight for unit in self.attentions for weight in unit.last_known)]
 
     def interest(self, items: LookedUp, pairs: Pairs, mode: Mode, history: int = 0) -> tf.Tensor:
         unit = self._attention_of(history)

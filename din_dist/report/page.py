@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from din_dist import __version__
 from din_dist.config import (
+    AttentionKind,
     AttentionNormalization,
     BatchNorm,
     Config,
@@ -244,7 +245,9 @@ def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, s
     model, is_din = config.model, config.model.model is ModelKind.DIN
     rows = [("Kind", _MODEL_NAMES.get(model.model, str(model.model)))]
     rows.append(("Embeddings", " + ".join(map(str, model.embedding_dim))))
-    if is_din:
+    if is_din and model.attention is AttentionKind.DOT:
+        rows.append(("Attention", "product of candidate and behaviour, softmax over the history"))
+    elif is_din:
         units = "–".join(map(str, model.attention_hidden_units))
         softmax = "softmax over the history" if model.attention_normalization == "softmax" else "no normalisation"
         rows.append(("Attention", f"hidden units {units}, {softmax}"))

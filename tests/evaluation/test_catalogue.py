@@ -6,7 +6,7 @@ import tensorflow as tf
 from numpy.testing import assert_allclose
 
 import din_dist.evaluation.catalogue
-from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelKind
+from din_dist.config import Activation, AttentionKind, AttentionNormalization, BatchNorm, ModelKind
 from din_dist.evaluation.catalogue import CatalogueScorer, VectorCatalogue, catalogue_of
 from din_dist.features.gathering import missing_values
 from din_dist.features.spec import Owner
@@ -93,6 +93,13 @@ def test_logits_are_those_of_one_by_one(kind, normalization, rows, monkeypatch):
 def test_any_activation_and_frozen_statistics(activation):
     model = far_from_the_start(small_model(activation=activation, batch_norm=BatchNorm.FROZEN))
     assert_allclose(at_once(model, HISTORIES), one_by_one(model, HISTORIES), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_by_products():
+    model = far_from_the_start(small_model(attention=AttentionKind.DOT))
+    expected = one_by_one(model, HISTORIES)
+    assert expected.std() > 0.1
+    assert_allclose(at_once(model, HISTORIES), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", RANKING)

@@ -236,14 +236,16 @@ def test_progress_is_told_in_between(case: Case, monkeypatch: pytest.MonkeyPatch
 def test_metrics_by_hand() -> None:
     """User 3 has events in places 1 and 4, user 8 one in place 2: recall@2 is 2/3, and both have a hit.
 
-    The lists of two name items 5 (chosen 10 times in training) and 6 (twice) of eight.
+    The lists of two name items 5 (chosen 10 times in training) and 6 (twice) of eight. The second and third targets
+    were chosen twice and never, which is rare.
     """
     none = np.zeros(3, np.int64)
-    queries = Queries(none, np.array([3, 3, 8]), none, none, none, none, 3)
+    queries = Queries(none, np.array([3, 3, 8]), np.array([5, 6, 7]), none, none, none, 3)
     top_items = np.array([[5, 6], [5, 6], [6, 0]])
     places = din_dist.evaluation.retrieval.TargetPositions(np.array([0, 3, 1]), none, none + 4, top_items)
     popularity = np.array([99, 0, 0, 0, 0, 10, 2, 0, 0])
-    parts = by_user(queries, places, popularity, [1, 2])
+    category_of = np.array([0, 1, 1, 1, 1, 1, 2, 1, 1])
+    parts = by_user(queries, places, popularity, [1, 2], category_of)
     ratios = {name: above.sum() / below.sum() for name, (above, below) in parts.items()}
     second = 1 / math.log2(3)
     expected = {
@@ -256,6 +258,14 @@ def test_metrics_by_hand() -> None:
         "hit_rate@2": 1,
         "mean_popularity@1": (10 + 10 + 2) / 3,
         "mean_popularity@2": (12 + 12 + 2) / 5,
+        "rare_mrr": (1 / 4 + 1 / 2) / 2,
+        "rare_recall@1": 0,
+        "rare_recall@2": 1 / 2,
+        "rare_ndcg@1": 0,
+        "rare_ndcg@2": second / 2,
+        "rare_hit_rate@1": 0,
+        "rare_hit_rate@2": 1 / 2,
+        "diversity@2": 1,  # the third list has one item, and no pair
     }
     assert ratios == {name: pytest.approx(value) for name, value in expected.items()}
     assert_array_equal(parts["recall@2"][0], [1, 1])

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from din_dist.metrics.retrieval import coverage, hit_rate_by_user, ndcg_at, recall_at, reciprocal_rank
+from din_dist.metrics.retrieval import (
+    coverage,
+    hit_rate_by_user,
+    ndcg_at,
+    pairs_that_differ,
+    recall_at,
+    reciprocal_rank,
+)
 
 # Places 1, 3 and 6 without ties; two ties for the places 2 and 3; all of four alike.
 GREATER = np.array([0, 2, 5, 1, 0])
@@ -65,6 +72,15 @@ def test_a_user_with_several_events_is_hit_by_any_of_them():
     users, hits = hit_rate_by_user(np.array([0, 0, 1, 0, 0.5, 0.5]), np.array([7, 7, 3, 3, 5, 5]))
     assert users.tolist() == [3, 5, 7]
     assert_allclose(hits, [1, 3 / 4, 0])
+
+
+def test_pairs_that_differ_by_hand():
+    """Items 1 and 2 share a category. Of three items there are three pairs, of one none; 0 is no item."""
+    category_of = np.array([0, 4, 4, 5, 0])
+    lists = np.array([[1, 2, 3], [1, 3, 0], [4, 1, 3], [2, 0, 0], [0, 0, 0]])
+    differ, pairs = pairs_that_differ(lists, category_of)
+    assert differ.tolist() == [2, 1, 3, 0, 0]
+    assert pairs.tolist() == [3, 1, 3, 0, 0]
 
 
 def test_coverage_counts_each_item_once_and_no_empty_places():
