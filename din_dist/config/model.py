@@ -249,7 +249,7 @@ class ModelConfig(Settings):
     )
     num_positions: int = text_setting(
         100,
-        "PositionVectors of a history that have weights of their own, counted from the oldest: at least "
+        "Positions of a history that have weights of their own, counted from the oldest: at least "
         "--max_history_length.",
         check=_check_count,
         theme=_RETRIEVAL,

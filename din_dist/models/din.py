@@ -56,12 +56,11 @@ class DIN(RankingModel):
     ) -> None:
         super().__init__(lookup, config, training_mode, example_columns, num_tasks, histories, side_columns, **kwargs)
         suffixes = suffixes_of(self.histories)
-        make = attention or LocalActivationUnit
         if config.attention is AttentionKind.DOT and attention is None:
             make_unit: Callable[..., AttentionUnit] = functools.partial(DotProductAttention, self.side_width)
         else:
             make_unit = functools.partial(
-                make,
+                attention or LocalActivationUnit,
                 config.attention_hidden_units,
                 config.activation,
                 config.attention_normalization,

@@ -63,8 +63,6 @@ class RetrievalModel(BehaviourModel):
         example_columns: the columns of user and context features.
     """
 
-    reads_features = False  # of users and contexts
-
     def __init__(
         self,
         lookup: LocalLookup,

@@ -27,8 +27,6 @@ class YouTubeDNN(RetrievalModel):
         example_columns: the columns of user and context features.
     """
 
-    reads_features = True
-
     def __init__(
         self,
         lookup: LocalLookup,
