@@ -26,6 +26,7 @@ from din_dist.evaluation.request import ALL, AUTO, NONE, EvaluationRequest
 from din_dist.evaluation.table import table
 from din_dist.files import write_text
 from din_dist.schema import Batch
+from din_dist.serving.asked import NUM_RETRIEVED
 from din_dist.serving.manifest import DIGEST_HELP
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ with theme("retrieval metrics"):
         "With --rank_against=all: leave out what the user had before the event, as papers do on logs without repeats. "
         "The chosen item always stays. Turn it off where users come back to the same items.",
     )
+    flags.DEFINE_integer(
+        "num_retrieved",
+        NUM_RETRIEVED,
+        "For an export that has one inside which finds items: how many the other one ranks.",
+    )
     flags.DEFINE_list("ks", ["1", "5", "10", "20"], "Lengths of the lists for recall, NDCG and the other metrics.")
     flags.DEFINE_string(
         "max_events",
@@ -103,6 +109,9 @@ def main() -> None:
         splits = split_examples(store, config.data)
         _check_data(bundle, store)
         asked = asked.fitted(config, store, splits)
+        if bundle and bundle.manifest.retriever and asked.rank_against == 0:
+            rule, number = "must be at least the longest of --ks", values.num_retrieved
+            require(number >= asked.ks[-1], rule, "num_retrieved", number, f"Give {asked.ks[-1]} or more.")
     job = _Job(config, store, splits, bundle, output_dir)
     found = _evaluate(job, asked, runtime, started)
     with runtime.together():
@@ -152,12 +161,42 @@ def _evaluate(job: _Job, asked: EvaluationRequest, runtime: Runtime, started: fl
     }
     seconds["scores"] = time.perf_counter() - started - sum(seconds.values())
     if asked.rank_against is not None:
-        found["retrieval"] = rank_split(asked, config, store, splits, candidates_of(), runtime, say)
+        scorer = candidates_of()
+        found["retrieval"] = rank_split(asked, config, store, splits, scorer, runtime, say)
+        if job.bundle and asked.rank_against == 0:
+            found |= _stages(
+                job.bundle, scorer, lambda own: rank_split(asked, config, store, splits, own, runtime, say)
+            )
         seconds["retrieval"] = time.perf_counter() - started - sum(seconds.values())
     seconds["total"] = time.perf_counter() - started
     found["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     found["versions"] = build_info()
     return found
+
+
+def _stages(
+    bundle: Bundle, scorer: CandidateScorer, rank: Callable[[CandidateScorer], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the retrieval metrics of both stages of an export together, and of the first alone.
+
+    Args:
+        bundle: the export. Without another one inside, nothing is returned.
+        scorer: of the model that ranks.
+        rank: returns the metrics of a scorer.
+    """
+    from din_dist.serving.asked import Recommend
+    from din_dist.serving.scorer import ExportScorer, FoundScorer
+
+    if bundle.manifest.retriever is None:
+        return {}
+    assert isinstance(scorer, ExportScorer)
+    num, exclude = flags.FLAGS.num_retrieved, flags.FLAGS.exclude_history
+    asked = Recommend(num, num, exclude)
+    scorers = {"found": bundle.nearest, "found_and_ranked": bundle.recommend}
+    return {
+        "num_retrieved": num,
+        "stages": {name: rank(FoundScorer(find, asked, scorer)) for name, find in scorers.items()},
+    }
 
 
 def _publish(found: dict[str, Any]) -> None:

@@ -21,11 +21,14 @@ from din_dist.config import Config, require
 from din_dist.errors import InputError
 from din_dist.files import read_record
 from din_dist.serving.calibrator import Calibrate, Calibrator, fit
+from din_dist.serving.manifest import DIGEST_HELP, read_manifest
 from din_dist.text import parse_json
 
 if TYPE_CHECKING:
     from din_dist.evaluation.evaluator import Evaluator
-    from din_dist.models.ranking_model import RankingModel
+    from din_dist.models.behaviour_model import BehaviourModel
+    from din_dist.serving.export.retriever import Retriever
+    from din_dist.serving.export.writer import TrainedModel
 
 with theme("what to export"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
@@ -44,6 +47,19 @@ with theme("what to export"):
         1.0,
         "For logs with labels that were thinned: the share of the negatives that the log kept, above 0 and up to 1. "
         "click_probability is that of the log before.",
+    )
+with theme("finding items"):
+    RETRIEVER_EXPORT_DIR = define_path(
+        "retriever_export_dir",
+        "",
+        "For jobs of models that rank: an export of a model that finds items, which becomes part of this one. It then "
+        "has a signature that recommends: what the one finds, the other ranks. Default: none.",
+    )
+    RETRIEVER_DIGEST = flags.DEFINE_string("retriever_digest", "", DIGEST_HELP)
+    RETRIEVER_HISTORY = flags.DEFINE_string(
+        "retriever_history",
+        "",
+        "With several --histories: the name of the one that the model reads which finds items. Default: the first.",
     )
 with theme("result"):
     EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder. Required.")
@@ -71,14 +87,7 @@ def main() -> None:
         "For example 0.1, if a tenth of the negatives was kept.",
     )
     config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
-    kind = config.model.model
-    require(
-        not kind.retrieves,
-        "exports have models that rank given candidates, and this job's model finds items",
-        "output_dir",
-        f"{OUTPUT_DIR.value}, with --model={kind}",
-        "Give a job with --model=din or mean_pooling; cli.evaluate scores this one.",
-    )
+    _check_retriever(config)
     require(
         not config.data.label_columns or NEGATIVE_RATE.value == 1,
         "is for logs of one label: which negatives of several were kept is not known",
@@ -88,6 +97,24 @@ def main() -> None:
     )
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
+
+
+def _check_retriever(config: Config) -> None:
+    """Checks the flags of the export inside this one."""
+    for flag in (RETRIEVER_DIGEST, RETRIEVER_HISTORY):
+        alone = bool(flag.value) and not RETRIEVER_EXPORT_DIR.value
+        require(not alone, "is for an export inside this one", flag.name, flag.value, "Give --retriever_export_dir.")
+    if not RETRIEVER_EXPORT_DIR.value:
+        return
+    kind = config.model.model
+    require(
+        not kind.retrieves,
+        f"is for jobs of models that rank, and --model={kind} finds items itself",
+        RETRIEVER_EXPORT_DIR.name,
+        RETRIEVER_EXPORT_DIR.value,
+        "Drop it, or give the --output_dir of a job with --model=din.",
+    )
+    read_manifest(Path(RETRIEVER_EXPORT_DIR.value), RETRIEVER_DIGEST.value)  # a wrong folder is refused at once
 
 
 def _export(config: Config, folder: Path) -> dict[str, Any]:
@@ -110,6 +137,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     job_dir = Path(config.job.output_dir)
     flags_of_job, summary = read_record(job_dir / "flags.txt", errors="replace"), _summary_of(job_dir / "summary.json")
     trained = TrainedModel(model, store, config, step, flags_of_job, summary)
+    if RETRIEVER_EXPORT_DIR.value:
+        trained = dataclasses.replace(trained, retriever=_retriever(trained))
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     trained = dataclasses.replace(trained, calibrators=_calibrators(Evaluator(config, store, splits, Runtime()), model))
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
@@ -125,7 +154,22 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _calibrators(evaluator: Evaluator, model: RankingModel) -> dict[str, Calibrator]:
+def _retriever(trained: TrainedModel) -> Retriever:
+    from din_dist.serving.bundle import Bundle
+    from din_dist.serving.export.retriever import retriever_of
+    from din_dist.serving.export.writer import described_features, item_id_type
+
+    bundle = Bundle.open(Path(RETRIEVER_EXPORT_DIR.value), RETRIEVER_DIGEST.value)
+    return retriever_of(
+        bundle,
+        item_id_type(trained.store),
+        described_features(trained.store),
+        trained.store.facts.histories,
+        RETRIEVER_HISTORY.value,
+    )
+
+
+def _calibrators(evaluator: Evaluator, model: BehaviourModel) -> dict[str, Calibrator]:
     """Returns what the flags say, by task, fitted on all examples of the validation split."""
     kind = Calibrate(CALIBRATE.value)
     if kind is Calibrate.NONE:

@@ -137,6 +137,8 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "max_history_length": manifest.max_history_length,
         **({"histories": dict(manifest.histories)} if manifest.histories else {}),
         **({"long_history": manifest.long_history} if manifest.long_history else {}),
+        **({"finds_items": True} if manifest.finds_items else {}),
+        **({"retriever": dataclasses.asdict(manifest.retriever)} if manifest.retriever else {}),
         "num_items": manifest.num_items,
         "step": manifest.step,
         "digest": manifest.digest,

@@ -126,9 +126,9 @@ class Evaluator:
                 return self._store.labels_of(examples.events(), self._config.main_task if task is None else task)
         return (np.arange(examples.num_examples) % examples.draws_per_row == 0).astype(np.uint8)
 
-    def scores(self, split: str, score: BatchScorer) -> np.ndarray:
-        """Returns the scores of a split in its order, `[num_examples]` or by task, equal on all ranks."""
-        batches = evaluation_batches(
+    def batches(self, split: str) -> tf.data.Dataset:
+        """Returns this rank's packed batches of a split."""
+        return evaluation_batches(
             self._store,
             self._splits[split],
             self._config.data,
@@ -137,6 +137,10 @@ class Evaluator:
             shard_index=self._runtime.rank,
             num_shards=self._runtime.world_size,
         )
+
+    def scores(self, split: str, score: BatchScorer) -> np.ndarray:
+        """Returns the scores of a split in its order, `[num_examples]` or by task, equal on all ranks."""
+        batches = self.batches(split)
         mine = [score(batch).numpy() for batch in progress.each(batches, f"reading data in {self._store.folder}")]
         # Flat, because a rank without examples does not know the number of columns.
         found = self._runtime.gather(np.concatenate([*map(np.ravel, mine), np.zeros(0, np.float32)]))

@@ -57,7 +57,10 @@ class Askers(NamedTuple):
 
     def alone(self, row: int) -> Askers:
         """Returns one of them."""
-        part = slice(row, row + 1)
+        return self.part(slice(row, row + 1))
+
+    def part(self, part: slice) -> Askers:
+        """Returns some of them."""
         own_bounds = tuple((begins[part], ends[part]) for begins, ends in self.bounds)
         return Askers(self.users[part], self.events[part], own_bounds)
 

@@ -21,6 +21,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [*_scores(found), *_slices(found.get("slices", {}))]
     if retrieval := found.get("retrieval"):
         lines += _retrieval(retrieval, found["split"])
+    if stages := found.get("stages"):
+        lines += _stages(stages, found["retrieval"], found["num_retrieved"])
     seconds = {name: value for name, value in found["seconds"].items() if name != "total"}
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     workers = f"{found['world_size']} worker{'s' if found['world_size'] > 1 else ''}"
@@ -102,6 +104,26 @@ def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
     rate, whole = found["events_per_second"], found["seconds_for_all_events"]
     thinned = found["num_events"] < found["num_events_in_split"]
     lines.append(f"  {rate:,.1f} events/s" + (f"; all would take about {duration(whole)}" if thinned else ""))
+    return lines
+
+
+def _stages(stages: Mapping[str, Any], ranked: Mapping[str, Any], num_retrieved: int) -> list[str]:
+    """Returns recall and NDCG of both models together beside each of them alone."""
+    if not ranked["num_events"]:
+        return []
+    names = {f"found ({num_retrieved})": stages["found"], "  and ranked": stages["found_and_ranked"]}
+    names["all ranked"] = ranked
+    lines = []
+    if ranked["exclude_history"] and ranked["num_events_of_repeats"]:
+        lines.append("  An item of the history is never found, but it is ranked where it is the chosen one.")
+    for metric in ("recall", "ndcg"):
+        lines.append(f"  {metric:<20}" + "".join(f"{f'@{k}':>{_WIDTH}}" for k in ranked["ks"]))
+        for name, own in names.items():
+            keys = [f"{metric}@{k}" for k in ranked["ks"]]
+            lines.append(f"    {name:<18}" + _cells(own["metrics"], keys, ".4f"))
+            if intervals := own.get("intervals"):
+                bounds = [f"{_interval(intervals.get(key), '.4f'):>{_WIDTH}}" for key in keys]
+                lines.append(f"    {'  95 % interval':<18}" + "".join(bounds))
     return lines
 
 

@@ -80,6 +80,11 @@ class LocalLookup(keras.layers.Layer):
         return sum(spec.width for spec in self.specs) + (self.columns.width if self.columns else 0)
 
     @property
+    def has_biases(self) -> bool:
+        """True if items have biases."""
+        return bool(self._biases)
+
+    @property
     def item_bias(self) -> keras.Variable:
         """The biases of the items `[num_rows, T]`."""
         (biases,) = self._biases

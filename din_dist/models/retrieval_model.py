@@ -72,7 +72,7 @@ class RetrievalModel(BehaviourModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(lookup, training_mode, example_columns, **kwargs)
-        self._normalizes, self._temperature = config.normalize_vectors, config.temperature
+        self._normalizes, self.temperature = config.normalize_vectors, config.temperature
         self._readout, self._evaluate_with = config.readout, config.evaluate_with
 
     @abc.abstractmethod
@@ -93,7 +93,7 @@ class RetrievalModel(BehaviourModel):
         Args:
             item_ids: int32 `[U]`, distinct.
         """
-        return self._normalized(self.lookup(item_ids)[0])
+        return self.normalized(self.lookup(item_ids)[0])
 
     def users(self, batch: Batch) -> tf.Tensor:
         """Returns the vectors of the users of a packed batch in inference, float32 `[B, K, H]`.
@@ -123,12 +123,15 @@ class RetrievalModel(BehaviourModel):
 
     def _users_of(self, vectors: tf.Tensor, index: tf.Tensor, batch: Batch) -> tf.Tensor:
         """Returns what `users` does, given the vectors `[U, H]` and where those of the positions stand, `[N, ...]`."""
-        histories = self._histories(vectors, index, batch, INFERENCE)
-        interests = self._normalized(self.interests(histories, INFERENCE))
+        return self.vectors_of(self._histories(vectors, index, batch, INFERENCE))
+
+    def vectors_of(self, histories: PackedHistories) -> tf.Tensor:
+        """Returns the vectors of users in inference, float32 `[B, K, H]`."""
+        interests = self.normalized(self.interests(histories, INFERENCE))
         if self._evaluate_with is EvaluateWith.INTERESTS:
             return interests
         newest = histories.last(histories.vectors, histories.item_of)
-        return self._normalized(self.read_out(interests, self._normalized(newest)))[:, None]
+        return self.normalized(self.read_out(interests, self.normalized(newest)))[:, None]
 
     def _histories(self, vectors: tf.Tensor, index: tf.Tensor, batch: Batch, mode: Mode) -> PackedHistories:
         lengths = batch.history_lengths
@@ -153,12 +156,12 @@ class RetrievalModel(BehaviourModel):
         num_candidates = tf.size(batch.candidate_item_ids)
         vectors, _ = self.lookup(item_ids)
         users = self._users_of(vectors, index[num_candidates:], batch)
-        candidates = self._normalized(tf.gather(vectors, index[:num_candidates]))
+        candidates = self.normalized(tf.gather(vectors, index[:num_candidates]))
         return self.best(tf.linalg.matvec(users, candidates))
 
     def best(self, products: tf.Tensor) -> tf.Tensor:
         """Returns the logits, given the products with each of a user's vectors, float32 `[..., K]`."""
-        return tf.reduce_max(products, axis=-1) / self._temperature
+        return tf.reduce_max(products, axis=-1) / self.temperature
 
     def losses(self, batch: Batch) -> tf.Tensor:
         """Returns the cross-entropy of each target among itself and the batch's sampled items, float32 `[B]`.
@@ -170,11 +173,11 @@ class RetrievalModel(BehaviourModel):
         num_targets, num_sampled = tf.size(batch.candidate_item_ids), tf.size(batch.sampled_item_ids)
         vectors, _ = self.lookup(item_ids)
         histories = self._histories(vectors, index[num_targets:], batch, mode)
-        targets = self._normalized(tf.gather(vectors, index[:num_targets]))
-        sampled = self._normalized(tf.gather(vectors, index[tf.size(index) - num_sampled :]))
-        users = self.read_out(self._normalized(self.interests(histories, mode)), targets)
-        of_targets = tf.reduce_sum(users * targets, axis=1) / self._temperature + batch.logit_offsets
-        logits = tf.matmul(users, sampled, transpose_b=True) / self._temperature + batch.sampled_offsets
+        targets = self.normalized(tf.gather(vectors, index[:num_targets]))
+        sampled = self.normalized(tf.gather(vectors, index[tf.size(index) - num_sampled :]))
+        users = self.read_out(self.normalized(self.interests(histories, mode)), targets)
+        of_targets = tf.reduce_sum(users * targets, axis=1) / self.temperature + batch.logit_offsets
+        logits = tf.matmul(users, sampled, transpose_b=True) / self.temperature + batch.sampled_offsets
         hits = tf.abs(batch.candidate_item_ids)[:, None] == batch.sampled_item_ids
         logits = tf.where(hits, logits.dtype.min, logits)
         return tf.reduce_logsumexp(tf.concat([of_targets[:, None], logits], axis=1), axis=1) - of_targets
@@ -194,8 +197,9 @@ class RetrievalModel(BehaviourModel):
         num_candidates = tf.size(candidate_item_ids)
         batch = Batch(candidate_item_ids, history_item_ids, history_lengths, features=features or ())
         users = self._users_of(vectors, index[num_candidates:], batch)
-        candidates = self._normalized(tf.gather(vectors, index[:num_candidates]))
+        candidates = self.normalized(tf.gather(vectors, index[:num_candidates]))
         return self.best(tf.linalg.matvec(tf.gather(users, segment_ids(candidate_counts)), candidates))
 
-    def _normalized(self, vectors: tf.Tensor) -> tf.Tensor:
+    def normalized(self, vectors: tf.Tensor) -> tf.Tensor:
+        """Returns vectors `[..., H]` divided by their length if the model compares directions, otherwise unchanged."""
         return tf.math.l2_normalize(vectors, axis=-1) if self._normalizes else vectors

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from din_dist.errors import InputError
 from din_dist.features.encoding import Lists
+from din_dist.serving.asked import Recommend, require_recommends
 from din_dist.serving.given_behaviours import NAMES, GivenBehaviours
 from din_dist.serving.manifest import FeatureInputs, Manifest, check_files, read_manifest
 
@@ -50,6 +51,11 @@ class Bundle:
         manifest = read_manifest(folder, expect_digest)
         check_files(folder, manifest)
         return cls(manifest, tf.saved_model.load(str(folder)))
+
+    @property
+    def program(self) -> Any:
+        """The loaded SavedModel, which holds the tables and variables of the signatures."""
+        return self._loaded
 
     def signature(self, name: str) -> Any:
         """Returns one of the SavedModel's functions, from tensors by keyword to tensors by name."""
@@ -205,6 +211,80 @@ class Bundle:
             },
         )
 
+    def embed_users(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """Returns the vectors of users, float32 `[B, K, H]`, of an export that finds items."""
+        inputs = {**self._history(history_item_ids), "history_lengths": history_lengths}
+        num = len(history_lengths)
+        return self.call("embed_users", inputs | self._examples(user, context, None, num, 0))["embeddings"]
+
+    def recommend(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        asked: Recommend,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the best of all items for each of B histories, best first.
+
+        An export that finds items gives its nearest. One with another inside ranks what that one finds.
+
+        Args:
+            history_item_ids: `[N]`, the histories concatenated, or `GivenBehaviours`.
+            history_lengths: int64 `[B]`.
+            asked: how many items, and of which.
+            user: name -> B values of each feature of users; see `Bundle`.
+            context: likewise.
+
+        Returns:
+            `item_ids` and `logits`, `[B, k]`, and `counts`, int64 `[B]`: how many of a row are real. With ranking also
+            the probabilities; see `RankingSignatures.recommend`.
+
+        Raises:
+            InputError: the export does not find items.
+        """
+        if self.manifest.retriever is None:
+            return self.nearest(history_item_ids, history_lengths, asked, user, context)
+        inputs = self._asking(history_item_ids, history_lengths, asked, user, context)
+        return self.call("recommend", inputs | {"num_retrieved": asked.num_retrieved})
+
+    def nearest(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        asked: Recommend,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns what `recommend` does, in the order of the model that finds items, without ranking.
+
+        Raises:
+            InputError: the export does not find items.
+        """
+        require_recommends(self.manifest)
+        return self.call("nearest", self._asking(history_item_ids, history_lengths, asked, user, context))
+
+    def _asking(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        asked: Recommend,
+        user: Mapping[str, Any] | None,
+        context: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Returns the inputs of a request for items. Features of candidates are not among them."""
+        inputs = {**self._history(history_item_ids), "history_lengths": history_lengths}
+        of_examples = self._examples(user, context, None, len(history_lengths), 0)
+        of_candidates = {name for feature in self.manifest.features_of("candidate") for name in feature.inputs}
+        inputs |= {name: value for name, value in of_examples.items() if name not in of_candidates}
+        return inputs | {"k": asked.k, "exclude_history": asked.exclude_history}
+
     def embed_items(self, item_ids: Any) -> dict[str, np.ndarray]:
         """Returns `embeddings` `[M, H]`, and `known` `[M]`, which is true for items that the model knows."""
         return self.call("embed_items", {"item_ids": item_ids})
@@ -310,7 +390,7 @@ def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
 
     Args:
         values: an array, Arrow array, list or tensor.
-        dtype: string, int64 or float32.
+        dtype: string, int64 or float32; bool for one value.
         name: of the input, for errors.
 
     Raises:
@@ -318,6 +398,10 @@ def as_tensor(values: Any, dtype: tf.DType, name: str) -> tf.Tensor:
     """
     if dtype == tf.float32:
         return _numbers(values, name)
+    if dtype == tf.bool:
+        if not isinstance(values, (bool, np.bool_)):
+            raise InputError(f"{name}: must be true or false. Received: {values!r}. Give a bool.")
+        return tf.constant(bool(values))
     if tf.is_tensor(values):
         if dtype == tf.int64 and values.dtype.is_integer:
             return tf.cast(values, tf.int64)

@@ -36,6 +36,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("max_history_length", "num_items", "embedding_width", "step", "num_compared"), int),
     "max_difference": (int, float),
     "summary": (dict, NoneType),
+    "finds_items": bool,
 }
 
 
@@ -77,6 +78,25 @@ class FeatureInputs:
 
 
 @dataclasses.dataclass(frozen=True)
+class InnerExport:
+    """The export inside another one that finds the items to rank.
+
+    Attributes:
+        digest: of its manifest.
+        step: the number of the update that gave its weights.
+        model: as of `--model`.
+        num_items: of its vocabulary.
+        history: the name of the history that it reads; empty if there is one.
+    """
+
+    digest: str
+    step: int
+    model: str
+    num_items: int
+    history: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The description of a SavedModel, written beside it as JSON.
 
@@ -107,6 +127,10 @@ class Manifest:
             Else the file has no such entry.
         long_history: the item feature that behaviours of the last history share with the candidate, if there is such a
             history. It takes all behaviours. Else the file has no such entry.
+        finds_items: the model finds items among all, and has the signatures `embed_users` and `nearest`. Else the file
+            has no such entry.
+        retriever: the export inside this one that finds the items which `recommend` ranks. None, and no such entry in
+            the file: there is none.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -133,6 +157,8 @@ class Manifest:
     main_task: str = ""
     histories: Mapping[str, int] = dataclasses.field(default_factory=dict)
     long_history: str = ""
+    finds_items: bool = False
+    retriever: InnerExport | None = None
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -148,6 +174,10 @@ class Manifest:
             del fields["histories"]
         if not self.long_history:
             del fields["long_history"]
+        if not self.finds_items:
+            del fields["finds_items"]
+        if self.retriever is None:
+            del fields["retriever"]
         return fields
 
     @functools.cached_property
@@ -160,6 +190,23 @@ class Manifest:
         if not calibrators.keys() <= {*self.tasks}:
             raise ValueError("other tasks")
         return Predictions.of(self.tasks, self.tasks.index(self.main_task), calibrators)
+
+    @property
+    def model(self) -> str:
+        """The job's `--model`; empty if its settings do not say so."""
+        settings = self.settings.get("model")
+        return str(settings.get("model", "")) if isinstance(settings, dict) else ""
+
+    @property
+    def temperature(self) -> float:
+        """The number that products of vectors are divided by, in a model that finds items."""
+        settings = self.settings.get("model")
+        return float(settings.get("temperature", 1.0)) if isinstance(settings, dict) else 1.0
+
+    @property
+    def recommends(self) -> bool:
+        """True if the export finds items, by its own model or by the one inside."""
+        return self.finds_items or self.retriever is not None
 
     def features_of(self, owner: str) -> list[FeatureInputs]:
         """Returns the features of an owner."""
@@ -221,7 +268,9 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     try:
         features = tuple(FeatureInputs(**feature) for feature in fields.pop("features", ()))
         tasks = tuple(fields.pop("tasks", ()))
-        manifest = Manifest(**fields, features=features, tasks=tasks, digest=digest)
+        inner = fields.pop("retriever", None)
+        retriever = None if inner is None else InnerExport(**inner)
+        manifest = Manifest(**fields, features=features, tasks=tasks, retriever=retriever, digest=digest)
     except TypeError as error:
         raise _changed(path, reason(error)) from error
     if wrong := _wrong(manifest):
@@ -251,6 +300,8 @@ def _wrong(manifest: Manifest) -> str:
         return f"a calibration that cannot be ({reason(error)})"
     if len(manifest.histories) == 1 or not all(map(is_count, manifest.histories.values())):
         return f"histories of {shown(dict(manifest.histories))}"
+    if manifest.retriever and not _is_whole(manifest.retriever):
+        return "a retriever of another form"
     if manifest.feature_inputs.keys() != manifest.item_features.keys():
         return "other features among feature_inputs than among item_features"
     for feature in manifest.features:
@@ -264,6 +315,11 @@ def _wrong(manifest: Manifest) -> str:
         if not isinstance(digest, str):
             return f"no digest of {name}"
     return ""
+
+
+def _is_whole(inner: InnerExport) -> bool:
+    texts = (inner.digest, inner.model, inner.history)
+    return all(isinstance(text, str) for text in texts) and is_count(inner.step) and is_count(inner.num_items)
 
 
 def _wrong_feature(feature: FeatureInputs) -> str:

@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
@@ -19,10 +21,16 @@ from tests.support.commands import prepare_log, run
 from tests.support.launcher_jobs import environment, launcher, start_elastic, wait_for, worker_of
 from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
+from tests.support.task_log import write_task_log
 
 FLAGS = (
     *("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02"),
     *("--histories=all:10", "--long_history=category_id:5", f"--features={ROOT / 'tests' / 'support' / 'age.toml'}"),
+)
+TASKS = (
+    *("--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02"),
+    *("--label_columns=click,buy", "--task_head=mmoe:2", "--task_weights=1,2", "--weight_column=weight"),
+    *("--split=temporal", "--validation_from=12", "--test_from=16"),
 )
 
 
@@ -36,6 +44,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     folder = tmp_path_factory.mktemp("elastic")
     prepare_log(folder)
     done = run("train", folder, *FLAGS, f"--output_dir={folder / 'alone'}")
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed_tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A log of two labels and a weight an example, and how one worker trains on it."""
+    folder = tmp_path_factory.mktemp("elastic_tasks")
+    log = folder / "log.parquet"
+    write_task_log(log, num_users=250)
+    table = pq.read_table(log)
+    weights = [0.25 * (row % 9) for row in range(table.num_rows)]  # some of them 0
+    pq.write_table(table.append_column("weight", pa.array(weights)), log)
+    done = run("train", folder, *TASKS, f"--output_dir={folder / 'alone'}")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
 
@@ -92,6 +114,25 @@ def test_two_workers_become_four_and_three(undisturbed: tuple[Path, dict[str, An
     world_sizes = [line["world_size"] for line in events(tmp_path) if line["kind"] in ("start", "elastic")]
     assert world_sizes[:2] == [2, FEWEST_TO_SUM_AT_OWNERS]
     assert world_sizes[2] < FEWEST_TO_SUM_AT_OWNERS
+
+
+def test_every_weighted_label_is_learned_once(undisturbed_tasks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """A worker is lost and another comes: the losses and metrics of both labels are those of one worker."""
+    expected = share_log(undisturbed_tasks, tmp_path)
+    with start_elastic(tmp_path, *TASKS) as job:
+        wait_for(job, "step 100 of ")
+        os.kill(worker_of(1, tmp_path), signal.SIGKILL)
+        wait_for(job, "a worker was lost")
+        wait_for(job, "0 of ")
+        (tmp_path / "hosts").write_text("localhost:2\n")
+        out, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert_as_if_nothing_happened(summary, expected)
+    for task in ("click", "buy"):
+        assert summary[f"test_log_loss_{task}"] == pytest.approx(expected[f"test_log_loss_{task}"], rel=1e-3)
+    world_sizes = [line["world_size"] for line in events(tmp_path) if line["kind"] in ("start", "elastic")]
+    assert world_sizes[:3] == [2, 1, 2]
 
 
 def test_with_too_few_workers_a_job_saves_and_can_be_run_again(

@@ -20,6 +20,7 @@ from din_dist.errors import InputError
 from din_dist.features.spec import Owner
 from din_dist.files import published
 from din_dist.progress import at, each
+from din_dist.serving.asked import Recommend
 from din_dist.serving.batch.features import FeatureColumn, given_features
 from din_dist.serving.batch.histories import Encoded, encode
 from din_dist.serving.batch.parts import Part, PartsFolder, Plan, in_turn
@@ -33,7 +34,8 @@ from din_dist.tables.writer import Added, write_results
 from din_dist.telemetry.terminal import Terminal
 from din_dist.text import duration
 
-TOP_ITEMS = "top_items"
+TOP_ITEMS, RECOMMENDED_ITEMS = "top_items", "recommended_items"
+ROWS_PER_CALL = 256  # that items are recommended for
 PAIRS_PER_CALL = 1 << 17  # (candidate, history position) pairs: few enough for the caches, enough for all cores
 _CALL_COST = 8  # a candidate takes as long as this many pairs, in addition to those with its history
 SHOW_SECONDS = 10.0
@@ -68,7 +70,7 @@ class RowColumns:
     """The columns to read from the rows, and those to add to them."""
 
     history: Field  # the history, or the id of the user who has one
-    candidates: Field
+    candidates: Field | None  # None: items are recommended
     top_k: int = 0  # 0: all candidates in their order
     list_separator: str = ""
     before: str = ""  # column of the time at which a user's history ends; empty: after the last event
@@ -77,11 +79,20 @@ class RowColumns:
     predictions: Predictions = Predictions()  # the labels that the export predicts
     history_names: Field | None = None  # of each item's history, if there are several and the rows have them
     behaviour_features: tuple[FeatureColumn, ...] = ()  # of the behaviours, if the rows have them
+    recommend: Recommend | None = None  # the request for items; None: candidates are scored
+    integers: bool = False  # items have numbers as ids, if they are recommended
+    finds_items: bool = False  # the model itself finds them, and gives no probabilities
+
+    @property
+    def items_are_integers(self) -> bool:
+        """True if items have numbers as ids."""
+        return self.candidates.integers if self.candidates else self.integers
 
     @property
     def read(self) -> list[str]:
         """The names of the columns to read."""
-        names = [self.history.name, self.candidates.name, *([self.before] if self.before else [])]
+        names = [self.history.name, *([self.candidates.name] if self.candidates else [])]
+        names += [self.before] if self.before else []
         names += [self.history_names.name] if self.history_names else []
         names += [name for feature in (*self.features, *self.behaviour_features) for name in feature.columns]
         return list(dict.fromkeys(names))
@@ -89,13 +100,14 @@ class RowColumns:
     @property
     def added(self) -> list[Added]:
         """The columns to add, without rows yet."""
-        offsets = np.zeros(1, np.int64) if self.candidates.is_list else None
+        offsets = np.zeros(1, np.int64) if self.candidates is None or self.candidates.is_list else None
         names = [name for label in self.predictions.labels for name in (label.logit, label.probability)]
+        if self.recommend and self.finds_items:
+            names = [self.predictions.labels[0].logit]
         columns = [Added(name, pa.array([], pa.float32()), offsets) for name in names]
-        if self.top_k:
-            columns.insert(
-                0, Added(TOP_ITEMS, pa.array([], pa.int64() if self.candidates.integers else pa.string()), offsets)
-            )
+        if self.top_k or self.recommend:
+            ids = pa.array([], pa.int64() if self.items_are_integers else pa.string())
+            columns.insert(0, Added(RECOMMENDED_ITEMS if self.recommend else TOP_ITEMS, ids, offsets))
         return columns
 
 
@@ -104,7 +116,7 @@ class Counts:
     """The amount of work that this process has done."""
 
     rows: int = 0
-    candidates: int = 0
+    candidates: int = 0  # rows, where items are recommended
     parts: int = 0
     seconds: float = 0.0  # from the first batch to the last
 
@@ -142,7 +154,8 @@ class Predictor:
             Stopped: this process or another one was asked to stop.
             InputError: the input breaks a rule, or the folder cannot be written.
         """
-        progress = RowProgress(plan, self._folder, self._log_format, world_size, silent=rank > 0)
+        unit = "candidates" if self._columns.candidates else "rows"
+        progress = RowProgress(plan, self._folder, self._log_format, world_size, silent=rank > 0, unit=unit)
         started = time.perf_counter()
         tables: dict[str, TableReader] = {}
         try:
@@ -176,32 +189,36 @@ class Predictor:
         for rows, scores in each(ahead(self._read(table, part, rows_per_batch)), f"reading {part.path}"):
             yield rows, self._answer(scores)
             self.counts.rows += len(rows)
-            self.counts.candidates += len(scores.candidates.values)
+            self.counts.candidates += len(scores.candidates.values if scores.candidates else scores.lengths)
             progress.show(self.counts)
             if self._stop_requested() or self._folder.is_stopping():
                 raise Stopped
 
     def _read(self, table: TableReader, part: Part, rows_per_batch: int) -> Iterator[tuple[pa.Table, _Batch]]:
         first_row = part.first_row
-        names = self._columns.history_names
-        fields = [self._columns.history, self._columns.candidates, *([names] if names else [])]
+        of_candidates, names = self._columns.candidates, self._columns.history_names
+        fields = [self._columns.history, *([names] if names else []), *([of_candidates] if of_candidates else [])]
         for rows in table.read(part.first_row, part.num_rows, rows_per_batch):
-            history, candidates, *of_names = table.ids(rows, first_row, fields)
+            history, *others = table.ids(rows, first_row, fields)
+            names_of_rows = others[0] if names else None
+            candidates = others[-1] if of_candidates else None
             before = table.times(rows, first_row, self._columns.before) if self._columns.before else None
             of_behaviours: Mapping[str, Any] = {}
             if self._columns.behaviour_features and history.offsets is not None:
                 counts = np.diff(history.offsets)
                 found = given_features(table, rows, first_row, self._columns.behaviour_features, counts)
                 of_behaviours = found[Owner.HISTORY]
-            names_of_rows = of_names[0] if of_names else None
             items, lengths = self._histories.of(history, before, names_of_rows, of_behaviours)
-            given = given_features(table, rows, first_row, self._columns.features, candidates.counts)
+            counts = np.zeros(len(rows), np.int64) if candidates is None else candidates.counts
+            given = given_features(table, rows, first_row, self._columns.features, counts)
             given["user"] |= self._histories.user_features(history, self._columns.user_features)
-            yield rows, _Batch(items, lengths, candidates, encode(candidates.values), given)
+            yield rows, _Batch(items, lengths, candidates, given)
             first_row += len(rows)
 
     def _answer(self, batch: _Batch) -> list[Added]:
-        logits = self._logits(batch)
+        if batch.candidates is None:
+            return self._recommended(batch)
+        logits = self._logits(batch, batch.candidates)
         ids, offsets = batch.candidates.values, batch.candidates.offsets
         columns = []
         if self._columns.top_k and offsets is not None:
@@ -214,9 +231,41 @@ class Predictor:
             columns += [Added(label.probability, pa.array(probabilities), offsets)]
         return columns
 
-    def _logits(self, batch: _Batch) -> np.ndarray:
+    def _recommended(self, batch: _Batch) -> list[Added]:
+        """Returns the items that are recommended for each row of a batch, some rows at a time."""
+        asked, num_rows = self._columns.recommend, len(batch.lengths)
+        assert asked is not None
+        positions = np.concatenate([[0], np.cumsum(batch.lengths)])
+        parts: dict[str, list[np.ndarray]] = {}
+        for first in range(0, num_rows, ROWS_PER_CALL):
+            end = min(first + ROWS_PER_CALL, num_rows)
+            given = {
+                owner: {name: part_of(values, first, end) for name, values in batch.features[owner].items()}
+                for owner in ("user", "context")
+            }
+            history = batch.items.part(positions[first], positions[end])
+            found = self._bundle.recommend(history, batch.lengths[first:end], asked, **given)
+            counts = found.pop("counts")
+            parts.setdefault("counts", []).append(counts)
+            for name, values in found.items():
+                real = np.arange(values.shape[1]) < counts[:, None]
+                parts.setdefault(name, []).append(values[real])
+        columns = {name: np.concatenate(own) for name, own in parts.items()}
+        if not np.isfinite(columns[self._predictions.labels[0].logits]).all():
+            raise FloatingPointError("the model gives a logit that is not finite. Export a checkpoint that does not.")
+        offsets = np.concatenate([[0], np.cumsum(columns["counts"])])
+        integers = self._columns.items_are_integers
+        ids = pa.array(columns["item_ids"], pa.int64() if integers else pa.binary())
+        added = [Added(RECOMMENDED_ITEMS, ids if integers else ids.cast(pa.string()), offsets)]
+        for label in self._predictions.labels:
+            for output, name in ((label.logits, label.logit), (label.probability, label.probability)):
+                if output in columns:
+                    added.append(Added(name, pa.array(columns[output], pa.float32()), offsets))
+        return added
+
+    def _logits(self, batch: _Batch, candidates: Ids) -> np.ndarray:
         """Returns the logits of all candidates of a batch, float32 `[C]` or by task `[C, T]`."""
-        counts = batch.candidates.counts
+        counts, encoded = candidates.counts, encode(candidates.values)
         positions = np.concatenate([[0], np.cumsum(batch.lengths)])
         found = []
         for call in calls(batch.lengths, counts, PAIRS_PER_CALL):
@@ -224,7 +273,7 @@ class Predictor:
                 self._bundle.rank_histories(
                     batch.items.part(positions[call.first_row], positions[call.end_row]),
                     batch.lengths[call.first_row : call.end_row],
-                    batch.encoded.part(call.first_candidate, call.end_candidate),
+                    encoded.part(call.first_candidate, call.end_candidate),
                     call.counts,
                     **_features_of(batch.features, call),
                 )
@@ -240,8 +289,7 @@ class Predictor:
 class _Batch:
     items: Encoded  # item ids of all histories, concatenated
     lengths: np.ndarray  # int64 [R]
-    candidates: Ids
-    encoded: Encoded  # the candidates, encoded
+    candidates: Ids | None  # None: items are recommended
     # Owner -> name -> R values of users and contexts, C of candidates, as `Bundle.rank_histories` takes them.
     features: Mapping[str, Mapping[str, Any]]
 
@@ -351,9 +399,16 @@ class RowProgress:
     """
 
     def __init__(
-        self, plan: Plan, folder: PartsFolder, log_format: LogFormat, world_size: int, *, silent: bool
+        self,
+        plan: Plan,
+        folder: PartsFolder,
+        log_format: LogFormat,
+        world_size: int,
+        *,
+        silent: bool,
+        unit: str = "candidates",
     ) -> None:
-        self._plan, self._folder, self._silent = plan, folder, silent
+        self._plan, self._folder, self._silent, self._unit = plan, folder, silent, unit
         self._whose = " by this worker" if world_size > 1 else ""
         self._terminal = Terminal(log_format, plan.num_rows, silent=silent, unit="row")
         self._started = self._shown = time.perf_counter()
@@ -378,9 +433,9 @@ class RowProgress:
             seconds = now - self._started
             rate = counts.candidates / seconds
             left = (self._plan.num_rows - at) * seconds / max(1, at - self._before)
-            found = f"{rate:,.0f} candidates/s{self._whose}"
+            found = f"{rate:,.0f} {self._unit}/s{self._whose}"
             line = f"row {at:,} of {self._plan.num_rows:,}: {found}, {duration(left)} left"
-            self._terminal.show(found, line, row=at, candidates_per_second=rate)
+            self._terminal.show(found, line, row=at, **{f"{self._unit}_per_second": rate})
         self._terminal.advance(at - self._at)
         self._at = at
 

@@ -258,6 +258,23 @@ class ExampleInputs(tf.Module):
                 found[encoder.encoding.spec.name] = encoder.encode(_checked(own, name, num_rows, whose))
         return found
 
+    def missing(self, owner: Owner, num_rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns the inputs of an owner's features by name, all of them missing.
+
+        Args:
+            owner: of the features.
+            num_rows: int32, how many values of each.
+        """
+        found = {}
+        for name, encoder in self._encoders.items():
+            if encoder.encoding.spec.owner is owner:
+                lists = LENGTHS in encoder.specs
+                for end, spec in encoder.specs.items():
+                    size = tf.zeros_like(num_rows) if lists and end != LENGTHS else num_rows
+                    value = 0 if end == LENGTHS else MISSING.get(spec.dtype, np.nan)
+                    found[f"{name}{end}"] = tf.fill([size, *spec.shape[1:]], tf.constant(value, spec.dtype))
+        return found
+
 
 class ItemValues(tf.Module):
     """The prepared values of a feature of items, in variables: a graph is limited to 2 GB.

@@ -143,7 +143,9 @@ class ItemLookup:
         parts = [tf.gather(table, ids) for table, ids in zip(self._tables, [rows, *features], strict=True)]
         if self._columns:
             parts.append(self._columns.of(values))
-        biases = self._lookup.flat(tf.gather(self._lookup.item_bias.value, rows))
+        biases = tf.zeros(tf.shape(rows))
+        if self._lookup.has_biases:
+            biases = self._lookup.flat(tf.gather(self._lookup.item_bias.value, rows))
         return Items(tf.concat(parts, axis=1), biases, index, dict(zip(self._features, features, strict=True)))
 
     def _rows(self, dense_ids: tf.Tensor) -> tf.Tensor:

@@ -6,6 +6,7 @@ of a request, U distinct ones among them.
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,12 +17,9 @@ import tensorflow as tf
 
 from din_dist import schema
 from din_dist.features.encoding import StoredFeature
-from din_dist.features.sides import distinct_sides
 from din_dist.features.spec import Form, Owner
 from din_dist.layers.packed import segment_ids
-from din_dist.layers.spans import Positions, Span, spans_of
-from din_dist.models.behaviour_model import Sides
-from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import NamedHistory
 from din_dist.serving.calibrator import Calibrate, Calibrator
 from din_dist.serving.export.columns import ExportedColumns
@@ -34,12 +32,10 @@ Outputs = dict[str, tf.Tensor]
 
 HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate_item_ids"
 COUNTS = "candidate_counts"
-
-PAIRS_AT_ONCE = 1 << 18  # (candidate, history position) pairs of `rank`: about 0.5 GB at width 128
-_CANDIDATE_COST = 8  # a candidate takes the memory of this many pairs, in addition to those with its history
+Function = tuple[Callable[..., Outputs], dict[str, tf.TensorSpec]]  # with its inputs
 
 
-class Signatures:
+class Signatures(abc.ABC):
     """Functions of a trained model that take the log's own ids.
 
     Args:
@@ -54,7 +50,7 @@ class Signatures:
 
     def __init__(
         self,
-        model: RankingModel,
+        model: BehaviourModel,
         item_ids: pa.ChunkedArray,
         feature_ids: Mapping[str, pa.ChunkedArray],
         histories: Sequence[NamedHistory],
@@ -94,14 +90,36 @@ class Signatures:
             root.columns = self._columns.variables
         root.weights = [weight.value for weight in model.weights if id(weight) not in apart]
         root.items, root.examples, root.sides = self._items.resources, self._examples, self._sides
-        tf.saved_model.save(root, str(folder), signatures=self._functions())
+        root.more = self._more_resources()
+        functions = self._functions() | self._more_functions()
+        traced = {name: _traced(function, inputs) for name, (function, inputs) in functions.items()}
+        signatures = {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: traced["score"], **traced}
+        tf.saved_model.save(root, str(folder), signatures=signatures)
 
-    def _functions(self) -> dict[str, Callable]:
-        ids = self._items.ids.dtype
-        flat, lengths = tf.TensorSpec([None], ids), tf.TensorSpec([None], tf.int64)
+    def _more_functions(self) -> dict[str, Function]:
+        """Returns the functions of a kind of models alone, by name."""
+        return {}
+
+    def _more_resources(self) -> list:
+        """Returns what these functions use besides the model, which a SavedModel must track."""
+        return []
+
+    @property
+    def _histories_inputs(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of B histories, without features of examples."""
+        flat, lengths = tf.TensorSpec([None], self._items.ids.dtype), tf.TensorSpec([None], tf.int64)
+        return {HISTORY: flat, LENGTHS: lengths, **self._of_positions}
+
+    @property
+    def _of_positions(self) -> dict[str, tf.TensorSpec]:
+        """The inputs that have a value for each behaviour besides its item."""
         named = {NAMES: tf.TensorSpec([None], tf.string)} if self._has_names else {}
-        named |= self._sides.specs
-        packed = {HISTORY: flat, LENGTHS: lengths, CANDIDATES: flat, **named, **self._examples.specs}
+        return named | self._sides.specs
+
+    def _functions(self) -> dict[str, Function]:
+        flat, lengths = tf.TensorSpec([None], self._items.ids.dtype), tf.TensorSpec([None], tf.int64)
+        named = self._of_positions
+        packed = {**self._histories_inputs, CANDIDATES: flat, **self._examples.specs}
         one_history = {
             HISTORY: flat,
             CANDIDATES: flat,
@@ -115,7 +133,7 @@ class Signatures:
             for feature, dtype in self._items.given_types.items()
             for side in ("history", "candidate")
         }
-        functions: dict[str, tuple[Callable[..., Outputs], dict[str, tf.TensorSpec]]] = {
+        functions: dict[str, Function] = {
             "score": (self.score, packed),
             "score_padded": (self.score_padded, packed | padded),
             "rank": (self.rank, one_history),
@@ -125,9 +143,9 @@ class Signatures:
         if features:
             functions["score_with_features"] = (self.score, packed | features)
             functions["rank_with_features"] = (self.rank, one_history | features)
-        traced = {name: _traced(function, inputs) for name, (function, inputs) in functions.items()}
-        return {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: traced["score"], **traced}
+        return functions
 
+    @abc.abstractmethod
     def score(
         self,
         history_item_ids: tf.Tensor,
@@ -145,36 +163,6 @@ class Signatures:
                 `ExampleInputs`. Of several histories also `history_names`, `[N]`, the name of each behaviour's history,
                 and of features of behaviours `history_NAME`, `[N]`.
         """
-        given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
-        history_lengths = _of_same_size(history_lengths, candidate_item_ids, LENGTHS, CANDIDATES)
-        window, lengths = self._newest(history_item_ids, history_lengths, features.get(NAMES))
-        num_candidates = tf.size(candidate_item_ids)
-        items = self._items.find(
-            tf.concat([candidate_item_ids, window(history_item_ids)], axis=0),
-            [
-                tf.concat([candidate, window(history)], axis=0)
-                for candidate, history in zip(given_of_candidate, given_of_history, strict=True)
-            ],
-        )
-        candidate_index = items.index[:num_candidates]
-        looked_up = LookedUp(
-            tf.gather(items.vectors, candidate_index),
-            tf.gather(items.biases, candidate_index),
-            items.vectors,
-            context=self._columns_of(features, tuple(Owner), num_candidates, "candidate"),
-        )
-        side_of = None
-        if (sides := self._sides_of(features, tf.size(history_item_ids), window)) is not None:
-            looked_up, side_of = looked_up._replace(sides=self._model.sides(sides.values)), sides.index
-        if not any(history.feature for history in self._histories):
-            all_pairs = self._model.pairs(lengths, items.index[num_candidates:], side_of=side_of)
-        else:
-            of_candidates = {name: tf.gather(ids, candidate_index) for name, ids in items.features.items()}
-            users = tf.range(num_candidates)
-            positions = Positions(items.index[num_candidates:], side_of)
-            spans = spans_of(self._histories, lengths, positions, items.features, users, of_candidates)
-            all_pairs = [span.pairs() for span in spans]
-        return self._with_probability(self._model.logits(looked_up, all_pairs))
 
     def score_padded(
         self,
@@ -245,7 +233,7 @@ class Signatures:
             candidate_counts: int64 `[B]`, the number of each history's candidates.
             features: see `ExampleInputs`, B of users and contexts, C of candidates.
         """
-        history_lengths = _of_same_size(history_lengths, candidate_counts, LENGTHS, COUNTS)
+        history_lengths = of_same_size(history_lengths, candidate_counts, LENGTHS, COUNTS)
         return self._with_probability(
             self._rank(history_item_ids, history_lengths, candidate_item_ids, candidate_counts, features)
         )
@@ -256,6 +244,7 @@ class Signatures:
         known = tf.not_equal(self._items.ids.dense_ids(item_ids), schema.UNKNOWN_ID)
         return {"embeddings": tf.gather(items.vectors, items.index), "known": known}
 
+    @abc.abstractmethod
     def _rank(
         self,
         history_item_ids: tf.Tensor,
@@ -264,73 +253,7 @@ class Signatures:
         candidate_counts: tf.Tensor,
         features: Mapping[str, tf.Tensor],
     ) -> tf.Tensor:
-        """Returns the logits, `[C]` or `[C, T]`, computed in parts of the candidates, so that memory stays bounded.
-
-        A part reads only its own histories, and projects each of their distinct behaviours once. User and context
-        columns go through the head's first layer once a history.
-        """
-        given_of_history, given_of_candidate = self._given(features, history_item_ids, candidate_item_ids)
-        counts = _checked_lengths(candidate_counts, candidate_item_ids, COUNTS, CANDIDATES)
-        window, lengths = self._newest(history_item_ids, history_lengths, features.get(NAMES))
-        behaviours = self._items.find(window(history_item_ids), [window(feature) for feature in given_of_history])
-        candidates = self._items.find(candidate_item_ids, given_of_candidate)
-        terms = self._columns_of(features, OF_HISTORY, tf.size(counts), "history")
-        if terms is not None:
-            terms = tf.matmul(terms, self._model.split_head().of_history)
-        context = self._columns_of(features, OF_CANDIDATE, tf.size(candidate_item_ids), "candidate")
-        history_of = segment_ids(counts)  # [C]
-        of_candidates = {name: tf.gather(ids, candidates.index) for name, ids in candidates.features.items()}
-        sides = self._sides_of(features, tf.size(history_item_ids), window)
-        side_rows = None if sides is None else self._model.sides(sides.values)
-        positions = Positions(behaviours.index, None if sides is None else sides.index)
-        spans = spans_of(self._histories, lengths, positions, behaviours.features, history_of, of_candidates)
-        num_parts, bounds = _parts_of(spans)
-
-        def score_part(part: tf.Tensor, logits: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-            low, high = bounds[part], bounds[part + 1]
-            own_spans = [span.part(low, high) for span in spans]
-            own = [span.positions.behaviour_of for span in own_spans]
-            distinct, index = tf.unique(tf.concat(own, axis=0))
-            candidate_index = candidates.index[low:high]
-            looked_up = LookedUp(
-                tf.gather(candidates.vectors, candidate_index),
-                tf.gather(candidates.biases, candidate_index),
-                tf.gather(behaviours.vectors, distinct),
-                context=None if context is None else context[low:high],
-                history_terms=None if terms is None else tf.gather(terms, history_of[low:high]),
-                sides=side_rows,
-            )
-            all_pairs, before = [], tf.constant(0)
-            for span in own_spans:
-                behind = before + tf.size(span.positions.behaviour_of)
-                again = span.positions._replace(behaviour_of=index[before:behind])
-                all_pairs.append(span._replace(positions=again).pairs())
-                before = behind
-            found = self._model.logits(looked_up, all_pairs)
-            return part + 1, logits.write(tf.cast(part, tf.int32), found)
-
-        shape = [None, self._model.num_tasks] if self._model.num_tasks > 1 else [None]
-        logits = tf.TensorArray(tf.float32, tf.cast(num_parts, tf.int32), element_shape=shape, infer_shape=False)
-        none_yet = tf.constant(0, tf.int64)
-        _, logits = tf.while_loop(
-            lambda part, _: part < num_parts, score_part, [none_yet, logits], parallel_iterations=1
-        )
-        return logits.concat()
-
-    def _sides_of(
-        self, features: Mapping[str, tf.Tensor], num_positions: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor]
-    ) -> Sides | None:
-        """Returns the side information of the behaviours that are read; None if the model reads none.
-
-        Args:
-            features: the inputs.
-            num_positions: int32, of the behaviours that are given.
-            window: as of `_newest`.
-        """
-        if not self._sides.specs:
-            return None
-        found = self._sides.encode(features, (Owner.HISTORY,), num_positions, "behaviour")
-        return Sides(*distinct_sides({name: window(rows) for name, rows in found.items()}))
+        """Returns the logits, `[C]` or `[C, T]`, of any number of candidates for each history; see `rank_histories`."""
 
     def _with_probability(self, logits: tf.Tensor) -> Outputs:
         outputs: Outputs = {}
@@ -357,9 +280,9 @@ class Signatures:
             A function that keeps, of values `[N]`, those of the newest positions, history after history; their number,
             int32 `[S * B]`.
         """
-        lengths = _checked_lengths(history_lengths, history_item_ids, LENGTHS, HISTORY)
+        lengths = checked_lengths(history_lengths, history_item_ids, LENGTHS, HISTORY)
         if names is not None:
-            return self._newest_of_each(lengths, _of_same_size(names, history_item_ids, NAMES, HISTORY))
+            return self._newest_of_each(lengths, of_same_size(names, history_item_ids, NAMES, HISTORY))
         (history,) = self._histories
         kept = tf.minimum(lengths, history.longest)
         ends = tf.cumsum(lengths)
@@ -404,7 +327,7 @@ class Signatures:
 
         def of(side: str, ids: tf.Tensor) -> list[tf.Tensor]:
             names = [f"{side}_{self._names[feature]}" for feature in features_of_items]
-            return [_of_same_size(features[name], ids, name, f"{side}_item_ids") for name in names]
+            return [of_same_size(features[name], ids, name, f"{side}_item_ids") for name in names]
 
         return of("history", history_item_ids), of("candidate", candidate_item_ids)
 
@@ -442,14 +365,6 @@ def _interpolated(values: tf.Tensor, knots: Sequence[float], heights: Sequence[f
     return tf.cast(tf.gather(height, left) + share * rise, tf.float32)
 
 
-def _parts_of(spans: Sequence[Span]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns how many parts the candidates are scored in, and where each begins, int64 `[parts + 1]`."""
-    num_positions = tf.add_n([span.ends - span.starts for span in spans])
-    costs = tf.cumsum(tf.cast(num_positions + _CANDIDATE_COST, tf.int64))
-    num_parts = tf.reduce_max(tf.concat([costs, [1]], axis=0) - 1) // PAIRS_AT_ONCE + 1
-    return num_parts, tf.searchsorted((costs - 1) // PAIRS_AT_ONCE, tf.range(num_parts + 1))
-
-
 def names_of_inputs(item_features: Sequence[str], declared: Mapping[str, Declared | StoredFeature]) -> dict[str, str]:
     """Returns, for each feature, the NAME in the names of its inputs; see `input_names`."""
     stored = {name: feature.stored if isinstance(feature, Declared) else feature for name, feature in declared.items()}
@@ -457,7 +372,7 @@ def names_of_inputs(item_features: Sequence[str], declared: Mapping[str, Declare
     return input_names([*item_features, *declared], lists)
 
 
-def _checked_lengths(lengths: tf.Tensor, values: tf.Tensor, lengths_name: str, values_name: str) -> tf.Tensor:
+def checked_lengths(lengths: tf.Tensor, values: tf.Tensor, lengths_name: str, values_name: str) -> tf.Tensor:
     """Returns the lengths as int32, and asserts that they add up to the number of `values`."""
     num_values = tf.size(values, tf.int64)
     fits = tf.reduce_all((lengths >= 0) & (lengths <= num_values)) & tf.equal(tf.reduce_sum(lengths), num_values)
@@ -466,7 +381,7 @@ def _checked_lengths(lengths: tf.Tensor, values: tf.Tensor, lengths_name: str, v
         return tf.cast(lengths, tf.int32)
 
 
-def _of_same_size(values: tf.Tensor, ids: tf.Tensor, name: str, ids_name: str) -> tf.Tensor:
+def of_same_size(values: tf.Tensor, ids: tf.Tensor, name: str, ids_name: str) -> tf.Tensor:
     fits = tf.equal(tf.size(values), tf.size(ids))
     rule = f"{name} and {ids_name} must be as many. Received:"
     with tf.control_dependencies([tf.Assert(fits, [rule, tf.size(values), tf.size(ids)])]):

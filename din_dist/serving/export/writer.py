@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import tensorflow as tf
 
 from din_dist.config import Config
@@ -25,11 +27,16 @@ from din_dist.evaluation.evaluator import Evaluator
 from din_dist.features.gathering import missing_values
 from din_dist.features.spec import OF_EXAMPLES, Kind, Owner
 from din_dist.files import folder_aside, locked, make_folder, publish_folder, repair_publishing, write_text
+from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.models.ranking_model import RankingModel
+from din_dist.models.retrieval_model import RetrievalModel
 from din_dist.schema import Batch, NamedHistory
 from din_dist.serving.bundle import as_tensor, inputs_of
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
+from din_dist.serving.export.ranking_signatures import RankingSignatures
+from din_dist.serving.export.retrieval_signatures import RetrievalSignatures, vectors_of_items
+from din_dist.serving.export.retriever import NEAREST, Retriever
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
 from din_dist.serving.given_behaviours import NAMES, by_user
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
@@ -39,6 +46,9 @@ from din_dist.text import to_json
 from din_dist.versions import build_info
 
 LARGEST_DIFFERENCE = 1e-5  # absolute, or relative for logits above 1
+ITEMS_FILE = "items.parquet"
+_NUM_NEAREST = 20  # items of a user that are compared
+_ITEMS_AT_ONCE = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +63,17 @@ class TrainedModel:
         flags: the job's settings as a flagfile.
         summary: the job's `summary.json`; None if the job was not finished.
         calibrators: task, or empty for one click -> what turns its logits into probabilities.
+        retriever: finds the items that the model ranks; None: nothing does.
     """
 
-    model: RankingModel
+    model: BehaviourModel
     store: EventStore
     config: Config
     step: int
     flags: str
     summary: Mapping[str, Any] | None
     calibrators: Mapping[str, Calibrator] = dataclasses.field(default_factory=dict)
+    retriever: Retriever | None = None
 
     @property
     def predictions(self) -> Predictions:
@@ -118,6 +130,8 @@ def export(
             write_saved_model(trained, temporary)
         largest, num_compared = largest_difference(trained, temporary, evaluator, split)
         with _writing(folder):
+            if isinstance(trained.model, RetrievalModel):
+                write_items(trained.model, trained.store, temporary / ITEMS_FILE)
             manifest = _write_manifest(trained, temporary, split, largest, num_compared)
             check_target(folder, overwrite)  # again, because the comparison took a while
             publish_folder(temporary, folder)
@@ -161,6 +175,8 @@ def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator
                     "Nothing was published."
                 )
             largest = max(largest, float(differences.max(initial=0.0)))
+    if isinstance(trained.model, RetrievalModel):
+        exported.check_nearest(trained.model, next(iter(evaluator.batches(split))))
     return largest, num_compared
 
 
@@ -174,7 +190,8 @@ class _Exported:
     """
 
     def __init__(self, trained: TrainedModel, folder: Path, examples: Examples) -> None:
-        self._loaded = tf.saved_model.load(str(folder))
+        self._loaded, self._folder = tf.saved_model.load(str(folder)), folder
+        self._num_candidates = trained.store.facts.num_candidates
         self._vocabulary = trained.store.vocabulary(ITEMS).combine_chunks()
         self._features, self._predictions = described_features(trained.store), trained.predictions
         self._examples, self._values = examples, OwnValues(trained.store)
@@ -189,6 +206,50 @@ class _Exported:
             signature: `score` or `rank_histories`.
             missing: give all features of examples as missing.
         """
+        history, lengths, inputs = self._inputs(signature, batch, missing)
+        if signature == "rank_histories":
+            inputs["candidate_counts"] = tf.ones_like(batch.candidate_item_ids, tf.int64)
+        outputs = self._loaded.signatures[signature](
+            history_item_ids=history,
+            history_lengths=lengths,
+            candidate_item_ids=self._own_ids(batch.candidate_item_ids),
+            **inputs,
+        )
+        return self._predictions.stacked(outputs, tf.stack)
+
+    def check_nearest(self, model: RetrievalModel, batch: Batch) -> None:
+        """Compares the best of all items for each example of a packed batch with the trainer's.
+
+        Raises:
+            FloatingPointError: they differ too much.
+        """
+        vectors = vectors_of_items(model, self._num_candidates)
+        products = tf.einsum("bkh,ih->bik", model.users(batch), vectors)
+        expected = model.best(products).numpy().astype(np.float64)
+        history, lengths, inputs = self._inputs(NEAREST, batch, missing=False)
+        num = min(_NUM_NEAREST, self._num_candidates)
+        found = self._loaded.signatures[NEAREST](
+            history_item_ids=history,
+            history_lengths=lengths,
+            k=tf.constant(num, tf.int64),
+            exclude_history=tf.constant(False),
+            **inputs,
+        )
+        best = np.sort(expected, axis=1)[:, ::-1][:, :num]
+        ids = found["item_ids"].numpy()
+        own_ids = pa.array(ids.ravel().tolist(), self._vocabulary.type)
+        places = pc.index_in(own_ids, self._vocabulary).to_numpy().reshape(ids.shape)
+        own = np.take_along_axis(expected, places, axis=1)
+        for wanted in (best, own):
+            differences = np.abs(found["logits"].numpy() - wanted)
+            if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(wanted))):
+                raise FloatingPointError(
+                    f"{self._folder}: an export must find the trainer's best items, with logits within "
+                    f"{LARGEST_DIFFERENCE:g}. Received: a difference of {differences.max():.3g}. Nothing was published."
+                )
+
+    def _inputs(self, signature: str, batch: Batch, missing: bool) -> tuple[tf.Tensor, tf.Tensor, dict[str, Any]]:
+        """Returns the own ids of the histories of a packed batch, their lengths, and the other inputs."""
         given: Mapping[Owner, Mapping[str, Any]] = {}
         if not missing:
             users, events = self._examples.users_and_events(batch.example_ids.numpy())
@@ -201,8 +262,6 @@ class _Exported:
         function = self._loaded.signatures[signature]
         specs = function.structured_input_signature[1]
         inputs = {name: as_tensor(value, specs[name].dtype, name) for name, value in inputs.items()}
-        if signature == "rank_histories":
-            inputs["candidate_counts"] = tf.ones_like(batch.candidate_item_ids, tf.int64)
         history, lengths = batch.history_item_ids.numpy(), batch.history_lengths.numpy()
         order = np.arange(len(history))
         if len(self._histories) > 1:
@@ -213,13 +272,7 @@ class _Exported:
             if feature.owner == Owner.HISTORY:
                 values = of_behaviours[feature.name][order]
                 inputs |= {feature.inputs[0]: as_tensor(values, specs[feature.inputs[0]].dtype, feature.name)}
-        outputs = function(
-            history_item_ids=self._own_ids(history[order]),
-            history_lengths=tf.cast(lengths, tf.int64),
-            candidate_item_ids=self._own_ids(batch.candidate_item_ids),
-            **inputs,
-        )
-        return self._predictions.stacked(outputs, tf.stack)
+        return self._own_ids(history[order]), tf.cast(lengths, tf.int64), inputs
 
     def _own_ids(self, dense_ids: tf.Tensor | np.ndarray) -> tf.Tensor:
         ids = self._vocabulary.take(pa.array(np.asarray(dense_ids) - 1)).to_numpy(zero_copy_only=False)
@@ -228,9 +281,9 @@ class _Exported:
 
 def write_saved_model(trained: TrainedModel, folder: Path) -> None:
     store = trained.store
+    model = trained.model
     with tempfile.TemporaryDirectory(dir=folder) as vocabularies:
-        signatures = Signatures(
-            trained.model,
+        vocabulary_arguments = (
             store.vocabulary(ITEMS),
             {name: store.vocabulary(vocabulary_of(name)) for name in store.item_features},
             store.facts.histories or (NamedHistory("", _longest(trained)),),
@@ -238,7 +291,29 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             _declared(store),
             trained.predictions,
         )
+        signatures: Signatures
+        if isinstance(model, RetrievalModel):
+            signatures = RetrievalSignatures(model, *vocabulary_arguments, num_candidates=store.facts.num_candidates)
+        else:
+            assert isinstance(model, RankingModel)
+            signatures = RankingSignatures(model, *vocabulary_arguments, retriever=trained.retriever)
         signatures.save(folder)
+
+
+def write_items(model: RetrievalModel, store: EventStore, path: Path) -> None:
+    """Writes the vectors of all items that may be found to a Parquet file, for any index of vectors.
+
+    Its columns are `item_id`, as in the log, and `embedding`, float32 `[H]` each.
+    """
+    num_items, width = store.facts.num_candidates, model.lookup.width
+    ids = store.vocabulary(ITEMS).combine_chunks()
+    schema = pa.schema([("item_id", ids.type), ("embedding", pa.list_(pa.float32(), width))])
+    with pq.ParquetWriter(path, schema) as file:
+        for first in range(0, num_items, _ITEMS_AT_ONCE):
+            end = min(first + _ITEMS_AT_ONCE, num_items)
+            vectors = model.items(tf.range(first + 1, end + 1)).numpy()
+            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
+            file.write_table(pa.Table.from_arrays([ids[first:end], column], schema=schema))
 
 
 def _declared(store: EventStore) -> dict[str, Declared]:
@@ -265,7 +340,7 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
     item_features |= {feature.name: feature.type for feature in features if feature.owner == "item" and feature.inputs}
     names = names_of_inputs(list(store.item_features), store.features)
     manifest = Manifest(
-        item_id_type=_kind(store.vocabulary(ITEMS)),
+        item_id_type=item_id_type(store),
         item_features=item_features,
         feature_inputs={name: names[name] for name in item_features},
         max_history_length=_longest(trained),
@@ -287,6 +362,8 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         main_task=trained.predictions.labels[trained.predictions.main].task,
         histories=_histories(trained),
         long_history=next((history.feature for history in store.sets if history.feature), ""),
+        finds_items=isinstance(trained.model, RetrievalModel),
+        retriever=trained.retriever.described if trained.retriever else None,
     )
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)
@@ -310,6 +387,11 @@ def _calibration(predictions: Predictions) -> dict[str, Any] | None:
     found = {label.task: label.calibrator for label in predictions.labels if not label.calibrator.changes_nothing}
     as_json = {task: calibrator.to_json() for task, calibrator in found.items()}
     return (as_json if predictions.tasks else as_json[""]) if as_json else None
+
+
+def item_id_type(store: EventStore) -> str:
+    """Returns "string" or "integer", the type of the log's own ids of items."""
+    return _kind(store.vocabulary(ITEMS))
 
 
 def _kind(ids: pa.ChunkedArray) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from din_dist.serving.asked import NUM_RETRIEVED, Recommend
 from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs, Manifest
@@ -23,6 +24,7 @@ from din_dist.serving.predictions import Predictions
 Id = str | int
 HISTORY = "history_item_ids"
 SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
+RECOMMEND = "recommend"  # a path of its own, because TensorFlow Serving has no signature that finds items
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
 _INT64 = np.iinfo(np.int64)
@@ -45,6 +47,8 @@ class Vocabulary:
         max_history_length: the number of newest behaviours that the model reads.
         features: the declared features of users, contexts, candidates and behaviours.
         histories: the names of several histories; empty if there is one.
+        recommends: the export finds items.
+        finds_items: its own model does, and gives no probabilities.
     """
 
     item_id_type: str
@@ -52,6 +56,8 @@ class Vocabulary:
     max_history_length: int
     features: tuple[FeatureInputs, ...] = ()
     histories: tuple[str, ...] = ()
+    recommends: bool = False
+    finds_items: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -63,6 +69,8 @@ class Vocabulary:
             manifest.max_history_length,
             features,
             tuple(manifest.histories),
+            manifest.recommends,
+            manifest.finds_items,
         )
 
     def features_of(self, owner: str) -> dict[str, FeatureInputs]:
@@ -89,10 +97,16 @@ class Instance:
     own_features: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     names: list[str] = dataclasses.field(default_factory=list)  # of several histories, that of each of `history`
     behaviour_features: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # a value for each of `history`
+    recommend: Recommend | None = None  # the request for items, in the place of candidates
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of items to score."""
+        return self.recommend.num_retrieved if self.recommend else len(self.candidates)
 
     @property
     def num_positions(self) -> int:
-        return len(self.candidates) * max(len(self.history), 1)
+        return self.num_candidates * max(len(self.history), 1)
 
     @property
     def has_features(self) -> bool:
@@ -109,7 +123,7 @@ class Predict:
 
     @property
     def num_candidates(self) -> int:
-        return sum(len(instance.candidates) for instance in self.instances)
+        return sum(instance.num_candidates for instance in self.instances)
 
     @property
     def num_positions(self) -> int:
@@ -206,7 +220,28 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
         instances = [reader.rank(body["inputs"], "inputs")]
     else:
         instances = reader.columns(body["inputs"])
-    request = Predict(signature, "instances" in body, instances)
+    return _within_limits(Predict(signature, "instances" in body, instances), limits)
+
+
+def parse_recommend(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
+    """Returns the request for items in a body; see `parse`."""
+    if not vocabulary.recommends:
+        raise BadRequest(
+            "The model must find items. Received: one that ranks given candidates. Export its job with "
+            "--retriever_export_dir, or use :predict."
+        )
+    _check_keys(body, "The body", ("instances",))
+    assert isinstance(body, dict)
+    rows = body["instances"]
+    if not isinstance(rows, list) or not rows:
+        _refuse("instances", "must be a list of at least one object", rows)
+    _check_length("instances", rows, limits.max_instances)
+    reader = _Reader(vocabulary, limits)
+    instances = [reader.recommend(row, f"instances[{index}]") for index, row in enumerate(rows)]
+    return _within_limits(Predict(RECOMMEND, True, instances), limits)
+
+
+def _within_limits(request: Predict, limits: ServeConfig) -> Predict:
     if request.num_candidates > limits.max_candidates:
         _refuse("A request", f"must have at most {limits.max_candidates} candidates", request.num_candidates)
     if request.num_positions > limits.max_batch_positions:
@@ -215,14 +250,16 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
     return request
 
 
-def answer(request: Predict, logits: Sequence[np.ndarray], predictions: Predictions) -> dict[str, Any]:
+def answer(request: Predict, logits: Sequence[Any], predictions: Predictions) -> dict[str, Any]:
     """Returns the answer to a request.
 
     Args:
         request: as from `parse`.
-        logits: float32 `[C]` or `[C, T]` of each instance.
+        logits: float32 `[C]` or `[C, T]` of each instance; of one that asks for items, lists by the names of outputs.
         predictions: of the export.
     """
+    if request.signature == RECOMMEND:
+        return {"predictions": list(logits)}
     if request.signature == RANK:
         both = zip(request.instances, logits, strict=True)
         ranked = [_ranked(instance, found, predictions) for instance, found in both]
@@ -285,6 +322,25 @@ class _Reader:
         instance = self._instance(keys, candidates, where)
         if "k" in keys:
             instance.most = _integer(keys["k"], f"{where}.k", 1, _INT64.max)
+        return instance
+
+    def recommend(self, row: object, where: str) -> Instance:
+        asked = ("k", "num_retrieved", "exclude_history")
+        features = ("history_features",) if self._of_owner["history"] else ()
+        keys = _check_keys(row, where, self._history_keys, (*asked, *self._own_keys, *features))
+        instance = self._instance(keys, [], where)
+        if instance.history_features:
+            rule = "must be declared features of behaviours, as items are looked up by their ids"
+            _refuse(f"{where}.history_features", rule, sorted(instance.history_features))
+        k = _integer(keys.get("k", Recommend().k), f"{where}.k", 1, self._limits.max_candidates)
+        # Items that are found are as many as are asked for, if nothing ranks them.
+        usual = k if self._vocabulary.finds_items else max(k, NUM_RETRIEVED)
+        retrieved = keys.get("num_retrieved", min(usual, self._limits.max_candidates))
+        retrieved = _integer(retrieved, f"{where}.num_retrieved", k, self._limits.max_candidates)
+        exclude = keys.get("exclude_history", True)
+        if not isinstance(exclude, bool):
+            _refuse(f"{where}.exclude_history", "must be true or false", exclude)
+        instance.recommend = Recommend(k, retrieved, exclude)
         return instance
 
     def columns(self, inputs: object) -> list[Instance]:

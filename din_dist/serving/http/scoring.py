@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from din_dist.features.encoding import Lists
+from din_dist.serving.asked import Recommend
 from din_dist.serving.given_behaviours import GivenBehaviours
 from din_dist.serving.http.parse import Id, Instance, Vocabulary
 from din_dist.serving.manifest import FeatureInputs
@@ -42,6 +43,15 @@ class Scorer(Protocol):
         candidate: Mapping[str, Any] | None = None,
     ) -> np.ndarray: ...
 
+    def recommend(
+        self,
+        history_item_ids: Any,
+        history_lengths: Any,
+        asked: Recommend,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]: ...
+
     def score_with_features(
         self,
         history_item_ids: Any,
@@ -55,11 +65,21 @@ class Scorer(Protocol):
     ) -> np.ndarray: ...
 
 
-def score_together(scorer: Scorer, vocabulary: Vocabulary, instances: Sequence[Instance]) -> list[np.ndarray]:
-    """Returns the logits `[C]` of each instance, from one call for instances with features and one for the others."""
-    found: dict[int, np.ndarray] = {}
+def score_together(scorer: Scorer, vocabulary: Vocabulary, instances: Sequence[Instance]) -> list[Any]:
+    """Returns the logits `[C]` of each instance, from one call for instances with features and one for the others.
+
+    Those that ask for items get lists by the names of outputs, from one call for each kind of request.
+    """
+    found: dict[int, Any] = {}
+    for asked in dict.fromkeys(instance.recommend for instance in instances if instance.recommend):
+        indices = [index for index, instance in enumerate(instances) if instance.recommend == asked]
+        found.update(zip(indices, _recommend(scorer, vocabulary, [instances[i] for i in indices], asked), strict=True))
     for has_features, score in ((False, _score_plain), (True, _score_with_features)):
-        indices = [index for index, instance in enumerate(instances) if instance.has_features is has_features]
+        indices = [
+            index
+            for index, instance in enumerate(instances)
+            if instance.has_features is has_features and instance.recommend is None
+        ]
         if indices:
             group = [instances[index] for index in indices]
             logits = score(scorer, vocabulary, group)
@@ -78,6 +98,25 @@ def warm_up(scorer: Scorer, vocabulary: Vocabulary) -> None:
             unknown: dict[str, list[Id | None]] = {name: [None] * count for name in vocabulary.item_features}
             featured = dataclasses.replace(plain, candidate_features=unknown)
             score_together(scorer, vocabulary, [featured] * num_rows)
+        if vocabulary.recommends:
+            asking = dataclasses.replace(plain, candidates=[], recommend=Recommend(count))
+            score_together(scorer, vocabulary, [asking] * num_rows)
+
+
+def _recommend(
+    scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance], asked: Recommend
+) -> list[dict[str, list]]:
+    """Returns the items of each instance with their logits, as lists by the names of outputs."""
+    given = _own_features(vocabulary, group, group)
+    given.pop("candidate", None)
+    lengths = _lengths(instance.history for instance in group)
+    outputs = scorer.recommend(_behaviours(vocabulary, group), lengths, asked, **given)
+    counts = outputs.pop("counts").tolist()
+    columns = {name: values.tolist() for name, values in outputs.items()}
+    if vocabulary.item_id_type == "string":
+        columns["item_ids"] = [[own.decode() for own in row] for row in columns["item_ids"]]
+    names = ["item_ids", *sorted(columns.keys() - {"item_ids"})]
+    return [{name: columns[name][row][:count] for name in names} for row, count in enumerate(counts)]
 
 
 def _score_plain(scorer: Scorer, vocabulary: Vocabulary, group: Sequence[Instance]) -> np.ndarray:

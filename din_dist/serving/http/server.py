@@ -34,6 +34,7 @@ from din_dist.serving.http.parse import (
     DEFAULT_SIGNATURE,
     HISTORY,
     RANK,
+    RECOMMEND,
     SCORE,
     SCORE_PADDED,
     BadRequest,
@@ -43,6 +44,7 @@ from din_dist.serving.http.parse import (
     load,
     most_parts,
     parse,
+    parse_recommend,
     signature_of,
 )
 from din_dist.serving.http.probes import PATHS, Probes
@@ -187,6 +189,7 @@ class Server:
             app.router.add_get(path, self._status)
             app.router.add_get(f"{path}/metadata", self._metadata)
             app.router.add_post(f"{path}:predict", self._predict)
+            app.router.add_post(f"{path}:recommend", self._recommend)
         return app
 
     async def _status(self, request: web.Request) -> web.Response:
@@ -231,22 +234,28 @@ class Server:
         )
 
     async def _predict(self, request: web.Request) -> web.Response:
+        return await self._answered(request, self._parse_predict)
+
+    async def _recommend(self, request: web.Request) -> web.Response:
+        return await self._answered(request, self._parse_recommend)
+
+    async def _answered(self, request: web.Request, read: _Read) -> web.Response:
         """Answers a request, and counts and times it, however it ends."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         seen = _RequestFacts()
         code = _GONE
         try:
-            response = await self._predicted(request, seen)
+            response = await self._predicted(request, seen, read)
             code = response.status
             return response
         finally:
             self._metrics.after_request(seen.signature, code, loop.time() - started, seen.num_instances)
 
-    async def _predicted(self, request: web.Request, seen: _RequestFacts) -> web.Response:
+    async def _predicted(self, request: web.Request, seen: _RequestFacts, read: _Read) -> web.Response:
         config = self._config
         try:
-            return await self._scored(request, seen)
+            return await self._scored(request, seen, read)
         except BadRequest as refusal:
             return error(400, str(refusal))
         except web.RequestPayloadError:
@@ -269,7 +278,7 @@ class Server:
             self._say(_log_text("a request failed", failure))
             return error(500, "The server failed at this request; its log says how.")
 
-    async def _scored(self, request: web.Request, seen: _RequestFacts) -> web.Response:
+    async def _scored(self, request: web.Request, seen: _RequestFacts, read: _Read) -> web.Response:
         if self._batcher.is_full:
             raise QueueFull
         connection = request.protocol
@@ -277,7 +286,7 @@ class Server:
         with Holding(self._buffers) as held:
             data = await received(request, self._config.max_body_bytes, self._config.client_timeout_seconds, held)
             connection.client_waits()
-            predict = self._parse(data, encoding_of(request), seen)
+            predict = self._parse(data, encoding_of(request), seen, read)
             del data
         with self._in_progress():
             async with asyncio.timeout(self._config.request_timeout_seconds):
@@ -285,12 +294,19 @@ class Server:
             text = json.dumps(answer(predict, logits, self._served.predictions), allow_nan=False)
             return Scores(text.encode(), self._buffers)
 
-    def _parse(self, data: bytes, encoding: str, seen: _RequestFacts) -> Predict:
+    def _parse(self, data: bytes, encoding: str, seen: _RequestFacts, read: _Read) -> Predict:
         body = load(unpacked(data, encoding, self._config.max_body_bytes), self._most_parts)
-        seen.signature = signature_of(body)
-        predict = parse(body, self._served.vocabulary, self._config)
+        predict = read(body, seen)
         seen.num_instances = len(predict.instances)
         return predict
+
+    def _parse_predict(self, body: object, seen: _RequestFacts) -> Predict:
+        seen.signature = signature_of(body)
+        return parse(body, self._served.vocabulary, self._config)
+
+    def _parse_recommend(self, body: object, seen: _RequestFacts) -> Predict:
+        seen.signature = RECOMMEND
+        return parse_recommend(body, self._served.vocabulary, self._config)
 
     @contextlib.contextmanager
     def _in_progress(self) -> Iterator[None]:
@@ -311,6 +327,9 @@ class _RequestFacts:
 
     signature: str = "none"
     num_instances: int = 0
+
+
+_Read = Callable[[object, _RequestFacts], Predict]  # reads a body, and notes what it is
 
 
 def _log_text(what: str, failure: BaseException) -> str:

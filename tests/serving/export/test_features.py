@@ -27,7 +27,7 @@ from din_dist.features.spec import FeatureSpec, Kind, Owner
 from din_dist.features.times import TimestampUnit, time_rows
 from din_dist.schema import Batch
 from din_dist.serving.bundle import Bundle, as_tensor, inputs_of
-from din_dist.serving.export import signatures
+from din_dist.serving.export import ranking_signatures
 from din_dist.serving.export.features import Declared, ExampleInputs, TimeEncoder, encoder_of, input_names
 from din_dist.serving.export.writer import TrainedModel, described_features, export
 from din_dist.serving.own_values import OwnValues, by_owner
@@ -62,7 +62,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     trained = TrainedModel(model, store, config, 7, "", None)
     evaluator = Evaluator(config, store, split_examples(store, config.data), Runtime())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signatures, "PAIRS_AT_ONCE", 40)  # so that requests are scored in parts
+        patch.setattr(ranking_signatures, "PAIRS_AT_ONCE", 40)  # so that requests are scored in parts
         export(trained, evaluator, "test", folder / "export")
     return Job(trained, evaluator, Bundle.open(folder / "export"), folder)
 

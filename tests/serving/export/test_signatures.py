@@ -20,9 +20,10 @@ from din_dist.assembly import make_model
 from din_dist.config import Activation, AttentionNormalization, BatchNorm, ModelConfig, ModelKind
 from din_dist.errors import InputError
 from din_dist.serving.bundle import Bundle
-from din_dist.serving.export import signatures
-from din_dist.serving.export.signatures import Signatures, input_names
-from din_dist.serving.manifest import Manifest
+from din_dist.serving.export import ranking_signatures
+from din_dist.serving.export.ranking_signatures import RankingSignatures
+from din_dist.serving.export.signatures import input_names
+from tests.support.changed_manifest import manifest
 from tests.support.reference.compare import randomise, weights_of
 from tests.support.reference.padded_din import PaddedBatch, PaddedModel
 
@@ -84,7 +85,7 @@ class Setup:
         randomise(model)
         self.weights = weights_of(model)
         vocabularies = {name: pa.chunked_array([values]) for name, values in case.features.items()}
-        Signatures(
+        RankingSignatures(
             model, pa.chunked_array([case.ids]), vocabularies, [schema.NamedHistory("", MAX_LENGTH)], folder
         ).save(folder / "model")
         for path in folder.glob("*.txt"):  # the SavedModel has its own copies
@@ -159,12 +160,6 @@ class Setup:
         return reference.logits(weights, batch)
 
 
-def manifest(**fields: Any) -> Manifest:
-    """With nothing in it but `fields`."""
-    nothing: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(Manifest)), "")
-    return Manifest(**(nothing | {"calibration": None, "tasks": ()} | fields))
-
-
 @pytest.fixture(scope="module")
 def make_setup(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setup]:
     """Each once. They rank in parts of 10 pairs; a history of `MAX_LENGTH` makes more than one of them."""
@@ -172,7 +167,7 @@ def make_setup(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Setu
     @functools.cache
     def make(name: str) -> Setup:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(signatures, "PAIRS_AT_ONCE", 10)
+            patch.setattr(ranking_signatures, "PAIRS_AT_ONCE", 10)
             return Setup(CASES[name], tmp_path_factory.mktemp(name))
 
     return make
