@@ -57,6 +57,7 @@ def undisturbed_tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     table = pq.read_table(log)
     weights = [0.25 * (row % 9) for row in range(table.num_rows)]  # some of them 0
     pq.write_table(table.append_column("weight", pa.array(weights)), log)
+    assert run("prepare_data", folder, *TASKS).returncode == 0
     done = run("train", folder, *TASKS, f"--output_dir={folder / 'alone'}")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
