@@ -109,7 +109,7 @@ class Config:
             "needs a validation split, which leave_one_out has not",
             "early_stopping_patience",
             self.evaluation.early_stopping_patience,
-            "Use --split=leave_two_out or temporal, or drop it.",
+            "Use --split=leave_two_out, temporal or users, or drop it.",
         )
         self._check_tasks()
         self._check_model()

@@ -36,6 +36,7 @@ class Split(enum.StrEnum):
     LEAVE_ONE_OUT = "leave_one_out"
     LEAVE_TWO_OUT = "leave_two_out"
     TEMPORAL = "temporal"
+    USERS = "users"
 
 
 class HistoryEnds(enum.StrEnum):
@@ -320,7 +321,9 @@ class DataConfig(Settings):
     split: Split = setting(
         Split.LEAVE_ONE_OUT,
         "leave_one_out: each user's last event is the test example and the others train (the authors' protocol). "
-        "leave_two_out: the last event tests and the one before it validates. temporal: the splits are cut by time.",
+        "leave_two_out: the last event tests and the one before it validates. temporal: the splits are cut by time. "
+        "users: 80 % of the users train, 10 % validate and 10 % test, by a hash of the user's id; the first 80 % of "
+        "the events of a user who does not train are history, and the others are examples.",
         theme=_EXAMPLES,
     )
     validation_from: int = setting(

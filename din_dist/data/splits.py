@@ -3,6 +3,9 @@
 In every split the events of one user stand together in time order, so a split is one run of events a user. A *row* is
 one event of a split. Without labels a row gives `1 + negatives_per_positive` examples; draw 0 is the event itself.
 
+An event is held out if it is in validation, in test, or in `HISTORY`. All other events are the training part, a user's
+first ones included: what preparation counts, it counts there.
+
 Letters of shapes: U users, K users of a split.
 """
 
@@ -22,7 +25,11 @@ from din_dist.errors import InputError
 from din_dist.files import published_folder
 
 SPLITS = ("train", "validation", "test")
+HISTORY = "history"  # events that are held out, but are no examples: they are in histories alone
+_HELD_OUT = ("validation", "test", HISTORY)
 _ARRAYS = ("users", "row_ends", "event_bases")
+_TENTHS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}  # of all users
+_SALT = "split:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Examples:
 
 
 def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]:
-    """Cuts the events of `store` into `SPLITS`.
+    """Cuts the events of `store` into `SPLITS`; where whole users are held out, also into `HISTORY`.
 
     Without labels a user's first event is not an example, because nothing is known of the user yet. The splits are kept
     beside the packed events and memory-mapped like them, so that a job's workers on one machine hold them once.
@@ -97,7 +104,8 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
         except OSError:  # prepared data on a read-only disk: each process holds its own splits
             return _checked({name: _examples(store, config, name, arrays) for name, arrays in runs.items()}, config)
     mapped = {
-        name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS} for name in SPLITS
+        name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS}
+        for name in _names(config)
     }
     _check_kept_cut(store, folder, mapped)
     return _checked({name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}, config)
@@ -106,6 +114,10 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
 def kept_in(name: str, store: EventStore, config: DataConfig) -> Path:
     """Returns the folder beside the packed events for arrays that follow from them and the splits alone."""
     return _kept_in(name, store, config, _cut_times(store, config) if config.split is Split.TEMPORAL else ())
+
+
+def _names(config: DataConfig) -> tuple[str, ...]:
+    return (*SPLITS, HISTORY) if config.split is Split.USERS else SPLITS
 
 
 def _kept_in(name: str, store: EventStore, config: DataConfig, cut_times: Sequence[int]) -> Path:
@@ -124,19 +136,55 @@ def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[s
             validation_from = np.maximum(firsts, ends - 2)
         case Split.TEMPORAL:
             validation_from, test_from = (np.maximum(firsts, begins + _num_before(store, time)) for time in cut_times)
+        case Split.USERS:
+            return _bounds_by_user(store, firsts)
     return {"train": (firsts, validation_from), "validation": (validation_from, test_from), "test": (test_from, ends)}
 
 
+def _bounds_by_user(store: EventStore, firsts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the bounds as `_bounds` does, if each user is in one split.
+
+    Of the users that are held out, the first 80 % of the events are history. The others are examples, except the first
+    event of all where that is none.
+
+    Args:
+        store: the events.
+        firsts: int64 `[U]`, the first event of each user that can be an example.
+    """
+    begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
+    tenths = _tenths(store)
+    cuts = np.maximum(firsts, begins + (ends - begins) * 4 // 5)
+    found = {}
+    for name, own in _TENTHS.items():
+        low = firsts if name == "train" else cuts
+        found[name] = low, np.where(np.isin(tenths, own), ends, low)
+    found[HISTORY] = begins, np.where(np.isin(tenths, _TENTHS["train"]), begins, cuts)
+    return found
+
+
+def _tenths(store: EventStore) -> np.ndarray:
+    """Returns in which tenth of all users each user is, int64 `[U]`, from 0: by a hash of the user's own id."""
+    from din_dist.data.hashing import rows_of_ids  # here, because it imports TensorFlow
+
+    return rows_of_ids(store.vocabulary(USERS), 10, _SALT).astype(np.int64) - 1
+
+
+def held_out(splits: Mapping[str, Examples]) -> Iterator[np.ndarray]:
+    """Yields the events that are held out, int64, in parts that fit into memory."""
+    for name in _HELD_OUT:
+        if name in splits:
+            yield from splits[name].event_parts()
+
+
 def item_counts(store: EventStore, splits: Mapping[str, Examples]) -> np.ndarray:
-    """Returns how many positive events of each item are in neither validation nor test: int64 `[num_items + 1]`."""
+    """Returns how many positive events of each item are not held out: int64 `[num_items + 1]`."""
     counts = np.zeros(store.facts.num_items + 1, np.int64)
     for part in parts(store.facts.num_events):
         weights = None if store.labels is None else store.labels[part]
         counts += np.bincount(store.item_ids[part], weights, len(counts)).astype(np.int64)
-    for examples in (splits["validation"], splits["test"]):
-        for events in examples.event_parts():
-            weights = None if store.labels is None else store.labels[events]
-            counts -= np.bincount(store.item_ids[events], weights, len(counts)).astype(np.int64)
+    for events in held_out(splits):
+        weights = None if store.labels is None else store.labels[events]
+        counts -= np.bincount(store.item_ids[events], weights, len(counts)).astype(np.int64)
     return counts
 
 
@@ -189,7 +237,8 @@ def _runs(low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
 
 def _examples(store: EventStore, config: DataConfig, name: str, arrays: Mapping[str, np.ndarray]) -> Examples:
     negatives = config.negatives_per_positive if name == "train" else config.evaluation_negatives_per_positive
-    return Examples(**arrays, draws_per_row=1 if store.facts.has_labels else 1 + negatives)
+    one_draw = store.facts.has_labels or name == HISTORY
+    return Examples(**arrays, draws_per_row=1 if one_draw else 1 + negatives)
 
 
 def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examples]:
@@ -222,10 +271,13 @@ def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
 
 
 def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Refuses kept splits in which an event that can be an example is missing."""
+    """Refuses kept splits in which an event is missing: one that can be an example, or one of a user held out."""
     whole = all(len({len(array) for array in arrays.values()}) == 1 for arrays in mapped.values())
     found = sum(int(arrays["row_ends"][-1]) for arrays in mapped.values() if len(arrays["row_ends"]))
-    firsts = 0 if store.facts.selects_behaviours else int(np.count_nonzero(np.diff(store.user_offsets)))
+    firsts = 0
+    if not store.facts.selects_behaviours:
+        firsts = int(np.count_nonzero(np.diff(store.user_offsets)))
+        firsts -= len(mapped[HISTORY]["users"]) if HISTORY in mapped else 0  # their first events are history
     if not whole or found != store.facts.num_events - firsts:
         raise InputError(
             f"{folder}: the splits must hold {store.facts.num_events - firsts} events, each user's in one run. "

@@ -51,6 +51,8 @@ class EvaluationRequest:
         Raises:
             InputError: the split is empty, a feature is not there, or a setting does not fit the number of items.
         """
+        from din_dist.data.splits import SPLITS  # here, because wrong flags are refused before
+
         of_history = [name for name, each in store.features.items() if each.encoding.spec.owner is Owner.HISTORY]
         known = [name for name in (*store.item_features, *store.features) if name not in of_history]
         for name in self.slice_by:
@@ -58,7 +60,7 @@ class EvaluationRequest:
             require(name in known, "must be features of the model", "slice_by", name, remedy)
         split, num_items = self.evaluation_split, store.facts.num_candidates
         if not splits[split].num_examples:
-            filled = [name for name, examples in splits.items() if examples.num_examples]
+            filled = [name for name in SPLITS if splits[name].num_examples]
             raise InputError(
                 f"--evaluation_split: must have examples. Received: {split}, which has none with --split="
                 f"{config.data.split}. Choose among {', '.join(filled)}."

@@ -64,6 +64,7 @@ _SPLITS = {
     Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",
     Split.LEAVE_TWO_OUT: "each user's last event tests, the last but one validates",
     Split.TEMPORAL: "cut by time",
+    Split.USERS: "8 of 10 users train, one validates, one tests by the last fifth of the events",
 }
 
 
