@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ import tensorflow as tf
 
 from tests.support.commands import command
 from tests.support.finished_job import finish, run
+from tests.support.patience import PATIENCE
 from tests.support.preloaded import Preloaded
+from tests.support.repository import ROOT
 from tests.support.small_log import write_log
 
 FLAGS = ("--split=users", "--learning_rate=0.02")
@@ -45,6 +50,40 @@ def test_it_is_resumed_tested_and_evaluated(folder: Path, commands: Preloaded) -
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["gauc"] == pytest.approx(summary["test_gauc"], abs=1e-6)
     assert found["retrieval"]["num_events"] == num_tested(folder) == found["num_examples"] // 2
+
+
+def test_each_user_is_asked_once(folder: Path, commands: Preloaded) -> None:
+    """Alone and on two workers; a list of all 30 items holds every target."""
+    words = [f"--output_dir={folder / 'run'}", "--queries=users", "--ks=5,30", "--noexclude_history"]
+    done = commands.run("evaluate", *words, "--ndcg_ideal=hits")
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(done.stdout.splitlines()[-1])["retrieval"]
+    rows = pq.read_table(folder / "log.parquet").sort_by("timestamp").to_pylist()
+    targets = {}
+    for user in sorted({row["user_id"] for row in rows}):
+        own = [row["item_id"] for row in rows if row["user_id"] == user]
+        if int(tf.strings.to_hash_bucket_fast(f"split:{user}", 10)) == 9 and len(own) > 1:
+            targets[user] = own[max(1, int(0.8 * len(own))) :]
+    assert alone["num_users"] == alone["num_users_in_split"] == len(targets)
+    assert alone["num_targets"] == sum(len(set(items)) for items in targets.values())
+    metrics = alone["metrics"]
+    assert (metrics["recall@30"], metrics["hit_rate@30"]) == (1, 1)
+    assert alone["floors"]["popularity"]["recall@5"] < metrics["recall@5"] < 1
+    low, high = alone["intervals"]["recall@5"]
+    assert low < metrics["recall@5"] < high
+    assert (
+        f"{len(targets)} of {len(targets)} users, each asked once, {alone['num_targets']} items chosen" in done.stderr
+    )
+    launcher = Path(sys.executable).with_name("horovodrun")
+    program = [str(launcher), "--gloo", "-np", "2", sys.executable, "-m", "din_dist.cli.evaluate", *words]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (text,) = re.findall(r'{"output_dir".*}', done.stdout)
+    two = json.loads(text)["retrieval"]
+    for name, value in metrics.items():
+        if "ndcg" not in name:
+            assert two["metrics"][name] == pytest.approx(value, rel=1e-6), name
+    assert two["metrics"]["ndcg@5"] < metrics["ndcg@5"]  # over all targets, and not only those that were found
 
 
 def test_prepare_data_tells_what_is_only_history(folder: Path, commands: Preloaded) -> None:
