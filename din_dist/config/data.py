@@ -45,6 +45,12 @@ class HistoryEnds(enum.StrEnum):
     BEFORE_EVENT = "before_event"
 
 
+class HistoryCut(enum.StrEnum):
+    EVENT = "event"
+    RANDOM = "random"
+    FIXED = "fixed"
+
+
 class UnknownItem(enum.StrEnum):
     UNTRAINED = "untrained"
     FEATURES = "features"
@@ -372,6 +378,14 @@ class DataConfig(Settings):
         "0",
         "How long after its time a behaviour is known: 90s, 15m, 6h or 1d, or a number in the unit of the timestamps.",
         check=_check_delay,
+        theme=_EXAMPLES,
+        later=True,
+    )
+    history_cut: HistoryCut = text_setting(
+        HistoryCut.EVENT,
+        "For models that find items: where training cuts a user's events into history and target. event: before each "
+        "event, which is the target. random: each epoch draws as many cuts as the user has events, anew. fixed: once; "
+        "the first 80 % are the history of all the user's examples, and each later event is a target.",
         theme=_EXAMPLES,
         later=True,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from din_dist.config import DataConfig, Split
+from din_dist.config import DataConfig, HistoryCut, Split
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
 from din_dist.data.walks import parts, user_runs, windows
@@ -39,12 +39,14 @@ class Examples:
     Row r belongs to the first k with `row_ends[k] > r`: user `users[k]`, event `event_bases[k] + r`.
     Example e is draw `e % draws_per_row` of row `e // draws_per_row`.
     Arrays are int32 where the numbers fit: 12 bytes a user.
+    With `fixed`, all rows of a user have the history of the first one.
     """
 
     users: np.ndarray  # [K]
     row_ends: np.ndarray  # [K], ascending
     event_bases: np.ndarray  # [K]
     draws_per_row: int
+    fixed: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -59,6 +61,11 @@ class Examples:
     def rows_per_user(self) -> np.ndarray:
         """Returns the number of rows of each user, int64 `[K]`."""
         return np.diff(self.row_ends.astype(np.int64), prepend=0)
+
+    def runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first event of each user in the split, and the end of these events, int64 `[K]` each."""
+        ends = self.row_ends.astype(np.int64) + self.event_bases
+        return ends - self.rows_per_user(), ends
 
     def events(self, first_row: int = 0, end_row: int | None = None) -> np.ndarray:
         """Returns the events of rows `first_row` to `end_row` - 1, int64 `[end_row - first_row]`."""
@@ -102,13 +109,15 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
         try:
             publish(folder, runs)
         except OSError:  # prepared data on a read-only disk: each process holds its own splits
-            return _checked({name: _examples(store, config, name, arrays) for name, arrays in runs.items()}, config)
+            found = {name: _examples(store, config, name, arrays) for name, arrays in runs.items()}
+            return _checked(store, found, config)
     mapped = {
         name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS}
         for name in _names(config)
     }
     _check_kept_cut(store, folder, mapped)
-    return _checked({name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}, config)
+    found = {name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}
+    return _checked(store, found, config)
 
 
 def kept_in(name: str, store: EventStore, config: DataConfig) -> Path:
@@ -212,9 +221,9 @@ def trained_behaviours(store: EventStore, train: Examples) -> np.ndarray:
 def _places_in_training(store: EventStore, train: Examples) -> Iterator[np.ndarray]:
     """Yields the places of behaviours in the histories of training, some users at a time."""
     assert store.history_ends is not None
-    last_events = train.row_ends.astype(np.int64) + train.event_bases - 1
+    firsts, ends = train.runs()
     starts = store.history_offsets[train.users]
-    lengths = store.history_ends[last_events] - starts
+    lengths = store.history_ends[firsts if train.fixed else ends - 1] - starts
     for first, end in user_runs(np.cumsum(lengths)):
         yield windows(starts[first:end], lengths[first:end])
 
@@ -238,17 +247,34 @@ def _runs(low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
 def _examples(store: EventStore, config: DataConfig, name: str, arrays: Mapping[str, np.ndarray]) -> Examples:
     negatives = config.negatives_per_positive if name == "train" else config.evaluation_negatives_per_positive
     one_draw = store.facts.has_labels or name == HISTORY
-    return Examples(**arrays, draws_per_row=1 if one_draw else 1 + negatives)
+    users, row_ends, event_bases = (arrays[array] for array in _ARRAYS)
+    return Examples(users, row_ends, event_bases, draws_per_row=1 if one_draw else 1 + negatives)
 
 
-def _checked(splits: dict[str, Examples], config: DataConfig) -> dict[str, Examples]:
+def _checked(store: EventStore, splits: dict[str, Examples], config: DataConfig) -> dict[str, Examples]:
     if not splits["train"].num_rows:
         raise InputError(
             f"--split={config.split}: there must be events to train on. Received: none, and "
             f"{splits['validation'].num_rows} to validate and {splits['test'].num_rows} to test. Use users with more "
             "events, or another split."
         )
+    if config.history_cut is HistoryCut.FIXED:
+        splits["train"] = _late_part(store, splits["train"])
     return splits
+
+
+def _late_part(store: EventStore, train: Examples) -> Examples:
+    """Returns the examples of training whose history is that before the first of them.
+
+    They are all but the first 80 % of each user's events in training, the user's first one included.
+    """
+    begins = store.user_offsets[train.users]
+    firsts, ends = train.runs()
+    low = np.maximum(firsts, begins + (ends - begins) * 4 // 5)
+    row_ends = np.cumsum(ends - low)
+    bases = ends - row_ends
+    dtype = train.row_ends.dtype
+    return Examples(train.users, row_ends.astype(dtype), bases.astype(dtype), train.draws_per_row, fixed=True)
 
 
 def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:

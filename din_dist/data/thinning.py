@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from din_dist.data.splits import Examples
@@ -29,14 +31,13 @@ def of_segments(examples: Examples, segments: np.ndarray) -> Examples:
         examples: the examples of all users `[K]`.
         segments: integers, ascending, the indices of the users in `examples.users`.
     """
-    ends = examples.row_ends.astype(np.int64)
     rows = examples.rows_per_user()[segments]
-    first_events = examples.event_bases[segments] + (ends[segments] - rows)
+    first_events = examples.runs()[0][segments]
     new_ends = np.cumsum(rows)
     dtype = examples.row_ends.dtype
-    return Examples(
+    return dataclasses.replace(
+        examples,
         users=examples.users[segments],
         row_ends=new_ends.astype(dtype),
         event_bases=(first_events - (new_ends - rows)).astype(dtype),
-        draws_per_row=examples.draws_per_row,
     )

@@ -133,7 +133,7 @@ def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     """Returns bool `[num_items + 1]`: True for the items of training examples and of their histories."""
     found = np.zeros(store.facts.num_items + 1, bool)
     begins = store.user_offsets[train.users]  # all earlier events of a user are history
-    ends = train.row_ends.astype(np.int64) + train.event_bases
+    _, ends = train.runs()
     for first, end in user_runs(np.cumsum(ends - begins)):
         found[store.item_ids[windows(begins[first:end], (ends - begins)[first:end])]] = True
     found |= behaviour_counts(store, train) > 0
