@@ -51,14 +51,15 @@ class Batch(NamedTuple):
     # `item_index` is then [B + N + S], with these items' places at its end.
     sampled_item_ids: Any = ()
     sampled_offsets: Any = ()  # float32 [S], as logit_offsets
+    example_ages: Any = ()  # float32 [B], from 0 for the newest time of training to 1 for the oldest; () if not read
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """The names of the fields for the loss that only some batches have, and this one has."""
+        """The names of the fields for training alone that only some batches have, and this one has."""
         return tuple(name for name in EXTRAS if not isinstance(getattr(self, name), tuple))
 
 
-EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets")
+EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets", "example_ages")
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---

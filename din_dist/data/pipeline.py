@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from din_dist.config import DataConfig, HistoryCut, UnknownItem
 from din_dist.data.event_store import KEY_BITS, EventStore, HistorySet
+from din_dist.data.example_ages import ExampleAges
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import first_not, is_touched, untouched_items, weighted_untouched_items
 from din_dist.data.popularity import Popularity
@@ -191,6 +192,7 @@ class BatchMaker:
         popularity: the weights by which negatives are drawn. None: uniformly.
         sampled: what draws the items of a softmax; the candidates are then its targets. None: there is none.
         cut: where a user's events are cut into history and target.
+        ages: the ages of the targets' events. None: the batches have none.
         execution: how batches are made; every way makes the same.
     """
 
@@ -206,6 +208,7 @@ class BatchMaker:
     popularity: Popularity | None = None
     sampled: SampledItems | None = None
     cut: HistoryCut = HistoryCut.EVENT
+    ages: ExampleAges | None = None
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @classmethod
@@ -218,6 +221,7 @@ class BatchMaker:
         trained: TrainedItems | None = None,
         execution: Execution | None = None,
         drawn: Popularity | SampledItems | None = None,
+        ages: ExampleAges | None = None,
     ) -> BatchMaker:
         """Returns what makes the batches of training.
 
@@ -230,6 +234,7 @@ class BatchMaker:
             execution: how batches are made. None: TensorFlow's operations make them.
             drawn: the weights by which negatives are drawn, as of `data/popularity.py`, or what draws the items of a
                 softmax. None: negatives are drawn uniformly.
+            ages: the ages of the examples, if the model reads them.
         """
         if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
             raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -246,6 +251,7 @@ class BatchMaker:
             popularity=drawn if isinstance(drawn, Popularity) else None,
             sampled=drawn if isinstance(drawn, SampledItems) else None,
             cut=config.history_cut,
+            ages=ages,
             execution=execution or Execution(),
         )
 
@@ -411,6 +417,7 @@ class BatchMaker:
             logit_offsets=offsets,
             sampled_item_ids=sampled[0],
             sampled_offsets=sampled[1],
+            example_ages=() if self.ages is None else self.ages.of(event),
         )
 
     def _weights(self, events: tf.Tensor, labels: tf.Tensor) -> tf.Tensor | tuple[()]:

@@ -262,6 +262,8 @@ def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, s
     if model.model.retrieves:
         against = f"{model.num_sampled:,} items, drawn {model.sampler}"
         rows.append(("Softmax", f"over {against if model.softmax is Softmax.SAMPLED else 'all items'}"))
+        if model.example_age:
+            rows.append(("Age of an example", "told to the tower in training, 0 otherwise"))
         if model.model.has_positions:
             rows.append(("Interests", f"{model.num_interests} of a user"))
     else:

@@ -54,6 +54,7 @@ def unseen(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("unseen")
     write_log(folder / "log.parquet", num_users=300)
     words = ["--model=youtube_dnn", "--split=users", "--history_cut=random", "--num_sampled=20", "--learning_rate=0.02"]
+    words.append("--example_age")
     finish(commands, folder, *words, "--epochs=2", export=False)
     run(commands, "train", *command("train", folder, *words, "--epochs=4")[3:])
     return folder
@@ -77,13 +78,15 @@ def test_users_who_did_not_train_are_asked_once(unseen: Path, commands: Preloade
 
 def test_its_report_tells_how_examples_are_cut(unseen: Path, commands: Preloaded) -> None:
     run(commands, "report", f"--output_dir={unseen / 'run'}")
-    assert "each epoch draws anew where history ends and target begins" in (unseen / "run" / "report.html").read_text()
+    page = (unseen / "run" / "report.html").read_text()
+    assert "each epoch draws anew where history ends and target begins" in page
+    assert "told to the tower in training, 0 otherwise" in page
 
 
 def test_other_cuts_do_not_resume_a_job(unseen: Path) -> None:
     words = ["--model=youtube_dnn", "--split=users", "--num_sampled=20", "--learning_rate=0.02", "--epochs=5"]
     done = run_command("train", unseen, *words)
-    assert_one_line(done, "--history_cut: random, now event")
+    assert_one_line(done, "--history_cut: random, now event; --example_age: True, now False")
 
 
 def test_a_fixed_history_is_trained_on(commands: Preloaded, tmp_path: Path) -> None:
@@ -115,6 +118,7 @@ def test_it_is_not_exported_yet(folder: Path, commands: Preloaded) -> None:
         (["--num_interests=65"], "--num_interests: must be at least 1 and at most 64. Received: 65."),
         (["--num_sampled=0"], "--num_sampled: must be at least 1. Received: 0."),
         (["--temperature=0"], "--temperature: must be above 0. Received: 0.0."),
+        (["--example_age"], "--example_age: is for youtube_dnn. Received: '--model=comirec_sa'. Drop it, or use"),
         (["--model=din", "--history_cut=fixed"], "--history_cut: is for models that find items, and din ranks."),
         (
             ["--model=din", "--negatives_per_positive=0"],
