@@ -172,6 +172,12 @@ def _check_delay(name: str, value: str) -> None:
     require(Delay.is_valid(value), rule, name, value, remedy)
 
 
+def _check_gap(name: str, value: str) -> None:
+    rule, remedy = "must be a whole number above 0, alone or with s, m, h or d", "For example 90s, 30m, 6h or 1d."
+    is_long = Delay.is_valid(value) and Delay(value).in_units(TimestampUnit.SECONDS) > 0
+    require(not value or is_long, rule, name, value, remedy)
+
+
 def _check_zone(name: str, value: str) -> None:
     require(is_zone(value), "must be the IANA name of a time zone", name, value, "For example Europe/Vienna, or UTC.")
 
@@ -227,6 +233,12 @@ class DataConfig(Settings):
         "",
         "Column of the id of the request (page, basket, session) in which the item was shown. The history of each of "
         "its events ends before the request's first time, so none sees another. Default: the same user and time.",
+        later=True,
+    )
+    session_column: str = text_setting(
+        "",
+        "Column of the id of the session to which an event of its user belongs. A history then has the events of the "
+        "same session alone. Default: a history has all that the user did before; see also --session_gap.",
         later=True,
     )
     weight_column: str = text_setting(
@@ -381,6 +393,14 @@ class DataConfig(Settings):
         theme=_EXAMPLES,
         later=True,
     )
+    session_gap: str = text_setting(
+        "",
+        "The longest time between neighbours of a session: 90s, 30m, 6h or 1d, or a number in the unit of the "
+        "timestamps. A history then has the events of the current session alone. Default: there are no sessions.",
+        check=_check_gap,
+        theme=_EXAMPLES,
+        later=True,
+    )
     history_cut: HistoryCut = text_setting(
         HistoryCut.EVENT,
         "For models that find items: where training cuts a user's events into history and target. event: before each "
@@ -444,6 +464,7 @@ class DataConfig(Settings):
         self._check_split()
         self._check_histories()
         self._check_behaviours()
+        self._check_sessions()
         require(
             self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
             "belongs to --unknown_item=features",
@@ -471,7 +492,7 @@ class DataConfig(Settings):
 
     def _check_columns(self) -> None:
         own = "" if self.behaviours_path else self.action_column
-        optional = (self.label_time_column, self.request_column, self.weight_column, own)
+        optional = (self.label_time_column, self.request_column, self.session_column, self.weight_column, own)
         given = [name for name in optional if name]
         ids = (self.user_column, self.item_column, self.timestamp_column, *(self.label_columns or [self.label_column]))
         columns = (*ids, *given, *self.item_features)
@@ -530,7 +551,7 @@ class DataConfig(Settings):
         kind = self.dataset.partition("/")[0]
         both = (*LABELLED, _PURCHASES)
         columns: dict[str, tuple[str, ...]] = dict.fromkeys(("label_time_column", "label_columns"), LABELLED)
-        columns |= dict.fromkeys(("request_column", "weight_column", "action_column"), both)
+        columns |= dict.fromkeys(("request_column", "session_column", "weight_column", "action_column"), both)
         for name, kinds in columns.items():
             value = getattr(self, name)
             value = ",".join(value) if isinstance(value, tuple) else value
@@ -584,6 +605,26 @@ class DataConfig(Settings):
         rule, remedy = "orders behaviours as events, and those of --behaviours_path are none", "Drop it."
         ends = self.history_ends
         require(ends is not HistoryEnds.BEFORE_EVENT, rule, "history_ends", str(ends), remedy)
+
+    @property
+    def has_sessions(self) -> bool:
+        """True if a history has the events of its session alone."""
+        return bool(self.session_column or self.session_gap)
+
+    def _check_sessions(self) -> None:
+        if not self.has_sessions:
+            return
+        gap, column = self.session_gap, self.session_column
+        rule, remedy = "says what a session is, and so does --session_column", "Drop one of them."
+        require(not (gap and column), rule, "session_gap", gap, remedy)
+        refused = {
+            "behaviours_path": (self.behaviours_path, "", "has no sessions"),
+            "long_history": (self.long_history, "", "goes beyond the session"),
+            "history_cut": (str(self.history_cut), HistoryCut.EVENT, "cuts all events of a user, and not a session"),
+        }
+        for name, (value, default, rule) in refused.items():
+            remedy = f"Drop it, or --{'session_gap' if gap else 'session_column'}."
+            require(value == default, rule, name, value, remedy)
 
     def _check_split(self) -> None:
         if self.split is not Split.TEMPORAL:

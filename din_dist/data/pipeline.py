@@ -266,6 +266,7 @@ class BatchMaker:
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
             "weights": self.store.weights if self.mean_weight and self.store.weights is not None else None,
+            "sessions": self.store.sessions,
         }
         for place, history in enumerate(self._histories):
             own = {"item_ids": history.item_ids, "offsets": history.offsets, "ends": history.ends, "keys": history.keys}
@@ -337,10 +338,11 @@ class BatchMaker:
             candidate: int32 `[B]`. None: histories that depend on it are left out.
         """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        owner = tf.gather(arrays["sessions"], event) if "sessions" in arrays else user
         found = []
         for place, history in enumerate(self._histories):
             end = tf.gather(arrays[f"{place}-ends"], event) if f"{place}-ends" in arrays else event
-            start = tf.gather(arrays[f"{place}-offsets"], user)
+            start = tf.gather(arrays[f"{place}-offsets"], owner)
             if history.feature:
                 if candidate is None:
                     continue

@@ -20,6 +20,7 @@ import numpy as np
 from din_dist.config import DataConfig, HistoryCut, Split
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import PACKED_DIR, USERS, EventStore, map_array
+from din_dist.data.session_splits import cut_sessions
 from din_dist.data.walks import parts, user_runs, windows
 from din_dist.errors import InputError
 from din_dist.files import published_folder
@@ -28,7 +29,7 @@ SPLITS = ("train", "validation", "test")
 HISTORY = "history"  # events that are held out, but are no examples: they are in histories alone
 _HELD_OUT = ("validation", "test", HISTORY)
 _ARRAYS = ("users", "row_ends", "event_bases")
-_TENTHS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}  # of all users
+_SIDE_OF_TENTH = np.array([0] * 8 + [1, 2])  # places in `SPLITS`
 _SALT = "split:"
 
 
@@ -92,9 +93,10 @@ class Examples:
 
 
 def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]:
-    """Cuts the events of `store` into `SPLITS`; where whole users are held out, also into `HISTORY`.
+    """Cuts the events of `store` into `SPLITS`; where others are held out, also into `HISTORY`.
 
-    Without labels a user's first event is not an example, because nothing is known of the user yet. The splits are kept
+    Without labels a user's first event is not an example, because nothing is known of the user yet. If histories are
+    sessions, the first event of each session is none. The splits are kept
     beside the packed events and memory-mapped like them, so that a job's workers on one machine hold them once.
 
     Raises:
@@ -105,7 +107,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
     cut_times = _cut_times(store, config) if config.split is Split.TEMPORAL else ()
     folder = _kept_in("split", store, config, cut_times)
     if not folder.is_dir():
-        runs = {name: _runs(*bounds) for name, bounds in _bounds(store, config.split, cut_times).items()}
+        runs = _cut(store, config.split, cut_times)
         try:
             publish(folder, runs)
         except OSError:  # prepared data on a read-only disk: each process holds its own splits
@@ -113,7 +115,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
             return _checked(store, found, config)
     mapped = {
         name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS}
-        for name in _names(config)
+        for name in (*SPLITS, *([HISTORY] if config.split is Split.USERS or _knows_sessions(store) else []))
     }
     _check_kept_cut(store, folder, mapped)
     found = {name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}
@@ -125,57 +127,95 @@ def kept_in(name: str, store: EventStore, config: DataConfig) -> Path:
     return _kept_in(name, store, config, _cut_times(store, config) if config.split is Split.TEMPORAL else ())
 
 
-def _names(config: DataConfig) -> tuple[str, ...]:
-    return (*SPLITS, HISTORY) if config.split is Split.USERS else SPLITS
-
-
 def _kept_in(name: str, store: EventStore, config: DataConfig, cut_times: Sequence[int]) -> Path:
-    return store.folder / PACKED_DIR / "-".join([name, config.split, *map(str, cut_times)])
+    sessions = [f"sessions-{store.facts.sessions}"] if store.facts.sessions else []
+    return store.folder / PACKED_DIR / "-".join([name, config.split, *map(str, cut_times), *sessions])
 
 
-def _bounds(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns the first event and the end of each user's run in each split, int64 `[U]` each."""
-    begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
-    firsts = begins if store.facts.selects_behaviours else np.minimum(begins + 1, ends)
-    match split:
-        case Split.LEAVE_ONE_OUT:
-            validation_from = test_from = np.maximum(firsts, ends - 1)
-        case Split.LEAVE_TWO_OUT:
-            test_from = np.maximum(firsts, ends - 1)
-            validation_from = np.maximum(firsts, ends - 2)
-        case Split.TEMPORAL:
-            validation_from, test_from = (np.maximum(firsts, begins + _num_before(store, time)) for time in cut_times)
-        case Split.USERS:
-            return _bounds_by_user(store, firsts)
-    return {"train": (firsts, validation_from), "validation": (validation_from, test_from), "test": (test_from, ends)}
-
-
-def _bounds_by_user(store: EventStore, firsts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns the bounds as `_bounds` does, if each user is in one split.
-
-    Of the users that are held out, the first 80 % of the events are history. The others are examples, except the first
-    event of all where that is none.
+class _Rules:
+    """The rules of a split.
 
     Args:
         store: the events.
-        firsts: int64 `[U]`, the first event of each user that can be an example.
+        split: the kind of the split.
+        cut_times: when validation and test begin, if time divides them.
     """
-    begins, ends = store.user_offsets[:-1], store.user_offsets[1:]
-    tenths = _tenths(store)
-    cuts = np.maximum(firsts, begins + (ends - begins) * 4 // 5)
-    found = {}
-    for name, own in _TENTHS.items():
-        low = firsts if name == "train" else cuts
-        found[name] = low, np.where(np.isin(tenths, own), ends, low)
-    found[HISTORY] = begins, np.where(np.isin(tenths, _TENTHS["train"]), begins, cuts)
-    return found
+
+    def __init__(self, store: EventStore, split: Split, cut_times: Sequence[int]) -> None:
+        self._store, self._split, self._cut_times = store, split, cut_times
+        self._side_of = _sides(store) if split is Split.USERS else np.zeros(store.facts.num_users, np.int64)
+
+    def bounds(self, offsets: np.ndarray, can_be: np.ndarray | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns the first and the end of each user's run in each split, int64 `[U]` each, among some events.
+
+        Args:
+            offsets: int64 `[U + 1]`, where each user's begin among them.
+            can_be: int64, the events, all of which can be examples. None: all there are, of which a user's first one is
+                no example without labels.
+        """
+        begins, ends = offsets[:-1], offsets[1:]
+        firsts = begins
+        if can_be is None and not self._store.facts.selects_behaviours:
+            firsts = np.minimum(begins + 1, ends)
+        match self._split:
+            case Split.LEAVE_ONE_OUT:
+                validation_from = test_from = np.maximum(firsts, ends - 1)
+            case Split.LEAVE_TWO_OUT:
+                test_from = np.maximum(firsts, ends - 1)
+                validation_from = np.maximum(firsts, ends - 2)
+            case Split.TEMPORAL:
+                times = self._store.timestamps if can_be is None else self._store.timestamps[can_be]
+                validation_from, test_from = (
+                    np.maximum(firsts, begins + _num_before(offsets, times, time)) for time in self._cut_times
+                )
+            case Split.USERS:
+                late = self._store.user_offsets[:-1] + np.diff(self._store.user_offsets) * 4 // 5
+                cuts = np.maximum(firsts, late if can_be is None else np.searchsorted(can_be, late))
+                lows = {name: firsts if name == "train" else cuts for name in SPLITS}
+                return {
+                    name: (lows[name], np.where(self._side_of == side, ends, lows[name]))
+                    for side, name in enumerate(SPLITS)
+                }
+        return {
+            "train": (firsts, validation_from),
+            "validation": (validation_from, test_from),
+            "test": (test_from, ends),
+        }
+
+    def held_from(self) -> np.ndarray | None:
+        """Returns the first event of each user that is held out, int64 `[U]`; None: the first example held out is."""
+        offsets = self._store.user_offsets
+        if self._split is Split.USERS:
+            return np.where(self._side_of == 0, offsets[1:], offsets[:-1])
+        if self._split is Split.TEMPORAL:
+            return offsets[:-1] + _num_before(offsets, self._store.timestamps, self._cut_times[0])
+        return None
 
 
-def _tenths(store: EventStore) -> np.ndarray:
-    """Returns in which tenth of all users each user is, int64 `[U]`, from 0: by a hash of the user's own id."""
+def _cut(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the arrays of the `Examples` of each split, by its name and theirs."""
+    rules = _Rules(store, split, cut_times)
+    if _knows_sessions(store):
+        found = cut_sessions(store, rules.held_from(), rules.bounds)
+        return {name: _named(store, arrays) for name, arrays in found.items()}
+    bounds = rules.bounds(store.user_offsets)
+    held_from = rules.held_from()
+    if split is Split.USERS and held_from is not None:
+        ends = bounds["validation"][0]  # where the examples of each user begin who does not train
+        bounds[HISTORY] = held_from, np.maximum(held_from, ends)
+    return {name: _runs(store, *each) for name, each in bounds.items()}
+
+
+def _knows_sessions(store: EventStore) -> bool:
+    """Tells whether the first event of each session, and not only that of each user, is no example."""
+    return store.sessions is not None and not store.facts.selects_behaviours
+
+
+def _sides(store: EventStore) -> np.ndarray:
+    """Returns the place in `SPLITS` of each user's split, int64 `[U]`: by a hash of the user's own id."""
     from din_dist.data.hashing import rows_of_ids  # here, because it imports TensorFlow
 
-    return rows_of_ids(store.vocabulary(USERS), 10, _SALT).astype(np.int64) - 1
+    return _SIDE_OF_TENTH[rows_of_ids(store.vocabulary(USERS), len(_SIDE_OF_TENTH), _SALT) - 1]
 
 
 def held_out(splits: Mapping[str, Examples]) -> Iterator[np.ndarray]:
@@ -228,20 +268,24 @@ def _places_in_training(store: EventStore, train: Examples) -> Iterator[np.ndarr
         yield windows(starts[first:end], lengths[first:end])
 
 
-def _runs(low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
+def _runs(store: EventStore, low: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the arrays of `Examples` `[K]`.
 
     Args:
+        store: the events.
         low: int64 `[U]`, the first event of each user's run.
         high: int64 `[U]`, its end.
     """
     counts = high - low
     users = np.flatnonzero(counts)
     row_ends = np.cumsum(counts[users])
-    event_bases = low[users] - (row_ends - counts[users])
-    largest = max(int(high[-1]) if len(high) else 0, len(counts))
-    dtype = np.int32 if largest < 2**31 else np.int64
-    return {name: array.astype(dtype) for name, array in zip(_ARRAYS, (users, row_ends, event_bases), strict=True)}
+    return _named(store, (users, row_ends, low[users] - (row_ends - counts[users])))
+
+
+def _named(store: EventStore, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns arrays by the names of `_ARRAYS`, in the smallest type."""
+    dtype = np.int32 if max(store.facts.num_events, store.facts.num_users) < 2**31 else np.int64
+    return {name: array.astype(dtype) for name, array in zip(_ARRAYS, arrays, strict=True)}
 
 
 def _examples(store: EventStore, config: DataConfig, name: str, arrays: Mapping[str, np.ndarray]) -> Examples:
@@ -297,16 +341,19 @@ def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
 
 
 def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Refuses kept splits in which an event is missing: one that can be an example, or one of a user held out."""
+    """Refuses kept splits in which an event is missing: one that can be an example, or one that is held out."""
     whole = all(len({len(array) for array in arrays.values()}) == 1 for arrays in mapped.values())
     found = sum(int(arrays["row_ends"][-1]) for arrays in mapped.values() if len(arrays["row_ends"]))
-    firsts = 0
-    if not store.facts.selects_behaviours:
-        firsts = int(np.count_nonzero(np.diff(store.user_offsets)))
-        firsts -= len(mapped[HISTORY]["users"]) if HISTORY in mapped else 0  # their first events are history
-    if not whole or found != store.facts.num_events - firsts:
+    least = most = store.facts.num_events
+    if _knows_sessions(store):
+        least -= len(store.history_offsets) - 1  # firsts of sessions, of which those held out are in `HISTORY`
+    elif not store.facts.selects_behaviours:
+        with_events = int(np.count_nonzero(np.diff(store.user_offsets)))
+        held_out = len(mapped[HISTORY]["users"]) if HISTORY in mapped else 0  # whose first events are in `HISTORY`
+        least = most = most - (with_events - held_out)
+    if not whole or not least <= found <= most:
         raise InputError(
-            f"{folder}: the splits must hold {store.facts.num_events - firsts} events, each user's in one run. "
+            f"{folder}: the splits must hold {least if least == most else f'{least} to {most}'} events. "
             f"Received: {found if whole else 'arrays of different lengths'}. Delete this folder."
         )
 
@@ -324,11 +371,17 @@ def _cut_times(store: EventStore, config: DataConfig) -> tuple[int, int]:
     return validation_time, test_time
 
 
-def _num_before(store: EventStore, time: int) -> np.ndarray:
-    """Returns how many events each user has before `time`, int64 `[U]`."""
-    before = np.zeros(store.facts.num_events + 1, np.int64)
-    np.cumsum(store.timestamps < time, out=before[1:])
-    return before[store.user_offsets[1:]] - before[store.user_offsets[:-1]]
+def _num_before(offsets: np.ndarray, times: np.ndarray, time: int) -> np.ndarray:
+    """Returns how many events each user has before `time`, int64 `[U]`.
+
+    Args:
+        offsets: int64 `[U + 1]`, where each user's events begin.
+        times: int64, those of all events.
+        time: the moment.
+    """
+    before = np.zeros(len(times) + 1, np.int64)
+    np.cumsum(times < time, out=before[1:])
+    return before[offsets[1:]] - before[offsets[:-1]]
 
 
 def _require_untouched_items(store: EventStore) -> None:

@@ -251,13 +251,17 @@ def queries_of(
         by: `EVENTS`: each positive event is a query. `USERS`: each user with a positive event is one.
     """
     rows = dataclasses.replace(examples, draws_per_row=1)
-    sizes = rows.rows_per_user()
-    if store.labels is not None:
-        segments = np.repeat(np.arange(len(sizes)), sizes)
-        sizes = np.bincount(segments, store.labels_of(rows.events(), task), len(sizes)).astype(np.int64)
+    every, segment_of = np.unique(rows.users, return_inverse=True)
+    users_of_rows = np.repeat(segment_of, rows.rows_per_user())
+    positives = None if store.labels is None else store.labels_of(rows.events(), task)
+    sizes = np.bincount(users_of_rows, positives, len(every)).astype(np.int64)
     if by == USERS:
-        rows, sizes = of_segments(rows, np.flatnonzero(sizes)), np.ones(np.count_nonzero(sizes), np.int64)
-    rows = of_segments(rows, evenly_spaced(sizes, most))
+        asked = np.flatnonzero(sizes)
+        sizes = np.ones(len(asked), np.int64)
+        kept = asked[evenly_spaced(sizes, most)]
+    else:
+        kept = evenly_spaced(sizes, most)
+    rows = of_segments(rows, np.flatnonzero(np.isin(segment_of, kept)))
     all_events, all_users = events, users = rows.events(), rows.user_of_example()
     if store.labels is not None:
         positive = store.labels_of(events, task) == 1
@@ -270,7 +274,7 @@ def queries_of(
         users, first_of = np.unique(all_users, return_index=True)
         events = all_events[first_of]
     ends = events if store.history_ends is None else store.history_ends[events]
-    seen_starts = store.history_offsets[users]
+    seen_starts = store.history_offsets[store.owners(users, events)]
     return Queries(
         events=events,
         users=users,
@@ -442,7 +446,8 @@ def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, n
             found.append((store.history_item_ids, queries.seen_starts, queries.history_ends - queries.seen_starts))
             continue
         ends = queries.events if history.ends is None else history.ends[queries.events]
-        starts = np.maximum(history.offsets[queries.users], ends - history.longest)
+        owners = store.owners(queries.users, queries.events)
+        starts = np.maximum(history.offsets[owners], ends - history.longest)
         found.append((history.item_ids, starts, ends - starts))
     return found
 

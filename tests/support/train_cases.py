@@ -124,6 +124,7 @@ CASES: dict[str, dict] = {
         "learning_rate": 0.05,
         "clip_norm": 1.0,
         "softmax": Softmax.FULL,
+        "session_gap": "2",
     },
 }
 OWN_FILES = {"sgd": {"behaviours_path": "behaviours.parquet"}, "tasks": {"data_path": "tasks.parquet"}}
