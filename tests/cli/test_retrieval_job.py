@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
 from tests.support.commands import assert_one_line, command
 from tests.support.commands import run as run_command
@@ -74,6 +75,22 @@ def test_users_who_did_not_train_are_asked_once(unseen: Path, commands: Preloade
     assert retrieval["queries"] == "users"
     for name in ("recall@5", "ndcg@5", "hit_rate@5"):
         assert retrieval["metrics"][name] > 1.2 * retrieval["floors"]["popularity"][name]
+
+
+def test_its_export_asks_for_no_age(unseen: Path, commands: Preloaded) -> None:
+    """Its signatures have no such input, and users are asked now, as the job itself asks them."""
+    run(commands, "export", f"--output_dir={unseen / 'run'}", f"--export_dir={unseen / 'export'}")
+    signatures = tf.saved_model.load(unseen / "export").signatures
+    inputs = {name for signature in signatures.values() for name in signature.structured_input_signature[1]}
+    assert "history_item_ids" in inputs
+    assert not [name for name in inputs if "age" in name]
+    found = []
+    for name, folder in (("output_dir", "run"), ("export_dir", "export")):
+        words = [f"--{name}={unseen / folder}", "--queries=users", "--bootstrap_samples=0", "--ks=5"]
+        done = commands.run("evaluate", *words)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1])["retrieval"]["metrics"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_its_report_tells_how_examples_are_cut(unseen: Path, commands: Preloaded) -> None:
