@@ -306,8 +306,12 @@ class BatchMaker:
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
         return user, tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
 
-    def _cut(self, example_ids: tf.Tensor, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _cut(self, example_ids: tf.Tensor, epoch: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns each example's user, the event whose history the user has, and the event that is the target.
+
+        Args:
+            example_ids: int64 `[B]`.
+            epoch: int64, the epoch from 0. None: 0.
 
         Returns:
             int64 `[B]` each.
@@ -323,7 +327,7 @@ class BatchMaker:
         if self.cut is HistoryCut.FIXED:
             return user, first, event
         count = tf.cast(tf.gather(arrays["row_ends"], segment), tf.int64) - begin
-        random = hash64(self.seed, _CUTS, epoch, event, execution=self.execution)
+        random = hash64(self.seed, _CUTS, 0 if epoch is None else epoch, event, execution=self.execution)
         drawn = first + tf.cast(tf.math.floormod(random, tf.cast(count, tf.uint64)), tf.int64)
         return user, drawn, drawn
 
@@ -365,7 +369,7 @@ class BatchMaker:
         Returns:
             int64 `[B]`.
         """
-        user, asked, _ = self._cut(example_ids, tf.constant(0, tf.int64) if epoch is None else epoch)
+        user, asked, _ = self._cut(example_ids, epoch)
         lengths = [end - start for start, end in self.bounds(user, asked)]
         return tf.add_n(lengths) if len(lengths) > 1 else lengths[0]
 
