@@ -13,6 +13,7 @@ import tensorflow as tf
 from din_dist import kernels, progress, schema
 from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TaskHead, require
 from din_dist.data.event_store import EventStore
+from din_dist.data.example_ages import ExampleAges
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, side_counts, training_batches
 from din_dist.data.popularity import popularity
 from din_dist.data.sampled_items import sampled_items
@@ -373,8 +374,9 @@ class Assembly:
         drawn = sampled_items(self.store, self.config.model, self.splits, self.trained_items, seed) or popularity(
             self.store, self.config.data, self.splits, self.trained_items
         )
+        ages = ExampleAges.of_training(self.store, examples) if self.config.model.example_age else None
         return BatchMaker.for_training(
-            self.store, examples, self.config.data, seed, self.trained_items, self.execution, drawn
+            self.store, examples, self.config.data, seed, self.trained_items, self.execution, drawn, ages
         )
 
     @functools.cached_property

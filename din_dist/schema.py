@@ -51,14 +51,15 @@ class Batch(NamedTuple):
     # `item_index` is then [B + N + S], with these items' places at its end.
     sampled_item_ids: Any = ()
     sampled_offsets: Any = ()  # float32 [S], as logit_offsets
+    example_ages: Any = ()  # float32 [B], from 0 for the newest time of training to 1 for the oldest; () if not read
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """The names of the fields for the loss that only some batches have, and this one has."""
+        """The names of the fields for training alone that only some batches have, and this one has."""
         return tuple(name for name in EXTRAS if not isinstance(getattr(self, name), tuple))
 
 
-EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets")
+EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets", "example_ages")
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---
@@ -71,6 +72,8 @@ BLOCK_REQUEST_TIMES = "request_times"  # int64 [E], the time of each event's req
 BLOCK_WEIGHTS = "weights"  # float32 [E], how much each event counts in training; absent without --weight_column
 BLOCK_TASK_LABELS = "task_labels"  # uint8 [E], bit t is the label of task t; absent without --label_columns
 BLOCK_LABEL_TIMES = "label_times"  # int64 [E], when each positive came; absent without --label_time_column
+# int32 [E], the place among its user's events of the first event of each one's session; absent without --session_column
+BLOCK_SESSION_PLACES = "session_places"
 BLOCK_ACTIONS = "actions"  # uint8 [E], 1 + the place among `DatasetFacts.actions`, 0: none; absent without actions
 # Of P behaviours of a log of their own, each user's in time order; absent without --behaviours_path.
 BLOCK_BEHAVIOUR_OFFSETS = "behaviour_offsets"  # int64 [U + 1], where each user's behaviours begin in this block
@@ -82,6 +85,7 @@ OPTIONAL_BLOCKS = (
     BLOCK_WEIGHTS,
     BLOCK_TASK_LABELS,
     BLOCK_LABEL_TIMES,
+    BLOCK_SESSION_PLACES,
     BLOCK_ACTIONS,
     BLOCK_BEHAVIOUR_OFFSETS,
     BLOCK_BEHAVIOUR_ITEM_IDS,
@@ -103,6 +107,9 @@ METRICS_OF_TASKS = ("gauc", "auc", "log_loss")  # of each label, if there are se
 def metric_of(name: str, task: str) -> str:
     """Returns what a metric of one of several labels is called."""
     return f"{name}_{task}"
+
+
+BY_COLUMN = "by_column"  # what a session is; otherwise the longest gap between its events
 
 
 class NamedHistory(NamedTuple):
@@ -149,6 +156,8 @@ class DatasetFacts:
     event has. Their dense ids come last, and they are never candidates. `num_without_id` counts the last of them, which
     stand for behaviours without an item's id: they have no row of their own in the table of items.
     `histories` are those that a model reads, if there are several. Prepared data do not choose, so theirs is empty.
+    `has_sessions` tells that the log names sessions. `sessions` is what a session is where histories are those of the
+    session alone: `BY_COLUMN`, or the longest gap in the unit of the timestamps; likewise empty in prepared data.
     """
 
     num_users: int
@@ -172,6 +181,8 @@ class DatasetFacts:
     num_only_behaviours: int = 0
     num_without_id: int = 0
     histories: tuple[NamedHistory, ...] = ()
+    has_sessions: bool = False
+    sessions: str = ""
 
     @property
     def has_behaviours(self) -> bool:
@@ -182,6 +193,11 @@ class DatasetFacts:
     def selects_behaviours(self) -> bool:
         """True if behaviours are other than all events in their order: positives, or those of a log of their own."""
         return self.has_labels or self.has_behaviours
+
+    @property
+    def keeps_behaviours(self) -> bool:
+        """True if behaviours have arrays of their own, because they are other events or in another order."""
+        return self.selects_behaviours or bool(self.sessions)
 
     @property
     def num_candidates(self) -> int:
@@ -206,9 +222,10 @@ class DatasetFacts:
     @property
     def histories_end(self) -> str:
         """The end of each history, in words."""
+        whose = ", and begin with its session" if self.sessions else ""
         if self.history_rule is HistoryRule.BEFORE_EVENT:
-            return "before the event, in the order of the log (--history_ends=before_event)"
-        words = f"before the time of the {'request' if self.has_request_times else 'event'}"
+            return f"before the event, in the order of the log (--history_ends=before_event){whose}"
+        words = f"before the time of the {'request' if self.has_request_times else 'event'}{whose}"
         if self.has_label_times:
             words += "; a positive is known from its own time on"
         if self.history_delay:
@@ -221,11 +238,12 @@ class DatasetFacts:
             return self
         return self._with_histories(f"{self.fingerprint} {self.present_rule}", self.present_rule, 0)
 
-    def with_histories(self, rule: HistoryRule, delay: int) -> DatasetFacts:
+    def with_histories(self, rule: HistoryRule, delay: int, sessions: str = "") -> DatasetFacts:
         """Returns the facts of the same events with histories cut otherwise; their fingerprint is another."""
-        if (rule, delay) == (self.history_rule, self.history_delay):
+        if (rule, delay, sessions) == (self.history_rule, self.history_delay, self.sessions):
             return self
-        return self._with_histories(f"{self.fingerprint} {rule} {delay}", rule, delay)
+        words = filter(None, (self.fingerprint, str(rule), str(delay), sessions))
+        return dataclasses.replace(self._with_histories(" ".join(words), rule, delay), sessions=sessions)
 
     def with_sets(self, histories: Sequence[NamedHistory]) -> DatasetFacts:
         """Returns the facts of the same events with several histories; their fingerprint is another."""
@@ -269,6 +287,8 @@ _LATER = (
     "num_only_behaviours",
     "num_without_id",
     "histories",
+    "has_sessions",
+    "sessions",
 )
 
 
@@ -293,9 +313,10 @@ _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     "num_behaviours": lambda value: value is None or is_count(value),
     **dict.fromkeys(("first_timestamp", "last_timestamp"), is_integer),
     **dict.fromkeys(
-        ("has_labels", "has_request_times", "has_label_times", "has_weights"), lambda value: isinstance(value, bool)
+        ("has_labels", "has_request_times", "has_label_times", "has_weights", "has_sessions"),
+        lambda value: isinstance(value, bool),
     ),
-    "fingerprint": lambda value: isinstance(value, str),
+    **dict.fromkeys(("fingerprint", "sessions"), lambda value: isinstance(value, str)),
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,
     "tasks": lambda value: _are_names(value, MOST_TASKS),

@@ -91,7 +91,7 @@ def retrieval_products(config: ModelConfig, width: int, sizes: BatchSizes, num_s
     count = config.num_interests
     match config.model:
         case ModelKind.YOUTUBE_DNN:
-            products = _stack(num_examples, (width, *config.tower_units, width))
+            products = _stack(num_examples, (width + 3 * config.example_age, *config.tower_units, width))
         case ModelKind.COMIREC_SA:
             products = [Product(num_items, width, 4 * width), Product(num_positions, 4 * width, count)]
         case ModelKind.COMIREC_DR:

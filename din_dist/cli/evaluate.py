@@ -22,7 +22,7 @@ from din_dist.cli.saved_job import WHERE_DATA_LIES, config_from_text, config_of,
 from din_dist.config import Config, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
-from din_dist.evaluation.request import ALL, AUTO, NONE, EvaluationRequest
+from din_dist.evaluation.request import ALL, AUTO, EVENTS, HITS, NONE, TARGETS, USERS, EvaluationRequest
 from din_dist.evaluation.table import table
 from din_dist.files import write_text
 from din_dist.schema import Batch
@@ -73,12 +73,26 @@ with theme("retrieval metrics"):
         NUM_RETRIEVED,
         "For an export that has one inside which finds items: how many the other one ranks.",
     )
+    flags.DEFINE_enum(
+        "queries",
+        EVENTS,
+        (EVENTS, USERS),
+        "What is asked. events: each chosen item, given the history before it. users: each user once, given the "
+        "history before the first event of the split; all items chosen in the split are sought at once.",
+    )
+    flags.DEFINE_enum(
+        "ndcg_ideal",
+        TARGETS,
+        (TARGETS, HITS),
+        "For --queries=users: the best list that NDCG compares with. targets: all sought items stand first. hits: "
+        "those that were found stand first, as in ComiRec's code. Compare figures only at the same value.",
+    )
     flags.DEFINE_list("ks", ["1", "5", "10", "20"], "Lengths of the lists for recall, NDCG and the other metrics.")
     flags.DEFINE_string(
         "max_events",
         AUTO,
-        "Most events to rank, as whole users that are evenly spaced: a number, all, or auto. auto ranks as many as "
-        "have 30 million candidates in all.",
+        "Most events (or users, with --queries=users) to rank, as whole users that are evenly spaced: a number, all, "
+        "or auto. auto ranks as many as have 30 million candidates in all.",
     )
 with theme("result"):
     flags.DEFINE_integer(
@@ -234,6 +248,8 @@ def _asked() -> EvaluationRequest:
         bootstrap_samples=values.bootstrap_samples,
         by_default=not values["ks"].present,
         slice_by=tuple(dict.fromkeys(values.slice_by)),
+        queries=values.queries,
+        ndcg_ideal=values.ndcg_ideal,
     )
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     entry.import_tensorflow()  # takes seconds, so wrong flags are reported before
     from din_dist.assembly import require_memory_for_tables
     from din_dist.data.prepared import describe_sources, prepare
-    from din_dist.data.splits import split_examples
+    from din_dist.data.splits import HISTORY, SPLITS, split_examples
     from din_dist.data.statistics import describe
     from din_dist.data.trained_items import trained_items
     from din_dist.schema import DatasetFacts
@@ -43,8 +43,9 @@ def main() -> None:
     for line in (*describe_sources(config.data, store.facts), *describe(store, config.data.max_history_length)):
         print(printable(line).replace("\n", " "))
     splits = split_examples(store, config.data)
-    counts = ", ".join(f"{name} {examples.num_examples:,}" for name, examples in splits.items())
-    print(f"examples ({config.data.split}): {counts}")
+    print(f"examples ({config.data.split}): {', '.join(f'{name} {splits[name].num_examples:,}' for name in SPLITS)}")
+    if HISTORY in splits:
+        print(f"events that are held out, but only make histories: {splits[HISTORY].num_rows:,}")
     if trained := trained_items(store, config.data, splits):
         num_new = store.facts.num_items - len(trained.ids) + 1
         print(f"items that training never sees: {num_new:,} of {store.facts.num_items:,}")

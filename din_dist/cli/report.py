@@ -67,7 +67,7 @@ def _find(record: JobRecord, most: int) -> Findings:
     import tensorflow as tf
 
     from din_dist.data.prepared import open_prepared
-    from din_dist.data.splits import item_counts, split_examples
+    from din_dist.data.splits import SPLITS, item_counts, split_examples
     from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
     from din_dist.evaluation.evaluator import Evaluator
@@ -80,7 +80,7 @@ def _find(record: JobRecord, most: int) -> Findings:
         config = found.config = config_of(record.folder)
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
-        found.data = Data(store.facts, {name: examples.num_examples for name, examples in splits.items()})
+        found.data = Data(store.facts, {name: splits[name].num_examples for name in SPLITS})
         model, found.step = trained_model(config, store)
         split = _split_to_score(record, splits)
         entry.say(f"scoring the {split} split with the weights of update {found.step}")

@@ -15,6 +15,7 @@ from din_dist.config.data import (
     SKIPPED,
     UNKNOWN_ITEM_RATE,
     DataConfig,
+    HistoryCut,
     HistoryEnds,
     Negatives,
     Split,
@@ -58,6 +59,7 @@ __all__ = [
     "EvaluateWith",
     "EvaluationConfig",
     "ExecutionConfig",
+    "HistoryCut",
     "HistoryEnds",
     "InterestWeights",
     "JobConfig",
@@ -109,7 +111,7 @@ class Config:
             "needs a validation split, which leave_one_out has not",
             "early_stopping_patience",
             self.evaluation.early_stopping_patience,
-            "Use --split=leave_two_out or temporal, or drop it.",
+            "Use --split=leave_two_out, temporal or users, or drop it.",
         )
         self._check_tasks()
         self._check_model()
@@ -120,6 +122,9 @@ class Config:
         if not kind.retrieves:
             rule, remedy = "a model that ranks needs negatives", "Give at least 1."
             require(drawn > 0, rule, "negatives_per_positive", drawn, remedy)
+            cut, remedy = data.history_cut, "Drop it, or use a --model that finds items."
+            rule = f"is for models that find items, and {kind} ranks"
+            require(cut is HistoryCut.EVENT, rule, "history_cut", str(cut), remedy)
             return
         positions, longest = self.model.num_positions, data.max_history_length
         rule, remedy = f"must be at least --max_history_length={longest}", f"Give {longest}."

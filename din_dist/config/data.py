@@ -36,12 +36,19 @@ class Split(enum.StrEnum):
     LEAVE_ONE_OUT = "leave_one_out"
     LEAVE_TWO_OUT = "leave_two_out"
     TEMPORAL = "temporal"
+    USERS = "users"
 
 
 class HistoryEnds(enum.StrEnum):
     AUTO = "auto"  # before_time with labels, before_event without
     BEFORE_TIME = "before_time"
     BEFORE_EVENT = "before_event"
+
+
+class HistoryCut(enum.StrEnum):
+    EVENT = "event"
+    RANDOM = "random"
+    FIXED = "fixed"
 
 
 class UnknownItem(enum.StrEnum):
@@ -165,6 +172,12 @@ def _check_delay(name: str, value: str) -> None:
     require(Delay.is_valid(value), rule, name, value, remedy)
 
 
+def _check_gap(name: str, value: str) -> None:
+    rule, remedy = "must be a whole number above 0, alone or with s, m, h or d", "For example 90s, 30m, 6h or 1d."
+    is_long = Delay.is_valid(value) and Delay(value).in_units(TimestampUnit.SECONDS) > 0
+    require(not value or is_long, rule, name, value, remedy)
+
+
 def _check_zone(name: str, value: str) -> None:
     require(is_zone(value), "must be the IANA name of a time zone", name, value, "For example Europe/Vienna, or UTC.")
 
@@ -220,6 +233,12 @@ class DataConfig(Settings):
         "",
         "Column of the id of the request (page, basket, session) in which the item was shown. The history of each of "
         "its events ends before the request's first time, so none sees another. Default: the same user and time.",
+        later=True,
+    )
+    session_column: str = text_setting(
+        "",
+        "Column of the id of the session to which an event of its user belongs. A history then has the events of the "
+        "same session alone. Default: a history has all that the user did before; see also --session_gap.",
         later=True,
     )
     weight_column: str = text_setting(
@@ -320,7 +339,9 @@ class DataConfig(Settings):
     split: Split = setting(
         Split.LEAVE_ONE_OUT,
         "leave_one_out: each user's last event is the test example and the others train (the authors' protocol). "
-        "leave_two_out: the last event tests and the one before it validates. temporal: the splits are cut by time.",
+        "leave_two_out: the last event tests and the one before it validates. temporal: the splits are cut by time. "
+        "users: 80 % of the users train, 10 % validate and 10 % test, by a hash of the user's id; the first 80 % of "
+        "the events of a user who does not train are history, and the others are examples.",
         theme=_EXAMPLES,
     )
     validation_from: int = setting(
@@ -369,6 +390,22 @@ class DataConfig(Settings):
         "0",
         "How long after its time a behaviour is known: 90s, 15m, 6h or 1d, or a number in the unit of the timestamps.",
         check=_check_delay,
+        theme=_EXAMPLES,
+        later=True,
+    )
+    session_gap: str = text_setting(
+        "",
+        "The longest time between neighbours of a session: 90s, 30m, 6h or 1d, or a number in the unit of the "
+        "timestamps. A history then has the events of the current session alone. Default: there are no sessions.",
+        check=_check_gap,
+        theme=_EXAMPLES,
+        later=True,
+    )
+    history_cut: HistoryCut = text_setting(
+        HistoryCut.EVENT,
+        "For models that find items: where training cuts a user's events into history and target. event: before each "
+        "event, which is the target. random: each epoch draws as many cuts as the user has events, anew. fixed: once; "
+        "the first 80 % are the history of all the user's examples, and each later event is a target.",
         theme=_EXAMPLES,
         later=True,
     )
@@ -427,6 +464,7 @@ class DataConfig(Settings):
         self._check_split()
         self._check_histories()
         self._check_behaviours()
+        self._check_sessions()
         require(
             self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
             "belongs to --unknown_item=features",
@@ -454,7 +492,7 @@ class DataConfig(Settings):
 
     def _check_columns(self) -> None:
         own = "" if self.behaviours_path else self.action_column
-        optional = (self.label_time_column, self.request_column, self.weight_column, own)
+        optional = (self.label_time_column, self.request_column, self.session_column, self.weight_column, own)
         given = [name for name in optional if name]
         ids = (self.user_column, self.item_column, self.timestamp_column, *(self.label_columns or [self.label_column]))
         columns = (*ids, *given, *self.item_features)
@@ -513,7 +551,7 @@ class DataConfig(Settings):
         kind = self.dataset.partition("/")[0]
         both = (*LABELLED, _PURCHASES)
         columns: dict[str, tuple[str, ...]] = dict.fromkeys(("label_time_column", "label_columns"), LABELLED)
-        columns |= dict.fromkeys(("request_column", "weight_column", "action_column"), both)
+        columns |= dict.fromkeys(("request_column", "session_column", "weight_column", "action_column"), both)
         for name, kinds in columns.items():
             value = getattr(self, name)
             value = ",".join(value) if isinstance(value, tuple) else value
@@ -567,6 +605,26 @@ class DataConfig(Settings):
         rule, remedy = "orders behaviours as events, and those of --behaviours_path are none", "Drop it."
         ends = self.history_ends
         require(ends is not HistoryEnds.BEFORE_EVENT, rule, "history_ends", str(ends), remedy)
+
+    @property
+    def has_sessions(self) -> bool:
+        """True if a history has the events of its session alone."""
+        return bool(self.session_column or self.session_gap)
+
+    def _check_sessions(self) -> None:
+        if not self.has_sessions:
+            return
+        gap, column = self.session_gap, self.session_column
+        rule, remedy = "says what a session is, and so does --session_column", "Drop one of them."
+        require(not (gap and column), rule, "session_gap", gap, remedy)
+        refused = {
+            "behaviours_path": (self.behaviours_path, "", "has no sessions"),
+            "long_history": (self.long_history, "", "goes beyond the session"),
+            "history_cut": (str(self.history_cut), HistoryCut.EVENT, "cuts all events of a user, and not a session"),
+        }
+        for name, (value, default, rule) in refused.items():
+            remedy = f"Drop it, or --{'session_gap' if gap else 'session_column'}."
+            require(value == default, rule, name, value, remedy)
 
     def _check_split(self) -> None:
         if self.split is not Split.TEMPORAL:

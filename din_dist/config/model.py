@@ -234,6 +234,13 @@ class ModelConfig(Settings):
         theme=_RETRIEVAL,
         later=True,
     )
+    example_age: bool = text_setting(
+        False,
+        "youtube_dnn: training tells the tower how long before the newest event of training the example happened. "
+        "Users are asked at age 0, so what was popular of late counts more.",
+        theme=_RETRIEVAL,
+        later=True,
+    )
     num_interests: int = text_setting(
         4,
         "comirec_sa, comirec_dr, mind: vectors of a user. An item's score is the largest over them.",
@@ -331,6 +338,9 @@ class ModelConfig(Settings):
         rule, remedy = "must be softmax with --attention=dot", "Drop it, or use --attention=mlp."
         fits = plain or self.attention is AttentionKind.MLP
         require(fits, rule, "attention_normalization", str(self.attention_normalization), remedy)
+        rule, remedy = "is for youtube_dnn", f"Drop it, or use --model={ModelKind.YOUTUBE_DNN}."
+        fits = not self.example_age or self.model is ModelKind.YOUTUBE_DNN
+        require(fits, rule, "example_age", f"--model={self.model}", remedy)
 
     @property
     def heads(self) -> TaskHead:

@@ -35,6 +35,7 @@ class Block:
     labels: np.ndarray
     request_times: np.ndarray | None = None
     label_times: np.ndarray | None = None
+    session_places: np.ndarray | None = None
     weights: np.ndarray | None = None
     task_labels: np.ndarray | None = None
     actions: np.ndarray | None = None
@@ -46,7 +47,7 @@ class Block:
     @property
     def more(self) -> dict[str, np.ndarray]:
         """The arrays `[E]` beside those that every block has, by name."""
-        names = ("request_times", "label_times", "weights", "task_labels", "actions")
+        names = ("request_times", "label_times", "session_places", "weights", "task_labels", "actions")
         return {name: values for name in names if (values := getattr(self, name)) is not None}
 
 

@@ -4,9 +4,9 @@ PACKED/features-SPLIT-DIGEST/
     encodings.json           the `Encoding` of each feature
     INDEX-NAME.npy           the arrays of `StoredFeature` that differ from the raw ones
 
-The training part is all events that are in neither validation nor test, a user's first ones included. An event of it
-counts for a feature of users or items if its row told the value, or a table did. So other rows of validation and test
-change no bound, mean or vocabulary.
+The training part is all events that are not held out (`splits.held_out`), a user's first ones included. An event of it
+counts for a feature of users or items if its row told the value, or a table did. So rows that are held out change no
+bound, mean or vocabulary.
 
 Letters of shapes: E events, n rows of a feature's owner, K values of a vocabulary, M values of all lists.
 """
@@ -31,7 +31,7 @@ from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import EventStore, map_array, reading_prepared
 from din_dist.data.raw_columns import RawColumn, RawFeature
 from din_dist.data.raw_features import open_offers, open_raw, raw_ids
-from din_dist.data.splits import Examples, behaviour_counts, kept_in, split_examples, trained_behaviours
+from din_dist.data.splits import Examples, behaviour_counts, held_out, kept_in, split_examples, trained_behaviours
 from din_dist.data.walks import parts
 from din_dist.errors import InputError
 from din_dist.features.encoding import Encoding, FeatureCounts, StoredFeature
@@ -44,7 +44,7 @@ from din_dist.text import parse_json
 
 _NAME = "features"
 _FILE = "encodings.json"
-_AT_ONCE = 10_000_000  # events, or ids to hash, in memory at once
+_AT_ONCE = 10_000_000  # events in memory at once
 _LARGEST = float(np.finfo(np.float32).max)
 _DTYPES: Mapping[Form, type] = {
     Form.IDS: np.int32,
@@ -183,9 +183,8 @@ class _Encoder:
     def _trains(self) -> np.ndarray:
         """Tells of each event if it is of the training part, bool `[E]`."""
         found = np.ones(self._store.facts.num_events, bool)
-        for examples in (self._splits["validation"], self._splits["test"]):
-            for events in examples.event_parts():
-                found[events] = False
+        for events in held_out(self._splits):
+            found[events] = False
         return found
 
     @functools.cached_property
@@ -272,7 +271,9 @@ class _Encoder:
         counts = dataclasses.replace(counts, distinct=int(np.count_nonzero(occurring[1:])))
         integers = pa.types.is_integer(ids.type)
         if spec.rows:
-            row_of_code = np.concatenate([[0], _hashed(ids, spec.rows)]).astype(np.int32)
+            from din_dist.data.hashing import rows_of_ids  # here, because it imports TensorFlow
+
+            row_of_code = np.concatenate([[0], rows_of_ids(ids, spec.rows)]).astype(np.int32)
             counts = dataclasses.replace(counts, colliding=_share_colliding(row_of_code[1:], events[1:]))
             encoding = Encoding(spec, num_rows=spec.rows + 1, integers=integers, counts=counts)
             return encoding, {"values": row_of_code[codes]}
@@ -324,22 +325,6 @@ class _Encoder:
         found = self._store.timestamps[self._trains]
         stride = max(1, len(found) // _AT_ONCE)  # a sample is enough, the same one every time
         return unit_of(float(np.median(found[::stride])))
-
-
-def _hashed(ids: pa.Array, rows: int) -> np.ndarray:
-    """Returns the row of each id, int32 `[K]`."""
-    import tensorflow as tf  # here, because commands that prepare nothing do not need it
-
-    from din_dist.data.hashing import hashed_rows
-
-    text = ids.cast(pa.large_string())
-    step = _AT_ONCE // 10
-    parts = []
-    for first in range(0, len(text), step):
-        progress.note()
-        with tf.device("CPU"):
-            parts.append(hashed_rows(tf.constant(text.slice(first, step).to_pylist()), rows).numpy())
-    return np.concatenate([np.zeros(0, np.int32), *parts])
 
 
 def _share_colliding(rows: np.ndarray, events: np.ndarray) -> float:

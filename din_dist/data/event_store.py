@@ -60,7 +60,7 @@ class HistorySet:
         name: of the history.
         longest: the most items; the newest are kept.
         item_ids: int32, the items of its behaviours, as of `EventStore.history_item_ids`; likewise the next.
-        offsets: int64 `[U + 1]`.
+        offsets: int64 `[U + 1]`; if histories are sessions, `[S + 1]`.
         ends: int64 `[E]`; None if it is the event's own index.
         times: int64, when each behaviour happened; None if the timestamps tell.
         feature: the feature of items that behaviours must share with the candidate; empty: none. With it, each user's
@@ -104,12 +104,16 @@ class EventStore:
         task_labels: uint8 `[E]`, bit t is the label of task t; None where there is one task, of `labels`.
         history_item_ids: int32, the items of the behaviours, in the order of their times: of the positive events, or
             of a log of behaviours. It is `item_ids` itself without either.
-        history_offsets: int64 `[U + 1]`, where each user's behaviours begin; `user_offsets` itself without either.
+        history_offsets: int64 `[U + 1]`, where each user's behaviours begin; `user_offsets` itself without either. If
+            histories are sessions, `[S + 1]`, where each session's begin: read session where users are named below.
         history_ends: int64 `[E]`, how many behaviours there are of all users before and of this user that are known
             before the event's request; None if it is the event's own index, as without either. Event e of user u has
             this history of at most n items:
             `history_item_ids[max(history_offsets[u], history_ends[e] - n) : history_ends[e]]`.
         history_times: int64, when each behaviour happened; None if the timestamps tell.
+        sessions: int64 `[E]`, the session of each event, if histories are sessions: 0 to S - 1, in the order of their
+            first events. None: a history has all that its user did before.
+        session_places: int32 `[E]`, as of `schema.BLOCK_SESSION_PLACES`; None where the log names no sessions.
         touched_offsets: int64 `[U + 1]`, where the touched items of each user begin, those that can be candidates; None
             with labels.
         touched_gaps: int32 `[T]`: with a user's touched items sorted and each taken once as t_0 < t_1 < ...,
@@ -145,6 +149,8 @@ class EventStore:
     actions: np.ndarray | None = None
     history_actions: np.ndarray | None = None
     sets: tuple[HistorySet, ...] = ()
+    sessions: np.ndarray | None = None
+    session_places: np.ndarray | None = None
     history_rows: np.ndarray | None = None
     features: Mapping[str, StoredFeature] = dataclasses.field(default_factory=dict)
     files: dict[Path, FileState] = dataclasses.field(default_factory=dict)
@@ -167,6 +173,23 @@ class EventStore:
         """
         every = self.histories(max_history_length)
         return tuple(self.whole_history if history.feature else history for history in every)
+
+    def owners(self, users: np.ndarray, events: np.ndarray) -> np.ndarray:
+        """Returns whose behaviours make the histories of some events, `[M]`: users, or sessions.
+
+        Args:
+            users: int64 `[M]`, of the events.
+            events: int64 `[M]`.
+        """
+        return users if self.sessions is None else self.sessions[events]
+
+    @property
+    def begins_a_session(self) -> np.ndarray:
+        """Tells which events are the first of their session, bool `[E]`, if histories are sessions."""
+        assert self.sessions is not None
+        found = np.ones(len(self.sessions), bool)
+        found[1:] = self.sessions[1:] > np.maximum.accumulate(self.sessions[:-1])
+        return found
 
     @property
     def behaviour_times(self) -> np.ndarray:
@@ -344,6 +367,7 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
     labels = history_ends = history_times = touched_offsets = touched_gaps = None
     request_times = load.packed("request_times", np.int64, num_events) if facts.has_request_times else None
     label_times = load.packed("label_times", np.int64, num_events) if facts.has_label_times else None
+    session_places = load.packed("session_places", np.int32, num_events) if facts.has_sessions else None
     history_offsets, history_item_ids = user_offsets, item_ids
     if facts.has_labels:
         labels = load.packed("labels", np.uint8, num_events)
@@ -370,6 +394,7 @@ def _open_store(folder: Path, features: Sequence[str]) -> EventStore:
         touched_gaps=touched_gaps,
         request_times=request_times,
         label_times=label_times,
+        session_places=session_places,
         history_times=history_times,
         weights=load.packed("weights", np.float32, num_events) if facts.has_weights else None,
         task_labels=load.packed("task_labels", np.uint8, num_events) if facts.tasks else None,
@@ -478,7 +503,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
 
 
 _DTYPES = {  # of the arrays that are not int64
-    **dict.fromkeys(("item_ids", "history_item_ids", "touched_gaps"), np.int32),
+    **dict.fromkeys(("item_ids", "history_item_ids", "touched_gaps", "session_places"), np.int32),
     **dict.fromkeys(("labels", "task_labels", "actions", "history_actions"), np.uint8),
     "weights": np.float32,
 }
@@ -524,7 +549,8 @@ class _PackedArrays:
             self._write("touched_gaps", gaps)
             self._num_touched += len(gaps)
         if self._facts.selects_behaviours:
-            found = cut_histories(block, HistoryRule.BEFORE_TIME)
+            of_users = dataclasses.replace(block, session_places=None)  # those of sessions lie beside the packed arrays
+            found = cut_histories(of_users, HistoryRule.BEFORE_TIME)
             self._write("history_offsets", self._num_behaviours + found.offsets[1:])
             self._write("history_item_ids", found.item_ids)
             self._write("history_ends", self._num_behaviours + found.ends)

@@ -5,10 +5,15 @@ So they are the same on every rank and after every restart.
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 
+from din_dist import progress
 from din_dist.execution import Execution
 from din_dist.kernels import operations
+
+_IDS_AT_ONCE = 1_000_000  # that are hashed
 
 
 def hash64(*parts: tf.Tensor | int, execution: Execution | None = None) -> tf.Tensor:
@@ -41,6 +46,24 @@ def hashed_rows(ids: tf.Tensor, rows: int) -> tf.Tensor:
         rows: the number of rows without the one for unknown ids.
     """
     return tf.cast(1 + tf.strings.to_hash_bucket_fast(ids, rows), tf.int32)
+
+
+def rows_of_ids(ids: pa.Array | pa.ChunkedArray, rows: int, salt: str = "") -> np.ndarray:
+    """Returns the row of each id in a table with hashing, int32 `[K]`; see `hashed_rows`.
+
+    Args:
+        ids: own ids `[K]`, integers or strings.
+        rows: the number of rows without the one for unknown ids.
+        salt: stands before each id, so that rows of one purpose do not resemble those of another.
+    """
+    text = ids.cast(pa.large_string())
+    found = [np.zeros(0, np.int32)]
+    for first in range(0, len(text), _IDS_AT_ONCE):
+        progress.note()
+        with tf.device("CPU"):
+            part = tf.constant(text.slice(first, _IDS_AT_ONCE).to_pylist())
+            found.append(hashed_rows(tf.strings.join([salt, part]) if salt else part, rows).numpy())
+    return np.concatenate(found)
 
 
 def place_in_random_order(places: tf.Tensor, ends: tf.Tensor, largest_end: int, *parts: tf.Tensor | int) -> tf.Tensor:

@@ -1,6 +1,6 @@
 """Cuts histories: which behaviours each event may see. Behaviours are positive events, or have a log of their own.
 
-Letters of shapes: U users, E events, P behaviours.
+Letters of shapes: U users, E events, P behaviours, S sessions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from din_dist.schema import HistoryRule
 class CutHistories(NamedTuple):
     """The behaviours of some users, and where the history of each of their events ends.
 
-    The history of event e of user u is `item_ids[offsets[u] : ends[e]]`.
+    The history of event e of user u is `item_ids[offsets[u] : ends[e]]`. If it is that of a session, the session takes
+    the user's place.
     """
 
     offsets: np.ndarray  # int64 [U + 1], where each user's behaviours begin
@@ -25,6 +26,7 @@ class CutHistories(NamedTuple):
     times: np.ndarray  # int64 [P], when each happened
     ends: np.ndarray  # int64 [E]
     rows: np.ndarray  # int64 [P], the place of each among the block's events, or behaviours of a log of their own
+    sessions: np.ndarray | None = None  # int64 [E], of each event, in the order of their first events; None without
 
 
 class Chosen(enum.Enum):
@@ -50,12 +52,14 @@ def cut_histories(block: Block, rule: HistoryRule, delay: int = 0, choice: Choic
     """Cuts the histories of whole users.
 
     Args:
-        block: their events.
+        block: their events. If these have sessions, a history has behaviours of the event's session alone.
         rule: `BEFORE_TIME`: a history has the behaviours that are known before the time of the event's request.
             `BEFORE_EVENT`: it has all that stand before the event, of behaviours that are events.
         delay: how long after its time a behaviour is known, in the unit of the timestamps.
         choice: the behaviours.
     """
+    if block.session_places is not None:
+        return _cut_sessions(block, rule, delay, choice)
     users = np.repeat(np.arange(len(block.offsets) - 1), np.diff(block.offsets))
     moments = block.timestamps if block.request_times is None else block.request_times
     if block.behaviour_offsets is not None and choice.chosen in (Chosen.ALL, Chosen.ACTION):
@@ -76,6 +80,48 @@ def cut_histories(block: Block, rule: HistoryRule, delay: int = 0, choice: Choic
         positive, times = positive[order], times[order]
     ends = _num_earlier(users, earlier_by(moments, delay), users[positive], times)
     return CutHistories(offsets, block.item_ids[positive], times, ends, positive)
+
+
+def _cut_sessions(block: Block, rule: HistoryRule, delay: int, choice: Choice) -> CutHistories:
+    """Cuts histories as `cut_histories` does, session by session."""
+    sessions = numbers_of_sessions(block)
+    order = np.argsort(sessions, kind="stable")  # of each session in the order of the events
+    counts = np.bincount(sessions)
+    arrays = {name: values[order] for name, values in block.more.items() if name != "session_places"}
+    by_session = Block(
+        first_user=0,
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        item_ids=block.item_ids[order],
+        timestamps=block.timestamps[order],
+        labels=block.labels[order],
+        **arrays,
+    )
+    found = cut_histories(by_session, rule, delay, choice)
+    ends = np.empty_like(found.ends)
+    ends[order] = found.ends
+    return found._replace(ends=ends, rows=order[found.rows], sessions=sessions)
+
+
+def numbers_of_sessions(block: Block) -> np.ndarray:
+    """Returns the session of each event, int64 `[E]`: from 0, in the order of their first events."""
+    assert block.session_places is not None
+    firsts = np.repeat(block.offsets[:-1], np.diff(block.offsets)) + block.session_places
+    return (np.cumsum(firsts == np.arange(len(firsts))) - 1)[firsts]
+
+
+def places_by_gap(offsets: np.ndarray, timestamps: np.ndarray, gap: int) -> np.ndarray:
+    """Returns where among its user's events each event's session begins, int32 `[E]`: after a longer gap than `gap`.
+
+    Args:
+        offsets: int64 `[U + 1]`, where each user's events begin.
+        timestamps: int64 `[E]`, ascending for each user.
+        gap: in the unit of the timestamps.
+    """
+    begins = np.ones(len(timestamps), bool)
+    begins[1:] = np.diff(timestamps) > gap
+    begins[offsets[:-1]] = True
+    firsts = np.maximum.accumulate(np.where(begins, np.arange(len(timestamps)), 0))
+    return (firsts - np.repeat(offsets[:-1], np.diff(offsets))).astype(np.int32)
 
 
 def _own_behaviours(block: Block, choice: Choice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """Keeps histories that are cut otherwise than those of the packed arrays, in a folder beside them.
 
-PACKED/histories-RULE-DELAY/
+PACKED/histories-RULE-DELAY/  histories-RULE-DELAY-SESSIONS/
     history_ends.npy
     history_item_ids.npy  history_offsets.npy  history_times.npy     unless behaviours are all events in their order
+    sessions.npy                                                     if histories are sessions
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from din_dist.config import DataConfig, HistoryEnds
 from din_dist.data.array_writer import arrays_in_memory, publish_arrays
 from din_dist.data.blocks import Block
 from din_dist.data.event_store import PACKED_DIR, EventStore, map_array
-from din_dist.data.histories import cut_histories
+from din_dist.data.histories import cut_histories, places_by_gap
 from din_dist.data.walks import user_runs
 from din_dist.errors import InputError
 from din_dist.features.times import Delay, TimestampUnit, unit_of
-from din_dist.schema import DatasetFacts, HistoryRule
+from din_dist.schema import BY_COLUMN, DatasetFacts, HistoryRule
 
 _DTYPES = {
     "history_ends": np.int64,
     "history_item_ids": np.int32,
     "history_offsets": np.int64,
     "history_times": np.int64,
+    "sessions": np.int64,
 }
 
 
@@ -50,7 +52,10 @@ def chosen_facts(facts: DatasetFacts, config: DataConfig) -> DatasetFacts:
                     f"{getattr(config, name)!r}, for a log without labels, whose histories end before the event. Add "
                     "--history_ends=before_time, or drop it."
                 )
-    return facts.with_histories(rule, delay)
+    sessions = BY_COLUMN if config.session_column else ""
+    if config.session_gap:
+        sessions = str(Delay(config.session_gap).in_units(_unit_of(facts, config)))
+    return facts.with_histories(rule, delay, sessions)
 
 
 def _unit_of(facts: DatasetFacts, config: DataConfig) -> TimestampUnit:
@@ -61,7 +66,8 @@ def _unit_of(facts: DatasetFacts, config: DataConfig) -> TimestampUnit:
 
 def histories_folder(store: EventStore, facts: DatasetFacts) -> Path:
     """Returns the folder of the histories that `facts` describe."""
-    return store.folder / PACKED_DIR / f"histories-{facts.history_rule}-{facts.history_delay}"
+    parts = ("histories", facts.history_rule, str(facts.history_delay), facts.sessions)
+    return store.folder / PACKED_DIR / "-".join(filter(None, parts))
 
 
 def write_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> None:
@@ -84,12 +90,14 @@ def open_histories(folder: Path, store: EventStore, facts: DatasetFacts) -> Even
     Raises:
         InputError: a file is missing or damaged.
     """
-    names = _DTYPES if facts.selects_behaviours else ["history_ends"]
+    names = [*_DTYPES] if facts.keeps_behaviours else ["history_ends"]
+    names = names if facts.sessions else [name for name in names if name != "sessions"]
     arrays = {name: np.asarray(map_array(folder / f"{name}.npy", store.files)) for name in names}
-    lengths = {"history_ends": facts.num_events, "history_offsets": facts.num_users + 1}
+    num_owners = int(arrays["sessions"].max(initial=-1)) + 1 if facts.sessions else facts.num_users
+    lengths = {"history_ends": facts.num_events, "sessions": facts.num_events, "history_offsets": num_owners + 1}
     wrong = [name for name, array in arrays.items() if array.dtype != _DTYPES[name]]
     wrong += [name for name, length in lengths.items() if name in arrays and len(arrays[name]) != length]
-    if facts.selects_behaviours and not wrong:
+    if facts.keeps_behaviours and not wrong:
         num_behaviours = arrays["history_offsets"][-1]
         wrong += [name for name in ("history_item_ids", "history_times") if len(arrays[name]) != num_behaviours]
     if wrong:
@@ -107,26 +115,40 @@ def _with(store: EventStore, facts: DatasetFacts, arrays: dict[str, Any]) -> Eve
 
 def _parts(store: EventStore, facts: DatasetFacts) -> Iterator[tuple[str, np.ndarray]]:
     """Yields name and values of the next part of each array, for some users at a time."""
-    if facts.selects_behaviours:
+    if facts.keeps_behaviours:
         yield "history_offsets", np.zeros(1, np.int64)
-    num_behaviours = 0
-    for block in blocks_of(store):
+    num_behaviours = num_sessions = 0
+    for block in blocks_of(store, facts.sessions):
         progress.note()
         found = cut_histories(block, facts.history_rule, facts.history_delay)
         yield "history_ends", num_behaviours + found.ends
-        if facts.selects_behaviours:
+        if facts.keeps_behaviours:
             yield "history_offsets", num_behaviours + found.offsets[1:]
             yield "history_item_ids", found.item_ids
             yield "history_times", found.times
+        if found.sessions is not None:
+            yield "sessions", num_sessions + found.sessions
+            num_sessions += len(found.offsets) - 1
         num_behaviours += len(found.item_ids)
 
 
-def blocks_of(store: EventStore) -> Iterator[Block]:
-    """Yields what histories are cut from, for some users at a time."""
+def blocks_of(store: EventStore, sessions: str) -> Iterator[Block]:
+    """Yields what histories are cut from, for some users at a time.
+
+    Args:
+        store: the events.
+        sessions: as of `DatasetFacts`.
+    """
     offsets = store.user_offsets
     for first, end in user_runs(offsets[1:]):
         events = slice(int(offsets[first]), int(offsets[end]))
         labels = np.ones(events.stop - events.start, np.uint8) if store.labels is None else store.labels[events]
+        places = None
+        if sessions == BY_COLUMN:
+            assert store.session_places is not None
+            places = store.session_places[events]
+        elif sessions:
+            places = places_by_gap(offsets[first : end + 1] - events.start, store.timestamps[events], int(sessions))
         yield Block(
             first_user=first,
             offsets=offsets[first : end + 1] - offsets[first],
@@ -137,6 +159,7 @@ def blocks_of(store: EventStore) -> Iterator[Block]:
             label_times=None if store.label_times is None else store.label_times[events],
             task_labels=None if store.task_labels is None else store.task_labels[events],
             actions=None if store.actions is None else store.actions[events],
+            session_places=places,
             **_own_behaviours(store, first, end),
         )
 

@@ -28,7 +28,7 @@ _ALL = "all"
 
 def rows_folder(store: EventStore) -> Path | None:
     """Returns the folder of the rows of a store's histories. None: each behaviour's place is its row."""
-    if not store.sets and not (store.facts.has_labels and not store.facts.has_behaviours):
+    if not store.sets and (store.facts.has_behaviours or not store.facts.keeps_behaviours):
         return None
     return store.folder / PACKED_DIR / f"rows-{store.facts.fingerprint[:16]}"
 
@@ -84,7 +84,7 @@ def _parts(store: EventStore) -> Iterator[tuple[str, np.ndarray]]:
     choices = {place: choice_of(facts, history.name) if history.name else ALL for place, history in histories.items()}
     for place in choices:
         yield place, np.zeros(0, np.int64)
-    for block in blocks_of(store):
+    for block in blocks_of(store, store.facts.sessions):
         progress.note()
         for place, choice in choices.items():
             history = histories[place]

@@ -50,6 +50,7 @@ def sets_folder(store: EventStore, histories: Sequence[NamedHistory]) -> Path:
     choices = [choice_of(store.facts, history.name) for history in histories]
     features = [history.feature for history in histories]
     key = f"{store.facts.history_rule} {store.facts.history_delay} {choices} {features}"
+    key += f" {store.facts.sessions}" if store.facts.sessions else ""
     return store.folder / PACKED_DIR / f"sets-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
@@ -102,7 +103,7 @@ def open_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]
         own = {name: np.asarray(map_array(folder / f"{place}-{name}.npy", store.files)) for name in dtypes}
         arrays |= {f"{place}-{name}": array for name, array in own.items()}
         *_, last = dtypes
-        fits = len(own["ends"]) == store.facts.num_events and len(own["offsets"]) == store.facts.num_users + 1
+        fits = len(own["ends"]) == store.facts.num_events and len(own["offsets"]) == _num_owners(store) + 1
         fits = fits and len(own["item_ids"]) == len(own[last]) == own["offsets"][-1]
         if not fits or any(array.dtype != dtypes[name] for name, array in own.items()):
             raise InputError(
@@ -110,6 +111,11 @@ def open_sets(folder: Path, store: EventStore, histories: Sequence[NamedHistory]
                 "length or type. Delete this folder."
             )
     return _with(store, histories, arrays)
+
+
+def _num_owners(store: EventStore) -> int:
+    """Returns how many users, or sessions, have histories of their own."""
+    return store.facts.num_users if store.sessions is None else len(store.history_offsets) - 1
 
 
 def _with(store: EventStore, histories: Sequence[NamedHistory], arrays: dict[str, Any]) -> EventStore:
@@ -131,7 +137,7 @@ def _parts(store: EventStore, histories: Sequence[NamedHistory]) -> Iterator[tup
     num_behaviours = [0] * len(choices)
     for place in range(len(choices)):
         yield f"{place}-offsets", np.zeros(1, np.int64)
-    for block in blocks_of(store):
+    for block in blocks_of(store, store.facts.sessions):
         progress.note()
         for place, (history, choice) in enumerate(zip(histories, choices, strict=True)):
             found = cut_histories(block, store.facts.history_rule, store.facts.history_delay, choice)

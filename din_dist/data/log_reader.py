@@ -27,7 +27,7 @@ from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
 from din_dist.tables.value_columns import WeightColumn
 
-_LATER = ("label_time", "request", "weight", "tasks", "action")
+_LATER = ("label_time", "request", "session", "weight", "tasks", "action")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Columns:
     tasks: tuple[str, ...] = ()  # the labels to predict, `label` among them; empty: `label` alone
     label_time: str = ""  # empty: a positive comes at its event's time
     request: str = ""  # empty: the events of one user and time are a request
+    session: str = ""  # empty: the log names no sessions
     weight: str = ""  # empty: all events count alike
     action: str = ""  # empty: what a behaviour was is not told here
     item_features: tuple[str, ...] = ("category_id",)
@@ -70,8 +71,8 @@ class Columns:
             )
         remedy = (
             "Correct the file, or name your column (--user_column, --item_column, --timestamp_column, "
-            "--label_column, --label_columns, --label_time_column, --request_column, --weight_column, "
-            "--action_column, --item_features)."
+            "--label_column, --label_columns, --label_time_column, --request_column, --session_column, "
+            "--weight_column, --action_column, --item_features)."
         )
         require_columns(layouts, columns.names, remedy)
         return columns
@@ -79,7 +80,7 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """The names of all columns to read."""
-        more = (*self.labels, self.label_time, self.request, self.weight, self.action)
+        more = (*self.labels, self.label_time, self.request, self.session, self.weight, self.action)
         optional = [name for name in more if name]
         return [self.user, self.item, self.timestamp, *optional, *self.item_features]
 
@@ -94,6 +95,7 @@ class Columns:
         found = {
             schema.BLOCK_REQUEST_TIMES: (self.request, np.int64),
             schema.BLOCK_LABEL_TIMES: (self.label_time, np.int64),
+            schema.BLOCK_SESSION_PLACES: (self.session, np.int32),
             schema.BLOCK_WEIGHTS: (self.weight, np.float32),
             schema.BLOCK_TASK_LABELS: (self.tasks, np.uint8),
             schema.BLOCK_ACTIONS: (self.action, np.uint8),
@@ -179,6 +181,8 @@ class _LogReader:
         timestamps = times.finish()
         found = optional.finish(user_of, timestamps, self._is_text)
         order = self._order(user_of, timestamps)
+        if found.session_of is not None:
+            found.more[schema.BLOCK_SESSION_PLACES] = session_places(user_of, found.session_of, order)
         values = self._features.read_values(self._is_text_of_feature)
         owned = self._behaviours.finish(user_ids, item_ids, values) if self._behaviours else None
         behaviours = owned.behaviours if owned else None
@@ -246,6 +250,7 @@ class _Optional(NamedTuple):
     labels: np.ndarray | None  # uint8, of histories
     more: dict[str, np.ndarray]  # by the names of a block's arrays
     actions: tuple[str, ...]  # in the order of their codes
+    session_of: np.ndarray | None  # the session of each event
 
 
 class _OptionalColumns:
@@ -261,11 +266,12 @@ class _OptionalColumns:
         self._labels = [LabelColumn(name, rows, not columns.tasks) for name in columns.labels]
         self._requests, self._weights = IdColumn(columns.request, rows), WeightColumn(columns.weight, rows)
         self._actions = IdColumn(columns.action, rows, nullable=True)
+        self._sessions = IdColumn(columns.session, rows)
 
     def read_after(self, times: TimeColumn) -> list[Column]:
         """Returns the columns to read, those without a name among them. Times are of the kind of `times`."""
         self._label_times = TimeColumn(self._columns.label_time, self._rows, times, True)
-        return [*self._labels, self._requests, self._label_times, self._weights, self._actions]
+        return [*self._labels, self._requests, self._sessions, self._label_times, self._weights, self._actions]
 
     def finish(self, user_of: np.ndarray, timestamps: np.ndarray, is_text: Callable[[str], bool]) -> _Optional:
         """Returns the values.
@@ -293,7 +299,8 @@ class _OptionalColumns:
         actions: tuple[str, ...] = ()
         if columns.action:
             more[schema.BLOCK_ACTIONS], actions = coded_actions(self._actions)
-        return _Optional(label_of, more, actions)
+        session_of = self._sessions.finish(is_text(columns.session))[0] if columns.session else None
+        return _Optional(label_of, more, actions, session_of)
 
     def _checked_label_times(self, times: np.ndarray, labels: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
         """Returns when each positive came, and the time of each other event; refuses a positive before its event."""
@@ -332,6 +339,21 @@ def first_times(users: np.ndarray, requests: np.ndarray, timestamps: np.ndarray)
     firsts = np.minimum.reduceat(timestamps[order], starts)
     found[order] = np.repeat(firsts, np.diff(np.append(starts, len(order))))
     return found
+
+
+def session_places(users: np.ndarray, sessions: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Returns where among its user's events each event's session begins, int32 `[E]`. Two users share no session.
+
+    Args:
+        users: `[E]`, dense ids.
+        sessions: `[E]`, dense ids.
+        order: `[E]`, the order of the events, by user and time.
+    """
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    counts = np.bincount(users)
+    places -= (np.cumsum(counts) - counts)[users]
+    return first_times(users, sessions, places).astype(np.int32)
 
 
 def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, rows: Rows) -> None:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from din_dist.config import DataConfig, UnknownItem
+from din_dist.config import DataConfig, HistoryCut, UnknownItem
 from din_dist.data.event_store import KEY_BITS, EventStore, HistorySet
+from din_dist.data.example_ages import ExampleAges
 from din_dist.data.hashing import hash64
 from din_dist.data.negatives import first_not, is_touched, untouched_items, weighted_untouched_items
 from din_dist.data.popularity import Popularity
@@ -38,6 +39,7 @@ from din_dist.schema import UNKNOWN_ID, Batch
 
 # Streams of random numbers that must not resemble each other.
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING, _IN_BATCH = 1, 2, 3, 4, 5
+_CUTS = 7  # `sampled_items.py` has 6
 
 MOST_DEALERS = 8
 _COUNTED_AT_ONCE = 8192  # examples
@@ -189,6 +191,8 @@ class BatchMaker:
         mean_weight: the weights of events are divided by it. None: the batches have no weights.
         popularity: the weights by which negatives are drawn. None: uniformly.
         sampled: what draws the items of a softmax; the candidates are then its targets. None: there is none.
+        cut: where a user's events are cut into history and target.
+        ages: the ages of the targets' events. None: the batches have none.
         execution: how batches are made; every way makes the same.
     """
 
@@ -203,6 +207,8 @@ class BatchMaker:
     mean_weight: float | None = None
     popularity: Popularity | None = None
     sampled: SampledItems | None = None
+    cut: HistoryCut = HistoryCut.EVENT
+    ages: ExampleAges | None = None
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @classmethod
@@ -215,6 +221,7 @@ class BatchMaker:
         trained: TrainedItems | None = None,
         execution: Execution | None = None,
         drawn: Popularity | SampledItems | None = None,
+        ages: ExampleAges | None = None,
     ) -> BatchMaker:
         """Returns what makes the batches of training.
 
@@ -227,6 +234,7 @@ class BatchMaker:
             execution: how batches are made. None: TensorFlow's operations make them.
             drawn: the weights by which negatives are drawn, as of `data/popularity.py`, or what draws the items of a
                 softmax. None: negatives are drawn uniformly.
+            ages: the ages of the examples, if the model reads them.
         """
         if (trained is None) != (config.unknown_item is UnknownItem.UNTRAINED):
             raise ValueError(f"trained: must be as unknown_item={config.unknown_item} says. Received: {trained}.")
@@ -242,6 +250,8 @@ class BatchMaker:
             mean_weight=mean_weight(store, examples, positives=isinstance(drawn, SampledItems)),
             popularity=drawn if isinstance(drawn, Popularity) else None,
             sampled=drawn if isinstance(drawn, SampledItems) else None,
+            cut=config.history_cut,
+            ages=ages,
             execution=execution or Execution(),
         )
 
@@ -256,6 +266,7 @@ class BatchMaker:
             "touched_offsets": self._drawn_from.touched_offsets,
             "trained_ids": self.trained.ids if self.trained else None,
             "weights": self.store.weights if self.mean_weight and self.store.weights is not None else None,
+            "sessions": self.store.sessions,
         }
         for place, history in enumerate(self._histories):
             own = {"item_ids": history.item_ids, "offsets": history.offsets, "ends": history.ends, "keys": history.keys}
@@ -282,13 +293,43 @@ class BatchMaker:
     def _drawn_from(self) -> EventStore | TrainedItems:
         return self.trained or self.store
 
+    def _rows(self, example_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the row of each example, int64 `[B]`, and its place in `examples.users`, int32 `[B]`."""
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        row = example_ids // self.examples.draws_per_row
+        return row, tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
+
     def _located(self, example_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the user and the event of each example, int64 `[B]` each."""
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
-        row = example_ids // self.examples.draws_per_row
-        segment = tf.searchsorted(arrays["row_ends"], tf.cast(row, arrays["row_ends"].dtype), side="right")
+        row, segment = self._rows(example_ids)
         user = tf.cast(tf.gather(arrays["users"], segment), tf.int64)
         return user, tf.cast(tf.gather(arrays["event_bases"], segment), tf.int64) + row
+
+    def _cut(self, example_ids: tf.Tensor, epoch: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns each example's user, the event whose history the user has, and the event that is the target.
+
+        Args:
+            example_ids: int64 `[B]`.
+            epoch: int64, the epoch from 0. None: 0.
+
+        Returns:
+            int64 `[B]` each.
+        """
+        user, event = self._located(example_ids)
+        if self.cut is HistoryCut.EVENT:
+            return user, event, event
+        arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        row, segment = self._rows(example_ids)
+        begin = tf.cast(tf.gather(arrays["row_ends"], tf.maximum(segment - 1, 0)), tf.int64)
+        begin = tf.where(segment > 0, begin, 0)
+        first = event - (row - begin)
+        if self.cut is HistoryCut.FIXED:
+            return user, first, event
+        count = tf.cast(tf.gather(arrays["row_ends"], segment), tf.int64) - begin
+        random = hash64(self.seed, _CUTS, 0 if epoch is None else epoch, event, execution=self.execution)
+        drawn = first + tf.cast(tf.math.floormod(random, tf.cast(count, tf.uint64)), tf.int64)
+        return user, drawn, drawn
 
     def bounds(
         self, user: tf.Tensor, event: tf.Tensor, candidate: tf.Tensor | None = None
@@ -301,10 +342,11 @@ class BatchMaker:
             candidate: int32 `[B]`. None: histories that depend on it are left out.
         """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
+        owner = tf.gather(arrays["sessions"], event) if "sessions" in arrays else user
         found = []
         for place, history in enumerate(self._histories):
             end = tf.gather(arrays[f"{place}-ends"], event) if f"{place}-ends" in arrays else event
-            start = tf.gather(arrays[f"{place}-offsets"], user)
+            start = tf.gather(arrays[f"{place}-offsets"], owner)
             if history.feature:
                 if candidate is None:
                     continue
@@ -317,13 +359,18 @@ class BatchMaker:
             found.append((tf.maximum(start, end - tf.constant(history.longest, tf.int64)), end))
         return found
 
-    def history_lengths(self, example_ids: tf.Tensor) -> tf.Tensor:
+    def history_lengths(self, example_ids: tf.Tensor, epoch: tf.Tensor | None = None) -> tf.Tensor:
         """Returns how many behaviours the histories of each example have that do not depend on the candidate.
+
+        Args:
+            example_ids: int64 `[B]`.
+            epoch: int64, the epoch from 0. None: 0.
 
         Returns:
             int64 `[B]`.
         """
-        lengths = [end - start for start, end in self.bounds(*self._located(example_ids))]
+        user, asked, _ = self._cut(example_ids, epoch)
+        lengths = [end - start for start, end in self.bounds(user, asked)]
         return tf.add_n(lengths) if len(lengths) > 1 else lengths[0]
 
     def batch(
@@ -342,7 +389,7 @@ class BatchMaker:
             step: int64, the number of the update, for the items of a softmax. None: 0.
         """
         arrays: dict[str, tf.Tensor] = self._tensors  # type: ignore[attr-defined]
-        user, event = self._located(example_ids)
+        user, asked, event = self._cut(example_ids, epoch)
         draw = example_ids % self.examples.draws_per_row
         draws = _Draws(event, user, draw, epoch if self.resample else tf.zeros_like(epoch))
         candidate, labels = self._candidates(draws, epoch, global_ids)
@@ -351,7 +398,7 @@ class BatchMaker:
         if self.sampled is not None:
             items = self.sampled.of_update(tf.constant(0, tf.int64) if step is None else step)
             sampled, offsets = (items, self.sampled.offsets(items)), self.sampled.offsets(candidate)
-        bounds = self.bounds(user, event, candidate)
+        bounds = self.bounds(user, asked, candidate)
         windows = [self._windows(arrays[f"{place}-item_ids"], *bound) for place, bound in enumerate(bounds)]
         lengths = [tf.cast(end - start, tf.int32) for start, end in bounds]
         history, history_lengths = (tf.concat(x, axis=0) if len(x) > 1 else x[0] for x in (windows, lengths))
@@ -359,7 +406,7 @@ class BatchMaker:
             candidate, history = self._hide(candidate, history, history_lengths, example_ids, epoch)
         # The rows that a step needs are found here, while the step before it runs.
         distinct, index = self._distinct([candidate, history, *([sampled[0]] if self.sampled else ())])
-        sides, side_index = self._sides.of(bounds, event)  # type: ignore[attr-defined]
+        sides, side_index = self._sides.of(bounds, asked)  # type: ignore[attr-defined]
         return Batch(
             candidate_item_ids=candidate,
             history_item_ids=history,
@@ -369,13 +416,14 @@ class BatchMaker:
             distinct_item_ids=distinct,
             item_index=index,
             example_ids=example_ids,
-            features=self._features.of(user, event, candidate),  # type: ignore[attr-defined]
+            features=self._features.of(user, asked, candidate),  # type: ignore[attr-defined]
             sides=sides,
             side_index=side_index,
             weights=self._weights(event, labels),
             logit_offsets=offsets,
             sampled_item_ids=sampled[0],
             sampled_offsets=sampled[1],
+            example_ages=() if self.ages is None else self.ages.of(event),
         )
 
     def _weights(self, events: tf.Tensor, labels: tf.Tensor) -> tf.Tensor | tuple[()]:
@@ -574,7 +622,7 @@ def training_batches(
         ids = tf.reshape(groups[:, None] * together + tf.range(together, dtype=tf.int64), [-1])
         ids = ids[place % together :][: dealt_end - dealt_begin]
         if len(dealers) > 1:
-            ids = deal(ids, -place % together, together, len(dealers), maker.history_lengths)
+            ids = deal(ids, -place % together, together, len(dealers), lambda few: maker.history_lengths(few, epoch))
         return maker.batch(ids[begin - dealt_begin : end - dealt_begin], epoch, of_update(first, total, order), step)
 
     def of_update(first: tf.Tensor, total: tf.Tensor, order: tf.Tensor) -> tf.Tensor | None:

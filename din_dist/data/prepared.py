@@ -82,7 +82,11 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
                 return CompleteJourney(
                     data_dir=root,
                     config=CompleteJourneyConfig.of(
-                        features, config.request_column, config.weight_column, config.action_column
+                        features,
+                        config.request_column,
+                        config.weight_column,
+                        config.action_column,
+                        config.session_column,
                     ),
                 )
             case "amazon_reviews":
@@ -140,6 +144,7 @@ def _columns(config: DataConfig) -> Columns:
         tasks=config.label_columns,
         label_time=config.label_time_column,
         request=config.request_column,
+        session=config.session_column,
         weight=config.weight_column,
         action="" if config.behaviours_path else config.action_column,
         item_features=config.item_features,

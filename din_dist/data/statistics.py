@@ -15,7 +15,7 @@ from din_dist.data.raw_columns import TABLES, TableCounts
 from din_dist.data.raw_features import read_tables
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Kind, Owner, Scale
-from din_dist.schema import HistoryRule
+from din_dist.schema import BY_COLUMN, HistoryRule
 
 _COUNTED = (Kind.CATEGORY, Kind.CATEGORIES)  # kinds whose values may be rare
 _MOST_BOUNDS = 8  # that a line shows
@@ -47,6 +47,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         *([_behaviours_line(found["behaviours"])] if "behaviours" in found else []),
         _ties_line(found["events_at_a_shared_time"], found["events"], store.facts.history_rule),
         f"histories end {store.facts.histories_end}",
+        *([_sessions_line(store, found["sessions"])] if "sessions" in found else []),
         f"events per user: {spread('events_per_user')}",
         f"history lengths: {spread('history_length')}",
         f"history lengths up to {max_history_length:,}: {spread('capped_history_length')}",
@@ -96,6 +97,16 @@ def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
     return f"{line}; they count one after the other, in the order of the files"
 
 
+def _sessions_line(store: EventStore, found: Mapping[str, Any]) -> str:
+    gap = int(store.facts.sessions) if store.facts.sessions != BY_COLUMN else 0
+    which = f"with gaps of at most {gap:,}, in the unit of the timestamps" if gap else "named by the log"
+    sizes = found["events_per_session"]
+    return (
+        f"sessions: {found['sessions']:,} {which}; {found['single']:,} have one event; events per session: mean "
+        f"{sizes['mean']:.1f}, 50% up to {sizes['p50']:,}, longest {sizes['max']:,}"
+    )
+
+
 def _tasks_line(rates: Mapping[str, float]) -> str:
     return f"labels to predict: {', '.join(f'{task} {rate:.2%} positive' for task, rate in rates.items())}"
 
@@ -116,6 +127,8 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `label_rate`: the share of positive events; None without labels.
         `behaviours`: of a log of behaviours, how many it has of these users and when, how many users have none, and
             how many of its items no event has; absent without such a log.
+        `sessions`: how many there are, how many of them have a `single` event, and their `events_per_session`; absent
+            if histories are not sessions.
         `label_rates`: of each label to predict, by name, the share of positive events; absent if there is one.
         `weights`: their `mean` and `max`, and how many are `zero`; absent if all events count alike.
         `events_per_user`: its `mean`, `p50`, `p90`, `p99` and `max`.
@@ -143,6 +156,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "history_delay": facts.history_delay,
         "label_rate": None if store.labels is None else int(np.count_nonzero(store.labels)) / facts.num_events,
         **({"behaviours": _measure_behaviours(store)} if facts.has_behaviours else {}),
+        **({} if store.sessions is None else {"sessions": _measure_sessions(store.sessions)}),
         **({"label_rates": _label_rates(store)} if facts.tasks else {}),
         **({} if store.weights is None else {"weights": _measure_weights(store.weights)}),
         "events_per_user": _summary(events_per_user),
@@ -164,6 +178,16 @@ def _measure_behaviours(store: EventStore) -> dict[str, int]:
         "items_without_ids": store.facts.num_without_id,
         "first_timestamp": int(times.min()),
         "last_timestamp": int(times.max()),
+    }
+
+
+def _measure_sessions(sessions: np.ndarray) -> dict[str, Any]:
+    sizes = np.bincount(sessions)
+    counts = np.bincount(sizes)
+    return {
+        "sessions": len(sizes),
+        "single": int(np.count_nonzero(sizes == 1)),
+        "events_per_session": _summary(counts),
     }
 
 
@@ -220,7 +244,7 @@ def _num_at_a_shared_time(store: EventStore) -> int:
 def _history_lengths(store: EventStore, events_per_user: np.ndarray) -> np.ndarray:
     """Counts the examples with a history of 0, 1, 2, ... events: int64 `[longest + 1]`.
 
-    Without labels a user of n events gives examples with 1 to n - 1 events before them.
+    Without labels a user (or a session) of n events gives examples with 1 to n - 1 events before them.
 
     Args:
         store: the events.
@@ -230,10 +254,15 @@ def _history_lengths(store: EventStore, events_per_user: np.ndarray) -> np.ndarr
         at_least = np.cumsum(events_per_user[::-1])[::-1]  # users with n events or more
         return np.concatenate([[0], at_least[2:]])
     counts = np.zeros(1, np.int64)
+    has_firsts = store.sessions is not None and not store.facts.selects_behaviours
+    begins = store.begins_a_session if has_firsts else None
     for first in range(0, store.facts.num_users, USERS_AT_ONCE):
         offsets = store.user_offsets[first : first + USERS_AT_ONCE + 1]
-        starts = store.history_offsets[first : first + len(offsets) - 1]
-        lengths = store.history_ends[offsets[0] : offsets[-1]] - np.repeat(starts, np.diff(offsets))
+        users = np.repeat(np.arange(first, first + len(offsets) - 1), np.diff(offsets))
+        events = np.arange(offsets[0], offsets[-1])
+        lengths = store.history_ends[events] - store.history_offsets[store.owners(users, events)]
+        if begins is not None:
+            lengths = lengths[~begins[events]]
         counts = _sum(counts, np.bincount(lengths))
     return counts
 

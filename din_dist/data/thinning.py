@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from din_dist.data.splits import Examples
@@ -9,7 +11,10 @@ from din_dist.data.splits import Examples
 
 def thin_out(examples: Examples, most: int) -> Examples:
     """Returns at most `most` of the examples, but those of one user at least."""
-    return of_segments(examples, evenly_spaced(examples.rows_per_user() * examples.draws_per_row, most))
+    users, user_of = np.unique(examples.users, return_inverse=True)
+    sizes = np.bincount(user_of, examples.rows_per_user(), len(users)).astype(np.int64)
+    kept = evenly_spaced(sizes * examples.draws_per_row, most)
+    return of_segments(examples, np.flatnonzero(np.isin(user_of, kept)))
 
 
 def evenly_spaced(sizes: np.ndarray, most: int) -> np.ndarray:
@@ -23,20 +28,19 @@ def evenly_spaced(sizes: np.ndarray, most: int) -> np.ndarray:
 
 
 def of_segments(examples: Examples, segments: np.ndarray) -> Examples:
-    """Returns the examples of some users alone.
+    """Returns the examples of some runs alone.
 
     Args:
-        examples: the examples of all users `[K]`.
-        segments: integers, ascending, the indices of the users in `examples.users`.
+        examples: the examples of all runs `[K]`.
+        segments: integers, ascending, the indices of the runs in `examples.users`.
     """
-    ends = examples.row_ends.astype(np.int64)
     rows = examples.rows_per_user()[segments]
-    first_events = examples.event_bases[segments] + (ends[segments] - rows)
+    first_events = examples.runs()[0][segments]
     new_ends = np.cumsum(rows)
     dtype = examples.row_ends.dtype
-    return Examples(
+    return dataclasses.replace(
+        examples,
         users=examples.users[segments],
         row_ends=new_ends.astype(dtype),
         event_bases=(first_events - (new_ends - rows)).astype(dtype),
-        draws_per_row=examples.draws_per_row,
     )

@@ -132,10 +132,16 @@ def row_of_item(facts: DatasetFacts, trained: TrainedItems | None) -> np.ndarray
 def occurring_items(store: EventStore, train: Examples) -> np.ndarray:
     """Returns bool `[num_items + 1]`: True for the items of training examples and of their histories."""
     found = np.zeros(store.facts.num_items + 1, bool)
-    begins = store.user_offsets[train.users]  # all earlier events of a user are history
-    ends = train.row_ends.astype(np.int64) + train.event_bases
-    for first, end in user_runs(np.cumsum(ends - begins)):
-        found[store.item_ids[windows(begins[first:end], (ends - begins)[first:end])]] = True
+    if store.sessions is None:
+        begins = store.user_offsets[train.users]  # all earlier events of a user are history
+        _, ends = train.runs()
+        for first, end in user_runs(np.cumsum(ends - begins)):
+            found[store.item_ids[windows(begins[first:end], (ends - begins)[first:end])]] = True
+    else:
+        for events in train.event_parts():
+            found[store.item_ids[events]] = True
+            if not store.facts.has_labels:  # the first event of a session is no example, but in its history
+                found[store.history_item_ids[store.history_offsets[store.sessions[events]]]] = True
     found |= behaviour_counts(store, train) > 0
     found[store.facts.num_items + 1 - store.facts.num_without_id :] = False  # known by their features alone
     return found

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from din_dist.data.splits import Examples
 
 ALL, NONE, AUTO = "all", "none", "auto"
+EVENTS, USERS = "events", "users"  # what is asked
+TARGETS, HITS = "targets", "hits"  # what the ideal of NDCG has
 AUTO_CANDIDATES = 30_000_000  # scored in all with --max_events=auto
 
 
@@ -26,9 +28,12 @@ class EvaluationRequest:
         rank_against: the number of items to rank against that the user never touched. 0: all items. None: no retrieval
             metrics.
         ks: list lengths, ascending. Default lengths above the number of candidates are left out.
-        max_events: the most events to rank. None: as many as have `AUTO_CANDIDATES` candidates in all.
+        max_events: the most queries to rank. None: as many as have `AUTO_CANDIDATES` candidates in all.
         by_default: `ks` is the flag's default.
         slice_by: features by whose values the examples are cut.
+        queries: `EVENTS`: each chosen item is asked for, given the history before it. `USERS`: each user is asked once
+            for all items chosen in the split, given the history before it.
+        ndcg_ideal: what the ideal of NDCG has: all `TARGETS`, or only the `HITS`.
     """
 
     evaluation_split: str
@@ -39,8 +44,15 @@ class EvaluationRequest:
     bootstrap_samples: int
     by_default: bool = False
     slice_by: tuple[str, ...] = ()
+    queries: str = EVENTS
+    ndcg_ideal: str = TARGETS
 
     def __post_init__(self) -> None:
+        rule, remedy = "is for --queries=users, in which there are several", "Add it, or drop this one."
+        fits = self.queries == USERS or self.ndcg_ideal == TARGETS
+        require(fits, rule, "ndcg_ideal", self.ndcg_ideal, remedy)
+        rule, remedy = "are those of retrieval metrics", f"Drop it, or give --rank_against={ALL}."
+        require(self.queries == EVENTS or self.rank_against is not None, rule, "queries", self.queries, remedy)
         require(bool(self.ks), "must name a length", "ks", "", "For example 1,5,10,20.")
         least, value = "must be at least 0", self.bootstrap_samples
         require(value >= 0, least, "bootstrap_samples", value, "For example 1000.")
@@ -51,6 +63,8 @@ class EvaluationRequest:
         Raises:
             InputError: the split is empty, a feature is not there, or a setting does not fit the number of items.
         """
+        from din_dist.data.splits import SPLITS  # here, because wrong flags are refused before
+
         of_history = [name for name, each in store.features.items() if each.encoding.spec.owner is Owner.HISTORY]
         known = [name for name in (*store.item_features, *store.features) if name not in of_history]
         for name in self.slice_by:
@@ -58,7 +72,7 @@ class EvaluationRequest:
             require(name in known, "must be features of the model", "slice_by", name, remedy)
         split, num_items = self.evaluation_split, store.facts.num_candidates
         if not splits[split].num_examples:
-            filled = [name for name, examples in splits.items() if examples.num_examples]
+            filled = [name for name in SPLITS if splits[name].num_examples]
             raise InputError(
                 f"--evaluation_split: must have examples. Received: {split}, which has none with --split="
                 f"{config.data.split}. Choose among {', '.join(filled)}."

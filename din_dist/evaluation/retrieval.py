@@ -1,7 +1,10 @@
 """Retrieval metrics of a split: the position of each chosen item among all items, or among drawn ones.
 
-A query is one positive event of the split: its item, the target, among candidates, given the history before it. Rows
-with a negative label give no query. Metrics over candidate lists of different sizes are not comparable.
+A query is one positive event of the split: its item, the target, among candidates, given the history before it. Or it
+is one user, given the history before the first event of the split, and all items that the user chose in the split are
+targets. Rows with a negative label give no target. Metrics over candidate lists of different sizes are not comparable.
+
+Letters of shapes: E queries, M targets of all of them; B queries and T targets of a block; I items.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from din_dist.data.walks import windows
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
 from din_dist.evaluation.catalogue import catalogue_of
+from din_dist.evaluation.request import EVENTS, USERS
 from din_dist.features.gathering import missing_values, signature_of
 from din_dist.features.spec import Owner
 from din_dist.metrics.retrieval import (
@@ -35,6 +39,7 @@ from din_dist.metrics.retrieval import (
     recall_at,
     reciprocal_rank,
 )
+from din_dist.metrics.several_targets import SeveralTargets
 from din_dist.models.behaviour_model import BehaviourModel, Sides
 
 _RANKING = 5  # number of the random stream; `data/pipeline.py` uses others
@@ -44,6 +49,8 @@ QUERIES_AT_ONCE = 256  # queries whose positions are computed at once
 REPORT_SECONDS = 10.0
 
 Tick = Callable[[float], None]  # called now and then with the share of the work that is done
+Sums = dict[str, tuple[np.ndarray, np.ndarray]]  # of metrics, by name, as `by_user` returns them
+_SumUp = Callable[[np.ndarray], np.ndarray]
 
 
 class Askers(NamedTuple):
@@ -194,54 +201,89 @@ class PopularityScorer:
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """E positive events of a split, user by user. Their histories are windows of `EventStore.history_item_ids`."""
+    """E queries of a split, user by user. Their histories are windows of `EventStore.history_item_ids`."""
 
-    events: np.ndarray
+    events: np.ndarray  # that are asked for, or of each user the first of the split
     users: np.ndarray
-    targets: np.ndarray
+    targets: np.ndarray  # [M], those of one query after those of another
     seen_starts: np.ndarray  # where all that the user did before begins; the history is the newest part of it
     history_starts: np.ndarray
     history_ends: np.ndarray
     num_in_split: int
+    num_targets: np.ndarray | None = None  # int64 [E], those of each query; None: each has one
 
     def __len__(self) -> int:
         return len(self.events)
 
     def __getitem__(self, part: slice) -> Queries:
-        names = [field.name for field in dataclasses.fields(self) if field.name != "num_in_split"]
-        return dataclasses.replace(self, **{name: getattr(self, name)[part] for name in names})
+        names = ("events", "users", "seen_starts", "history_starts", "history_ends")
+        found = {name: getattr(self, name)[part] for name in names}
+        if self.num_targets is None:
+            return dataclasses.replace(self, targets=self.targets[part], **found)
+        ends = np.append(0, np.cumsum(self.num_targets))
+        first, end, _ = part.indices(len(self))
+        targets = self.targets[ends[first] : ends[end]]
+        return dataclasses.replace(self, targets=targets, num_targets=self.num_targets[part], **found)
+
+    @property
+    def query_of(self) -> np.ndarray:
+        """The query of each target, int64 `[M]`, ascending."""
+        every = np.arange(len(self))
+        return every if self.num_targets is None else np.repeat(every, self.num_targets)
 
 
-def queries_of(store: EventStore, examples: Examples, max_history_length: int, most: int, task: int = 0) -> Queries:
-    """Returns the positive events of `examples`, at most `most` of them. Whole users, evenly spaced, are kept.
+def queries_of(
+    store: EventStore,
+    examples: Examples,
+    max_history_length: int,
+    most: int,
+    task: int = 0,
+    by: str = EVENTS,
+) -> Queries:
+    """Returns the queries of `examples`, at most `most` of them. Whole users, evenly spaced, are kept.
 
     Args:
         store: the events.
         examples: of a split.
         max_history_length: the most items of a history.
-        most: the most events.
-        task: of whose labels they are.
+        most: the most queries.
+        task: of whose labels positive events are.
+        by: `EVENTS`: each positive event is a query. `USERS`: each user with a positive event is one.
     """
     rows = dataclasses.replace(examples, draws_per_row=1)
-    sizes = rows.rows_per_user()
-    if store.labels is not None:
-        segments = np.repeat(np.arange(len(sizes)), sizes)
-        sizes = np.bincount(segments, store.labels_of(rows.events(), task), len(sizes)).astype(np.int64)
-    rows = of_segments(rows, evenly_spaced(sizes, most))
-    events, users = rows.events(), rows.user_of_example()
+    every, segment_of = np.unique(rows.users, return_inverse=True)
+    users_of_rows = np.repeat(segment_of, rows.rows_per_user())
+    positives = None if store.labels is None else store.labels_of(rows.events(), task)
+    sizes = np.bincount(users_of_rows, positives, len(every)).astype(np.int64)
+    if by == USERS:
+        asked = np.flatnonzero(sizes)
+        sizes = np.ones(len(asked), np.int64)
+        kept = asked[evenly_spaced(sizes, most)]
+    else:
+        kept = evenly_spaced(sizes, most)
+    rows = of_segments(rows, np.flatnonzero(np.isin(segment_of, kept)))
+    all_events, all_users = events, users = rows.events(), rows.user_of_example()
     if store.labels is not None:
         positive = store.labels_of(events, task) == 1
         events, users = events[positive], users[positive]
+    targets, num_targets = store.item_ids[events], None
+    if by == USERS:
+        pairs = np.unique(users * (store.facts.num_items + 1) + targets)  # each item once a user
+        user_of, targets = np.divmod(pairs, store.facts.num_items + 1)
+        num_targets = np.unique(user_of, return_counts=True)[1]
+        users, first_of = np.unique(all_users, return_index=True)
+        events = all_events[first_of]
     ends = events if store.history_ends is None else store.history_ends[events]
-    seen_starts = store.history_offsets[users]
+    seen_starts = store.history_offsets[store.owners(users, events)]
     return Queries(
         events=events,
         users=users,
-        targets=store.item_ids[events],
+        targets=targets,
         seen_starts=seen_starts,
         history_starts=np.maximum(seen_starts, ends - max_history_length),
         history_ends=ends,
         num_in_split=int(sizes.sum()),
+        num_targets=num_targets,
     )
 
 
@@ -252,7 +294,7 @@ class Task:
     Attributes:
         num_negatives: the number of items that the user never touched, or all of those if there are fewer. They are
             drawn by (seed, event) without repetition. 0: all items of the catalogue.
-        exclude_history: with all items, leave out those of the user's history, but never the target.
+        exclude_history: with all items, leave out those of the user's history, but never a target.
         seed: the seed of the drawn negatives.
     """
 
@@ -263,11 +305,11 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TargetPositions:
-    """The positions of E targets in the rankings of their candidates.
+    """The positions of M targets in the rankings of their candidates.
 
     Attributes:
-        greater: int64 `[E]`, the candidates above the target; see `metrics/retrieval.py`.
-        tied: int64 `[E]`, the other candidates with the target's score.
+        greater: int64 `[M]`, the candidates above the target; see `metrics/retrieval.py`.
+        tied: int64 `[M]`, the other candidates with the target's score.
         num_candidates: int64 `[E]`.
         top_items: int64 `[E, k]`, the first candidates, ties by item id; 0 where there are fewer.
     """
@@ -299,7 +341,7 @@ def rank(
     first, end = share(len(queries), runtime.rank, runtime.world_size)
     num_candidates = store.facts.num_candidates
     num_top = min(num_top, num_candidates)
-    found = [np.zeros((0, 3 + num_top), np.int64)]
+    of_targets, of_queries = [np.zeros((0, 2), np.int64)], [np.zeros((0, 1 + num_top), np.int64)]
     started = reported = time.perf_counter()
     all_numbers = True
     begin = first
@@ -317,15 +359,16 @@ def rank(
         for row in range(0, len(block), QUERIES_AT_ONCE):
             part = slice(row, row + QUERIES_AT_ONCE)
             of_part = candidates if len(candidates) == 1 else candidates[part]
-            found.append(_target_positions(block[part], task, of_part, scores[part], num_top))
+            of_targets.append(_target_positions(block[part], task, scores[part]))
+            of_queries.append(_tops(task, of_part, scores[part], num_top))
         tick(1.0)
         begin += len(block)
     if runtime.sum(np.array([all_numbers], np.int64))[0] < runtime.world_size:
         if not runtime.is_chief:
             raise FailedElsewhere
         raise FloatingPointError("The logits of all candidates must be numbers. Received: NaN. Use another checkpoint.")
-    columns = runtime.gather(np.concatenate(found))
-    return TargetPositions(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
+    positions, tops = runtime.gather(np.concatenate(of_targets)), runtime.gather(np.concatenate(of_queries))
+    return TargetPositions(positions[:, 0], positions[:, 1], tops[:, 0], tops[:, 1:])
 
 
 def _block_size(queries: Queries, task: Task, num_items: int) -> int:
@@ -333,7 +376,8 @@ def _block_size(queries: Queries, task: Task, num_items: int) -> int:
     if not task.num_negatives:
         return max(1, SCORES_BYTES // (4 * num_items))
     lengths = queries.history_ends - queries.history_starts
-    pairs = np.cumsum((1 + task.num_negatives) * np.maximum(lengths[:PAIRS_AT_ONCE], 1))
+    num_targets = 1 if queries.num_targets is None else queries.num_targets[:PAIRS_AT_ONCE]
+    pairs = np.cumsum((num_targets + task.num_negatives) * np.maximum(lengths[:PAIRS_AT_ONCE], 1))
     return max(1, int(np.searchsorted(pairs, PAIRS_AT_ONCE, side="right")))
 
 
@@ -354,19 +398,23 @@ def _score(
         if task.exclude_history:
             num_seen = queries.history_ends - queries.seen_starts
             seen = store.history_item_ids[windows(queries.seen_starts, num_seen)]
-            rows = np.arange(len(queries))
+            rows = queries.query_of
             targets = scores[rows, queries.targets - 1]
             candidates = seen <= store.facts.num_candidates
-            scores[np.repeat(rows, num_seen)[candidates], seen[candidates] - 1] = -np.inf
+            scores[np.repeat(np.arange(len(queries)), num_seen)[candidates], seen[candidates] - 1] = -np.inf
             scores[rows, queries.targets - 1] = targets
         return np.arange(1, store.facts.num_candidates + 1)[None], scores
     negatives, counts = drawn_negatives(store, queries, task)
-    real = np.arange(1 + task.num_negatives) <= counts[:, None]  # the target, then its negatives
-    candidates = np.zeros(real.shape, np.int64)
-    candidates[:, 0] = queries.targets
-    candidates[:, 1:][real[:, 1:]] = negatives
-    scores = np.full(real.shape, -np.inf, np.float32)
-    scores[real] = scorer.of_some(histories, lengths, candidates[real], counts + 1, askers)
+    num_targets = np.ones(len(queries), np.int64) if queries.num_targets is None else queries.num_targets
+    widest = int(num_targets.max())
+    places = np.arange(widest + task.num_negatives)  # the targets, then the negatives
+    is_target, is_negative = places < num_targets[:, None], places >= widest
+    is_negative = is_negative & (places < widest + counts[:, None])
+    candidates = np.zeros(is_target.shape, np.int64)
+    candidates[is_target], candidates[is_negative] = queries.targets, negatives
+    scores = np.full(is_target.shape, -np.inf, np.float32)
+    real = is_target | is_negative
+    scores[real] = scorer.of_some(histories, lengths, candidates[real], num_targets + counts, askers)
     return candidates, scores
 
 
@@ -398,7 +446,8 @@ def _windows_of(store: EventStore, queries: Queries) -> list[tuple[np.ndarray, n
             found.append((store.history_item_ids, queries.seen_starts, queries.history_ends - queries.seen_starts))
             continue
         ends = queries.events if history.ends is None else history.ends[queries.events]
-        starts = np.maximum(history.offsets[queries.users], ends - history.longest)
+        owners = store.owners(queries.users, queries.events)
+        starts = np.maximum(history.offsets[owners], ends - history.longest)
         found.append((history.item_ids, starts, ends - starts))
     return found
 
@@ -426,21 +475,33 @@ def _of_users(offsets: np.ndarray, values: np.ndarray, users: np.ndarray) -> tup
     return np.concatenate([[0], np.cumsum(lengths)]), values[windows(offsets[users], lengths)]
 
 
-def _target_positions(
-    queries: Queries, task: Task, candidates: np.ndarray, scores: np.ndarray, num_top: int
-) -> np.ndarray:
-    """Returns the columns of `TargetPositions`: int64 `[B, 3 + num_top]`."""
-    column = np.zeros(len(queries), np.int64) if task.num_negatives else queries.targets - 1
-    of_target = scores[np.arange(len(queries)), column][:, None]
-    counts = [(scores > of_target).sum(axis=1), (scores == of_target).sum(axis=1) - 1, (scores > -np.inf).sum(axis=1)]
+def _target_positions(queries: Queries, task: Task, scores: np.ndarray) -> np.ndarray:
+    """Returns how many candidates are above each target, and tied with it: int64 `[T, 2]`."""
+    query_of, columns = queries.query_of, queries.targets - 1
+    if task.num_negatives:  # a query's targets come first
+        columns = np.arange(len(query_of)) - np.searchsorted(query_of, query_of)
+    found = [np.zeros((0, 2), np.int64)]
+    for first in range(0, len(query_of), max(1, len(queries))):  # as many as queries, whose scores fit into memory
+        part = slice(first, first + len(queries))
+        of_target = scores[query_of[part], columns[part]][:, None]
+        others = scores if queries.num_targets is None else scores[query_of[part]]
+        counts = [(others > of_target).sum(axis=1), (others == of_target).sum(axis=1) - 1]
+        found.append(np.stack(counts, axis=1))
+    return np.concatenate(found)
+
+
+def _tops(task: Task, candidates: np.ndarray, scores: np.ndarray, num_top: int) -> np.ndarray:
+    """Returns the number of candidates of each query, and the first ones: int64 `[B, 1 + num_top]`."""
+    counts = (scores > -np.inf).sum(axis=1)
     if task.num_negatives:  # sort by item id, so that ties fall as they do among all items
         order = np.argsort(candidates, axis=1)
         candidates, scores = (np.take_along_axis(values, order, axis=1) for values in (candidates, scores))
     highest, columns = tf.math.top_k(scores, min(num_top, scores.shape[1]))
     items = np.take_along_axis(np.broadcast_to(candidates, scores.shape), columns.numpy(), axis=1)
-    top_items = np.zeros((len(queries), num_top), np.int64)
-    top_items[:, : items.shape[1]] = np.where(np.isneginf(highest.numpy()), 0, items)
-    return np.concatenate([np.stack(counts, axis=1), top_items], axis=1)
+    found = np.zeros((len(scores), 1 + num_top), np.int64)
+    found[:, 0] = counts
+    found[:, 1 : 1 + items.shape[1]] = np.where(np.isneginf(highest.numpy()), 0, items)
+    return found
 
 
 def by_user(
@@ -449,42 +510,37 @@ def by_user(
     popularity: np.ndarray,
     ks: Sequence[int],
     category_of: np.ndarray | None = None,
-) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    ideal_of_hits: bool = False,
+) -> Sums:
     """Returns what each of the K users adds to the numerator and the denominator of each metric, `[K]` each.
 
-    - Means over events: recall, NDCG and the reciprocal rank.
-    - Means over users: the hit rate, 1 if any of the user's events is a hit.
-    - `rare_...`: the same over the events whose target was chosen at most as often as their median.
+    - Means over queries: recall, NDCG and the reciprocal rank, that of the first target if a query has several.
+    - Means over users: the hit rate, 1 if any of the user's targets is found.
+    - `rare_...`: the same with those targets alone that were chosen at most as often as their median.
     - Means over the items in the lists: how often each was chosen in training.
     - Means over the pairs of items in the lists: `diversity`, 1 if they differ in category.
 
     Args:
-        queries: the events, whose users are counted.
-        positions: those of the events.
+        queries: whose users are counted.
+        positions: those of their targets.
         popularity: `[I + 1]`, how often each item was chosen in training.
         ks: list lengths.
         category_of: int `[I + 1]`. None: there is no diversity.
+        ideal_of_hits: as of `SeveralTargets.ndcg_at`, if a query has several targets.
     """
     users, user_of = np.unique(queries.users, return_inverse=True)
 
     def sums(values: np.ndarray) -> np.ndarray:
         return np.bincount(user_of, values, len(users))
 
-    def of_events(name: str, counted: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns the metrics of some events."""
-        greater, tied, num_counted = positions.greater, positions.tied, sums(counted)
-        found = {f"{name}mrr": (sums(counted * reciprocal_rank(greater, tied)), num_counted)}
-        for k in ks:
-            recall = recall_at(k, greater, tied)
-            found[f"{name}recall@{k}"] = sums(counted * recall), num_counted
-            found[f"{name}ndcg@{k}"] = sums(counted * ndcg_at(k, greater, tied)), num_counted
-            hits = hit_rate_by_user(counted * recall, queries.users)[1]
-            found[f"{name}hit_rate@{k}"] = hits, (num_counted > 0).astype(np.float64)
-        return found
-
     of_targets = popularity[queries.targets]
-    parts = of_events("", np.ones(len(queries)))
-    parts |= of_events("rare_", (of_targets <= np.median(of_targets)).astype(np.float64))
+    parts: Sums = {}
+    for prefix, counted in {"": np.full(len(of_targets), True), "rare_": of_targets <= np.median(of_targets)}.items():
+        if queries.num_targets is None:
+            found = _of_events(queries, positions, counted.astype(np.float64), ks, sums)
+        else:
+            found = _of_several(queries, positions, counted, ks, sums, ideal_of_hits)
+        parts |= {f"{prefix}{name}": part for name, part in found.items()}
     for k in ks:
         listed = positions.top_items[:, :k]
         chosen = np.where(listed > 0, popularity[listed], 0).sum(axis=1)
@@ -493,6 +549,49 @@ def by_user(
             differ, pairs = pairs_that_differ(listed, category_of)
             parts[f"diversity@{k}"] = sums(differ), sums(pairs)
     return parts
+
+
+def _of_events(
+    queries: Queries, positions: TargetPositions, counted: np.ndarray, ks: Sequence[int], sums: _SumUp
+) -> Sums:
+    """Returns metrics as `by_user` does, of queries with one target each.
+
+    Args:
+        queries: the events.
+        positions: of their targets.
+        counted: float64 `[E]`, 1 for those that count, 0 for others.
+        ks: list lengths.
+        sums: returns the sum of each user, `[K]`, of numbers `[E]`.
+    """
+    greater, tied, num_counted = positions.greater, positions.tied, sums(counted)
+    found = {"mrr": (sums(counted * reciprocal_rank(greater, tied)), num_counted)}
+    for k in ks:
+        recall = recall_at(k, greater, tied)
+        found[f"recall@{k}"] = sums(counted * recall), num_counted
+        found[f"ndcg@{k}"] = sums(counted * ndcg_at(k, greater, tied)), num_counted
+        hits = hit_rate_by_user(counted * recall, queries.users)[1]
+        found[f"hit_rate@{k}"] = hits, (num_counted > 0).astype(np.float64)
+    return found
+
+
+def _of_several(
+    queries: Queries,
+    positions: TargetPositions,
+    counted: np.ndarray,
+    ks: Sequence[int],
+    sums: _SumUp,
+    ideal_of_hits: bool,
+) -> Sums:
+    """Returns metrics as `by_user` does, of queries with several targets; `counted` is bool `[M]`."""
+    query_of, greater, tied = (values[counted] for values in (queries.query_of, positions.greater, positions.tied))
+    targets = SeveralTargets(query_of, greater, tied, len(queries))
+    num_counted = sums((targets.num_targets > 0).astype(np.float64))
+    found = {"mrr": (sums(targets.first_reciprocal_rank()), num_counted)}
+    for k in ks:
+        found[f"recall@{k}"] = sums(targets.recall_at(k)), num_counted
+        found[f"ndcg@{k}"] = sums(targets.ndcg_at(k, ideal_of_hits=ideal_of_hits)), num_counted
+        found[f"hit_rate@{k}"] = sums(targets.hit_at(k)), num_counted
+    return found
 
 
 def coverages(positions: TargetPositions, num_items: int, ks: Sequence[int]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.confidence import Interval, affordable_samples, intervals_of_scores, intervals_of_sums
 from din_dist.evaluation.evaluator import BatchScorer, Evaluator
-from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, EvaluationRequest
+from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, HITS, USERS, EvaluationRequest
 from din_dist.evaluation.retrieval import (
     CandidateScorer,
     PopularityScorer,
@@ -115,29 +115,32 @@ def rank_split(
     task = Task(against, not against and request.exclude_history, config.job.seed)
     most = request.max_events or max(1, AUTO_CANDIDATES // (1 + against if against else num_items))
     examples = splits[request.evaluation_split]
-    queries = queries_of(store, examples, config.data.max_history_length, most, config.main_task)
+    queries = queries_of(store, examples, config.data.max_history_length, most, config.main_task, request.queries)
+    asked = request.queries
     if not len(queries):
-        return {"num_events": 0}
+        return {f"num_{asked}": 0}
     thinned = len(queries) < queries.num_in_split
-    text = f"ranking {len(queries):,} of {queries.num_in_split:,} events"
+    text = f"ranking {len(queries):,} of {queries.num_in_split:,} {asked}"
     say(text + (": whole users, evenly spaced; --max_events=all ranks all" if thinned else ""))
     started = time.perf_counter()
 
     def progress(share: float, seconds: float) -> None:
-        say(f"ranked {share:.0%} of this worker's events, {duration(seconds / share * (1 - share))} left")
+        say(f"ranked {share:.0%} of this worker's {asked}, {duration(seconds / share * (1 - share))} left")
 
     positions = rank(store, queries, task, scorer, request.ks[-1], runtime, progress)
     seconds = time.perf_counter() - started
     popularity = item_counts(store, splits)
     category_of = next(iter(store.item_features.values()), None)
-    parts = by_user(queries, positions, popularity, request.ks, category_of)
+    of_hits = request.ndcg_ideal == HITS
+    parts = by_user(queries, positions, popularity, request.ks, category_of, of_hits)
     floor = rank(store, queries, task, PopularityScorer(popularity[: num_items + 1]), request.ks[-1], runtime)
-    of_floor = _ratios(by_user(queries, floor, popularity, request.ks, category_of))
+    of_floor = _ratios(by_user(queries, floor, popularity, request.ks, category_of, of_hits))
     of_floor |= coverages(floor, num_items, request.ks)
-    found = _facts(store, queries, task, positions) | {
+    facts = _facts_of_users if asked == USERS else _facts
+    found = facts(store, queries, task, positions) | {
         "ks": list(request.ks),
-        "events_per_second": len(queries) / seconds,
-        "seconds_for_all_events": seconds / len(queries) * queries.num_in_split,
+        f"{asked}_per_second": len(queries) / seconds,
+        f"seconds_for_all_{asked}": seconds / len(queries) * queries.num_in_split,
         "metrics": _ratios(parts) | coverages(positions, num_items, request.ks),
         "floors": {"popularity": of_floor},
     }
@@ -149,13 +152,7 @@ def rank_split(
 
 def _facts(store: EventStore, queries: Queries, task: Task, positions: TargetPositions) -> dict[str, Any]:
     """Returns the entries that say which events were ranked against which candidates."""
-    against = task.num_negatives
-    fewer = "up to " if against and (positions.num_candidates <= against).any() else ""
-    return {
-        "ranked_against": f"{fewer}{against} items that the user never touched" if against else "all items",
-        "rank_against": against or ALL,
-        "exclude_history": task.exclude_history,
-        "comparable_only_with": "figures that rank against as many candidates, chosen in the same way",
+    return _facts_of_candidates(queries, task, positions) | {
         "num_events": len(queries),
         "num_events_in_split": queries.num_in_split,
         "num_events_without_history": int((queries.history_ends == queries.history_starts).sum()),
@@ -166,11 +163,38 @@ def _facts(store: EventStore, queries: Queries, task: Task, positions: TargetPos
     }
 
 
+def _facts_of_users(store: EventStore, queries: Queries, task: Task, positions: TargetPositions) -> dict[str, Any]:
+    """Returns the same of users who were asked once."""
+    return _facts_of_candidates(queries, task, positions) | {
+        "queries": USERS,
+        "num_users": len(queries),
+        "num_users_in_split": queries.num_in_split,
+        "num_users_without_history": int((queries.history_ends == queries.history_starts).sum()),
+        "num_targets": len(queries.targets),
+        "num_targets_of_repeats": _num_repeats(store, queries),
+        "num_targets_tied": int((positions.tied > 0).sum()),
+        "mean_num_candidates": float(positions.num_candidates.mean()),
+    }
+
+
+def _facts_of_candidates(queries: Queries, task: Task, positions: TargetPositions) -> dict[str, Any]:
+    against = task.num_negatives
+    others = positions.num_candidates - (1 if queries.num_targets is None else queries.num_targets)
+    fewer = "up to " if against and (others < against).any() else ""
+    return {
+        "ranked_against": f"{fewer}{against} items that the user never touched" if against else "all items",
+        "rank_against": against or ALL,
+        "exclude_history": task.exclude_history,
+        "comparable_only_with": "figures that rank against as many candidates, chosen in the same way",
+    }
+
+
 def _ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     return {name: float(above.sum() / below.sum()) for name, (above, below) in parts.items()}
 
 
 def _num_repeats(store: EventStore, queries: Queries) -> int:
-    """Counts the events of an item that the user's history has."""
-    windows = zip(queries.targets, queries.seen_starts, queries.history_ends, strict=True)
+    """Counts the targets that the user's history has."""
+    query_of = queries.query_of
+    windows = zip(queries.targets, queries.seen_starts[query_of], queries.history_ends[query_of], strict=True)
     return sum(int((store.history_item_ids[start:end] == target).any()) for target, start, end in windows)

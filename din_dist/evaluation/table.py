@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from din_dist.evaluation.request import EVENTS, USERS
 from din_dist.schema import METRICS_OF_TASKS, metric_of
 from din_dist.text import duration, printable
 
@@ -69,17 +70,19 @@ def _score(value: float) -> str:
 
 
 def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
-    if not found["num_events"]:
+    asked, sought = _asked_and_sought(found)
+    if not found[f"num_{asked}"]:
         return [f"  no positive event in the {split} split to rank"]
     against = found["ranked_against"]
     if found["exclude_history"]:
         against += " but those of the user's history"
-    lines = [
-        f"  {found['num_events']:,} of {found['num_events_in_split']:,} events, each ranked against {against}; "
-        "comparable only with figures so ranked",
-    ]
-    if found["num_events_of_repeats"]:
-        share = found["num_events_of_repeats"] / found["num_events"]
+    number, in_split = found[f"num_{asked}"], found[f"num_{asked}_in_split"]
+    words = "each ranked"
+    if asked == USERS:
+        words = f"each asked once, {found['num_targets']:,} items chosen in all, ranked"
+    lines = [f"  {number:,} of {in_split:,} {asked}, {words} against {against}; comparable only with figures so ranked"]
+    if found[f"num_{sought}_of_repeats"]:
+        share = found[f"num_{sought}_of_repeats"] / found[f"num_{sought}"]
         lines.append(
             f"  {share:.1%} of them are of an item that the user had before"
             + ("; with many, --noexclude_history is the fairer task" if found["exclude_history"] else "")
@@ -101,20 +104,21 @@ def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
         f"  {'mean 1 / place':<20} {metrics['mrr']:9.4f}  {_interval(intervals.get('mrr'), '.4f')}".rstrip()
         + f"  (popularity {floor['mrr']:.4f})"
     )
-    rate, whole = found["events_per_second"], found["seconds_for_all_events"]
-    thinned = found["num_events"] < found["num_events_in_split"]
-    lines.append(f"  {rate:,.1f} events/s" + (f"; all would take about {duration(whole)}" if thinned else ""))
+    rate, whole = found[f"{asked}_per_second"], found[f"seconds_for_all_{asked}"]
+    thinned = number < in_split
+    lines.append(f"  {rate:,.1f} {asked}/s" + (f"; all would take about {duration(whole)}" if thinned else ""))
     return lines
 
 
 def _stages(stages: Mapping[str, Any], ranked: Mapping[str, Any], num_retrieved: int) -> list[str]:
     """Returns recall and NDCG of both models together beside each of them alone."""
-    if not ranked["num_events"]:
+    asked, sought = _asked_and_sought(ranked)
+    if not ranked[f"num_{asked}"]:
         return []
     names = {f"found ({num_retrieved})": stages["found"], "  and ranked": stages["found_and_ranked"]}
     names["all ranked"] = ranked
     lines = []
-    if ranked["exclude_history"] and ranked["num_events_of_repeats"]:
+    if ranked["exclude_history"] and ranked[f"num_{sought}_of_repeats"]:
         lines.append("  An item of the history is never found, but it is ranked where it is the chosen one.")
     for metric in ("recall", "ndcg"):
         lines.append(f"  {metric:<20}" + "".join(f"{f'@{k}':>{_WIDTH}}" for k in ranked["ks"]))
@@ -125,6 +129,12 @@ def _stages(stages: Mapping[str, Any], ranked: Mapping[str, Any], num_retrieved:
                 bounds = [f"{_interval(intervals.get(key), '.4f'):>{_WIDTH}}" for key in keys]
                 lines.append(f"    {'  95 % interval':<18}" + "".join(bounds))
     return lines
+
+
+def _asked_and_sought(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns what is asked and what is sought, as the names of their counts have it."""
+    asked = found.get("queries", EVENTS)
+    return asked, "targets" if asked == USERS else EVENTS
 
 
 def _cells(metrics: Mapping[str, float], keys: Sequence[str], form: str) -> str:

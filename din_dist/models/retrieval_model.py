@@ -29,6 +29,7 @@ class PackedHistories(NamedTuple):
     history_of: tf.Tensor  # int32 [N], ascending
     lengths: tf.Tensor  # int32 [B]
     context: tf.Tensor | None = None  # float32 [B, C], the columns of user and context features; None without any
+    ages: tf.Tensor | None = None  # float32 [B], as of `Batch.example_ages`; None: users are asked now
 
     @property
     def num_histories(self) -> tf.Tensor:
@@ -137,7 +138,8 @@ class RetrievalModel(BehaviourModel):
         lengths = batch.history_lengths
         num_positions = tf.size(batch.history_item_ids)
         context = self.context(batch.features, mode)
-        return PackedHistories(vectors, index[:num_positions], segment_ids(lengths, mode), lengths, context)
+        ages = batch.example_ages if mode.training and "example_ages" in batch.extras else None
+        return PackedHistories(vectors, index[:num_positions], segment_ids(lengths, mode), lengths, context, ages)
 
     def read_out(self, interests: tf.Tensor, query: tf.Tensor) -> tf.Tensor:
         """Returns one vector of each user, float32 `[B, H]`.

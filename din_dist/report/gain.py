@@ -121,7 +121,7 @@ def _order(store: EventStore, examples: Examples, owner: Owner, random: np.rando
         case Owner.HISTORY:
             return random.permutation(len(store.behaviour_times))
         case Owner.USER:
-            order, rows = np.arange(store.facts.num_users), np.asarray(examples.users, np.int64)
+            order, rows = np.arange(store.facts.num_users), np.unique(examples.users).astype(np.int64)
         case _:
             order, rows = np.arange(store.facts.num_events), examples.events()
     order[rows] = random.permutation(rows)

@@ -25,6 +25,7 @@ from din_dist.config import (
     AttentionNormalization,
     BatchNorm,
     Config,
+    HistoryCut,
     ModelKind,
     OptimizerKind,
     Schedule,
@@ -60,10 +61,15 @@ _MODEL_NAMES = {  # another model is called by its name in the flags
     ModelKind.MIND: "MIND, which finds items",
     ModelKind.SR_GNN: "SR-GNN, which finds items",
 }
+_CUTS = {
+    HistoryCut.RANDOM: "each epoch draws anew where history ends and target begins",
+    HistoryCut.FIXED: "the later events of training, all with the history of the first 80 % of them",
+}
 _SPLITS = {
     Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",
     Split.LEAVE_TWO_OUT: "each user's last event tests, the last but one validates",
     Split.TEMPORAL: "cut by time",
+    Split.USERS: "8 of 10 users train, one validates, one tests by the last fifth of the events",
 }
 
 
@@ -224,6 +230,8 @@ def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
     ends = f", which end {data.facts.histories_end}" if data else ""
     behaviours = f"behaviours of {config.data.behaviours_path}" if config.data.behaviours_path else "events"
     rows.append(("History", f"{_lengths(config)} {behaviours}{ends}"))
+    if cut := _CUTS.get(config.data.history_cut):
+        rows.append(("Examples of a user", cut))
     if not data or not data.facts.has_labels:
         redrawn = ", redrawn each epoch" if config.data.resample_negatives else ""
         drawn = f"{config.data.negatives_per_positive} per positive{redrawn}; "
@@ -254,6 +262,8 @@ def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, s
     if model.model.retrieves:
         against = f"{model.num_sampled:,} items, drawn {model.sampler}"
         rows.append(("Softmax", f"over {against if model.softmax is Softmax.SAMPLED else 'all items'}"))
+        if model.example_age:
+            rows.append(("Age of an example", "told to the tower in training, 0 otherwise"))
         if model.model.has_positions:
             rows.append(("Interests", f"{model.num_interests} of a user"))
     else:

@@ -55,6 +55,7 @@ def test_mean_pooling_by_hand() -> None:
     [
         ({"model": ModelKind.YOUTUBE_DNN, "tower_units": (5,)}, [(10, 6, 5), (10, 5, 6)]),
         ({"model": ModelKind.YOUTUBE_DNN, "tower_units": ()}, [(10, 6, 6)]),
+        ({"model": ModelKind.YOUTUBE_DNN, "tower_units": (), "example_age": True}, [(10, 9, 6)]),
         ({"model": ModelKind.COMIREC_SA, "num_interests": 3}, [(20, 6, 24), (70, 24, 3)]),
         ({"model": ModelKind.COMIREC_DR, "num_interests": 3}, [(70, 6, 18)]),
         ({"model": ModelKind.MIND, "num_interests": 3}, [(20, 6, 6), (30, 6, 6)]),

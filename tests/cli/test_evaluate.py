@@ -190,6 +190,11 @@ def test_lists_of_the_default_are_no_longer_than_there_are_candidates(job: Path,
         (("--data_path=/nowhere.parquet",), "/nowhere.parquet"),
         (("--export_dir=/nowhere",), "/nowhere: must be an export. Received: no such folder"),
         (("--export_dir=x", "--expect_digest=abc"), "--expect_digest: must be the SHA-256 of a manifest, 64 hex"),
+        (("--ndcg_ideal=hits",), "--ndcg_ideal: is for --queries=users, in which there are several. Received: 'hits'"),
+        (
+            ("--queries=users", "--rank_against=none"),
+            "--queries: are those of retrieval metrics. Received: 'users'. Drop it, or give --rank_against=all.",
+        ),
         ((f"--expect_digest={'0' * 64}",), "--expect_digest: is for an export. Received: '000"),
     ],
 )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
-from tests.support.commands import assert_one_line
+from tests.support.commands import assert_one_line, command
 from tests.support.commands import run as run_command
 from tests.support.finished_job import finish, run
 from tests.support.preloaded import Preloaded
@@ -46,6 +49,75 @@ def test_the_report_tells_what_it_is(folder: Path, commands: Preloaded) -> None:
         assert words in page
 
 
+@pytest.fixture(scope="module")
+def unseen(commands: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job that trains as ComiRec does, on users other than those of its tests."""
+    folder = tmp_path_factory.mktemp("unseen")
+    write_log(folder / "log.parquet", num_users=300)
+    words = ["--model=youtube_dnn", "--split=users", "--history_cut=random", "--num_sampled=20", "--learning_rate=0.02"]
+    words.append("--example_age")
+    finish(commands, folder, *words, "--epochs=2", export=False)
+    run(commands, "train", *command("train", folder, *words, "--epochs=4")[3:])
+    return folder
+
+
+def test_users_who_did_not_train_are_asked_once(unseen: Path, commands: Preloaded) -> None:
+    words = [
+        f"--output_dir={unseen / 'run'}",
+        "--queries=users",
+        "--ndcg_ideal=hits",
+        "--ks=5,10",
+        "--noexclude_history",
+    ]
+    done = commands.run("evaluate", *words)
+    assert done.returncode == 0, done.stderr
+    retrieval = json.loads(done.stdout.splitlines()[-1])["retrieval"]
+    assert retrieval["queries"] == "users"
+    for name in ("recall@5", "ndcg@5", "hit_rate@5"):
+        assert retrieval["metrics"][name] > 1.2 * retrieval["floors"]["popularity"][name]
+
+
+def test_its_export_asks_for_no_age(unseen: Path, commands: Preloaded) -> None:
+    """Its signatures have no such input, and users are asked now, as the job itself asks them."""
+    run(commands, "export", f"--output_dir={unseen / 'run'}", f"--export_dir={unseen / 'export'}")
+    signatures = tf.saved_model.load(unseen / "export").signatures
+    inputs = {name for signature in signatures.values() for name in signature.structured_input_signature[1]}
+    assert "history_item_ids" in inputs
+    assert not [name for name in inputs if "age" in name]
+    found = []
+    for name, folder in (("output_dir", "run"), ("export_dir", "export")):
+        words = [f"--{name}={unseen / folder}", "--queries=users", "--bootstrap_samples=0", "--ks=5"]
+        done = commands.run("evaluate", *words)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1])["retrieval"]["metrics"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_its_report_tells_how_examples_are_cut(unseen: Path, commands: Preloaded) -> None:
+    run(commands, "report", f"--output_dir={unseen / 'run'}")
+    page = (unseen / "run" / "report.html").read_text()
+    assert "each epoch draws anew where history ends and target begins" in page
+    assert "told to the tower in training, 0 otherwise" in page
+
+
+def test_other_cuts_do_not_resume_a_job(unseen: Path) -> None:
+    words = ["--model=youtube_dnn", "--split=users", "--num_sampled=20", "--learning_rate=0.02", "--epochs=5"]
+    done = run_command("train", unseen, *words)
+    assert_one_line(done, "--history_cut: random, now event; --example_age: True, now False")
+
+
+def test_a_fixed_history_is_trained_on(commands: Preloaded, tmp_path: Path) -> None:
+    """A fifth of the events are examples, and the job says so."""
+    write_log(tmp_path / "log.parquet", num_users=100)
+    words = ["--model=comirec_sa", "--split=leave_two_out", "--history_cut=fixed", "--num_sampled=20", "--epochs=1"]
+    finish(commands, tmp_path, *words, export=False)
+    done = commands.run("prepare_data", *command("train", tmp_path, *words)[3:])
+    sizes = np.unique(pq.read_table(tmp_path / "log.parquet")["user_id"].to_pylist(), return_counts=True)[1]
+    in_training = [size - 2 for size in sizes if size > 3]  # with the user's first event
+    expected = sum(size - max(1, int(0.8 * size)) for size in in_training)
+    assert f"examples (leave_two_out): train {expected:,}," in done.stdout
+
+
 def test_it_is_not_exported_yet(folder: Path, commands: Preloaded) -> None:
     done = commands.run("export", f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'export'}")
     assert done.returncode == 2
@@ -63,6 +135,8 @@ def test_it_is_not_exported_yet(folder: Path, commands: Preloaded) -> None:
         (["--num_interests=65"], "--num_interests: must be at least 1 and at most 64. Received: 65."),
         (["--num_sampled=0"], "--num_sampled: must be at least 1. Received: 0."),
         (["--temperature=0"], "--temperature: must be above 0. Received: 0.0."),
+        (["--example_age"], "--example_age: is for youtube_dnn. Received: '--model=comirec_sa'. Drop it, or use"),
+        (["--model=din", "--history_cut=fixed"], "--history_cut: is for models that find items, and din ranks."),
         (
             ["--model=din", "--negatives_per_positive=0"],
             "--negatives_per_positive: a model that ranks needs",
@@ -95,7 +169,6 @@ def test_features_that_are_not_read_are_refused(tmp_path: Path, commands: Preloa
 
 def _with_column(path: Path, name: str) -> None:
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     table = pq.read_table(path)
     users = pc.dictionary_encode(table["user_id"]).combine_chunks()

@@ -5,20 +5,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from din_dist.data.hashing import hash64, place_in_random_order
 from din_dist.execution import Execution
+from tests.support.splitmix import splitmix
 
 
-def split_mix(*parts):
-    """The fold in plain Python: add the part and the golden gamma, then SplitMix64's finalizer."""
-    state = 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state
-
-
-def test_the_published_first_number_of_split_mix():
+def test_the_published_first_number_of_splitmix():
     """SplitMix64 of seed 0 begins with 0xE220A8397B1DCDAF."""
     assert int(hash64(0).numpy()) == 0xE220A8397B1DCDAF
 
@@ -30,18 +20,18 @@ def test_the_published_first_number_of_split_mix():
 )
 def test_equals_the_fold_in_plain_python(parts):
     """As Python integers and, where they fit, as int64 tensors; and by the kernel, of vectors."""
-    assert int(hash64(*parts).numpy()) == split_mix(*parts)
+    assert int(hash64(*parts).numpy()) == splitmix(*parts)
     first, *others = parts
     vector = tf.constant(np.array([first, 5], np.int64 if first < 0 else np.uint64))
-    expected = [split_mix(*parts), split_mix(5, *others)]
+    expected = [splitmix(*parts), splitmix(5, *others)]
     assert hash64(vector, *others, execution=Execution(kernels=True)).numpy().tolist() == expected
     if all(-(2**63) <= part < 2**63 for part in parts):
-        assert int(hash64(*(tf.constant(part, tf.int64) for part in parts)).numpy()) == split_mix(*parts)
+        assert int(hash64(*(tf.constant(part, tf.int64) for part in parts)).numpy()) == splitmix(*parts)
 
 
 def test_parts_broadcast_and_a_graph_gives_the_same():
     events, draws = tf.constant([[5], [-6]], tf.int64), tf.constant([0, 1, 2], tf.int32)
-    expected = [[split_mix(9, event, draw) for draw in (0, 1, 2)] for event in (5, -6)]
+    expected = [[splitmix(9, event, draw) for draw in (0, 1, 2)] for event in (5, -6)]
     hashed = hash64(9, events, draws)
     assert hashed.dtype == tf.uint64
     assert_array_equal(hashed, np.array(expected, np.uint64))

@@ -20,6 +20,7 @@ from din_dist.data.event_store import EventStore
 from din_dist.data.prepared import prepare
 from din_dist.data.splits import Examples, split_examples
 from din_dist.distributed.runtime import Runtime
+from din_dist.evaluation.request import USERS
 from din_dist.evaluation.retrieval import (
     ModelScorer,
     PopularityScorer,
@@ -159,6 +160,120 @@ def test_places_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -
     assert (other != flat).any()
 
 
+@dataclasses.dataclass
+class Asked:
+    """What a user is asked once, by hand."""
+
+    event: int
+    seen: list[int]
+    targets: list[int]
+
+
+def asked_users(case: Case) -> dict[int, Asked]:
+    store, found = case.store, {}
+    for user in range(store.facts.num_users):
+        begin, end = store.user_offsets[user : user + 2]
+        own = [event for event in range(begin, end) if event in set(case.examples.events().tolist())]
+        chosen = [event for event in own if store.labels is None or store.labels[event]]
+        if chosen:
+            before = [e for e in range(begin, own[0]) if store.labels is None or store.labels[e]]
+            targets = sorted({int(store.item_ids[event]) for event in chosen})
+            found[user] = Asked(own[0], [int(store.item_ids[event]) for event in before], targets)
+    return found
+
+
+def test_users_are_asked_once_for_all_that_they_chose(case: Case) -> None:
+    queries, expected = queries_of(case.store, case.examples, LONGEST, 10**9, by=USERS), asked_users(case)
+    assert queries.users.tolist() == list(expected)
+    assert queries.num_in_split == len(expected)
+    assert queries.targets.tolist() == [item for asked in expected.values() for item in asked.targets]
+    assert queries.num_targets is not None
+    assert queries.num_targets.tolist() == [len(asked.targets) for asked in expected.values()]
+    assert len(queries.targets) < len(case.queries)  # some chose an item twice
+    for place, asked in enumerate(expected.values()):
+        window = slice(queries.history_starts[place], queries.history_ends[place])
+        assert queries.events[place] == asked.event
+        assert case.store.history_item_ids[window].tolist() == asked.seen[-LONGEST:]
+    some = queries[2:5]
+    assert some.users.tolist() == list(expected)[2:5]
+    assert some.targets.tolist() == [item for asked in [*expected.values()][2:5] for item in asked.targets]
+    assert some.query_of.tolist() == np.repeat(np.arange(3), queries.num_targets[2:5]).tolist()
+    few = queries_of(case.store, case.examples, LONGEST, 5, by=USERS)
+    assert 0 < len(few) <= 5
+    assert few.num_in_split == len(expected)
+    assert few.targets.tolist() == [item for user in few.users for item in expected[user].targets]
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_places_of_all_that_users_chose(case: Case, exclude: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other targets are candidates like every other item, and none of them is left out."""
+    num_items, scorer = case.store.facts.num_items, FewScores(case.store.facts.num_items)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "SCORES_BYTES", 4 * num_items * 7)
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "QUERIES_AT_ONCE", 3)
+    queries, expected = queries_of(case.store, case.examples, LONGEST, 10**9, by=USERS), asked_users(case)
+    places = rank(case.store, queries, Task(0, exclude, seed=1), scorer, 28, Runtime())
+    target_place = 0
+    for query, asked in enumerate(expected.values()):
+        left_out = set(asked.seen) - set(asked.targets) if exclude else set()
+        every = set(range(1, num_items + 1)) - left_out
+        scores = {item: scorer.one(asked.seen[-LONGEST:], item) for item in every}
+        assert places.num_candidates[query] == len(scores)
+        best = sorted(scores, key=lambda item: (-scores[item], item))
+        assert places.top_items[query].tolist() == [*best, *[0] * 28][:28]
+        for target in asked.targets:
+            others = [score for item, score in scores.items() if item != target]
+            assert places.greater[target_place] == sum(score > scores[target] for score in others)
+            assert places.tied[target_place] == sum(score == scores[target] for score in others)
+            target_place += 1
+    assert target_place == len(places.greater)
+
+
+def test_places_of_all_that_users_chose_among_drawn_items(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, scorer, expected = case.store, FewScores(case.store.facts.num_items), asked_users(case)
+    queries, task = queries_of(store, case.examples, LONGEST, 10**9, by=USERS), Task(4, False, seed=1)
+    flat, counts = drawn_negatives(store, queries, task)
+    negatives = np.split(flat, np.cumsum(counts)[:-1])
+    places = rank(store, queries, task, scorer, 12, Runtime())
+    target_place = 0
+    for query, asked in enumerate(expected.values()):
+        drawn = negatives[query].tolist()
+        assert not set(drawn) & set(asked.targets)
+        scores = {int(item): scorer.one(asked.seen[-LONGEST:], int(item)) for item in [*asked.targets, *drawn]}
+        assert places.num_candidates[query] == len(scores)
+        best = sorted(scores, key=lambda item: (-scores[item], item))
+        assert places.top_items[query].tolist() == [*best, *[0] * 12][:12]
+        for target in asked.targets:
+            others = [score for item, score in scores.items() if item != target]
+            assert places.greater[target_place] == sum(score > scores[target] for score in others)
+            assert places.tied[target_place] == sum(score == scores[target] for score in others)
+            target_place += 1
+    monkeypatch.setattr(din_dist.evaluation.retrieval, "PAIRS_AT_ONCE", 50)
+    again = rank(store, queries, task, scorer, 12, Runtime())
+    for name in ("greater", "tied", "num_candidates", "top_items"):
+        assert_array_equal(getattr(again, name), getattr(places, name))
+
+
+def test_two_ranks_that_ask_users_are_one(case: Case) -> None:
+    queries, task = queries_of(case.store, case.examples, LONGEST, 10**9, by=USERS), Task(0, True, seed=1)
+    scorer = FewScores(case.store.facts.num_items)
+    whole = rank(case.store, queries, task, scorer, 5, Runtime())
+    parts = [rank(case.store, queries, task, scorer, 5, OneOf(number)) for number in range(2)]
+    for name in ("greater", "tied", "num_candidates", "top_items"):
+        assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+class OneOf(Runtime):
+    """One of two ranks, which gathers nothing."""
+
+    world_size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return 2 * np.asarray(values)
+
+
 class Sums(RankingModel):
     """A toy model that `CatalogueScorer` does not know; its head does not see the candidate by itself."""
 
@@ -197,16 +312,6 @@ def test_a_model_ranks_as_one_by_one(
 
 def test_two_ranks_end_to_end_are_one(case: Case) -> None:
     """Each takes its run; what they gather is the whole."""
-
-    class OneOf(Runtime):
-        world_size = 2
-
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-
-        def sum(self, values: np.ndarray) -> np.ndarray:
-            return 2 * np.asarray(values)
-
     task, scorer = Task(0, True, seed=1), FewScores(case.store.facts.num_items)
     whole = rank(case.store, case.queries, task, scorer, 5, Runtime())
     parts = [rank(case.store, case.queries, task, scorer, 5, OneOf(number)) for number in range(2)]
@@ -270,3 +375,58 @@ def test_metrics_by_hand() -> None:
     assert ratios == {name: pytest.approx(value) for name, value in expected.items()}
     assert_array_equal(parts["recall@2"][0], [1, 1])
     assert coverages(places, 8, [1, 2]) == {"coverage@1": 2 / 8, "coverage@2": 2 / 8}
+
+
+def test_metrics_of_users_by_hand() -> None:
+    """User 3 sought items 5, 6 and 7 and finds them in places 1, 4 and 2; user 8 sought item 5, in place 2.
+
+    Chosen ten times, twice and never: the median of four targets is 6, so items 6 and 7 are rare.
+    """
+    none = np.zeros(2, np.int64)
+    num_targets = np.array([3, 1])
+    queries = Queries(none, np.array([3, 8]), np.array([5, 6, 7, 5]), none, none, none, 2, num_targets)
+    top_items = np.array([[5, 7], [6, 5]])
+    greater = np.array([0, 3, 1, 1])
+    places = din_dist.evaluation.retrieval.TargetPositions(greater, np.zeros(4, np.int64), none + 4, top_items)
+    popularity = np.array([99, 0, 0, 0, 0, 10, 2, 0, 0])
+
+    def ratios(*, of_hits: bool) -> dict[str, float]:
+        parts = by_user(queries, places, popularity, [1, 2, 4], ideal_of_hits=of_hits)
+        return {name: above.sum() / below.sum() for name, (above, below) in parts.items()}
+
+    second, third, fourth = (1 / math.log2(1 + place) for place in (2, 3, 4))
+    ideal_of_three = 1 + second + third
+    expected = {
+        "mrr": (1 + 1 / 2) / 2,
+        "recall@1": (1 / 3 + 0) / 2,
+        "recall@2": (2 / 3 + 1) / 2,
+        "recall@4": 1,
+        "ndcg@1": (1 + 0) / 2,
+        "ndcg@2": ((1 + second) / (1 + second) + second) / 2,
+        "ndcg@4": ((1 + second + fourth) / ideal_of_three + second) / 2,
+        "hit_rate@1": 1 / 2,
+        "hit_rate@2": 1,
+        "hit_rate@4": 1,
+        "mean_popularity@1": (10 + 2) / 2,
+        "mean_popularity@2": (10 + 0 + 2 + 10) / 4,
+        "mean_popularity@4": (10 + 0 + 2 + 10) / 4,
+        "rare_mrr": 1 / 2,
+        "rare_recall@1": 0,
+        "rare_recall@2": 1 / 2,
+        "rare_recall@4": 1,
+        "rare_ndcg@1": 0,
+        "rare_ndcg@2": second / (1 + second),
+        "rare_ndcg@4": (second + fourth) / (1 + second),
+        "rare_hit_rate@1": 0,
+        "rare_hit_rate@2": 1,
+        "rare_hit_rate@4": 1,
+    }
+    found = ratios(of_hits=False)
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+    of_hits = {
+        "ndcg@1": (1 + 0) / 2,
+        "ndcg@2": (1 + second) / 2,
+        "rare_ndcg@2": second,
+        "rare_ndcg@4": (second + fourth) / (1 + second),
+    }
+    assert ratios(of_hits=True) == {name: pytest.approx(value) for name, value in {**expected, **of_hits}.items()}

@@ -30,9 +30,11 @@ from tests.support.reference.compare import CATEGORY_OF, FACTS, ITEM_FEATURES, N
 HISTORIES = [[3, 1, 4, 1], [], [5], [9, 2, 6, 5, 3, 5, 9, 2], [7, 7], [8, 2, 8, 1, 8, 2, 12]]
 TARGETS = [3, 7, 12, 2, 7, 10]
 SAMPLED = [1, 7, 11, 11, 4, 2, 9]  # targets among them, and one twice
+AGES = [0.0, 1.0, 0.25, 0.5, 0.04, 0.81]
 LONGEST = max(map(len, HISTORIES))
 FORMS: list[dict] = [
     *({"model": ModelKind.YOUTUBE_DNN, "tower_units": units} for units in ((), (6,), (6, 5))),
+    {"model": ModelKind.YOUTUBE_DNN, "tower_units": (6,), "example_age": True},
     *(
         {"model": ModelKind.COMIREC_SA, "positions": positions, "interest_weights": weights}
         for positions, weights in itertools.product(PositionVectors, InterestWeights)
@@ -68,6 +70,7 @@ def packed(targets: list[int] = TARGETS, histories: list[list[int]] = HISTORIES)
         sampled_item_ids=tf.constant(SAMPLED, tf.int32),
         sampled_offsets=tf.constant(random.normal(size=len(SAMPLED)), tf.float32),
         logit_offsets=tf.constant(random.normal(size=len(targets)), tf.float32),
+        example_ages=tf.constant(AGES, tf.float32),
     )
 
 
@@ -86,15 +89,17 @@ class Reference:
         """Returns the vectors of all items, `[num_items + 1, H]`."""
         return np.concatenate([weights["lookup/item"], weights["lookup/category_id"][CATEGORY_OF]], axis=1)
 
-    def interests(self, weights: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns `[B, K, H]`."""
+    def interests(self, weights: dict[str, np.ndarray], ages: list[float] | None = None) -> np.ndarray:
+        """Returns `[B, K, H]`, in training with the ages of the examples."""
         table = self.table(weights)
         mask = np.array([[1.0] * len(row) + [0.0] * (LONGEST - len(row)) for row in HISTORIES])
         ids = np.array([row + [0] * (LONGEST - len(row)) for row in HISTORIES])
         rows = table[ids] * mask[..., None]
         match self._config["model"]:
             case ModelKind.YOUTUBE_DNN:
-                return padded.youtube_dnn(weights, rows, mask)
+                if not self._config.get("example_age"):
+                    return padded.youtube_dnn(weights, rows, mask)
+                return padded.youtube_dnn(weights, rows, mask, padded.age_columns(ages or [0.0] * len(HISTORIES)))
             case ModelKind.COMIREC_SA:
                 with_softmax = self._config["interest_weights"] is InterestWeights.SOFTMAX
                 return padded.comirec_sa(weights, rows, mask, with_softmax=with_softmax)
@@ -109,7 +114,7 @@ class Reference:
     def losses(self, weights: dict[str, np.ndarray], batch: Batch) -> np.ndarray:
         """Returns the loss of each example `[B]`, written out example by example."""
         normalizes = self._config.get("normalize_vectors", False)
-        table, interests = self.table(weights), self.interests(weights)
+        table, interests = self.table(weights), self.interests(weights, AGES)
         if normalizes:
             table, interests = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (table, interests))
         hard = self._config.get("readout", Readout.HARD) is Readout.HARD

@@ -35,7 +35,7 @@ class Job(NamedTuple):
 JOBS = {
     "one": Job(tuple(CASES), (1,)),
     "two": Job(tuple(CASES), (2,)),
-    "three": Job(("sgd", "tasks", "comirec_sa"), (3,)),
+    "three": Job(("sgd", "tasks", "comirec_sa", "youtube_dnn"), (3,)),
     "three_more": Job(("lazy_adam", "features"), (3,)),
     # These share no memory.
     "by_messages": Job(("lazy_adam", "comirec_sa"), (2,)),

@@ -25,6 +25,7 @@ from din_dist.config import (
     BatchNorm,
     Config,
     DataConfig,
+    HistoryCut,
     ModelKind,
     Negatives,
     OptimizerKind,
@@ -108,12 +109,22 @@ CASES: dict[str, dict] = {
         "unknown_item": UnknownItem.FEATURES,
         "unknown_item_rate": 0.3,
     },
+    "youtube_dnn": {
+        "model": ModelKind.YOUTUBE_DNN,
+        "optimizer": OptimizerKind.ADAGRAD,
+        "learning_rate": 0.05,
+        "num_sampled": 20,
+        "split": Split.USERS,
+        "history_cut": HistoryCut.RANDOM,
+        "example_age": True,
+    },
     "sr_gnn": {
         "model": ModelKind.SR_GNN,
         "optimizer": OptimizerKind.ADAGRAD,
         "learning_rate": 0.05,
         "clip_norm": 1.0,
         "softmax": Softmax.FULL,
+        "session_gap": "2",
     },
 }
 OWN_FILES = {"sgd": {"behaviours_path": "behaviours.parquet"}, "tasks": {"data_path": "tasks.parquet"}}

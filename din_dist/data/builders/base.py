@@ -173,6 +173,7 @@ def write_beside(
         has_request_times=schema.BLOCK_REQUEST_TIMES in tally.more,
         has_label_times=schema.BLOCK_LABEL_TIMES in tally.more,
         has_weights=schema.BLOCK_WEIGHTS in tally.more,
+        has_sessions=schema.BLOCK_SESSION_PLACES in tally.more,
         tasks=log.tasks,
         actions=log.actions,
         num_behaviours=log.behaviours.kept if log.behaviours else None,

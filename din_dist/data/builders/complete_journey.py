@@ -42,22 +42,23 @@ COLUMNS = Columns(USER_COLUMN, ITEM_COLUMN, "transaction_timestamp", label="", i
 
 @dataclasses.dataclass(eq=False)
 class CompleteJourneyConfig(tfds.core.BuilderConfig):
-    """The columns of the package to read beside those of every log: of features, requests, weights and actions."""
+    """The columns of the package to read beside those of every log: of features, requests, sessions and others."""
 
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
     columns: Columns = dataclasses.field(default_factory=lambda: COLUMNS)
 
     @classmethod
     def of(
-        cls, features: RawColumns, request: str = "", weight: str = "", action: str = ""
+        cls, features: RawColumns, request: str = "", weight: str = "", action: str = "", session: str = ""
     ) -> CompleteJourneyConfig | None:
         """Makes a configuration whose name, and so whose folder, follows from the columns; None without any."""
-        if not features.columns and not request and not weight and not action:
+        later = {"weight": weight, "action": action, "session": session}
+        if not features.columns and not request and not any(later.values()):
             return None
-        more = {"request": request} | ({"weight": weight} if weight else {}) | ({"action": action} if action else {})
+        more = {"request": request} | {name: column for name, column in later.items() if column}
         key = json.dumps([*features.name_parts(), *([more] if any(more.values()) else [])])
         name = f"features_{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-        columns = dataclasses.replace(COLUMNS, request=request, weight=weight, action=action)
+        columns = dataclasses.replace(COLUMNS, request=request, weight=weight, action=action, session=session)
         return cls(name=name, features=features, columns=columns)
 
 

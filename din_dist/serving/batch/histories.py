@@ -16,6 +16,7 @@ import tensorflow as tf
 from din_dist.data.event_store import ITEMS, USERS, EventStore, HistorySet
 from din_dist.data.histories import earlier_by
 from din_dist.errors import InputError
+from din_dist.schema import BY_COLUMN
 from din_dist.serving.given_behaviours import GivenBehaviours, by_user
 from din_dist.serving.own_values import OwnValues
 from din_dist.tables.ids import Ids
@@ -238,13 +239,35 @@ class UserHistories:
             before: int64 `[R]`; None: all are known.
         """
         known = users >= 0
+        owners = users
+        if self._store.sessions is not None:
+            owners = np.full(len(users), -1, np.int64)
+            owners[known] = self._sessions_at(users[known], None if before is None else before[known])
+            known = owners >= 0
         starts, ends = np.zeros((2, len(users)), np.int64)
-        starts[known], ends[known] = history.offsets[users[known]], history.offsets[users[known] + 1]
+        starts[known], ends[known] = history.offsets[owners[known]], history.offsets[owners[known] + 1]
         if before is None:
             return starts, ends, ends
         earlier = ends.copy()
-        earlier[known] = self._ends_before(history, users[known], before[known])
+        earlier[known] = self._ends_before(history, owners[known], before[known])
         return starts, ends, earlier
+
+    def _sessions_at(self, users: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        """Returns the session that each user is in, that of the newest event, int64 `[R]`; -1 if it is over.
+
+        Args:
+            users: int64 `[R]`, numbers of users.
+            before: int64 `[R]`, only earlier events count; None: all do.
+        """
+        store = self._store
+        assert store.sessions is not None
+        if before is None:
+            return store.sessions[store.user_offsets[users + 1] - 1]
+        last = _num_before(store.timestamps, store.user_offsets, users, before) - 1
+        has_one = last >= store.user_offsets[users]
+        if store.facts.sessions != BY_COLUMN:
+            has_one &= before - store.timestamps[last] <= int(store.facts.sessions)
+        return np.where(has_one, store.sessions[last], -1)
 
     def user_features(self, column: Ids, names: Collection[str]) -> dict[str, Any]:
         """Returns the prepared users' own features of these names, `R` values each; an unknown user has none."""
@@ -276,7 +299,7 @@ class UserHistories:
 
         Args:
             history: of the store.
-            users: int64 `[R]`, numbers of users.
+            users: int64 `[R]`, numbers of users; of sessions, if histories are.
             before: int64 `[R]`, times.
         """
         store = self._store

@@ -41,6 +41,11 @@ def youtube_dnn(weights: Weights, rows: np.ndarray, mask: np.ndarray, context: n
     return dense(weights, "tower_output", found)[:, None]
 
 
+def age_columns(ages: list[float]) -> np.ndarray:
+    """Returns `[B, 3]`: each age, its square and its root, which stand behind the other inputs of the tower."""
+    return np.array([[age, age * age, age**0.5] for age in ages])
+
+
 def comirec_sa(weights: Weights, rows: np.ndarray, mask: np.ndarray, *, with_softmax: bool = True) -> np.ndarray:
     placed = rows
     if "positions" in weights:
