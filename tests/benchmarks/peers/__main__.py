@@ -15,13 +15,20 @@ With --features (declarations as of the trainer, ids alone) FuxiCTR has the same
 those of items beside the item, in histories too, and the others in its head. With --max_examples each system trains
 until it has seen so many, and the table compares the test GAUC there.
 
-With --long_history two histories are compared: ours has the newest 20 and the newest 20 of the candidate's category,
-and FuxiCTR's SIM the newest 20 and those 20 of the newest 100 whose vectors fit the candidate's best. Its attention is
-a product of two projections instead of units, and it has a second loss for what it chooses.
+With --histories (as of the trainer, with --action_column) both have the same several histories, each with an attention
+unit of its own. FuxiCTR's wheel installs no such model, so `fuxictr_histories` builds its repository's from its layers.
+Neither peer's DIN has a form for numbers beside each behaviour: FuxiCTR embeds a number of an example or of an item,
+and DeepCTR's sequences are of ids. So these are not compared.
+
+With --long_history beside --histories=all:20 one of two histories is searched. For --long_history=category_id:20 ours
+has the newest 20 and the newest 20 of the candidate's category, and FuxiCTR's SIM the newest 20 and those 20 of the
+newest 100 whose vectors fit the candidate's best. Its attention is a product of two projections instead of units, and
+it has a second loss for what it chooses.
 
 Each system is used as its documentation shows, so these differences remain:
-- Padding. DeepCTR fills every history up to 100, the width of its input; FuxiCTR up to the longest of the batch; ours
-  pads nothing. Histories here have 9 items on average: this, and the factored attention layer, is what is measured.
+- Padding. DeepCTR fills every history up to 100, the width of its input; FuxiCTR up to the longest of the batch, and
+  with --histories each up to its own limit; ours pads nothing. Histories of 5-core Amazon logs have 9 items on average:
+  this, and the factored attention layer, is what is measured there.
 - Tables. Adam moves all rows of the peers' tables at every step, and of ours those of the batch (`lazy_adam`).
 - Model. Ours follows the authors' code: scores divided by sqrt(H), a projection of the interest, the product of
   interest and candidate as a third input of the head, a bias an item, and scale and offset where they have batch
@@ -31,10 +38,11 @@ Each system is used as its documentation shows, so these differences remain:
 - Order. Each shuffles with its own generator: the peers all examples, ours the events, each with its negative beside it
   (`--group_negatives`, as in `launch/flags/recommended.flags`).
 - FuxiCTR clips gradients to norm 10 by default, and reads its batches in --loader_workers processes of their own, whose
-  memory is not counted. Its documented model is the one that its wheel installs, `model_zoo.LongCTR.DIN`.
+  memory is not counted. Its documented model is the one that its wheel installs, `model_zoo.LongCTR.DIN`, and with
+  --histories that of `fuxictr_histories`, whose loader holds all padded examples in memory.
 - Scores are logits from ours and probabilities from the peers: GAUC sees only their order.
 - Prepared data: ours is the whole folder (records, arrays, vocabularies of string ids). The peers' are arrays of dense
-  ids that our pipeline made; DeepCTR, which has no format, has its padded arrays.
+  ids that our pipeline made. DeepCTR, which has no format, has its padded arrays, and so has FuxiCTR with --histories.
 """
 
 from __future__ import annotations
@@ -55,9 +63,10 @@ import numpy as np
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.config import require
+from din_dist.config import ALL_BEHAVIOURS, DataConfig, require
 from din_dist.errors import InputError
 from din_dist.metrics.ranking import gauc
+from din_dist.schema import NamedHistory
 from tests.support.repository import ROOT
 
 HERE = Path(__file__).parent
@@ -83,9 +92,8 @@ OTHER_SETTINGS = {
     "embedding_l2": 0,
     "metrics_port": -1,
 }
-LONG_HISTORY = ("--histories=all:20", "--long_history=category_id:20")
+OF_HISTORIES = ("histories", "action_column", "long_history")
 FOR_THE_RUNNERS = (
-    "long_history",
     *("batch_size", "threads", "loader_workers", "seed", "warmup_steps", "seconds"),
     *("evaluate_every_steps", "max_seconds"),
 )
@@ -93,7 +101,9 @@ FOR_THE_RUNNERS = (
 flags.DEFINE_string("dataset", "event_log", "As of the trainer: event_log or complete_journey.")
 flags.DEFINE_string("data_path", "", "The log, as for the trainer; with a column category_id and without labels.")
 flags.DEFINE_string("features", "", "Declared features, as for the trainer. FuxiCTR alone takes them.")
-flags.DEFINE_bool("long_history", False, "Compare models of two histories, of which one is searched. FuxiCTR alone.")
+flags.DEFINE_list("histories", [], "As of the trainer, of actions alone: all:20,coupon:10. FuxiCTR alone takes them.")
+flags.DEFINE_string("action_column", "", "As of the trainer, for --histories.")
+flags.DEFINE_string("long_history", "", "As of the trainer: one more history, which is searched. FuxiCTR alone.")
 flags.DEFINE_list("peers", list(PEERS), f"Which ones: of {', '.join(PEERS)}.")
 flags.DEFINE_integer("rounds", 3, "Rounds of the measurement of speed.")
 flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not measured.")
@@ -141,8 +151,16 @@ def main() -> None:
 def _check_flags() -> None:
     own_log = FLAGS.dataset == "event_log"
     require(own_log == bool(FLAGS.data_path), "belongs to event_log", "data_path", FLAGS.data_path, "Name the log.")
-    others = [peer for peer in FLAGS.peers if peer != "fuxictr"] if FLAGS.features or FLAGS.long_history else []
+    given = FLAGS.features or FLAGS.histories or FLAGS.long_history
+    others = [peer for peer in FLAGS.peers if peer != "fuxictr"] if given else []
     require(not others, "takes no features and one history", "peers", ",".join(others), "Give --peers=fuxictr.")
+    histories = _histories()
+    if FLAGS.long_history:
+        rule, remedy = "beside --long_history there is the newest of all alone", "For example --histories=all:20."
+        named = [history.name for history in histories if not history.feature]
+        require(named == [ALL_BEHAVIOURS], rule, "histories", ",".join(FLAGS.histories), remedy)
+    several = bool(histories) and not FLAGS.long_history
+    require(not (several and FLAGS.features), "does not go with --histories", "features", FLAGS.features, "Drop one.")
     for peer in FLAGS.peers:
         require(peer in PEERS, f"must be of {', '.join(PEERS)}", "peers", peer, "For example deepctr.")
     values = FLAGS.flag_values_dict()
@@ -190,7 +208,7 @@ def _environment(peer: str, folder: Path) -> Path:
 
 def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     """Exports the examples, has each peer bring them into its own form, and tells the bytes of each form."""
-    lines = _read([sys.executable, str(HERE / "export.py"), *_our_flags(), f"--export_dir={folder / 'data'}"])
+    lines = _read([sys.executable, str(HERE / "export.py"), *_exported_job(), f"--export_dir={folder / 'data'}"])
     sizes = {OURS: int(lines[-1]["bytes"])}
     for peer in pythons:
         _peer(peer, pythons, folder, "prepare")
@@ -198,9 +216,32 @@ def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     return sizes
 
 
+def _histories() -> tuple[NamedHistory, ...]:
+    """The histories by name; none if there is one.
+
+    Raises:
+        InputError: the trainer would not take them.
+    """
+    return DataConfig(
+        dataset=FLAGS.dataset,
+        data_path=FLAGS.data_path,
+        item_features=(OTHER_SETTINGS["item_features"],),
+        max_history_length=SIZES["max_history_length"],
+        histories=tuple(FLAGS.histories),
+        action_column=FLAGS.action_column,
+        long_history=FLAGS.long_history,
+    ).named_histories
+
+
 def _our_job() -> list[str]:
-    """The flags of our job. The peers find both histories in the one of `_our_flags`."""
-    return [*_our_flags(), *(LONG_HISTORY if FLAGS.long_history else ())]
+    """The flags of our job."""
+    given = {**FLAGS.flag_values_dict(), "histories": ",".join(FLAGS.histories)}
+    return [*_our_flags(), *(f"--{name}={given[name]}" for name in OF_HISTORIES if given[name])]
+
+
+def _exported_job() -> list[str]:
+    """The flags of the examples that the peers get. Where one is to search, it gets the history to search in."""
+    return _our_flags() if FLAGS.long_history else _our_job()
 
 
 def _our_flags() -> list[str]:
@@ -224,6 +265,8 @@ def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> lis
     job: dict[str, Any] = {
         **SIZES,
         **{name: FLAGS[name].value for name in FOR_THE_RUNNERS},
+        "histories": [history.longest for history in _histories()],
+        "long_history": FLAGS.long_history,
         "mode": mode,
         "data": str(data),
         "scores": str(data / f"{system}-scores.npy"),
@@ -279,7 +322,7 @@ def _report(
     report: dict[str, Any] = {
         "machine": {"cores": FLAGS.threads, "cpu": _cpu_model(), "python": platform.python_version()},
         "commit": _commit(),
-        "settings": {name: FLAGS[name].value for name in (*FOR_THE_RUNNERS, "rounds", "target_gauc")},
+        "settings": {name: FLAGS[name].value for name in (*OF_HISTORIES, *FOR_THE_RUNNERS, "rounds", "target_gauc")},
         "data": Path(FLAGS.data_path).name or FLAGS.dataset,
         "features": Path(FLAGS.features).name,
         "systems": {},

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import stopwatch
+from padding import padded_histories
 
 FORM = "deepctr"  # folder of its own form of the data: it has no file format, so arrays as `fit` wants them
 
@@ -20,9 +21,7 @@ def prepare(job: dict[str, Any]) -> None:
     category_of = np.load(source / "items.npz")["category_ids"]
     for split in ("train", "test"):
         columns = np.load(source / f"{split}.npz")
-        lengths = columns["history_lengths"]
-        history = np.zeros((len(lengths), job["max_history_length"]), np.int32)
-        history[np.arange(job["max_history_length"]) < lengths[:, None]] = columns["history_item_ids"]
+        (history,) = padded_histories(columns, [job["max_history_length"]])
         candidates = columns["candidate_item_ids"]
         np.savez(
             folder / f"{split}.npz",
@@ -30,7 +29,7 @@ def prepare(job: dict[str, Any]) -> None:
             cate_id=category_of[candidates],
             hist_item_id=history,
             hist_cate_id=category_of[history],
-            seq_length=lengths,
+            seq_length=columns["history_lengths"],
             label=columns["labels"].astype(np.int32),
         )
 
