@@ -50,11 +50,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,7 +65,7 @@ from din_dist.config import ALL_BEHAVIOURS, DataConfig, require
 from din_dist.errors import InputError
 from din_dist.metrics.ranking import gauc
 from din_dist.schema import NamedHistory
-from tests.support.repository import ROOT
+from tests.benchmarks.peers import common
 
 HERE = Path(__file__).parent
 OURS = "din_dist"
@@ -110,24 +108,20 @@ flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not mea
 flags.DEFINE_float("seconds", 20.0, "Seconds of training steps of each system in a round.")
 flags.DEFINE_integer("batch_size", 1024, "Examples a step.")
 flags.DEFINE_string("compute_dtype", "float32", "Of ours: float32, as the peers compute, or bfloat16.")
-flags.DEFINE_integer("threads", 2, "Cores that each system may use.")
 flags.DEFINE_integer("loader_workers", 1, "Processes of FuxiCTR's data loader (1 is its default).")
 flags.DEFINE_integer("seed", 1234, "Of negatives, weights and order.")
 flags.DEFINE_float("target_gauc", 0.77, "Test GAUC to reach; 0 leaves that part out.")
 flags.DEFINE_integer("evaluate_every_steps", 50, "Steps between two evaluations on the way there.")
 flags.DEFINE_float("max_seconds", 1200.0, "Seconds of training after which a system has not reached it.")
 flags.DEFINE_integer("max_examples", 0, "Examples after which training ends; 0: no such end.")
-flags.DEFINE_string("peer_python", "python3.11", "Interpreter of the peers' environments: DeepCTR needs 3.11 at most.")
-flags.DEFINE_string("peers_dir", "", "For environments, exported data and logs. Default: in the user's cache folder.")
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
     _check_flags()
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = common.own_folder()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: FLAGS.threads])  # every process below inherits it
-    pythons = {peer: _environment(peer, folder) for peer in FLAGS.peers}
+    pythons = {peer: common.environment(PEERS[peer], HERE / f"{peer}.txt") for peer in FLAGS.peers}
     sizes = _prepare(folder, pythons)
     systems = [OURS, *FLAGS.peers]
     rounds: list[dict[str, dict[str, Any]]] = []
@@ -164,51 +158,19 @@ def _check_flags() -> None:
     for peer in FLAGS.peers:
         require(peer in PEERS, f"must be of {', '.join(PEERS)}", "peers", peer, "For example deepctr.")
     values = FLAGS.flag_values_dict()
-    for name in ("rounds", "warmup_steps", "batch_size", "threads", "evaluate_every_steps"):
+    for name in ("rounds", "warmup_steps", "batch_size", "evaluate_every_steps"):
         require(values[name] >= 1, "must be at least 1", name, values[name], "For example 2.")
     for name in ("seconds", "max_seconds"):
         require(values[name] > 0, "must be positive", name, values[name], "For example 20.")
     for name in ("loader_workers", "seed"):
         require(values[name] >= 0, "must be at least 0", name, values[name], "For example 1.")
     require(0 <= FLAGS.target_gauc < 1, "must be in [0, 1)", "target_gauc", FLAGS.target_gauc, "For example 0.77.")
-    cores = len(os.sched_getaffinity(0))
-    require(FLAGS.threads <= cores, f"there are {cores} cores", "threads", FLAGS.threads, "Give a number up to that.")
-    found = shutil.which(FLAGS.peer_python)
-    require(found is not None, "must be an interpreter", "peer_python", FLAGS.peer_python, "Give the path of one.")
-
-
-def _folder() -> Path:
-    if FLAGS.peers_dir:
-        return Path(FLAGS.peers_dir).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist", "peers")
-
-
-def _environment(peer: str, folder: Path) -> Path:
-    """The Python of a peer's environment, made first unless one with the same versions is there."""
-    wanted = HERE / f"{peer}.txt"
-    place = folder / f"{peer}-env"
-    made_of, python, log = place / wanted.name, place / "bin" / "python", folder / f"{peer}-install.log"
-    if made_of.is_file() and made_of.read_text() == wanted.read_text():
-        return python
-    entry.say(f"installing {PEERS[peer]} (log: {log})")
-    shutil.rmtree(place, ignore_errors=True)
-    with log.open("w") as output:
-        for command in (
-            [FLAGS.peer_python, "-m", "venv", str(place)],
-            [str(python), "-m", "pip", "install", "-r", str(wanted)],
-        ):
-            if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
-                raise InputError(
-                    f"{PEERS[peer]} must install from {wanted.name}. Received: an error, see {log}. "
-                    "It needs Python 3.11 (--peer_python) and the package registry."
-                )
-    shutil.copy(wanted, made_of)
-    return python
+    common.check_flags()
 
 
 def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
     """Exports the examples, has each peer bring them into its own form, and tells the bytes of each form."""
-    lines = _read([sys.executable, str(HERE / "export.py"), *_exported_job(), f"--export_dir={folder / 'data'}"])
+    lines = common.read([sys.executable, str(HERE / "export.py"), *_exported_job(), f"--export_dir={folder / 'data'}"])
     sizes = {OURS: int(lines[-1]["bytes"])}
     for peer in pythons:
         _peer(peer, pythons, folder, "prepare")
@@ -255,7 +217,7 @@ def _our_flags() -> list[str]:
 def _our_speed(steps: int) -> dict[str, Any]:
     options = [f"--benchmark_steps={steps}", f"--benchmark_warmup_steps={FLAGS.warmup_steps}"]
     versions = {package: metadata.version(package) for package in ("tensorflow-cpu", "keras")}
-    found = _read([sys.executable, "-m", "din_dist.cli.benchmark", *_our_job(), *options])[-1]
+    found = common.read([sys.executable, "-m", "din_dist.cli.benchmark", *_our_job(), *options])[-1]
     return {**found, "versions": versions}
 
 
@@ -282,35 +244,8 @@ def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> lis
         return "stop" if enough or found["gauc"] >= FLAGS.target_gauc else "go on"
 
     if system == OURS:
-        return _read([sys.executable, str(HERE / "run_ours.py"), *_our_job(), f"--job={json.dumps(job)}"], judge)
-    return _read([str(pythons[system]), str(HERE / f"run_{system}.py"), json.dumps(job)], judge)
-
-
-def _read(command: Sequence[str], answer: Callable[[dict[str, Any]], str] = lambda _: "") -> list[dict[str, Any]]:
-    """The JSON lines on the stdout of a command; `answer` gives what it is told after each, if anything."""
-    log = _folder() / "last-run.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(FLAGS.threads)}
-    environment.pop("PYTHONPATH", None)  # the peers' environments are their own
-    if command[0] == sys.executable:
-        environment["PYTHONPATH"] = str(ROOT)
-    found = []
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdin and process.stdout
-        for line in process.stdout:
-            found.append(json.loads(line))
-            if text := answer(found[-1]):
-                print(text, file=process.stdin, flush=True)
-    if process.returncode:
-        text = log.read_text().strip()
-        if process.returncode == 2 and text.startswith("error: "):  # one of our commands found the input wrong
-            raise InputError(text.removeprefix("error: "))
-        raise RuntimeError(f"{' '.join(command[:2])} ended with {process.returncode}:\n{text[-3000:]}")
-    return found
+        return common.read([sys.executable, str(HERE / "run_ours.py"), *_our_job(), f"--job={json.dumps(job)}"], judge)
+    return common.read([str(pythons[system]), str(HERE / f"run_{system}.py"), json.dumps(job)], judge)
 
 
 def _report(
@@ -320,8 +255,8 @@ def _report(
     curves: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
-        "machine": {"cores": FLAGS.threads, "cpu": _cpu_model(), "python": platform.python_version()},
-        "commit": _commit(),
+        "machine": {"cores": FLAGS.threads, "cpu": common.cpu_model(), "python": platform.python_version()},
+        "commit": common.commit(),
         "settings": {name: FLAGS[name].value for name in (*OF_HISTORIES, *FOR_THE_RUNNERS, "rounds", "target_gauc")},
         "data": Path(FLAGS.data_path).name or FLAGS.dataset,
         "features": Path(FLAGS.features).name,
@@ -373,16 +308,6 @@ def _table(report: dict[str, Any]) -> str:
 
 def _name(system: str) -> str:
     return PEERS.get(system, system)
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

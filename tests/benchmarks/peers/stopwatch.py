@@ -46,8 +46,8 @@ class Stopwatch:
     between two steps: the input pipeline, the start of an epoch.
     """
 
-    def __init__(self, job: dict[str, Any], channel: TextIO, scores: Callable[[], np.ndarray], packages: str) -> None:
-        """`scores`: one number a test example, in order. `packages`: whose versions are reported, comma-separated."""
+    def __init__(self, job: dict[str, Any], channel: TextIO, scores: Callable[[], Any], packages: str) -> None:
+        """`scores`: what `save` takes. `packages`: whose versions are reported, comma-separated."""
         self._job, self._channel, self._scores = job, channel, scores
         self._versions = {name: metadata.version(name) for name in packages.split(",")}
         self._steps = self._examples = 0
@@ -77,11 +77,15 @@ class Stopwatch:
 
     def _evaluate(self, seconds: float) -> None:
         self._seconds = seconds
-        np.save(self._job["scores"], np.asarray(self._scores(), np.float64).reshape(-1))
+        self.save(self._scores())
         self._say(seconds=seconds, examples=self._examples)
         if sys.stdin.readline().strip() != "go on":
             raise Finished
         self._resumed = time.perf_counter()
+
+    def save(self, scores: Any) -> None:
+        """Writes what is judged: one number a test example, in order."""
+        np.save(self._job["scores"], np.asarray(scores, np.float64).reshape(-1))
 
     def _say(self, **found: Any) -> None:
         print(json.dumps({**found, "versions": self._versions}), file=self._channel, flush=True)
