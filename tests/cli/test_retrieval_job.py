@@ -14,6 +14,7 @@ from tests.support.commands import assert_one_line, command
 from tests.support.commands import run as run_command
 from tests.support.finished_job import finish, run
 from tests.support.preloaded import Preloaded
+from tests.support.served import serving
 from tests.support.small_log import write_log
 
 
@@ -118,12 +119,80 @@ def test_a_fixed_history_is_trained_on(commands: Preloaded, tmp_path: Path) -> N
     assert f"examples (leave_two_out): train {expected:,}," in done.stdout
 
 
-def test_it_is_not_exported_yet(folder: Path, commands: Preloaded) -> None:
-    done = commands.run("export", f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'export'}")
-    assert done.returncode == 2
-    message = "--output_dir: exports have models that rank given candidates, and this job's model finds items."
-    assert_one_line(done, message)
-    assert not (folder / "export").exists()
+@pytest.fixture(scope="module")
+def exports(folder: Path, commands: Preloaded) -> Path:
+    """The folder of two exports: `found`, and `ranked`, of a DIN job on the same log with the other one inside."""
+    run(commands, "export", f"--output_dir={folder / 'run'}", f"--export_dir={folder / 'found'}")
+    din = command("train", folder, "--model=din", "--split=leave_two_out", "--epochs=2", "--learning_rate=0.02")[3:]
+    run(commands, "train", *din, f"--output_dir={folder / 'din'}")
+    ranked = [f"--output_dir={folder / 'din'}", f"--export_dir={folder / 'ranked'}"]
+    run(commands, "export", *ranked, f"--retriever_export_dir={folder / 'found'}")
+    return folder
+
+
+def test_an_export_is_evaluated_as_its_job(exports: Path, commands: Preloaded) -> None:
+    found = []
+    for where in (f"--output_dir={exports / 'run'}", f"--export_dir={exports / 'found'}"):
+        done = commands.run("evaluate", where, "--bootstrap_samples=0", "--noexclude_history")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0]["gauc"] == found[1]["gauc"]
+    for name, value in found[0]["retrieval"]["metrics"].items():
+        assert found[1]["retrieval"]["metrics"][name] == pytest.approx(value, abs=1e-6)
+    vectors = pq.read_table(exports / "found" / "items.parquet")
+    assert vectors.column_names == ["item_id", "embedding"]
+    assert vectors.num_rows == len({*vectors["item_id"].to_pylist()})
+
+
+def test_both_stages_are_evaluated(exports: Path, commands: Preloaded) -> None:
+    """With all items retrieved, what is found and ranked is what the model that ranks finds alone."""
+    num_items = pq.read_table(exports / "found" / "items.parquet").num_rows
+    words = [f"--export_dir={exports / 'ranked'}", "--bootstrap_samples=0", "--noexclude_history"]
+    done = commands.run("evaluate", *words, f"--num_retrieved={num_items}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("recall@1", "recall@10", "ndcg@10", "mrr"):
+        both = found["stages"]["found_and_ranked"]["metrics"][name]
+        assert both == pytest.approx(found["retrieval"]["metrics"][name], abs=1e-6)
+    done = commands.run("evaluate", *words, "--num_retrieved=5")
+    assert_one_line(done, "--num_retrieved: must be at least the longest of --ks. Received: 5. Give 20 or more.")
+
+
+def test_files_and_requests_get_the_same_items(exports: Path, commands: Preloaded, tmp_path: Path) -> None:
+    histories = [["i1", "i2", "i7"], [], ["i9", "never seen"]]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"history": history}) + "\n" for history in histories))
+    for name in ("found", "ranked"):
+        words = [f"--export_dir={exports / name}", f"--input={rows}", f"--predictions_dir={tmp_path / name}"]
+        run(commands, "recommend", *words, "--k=4", "--num_retrieved=9")
+        (part,) = (tmp_path / name).glob("part-*")
+        written = [json.loads(line) for line in part.read_text().splitlines()]
+        with serving(commands, name, f"--export_dir={exports / name}") as served:
+            asked = [{"history_item_ids": history, "k": 4, "num_retrieved": 9} for history in histories]
+            answers = served.ask("recommend", {"instances": asked})["predictions"]
+            for row, answer, history in zip(written, answers, histories, strict=True):
+                assert row["recommended_items"] == answer["item_ids"]
+                assert len(answer["item_ids"]) == 4
+                assert not {*answer["item_ids"]} & {*history}
+                assert row["logit"] == pytest.approx(answer["logits"], rel=1e-5, abs=1e-6)
+                assert ("click_probability" in row) == ("click_probability" in answer) == (name == "ranked")
+            wrong = served.refused({"instances": [{"history_item_ids": [], "k": 9, "num_retrieved": 4}]}, "recommend")
+            assert "instances[0].num_retrieved must be an integer, from 9 to 10000. Received: 4." in wrong
+
+
+def test_who_only_ranks_recommends_nothing(exports: Path, commands: Preloaded, tmp_path: Path) -> None:
+    run(commands, "export", f"--output_dir={exports / 'din'}", f"--export_dir={tmp_path / 'din'}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"history": ["i1"]}\n')
+    words = [f"--export_dir={tmp_path / 'din'}", f"--input={rows}", f"--predictions_dir={tmp_path / 'out'}"]
+    done = commands.run("recommend", *words)
+    assert_one_line(
+        done, "--export_dir: must be an export that finds items. Received: one that ranks given candidates."
+    )
+    found = f"--retriever_export_dir={exports / 'found'}"
+    done = commands.run("export", f"--output_dir={exports / 'run'}", f"--export_dir={tmp_path / 'no'}", found)
+    assert_one_line(done, "--retriever_export_dir: is for jobs of models that rank, and --model=comirec_sa finds items")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

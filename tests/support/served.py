@@ -42,13 +42,17 @@ class Served:
 
     def predict(self, body: Any) -> Any:
         """Returns the answer to a request for scores."""
-        with urllib.request.urlopen(f"{self.url}:predict", json.dumps(body).encode(), timeout=30) as response:
+        return self.ask("predict", body)
+
+    def ask(self, verb: str, body: Any) -> Any:
+        """Returns the answer to a request, to `predict` or to `recommend`."""
+        with urllib.request.urlopen(f"{self.url}:{verb}", json.dumps(body).encode(), timeout=30) as response:
             return json.load(response)
 
-    def refused(self, body: Any) -> str:
+    def refused(self, body: Any, verb: str = "predict") -> str:
         """Returns the text with which the server refuses a request."""
         try:
-            answer = self.predict(body)
+            answer = self.ask(verb, body)
         except urllib.error.HTTPError as error:
             return error.read().decode()
         raise AssertionError(f"it was answered: {answer}")

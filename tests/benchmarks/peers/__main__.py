@@ -62,7 +62,6 @@ from absl import flags
 
 from din_dist.cli import entry
 from din_dist.config import ALL_BEHAVIOURS, DataConfig, require
-from din_dist.errors import InputError
 from din_dist.metrics.ranking import gauc
 from din_dist.schema import NamedHistory
 from tests.benchmarks.peers import common
