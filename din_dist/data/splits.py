@@ -169,7 +169,7 @@ class _Rules:
                     np.maximum(firsts, begins + _num_before(offsets, times, time)) for time in self._cut_times
                 )
             case Split.USERS:
-                late = self._store.user_offsets[:-1] + np.diff(self._store.user_offsets) * 4 // 5
+                late = _late(self._store.user_offsets[:-1], self._store.user_offsets[1:])
                 cuts = np.maximum(firsts, late if can_be is None else np.searchsorted(can_be, late))
                 lows = {name: firsts if name == "train" else cuts for name in SPLITS}
                 return {
@@ -307,6 +307,11 @@ def _checked(store: EventStore, splits: dict[str, Examples], config: DataConfig)
     return splits
 
 
+def _late(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Returns where the last fifth of the events of each user begins, int64 `[U]`."""
+    return begins + (ends - begins) * 4 // 5
+
+
 def _late_part(store: EventStore, train: Examples) -> Examples:
     """Returns the examples of training whose history is that before the first of them.
 
@@ -314,7 +319,7 @@ def _late_part(store: EventStore, train: Examples) -> Examples:
     """
     begins = store.user_offsets[train.users]
     firsts, ends = train.runs()
-    low = np.maximum(firsts, begins + (ends - begins) * 4 // 5)
+    low = np.maximum(firsts, _late(begins, ends))
     row_ends = np.cumsum(ends - low)
     bases = ends - row_ends
     dtype = train.row_ends.dtype

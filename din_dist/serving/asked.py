@@ -7,6 +7,7 @@ from typing import NamedTuple
 from din_dist.errors import InputError
 from din_dist.serving.manifest import Manifest
 
+NEAREST, RECOMMEND = "nearest", "recommend"  # the signatures that find items, and that also rank them
 NUM_RETRIEVED = 200  # items that a model ranks if nothing else is asked
 
 

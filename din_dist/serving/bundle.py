@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from din_dist.errors import InputError
 from din_dist.features.encoding import Lists
-from din_dist.serving.asked import Recommend, require_recommends
+from din_dist.serving.asked import NEAREST, RECOMMEND, Recommend, require_recommends
 from din_dist.serving.given_behaviours import NAMES, GivenBehaviours
 from din_dist.serving.manifest import FeatureInputs, Manifest, check_files, read_manifest
 
@@ -219,9 +219,7 @@ class Bundle:
         context: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """Returns the vectors of users, float32 `[B, K, H]`, of an export that finds items."""
-        inputs = {**self._history(history_item_ids), "history_lengths": history_lengths}
-        num = len(history_lengths)
-        return self.call("embed_users", inputs | self._examples(user, context, None, num, 0))["embeddings"]
+        return self.call("embed_users", self._of_users(history_item_ids, history_lengths, user, context))["embeddings"]
 
     def recommend(
         self,
@@ -251,8 +249,8 @@ class Bundle:
         """
         if self.manifest.retriever is None:
             return self.nearest(history_item_ids, history_lengths, asked, user, context)
-        inputs = self._asking(history_item_ids, history_lengths, asked, user, context)
-        return self.call("recommend", inputs | {"num_retrieved": asked.num_retrieved})
+        inputs = self._of_users(history_item_ids, history_lengths, user, context) | _asking(asked)
+        return self.call(RECOMMEND, inputs | {"num_retrieved": asked.num_retrieved})
 
     def nearest(
         self,
@@ -268,22 +266,20 @@ class Bundle:
             InputError: the export does not find items.
         """
         require_recommends(self.manifest)
-        return self.call("nearest", self._asking(history_item_ids, history_lengths, asked, user, context))
+        inputs = self._of_users(history_item_ids, history_lengths, user, context)
+        return self.call(NEAREST, inputs | _asking(asked))
 
-    def _asking(
+    def _of_users(
         self,
         history_item_ids: Any,
         history_lengths: Any,
-        asked: Recommend,
         user: Mapping[str, Any] | None,
         context: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        """Returns the inputs of a request for items. Features of candidates are not among them."""
+        """Returns the inputs of B users without candidates."""
+        num = len(history_lengths)
         inputs = {**self._history(history_item_ids), "history_lengths": history_lengths}
-        of_examples = self._examples(user, context, None, len(history_lengths), 0)
-        of_candidates = {name for feature in self.manifest.features_of("candidate") for name in feature.inputs}
-        inputs |= {name: value for name, value in of_examples.items() if name not in of_candidates}
-        return inputs | {"k": asked.k, "exclude_history": asked.exclude_history}
+        return inputs | self._of_owner("user", user or {}, num) | self._of_owner("context", context or {}, num)
 
     def embed_items(self, item_ids: Any) -> dict[str, np.ndarray]:
         """Returns `embeddings` `[M, H]`, and `known` `[M]`, which is true for items that the model knows."""
@@ -343,6 +339,11 @@ class Bundle:
         for name, feature in features.items():
             inputs |= inputs_of(feature, given.get(name), size)
         return inputs
+
+
+def _asking(asked: Recommend) -> dict[str, Any]:
+    """Returns the inputs of a request for items that all signatures have."""
+    return {"k": asked.k, "exclude_history": asked.exclude_history}
 
 
 def inputs_of(feature: FeatureInputs, values: Any, size: int) -> dict[str, Any]:

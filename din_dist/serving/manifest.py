@@ -194,14 +194,17 @@ class Manifest:
     @property
     def model(self) -> str:
         """The job's `--model`; empty if its settings do not say so."""
-        settings = self.settings.get("model")
-        return str(settings.get("model", "")) if isinstance(settings, dict) else ""
+        return str(self._setting("model", ""))
 
     @property
     def temperature(self) -> float:
         """The number that products of vectors are divided by, in a model that finds items."""
+        return float(self._setting("temperature", 1.0))
+
+    def _setting(self, name: str, default: Any) -> Any:
+        """Returns a setting of the model."""
         settings = self.settings.get("model")
-        return float(settings.get("temperature", 1.0)) if isinstance(settings, dict) else 1.0
+        return settings.get(name, default) if isinstance(settings, dict) else default
 
     @property
     def recommends(self) -> bool:

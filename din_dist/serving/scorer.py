@@ -71,12 +71,11 @@ class ExportScorer:
         tick: Callable[[float], None],
         askers: Askers | None = None,
     ) -> np.ndarray:
-        num_histories = len(self._histories or [""])
-        num_users = len(history_lengths) // num_histories
-        logits = np.empty((num_users, self._num_items), np.float32)
         if self._bundle.manifest.finds_items:
             return self._by_vectors(history_item_ids, history_lengths, tick, askers)
-        for row, (items, lengths) in enumerate(histories_of(history_item_ids, history_lengths, num_histories)):
+        num_users = len(history_lengths) // self.num_histories
+        logits = np.empty((num_users, self._num_items), np.float32)
+        for row, (items, lengths) in enumerate(histories_of(history_item_ids, history_lengths, self.num_histories)):
             asker = None if askers is None else askers.alone(row)
             history, length = self._behaviours(items, lengths, self._of_askers(asker))
             given = self._of(askers, row, row + 1)
@@ -117,9 +116,7 @@ class ExportScorer:
             askers: whose features count.
         """
         behaviours, of_users = self._behaviours(item_ids, lengths, self._of_askers(askers))
-        given = self._of(askers, 0, len(of_users))
-        given.pop("candidate", None)
-        outputs = find(behaviours, of_users, asked, **given)
+        outputs = find(behaviours, of_users, asked, **self._of(askers, 0, len(of_users)))
         ids, counts = outputs["item_ids"], outputs["counts"]
         own_ids = pa.array(ids.ravel(), pa.binary() if ids.dtype == object else pa.int64())
         places = pc.index_in(own_ids, self._own_ids_in_order).fill_null(-1).to_numpy().reshape(ids.shape)
@@ -139,7 +136,6 @@ class ExportScorer:
             rows = slice(first, min(first + _USERS_AT_ONCE, len(logits)))
             items = history_item_ids[ends[first] - history_lengths[first] : ends[rows.stop - 1]]
             given = self._of(askers, rows.start, rows.stop)
-            given.pop("candidate", None)
             users = self._bundle.embed_users(self._own(items), history_lengths[rows], **given)
             logits[rows] = (users @ self._item_vectors.T).max(axis=1) / temperature
             tick(rows.stop / len(logits))

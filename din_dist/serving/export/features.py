@@ -238,7 +238,16 @@ class ExampleInputs(tf.Module):
     @property
     def specs(self) -> dict[str, tf.TensorSpec]:
         """The inputs by name."""
-        return {f"{name}{end}": spec for name, encoder in self._encoders.items() for end, spec in encoder.specs.items()}
+        return self.specs_of(*Owner)
+
+    def specs_of(self, *owners: Owner) -> dict[str, tf.TensorSpec]:
+        """Returns the inputs of the features of some owners by name."""
+        return {
+            f"{name}{end}": spec
+            for name, encoder in self._encoders.items()
+            if encoder.encoding.spec.owner in owners
+            for end, spec in encoder.specs.items()
+        }
 
     def encode(
         self, given: Mapping[str, tf.Tensor], owners: Collection[Owner], num_rows: tf.Tensor, whose: str

@@ -17,8 +17,10 @@ from din_dist.layers.packed import segment_ids
 from din_dist.layers.spans import Positions, Span, spans_of
 from din_dist.models.behaviour_model import Sides
 from din_dist.models.ranking_model import OF_CANDIDATE, OF_HISTORY, LookedUp, RankingModel
+from din_dist.serving.asked import NEAREST, RECOMMEND
 from din_dist.serving.export.retriever import Retriever
 from din_dist.serving.export.signatures import (
+    ASKED,
     CANDIDATES,
     COUNTS,
     LENGTHS,
@@ -53,14 +55,10 @@ class RankingSignatures(Signatures):
     def _more_functions(self) -> dict[str, Function]:
         if self._retriever is None:
             return {}
-        of_candidates = self._examples.missing(Owner.CANDIDATE, tf.constant(0))
-        of_users = {name: spec for name, spec in self._examples.specs.items() if name not in of_candidates}
-        number = tf.TensorSpec([], tf.int64)
-        histories = {**self._histories_inputs, **of_users}
-        asked = {"k": number, "exclude_history": tf.TensorSpec([], tf.bool)}
+        asking = self._users_inputs | ASKED
         return {
-            "recommend": (self.recommend, {**histories, **asked, "num_retrieved": number}),
-            "nearest": (self.nearest, {**histories, **asked}),
+            NEAREST: (self.nearest, asking),
+            RECOMMEND: (self.recommend, {**asking, "num_retrieved": tf.TensorSpec([], tf.int64)}),
         }
 
     def _more_resources(self) -> list:

@@ -16,8 +16,10 @@ from din_dist import schema
 from din_dist.features.spec import Owner
 from din_dist.layers.packed import segment_ids
 from din_dist.models.retrieval_model import PackedHistories, RetrievalModel
+from din_dist.serving.asked import NEAREST
 from din_dist.serving.export.features import MISSING
 from din_dist.serving.export.signatures import (
+    ASKED,
     CANDIDATES,
     COUNTS,
     LENGTHS,
@@ -55,9 +57,8 @@ class RetrievalSignatures(Signatures):
         self._own_ids = tf.Variable(tf.constant(own_ids, self._items.ids.dtype), trainable=False, name="own_item_ids")
 
     def _more_functions(self) -> dict[str, Function]:
-        users = {**self._histories_inputs, **self._examples.specs}
-        asked = {"k": tf.TensorSpec([], tf.int64), "exclude_history": tf.TensorSpec([], tf.bool)}
-        return {"embed_users": (self.embed_users, users), "nearest": (self.nearest, users | asked)}
+        users = self._users_inputs
+        return {"embed_users": (self.embed_users, users), NEAREST: (self.nearest, users | ASKED)}
 
     def _more_resources(self) -> list:
         return [self._vectors, self._own_ids]

@@ -9,11 +9,10 @@ import tensorflow as tf
 from din_dist.errors import InputError
 from din_dist.layers.packed import segment_ids
 from din_dist.schema import NamedHistory
+from din_dist.serving.asked import NEAREST
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.manifest import FeatureInputs, InnerExport
-
-NEAREST = "nearest"
 
 
 class Retriever(tf.Module):

@@ -32,6 +32,8 @@ Outputs = dict[str, tf.Tensor]
 
 HISTORY, LENGTHS, CANDIDATES = "history_item_ids", "history_lengths", "candidate_item_ids"
 COUNTS = "candidate_counts"
+# The inputs of a request for items, besides users.
+ASKED = {"k": tf.TensorSpec([], tf.int64), "exclude_history": tf.TensorSpec([], tf.bool)}
 Function = tuple[Callable[..., Outputs], dict[str, tf.TensorSpec]]  # with its inputs
 
 
@@ -109,6 +111,11 @@ class Signatures(abc.ABC):
         """The inputs of B histories, without features of examples."""
         flat, lengths = tf.TensorSpec([None], self._items.ids.dtype), tf.TensorSpec([None], tf.int64)
         return {HISTORY: flat, LENGTHS: lengths, **self._of_positions}
+
+    @property
+    def _users_inputs(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of B users, with their features, but without candidates."""
+        return {**self._histories_inputs, **self._examples.specs_of(Owner.USER, Owner.CONTEXT)}
 
     @property
     def _of_positions(self) -> dict[str, tf.TensorSpec]:

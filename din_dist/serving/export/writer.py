@@ -31,12 +31,13 @@ from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.models.ranking_model import RankingModel
 from din_dist.models.retrieval_model import RetrievalModel
 from din_dist.schema import Batch, NamedHistory
+from din_dist.serving.asked import NEAREST
 from din_dist.serving.bundle import as_tensor, inputs_of
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.ranking_signatures import RankingSignatures
 from din_dist.serving.export.retrieval_signatures import RetrievalSignatures, vectors_of_items
-from din_dist.serving.export.retriever import NEAREST, Retriever
+from din_dist.serving.export.retriever import Retriever
 from din_dist.serving.export.signatures import Signatures, names_of_inputs
 from din_dist.serving.given_behaviours import NAMES, by_user
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
@@ -48,7 +49,8 @@ from din_dist.versions import build_info
 LARGEST_DIFFERENCE = 1e-5  # absolute, or relative for logits above 1
 ITEMS_FILE = "items.parquet"
 _NUM_NEAREST = 20  # items of a user that are compared
-_ITEMS_AT_ONCE = 65_536
+_ROWS_PER_GROUP = 65_536  # of `ITEMS_FILE`
+_PRODUCTS_AT_ONCE = 1 << 24  # of vectors, in the comparison of the best items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +225,7 @@ class _Exported:
         Raises:
             FloatingPointError: they differ too much.
         """
-        vectors = vectors_of_items(model, self._num_candidates)
-        products = tf.einsum("bkh,ih->bik", model.users(batch), vectors)
-        expected = model.best(products).numpy().astype(np.float64)
+        users, vectors = model.users(batch), vectors_of_items(model, self._num_candidates)
         history, lengths, inputs = self._inputs(NEAREST, batch, missing=False)
         num = min(_NUM_NEAREST, self._num_candidates)
         found = self._loaded.signatures[NEAREST](
@@ -235,18 +235,27 @@ class _Exported:
             exclude_history=tf.constant(False),
             **inputs,
         )
-        best = np.sort(expected, axis=1)[:, ::-1][:, :num]
-        ids = found["item_ids"].numpy()
+        ids, logits = found["item_ids"].numpy(), found["logits"].numpy()
         own_ids = pa.array(ids.ravel().tolist(), self._vocabulary.type)
         places = pc.index_in(own_ids, self._vocabulary).to_numpy().reshape(ids.shape)
-        own = np.take_along_axis(expected, places, axis=1)
-        for wanted in (best, own):
-            differences = np.abs(found["logits"].numpy() - wanted)
-            if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(wanted))):
-                raise FloatingPointError(
-                    f"{self._folder}: an export must find the trainer's best items, with logits within "
-                    f"{LARGEST_DIFFERENCE:g}. Received: a difference of {differences.max():.3g}. Nothing was published."
-                )
+        at_once = max(1, _PRODUCTS_AT_ONCE // (users.shape[1] * len(vectors)))
+        for first in range(
+            0, len(ids), at_once
+        ):  # some users at a time, because their products with all items are many
+            rows = slice(first, first + at_once)
+            products = tf.einsum("bkh,ih->bik", users[rows], vectors)
+            expected = model.best(products).numpy().astype(np.float64)
+            best = np.sort(np.partition(expected, -num, axis=1)[:, -num:], axis=1)[:, ::-1]
+            for wanted in (best, np.take_along_axis(expected, places[rows], axis=1)):
+                self._check_near(logits[rows], wanted)
+
+    def _check_near(self, logits: np.ndarray, wanted: np.ndarray) -> None:
+        differences = np.abs(logits - wanted)
+        if not np.all(differences <= LARGEST_DIFFERENCE * np.maximum(1, np.abs(wanted))):  # false for NaN
+            raise FloatingPointError(
+                f"{self._folder}: an export must find the trainer's best items, with logits within "
+                f"{LARGEST_DIFFERENCE:g}. Received: a difference of {differences.max():.3g}. Nothing was published."
+            )
 
     def _inputs(self, signature: str, batch: Batch, missing: bool) -> tuple[tf.Tensor, tf.Tensor, dict[str, Any]]:
         """Returns the own ids of the histories of a packed batch, their lengths, and the other inputs."""
@@ -305,15 +314,13 @@ def write_items(model: RetrievalModel, store: EventStore, path: Path) -> None:
 
     Its columns are `item_id`, as in the log, and `embedding`, float32 `[H]` each.
     """
-    num_items, width = store.facts.num_candidates, model.lookup.width
-    ids = store.vocabulary(ITEMS).combine_chunks()
-    schema = pa.schema([("item_id", ids.type), ("embedding", pa.list_(pa.float32(), width))])
-    with pq.ParquetWriter(path, schema) as file:
-        for first in range(0, num_items, _ITEMS_AT_ONCE):
-            end = min(first + _ITEMS_AT_ONCE, num_items)
-            vectors = model.items(tf.range(first + 1, end + 1)).numpy()
-            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
-            file.write_table(pa.Table.from_arrays([ids[first:end], column], schema=schema))
+    num_items = store.facts.num_candidates
+    vectors = pa.array(vectors_of_items(model, num_items).reshape(-1))
+    columns = {
+        "item_id": store.vocabulary(ITEMS)[:num_items],
+        "embedding": pa.FixedSizeListArray.from_arrays(vectors, model.lookup.width),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=_ROWS_PER_GROUP)
 
 
 def _declared(store: EventStore) -> dict[str, Declared]:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from din_dist.serving.asked import NUM_RETRIEVED, Recommend
+from din_dist.serving.asked import NUM_RETRIEVED, RECOMMEND, Recommend
 from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.manifest import FeatureInputs, Manifest
@@ -24,7 +24,6 @@ from din_dist.serving.predictions import Predictions
 Id = str | int
 HISTORY = "history_item_ids"
 SCORE, SCORE_PADDED, RANK = "score", "score_padded", "rank"
-RECOMMEND = "recommend"  # a path of its own, because TensorFlow Serving has no signature that finds items
 SIGNATURES = (SCORE, SCORE_PADDED, RANK)
 DEFAULT_SIGNATURE = "serving_default"  # another name of `score`
 _INT64 = np.iinfo(np.int64)
@@ -210,12 +209,8 @@ def parse(body: object, vocabulary: Vocabulary, limits: ServeConfig) -> Predict:
         _refuse("The body", "must have either instances or inputs", sorted(body))
     reader = _Reader(vocabulary, limits)
     if "instances" in body:
-        rows = body["instances"]
-        if not isinstance(rows, list) or not rows:
-            _refuse("instances", "must be a list of at least one object", rows)
-        _check_length("instances", rows, limits.max_instances)
         read = {SCORE: reader.score_row, SCORE_PADDED: reader.padded_row, RANK: reader.rank}[signature]
-        instances = [read(row, f"instances[{index}]") for index, row in enumerate(rows)]
+        instances = _instances(body["instances"], read, limits)
     elif signature == RANK:
         instances = [reader.rank(body["inputs"], "inputs")]
     else:
@@ -230,15 +225,17 @@ def parse_recommend(body: object, vocabulary: Vocabulary, limits: ServeConfig) -
             "The model must find items. Received: one that ranks given candidates. Export its job with "
             "--retriever_export_dir, or use :predict."
         )
-    _check_keys(body, "The body", ("instances",))
-    assert isinstance(body, dict)
-    rows = body["instances"]
+    keys = _check_keys(body, "The body", ("instances",))
+    instances = _instances(keys["instances"], _Reader(vocabulary, limits).recommend, limits)
+    return _within_limits(Predict(RECOMMEND, True, instances), limits)
+
+
+def _instances(rows: object, read: Callable[[object, str], Instance], limits: ServeConfig) -> list[Instance]:
+    """Returns the instances of a body in rows, each as `read` reads it."""
     if not isinstance(rows, list) or not rows:
         _refuse("instances", "must be a list of at least one object", rows)
     _check_length("instances", rows, limits.max_instances)
-    reader = _Reader(vocabulary, limits)
-    instances = [reader.recommend(row, f"instances[{index}]") for index, row in enumerate(rows)]
-    return _within_limits(Predict(RECOMMEND, True, instances), limits)
+    return [read(row, f"instances[{index}]") for index, row in enumerate(rows)]
 
 
 def _within_limits(request: Predict, limits: ServeConfig) -> Predict:

@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from din_dist.serving.asked import RECOMMEND
 from din_dist.serving.given_behaviours import NAMES
 from din_dist.serving.http.batcher import Batcher, QueueFull
 from din_dist.serving.http.body import (
@@ -34,7 +35,6 @@ from din_dist.serving.http.parse import (
     DEFAULT_SIGNATURE,
     HISTORY,
     RANK,
-    RECOMMEND,
     SCORE,
     SCORE_PADDED,
     BadRequest,
