@@ -52,6 +52,7 @@ def test_another_kind_of_storage_is_refused_in_one_line(command: str, tmp_path: 
         "check_cluster": "hosts_file",
         "launch": "log_dir",
         "predict_scaling": "measured",
+        "recommend": "predictions_dir",
     }.get(command, "output_dir")
     words = [sys.executable, "-m", f"din_dist.cli.{command}", f"--{flag}=s3://bucket/run"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
