@@ -3,13 +3,14 @@
 DeepCTR (its DIN, TensorFlow 2.15) and FuxiCTR (its DIN, PyTorch), each in an environment of its own with the exact
 versions of `PEER.txt`, made here on the first run (minutes). All train the same examples with the same negatives,
 exported from our prepared data: `leave_one_out`, histories up to 100, one fixed negative, embeddings 64 + 64, attention
-80-40-1 with softmax, head 80-40-1, sigmoid units, no dropout, no L2, Adam at 1e-3, one batch size, on the same cores.
+80-40-1 with softmax, head 80-40-1, sigmoid units, no dropout, no L2, Adam, one batch size, on the same cores.
 
 Speed: the systems take turns for --rounds rounds, each a process of its own: warm-up steps, then --seconds of training
 steps, input pipeline included. Ours is `din_dist.cli.benchmark`. Ratios are the median of the ratios of the rounds.
 Quality: seconds of training until the test GAUC is --target_gauc, evaluation excluded, the slow first step (tracing)
-included; every system's scores are judged here, by `din_dist.metrics`. Memory is VmHWM of the training process, in the
-speed rounds. Takes about 8 minutes for the rounds, then up to --max_seconds and the evaluations of each system.
+included; every system's scores are judged here, by `din_dist.metrics`. With several --learning_rates each system trains
+at each of them, and the one that ends with its best GAUC counts. Memory is VmHWM of the training process, in the speed
+rounds. Takes about 8 minutes for the rounds, then up to --max_seconds and the evaluations of each system and rate.
 
 With --features (declarations as of the trainer, ids alone) FuxiCTR has the same features in tables of the same widths:
 those of items beside the item, in histories too, and the others in its head. With --max_examples each system trains
@@ -29,7 +30,9 @@ Each system is used as its documentation shows, so these differences remain:
 - Padding. DeepCTR fills every history up to 100, the width of its input; FuxiCTR up to the longest of the batch, and
   with --histories each up to its own limit; ours pads nothing. Histories of 5-core Amazon logs have 9 items on average:
   this, and the factored attention layer, is what is measured there.
-- Tables. Adam moves all rows of the peers' tables at every step, and of ours those of the batch (`lazy_adam`).
+- Tables. Adam moves all rows of the peers' tables at every step, and of ours those of the batch (`lazy_adam`). A row of
+  the peers' goes on by its momentum after its batch, about ten times as far in all. So one rate means more there, and
+  qualities compare at the best rate of each.
 - Model. Ours follows the authors' code: scores divided by sqrt(H), a projection of the interest, the product of
   interest and candidate as a third input of the head, a bias an item, and scale and offset where they have batch
   normalisation (`--batch_norm=frozen`). The peers have none of these: their head sees candidate and interest.
@@ -69,14 +72,13 @@ from tests.benchmarks.peers import common
 HERE = Path(__file__).parent
 OURS = "din_dist"
 PEERS = {"deepctr": "DeepCTR", "fuxictr": "FuxiCTR"}
-SIZES = {
+SIZES: dict[str, Any] = {
     "max_history_length": 100,
     "embedding_dim": 64,
     "attention_hidden_units": [80, 40],
     "hidden_units": [80, 40],
-    "learning_rate": 1e-3,
 }
-OTHER_SETTINGS = {
+OTHER_SETTINGS: dict[str, Any] = {
     "split": "leave_one_out",
     "item_features": "category_id",
     "negatives_per_positive": 1,
@@ -108,6 +110,7 @@ flags.DEFINE_float("seconds", 20.0, "Seconds of training steps of each system in
 flags.DEFINE_integer("batch_size", 1024, "Examples a step.")
 flags.DEFINE_string("compute_dtype", "float32", "Of ours: float32, as the peers compute, or bfloat16.")
 flags.DEFINE_integer("loader_workers", 1, "Processes of FuxiCTR's data loader (1 is its default).")
+flags.DEFINE_list("learning_rates", ["0.001"], "Of Adam, for the quality: each system trains at each.")
 flags.DEFINE_integer("seed", 1234, "Of negatives, weights and order.")
 flags.DEFINE_float("target_gauc", 0.77, "Test GAUC to reach; 0 leaves that part out.")
 flags.DEFINE_integer("evaluate_every_steps", 50, "Steps between two evaluations on the way there.")
@@ -133,9 +136,10 @@ def main() -> None:
                 entry.say(f"round {number}: {_name(system)} {found[system]['examples_per_second']:,.0f} examples/s")
         our_steps = max(1, round(FLAGS.seconds * found[OURS]["examples_per_second"] / FLAGS.batch_size))
         rounds += [found] if number else []
-    curves = {}
+    curves: dict[str, dict[float, list[dict[str, Any]]]] = {system: {} for system in systems}
     for system in systems if FLAGS.target_gauc else []:
-        curves[system] = _peer(system, pythons, folder, "quality")
+        for rate in _learning_rates():
+            curves[system][rate] = _peer(system, pythons, folder, "quality", rate)
     report = _report(systems, sizes, rounds, curves)
     print(_table(report))
     print(json.dumps(report), flush=True)
@@ -163,8 +167,20 @@ def _check_flags() -> None:
         require(values[name] > 0, "must be positive", name, values[name], "For example 20.")
     for name in ("loader_workers", "seed"):
         require(values[name] >= 0, "must be at least 0", name, values[name], "For example 1.")
+    _learning_rates()
     require(0 <= FLAGS.target_gauc < 1, "must be in [0, 1)", "target_gauc", FLAGS.target_gauc, "For example 0.77.")
     common.check_flags()
+
+
+def _learning_rates() -> list[float]:
+    try:
+        found = [float(rate) for rate in FLAGS.learning_rates]
+    except ValueError:
+        found = []
+    rule, remedy = "must be positive numbers with a comma between them", "For example 0.001,0.003."
+    given = ",".join(FLAGS.learning_rates)
+    require(bool(found) and all(rate > 0 for rate in found), rule, "learning_rates", given, remedy)
+    return found
 
 
 def _prepare(folder: Path, pythons: dict[str, Path]) -> dict[str, int]:
@@ -220,12 +236,15 @@ def _our_speed(steps: int) -> dict[str, Any]:
     return {**found, "versions": versions}
 
 
-def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> list[dict[str, Any]]:
+def _peer(
+    system: str, pythons: dict[str, Path], folder: Path, mode: str, learning_rate: float = 1e-3
+) -> list[dict[str, Any]]:
     """Runs a system's runner and gives what it said; in mode `quality` each entry has its `gauc`."""
     data = folder / "data"
     job: dict[str, Any] = {
         **SIZES,
         **{name: FLAGS[name].value for name in FOR_THE_RUNNERS},
+        "learning_rate": learning_rate,
         "histories": [history.longest for history in _histories()],
         "long_history": FLAGS.long_history,
         "mode": mode,
@@ -238,12 +257,14 @@ def _peer(system: str, pythons: dict[str, Path], folder: Path, mode: str) -> lis
         if mode != "quality":
             return ""
         found["gauc"] = gauc(np.load(job["scores"]), test["labels"], test["users"]).gauc
-        entry.say(f"{_name(system)}: test GAUC {found['gauc']:.4f} after {found['seconds']:.1f} s of training")
+        at = f"after {found['seconds']:.1f} s of training at a rate of {learning_rate:g}"
+        entry.say(f"{_name(system)}: test GAUC {found['gauc']:.4f} {at}")
         enough = 0 < FLAGS.max_examples <= found["examples"] or found["seconds"] >= FLAGS.max_seconds
         return "stop" if enough or found["gauc"] >= FLAGS.target_gauc else "go on"
 
     if system == OURS:
-        return common.read([sys.executable, str(HERE / "run_ours.py"), *_our_job(), f"--job={json.dumps(job)}"], judge)
+        words = [*_our_job(), f"--learning_rate={learning_rate}", f"--job={json.dumps(job)}"]
+        return common.read([sys.executable, str(HERE / "run_ours.py"), *words], judge)
     return common.read([str(pythons[system]), str(HERE / f"run_{system}.py"), json.dumps(job)], judge)
 
 
@@ -251,7 +272,7 @@ def _report(
     systems: Sequence[str],
     sizes: dict[str, int],
     rounds: list[dict[str, dict[str, Any]]],
-    curves: dict[str, list[dict[str, Any]]],
+    curves: dict[str, dict[float, list[dict[str, Any]]]],
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "machine": {"cores": FLAGS.threads, "cpu": common.cpu_model(), "python": platform.python_version()},
@@ -265,7 +286,9 @@ def _report(
         results = [found[system] for found in rounds]
         speeds = [result["examples_per_second"] for result in results]
         ratios = [found[OURS]["examples_per_second"] / found[system]["examples_per_second"] for found in rounds]
-        curve = curves.get(system, [])
+        at_the_end = {rate: curve[-1]["gauc"] for rate, curve in curves[system].items()}
+        best = max(at_the_end, key=at_the_end.__getitem__, default=None)
+        curve = [] if best is None else curves[system][best]
         reached = [point["seconds"] for point in curve if point["gauc"] >= FLAGS.target_gauc]
         report["systems"][system] = {
             "examples_per_second": statistics.median(speeds),
@@ -274,6 +297,8 @@ def _report(
             "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
             "prepared_bytes": sizes[system],
             "seconds_to_target": reached[0] if reached else None,
+            "gauc_at_the_end_by_learning_rate": at_the_end,
+            "learning_rate": best,
             "curve": [{name: point[name] for name in ("seconds", "examples", "gauc")} for point in curve],
             "versions": results[-1]["versions"],
         }
@@ -295,7 +320,8 @@ def _table(report: dict[str, Any]) -> str:
         seconds = found["seconds_to_target"]
         reached = "not measured" if not found["curve"] else f"not within {limit:.0f} s"
         last = found["curve"][-1] if found["curve"] else None
-        at_the_end = f"{last['gauc']:.4f} after {last['examples']:,} examples" if last else "not measured"
+        rates = ", ".join(f"{gauc:.4f} at {rate:g}" for rate, gauc in found["gauc_at_the_end_by_learning_rate"].items())
+        at_the_end = f"{rates} after {last['examples']:,} examples" if last else "not measured"
         lines.append(
             f"| {_name(system)} ({versions}) | {found['examples_per_second']:,.0f} "
             f"| {'' if system == OURS else format(found['ours_times_its_speed'], '.1f')} "
