@@ -3,9 +3,12 @@
 `PYTHONPATH=. .venv/bin/python -m tests.benchmarks.serving --export_dir=DIR --data_path=LOG.parquet`
 
 Requests are of the log's items: histories of 9 on average (`--history`), one candidate or many. One server takes all
-loads in turn, a second one the same without batches, a third one more than it can do. Each line on stdout is a load's
-result as JSON; counts are wrk's, by HTTP status, and so are latencies, over all of them. What wrk breaks off at its end
-is in none. The overload's line has the server's memory before and after, and its own counts.
+loads in turn, a second one the same without batches, a third one more than it can do. An export that finds items gets
+requests for the best ten alone. One that finds and ranks gets them for each of --retrieved.
+
+Each line on stdout is a load's result as JSON; counts are wrk's, by HTTP status, and so are latencies, over all of
+them. What wrk breaks off at its end is in none. The overload's line has the server's memory before and after, and its
+own counts.
 
 wrk runs on the same machine and takes its share of the cores. Where others keep it busy, trust ratios, and the server's
 CPU time for an answer.
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,14 @@ import pyarrow.parquet as pq
 from absl import app, flags
 from prometheus_client.parser import text_string_to_metric_families
 
+from din_dist.serving.manifest import read_manifest
+
 EXPORT_DIR = flags.DEFINE_string("export_dir", None, "The export to serve.", required=True)
 DATA_PATH = flags.DEFINE_string("data_path", None, "A Parquet file with a column of item ids.", required=True)
 ITEM_COLUMN = flags.DEFINE_string("item_column", "item_id", "That column.")
 HISTORY = flags.DEFINE_integer("history", 9, "Items in a history on average; lengths are drawn geometrically.")
 CANDIDATES = flags.DEFINE_integer("candidates", 100, "Candidates of a request to rank.")
+RETRIEVED = flags.DEFINE_list("retrieved", ["50", "200", "1000"], "Items that are found, of requests that rank them.")
 CONNECTIONS = flags.DEFINE_list("connections", ["1", "8", "64"], "Clients at a time, in turn.")
 OVERLOAD = flags.DEFINE_integer("overload_connections", 400, "Clients at a time of the overload.")
 SECONDS = flags.DEFINE_integer("seconds", 8, "How long each load lasts.")
@@ -73,7 +79,11 @@ end
 def main(_: list[str]) -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is not installed: apt-get install wrk")
+    manifest = read_manifest(Path(EXPORT_DIR.value))
     with tempfile.TemporaryDirectory() as folder:
+        if manifest.recommends:
+            measure_recommending(Path(folder), ranks=manifest.retriever is not None)
+            return
         single, ranking = (write_script(Path(folder), count) for count in (1, CANDIDATES.value))
         with serving() as (url, process):
             for connections in map(int, CONNECTIONS.value):
@@ -95,25 +105,47 @@ def main(_: list[str]) -> None:
             report(f"overload, {OVERLOAD.value} clients", result)
 
 
+def measure_recommending(folder: Path, *, ranks: bool) -> None:
+    draw = drawer()
+    histories = [draw() for _ in range(NUM_BODIES)]
+    with serving() as (url, process):
+        for number in map(int, RETRIEVED.value if ranks else [0]):
+            more, name = ({"num_retrieved": number}, f"recommend of {number}") if number else ({}, "recommend")
+            bodies = [{"instances": [{"history_item_ids": history, "k": 10, **more}]} for history in histories]
+            script = write_bodies(folder, f"recommend-{number}", bodies)
+            for connections in map(int, CONNECTIONS.value):
+                result = load(url, process, script, connections, SECONDS.value, method="recommend")
+                report(f"{name}, {connections} clients", result)
+
+
 def write_script(folder: Path, num_candidates: int) -> Path:
     """A script for wrk that sends `NUM_BODIES` requests over and over."""
+    draw, bodies = drawer(), []
+    for _ in range(NUM_BODIES):
+        row: dict[str, Any] = {"history_item_ids": draw(), "candidate_item_id": draw(1)[0]}
+        if num_candidates > 1:
+            row = {"history_item_ids": row["history_item_ids"], "candidate_item_ids": draw(num_candidates), "k": 10}
+        bodies.append({"signature_name": "rank" if num_candidates > 1 else "score", "instances": [row]})
+    return write_bodies(folder, str(num_candidates), bodies)
+
+
+def drawer() -> Callable[..., list]:
+    """Returns a function that draws so many items of the log, or those of a history."""
     random = np.random.default_rng(0)
     items = pq.read_table(DATA_PATH.value, columns=[ITEM_COLUMN.value])[ITEM_COLUMN.value].to_pylist()
 
-    def draw(count: int) -> list:
+    def draw(count: int | None = None) -> list:
+        count = random.geometric(1 / (HISTORY.value + 1)) - 1 if count is None else count
         return [items[place] for place in random.integers(len(items), size=count)]
 
-    lines = []
-    for _ in range(NUM_BODIES):
-        history = draw(random.geometric(1 / (HISTORY.value + 1)) - 1)
-        row: dict[str, Any] = {"history_item_ids": history, "candidate_item_id": draw(1)[0]}
-        if num_candidates > 1:
-            row = {"history_item_ids": history, "candidate_item_ids": draw(num_candidates), "k": 10}
-        lines.append(json.dumps({"signature_name": "rank" if num_candidates > 1 else "score", "instances": [row]}))
-    bodies = folder / f"{num_candidates}.txt"
-    bodies.write_text("\n".join(lines))
-    script = folder / f"{num_candidates}.lua"
-    script.write_text(SCRIPT.replace("BODIES", json.dumps(str(bodies))))
+    return draw
+
+
+def write_bodies(folder: Path, name: str, bodies: Iterable[dict[str, Any]]) -> Path:
+    """Writes bodies of requests and a script for wrk that sends them; returns the script."""
+    text, script = folder / f"{name}.txt", folder / f"{name}.lua"
+    text.write_text("\n".join(map(json.dumps, bodies)))
+    script.write_text(SCRIPT.replace("BODIES", json.dumps(str(text))))
     return script
 
 
@@ -131,11 +163,13 @@ def serving(*settings: str) -> Iterator[tuple[str, psutil.Process]]:
             process.terminate()
 
 
-def load(url: str, process: psutil.Process, script: Path, connections: int, seconds: int) -> dict[str, Any]:
+def load(
+    url: str, process: psutil.Process, script: Path, connections: int, seconds: int, method: str = "predict"
+) -> dict[str, Any]:
     used = sum(process.cpu_times()[:2])
     words = ["wrk", f"--connections={connections}", "--threads=1", f"--duration={seconds}s", "--timeout=30s"]
     done = subprocess.run(
-        [*words, f"--script={script}", f"{url}:predict"],
+        [*words, f"--script={script}", f"{url}:{method}"],
         capture_output=True,
         text=True,
         check=True,
