@@ -87,6 +87,14 @@ with theme("retrieval metrics"):
         "For --queries=users: the best list that NDCG compares with. targets: all sought items stand first. hits: "
         "those that were found stand first, as in ComiRec's code. Compare figures only at the same value.",
     )
+    flags.DEFINE_float(
+        "diversity_weight",
+        0.0,
+        "For models that find items, with --rank_against=all: re-rank the first places, as ComiRec does, so that items "
+        "differ in their first --item_features. Each place takes the item whose logit, and this weight for each item "
+        "above it of another category, is the highest. The weight is in the unit of the logits; 0: no re-ranking. The "
+        "longest of --ks is re-ranked, from the best four times as many.",
+    )
     flags.DEFINE_list("ks", ["1", "5", "10", "20"], "Lengths of the lists for recall, NDCG and the other metrics.")
     flags.DEFINE_string(
         "max_events",
@@ -250,6 +258,7 @@ def _asked() -> EvaluationRequest:
         slice_by=tuple(dict.fromkeys(values.slice_by)),
         queries=values.queries,
         ndcg_ideal=values.ndcg_ideal,
+        diversity_weight=values.diversity_weight,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class EvaluationRequest:
         queries: `EVENTS`: each chosen item is asked for, given the history before it. `USERS`: each user is asked once
             for all items chosen in the split, given the history before it.
         ndcg_ideal: what the ideal of NDCG has: all `TARGETS`, or only the `HITS`.
+        diversity_weight: of ComiRec's re-ranking; see `evaluation/reranking.py`. 0: none.
     """
 
     evaluation_split: str
@@ -46,6 +48,7 @@ class EvaluationRequest:
     slice_by: tuple[str, ...] = ()
     queries: str = EVENTS
     ndcg_ideal: str = TARGETS
+    diversity_weight: float = 0.0
 
     def __post_init__(self) -> None:
         rule, remedy = "is for --queries=users, in which there are several", "Add it, or drop this one."
@@ -53,6 +56,10 @@ class EvaluationRequest:
         require(fits, rule, "ndcg_ideal", self.ndcg_ideal, remedy)
         rule, remedy = "are those of retrieval metrics", f"Drop it, or give --rank_against={ALL}."
         require(self.queries == EVENTS or self.rank_against is not None, rule, "queries", self.queries, remedy)
+        rule, weight = "must be finite and at least 0", self.diversity_weight
+        require(math.isfinite(weight) and weight >= 0, rule, "diversity_weight", weight, "For example 0.1.")
+        rule, remedy = f"is for --rank_against={ALL}", "Drop one of them."
+        require(not weight or self.rank_against == 0, rule, "diversity_weight", weight, remedy)
         require(bool(self.ks), "must name a length", "ks", "", "For example 1,5,10,20.")
         least, value = "must be at least 0", self.bootstrap_samples
         require(value >= 0, least, "bootstrap_samples", value, "For example 1000.")
@@ -79,6 +86,8 @@ class EvaluationRequest:
             )
         if self.rank_against is None:
             return self
+        if self.diversity_weight:
+            self._check_diversity(config, store)
         rule = f"must be fewer than the {num_items} items"
         remedy = f"Give {ALL}, or a smaller number."
         require(self.rank_against < num_items, rule, "rank_against", self.rank_against, remedy)
@@ -86,3 +95,10 @@ class EvaluationRequest:
         rule = f"must be at most the number of candidates, {most}"
         require(self.by_default or self.ks[-1] <= most, rule, "ks", self.ks[-1], "Give shorter lists.")
         return dataclasses.replace(self, ks=tuple(k for k in self.ks if k <= most))
+
+    def _check_diversity(self, config: Config, store: EventStore) -> None:
+        kind, weight = config.model.model, self.diversity_weight
+        rule, remedy = f"is for models that find items, and {kind} ranks", "Drop it."
+        require(kind.retrieves, rule, "diversity_weight", weight, remedy)
+        rule, remedy = "needs a category of items, their first feature", "Train with --item_features, or drop it."
+        require(bool(store.item_features), rule, "diversity_weight", weight, remedy)

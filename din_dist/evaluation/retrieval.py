@@ -29,6 +29,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere
 from din_dist.evaluation.catalogue import catalogue_of
 from din_dist.evaluation.request import EVENTS, USERS
+from din_dist.evaluation.reranking import Diversity
 from din_dist.features.gathering import missing_values, signature_of
 from din_dist.features.spec import Owner
 from din_dist.metrics.retrieval import (
@@ -328,11 +329,13 @@ def rank(
     num_top: int,
     runtime: Runtime,
     progress: Callable[[float, float], None] = lambda share, seconds: None,
+    diversity: Diversity | None = None,
 ) -> TargetPositions:
     """Returns the positions of all targets, equal on all ranks. Each rank ranks its own range of the queries.
 
     Args:
         progress: called now and then with the share of this rank's queries that is done and the seconds they took.
+        diversity: re-ranks the first `num_top` of each query's list, whose candidates must be all items.
 
     Raises:
         FloatingPointError: on the chief, if a logit is NaN.
@@ -358,6 +361,8 @@ def rank(
         all_numbers &= not np.isnan(scores).any()
         for row in range(0, len(block), QUERIES_AT_ONCE):
             part = slice(row, row + QUERIES_AT_ONCE)
+            if diversity is not None:
+                diversity.rerank(scores[part], num_top)
             of_part = candidates if len(candidates) == 1 else candidates[part]
             of_targets.append(_target_positions(block[part], task, scores[part]))
             of_queries.append(_tops(task, of_part, scores[part], num_top))

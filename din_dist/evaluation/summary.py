@@ -16,6 +16,7 @@ from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.confidence import Interval, affordable_samples, intervals_of_scores, intervals_of_sums
 from din_dist.evaluation.evaluator import BatchScorer, Evaluator
 from din_dist.evaluation.request import ALL, AUTO_CANDIDATES, HITS, USERS, EvaluationRequest
+from din_dist.evaluation.reranking import Diversity, category_of_items
 from din_dist.evaluation.retrieval import (
     CandidateScorer,
     PopularityScorer,
@@ -127,10 +128,11 @@ def rank_split(
     def progress(share: float, seconds: float) -> None:
         say(f"ranked {share:.0%} of this worker's {asked}, {duration(seconds / share * (1 - share))} left")
 
-    positions = rank(store, queries, task, scorer, request.ks[-1], runtime, progress)
+    category, category_of = category_of_items(store)
+    diversity = _diversity(request, category_of)
+    positions = rank(store, queries, task, scorer, request.ks[-1], runtime, progress, diversity)
     seconds = time.perf_counter() - started
     popularity = item_counts(store, splits)
-    category_of = next(iter(store.item_features.values()), None)
     of_hits = request.ndcg_ideal == HITS
     parts = by_user(queries, positions, popularity, request.ks, category_of, of_hits)
     floor = rank(store, queries, task, PopularityScorer(popularity[: num_items + 1]), request.ks[-1], runtime)
@@ -138,6 +140,7 @@ def rank_split(
     of_floor |= coverages(floor, num_items, request.ks)
     facts = _facts_of_users if asked == USERS else _facts
     found = facts(store, queries, task, positions) | {
+        **({"diversity_weight": diversity.weight, "diversity_of": category} if diversity else {}),
         "ks": list(request.ks),
         f"{asked}_per_second": len(queries) / seconds,
         f"seconds_for_all_{asked}": seconds / len(queries) * queries.num_in_split,
@@ -148,6 +151,13 @@ def rank_split(
     if num_samples and runtime.is_chief:
         found["intervals"] = intervals_of_sums(parts, num_samples, config.job.seed)
     return found
+
+
+def _diversity(request: EvaluationRequest, category_of: np.ndarray | None) -> Diversity | None:
+    if not request.diversity_weight:
+        return None
+    assert category_of is not None  # `EvaluationRequest.fitted` has refused the request otherwise
+    return Diversity(request.diversity_weight, category_of)
 
 
 def _facts(store: EventStore, queries: Queries, task: Task, positions: TargetPositions) -> dict[str, Any]:

@@ -87,6 +87,9 @@ def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
             f"  {share:.1%} of them are of an item that the user had before"
             + ("; with many, --noexclude_history is the fairer task" if found["exclude_history"] else "")
         )
+    if weight := found.get("diversity_weight"):
+        category = printable(found["diversity_of"])
+        lines.append(f"  re-ranked so that items differ in {category}, by a weight of {weight:g}; popularity is not")
     metrics, floor = found["metrics"], found["floors"]["popularity"]
     intervals = found.get("intervals", {})
     ks = found["ks"]

@@ -195,6 +195,18 @@ def test_lists_of_the_default_are_no_longer_than_there_are_candidates(job: Path,
             ("--queries=users", "--rank_against=none"),
             "--queries: are those of retrieval metrics. Received: 'users'. Drop it, or give --rank_against=all.",
         ),
+        (
+            ("--diversity_weight=-0.5",),
+            "--diversity_weight: must be finite and at least 0. Received: -0.5. For example 0.1.",
+        ),
+        (("--diversity_weight=nan",), "--diversity_weight: must be finite and at least 0. Received: nan."),
+        (("--diversity_weight=inf",), "--diversity_weight: must be finite and at least 0. Received: inf."),
+        (
+            ("--diversity_weight=0.5", "--rank_against=3"),
+            "--diversity_weight: is for --rank_against=all. Received: 0.5. Drop one of them.",
+        ),
+        (("--diversity_weight=0.5", "--rank_against=none"), "--diversity_weight: is for --rank_against=all."),
+        (("--diversity_weight=0.5",), "--diversity_weight: is for models that find items, and din ranks."),
         ((f"--expect_digest={'0' * 64}",), "--expect_digest: is for an export. Received: '000"),
     ],
 )

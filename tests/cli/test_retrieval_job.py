@@ -43,6 +43,28 @@ def test_it_learns_and_evaluate_ranks_all_items(folder: Path, commands: Preloade
     assert low < retrieval["metrics"]["recall@10"] < high
 
 
+@pytest.mark.parametrize("queries", ["events", "users"])
+def test_lists_are_re_ranked_for_diversity(folder: Path, commands: Preloaded, queries: str) -> None:
+    """A large weight gives each list of five all five categories; of 30 items, 4 * 8 are considered."""
+    words = [f"--output_dir={folder / 'run'}", f"--queries={queries}", "--ks=1,5,8", "--noexclude_history"]
+    found = []
+    for weight in ([], ["--diversity_weight=0"], ["--diversity_weight=1000"]):
+        done = commands.run("evaluate", *words, "--bootstrap_samples=20", *weight)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1])["retrieval"])
+    for each in found:
+        assert each["floors"] == found[0]["floors"]
+        del each[f"{queries}_per_second"], each[f"seconds_for_all_{queries}"]
+    assert found[0] == found[1]
+    assert (found[2]["diversity_weight"], found[2]["diversity_of"]) == (1000, "category_id")
+    without, _, all_differ = (each["metrics"] for each in found)
+    assert without["diversity@5"] < all_differ["diversity@5"] == 1
+    assert found[2]["intervals"]["diversity@5"] == [1, 1]
+    assert all_differ["recall@5"] < without["recall@5"]
+    assert all_differ["recall@1"] == pytest.approx(without["recall@1"])  # nothing stands above the first place
+    assert "re-ranked so that items differ in category_id, by a weight of 1000; popularity is not" in done.stderr
+
+
 def test_the_report_tells_what_it_is(folder: Path, commands: Preloaded) -> None:
     run(commands, "report", f"--output_dir={folder / 'run'}")
     page = (folder / "run" / "report.html").read_text()

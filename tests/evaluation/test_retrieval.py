@@ -37,6 +37,7 @@ from din_dist.layers.packed import segment_sum
 from din_dist.layers.pairs import Pairs
 from din_dist.models.din import DIN
 from din_dist.models.ranking_model import LookedUp, RankingModel
+from tests.support.one_of_some import OneOfSome
 from tests.support.small_log import small_config
 
 LONGEST = 4
@@ -257,21 +258,9 @@ def test_two_ranks_that_ask_users_are_one(case: Case) -> None:
     queries, task = queries_of(case.store, case.examples, LONGEST, 10**9, by=USERS), Task(0, True, seed=1)
     scorer = FewScores(case.store.facts.num_items)
     whole = rank(case.store, queries, task, scorer, 5, Runtime())
-    parts = [rank(case.store, queries, task, scorer, 5, OneOf(number)) for number in range(2)]
+    parts = [rank(case.store, queries, task, scorer, 5, OneOfSome(number)) for number in range(2)]
     for name in ("greater", "tied", "num_candidates", "top_items"):
         assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
-
-
-class OneOf(Runtime):
-    """One of two ranks, which gathers nothing."""
-
-    world_size = 2
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        return 2 * np.asarray(values)
 
 
 class Sums(RankingModel):
@@ -314,7 +303,7 @@ def test_two_ranks_end_to_end_are_one(case: Case) -> None:
     """Each takes its run; what they gather is the whole."""
     task, scorer = Task(0, True, seed=1), FewScores(case.store.facts.num_items)
     whole = rank(case.store, case.queries, task, scorer, 5, Runtime())
-    parts = [rank(case.store, case.queries, task, scorer, 5, OneOf(number)) for number in range(2)]
+    parts = [rank(case.store, case.queries, task, scorer, 5, OneOfSome(number)) for number in range(2)]
     assert_array_equal(np.concatenate([part.top_items for part in parts]), whole.top_items)
     assert_array_equal(np.concatenate([part.greater for part in parts]), whole.greater)
 
