@@ -9,6 +9,7 @@ import pytest
 from tests.support.fake_checkout import FakeCheckout
 
 PARALLEL = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
+LONGEST = ["--durations=40", "--durations-min=15"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def arguments_of_pytest(checkout: FakeCheckout, *given: str) -> list[str]:
 
 @pytest.mark.parametrize("given", [[], ["-m", "fast"], ["tests/data", "-k", "a and b"], ["-x"]])
 def test_two_processes(checkout: FakeCheckout, given: list[str]) -> None:
-    assert arguments_of_pytest(checkout, *given) == [*PARALLEL, *given]
+    assert arguments_of_pytest(checkout, *given) == [*PARALLEL, *LONGEST, *given]
 
 
 @pytest.mark.parametrize(
@@ -40,4 +41,4 @@ def test_two_processes(checkout: FakeCheckout, given: list[str]) -> None:
     ids=" ".join,
 )
 def test_as_the_arguments_say(checkout: FakeCheckout, given: list[str]) -> None:
-    assert arguments_of_pytest(checkout, *given) == given
+    assert arguments_of_pytest(checkout, *given) == [*LONGEST, *given]
