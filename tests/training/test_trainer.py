@@ -47,6 +47,7 @@ from tests.support.model_kinds import RANKING
 from tests.support.processor import need_bfloat16
 from tests.support.signals import StopWhen
 from tests.support.small_log import small_config, write_log
+from tests.support.task_log import TASKS, write_task_log
 
 
 def make(config: Config, **kwargs) -> assembly.Assembly:
@@ -363,8 +364,35 @@ def test_early_stopping_counts_validations(tmp_path: Path) -> None:
     assert len(lines(config, "validation")) == len(gaucs)
 
 
-def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    settings = {"epochs": 3, "learning_rate": 0.01, "dropout": 0.3, "resample_negatives": True}
+FORMS: dict[str, dict[str, Any]] = {
+    "resampled negatives": {"dropout": 0.3, "resample_negatives": True},
+    "popular negatives": {"negatives": "popularity:0.75", "resample_negatives": True},
+    "negatives of the batch": {"negatives": "batch"},
+    "tasks": {
+        **{"label_columns": TASKS, "task_head": "mmoe:2", "task_weights": (1.0, 2.0)},
+        **{"split": Split.TEMPORAL, "validation_from": 12, "test_from": 16},
+    },
+    "behaviours of another log": {"split": Split.TEMPORAL, "validation_from": 12, "test_from": 16},
+    "several interests": {"model": ModelKind.COMIREC_SA, "num_interests": 2, "num_sampled": 10},
+    "cuts at random": {
+        "model": ModelKind.YOUTUBE_DNN,
+        "num_sampled": 10,
+        "split": Split.USERS,
+        "history_cut": "random",
+    },
+    "graphs of sessions": {"model": ModelKind.SR_GNN, "num_sampled": 10},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_stops_when_asked_and_goes_on_to_the_same_end(form: str, tmp_path: Path) -> None:
+    settings = {"epochs": 3, "learning_rate": 0.01, **FORMS[form]}
+    if form == "tasks":
+        write_task_log(tmp_path / "log.parquet")
+    if form == "behaviours of another log":
+        write_log(tmp_path / "log.parquet", labels=True)
+        write_log(tmp_path / "behaviours.parquet", seed=1)
+        settings["behaviours_path"] = str(tmp_path / "behaviours.parquet")
     straight = make(small_config(tmp_path, output_dir=str(tmp_path / "straight"), **settings))
     straight.trainer.train()
     config = small_config(tmp_path, output_dir=str(tmp_path / "stopped"), **settings)
