@@ -21,6 +21,8 @@ from din_dist.config import Config, require
 from din_dist.errors import InputError
 from din_dist.files import read_record
 from din_dist.serving.calibrator import Calibrate, Calibrator, fit
+from din_dist.serving.export import item_index
+from din_dist.serving.export.item_index import IndexKind
 from din_dist.serving.manifest import DIGEST_HELP, read_manifest
 from din_dist.text import parse_json
 
@@ -61,6 +63,19 @@ with theme("finding items"):
         "",
         "With several --histories: the name of the one that the model reads which finds items. Default: the first.",
     )
+    INDEX = flags.DEFINE_enum(
+        "index",
+        IndexKind.NONE,
+        list(IndexKind),
+        "For jobs of models that find items: an approximate index of the items' vectors beside them, made by Faiss. "
+        "ivf: lists of items, of which a search reads a few. The signatures stay exact.",
+    )
+    INDEX_RECALL = flags.DEFINE_float(
+        "index_recall",
+        0.95,
+        "The least share of the exact best 100 items that the index must find, above 0 and up to 1. It reads the "
+        "fewest lists that do so.",
+    )
 with theme("result"):
     EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder. Required.")
     OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the export that is in --export_dir.")
@@ -88,6 +103,7 @@ def main() -> None:
     )
     config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
     _check_retriever(config)
+    _check_index(config)
     require(
         not config.data.label_columns or NEGATIVE_RATE.value == 1,
         "is for logs of one label: which negatives of several were kept is not known",
@@ -117,6 +133,24 @@ def _check_retriever(config: Config) -> None:
     read_manifest(Path(RETRIEVER_EXPORT_DIR.value), RETRIEVER_DIGEST.value)  # a wrong folder is refused at once
 
 
+def _check_index(config: Config) -> None:
+    """Checks the flags of the approximate index, and that its library is there."""
+    recall = INDEX_RECALL.value
+    if INDEX.value == IndexKind.NONE:
+        require(not INDEX_RECALL.present, "is for an index", INDEX_RECALL.name, recall, "Give --index=ivf, or drop it.")
+        return
+    require(0 < recall <= 1, "must be above 0 and at most 1", INDEX_RECALL.name, recall, "For example 0.95.")
+    kind = config.model.model
+    require(
+        kind.retrieves,
+        f"is for jobs of models that find items, and --model={kind} ranks given ones",
+        INDEX.name,
+        INDEX.value,
+        "Drop it, or give the --output_dir of a job with --model=comirec_sa.",
+    )
+    item_index.faiss()
+
+
 def _export(config: Config, folder: Path) -> dict[str, Any]:
     import tensorflow as tf
 
@@ -130,6 +164,9 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     check_target(folder, OVERWRITE.value)  # before the slow part
     tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
     store = open_prepared(config.data)
+    with_index = INDEX.value != IndexKind.NONE
+    if with_index:
+        item_index.check_catalogue(store.facts.num_candidates)
     splits = split_examples(store, config.data)
     model, step = trained_model(config, store, CHECKPOINT_STEP.value or None)
     split = next(name for name in ("test", "validation", "train") if splits[name].num_examples)
@@ -142,7 +179,8 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     trained = dataclasses.replace(trained, calibrators=_calibrators(Evaluator(config, store, splits, Runtime()), model))
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
-    manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
+    recall = INDEX_RECALL.value if with_index else None
+    manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value, index_recall=recall)
     return {
         "export_dir": str(folder),
         "step": manifest.step,
@@ -151,6 +189,7 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
         "num_compared": manifest.num_compared,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "digest": manifest.digest,
+        **({"index": dataclasses.asdict(manifest.index)} if manifest.index else {}),
     }
 
 

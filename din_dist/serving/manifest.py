@@ -97,6 +97,29 @@ class InnerExport:
 
 
 @dataclasses.dataclass(frozen=True)
+class ItemIndex:
+    """The approximate index of the items' vectors that lies beside them.
+
+    Attributes:
+        kind: "ivf".
+        faiss: the version of the library that made it.
+        num_lists: that the items are in.
+        num_probes: the number of lists that a search reads; the file says so, too.
+        recall: the share of the exact best k items that it finds, on average over users.
+        k: items of a user that the recall counts.
+        num_queries: the number of users, of the split that was compared, on which the recall was measured.
+    """
+
+    kind: str
+    faiss: str
+    num_lists: int
+    num_probes: int
+    recall: float
+    k: int
+    num_queries: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The description of a SavedModel, written beside it as JSON.
 
@@ -131,6 +154,7 @@ class Manifest:
             has no such entry.
         retriever: the export inside this one that finds the items which `recommend` ranks. None, and no such entry in
             the file: there is none.
+        index: the approximate index of the items' vectors. None, and no such entry in the file: there is none.
         digest: SHA-256 of this file, and thereby of the whole export; empty until the file is written.
     """
 
@@ -159,6 +183,7 @@ class Manifest:
     long_history: str = ""
     finds_items: bool = False
     retriever: InnerExport | None = None
+    index: ItemIndex | None = None
     digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -178,6 +203,8 @@ class Manifest:
             del fields["finds_items"]
         if self.retriever is None:
             del fields["retriever"]
+        if self.index is None:
+            del fields["index"]
         return fields
 
     @functools.cached_property
@@ -271,9 +298,10 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     try:
         features = tuple(FeatureInputs(**feature) for feature in fields.pop("features", ()))
         tasks = tuple(fields.pop("tasks", ()))
-        inner = fields.pop("retriever", None)
+        inner, found = fields.pop("retriever", None), fields.pop("index", None)
         retriever = None if inner is None else InnerExport(**inner)
-        manifest = Manifest(**fields, features=features, tasks=tasks, retriever=retriever, digest=digest)
+        index = None if found is None else ItemIndex(**found)
+        manifest = Manifest(**fields, features=features, tasks=tasks, retriever=retriever, index=index, digest=digest)
     except TypeError as error:
         raise _changed(path, reason(error)) from error
     if wrong := _wrong(manifest):
@@ -305,6 +333,8 @@ def _wrong(manifest: Manifest) -> str:
         return f"histories of {shown(dict(manifest.histories))}"
     if manifest.retriever and not _is_whole(manifest.retriever):
         return "a retriever of another form"
+    if manifest.index and not _is_measured(manifest.index):
+        return "an index of another form"
     if manifest.feature_inputs.keys() != manifest.item_features.keys():
         return "other features among feature_inputs than among item_features"
     for feature in manifest.features:
@@ -323,6 +353,12 @@ def _wrong(manifest: Manifest) -> str:
 def _is_whole(inner: InnerExport) -> bool:
     texts = (inner.digest, inner.model, inner.history)
     return all(isinstance(text, str) for text in texts) and is_count(inner.step) and is_count(inner.num_items)
+
+
+def _is_measured(index: ItemIndex) -> bool:
+    counts = (index.num_lists, index.num_probes, index.k, index.num_queries)
+    texts = isinstance(index.kind, str) and isinstance(index.faiss, str)
+    return texts and all(map(is_count, counts)) and isinstance(index.recall, (int, float)) and 0 <= index.recall <= 1
 
 
 def _wrong_feature(feature: FeatureInputs) -> str:

@@ -34,5 +34,5 @@ def assert_refused(fields: Mapping[str, Any], folder: Path, words: str) -> None:
 def manifest(**fields: Any) -> Manifest:
     """Returns a manifest with nothing in it but `fields`."""
     nothing: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(Manifest)), "")
-    empty: dict[str, Any] = {"calibration": None, "tasks": (), "retriever": None, "finds_items": False}
+    empty: dict[str, Any] = {"calibration": None, "tasks": (), "retriever": None, "index": None, "finds_items": False}
     return Manifest(**(nothing | empty | fields))

@@ -1,11 +1,14 @@
 """Finds and runs programs that tests need and Python's package index does not have, such as promtool.
 
+It imports optional packages too.
+
 with running([program("prometheus"), ...], tmp_path / "log", ready_url=f"{url}/-/ready"):
     ...
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import socket
@@ -15,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
@@ -37,6 +41,14 @@ def missing(reason: str) -> NoReturn:
     if os.environ.get("CI", "").lower() == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def imported(name: str, package: str) -> ModuleType:
+    """Returns a module of an optional package; without it the test ends as in `missing`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        missing(f"{package} is not installed: launch/setup.sh --test")
 
 
 def free_port() -> int:

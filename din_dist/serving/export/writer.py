@@ -35,6 +35,7 @@ from din_dist.serving.asked import NEAREST
 from din_dist.serving.bundle import as_tensor, inputs_of
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
+from din_dist.serving.export.item_index import INDEX_FILE, MOST_USERS, write_index
 from din_dist.serving.export.ranking_signatures import RankingSignatures
 from din_dist.serving.export.retrieval_signatures import RetrievalSignatures, vectors_of_items
 from din_dist.serving.export.retriever import Retriever
@@ -111,7 +112,13 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def export(
-    trained: TrainedModel, evaluator: Evaluator, split: str, folder: Path, *, overwrite: bool = False
+    trained: TrainedModel,
+    evaluator: Evaluator,
+    split: str,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    index_recall: float | None = None,
 ) -> Manifest:
     """Publishes an export of `trained` in `folder`.
 
@@ -121,9 +128,10 @@ def export(
         split: on which the logits of export and trainer are compared.
         folder: of the export.
         overwrite: replace an export that is there.
+        index_recall: the least recall of an approximate index of items, see `write_index`. None: there is no index.
 
     Raises:
-        InputError: the folder is in use or cannot be written.
+        InputError: the folder is in use or cannot be written, or no index has this recall.
         FloatingPointError: the logits differ too much; nothing was published.
     """
     check_target(folder, overwrite)
@@ -132,9 +140,15 @@ def export(
             write_saved_model(trained, temporary)
         largest, num_compared = largest_difference(trained, temporary, evaluator, split)
         with _writing(folder):
+            index = None
             if isinstance(trained.model, RetrievalModel):
-                write_items(trained.model, trained.store, temporary / ITEMS_FILE)
-            manifest = _write_manifest(trained, temporary, split, largest, num_compared)
+                vectors = vectors_of_items(trained.model, trained.store.facts.num_candidates)
+                write_items(vectors, trained.store, temporary / ITEMS_FILE)
+                if index_recall is not None:
+                    users = _vectors_of_users(trained.model, evaluator, split)
+                    index = write_index(vectors, users, index_recall, temporary / INDEX_FILE)
+            manifest = dataclasses.replace(_manifest(trained, temporary, split, largest, num_compared), index=index)
+            manifest = _written(manifest, temporary)
             check_target(folder, overwrite)  # again, because the comparison took a while
             publish_folder(temporary, folder)
     return manifest
@@ -309,18 +323,31 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
         signatures.save(folder)
 
 
-def write_items(model: RetrievalModel, store: EventStore, path: Path) -> None:
+def write_items(vectors: np.ndarray, store: EventStore, path: Path) -> None:
     """Writes the vectors of all items that may be found to a Parquet file, for any index of vectors.
 
     Its columns are `item_id`, as in the log, and `embedding`, float32 `[H]` each.
+
+    Args:
+        vectors: float32 `[I, H]`.
+        store: has the log's ids.
+        path: of the file.
     """
-    num_items = store.facts.num_candidates
-    vectors = pa.array(vectors_of_items(model, num_items).reshape(-1))
     columns = {
-        "item_id": store.vocabulary(ITEMS)[:num_items],
-        "embedding": pa.FixedSizeListArray.from_arrays(vectors, model.lookup.width),
+        "item_id": store.vocabulary(ITEMS)[: len(vectors)],
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
     }
     pq.write_table(pa.table(columns), path, row_group_size=_ROWS_PER_GROUP)
+
+
+def _vectors_of_users(model: RetrievalModel, evaluator: Evaluator, split: str) -> np.ndarray:
+    """Returns the vectors of users at the events of a split, float32 `[Q, K, H]`; of many, evenly chosen ones."""
+    examples = evaluator.examples(split)
+    found = np.concatenate([model.users(batch).numpy() for batch in evaluator.batches(split)])
+    _, events = examples.users_and_events(np.arange(examples.num_examples))
+    firsts = np.sort(np.unique(events, return_index=True)[1])  # a positive and its negatives have one user
+    chosen = np.linspace(0, len(firsts) - 1, min(len(firsts), MOST_USERS)).astype(np.int64)
+    return found[firsts[chosen]]
 
 
 def _declared(store: EventStore) -> dict[str, Declared]:
@@ -339,14 +366,14 @@ def described_features(store: EventStore) -> list[FeatureInputs]:
     return inputs_in_manifest(declared.values(), names_of_inputs(list(store.item_features), declared))
 
 
-def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: float, num_compared: int) -> Manifest:
+def _manifest(trained: TrainedModel, folder: Path, split: str, largest: float, num_compared: int) -> Manifest:
     store = trained.store
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     features = described_features(store)
     item_features = {name: _kind(store.vocabulary(vocabulary_of(name))) for name in store.item_features}
     item_features |= {feature.name: feature.type for feature in features if feature.owner == "item" and feature.inputs}
     names = names_of_inputs(list(store.item_features), store.features)
-    manifest = Manifest(
+    return Manifest(
         item_id_type=item_id_type(store),
         item_features=item_features,
         feature_inputs={name: names[name] for name in item_features},
@@ -372,6 +399,10 @@ def _write_manifest(trained: TrainedModel, folder: Path, split: str, largest: fl
         finds_items=isinstance(trained.model, RetrievalModel),
         retriever=trained.retriever.described if trained.retriever else None,
     )
+
+
+def _written(manifest: Manifest, folder: Path) -> Manifest:
+    """Writes the manifest of the export in `folder`; returns it with its digest."""
     path = folder / MANIFEST
     path.parent.mkdir(exist_ok=True)
     write_text(path, to_json(manifest.to_json()) + "\n")
