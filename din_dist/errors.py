@@ -20,7 +20,15 @@ class Interrupted(Exception):
 
 
 class Left(Interrupted):
-    """This rank leaves an elastic job, which continues without it; the text says why."""
+    """This rank leaves an elastic job; the text says why.
+
+    Attributes:
+        after: what becomes of the job.
+    """
+
+    def __init__(self, reason: str, after: str = "the other workers go on") -> None:
+        super().__init__(reason)
+        self.after = after
 
 
 class LostPeer(Exception):

@@ -195,7 +195,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except InputError as error:
         _leave(EXIT_INPUT_ERROR, str(error))
     except Left as reason:
-        _leave(EXIT_RETRY, f"rank {_rank()} leaves {reason}; the other workers go on", level="stopped")
+        _leave(EXIT_RETRY, f"rank {_rank()} leaves {reason}; {reason.after}", level="stopped")
     except Interrupted as stop:
         if not _is_chief():
             return EXIT_RETRY

@@ -21,6 +21,7 @@ from din_dist.place import Place
 from din_dist.text import duration, parse_json
 
 if TYPE_CHECKING:
+    from din_dist.training.output_dir import OutputDirLock
     from din_dist.training.trainer import Trainer
 
 _SAVING_LOCK = ".saving"
@@ -83,7 +84,8 @@ class _Training:
         from din_dist.distributed.elastic import run_elastic
 
         job = self._job
-        waiting = _Waiting(self._folder, job.trainer, self._signals, self._config.recovery.rejoin_timeout_seconds)
+        patience = self._config.recovery.rejoin_timeout_seconds
+        waiting = _Waiting(self._lock, self._folder, job.trainer, self._signals, patience)
         with job.telemetry.until_the_end(job.trainer):
             summary = run_elastic(self._runtime, self._run_with_these_workers, job.telemetry.say, waiting)
         self._runtime.barrier()
@@ -180,8 +182,10 @@ class _Training:
 class _Waiting:
     """The work of a worker of an elastic job while it waits for the others; see `distributed.elastic.Waiting`."""
 
-    def __init__(self, folder: Path, trainer: Trainer, signals: entry.Signals, patience_seconds: float) -> None:
-        self._folder, self._trainer, self._signals = folder, trainer, signals
+    def __init__(
+        self, lock: OutputDirLock, folder: Path, trainer: Trainer, signals: entry.Signals, patience_seconds: float
+    ) -> None:
+        self._lock, self._folder, self._trainer, self._signals = lock, folder, trainer, signals
         self.patience_seconds = patience_seconds
 
     def stop_requested(self) -> bool:
@@ -190,6 +194,10 @@ class _Waiting:
     def give_up(self, waited_seconds: float) -> None:
         reason = "on request" if self.stop_requested() else f"fewer than --min_workers for {waited_seconds:.0f} s"
         entry.leave_at_once(EXIT_GAVE_UP, f"{reason}; {self._save()}")
+
+    def keep(self) -> str | None:
+        # The lock of a chief that is lost is free, unless its host hangs.
+        return self._save() if self._lock.hold_if_free() else None
 
     def _save(self) -> str:
         """Lets one worker save. It takes a lock of its own, because the chief may be the one that all wait for."""

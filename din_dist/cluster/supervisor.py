@@ -351,6 +351,8 @@ class Supervisor:
                 "them, and they save and stop. The same command resumes."
             )
             return EXIT_RETRY
+        if self._elastic and code == 0 and not self._done and self._failures and self._failures[-1][1] == EXIT_RETRY:
+            return EXIT_RETRY  # the last workers left, which Horovod takes for success
         if self._elastic and (code == 0 or self._done):
             return 0  # a worker that failed was not needed, even if Horovod took its late end for the job's
         if self._failures:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from din_dist.distributed.runtime import Runtime, raise_lost_peer
-from din_dist.errors import LostPeer
+from din_dist.errors import Left, LostPeer
 
 Result = TypeVar("Result")
 
@@ -32,6 +32,9 @@ class Waiting(Protocol):
     def give_up(self, waited_seconds: float) -> None:
         """Keeps what was learned and ends this process."""
 
+    def keep(self) -> str | None:
+        """Keeps what was learned if no chief is left to do so; returns what to tell of it."""
+
 
 def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str], None], waiting: Waiting) -> Result:
     """Returns what `body` returns. `body` is called again whenever the set of ranks changes.
@@ -54,6 +57,10 @@ def run_elastic(runtime: Runtime, body: Callable[[], Result], say: Callable[[str
         watch.start()
         try:
             runtime.reset()
+        except Left as left:
+            # The others may all be lost: then only this rank knows what was learned since the last checkpoint.
+            kept = waiting.keep()
+            raise Left(str(left), kept) if kept else left from None
         finally:
             joined.set()
             watch.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +29,13 @@ class OutputDirLock:
         elif self._lock is None:
             with progress.at(f"locking {self._folder}"):
                 self._lock = claim_output_dir(self._folder, self._job_id)
+
+    def hold_if_free(self) -> bool:
+        """Claims the folder unless another process is chief, even one of the same job. Tells whether it is ours."""
+        if self._lock is None:
+            with contextlib.suppress(InputError):
+                self._lock = claim_output_dir(self._folder)
+        return self._lock is not None
 
     def release(self) -> None:
         if self._lock:

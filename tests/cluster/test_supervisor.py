@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -38,6 +39,8 @@ if os.fork():
 if sys.argv[1] == "ends":
     time.sleep(.5)
     link.sendall(seal.encode({"ended": int(sys.argv[2])}))
+elif sys.argv[1] == "leaves":
+    link.sendall(seal.encode({"ended": 75}))
 elif sys.argv[1] == "goes_on":
     heard = b""
     while b"stop" not in heard:
@@ -55,9 +58,23 @@ elif sys.argv[1] == "has_ended":
 """
 
 
-def run(way: str, code: int, address: str = "127.0.0.1", host: str = "", stall_timeout_seconds: float = 60) -> int:
+class AnyHosts:
+    """The hosts of an elastic job, none of which is silent or refused."""
+
+    silent: ClassVar[set[str]] = set()
+    refused: ClassVar[set[str]] = set()
+
+    async def refresh(self, *_: object) -> None:
+        pass
+
+
+def run(
+    way: str, code: int, address: str = "127.0.0.1", host: str = "", stall_timeout_seconds: float = 60, **more: Any
+) -> int:
     command = [sys.executable, "-c", AGENT, way, str(code), host]
-    return Supervisor(command, horovod=False, address=address, stall_timeout_seconds=stall_timeout_seconds).run()
+    return Supervisor(
+        command, horovod=False, address=address, stall_timeout_seconds=stall_timeout_seconds, **more
+    ).run()
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
@@ -80,6 +97,12 @@ def test_a_job_that_is_done_is_done_whatever_link_is_left(capfd: pytest.CaptureF
     """As to a host that was cut off in the last moment."""
     assert run("has_ended", 0) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_an_elastic_job_whose_last_workers_left_can_be_run_again() -> None:
+    """Horovod's driver takes for success that no host is left to run on."""
+    assert run("leaves", 0, hosts=AnyHosts()) == EXIT_RETRY
+    assert run("has_ended", 0, hosts=AnyHosts()) == 0
 
 
 def test_an_agent_gets_in_among_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
