@@ -191,10 +191,11 @@ class Judge:
     def _model(self, way: EvaluateWith) -> Any:
         """Returns another model of the job, for weights that are put there."""
         from din_dist.assembly import make_model
+        from din_dist.data.trained_items import row_of_item
 
-        job = self._job
-        config, rows = job.config.replace(evaluate_with=way).model, job.trained_items and job.trained_items.row_of_item
-        return make_model(config, job.store.facts, job.store.item_features, seed=0, row_of_item=rows)
+        config, store = self._job.config.replace(evaluate_with=way).model, self._job.store
+        rows = row_of_item(store.facts, self._job.trained_items)
+        return make_model(config, store.facts, store.item_features, seed=0, row_of_item=rows)
 
     def judge(self, step: int, seconds: float, cpu_seconds: float) -> None:
         """Judges the weights after update `step`."""
@@ -256,14 +257,13 @@ def table(found: Mapping[str, Sequence[Judged]]) -> str:
     heads = ["variant", f"recall@{K}", "from its base", f"NDCG@{K}", "from its base", "alike", "s", "CPU s", "updates"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row, of_seeds in found.items():
-        base = found.get(VARIANTS[row.partition(", ")[0]][0])
+        base = found.get(VARIANTS[row.partition(", ")[0]][0], of_seeds)
         cells = [f"`{row}`"]
         columns: list[Callable[[Judged], float]] = [lambda one: one.recall, lambda one: one.ndcg]
         for value in columns:
-            own = [*map(value, of_seeds)]
-            cells.append(spread(own))
-            is_base = base is None or base is of_seeds
-            cells.append("" if is_base else spread([a - b for a, b in zip(own, map(value, base), strict=True)], "+"))
+            own, others = [*map(value, of_seeds)], [*map(value, base)]
+            differences = [mine - other for mine, other in zip(own, others, strict=True)]
+            cells += [spread(own), "" if base is of_seeds else spread(differences, "+")]
         cosines = [one.alike for one in of_seeds if one.alike is not None]
         cells.append(spread(cosines, digits=2) if cosines else "")
         for time_of in (lambda one: one.seconds, lambda one: one.cpu_seconds, lambda one: one.best_step):

@@ -28,7 +28,8 @@ def test_each_row_is_compared_with_its_base_within_a_seed() -> None:
     }
     assert table(found).splitlines()[2:] == [
         "| `sr_gnn` | 0.3000 (0.1414) |  | 0.2000 (0.1414) |  |  | 2 | 4 | 7 |",
-        "| `session_query=mean` | 0.5000 (0.2828) | +0.2000 (0.1414) | 0.1500 (0.0707) | -0.0500 (0.0707) |  | 2 | 4 | 7 |",
+        "| `session_query=mean` | 0.5000 (0.2828) | +0.2000 (0.1414) | 0.1500 (0.0707) | -0.0500 (0.0707) |"
+        "  | 2 | 4 | 7 |",
         "| `comirec_sa` | 0.5000 |  | 0.2500 |  | 0.25 | 2 | 4 | 7 |",
         "| `comirec_sa, evaluate_with=readout` | 0.2500 | -0.2500 | 0.2000 | -0.0500 |  | 2 | 4 | 7 |",
     ]
