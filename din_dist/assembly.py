@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -375,9 +376,10 @@ class Assembly:
             self.store, self.config.data, self.splits, self.trained_items
         )
         ages = ExampleAges.of_training(self.store, examples) if self.config.model.example_age else None
-        return BatchMaker.for_training(
+        maker = BatchMaker.for_training(
             self.store, examples, self.config.data, seed, self.trained_items, self.execution, drawn, ages
         )
+        return dataclasses.replace(maker, graphs=self.config.model.model.reads_graphs)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:

@@ -22,6 +22,20 @@ MOST_TASKS = 8  # their labels share a byte
 MOST_ACTIONS = 255  # one takes a byte
 
 
+class SessionGraph(NamedTuple):
+    """The graphs of packed histories, with M nodes and E edges in all; no two edges are equal.
+
+    A history's distinct items are its nodes. An edge leads from each item to the one after it.
+    """
+
+    item_of: Any  # int32 [M], the item of each node, by the place of its vector
+    node_of: Any  # int32 [N], the node of each history position
+    edge_from: Any  # int32 [E], the node that an edge leaves
+    edge_to: Any  # int32 [E], the node that it enters
+    num_incoming: Any  # int32 [M], the edges that enter each node
+    num_outgoing: Any  # int32 [M], the edges that leave it
+
+
 class Batch(NamedTuple):
     """A packed batch: flat arrays, nothing padded. If an item's own id is hidden, -id stands for the id.
 
@@ -52,14 +66,18 @@ class Batch(NamedTuple):
     sampled_item_ids: Any = ()
     sampled_offsets: Any = ()  # float32 [S], as logit_offsets
     example_ages: Any = ()  # float32 [B], from 0 for the newest time of training to 1 for the oldest; () if not read
+    # `SessionGraph`, whose items are places among `distinct_item_ids`; () if the model reads none, or finds it itself.
+    graph: Any = ()
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """The names of the fields for training alone that only some batches have, and this one has."""
-        return tuple(name for name in EXTRAS if not isinstance(getattr(self, name), tuple))
+        """The names of `EXTRAS` that this batch has."""
+        values = {name: getattr(self, name) for name in EXTRAS}
+        return tuple(name for name, value in values.items() if not isinstance(value, tuple) or value)
 
 
-EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets", "example_ages")
+# The fields that only some batches have. All but `graph` are for training alone.
+EXTRAS = ("weights", "logit_offsets", "sampled_item_ids", "sampled_offsets", "example_ages", "graph")
 
 
 # --- A record of prepared data: one block of whole users, their events in time order. ---

@@ -31,6 +31,11 @@ class ModelKind(enum.StrEnum):
         """True for models that may have weights for each position of a history."""
         return self in (ModelKind.COMIREC_SA, ModelKind.COMIREC_DR, ModelKind.MIND)
 
+    @property
+    def reads_graphs(self) -> bool:
+        """True for models that read the graph of each history, which the input pipeline then finds."""
+        return self is ModelKind.SR_GNN
+
 
 class Softmax(enum.StrEnum):
     SAMPLED = "sampled"

@@ -33,9 +33,10 @@ from din_dist.errors import InputError
 from din_dist.execution import Execution
 from din_dist.features.encoding import Encoding
 from din_dist.features.gathering import FeatureValues, OfferRows, signature_of, without_copying
+from din_dist.features.session_graph import session_graph
 from din_dist.features.spec import OF_EXAMPLES, Owner
 from din_dist.kernels import operations
-from din_dist.schema import UNKNOWN_ID, Batch
+from din_dist.schema import UNKNOWN_ID, Batch, SessionGraph
 
 # Streams of random numbers that must not resemble each other.
 _NEGATIVES, _DROPOUT, _EVALUATION, _HIDING, _IN_BATCH = 1, 2, 3, 4, 5
@@ -57,6 +58,7 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
     ids, ids64 = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)
     encodings = list(encodings)
     sides = {encoding.spec.name: ids for encoding in encodings if encoding.spec.owner is Owner.HISTORY}
+    others = {"sampled_item_ids": ids, "graph": SessionGraph(*[ids] * len(SessionGraph._fields))}
     return Batch(
         candidate_item_ids=ids,
         history_item_ids=ids,
@@ -69,7 +71,7 @@ def batch_signature(encodings: Iterable[Encoding] = (), extras: Collection[str] 
         features=signature_of(encoding for encoding in encodings if encoding.spec.owner in OF_EXAMPLES) or (),
         sides=sides or (),
         side_index=ids if sides else (),
-        **{name: ids if name == "sampled_item_ids" else tf.TensorSpec([None], tf.float32) for name in extras},
+        **{name: others.get(name, tf.TensorSpec([None], tf.float32)) for name in extras},
     )
 
 
@@ -193,6 +195,7 @@ class BatchMaker:
         sampled: what draws the items of a softmax; the candidates are then its targets. None: there is none.
         cut: where a user's events are cut into history and target.
         ages: the ages of the targets' events. None: the batches have none.
+        graphs: find the graph of each history.
         execution: how batches are made; every way makes the same.
     """
 
@@ -209,6 +212,7 @@ class BatchMaker:
     sampled: SampledItems | None = None
     cut: HistoryCut = HistoryCut.EVENT
     ages: ExampleAges | None = None
+    graphs: bool = False
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     @classmethod
@@ -407,6 +411,10 @@ class BatchMaker:
         # The rows that a step needs are found here, while the step before it runs.
         distinct, index = self._distinct([candidate, history, *([sampled[0]] if self.sampled else ())])
         sides, side_index = self._sides.of(bounds, asked)  # type: ignore[attr-defined]
+        graph: SessionGraph | tuple[()] = ()
+        if self.graphs:
+            of_positions = index[tf.size(candidate) :][: tf.size(history)]
+            graph = session_graph(of_positions, history_lengths)
         return Batch(
             candidate_item_ids=candidate,
             history_item_ids=history,
@@ -424,6 +432,7 @@ class BatchMaker:
             sampled_item_ids=sampled[0],
             sampled_offsets=sampled[1],
             example_ages=() if self.ages is None else self.ages.of(event),
+            graph=graph,
         )
 
     def _weights(self, events: tf.Tensor, labels: tf.Tensor) -> tf.Tensor | tuple[()]:
@@ -682,16 +691,27 @@ def evaluation_batches(
     *,
     seed: int,
     batch_size: int,
-    shard_index: int,
-    num_shards: int,
+    shard: Shard | None = None,
+    graphs: bool = False,
     num_parallel_calls: int = 2,
 ) -> tf.data.Dataset:
-    """Returns this shard's batches of a split, in order. Together the shards have each example exactly once.
+    """Returns a shard's batches of a split, in order. Together the shards have each example exactly once.
 
     The draws depend on the event alone, so validation and test negatives stay the same from epoch to epoch.
+
+    Args:
+        store: the events.
+        examples: of the split.
+        config: of the data.
+        seed: the seed of all draws.
+        batch_size: examples of a batch.
+        shard: the part of the split; None: all of it.
+        graphs: as of `BatchMaker`.
+        num_parallel_calls: batches that are made at a time.
     """
-    maker = BatchMaker(store, examples, config.max_history_length, seed, _EVALUATION)
-    first, end = share(examples.num_examples, shard_index, num_shards)
+    maker = BatchMaker(store, examples, config.max_history_length, seed, _EVALUATION, graphs=graphs)
+    shard = shard or Shard()
+    first, end = share(examples.num_examples, shard.index, shard.count)
 
     def make(start: tf.Tensor) -> Batch:
         return maker.batch(tf.range(start, tf.minimum(start + batch_size, end)), tf.constant(0, tf.int64))

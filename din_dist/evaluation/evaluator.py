@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist import progress, schema
 from din_dist.config import Config
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import batch_signature, evaluation_batches
+from din_dist.data.pipeline import Shard, batch_signature, evaluation_batches
 from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.packed import segment_ids, segment_sum, split_histories
@@ -27,7 +27,7 @@ def logits_of(model: BehaviourModel) -> BatchScorer:
     """Returns a function from packed batches to the model's logits, traced once."""
     return tf.function(
         lambda batch: model(batch, training=False),
-        input_signature=[batch_signature(model.batch_encodings, num_tasks=model.num_tasks)],
+        input_signature=[batch_signature(model.batch_encodings, model.extras, model.num_tasks)],
         autograph=False,
     )
 
@@ -134,8 +134,8 @@ class Evaluator:
             self._config.data,
             seed=self._config.job.seed,
             batch_size=self._config.evaluation.evaluation_batch_size,
-            shard_index=self._runtime.rank,
-            num_shards=self._runtime.world_size,
+            shard=Shard(self._runtime.rank, self._runtime.world_size),
+            graphs=self._config.model.model.reads_graphs,
         )
 
     def scores(self, split: str, score: BatchScorer) -> np.ndarray:

@@ -39,6 +39,7 @@ class BehaviourModel(keras.Model):
     """
 
     has_batch_statistics = False
+    reads_graphs = False  # of histories; see `Batch.graph`
 
     def __init__(
         self,
@@ -86,6 +87,11 @@ class BehaviourModel(keras.Model):
     def batch_encodings(self) -> tuple[Encoding, ...]:
         """The encodings of all features that batches have values of."""
         return (*self.encodings, *self.side_encodings)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The names of `schema.EXTRAS` that batches of evaluation have too."""
+        return ("graph",) if self.reads_graphs else ()
 
     @property
     def side_width(self) -> int:

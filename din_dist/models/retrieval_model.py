@@ -18,7 +18,7 @@ from din_dist.layers.feature_columns import FeatureColumns
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.packed import segment_ids
 from din_dist.models.behaviour_model import BehaviourModel, Sides, distinct_items, items_of
-from din_dist.schema import Batch
+from din_dist.schema import Batch, SessionGraph
 
 
 class PackedHistories(NamedTuple):
@@ -30,6 +30,7 @@ class PackedHistories(NamedTuple):
     lengths: tf.Tensor  # int32 [B]
     context: tf.Tensor | None = None  # float32 [B, C], the columns of user and context features; None without any
     ages: tf.Tensor | None = None  # float32 [B], as of `Batch.example_ages`; None: users are asked now
+    graph: SessionGraph | None = None  # None: it is yet to be found, or not wanted
 
     @property
     def num_histories(self) -> tf.Tensor:
@@ -75,6 +76,7 @@ class RetrievalModel(BehaviourModel):
         super().__init__(lookup, training_mode, example_columns, **kwargs)
         self._normalizes, self.temperature = config.normalize_vectors, config.temperature
         self._readout, self._evaluate_with = config.readout, config.evaluate_with
+        self.reads_graphs = config.model.reads_graphs
 
     @abc.abstractmethod
     def interests(self, histories: PackedHistories, mode: Mode) -> tf.Tensor:
@@ -139,7 +141,8 @@ class RetrievalModel(BehaviourModel):
         num_positions = tf.size(batch.history_item_ids)
         context = self.context(batch.features, mode)
         ages = batch.example_ages if mode.training and "example_ages" in batch.extras else None
-        return PackedHistories(vectors, index[:num_positions], segment_ids(lengths, mode), lengths, context, ages)
+        history_of = segment_ids(lengths, mode)
+        return PackedHistories(vectors, index[:num_positions], history_of, lengths, context, ages, batch.graph or None)
 
     def read_out(self, interests: tf.Tensor, query: tf.Tensor) -> tf.Tensor:
         """Returns one vector of each user, float32 `[B, H]`.

@@ -12,10 +12,11 @@ import tensorflow as tf
 
 from din_dist.config import ModelConfig, SessionQuery, SessionReadout
 from din_dist.execution import Mode
+from din_dist.features.session_graph import session_graph
 from din_dist.layers.local_lookup import LocalLookup
 from din_dist.layers.packed import segment_softmax, segment_sum
-from din_dist.layers.session_graph import SessionGraph, session_graph
 from din_dist.models.retrieval_model import PackedHistories, RetrievalModel
+from din_dist.schema import SessionGraph
 
 
 class SRGNN(RetrievalModel):
@@ -63,7 +64,8 @@ class SRGNN(RetrievalModel):
             self.to_weight = dense(1, "to_weight", use_bias=False)
 
     def interests(self, histories: PackedHistories, mode: Mode) -> tf.Tensor:
-        graph = session_graph(histories.item_of, histories.history_of)
+        # The input pipeline finds the graph while the update before runs. What serving is asked has none yet.
+        graph = histories.graph or session_graph(histories.item_of, histories.lengths)
         nodes = self._step(tf.gather(histories.vectors, graph.item_of), graph)
         last = histories.last(nodes, graph.node_of)
         pooled = self._pooled(nodes, graph, last, histories)
@@ -71,8 +73,8 @@ class SRGNN(RetrievalModel):
 
     def _step(self, nodes: tf.Tensor, graph: SessionGraph) -> tf.Tensor:
         """Returns the nodes `[M, H]` after a step of the gated graph network."""
-        incoming = _mean_of_neighbours(self.of_incoming(nodes), graph.edge_from, graph.edge_to, graph.num_nodes)
-        outgoing = _mean_of_neighbours(self.of_outgoing(nodes), graph.edge_to, graph.edge_from, graph.num_nodes)
+        incoming = _mean_of_neighbours(self.of_incoming(nodes), graph.edge_from, graph.edge_to, graph.num_incoming)
+        outgoing = _mean_of_neighbours(self.of_outgoing(nodes), graph.edge_to, graph.edge_from, graph.num_outgoing)
         inputs = tf.concat([incoming + self.incoming_bias.value, outgoing + self.outgoing_bias.value], axis=1)
         of_inputs = tf.split(self.gates_of_inputs(inputs), 3, axis=1)
         of_state = tf.split(self.gates_of_state(nodes), 3, axis=1)
@@ -100,17 +102,14 @@ class SRGNN(RetrievalModel):
         return segment_sum(weights * rows, history_of, num_histories)
 
 
-def _mean_of_neighbours(
-    messages: tf.Tensor, edge_from: tf.Tensor, edge_to: tf.Tensor, num_nodes: tf.Tensor
-) -> tf.Tensor:
+def _mean_of_neighbours(messages: tf.Tensor, edge_from: tf.Tensor, edge_to: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
     """Returns the mean of the messages that reach each node, float32 `[M, H]`; zeros if none does.
 
     Args:
         messages: float32 `[M, H]`, of each node.
         edge_from: int32 `[E]`, the node whose message an edge carries.
         edge_to: int32 `[E]`, the node that it reaches.
-        num_nodes: M.
+        counts: int32 `[M]`, the messages that reach each node.
     """
-    counts = segment_sum(tf.ones_like(edge_to, tf.float32), edge_to, num_nodes)
-    sums = segment_sum(tf.gather(messages, edge_from), edge_to, num_nodes)
-    return sums / tf.maximum(counts, 1.0)[:, None]
+    sums = segment_sum(tf.gather(messages, edge_from), edge_to, tf.size(counts))
+    return sums / tf.cast(tf.maximum(counts, 1), tf.float32)[:, None]

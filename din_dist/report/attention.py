@@ -244,8 +244,6 @@ def weighed_examples(
         config.data,
         seed=config.job.seed,
         batch_size=config.evaluation.evaluation_batch_size,
-        shard_index=0,
-        num_shards=1,
     )
     for batch in batches:
         weights = model.attention_weights(batch)

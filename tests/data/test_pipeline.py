@@ -183,9 +183,7 @@ def test_evaluation_hides_nothing_and_takes_negatives_of_all_items(hiding) -> No
     config, store, splits = hiding
     trained = trained_items(store, config, splits)
     assert trained
-    (batch,) = evaluation_batches(
-        store, splits["test"], config, seed=7, batch_size=9999, shard_index=0, num_shards=1
-    ).as_numpy_iterator()
+    (batch,) = evaluation_batches(store, splits["test"], config, seed=7, batch_size=9999).as_numpy_iterator()
     assert batch.distinct_item_ids.min() > 0
     candidates = batch.candidate_item_ids.reshape(-1, splits["test"].draws_per_row)
     assert not trained.occur[candidates[:, -1]].all()
@@ -323,7 +321,7 @@ def test_evaluation_takes_each_example_once_in_order(prepared, world_size: int) 
     ids, candidates = [], []
     for rank in range(world_size):
         for batch in evaluation_batches(
-            store, splits["test"], config, seed=7, batch_size=16, shard_index=rank, num_shards=world_size
+            store, splits["test"], config, seed=7, batch_size=16, shard=Shard(rank, world_size)
         ).as_numpy_iterator():
             ids += batch.example_ids.tolist()
             candidates += batch.candidate_item_ids.tolist()
@@ -345,7 +343,7 @@ def test_functions_of_batches_are_traced_as_they_are(prepared) -> None:
     config, store, splits = prepared
     known = set(sys.modules)
     next(train(prepared, steps=(0, 1)))
-    next(iter(evaluation_batches(store, splits["test"], config, seed=1, batch_size=8, shard_index=0, num_shards=1)))
+    next(iter(evaluation_batches(store, splits["test"], config, seed=1, batch_size=8)))
     assert not [name for name in sys.modules.keys() - known if name.startswith("__autograph")]
 
 

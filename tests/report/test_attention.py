@@ -56,9 +56,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory):
 def batch_of(parts) -> Batch:
     """The whole split."""
     config, store, examples = parts
-    (batch,) = evaluation_batches(
-        store, examples, config.data, seed=config.job.seed, batch_size=10_000, shard_index=0, num_shards=1
-    )
+    (batch,) = evaluation_batches(store, examples, config.data, seed=config.job.seed, batch_size=10_000)
     return batch
 
 

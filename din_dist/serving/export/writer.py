@@ -167,7 +167,7 @@ def largest_difference(trained: TrainedModel, folder: Path, evaluator: Evaluator
     """
     exported = _Exported(trained, folder, evaluator.examples(split))
     encodings = trained.model.encodings
-    batches = batch_signature(trained.model.batch_encodings, num_tasks=trained.model.num_tasks)
+    batches = batch_signature(trained.model.batch_encodings, trained.model.extras, trained.model.num_tasks)
     trace = functools.partial(tf.function, input_signature=[batches], autograph=False)
 
     def without_features(batch: Batch) -> Batch:

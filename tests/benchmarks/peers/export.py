@@ -60,9 +60,7 @@ def main() -> None:
         global_batch_size=size,
         steps=range(num_steps_per_epoch(splits["train"].num_examples, size)),
     )
-    test = evaluation_batches(
-        store, splits["test"], config.data, seed=seed, batch_size=size, shard_index=0, num_shards=1
-    )
+    test = evaluation_batches(store, splits["test"], config.data, seed=seed, batch_size=size)
     for name, batches in (("train", training), ("test", test)):
         examples = splits[name]
         columns, histories = _in_order(batches, store.facts.num_histories)

@@ -71,8 +71,6 @@ def _watch(ours: Assembly, job: dict[str, Any], channel: TextIO) -> stopwatch.St
         config.data,
         seed=config.job.seed,
         batch_size=config.evaluation.evaluation_batch_size,
-        shard_index=0,
-        num_shards=1,
     )
     logits_of = tf.function(
         lambda batch: ours.model(batch, training=False),

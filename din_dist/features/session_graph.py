@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import tensorflow as tf
 
 from din_dist.execution import on_host
+from din_dist.schema import SessionGraph
 
 
-class SessionGraph(NamedTuple):
-    """The graphs of B histories with M nodes and E edges in all; no two edges are equal."""
-
-    item_of: tf.Tensor  # int32 [M], the item of each node, as `session_graph` was given it
-    node_of: tf.Tensor  # int32 [N], the node of each position
-    edge_from: tf.Tensor  # int32 [E], the node that an edge leaves
-    edge_to: tf.Tensor  # int32 [E], the node that it enters
-
-    @property
-    def num_nodes(self) -> tf.Tensor:
-        """M, int32."""
-        return tf.size(self.item_of)
-
-
-def session_graph(item_of: tf.Tensor, history_of: tf.Tensor) -> SessionGraph:
+def session_graph(item_of: tf.Tensor, history_lengths: tf.Tensor) -> SessionGraph:
     """Returns the graphs of packed histories.
+
+    Nodes and edges are in the order of their first positions.
 
     Args:
         item_of: int32 `[N]`, a number of the item at each position, at least 0.
-        history_of: int32 `[N]`, ascending.
+        history_lengths: int32 `[B]`, sum N.
     """
     with on_host():
+        # Not by `tf.repeat`, which would make a rectangle, [B, the longest].
+        history_of = tf.searchsorted(tf.cumsum(history_lengths), tf.range(tf.size(item_of)), side="right")
         num_items = tf.reduce_max(tf.concat([item_of, [0]], axis=0)) + 1
         keys = tf.cast(history_of, tf.int64) * tf.cast(num_items, tf.int64) + tf.cast(item_of, tf.int64)
         nodes, node_of = tf.unique(keys)
@@ -38,9 +27,19 @@ def session_graph(item_of: tf.Tensor, history_of: tf.Tensor) -> SessionGraph:
         edges_from, edges_to = tf.boolean_mask(node_of[:-1], follows), tf.boolean_mask(node_of[1:], follows)
         num_nodes = tf.size(nodes, tf.int64)
         edges, _ = tf.unique(tf.cast(edges_from, tf.int64) * num_nodes + tf.cast(edges_to, tf.int64))
+        edge_from, edge_to = (
+            tf.cast(ends, tf.int32) for ends in (edges // tf.maximum(num_nodes, 1), edges % tf.maximum(num_nodes, 1))
+        )
         return SessionGraph(
             tf.cast(nodes % tf.cast(num_items, tf.int64), tf.int32),
             node_of,
-            tf.cast(edges // tf.maximum(num_nodes, 1), tf.int32),
-            tf.cast(edges % tf.maximum(num_nodes, 1), tf.int32),
+            edge_from,
+            edge_to,
+            _times(edge_to, num_nodes),
+            _times(edge_from, num_nodes),
         )
+
+
+def _times(nodes: tf.Tensor, num_nodes: tf.Tensor) -> tf.Tensor:
+    """Returns how often each of M nodes occurs in `nodes`, int32 `[M]`."""
+    return tf.math.unsorted_segment_sum(tf.ones_like(nodes), nodes, num_nodes)
