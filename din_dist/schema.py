@@ -176,6 +176,8 @@ class DatasetFacts:
     `histories` are those that a model reads, if there are several. Prepared data do not choose, so theirs is empty.
     `has_sessions` tells that the log names sessions. `sessions` is what a session is where histories are those of the
     session alone: `BY_COLUMN`, or the longest gap in the unit of the timestamps; likewise empty in prepared data.
+    `extends` tells of the prepared data that newer files have extended: its `folder`, `fingerprint` and number of
+    `events`, and `ids` and `digest` of each of its vocabularies. It is empty if there is none.
     """
 
     num_users: int
@@ -201,6 +203,7 @@ class DatasetFacts:
     histories: tuple[NamedHistory, ...] = ()
     has_sessions: bool = False
     sessions: str = ""
+    extends: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def has_behaviours(self) -> bool:
@@ -290,6 +293,7 @@ class DatasetFacts:
     def to_json(self) -> dict:
         """Returns the fields, those that came later only where they differ from their default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in _LATER}
+        defaults["extends"] = {}
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in _LATER or value != defaults[name]}
 
@@ -307,6 +311,7 @@ _LATER = (
     "histories",
     "has_sessions",
     "sessions",
+    "extends",
 )
 
 
@@ -323,6 +328,12 @@ def _are_sources(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(source, Mapping) for source in value.values())
 
 
+def _is_extension(value: Any) -> bool:
+    return isinstance(value, Mapping) and (
+        not value or all(isinstance(value.get(name), str) for name in ("folder", "fingerprint"))
+    )
+
+
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("num_users", "num_items", "num_events", "reader", "history_delay", "num_only_behaviours", "num_without_id"),
@@ -337,6 +348,7 @@ _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("fingerprint", "sessions"), lambda value: isinstance(value, str)),
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,
+    "extends": _is_extension,
     "tasks": lambda value: _are_names(value, MOST_TASKS),
     "actions": lambda value: _are_names(value, MOST_ACTIONS),
 }

@@ -16,8 +16,9 @@ from din_dist.config.settings import (
     require,
     setting,
     text_setting,
+    time_setting,
 )
-from din_dist.features.spec import FeatureSpec, from_text
+from din_dist.features.spec import FeatureConflict, FeatureSpec, from_text
 from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
 from din_dist.schema import MOST_TASKS, NamedHistory
 
@@ -201,6 +202,20 @@ class DataConfig(Settings):
         "For amazon_reviews: a folder with files downloaded by hand.",
         may_change=True,
     )
+    extend: str = path_setting(
+        "",
+        "Prepared data that the files of --data_path extend: the folder that prepare_data printed, or its --data_dir. "
+        "--data_path then has the newer events alone. Ids keep their numbers, and users' new events join their "
+        "histories. Default: --data_path has all events.",
+        may_change=True,
+        later=True,
+    )
+    item_feature_conflict: FeatureConflict = text_setting(
+        FeatureConflict.ERROR,
+        "What counts if rows of the log give an item or a user different values of a feature: first or last (in the "
+        "order of the files; those of --extend come first), or error.",
+        later=True,
+    )
     data_dir: str = path_setting(
         "",
         "Folder of the prepared data. Default: the folder `din_dist` in the user's cache folder.",
@@ -357,6 +372,13 @@ class DataConfig(Settings):
         at_most=INT64_MAX,
         theme=_EXAMPLES,
     )
+    train_from: int = time_setting(
+        0,
+        "Events before this timestamp are history only: no training example is made of them. They still count in the "
+        "statistics of features and in popularity. 0: all events train that are not held out.",
+        theme=_EXAMPLES,
+        later=True,
+    )
     max_history_length: int = setting(
         100, "Longest behaviour history, in events; the newest are kept.", at_least=1, theme=_EXAMPLES
     )
@@ -489,6 +511,10 @@ class DataConfig(Settings):
             self.data_path,
             "Add --dataset=event_log.",
         )
+        for name, default in (("extend", ""), ("item_feature_conflict", FeatureConflict.ERROR)):
+            value = getattr(self, name)
+            rule = "belongs to --dataset=event_log"
+            require(kind == "event_log" or value == default, rule, name, str(value), "Drop it.")
 
     def _check_columns(self) -> None:
         own = "" if self.behaviours_path else self.action_column
@@ -584,6 +610,11 @@ class DataConfig(Settings):
 
     def _check_behaviours(self) -> None:
         is_log, path = self.dataset == "event_log", self.behaviours_path
+        rule = "cannot be extended, because behaviours of users without events were left out when it was prepared"
+        remedy = "Drop --extend, and prepare all files together."
+        require(not (self.extend and path), rule, "behaviours_path", path, remedy)
+        rule = "cannot be extended, because only the offers of its events were kept when it was prepared"
+        require(not (self.extend and self.offers_path), rule, "offers_path", self.offers_path, remedy)
         require(is_log or not path, "belongs to --dataset=event_log", "behaviours_path", path, "Drop it.")
         columns = ("behaviour_user_column", "behaviour_item_column", "behaviour_timestamp_column")
         for name in columns:
@@ -631,7 +662,11 @@ class DataConfig(Settings):
             for name in ("validation_from", "test_from"):
                 value = getattr(self, name)
                 require(not value, "belongs to --split=temporal", name, value, "Drop it, or use --split=temporal.")
-        elif self.validation_from and self.test_from:
+        first = self.validation_from or self.test_from
+        rule = "must be earlier than --validation_from and --test_from"
+        remedy = f"Give a timestamp before {first}."
+        require(not (self.train_from and first) or self.train_from < first, rule, "train_from", self.train_from, remedy)
+        if self.split is Split.TEMPORAL and self.validation_from and self.test_from:
             require(
                 self.validation_from < self.test_from,
                 "must be earlier than --test_from",

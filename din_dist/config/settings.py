@@ -95,6 +95,11 @@ def port_setting(default: int, help_text: str, *, lowest: int = 0, may_change: b
     return _field(default, help_text, check=check, may_change=may_change, theme=theme)
 
 
+def time_setting(default: int, help_text: str, *, theme: str = "", later: bool = False) -> Any:
+    """Makes the field of a timestamp, 64 bits; see `text_setting`."""
+    return _field(default, help_text, bounds={"at_most": INT64_MAX}, theme=theme, later=later)
+
+
 def flagless(default: Any) -> Any:
     """Makes a field that has no flag and may differ when a job is resumed."""
     return dataclasses.field(default=default, metadata={"may_change": True})

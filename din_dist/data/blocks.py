@@ -9,6 +9,7 @@ import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,6 +134,7 @@ class EventLog:
         tasks: the labels to predict, if there are several.
         behaviours: how the log of behaviours fits the events; None without one.
         actions: what behaviours were, in the order of their codes from 1.
+        extends: as of `schema.DatasetFacts`.
     """
 
     user_ids: pa.Array
@@ -147,6 +149,17 @@ class EventLog:
     tasks: tuple[str, ...] = ()
     behaviours: BehaviourCounts | None = None
     actions: tuple[str, ...] = ()
+    extends: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def first_users_of_blocks(offsets: np.ndarray) -> np.ndarray:
+    """Returns the first user of each block, and at last U, for blocks of about `EVENTS_PER_BLOCK` events.
+
+    Args:
+        offsets: int64 `[U + 1]`, where each user's events begin; the last is not read.
+    """
+    block_of_user = offsets[:-1] // EVENTS_PER_BLOCK
+    return np.append(np.flatnonzero(np.diff(block_of_user, prepend=-1)), len(offsets) - 1)
 
 
 class SortedBlocks(Blocks):
@@ -173,8 +186,7 @@ class SortedBlocks(Blocks):
         self._offsets, self._item_ids, self._timestamps, self._labels = offsets, item_ids, timestamps, labels
         self._more, self._behaviours = more, behaviours
         begins = offsets[:-1] if behaviours is None else offsets[:-1] + behaviours.offsets[:-1]
-        block_of_user = begins // EVENTS_PER_BLOCK
-        self._first_users = np.append(np.flatnonzero(np.diff(block_of_user, prepend=-1)), len(offsets) - 1)
+        self._first_users = first_users_of_blocks(np.append(begins, 0))
 
     def __len__(self) -> int:
         return len(self._first_users) - 1

@@ -18,7 +18,7 @@ from din_dist.data.feature_tables import OffersTable, OwnerTable, counts_of, fir
 from din_dist.data.raw_columns import TABLES, RawColumn, RawColumns, RawFeature, TableCounts
 from din_dist.errors import InputError
 from din_dist.features.offers import Offers
-from din_dist.features.spec import Kind, Owner
+from din_dist.features.spec import FeatureConflict, Kind, Owner
 from din_dist.files import read_text
 from din_dist.tables.columns import Rows
 from din_dist.tables.values import ColumnValues, IdValues, VectorValues
@@ -143,13 +143,13 @@ class FeatureReader:
             InputError: an owner has two values, or a table breaks a rule.
         """
         for column in self._shorthand:
-            of_items = _of_owner(column, in_log[column], owners[Owner.ITEM], order, rows).values
+            of_items = self._of_owner(column, in_log[column], owners[Owner.ITEM], order, rows).values
             self.item_features[column.column] = _ids_of(of_items)
         orders = {Owner.CONTEXT: order, Owner.HISTORY: behaviour_order}
         found = [
             RawFeature(column, values.take(orders[column.owner]))
             if column.owner in orders
-            else _of_owner(column, values, owners[column.owner], order, rows)
+            else self._of_owner(column, values, owners[column.owner], order, rows)
             for column, values in in_log.items()
             if column in self._wanted.columns
         ]
@@ -163,34 +163,48 @@ class FeatureReader:
         found += [read_vectors(column, owners[column.owner].ids) for column in self._wanted.columns if column.path]
         return tuple(found)
 
+    def _of_owner(
+        self, column: RawColumn, values: ColumnValues, owners: OwnerIds, order: np.ndarray, rows: Rows
+    ) -> RawFeature:
+        """Returns one value for each owner: that of the first event which tells one, or of the last.
+
+        A missing value agrees with all.
+        """
+        given, conflict = values.given, self._wanted.conflict
+        told = np.flatnonzero(given & owners.told_by(column.kind))
+        chosen = np.full(len(owners.ids), -1, np.int64)
+        in_turn = told if conflict is FeatureConflict.LAST else told[::-1]
+        chosen[owners.of_event[in_turn]] = in_turn  # the last assignment stays
+        if conflict is FeatureConflict.ERROR:
+            firsts = chosen[owners.of_event[told]]
+            differing = values.differ(firsts, told)
+            if differing.any():
+                place = int(np.argmax(differing))
+                raise _two_values(column, values, owners, (int(firsts[place]), int(told[place])), rows)
+        taken = values.take(with_row_0(column.owner, chosen))
+        return RawFeature(column, taken, None if given.all() else given[order])
+
 
 def _ids_of(values: ColumnValues) -> IdValues:
     assert isinstance(values, IdValues)
     return values
 
 
-def _of_owner(column: RawColumn, values: ColumnValues, owners: OwnerIds, order: np.ndarray, rows: Rows) -> RawFeature:
-    """Returns one value for each owner: that of the first event which tells one. A missing value agrees with all."""
-    given = values.given
-    told = np.flatnonzero(given & owners.told_by(column.kind))
-    first = np.full(len(owners.ids), -1, np.int64)
-    first[owners.of_event[told[::-1]]] = told[::-1]  # the last assignment stays, which is the first row's
-    firsts = first[owners.of_event[told]]
-    differing = values.differ(firsts, told)
-    if differing.any():
-        place = int(np.argmax(differing))
-        second, before = int(told[place]), int(firsts[place])
-        file, number = rows.place(before)
-        owner_id = owners.ids[int(owners.of_event[second])].as_py()
-        raise rows.reject(
-            second,
-            f"a feature of {TABLES[column.owner]} has one value for each, here {column.column}",
-            f"{column.owner} {owner_id!r} with {values.shown(before)} ({file}, row {number}) "
-            f"and here with {values.shown(second)}",
-            'Correct one of the two rows, or declare it with of = "context" in the file of --features.',
-        )
-    taken = values.take(with_row_0(column.owner, first))
-    return RawFeature(column, taken, None if given.all() else given[order])
+def _two_values(
+    column: RawColumn, values: ColumnValues, owners: OwnerIds, pair: tuple[int, int], rows: Rows
+) -> InputError:
+    """Returns the error for two rows that give their owner different values."""
+    before, second = pair
+    file, number = rows.place(before)
+    owner_id = owners.ids[int(owners.of_event[second])].as_py()
+    return rows.reject(
+        second,
+        f"a feature of {TABLES[column.owner]} has one value for each, here {column.column}",
+        f"{column.owner} {owner_id!r} with {values.shown(before)} ({file}, row {number}) "
+        f"and here with {values.shown(second)}",
+        'Correct one of the two rows, or declare it with of = "context" in the file of --features. Or give '
+        "--item_feature_conflict=first or last.",
+    )
 
 
 def read_vectors(column: RawColumn, owner_ids: pa.Array) -> RawFeature:

@@ -33,6 +33,7 @@ from din_dist.data.builders.event_log import EventLogBuilder, EventLogConfig
 from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.builders.synthetic_impressions import SyntheticImpressions, SyntheticImpressionsConfig
 from din_dist.data.event_store import EventStore
+from din_dist.data.extension import Extension
 from din_dist.data.log_reader import Columns
 from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
@@ -107,7 +108,11 @@ def _builder(config: DataConfig, root: Path) -> EventsBuilder:
 
 def _event_log(config: DataConfig) -> EventLogConfig:
     return EventLogConfig.for_source(
-        config.data_path, _columns(config), _feature_columns(config), _behaviour_columns(config)
+        config.data_path,
+        _columns(config),
+        _feature_columns(config),
+        _behaviour_columns(config),
+        Extension(absolute(config.extend, "extend")) if config.extend else None,
     )
 
 
@@ -176,6 +181,7 @@ def _feature_columns(config: DataConfig) -> RawColumns:
         absolute(config.items_path, "items_path") if config.items_path else "",
         absolute(config.users_path, "users_path") if config.users_path else "",
         absolute(config.offers_path, "offers_path") if config.offers_path else "",
+        config.item_feature_conflict,
     )
 
 
@@ -395,7 +401,20 @@ def _present(facts: schema.DatasetFacts) -> list[Path]:
     return [Path(path) for path in facts.sources if Path(path).exists()]
 
 
+def _check_parent(facts: schema.DatasetFacts) -> None:
+    """Refuses data whose parent was prepared anew since it was extended. A parent that is gone does not matter."""
+    folder = Path(facts.extends.get("folder", ""))
+    if not facts.extends or not (folder / schema.FACTS_FILE).is_file():
+        return
+    if (now := event_store.read_facts(folder).fingerprint) != facts.extends["fingerprint"]:
+        raise InputError(
+            f"{folder}: must stay as it was when --extend read it. Received: other events, with the fingerprint {now}. "
+            "Give prepare_data --overwrite_prepared once, to extend it anew."
+        )
+
+
 def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
+    _check_parent(facts)
     present = _present(facts)
     if present and (path := _outdated(config, facts)):
         raise InputError(
@@ -444,7 +463,7 @@ def _flags(config: DataConfig) -> str:
 
 def _decides_what_is_prepared(name: str) -> bool:
     names = [*_WHERE_FILES_LIE, "data_dir", "item_features", "presorted", "features", "feature_declarations"]
-    names += ["label_columns", "history_label"]
+    names += ["label_columns", "history_label", "extend", "item_feature_conflict"]
     return name in names or name.endswith("_column") or name.startswith("synthetic_")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from din_dist.errors import InputError
-from din_dist.features.spec import TIME_KINDS, FeatureSpec, Kind, Owner
+from din_dist.features.spec import TIME_KINDS, FeatureConflict, FeatureSpec, Kind, Owner
 from din_dist.tables.sources import find_files
 from din_dist.tables.values import ColumnValues
 
@@ -81,6 +81,7 @@ class RawColumns:
         users_path: likewise of users.
         offers_path: likewise of offers.
         candidates: the names of candidates' features that the log has, which need labels.
+        conflict: what counts if rows of the log give an item or a user different values of a feature.
     """
 
     columns: tuple[RawColumn, ...] = ()
@@ -88,17 +89,23 @@ class RawColumns:
     users_path: str = ""
     offers_path: str = ""
     candidates: tuple[str, ...] = ()
+    conflict: FeatureConflict = FeatureConflict.ERROR
 
     @classmethod
     def of(
-        cls, specs: Iterable[FeatureSpec], items_path: str = "", users_path: str = "", offers_path: str = ""
+        cls,
+        specs: Iterable[FeatureSpec],
+        items_path: str = "",
+        users_path: str = "",
+        offers_path: str = "",
+        conflict: FeatureConflict = FeatureConflict.ERROR,
     ) -> Self:
         """Returns the columns of declared features."""
         specs = tuple(specs)
         columns = dict.fromkeys(column for spec in specs if (column := RawColumn.of(spec)))
         candidates = tuple(spec.name for spec in specs if spec.owner is Owner.CANDIDATE and not spec.by)
         columns_in_order = tuple(sorted(columns, key=lambda column: column.key))
-        return cls(columns_in_order, items_path, users_path, offers_path, candidates)
+        return cls(columns_in_order, items_path, users_path, offers_path, candidates, conflict)
 
     @property
     def by(self) -> tuple[str, ...]:
@@ -126,19 +133,23 @@ class RawColumns:
         return {name: files for name, files in found.items() if files}
 
     def name_parts(self) -> list[Any]:
-        """Returns what a prepared folder's name depends on; nothing without columns."""
+        """Returns what a prepared folder's name depends on; nothing without columns and with the default."""
+        of_conflict = [] if self.conflict is FeatureConflict.ERROR else [f"{self.conflict} value"]
         if not self.columns:
-            return []
+            return of_conflict
         of_offers = [self.offers_path] if self.offers_path else []
-        return [[column.to_json() for column in self.columns], self.items_path, self.users_path, *of_offers]
+        columns = [column.to_json() for column in self.columns]
+        return [columns, self.items_path, self.users_path, *of_offers, *of_conflict]
 
     def settings(self) -> dict[str, Any]:
-        """Returns what the fingerprint depends on besides the content of the files; nothing without columns."""
+        """Returns what the fingerprint depends on besides the content of the files, likewise."""
+        of_conflict = {} if self.conflict is FeatureConflict.ERROR else {"conflict": str(self.conflict)}
         if not self.columns:
-            return {}
+            return of_conflict
         columns = [dataclasses.replace(column, path="", ids="").to_json() for column in self.columns]
         of_offers = [True] if self.offers_path else []
-        return {"features": columns, "tables": [bool(self.items_path), bool(self.users_path), *of_offers]}
+        tables = [bool(self.items_path), bool(self.users_path), *of_offers]
+        return {"features": columns, "tables": tables, **of_conflict}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

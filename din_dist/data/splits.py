@@ -107,7 +107,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
     cut_times = _cut_times(store, config) if config.split is Split.TEMPORAL else ()
     folder = _kept_in("split", store, config, cut_times)
     if not folder.is_dir():
-        runs = _cut(store, config.split, cut_times)
+        runs = _cut(store, _Rules(store, config.split, cut_times, config.train_from))
         try:
             publish(folder, runs)
         except OSError:  # prepared data on a read-only disk: each process holds its own splits
@@ -117,7 +117,7 @@ def split_examples(store: EventStore, config: DataConfig) -> dict[str, Examples]
         name: {array: map_array(folder / f"{name}-{array}.npy", store.files) for array in _ARRAYS}
         for name in (*SPLITS, *([HISTORY] if config.split is Split.USERS or _knows_sessions(store) else []))
     }
-    _check_kept_cut(store, folder, mapped)
+    _check_kept_cut(store, folder, mapped, bool(config.train_from))
     found = {name: _examples(store, config, name, arrays) for name, arrays in mapped.items()}
     return _checked(store, found, config)
 
@@ -129,7 +129,8 @@ def kept_in(name: str, store: EventStore, config: DataConfig) -> Path:
 
 def _kept_in(name: str, store: EventStore, config: DataConfig, cut_times: Sequence[int]) -> Path:
     sessions = [f"sessions-{store.facts.sessions}"] if store.facts.sessions else []
-    return store.folder / PACKED_DIR / "-".join([name, config.split, *map(str, cut_times), *sessions])
+    train_from = [f"from-{config.train_from}"] if config.train_from else []
+    return store.folder / PACKED_DIR / "-".join([name, config.split, *map(str, cut_times), *train_from, *sessions])
 
 
 class _Rules:
@@ -139,10 +140,12 @@ class _Rules:
         store: the events.
         split: the kind of the split.
         cut_times: when validation and test begin, if time divides them.
+        train_from: before it are no training examples; 0: there may be.
     """
 
-    def __init__(self, store: EventStore, split: Split, cut_times: Sequence[int]) -> None:
-        self._store, self._split, self._cut_times = store, split, cut_times
+    def __init__(self, store: EventStore, split: Split, cut_times: Sequence[int], train_from: int = 0) -> None:
+        self.split = split
+        self._store, self._cut_times, self._train_from = store, cut_times, train_from
         self._side_of = _sides(store) if split is Split.USERS else np.zeros(store.facts.num_users, np.int64)
 
     def bounds(self, offsets: np.ndarray, can_be: np.ndarray | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -153,11 +156,20 @@ class _Rules:
             can_be: int64, the events, all of which can be examples. None: all there are, of which a user's first one is
                 no example without labels.
         """
+        found = self._bounds(offsets, can_be)
+        if self._train_from:
+            low, high = found["train"]
+            times = self._store.timestamps if can_be is None else self._store.timestamps[can_be]
+            late = offsets[:-1] + _num_before(offsets, times, self._train_from)
+            found["train"] = np.clip(late, low, high), high
+        return found
+
+    def _bounds(self, offsets: np.ndarray, can_be: np.ndarray | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         begins, ends = offsets[:-1], offsets[1:]
         firsts = begins
         if can_be is None and not self._store.facts.selects_behaviours:
             firsts = np.minimum(begins + 1, ends)
-        match self._split:
+        match self.split:
             case Split.LEAVE_ONE_OUT:
                 validation_from = test_from = np.maximum(firsts, ends - 1)
             case Split.LEAVE_TWO_OUT:
@@ -185,22 +197,21 @@ class _Rules:
     def held_from(self) -> np.ndarray | None:
         """Returns the first event of each user that is held out, int64 `[U]`; None: the first example held out is."""
         offsets = self._store.user_offsets
-        if self._split is Split.USERS:
+        if self.split is Split.USERS:
             return np.where(self._side_of == 0, offsets[1:], offsets[:-1])
-        if self._split is Split.TEMPORAL:
+        if self.split is Split.TEMPORAL:
             return offsets[:-1] + _num_before(offsets, self._store.timestamps, self._cut_times[0])
         return None
 
 
-def _cut(store: EventStore, split: Split, cut_times: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
+def _cut(store: EventStore, rules: _Rules) -> dict[str, dict[str, np.ndarray]]:
     """Returns the arrays of the `Examples` of each split, by its name and theirs."""
-    rules = _Rules(store, split, cut_times)
     if _knows_sessions(store):
         found = cut_sessions(store, rules.held_from(), rules.bounds)
         return {name: _named(store, arrays) for name, arrays in found.items()}
     bounds = rules.bounds(store.user_offsets)
     held_from = rules.held_from()
-    if split is Split.USERS and held_from is not None:
+    if rules.split is Split.USERS and held_from is not None:
         ends = bounds["validation"][0]  # where the examples of each user begin who does not train
         bounds[HISTORY] = held_from, np.maximum(held_from, ends)
     return {name: _runs(store, *each) for name, each in bounds.items()}
@@ -300,7 +311,7 @@ def _checked(store: EventStore, splits: dict[str, Examples], config: DataConfig)
         raise InputError(
             f"--split={config.split}: there must be events to train on. Received: none, and "
             f"{splits['validation'].num_rows} to validate and {splits['test'].num_rows} to test. Use users with more "
-            "events, or another split."
+            f"events, {'an earlier --train_from, ' if config.train_from else ''}or another split."
         )
     if config.history_cut is HistoryCut.FIXED:
         splits["train"] = _late_part(store, splits["train"])
@@ -345,8 +356,13 @@ def publish(folder: Path, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
             raise
 
 
-def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Refuses kept splits in which an event is missing: one that can be an example, or one that is held out."""
+def _check_kept_cut(
+    store: EventStore, folder: Path, mapped: Mapping[str, Mapping[str, np.ndarray]], may_begin_late: bool
+) -> None:
+    """Refuses kept splits in which an event is missing: one that can be an example, or one that is held out.
+
+    If training may begin late, early events can be missing.
+    """
     whole = all(len({len(array) for array in arrays.values()}) == 1 for arrays in mapped.values())
     found = sum(int(arrays["row_ends"][-1]) for arrays in mapped.values() if len(arrays["row_ends"]))
     least = most = store.facts.num_events
@@ -356,6 +372,7 @@ def _check_kept_cut(store: EventStore, folder: Path, mapped: Mapping[str, Mappin
         with_events = int(np.count_nonzero(np.diff(store.user_offsets)))
         held_out = len(mapped[HISTORY]["users"]) if HISTORY in mapped else 0  # whose first events are in `HISTORY`
         least = most = most - (with_events - held_out)
+    least = 0 if may_begin_late else least
     if not whole or not least <= found <= most:
         raise InputError(
             f"{folder}: the splits must hold {least if least == most else f'{least} to {most}'} events. "

@@ -15,7 +15,7 @@ from din_dist.data.raw_columns import TABLES, TableCounts
 from din_dist.data.raw_features import read_tables
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Kind, Owner, Scale
-from din_dist.schema import BY_COLUMN, HistoryRule
+from din_dist.schema import BY_COLUMN, DatasetFacts, HistoryRule
 
 _COUNTED = (Kind.CATEGORY, Kind.CATEGORIES)  # kinds whose values may be rare
 _MOST_BOUNDS = 8  # that a line shows
@@ -41,6 +41,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"items: {found['items']:,}",
         f"item features: {', '.join(sizes) or 'none'}",
         f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
+        *([_extends_line(found)] if "extends" in found else []),
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
         *([_tasks_line(found["label_rates"])] if "label_rates" in found else []),
         *([_weights_line(found["weights"])] if "weights" in found else []),
@@ -88,6 +89,13 @@ def _table_line(name: str, counts: TableCounts) -> str:
     return f"{line}; {counts.ids_without_a_row:,} events without a row"
 
 
+def _extends_line(found: Mapping[str, Any]) -> str:
+    before = found["extends"]
+    new = {name: found[name] - before[name] for name in ("events", "users", "items")}
+    counts = ", ".join(f"{number:,} new {name}" for name, number in new.items())
+    return f"extends {before['folder']}: {counts}"
+
+
 def _ties_line(num_events: int, num_all: int, rule: HistoryRule) -> str:
     line = f"events that share their user's time with another: {num_events:,} ({num_events / num_all:.1%})"
     if not num_events:
@@ -121,6 +129,8 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
     Returns:
         `users`, `items`, `events`: counts.
         `item_features`: the number of ids of each feature, by name.
+        `extends`: the `folder` of the data that newer files extend, and its number of `events`, `users` and `items`;
+            absent if there is none.
         `first_timestamp`, `last_timestamp`: the range of the times.
         `events_at_a_shared_time`: the number of events that have the user and the time of another.
         `history_rule`, `history_delay`: where histories end, and how long after its time a behaviour is known.
@@ -162,10 +172,17 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "events_per_user": _summary(events_per_user),
         "history_length": _summary(lengths),
         "capped_history_length": _summary(capped),
+        **({"extends": _measure_extension(facts)} if facts.extends else {}),
         **({"histories": {history.name: len(history.item_ids) for history in store.sets}} if store.sets else {}),
         **({"features": _measure_features(store)} if store.features else {}),
         **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),
     }
+
+
+def _measure_extension(facts: DatasetFacts) -> dict[str, Any]:
+    told = facts.extends
+    counts = {name: told["vocabularies"][name]["ids"] for name in ("users", "items")}
+    return {"folder": told["folder"], "events": told["events"], **counts}
 
 
 def _measure_behaviours(store: EventStore) -> dict[str, int]:

@@ -22,6 +22,14 @@ class Owner(enum.StrEnum):
     HISTORY = "history"  # a behaviour: its action, its quantity, how long ago it was
 
 
+class FeatureConflict(enum.StrEnum):
+    """Says which row counts if rows give an item or a user different values of a feature."""
+
+    ERROR = "error"  # none: the rows are wrong
+    FIRST = "first"  # the value of the first row that has one
+    LAST = "last"  # that of the last
+
+
 OF_EXAMPLES = (Owner.USER, Owner.CONTEXT, Owner.CANDIDATE)  # whose features have a value for each example
 
 

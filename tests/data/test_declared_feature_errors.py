@@ -200,7 +200,7 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             ".csv",
             "log.csv, row 3: a feature of items has one value for each, here f. Received: item 'i0' with 'p' (log.csv, "
             "row 1) and here with 'r'. Correct one of the two rows, or declare it with of = \"context\" in the "
-            "file of --features.",
+            "file of --features. Or give --item_feature_conflict=first or last.",
         ),
         (
             declare("user", "number"),
@@ -208,7 +208,7 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             ".parquet",
             "log.parquet, row 4: a feature of users has one value for each, here f. Received: user 'a' with 1.5 "
             '(log.parquet, row 2) and here with 2.5. Correct one of the two rows, or declare it with of = "context" '
-            "in the file of --features.",
+            "in the file of --features. Or give --item_feature_conflict=first or last.",
         ),
         (
             declare("item", "categories"),
@@ -216,7 +216,7 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             ".parquet",
             "log.parquet, row 3: a feature of items has one value for each, here f. Received: item 'i0' with ['a', "
             "'b'] (log.parquet, row 1) and here with ['a', 'c']. Correct one of the two rows, or declare it with "
-            'of = "context" in the file of --features.',
+            'of = "context" in the file of --features. Or give --item_feature_conflict=first or last.',
         ),
         (
             declare("item", "vector"),
@@ -224,7 +224,7 @@ def message(folder: Path, rows: list[Row], declared: str, suffix: str = ".parque
             ".parquet",
             "log.parquet, row 3: a feature of items has one value for each, here f. Received: item 'i0' with [1.0, "
             "2.0] (log.parquet, row 1) and here with [1.0, 3.0]. Correct one of the two rows, or declare it with "
-            'of = "context" in the file of --features.',
+            'of = "context" in the file of --features. Or give --item_feature_conflict=first or last.',
         ),
     ],
 )

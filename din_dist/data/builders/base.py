@@ -176,6 +176,7 @@ def write_beside(
         has_sessions=schema.BLOCK_SESSION_PLACES in tally.more,
         tasks=log.tasks,
         actions=log.actions,
+        extends=log.extends,
         num_behaviours=log.behaviours.kept if log.behaviours else None,
         num_only_behaviours=log.behaviours.only_behaviours if log.behaviours else 0,
         num_without_id=log.behaviours.without_id if log.behaviours else 0,

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from din_dist.data.behaviour_log import OWN_LOG, BehaviourColumns
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
+from din_dist.data.extension import Extension, extended, facts_of_parent
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.data.raw_columns import RawColumns
 from din_dist.tables.sources import absolute, check_unchanged, find_files, fingerprint_files
@@ -32,12 +33,14 @@ class EventLogConfig(tfds.core.BuilderConfig):
         columns: the columns to read.
         features: what declared features need.
         behaviours: the log that histories come from. None: this one.
+        extends: the prepared data that the files extend. None: they are all there is.
     """
 
     source: str = ""
     columns: Columns = dataclasses.field(default_factory=Columns)
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
     behaviours: BehaviourColumns | None = None
+    extends: Extension | None = None
 
     @classmethod
     def for_source(
@@ -46,14 +49,22 @@ class EventLogConfig(tfds.core.BuilderConfig):
         columns: Columns,
         features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
         behaviours: BehaviourColumns | None = None,
+        extends: Extension | None = None,
     ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
         own_log = [behaviours.name_parts()] if behaviours else []
-        key = json.dumps([source, columns.to_json(), *features.name_parts(), *own_log])
+        extension = [{"extends": extends.source}] if extends else []
+        key = json.dumps([source, columns.to_json(), *features.name_parts(), *own_log, *extension])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return cls(
-            name=name, description=source, source=source, columns=columns, features=features, behaviours=behaviours
+            name=name,
+            description=source,
+            source=source,
+            columns=columns,
+            features=features,
+            behaviours=behaviours,
+            extends=extends,
         )
 
     def find_tables(self) -> dict[str, list[Path]]:
@@ -75,11 +86,13 @@ class EventLogBuilder(EventsBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First."}
     builder_config: EventLogConfig  # None in what TFDS makes only to look at it
+    _extends: Mapping[str, Any]
 
     def _settings(self) -> dict[str, Any]:
         config = self.builder_config
         own_log = config.behaviours.settings() if config.behaviours else {}
-        return config.columns.to_json() | config.features.settings() | own_log
+        extension = {"extends": self._extends["fingerprint"]} if config.extends else {}
+        return config.columns.to_json() | config.features.settings() | own_log | extension
 
     def _more(self) -> dict[str, type]:
         config = self.builder_config
@@ -96,4 +109,8 @@ class EventLogBuilder(EventsBuilder):
             sources |= {path: {**facts, "table": name} for path, facts in fingerprint_files(found).items()}
         log = read_log(files, config.columns, features=config.features, behaviours=config.behaviours)
         check_unchanged(sources, [*files, *itertools.chain(*tables.values())])  # while it was being read
+        if config.extends:
+            parent = config.extends.open()
+            self._extends = facts_of_parent(parent)
+            log = dataclasses.replace(extended(parent, log, config.features.conflict), extends=self._extends)
         return log, sources
