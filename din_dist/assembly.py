@@ -354,7 +354,7 @@ class Assembly:
 
     @property
     def warm_start(self) -> WarmStart | None:
-        """What gives a new job its first weights; None: they are random."""
+        """The parent of a new job, which gives it its first weights; None: they are random."""
         if not self.config.job.warm_start_from:
             return None
         return WarmStart(self.config, self.model, self.optimizer, self.store, self._open_parent)

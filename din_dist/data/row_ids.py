@@ -32,7 +32,7 @@ NEW = -1  # a row that no row was before
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowIds:
-    """What the rows of a table stand for.
+    """The meaning of the rows of a table.
 
     Attributes:
         name: of the table, for people.
@@ -70,7 +70,7 @@ class RowIds:
 
 
 class KeptRows(NamedTuple):
-    """What `write_rows` has written.
+    """The meaning of the rows of all tables, as `write_rows` keeps it.
 
     Attributes:
         tables: what the rows of each table stand for; ids without a row of their own are left out.

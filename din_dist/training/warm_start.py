@@ -246,7 +246,8 @@ class WarmStart:
                 continue
             new = self.optimizer.slot_of_new_rows(kind, old_values)
             _assign(slot, old_values, parent, f"{name}/{kind}", tables[name][1], new)
-        slots = "slots come along" if parent.has_slots else f"slots begin anew, because an {parent.kind} has none"
+        slots = "slots come along" if parent.has_slots else "slots begin anew, because it has none"
+        slots = slots if self.optimizer.initial_state else "the optimizer has no slots"
         numbers = _moved_numbers(parent.rows.encodings, now.encodings)
         origin = f"warm start from {parent.folder}, step {parent.step} (digest {parent.digest[:16]})"
         return f"{origin}: {'; '.join([*words, slots, *numbers])}"
