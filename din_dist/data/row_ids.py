@@ -201,7 +201,10 @@ def _read_table(folder: Path, fields: Mapping[str, Any]) -> RowIds:
         raise ValueError(f"{path.name}, whose content changed")
     found = pq.read_table(path, columns=["id", "row"]).combine_chunks()
     ids, rows = (_whole(found.column(name)) for name in ("id", "row"))
-    return dataclasses.replace(table, ids=ids, rows=rows.to_numpy())
+    places = rows.to_numpy(zero_copy_only=False)
+    if len(places) and not (places.min() > UNKNOWN_ID and places.max() < num_rows):
+        raise ValueError(f"rows beyond the {num_rows} of {table.name}")
+    return dataclasses.replace(table, ids=ids, rows=places)
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

@@ -47,6 +47,7 @@ _FILE_NAME = re.compile(r"[^/\0]+\.npy")
 _FOLDER_NAME = re.compile(r"step-\d{12,}")
 TRY_AGAIN_SECONDS = 1.0
 _COPY_SHARE = 0.5  # of the free memory, at most, for what waits to be written
+_OTHER = "Name another job, or an export."
 _PATIENCE_SECONDS = 5.0  # with a write that makes no progress, before updates go on without another
 
 
@@ -285,7 +286,7 @@ class SavedCheckpoint:
             with open_regular(folder / _MANIFEST) as file:
                 self.digest = _digest(file)  # which covers that of each variable
         except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {reason(error)}.") from error
+            raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {reason(error)}. {_OTHER}") from error
         self.state = TrainingState.from_json(self._manifest["state"])
         self.settings: dict[str, Any] = self._manifest["config"]
         self.data_fingerprint: str = self._manifest["data_fingerprint"]
@@ -318,7 +319,7 @@ class SavedCheckpoint:
         try:
             return _read_array(path, entry["digest"])
         except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {reason(error)}.") from error
+            raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {reason(error)}. {_OTHER}") from error
 
 
 def published_steps(folder: Path) -> list[int]:

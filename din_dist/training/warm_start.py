@@ -280,7 +280,8 @@ def _assign(
     """Gives a variable the value that it had before, by rows if they are given; see `taken_over`."""
     first = rows is not None
     shape = tuple(variable.shape)
-    if old.shape[first:] != shape[first:] or old.dtype != variable.dtype.as_numpy_dtype:
+    has_rows = rows is None or int(rows.max()) < len(old)
+    if not has_rows or old.shape[first:] != shape[first:] or old.dtype != variable.dtype.as_numpy_dtype:
         raise _other_variable(parent, name, f"{old.dtype}{list(old.shape)} for {list(shape)}")
     variable.assign(old if rows is None else taken_over(variable.numpy(), old, rows, new))
     progress.note()

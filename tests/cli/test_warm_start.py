@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,29 +108,27 @@ def test_a_job_goes_on_from_an_export(days: Path, commands: Preloaded) -> None:
     assert parent["step"] == digest and re.fullmatch("[0-9a-f]{64}", parent["digest"])
 
 
-def test_two_workers_begin_as_one(days: Path, commands: Preloaded) -> None:
-    import subprocess
-    import sys
-
-    train(commands, days, "one/run", "alone", "--max_steps=8", "--keep_checkpoints=99")
-    words = command(
-        "train", days / "two", *SETTINGS, f"--warm_start_from={days / 'one' / 'run'}", "--max_steps=8",
-        f"--output_dir={days / 'both'}", "--keep_checkpoints=99",
-    )  # fmt: skip
-    launcher = [
-        str(Path(sys.executable).with_name("horovodrun")),
-        "--gloo",
-        "--gloo-timeout-seconds",
-        "280",
-        "-np",
-        "2",
-    ]
-    done = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_many_workers_begin_as_one(days: Path, commands: Preloaded, num_workers: int) -> None:
+    flags = ("--max_steps=8", "--keep_checkpoints=99", "--new_rows=random")
+    alone, many = days / f"alone_of_{num_workers}", days / f"{num_workers}_workers"
+    train(commands, days, "one/run", alone.name, *flags)
+    parent = f"--warm_start_from={days / 'one' / 'run'}"
+    words = command("train", days / "two", *SETTINGS, parent, f"--output_dir={many}", *flags)
+    launcher = [str(Path(sys.executable).with_name("horovodrun")), "--gloo", "--gloo-timeout-seconds", "280"]
+    done = subprocess.run(
+        [*launcher, "-np", str(num_workers), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warm start from") + done.stdout.count("warm start from") == 1
-    for name, array in arrays(days / "alone", 0).items():
-        np.testing.assert_array_equal(arrays(days / "both", 0)[name], array, err_msg=name)
-    assert_same_weights(arrays(days / "both", 8), arrays(days / "alone", 8), tolerance=1e-3)
+    assert (done.stderr + done.stdout).count("warm start from") == 1
+    for name, array in arrays(alone, 0).items():
+        np.testing.assert_array_equal(arrays(many, 0)[name], array, err_msg=name)
+    assert_same_weights(arrays(many, 8), arrays(alone, 8), tolerance=1e-3)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(days: Path) -> None:

@@ -113,12 +113,15 @@ def test_another_folder_takes_the_place_of_one_that_is_there(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
-@pytest.mark.parametrize("damage", ["rows.json", "0.parquet", "keys", "missing"])
+@pytest.mark.parametrize("damage", ["rows.json", "0.parquet", "keys", "missing", "beyond"])
 def test_damage_is_seen(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "rows"
     write_rows(folder, kept())
     if damage == "missing":
         (folder / "0.parquet").unlink()
+    elif damage == "beyond":
+        path = folder / "rows.json"
+        path.write_text(path.read_text().replace('"num_rows": 4', '"num_rows": 3'))
     elif damage == "keys":
         (folder / "rows.json").write_text('{"tables": [{}]}')
     else:

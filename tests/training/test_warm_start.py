@@ -411,6 +411,19 @@ def test_a_parent_that_cannot_be_read_is_refused(two: Two, tmp_path: Path, damag
     )
 
 
+def test_a_damaged_checkpoint_is_refused(two: Two, tmp_path: Path) -> None:
+    folder = shutil.copytree(two.parent.config.job.output_dir, tmp_path / "parent")
+    (checkpoint,) = (folder / "checkpoints").glob(f"*{two.parent.trainer.state.step}")
+    path = checkpoint / "lookup.item.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    rest = "must be as it was saved. Received: its content changed. Name another job, or an export."
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {rest}')}$"):
+        ParentJob(folder).read("lookup/item")
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"must be a checkpoint\. Received: .*\. Name another job, or an export\.$"):
+        ParentJob(folder)
+
+
 def test_the_best_checkpoint_is_taken(tmp_path: Path) -> None:
     """As exports take it, so that a job and its export have the same weights."""
     config = small_config(tmp_path, split=Split.LEAVE_TWO_OUT, epochs=4, learning_rate=0.5)
