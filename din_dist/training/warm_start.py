@@ -227,25 +227,18 @@ class WarmStart:
             old = old_tables.get(table.variables)
             if old is None:
                 raise _other_variable(parent, table.name, "no such table")
-            rows = _rows_before(old, table, parent)
-            tables |= dict.fromkeys(table.variables, (table, rows))
-            words.append(_counted(old, table, rows))
+            found = _rows_before(old, table, parent)
+            tables |= dict.fromkeys(table.variables, (table, found))
+            words.append(_counted(old, table, found))
+        at_random = self.config.job.new_rows is NewRows.RANDOM
         for weight in [*self.model.trainable_weights, *self.model.non_trainable_weights]:
-            old_values = parent.read(weight.path)
-            if weight.path not in tables:
-                _assign(weight.value, old_values, parent, weight.path)
-                continue
-            table, rows = tables[weight.path]
-            keep_first = table.given or self.config.job.new_rows is NewRows.RANDOM
-            new = None if keep_first else old_values[UNKNOWN_ID]
+            old_values, (own, rows) = parent.read(weight.path), tables.get(weight.path, (None, None))
+            new = None if own is None or own.given or at_random else old_values[UNKNOWN_ID]
             _assign(weight.value, old_values, parent, weight.path, rows, new)
         for name, kind, slot in self.optimizer.slots if parent.has_slots else ():
-            old_values = parent.read(f"{name}/{kind}")
-            if name not in tables:
-                _assign(slot, old_values, parent, f"{name}/{kind}")
-                continue
-            new = self.optimizer.slot_of_new_rows(kind, old_values)
-            _assign(slot, old_values, parent, f"{name}/{kind}", tables[name][1], new)
+            old_values, (_, rows) = parent.read(f"{name}/{kind}"), tables.get(name, (None, None))
+            new = None if rows is None else self.optimizer.slot_of_new_rows(kind, old_values)
+            _assign(slot, old_values, parent, f"{name}/{kind}", rows, new)
         slots = "slots come along" if parent.has_slots else "slots begin anew, because it has none"
         slots = slots if self.optimizer.initial_state else "the optimizer has no slots"
         numbers = _moved_numbers(parent.rows.encodings, now.encodings)
@@ -278,10 +271,9 @@ def _assign(
     new: np.ndarray | None = None,
 ) -> None:
     """Gives a variable the value that it had before, by rows if they are given; see `taken_over`."""
-    first = rows is not None
-    shape = tuple(variable.shape)
+    shape, axis = tuple(variable.shape), 0 if rows is None else 1
     has_rows = rows is None or int(rows.max()) < len(old)
-    if not has_rows or old.shape[first:] != shape[first:] or old.dtype != variable.dtype.as_numpy_dtype:
+    if not has_rows or old.shape[axis:] != shape[axis:] or old.dtype != variable.dtype.as_numpy_dtype:
         raise _other_variable(parent, name, f"{old.dtype}{list(old.shape)} for {list(shape)}")
     variable.assign(old if rows is None else taken_over(variable.numpy(), old, rows, new))
     progress.note()

@@ -54,6 +54,7 @@ def test_ids_without_a_row_of_their_own_are_new_and_give_nothing() -> None:
     assert before.ids is not None and before.ids.to_pylist() == ["a", "c"]
     found = rows_before(before, table(["c", "b", "a"], rows=[0, 2, 3]))
     assert found.tolist() == [0, NEW, NEW, 1]
+    assert rows_before(before, table(["c", "a"])).tolist() == [0, 3, 1]
 
 
 def test_strings_and_integers_are_not_joined() -> None:
