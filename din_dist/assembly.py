@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -49,6 +50,7 @@ from din_dist.training.schedules import num_updates
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import NoSignals, ReceivedSignals, Trainer
 from din_dist.training.undo import UndoLog
+from din_dist.training.warm_start import Parent, ParentJob, WarmStart
 
 
 def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.TableSpec]:
@@ -216,6 +218,7 @@ class Assembly:
         prometheus_metrics: this process' metrics; None: new ones, served by `config.telemetry.metrics_port`.
         signals: what this process was asked to do.
         num_threads: for the input pipeline, this process' share of the cores.
+        open_parent: opens what `--warm_start_from` names.
 
     Raises:
         InputError: a setting does not fit the data.
@@ -230,13 +233,14 @@ class Assembly:
         prometheus_metrics: PrometheusMetrics | None = None,
         signals: ReceivedSignals | None = None,
         num_threads: int = 2,
+        open_parent: Callable[[Path], Parent] = ParentJob,
     ) -> None:
         require_memory_for_tables(config, store.facts, store.features)
         require_chained_labels(config, store)
         require_known_features(config, store)
         self.config, self.runtime, self.store = config, runtime, store
         self._prometheus_metrics, self._num_threads = prometheus_metrics, num_threads
-        self._signals = signals or NoSignals()
+        self._signals, self._open_parent = signals or NoSignals(), open_parent
         _ = self.trainer  # all ranks make their parts in one order: some are made together
 
     @functools.cached_property
@@ -346,7 +350,14 @@ class Assembly:
         """All that learns."""
         wire_bytes = tf.as_dtype(self.config.optimizer.wire_dtype.value).size
         sizes = MessageSizes(self.model, self.optimizer, wire_bytes, self.runtime.has_peers)
-        return Learner(self.model, self.step, self.undo_log, self.saved_variables, sizes)
+        return Learner(self.model, self.step, self.undo_log, self.saved_variables, sizes, self.warm_start)
+
+    @property
+    def warm_start(self) -> WarmStart | None:
+        """The parent of a new job, which gives it its first weights; None: they are random."""
+        if not self.config.job.warm_start_from:
+            return None
+        return WarmStart(self.config, self.model, self.optimizer, self.store, self._open_parent)
 
     @functools.cached_property
     def data(self) -> TrainingData:

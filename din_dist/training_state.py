@@ -27,6 +27,7 @@ class TrainingState:
     validations_without_gain: int = 0
     skipped_steps: int = 0  # whose loss or gradient was not finite
     epoch_records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    parent: dict[str, Any] | None = None  # what a warm start began from; see `Origin` in training/warm_start.py
 
     def advance(self, examples: int, loss: float, checksum: int = 0) -> None:
         """Counts one update on `examples` with mean loss `loss`; `checksum`: the sum of the examples' hashes."""
@@ -34,6 +35,11 @@ class TrainingState:
         self.step += 1
         self.examples_seen += examples
         self.epoch_loss += loss * examples
+
+    @property
+    def slot_updates(self) -> int:
+        """How often the optimizer's slots were updated, in this job and in those before it."""
+        return self.step + (self.parent["slot_updates"] if self.parent else 0)
 
     @property
     def examples(self) -> int:
@@ -67,6 +73,8 @@ class TrainingState:
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         fields["best_validation"] = self.best_validation if math.isfinite(self.best_validation) else None
+        if self.parent is None:
+            del fields["parent"]
         return fields
 
     @classmethod
@@ -89,6 +97,12 @@ def _is_possible(name: str, value: Any) -> bool:
     if name == "epoch_records":
         records = value if isinstance(value, list) else [None]
         return all(isinstance(record, dict) and is_count(record.get("examples")) for record in records)
+    if name == "parent":
+        texts, counts = ("path", "kind", "digest"), ("step", "slot_updates")
+        return isinstance(value, dict) and (
+            all(isinstance(value.get(text), str) for text in texts)
+            and all(is_count(value.get(name)) for name in counts)
+        )
     if name in ("epoch_loss", "best_validation"):
         return isinstance(value, float) or is_integer(value)
     if name == "example_checksum":

@@ -22,6 +22,7 @@ FAST = {
     "tests/data/test_hashing.py": (),
     "tests/data/test_log_reader.py": (),
     "tests/data/test_negatives.py": (),
+    "tests/data/test_row_ids.py": (),
     "tests/data/test_pipeline.py": ("no_labels", "kernels_make_the_same", "ranks_hide_the_same"),
     "tests/data/test_splits.py": (),
     "tests/data/test_statistics.py": (),

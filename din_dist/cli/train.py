@@ -23,6 +23,7 @@ from din_dist.text import duration, parse_json
 if TYPE_CHECKING:
     from din_dist.training.output_dir import OutputDirLock
     from din_dist.training.trainer import Trainer
+    from din_dist.training.warm_start import Parent
 
 _SAVING_LOCK = ".saving"
 
@@ -38,6 +39,19 @@ def main() -> None:
     summary = _Training(config, signals, len(cores), started).run()
     if summary:
         print(summary, flush=True)
+
+
+def open_parent(folder: Path) -> Parent:
+    """Opens the job or the export that `--warm_start_from` names.
+
+    Raises:
+        InputError: it is neither, or cannot be read.
+    """
+    from din_dist.serving.export.parent import ParentExport
+    from din_dist.serving.manifest import MANIFEST
+    from din_dist.training.warm_start import ParentJob
+
+    return ParentExport(folder) if (folder / MANIFEST).is_file() else ParentJob(folder)
 
 
 class _Training:
@@ -72,6 +86,7 @@ class _Training:
             prometheus_metrics=self._prometheus_metrics,
             signals=signals,
             num_threads=num_threads,
+            open_parent=open_parent,
         )
         self._seconds = {"start": time.perf_counter() - started}
 
@@ -110,11 +125,16 @@ class _Training:
         return self._publish(self._summary(test, floors, peak_memory))
 
     def _require_same_job(self) -> None:
-        """Refuses to resume with other settings or data, before anything of the job that is there is written over."""
+        """Refuses to resume with other settings or data, before anything of the job that is there is written over.
+
+        The chief then keeps what the rows of tables stand for.
+        """
         from din_dist.training.checkpoint import check_resumable
+        from din_dist.training.warm_start import keep_rows
 
         if self._runtime.is_chief:
             check_resumable(self._config, self._store.facts.fingerprint)
+            keep_rows(self._config, self._job.model, self._store)
 
     def _finish_test(self, *, has_results: bool) -> dict[str, Any]:
         """Computes the floors of the test split and writes the projector's files."""
@@ -155,6 +175,7 @@ class _Training:
             "epochs": trainer.state.epoch,
             "steps": trainer.state.step,
             "epoch_records": trainer.state.epoch_records,
+            **({"warm_start": trainer.state.parent} if trainer.state.parent else {}),
             "world_size": self._runtime.world_size,
             "global_batch_size": self._config.job.global_batch_size,
             "num_parameters": self._job.model.count_params(),

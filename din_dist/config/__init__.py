@@ -21,7 +21,7 @@ from din_dist.config.data import (
     Split,
     UnknownItem,
 )
-from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, RecoveryConfig
+from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, NewRows, RecoveryConfig
 from din_dist.config.model import (
     Activation,
     AttentionKind,
@@ -67,6 +67,7 @@ __all__ = [
     "ModelConfig",
     "ModelKind",
     "Negatives",
+    "NewRows",
     "OptimizerConfig",
     "OptimizerKind",
     "PositionVectors",
@@ -83,6 +84,7 @@ __all__ = [
     "TelemetryConfig",
     "UnknownItem",
     "WireDtype",
+    "decisive",
     "differences",
     "digest_of",
     "list_text",
@@ -200,8 +202,13 @@ def differences(saved: dict, current: dict) -> list[str]:
     A setting that `saved` does not have yet had its default, because settings are added so that their default is what
     was done before.
     """
-    before, now = _defaults() | _decisive(saved), _defaults() | _decisive(current)
+    before, now = decisive(saved), decisive(current)
     return [f"--{name}: {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+
+
+def decisive(saved: dict) -> dict[str, Any]:
+    """Returns, by name, the settings of a `Config.to_json()` that decide what is learned, absent ones as defaults."""
+    return _defaults() | _decisive(saved)
 
 
 def digest_of(config: Config, data_fingerprint: str) -> int:

@@ -14,6 +14,14 @@ class ComputeDtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class NewRows(enum.StrEnum):
+    UNKNOWN = "unknown"
+    RANDOM = "random"
+
+
+_WARM_START = "warm start"
+
+
 def _check_output_dir(name: str, value: str) -> None:
     require(bool(value), "must name a folder", name, value, "For example runs/first.")
 
@@ -39,6 +47,27 @@ class JobConfig(Settings):
         check=_check_output_dir,
         may_change=True,
     )
+    warm_start_from: str = path_setting(
+        "",
+        "Begin a new job with what an older one has learned, on other data: the --output_dir of a job, or an export. "
+        "Rows of embeddings are found by the log's own ids; slots of the optimizer come along from a job. The model, "
+        "the features and the optimizer must be the same. Default: none, weights begin at random.",
+        theme=_WARM_START,
+        later=True,
+    )
+    new_rows: NewRows = text_setting(
+        NewRows.UNKNOWN,
+        "How rows of ids begin that the older job does not have. unknown: as its row for unknown ids, by which it "
+        "scored them. random: as in a new job.",
+        theme=_WARM_START,
+        later=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule, remedy = "belongs to --warm_start_from", "Add it, or drop --new_rows."
+        fits = bool(self.warm_start_from) or self.new_rows is NewRows.UNKNOWN
+        require(fits, rule, "new_rows", str(self.new_rows), remedy)
 
 
 @dataclasses.dataclass(frozen=True)

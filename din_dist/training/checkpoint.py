@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.lib.format
@@ -47,6 +47,7 @@ _FILE_NAME = re.compile(r"[^/\0]+\.npy")
 _FOLDER_NAME = re.compile(r"step-\d{12,}")
 TRY_AGAIN_SECONDS = 1.0
 _COPY_SHARE = 0.5  # of the free memory, at most, for what waits to be written
+_OTHER = "Name another job, or an export."
 _PATIENCE_SECONDS = 5.0  # with a write that makes no progress, before updates go on without another
 
 
@@ -268,6 +269,59 @@ def latest_checkpoint(config: Config) -> Path | None:
     return folders[-1] if folders else None
 
 
+class SavedCheckpoint:
+    """The variables of a checkpoint that another job reads.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        DamagedCheckpoint: its manifest cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            self._manifest = _read_manifest(folder / _MANIFEST)
+            with open_regular(folder / _MANIFEST) as file:
+                self.digest = _digest(file)  # which covers that of each variable
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {reason(error)}. {_OTHER}") from error
+        self.state = TrainingState.from_json(self._manifest["state"])
+        self.settings: dict[str, Any] = self._manifest["config"]
+        self.data_fingerprint: str = self._manifest["data_fingerprint"]
+
+    @classmethod
+    def chosen(cls, root: Path) -> Self | None:
+        """Returns the best checkpoint of a job by validation, or the newest where there is none; None: it has none.
+
+        Args:
+            root: the folder of all checkpoints of the job.
+
+        Raises:
+            DamagedCheckpoint: its manifest cannot be read.
+        """
+        folders = _published(root)
+        if not folders:
+            return None
+        newest = cls(folders[-1])
+        best = root / _folder_name(newest.state.best_step)
+        return cls(best) if best in folders else newest
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns the value of a variable.
+
+        Raises:
+            DamagedCheckpoint: it has no such variable, or another one than was saved.
+        """
+        entry = self._manifest["variables"].get(name, {"file": name, "digest": ""})
+        path = self._folder / entry["file"]
+        try:
+            return _read_array(path, entry["digest"])
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {reason(error)}. {_OTHER}") from error
+
+
 def published_steps(folder: Path) -> list[int]:
     """Returns the updates after which checkpoints in `folder` were saved, in their order."""
     return [int(path.name.removeprefix("step-")) for path in _published(folder)]
@@ -339,8 +393,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_array(path: Path, digest: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns the array in `path`, which must have this digest, shape and type.
+def _read_array(
+    path: Path, digest: str, shape: tuple[int, ...] | None = None, dtype: np.dtype | None = None
+) -> np.ndarray:
+    """Returns the array in `path`, which must have this digest, and this shape and type if they are given.
 
     Raises:
         OSError: the file cannot be read.
@@ -356,7 +412,7 @@ def _read_array(path: Path, digest: str, shape: tuple[int, ...], dtype: np.dtype
             found = numpy.lib.format.read_array_header_1_0(file)
         except Exception as error:  # NumPy reads it with Python's own parser, whose errors are of many kinds
             raise ValueError("the head of its array cannot be read") from error
-        if found != (shape, False, np.dtype(dtype)):  # before memory is taken for it
+        if shape is not None and found != (shape, False, np.dtype(dtype)):  # before memory is taken for it
             raise ValueError(f"an array of {found[2]}{list(found[0])} for {np.dtype(dtype)}{list(shape)}")
         file.seek(0)
         return numpy.lib.format.read_array(file, allow_pickle=False)

@@ -13,6 +13,7 @@ from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.undo import UndoLog
+from din_dist.training.warm_start import WarmStart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Learner:
         undo_log: the last updates.
         variables: all that a checkpoint keeps, by name.
         message_sizes: the bytes that an update sends to other ranks.
+        warm_start: gives the variables their first values; None: they keep those that they were made with.
     """
 
     model: BehaviourModel
@@ -32,6 +34,7 @@ class Learner:
     undo_log: UndoLog
     variables: Mapping[str, tf.Variable]
     message_sizes: MessageSizes
+    warm_start: WarmStart | None = None
 
 
 class TrainingData(NamedTuple):

@@ -11,6 +11,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels
@@ -24,6 +25,8 @@ from din_dist.kernels import operations
 Values: TypeAlias = tf.Tensor | tf.Variable
 
 _Each = TypeVar("_Each")
+
+_MOST_SAMPLED_ROWS = 100_000  # for a median
 
 
 class _Change(NamedTuple):
@@ -73,6 +76,20 @@ class Optimizer(abc.ABC):
 
     def _state_shape(self, name: str, variable: tf.Variable) -> tf.TensorShape:
         return variable.shape
+
+    @property
+    def slots(self) -> list[tuple[str, str, tf.Variable]]:
+        """Each slot variable, with the name of its weights and its kind."""
+        return [(name, kind, self.state[f"{name}/{kind}"]) for name in self.names for kind in self.initial_state]
+
+    def slot_of_new_rows(self, kind: str, slots: np.ndarray) -> np.ndarray | None:
+        """Returns the first value of a slot of rows that a table gets after some updates; None: that of all rows.
+
+        Args:
+            kind: of the slot variable.
+            slots: `[R, ...]`, those of the rows that were there.
+        """
+        return None
 
     @property
     def changing_by_rows(self) -> list[tf.Variable]:
@@ -235,7 +252,12 @@ class Adagrad(Optimizer):
 
 
 class LazyAdam(Optimizer):
-    """Adam (Kingma, Ba 2015); rows that are not in the batch do not move and their moments do not decay."""
+    """Adam (Kingma, Ba 2015); rows that are not in the batch do not move and their moments do not decay.
+
+    Both moments begin at 0, and the learning rate corrects that by the number of updates in all. A row that comes after
+    some thousand updates would therefore move by (1 - b1) / sqrt(1 - b2) = 3.2 learning rates at first, and by more
+    after. So its second moment begins as that of the table's median row.
+    """
 
     initial_state: ClassVar[Mapping[str, float]] = {"first_moment": 0.0, "second_moment": 0.0}
     BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # as Keras
@@ -251,6 +273,14 @@ class LazyAdam(Optimizer):
     def _rate(self, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         updates = tf.cast(step, tf.float32)
         return learning_rate * tf.sqrt(1.0 - self.BETA_2**updates) / (1.0 - self.BETA_1**updates)
+
+    def slot_of_new_rows(self, kind: str, slots: np.ndarray) -> np.ndarray | None:
+        if kind != "second_moment":
+            return None
+        updated = np.flatnonzero(slots.any(axis=1))
+        # Not the mean: rows of popular ids, whose gradients are sums over many examples, would be most of it.
+        sample = updated[:: 1 + len(updated) // _MOST_SAMPLED_ROWS]
+        return np.median(slots[sample], axis=0).astype(slots.dtype) if len(sample) else None
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

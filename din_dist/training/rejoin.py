@@ -8,7 +8,7 @@ import numpy as np
 
 from din_dist.config import Config, digest_of
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import InputError
+from din_dist.errors import FailedElsewhere, InputError
 from din_dist.telemetry.reporter import Reporter
 from din_dist.training.checkpoint import CheckpointStore
 from din_dist.training.learner import Learner, TrainingData
@@ -48,6 +48,7 @@ class Rejoin:
     ) -> None:
         self._runtime, self._checkpoints, self._telemetry = runtime, checkpoints, telemetry
         self._undo_log, self._variables = learner.undo_log, learner.variables
+        self._warm_start = learner.warm_start
         self._digest = digest_of(config, data.store.facts.fingerprint)
         self._examples_per_epoch = data.examples_per_epoch
         self._num_steps = num_updates(config, data.examples_per_epoch)
@@ -101,8 +102,11 @@ class Rejoin:
         for problem in self._checkpoints.damaged:
             self._telemetry.say(f"{problem} Going on from the checkpoint before it.", level="warning")
         if state is None:
+            state = self._first_state()
             self._runtime.broadcast_variables(list(self._variables.values()))
-            return before._replace(state=TrainingState(), saved_step=0)
+            if state.parent:  # kept at once: whoever resumes the job does not need the parent again
+                self._checkpoints.save(self._variables, state)
+            return before._replace(state=state, saved_step=0)
         if state.step >= self._num_steps:
             self._telemetry.say(f"trained to the end already, step {state.step}")
         else:
@@ -111,3 +115,24 @@ class Rejoin:
                 f"{self._examples_per_epoch:,} (step {state.step})"
             )
         return before._replace(state=state, saved_step=state.step)
+
+    def _first_state(self) -> TrainingState:
+        """Returns the state of a new job. The chief gives its variables their first values, if there is a parent.
+
+        Raises:
+            InputError: the parent does not fit.
+            FailedElsewhere: likewise, on the other ranks.
+        """
+        if not self._warm_start:
+            return TrainingState()
+        problem, parent = None, None
+        if self._runtime.is_chief:
+            try:
+                parent, line = self._warm_start.begin()
+                self._telemetry.say(line)
+            except InputError as error:
+                problem = str(error)
+        problem, parent = self._runtime.broadcast_object((problem, parent))
+        if problem:
+            raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
+        return TrainingState(parent=parent)

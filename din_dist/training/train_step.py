@@ -87,7 +87,10 @@ class TrainStep:
     def __call__(
         self, batch: Batch, rate: float, step: int, global_examples: int, requests: Requests = NO_REQUESTS
     ) -> StepResult:
-        """Trains on this rank's share `batch` of a global batch of `global_examples`; `step` counts from 1."""
+        """Trains on this rank's share `batch` of a global batch of `global_examples`.
+
+        `step` counts the updates of the optimizer's slots from 1, those of the jobs before a warm start included.
+        """
         # One tensor, for to make and hand over each takes a hundredth of a small update.
         numbers = tf.constant([rate, step, global_examples, *requests], tf.float64)
         return self._begun(self._exchange.sums_at_owners, batch.extras)(batch, numbers)

@@ -227,7 +227,7 @@ class Trainer:
     def _train_on(self, batch: Batch, rate: float, global_examples: int) -> StepResult:
         step = self.state.step + 1
         requests = Requests(self._signals.stop, self._signals.leave, self._runtime.workers_changed())
-        result = self._step(batch, rate, step, global_examples, requests)
+        result = self._step(batch, rate, self.state.slot_updates + 1, global_examples, requests)
         if not _is_finite(result):
             self._refuse(result, step)
         return result

@@ -23,6 +23,7 @@ TRAINER = [
         "optimizer",
         "schedule",
         "training",
+        "warm start",
         "execution",
     ),
     *("checkpoints and recovery", "elastic", "evaluation", "logs and TensorBoard", "Prometheus"),

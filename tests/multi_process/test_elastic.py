@@ -38,6 +38,7 @@ FORMS = {
     "negatives of the batch": ("--negatives=batch",),
     "several interests": ("--model=comirec_sa", "--num_interests=2", "--num_sampled=20"),
     "graphs of sessions": ("--model=sr_gnn", "--num_sampled=20"),
+    "what an older job has learned": ("--optimizer=lazy_adam", "--warm_start_from={folder}/older"),
 }
 
 
@@ -124,11 +125,14 @@ def test_two_workers_become_four_and_three(undisturbed: tuple[Path, dict[str, An
 @pytest.mark.parametrize("form", FORMS)
 def test_whatever_is_learned_is_learned_once(form: str, tmp_path: Path) -> None:
     """A worker is lost for good: losses and metrics are those of one worker from the start."""
-    flags = [flag.format(folder=tmp_path) for flag in FORMS[form]]
-    flags += ["--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02"]
+    flags = ["--epochs=12", "--optimizer=adagrad", "--learning_rate=0.02"]
+    flags += [flag.format(folder=tmp_path) for flag in FORMS[form]]
     if "labels" in form:
         write_labels_and_behaviours(tmp_path)
     assert run("prepare_data", tmp_path, *flags).returncode == 0
+    if "older" in form:
+        older = run("train", tmp_path, "--epochs=2", "--optimizer=lazy_adam", f"--output_dir={tmp_path / 'older'}")
+        assert older.returncode == 0, older.stderr
     alone = run("train", tmp_path, *flags, f"--output_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
     expected = json.loads(alone.stdout.splitlines()[-1])

@@ -98,6 +98,22 @@ class Signatures(abc.ABC):
         signatures = {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: traced["score"], **traced}
         tf.saved_model.save(root, str(folder), signatures=signatures)
 
+    @property
+    def saved_variables(self) -> dict[str, str]:
+        """The path of each weight of the model -> its key in the SavedModel's file of variables, after `save`."""
+        model, columns = self._model, self._model.lookup.columns
+        apart = self._items.weights_apart
+        groups = {"items": [*model.lookup.tables, *(columns.weights if columns else [])]}
+        if self._columns and model.example_columns:
+            groups["columns"] = model.example_columns.weights
+            apart |= {id(weight) for weight in groups["columns"]}
+        groups["weights"] = [weight for weight in model.weights if id(weight) not in apart]
+        return {
+            weight.path: f"{group}/{place}/.ATTRIBUTES/VARIABLE_VALUE"
+            for group, weights in groups.items()
+            for place, weight in enumerate(weights)
+        }
+
     def _more_functions(self) -> dict[str, Function]:
         """Returns the functions of a kind of models alone, by name."""
         return {}

@@ -21,6 +21,7 @@ import tensorflow as tf
 from din_dist.config import Config
 from din_dist.data.event_store import ITEMS, EventStore, vocabulary_of
 from din_dist.data.pipeline import batch_signature
+from din_dist.data.row_ids import write_rows
 from din_dist.data.splits import Examples
 from din_dist.errors import InputError
 from din_dist.evaluation.evaluator import Evaluator
@@ -36,6 +37,7 @@ from din_dist.serving.bundle import as_tensor, inputs_of
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.export.features import Declared, inputs_in_manifest
 from din_dist.serving.export.item_index import INDEX_FILE, MOST_USERS, write_index
+from din_dist.serving.export.parent import EXPORTED_ROWS
 from din_dist.serving.export.ranking_signatures import RankingSignatures
 from din_dist.serving.export.retrieval_signatures import RetrievalSignatures, vectors_of_items
 from din_dist.serving.export.retriever import Retriever
@@ -45,6 +47,7 @@ from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_
 from din_dist.serving.own_values import OwnBehaviours, OwnValues
 from din_dist.serving.predictions import Predictions
 from din_dist.text import to_json
+from din_dist.training.warm_start import kept_rows
 from din_dist.versions import build_info
 
 LARGEST_DIFFERENCE = 1e-5  # absolute, or relative for logits above 1
@@ -321,6 +324,8 @@ def write_saved_model(trained: TrainedModel, folder: Path) -> None:
             assert isinstance(model, RankingModel)
             signatures = RankingSignatures(model, *vocabulary_arguments, retriever=trained.retriever)
         signatures.save(folder)
+        rows = kept_rows(model, store)._replace(variables=signatures.saved_variables)
+        write_rows(folder / EXPORTED_ROWS, rows)
 
 
 def write_items(vectors: np.ndarray, store: EventStore, path: Path) -> None:
