@@ -1,4 +1,4 @@
-"""Loads the library of C++ kernels that `launch/setup.sh` compiles from this folder."""
+"""Loads the library of C++ kernels that `launch/build_kernels.sh` compiles from this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import tensorflow as tf
 
 LANES = 16  # rows of a layer's inputs are padded to a multiple of it, like `kLane` in attention.h
-PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
+_IN_WHEEL = Path(__file__).with_name("kernels.so")
+PATH = _IN_WHEEL if _IN_WHEEL.exists() else Path(sys.prefix, "lib", "din_dist", "kernels.so")
 
 
 @functools.cache
