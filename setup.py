@@ -1,4 +1,4 @@
-"""Adds what a wheel needs to run without this checkout: the compiled kernels and the flagfiles. setup.cfg has the rest."""
+"""Adds what a wheel needs besides setup.cfg: the compiled kernels and the flagfiles, as it runs without this checkout."""
 
 from __future__ import annotations
 

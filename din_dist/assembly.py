@@ -432,16 +432,7 @@ def _uses_kernels(config: Config) -> bool:
         "Run launch/setup.sh, which compiles it, or install a wheel for this platform. Or add --nonative for "
         "TensorFlow's own operations.",
     )
-    try:
-        kernels.library()
-    except tf.errors.NotFoundError as error:  # a wheel from a machine with a newer libc, or for another TensorFlow
-        require(
-            False,
-            "takes kernels that this machine can load",
-            "native",
-            str(error.message).splitlines()[0],
-            "Run launch/setup.sh, which compiles them here, or add --nonative.",
-        )
+    kernels.library()
     require(
         not in_bfloat16 or kernels.multiplies_bfloat16(),
         "bfloat16 takes AVX512_BF16 (AMD Zen 4, Intel Sapphire Rapids or newer) and kernels built by g++ 10 or newer",

@@ -78,7 +78,10 @@ def _library() -> Any:
     kernels = importlib.import_module("din_dist.kernels")  # late, because it imports TensorFlow
     if not kernels.PATH.exists():
         return None
-    kernels.library()  # loads TensorFlow, which the library is linked to
+    try:
+        kernels.library()  # loads TensorFlow, which the library is linked to
+    except InputError:  # who trains with the kernels is told so
+        return None
     return ctypes.CDLL(str(kernels.PATH))
 
 

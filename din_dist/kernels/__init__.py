@@ -11,6 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from din_dist.errors import InputError
+
 LANES = 16  # rows of a layer's inputs are padded to a multiple of it, like `kLane` in attention.h
 _IN_WHEEL = Path(__file__).with_name("kernels.so")
 PATH = _IN_WHEEL if _IN_WHEEL.exists() else Path(sys.prefix, "lib", "din_dist", "kernels.so")
@@ -18,8 +20,18 @@ PATH = _IN_WHEEL if _IN_WHEEL.exists() else Path(sys.prefix, "lib", "din_dist", 
 
 @functools.cache
 def library() -> Any:
-    """Returns the operations of the library, as functions."""
-    return tf.load_op_library(str(PATH))
+    """Returns the operations of the library, as functions.
+
+    Raises:
+        InputError: this machine cannot load it, such as that of a wheel from a machine with a newer libc.
+    """
+    try:
+        return tf.load_op_library(str(PATH))
+    except tf.errors.NotFoundError as error:
+        raise InputError(
+            f"--native: takes kernels that this machine can load. Received: {error.message!r}. Run launch/setup.sh, "
+            "which compiles them here, or add --nonative."
+        ) from error
 
 
 def multiplies_bfloat16() -> bool:
