@@ -1,4 +1,4 @@
-"""Adds what a wheel needs besides setup.cfg: the compiled kernels and the flagfiles, as it runs without this checkout."""
+"""Adds to setup.cfg what a wheel holds besides the package: the compiled kernels and the flagfiles."""
 
 from __future__ import annotations
 

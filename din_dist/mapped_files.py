@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from din_dist.errors import InputError
+
 _OFFSET, _TIME = "@the offset@", "@the time@"  # placeholders in a line for numbers that only the handler knows
 _IN_LINE = {_OFFSET: b"\x01", _TIME: b"\x02"}  # placeholders in the handler's line
 

@@ -64,13 +64,12 @@ if [[ $action != print_env ]]; then
   exit_if_built
   if [[ $take ]]; then
     tag=${machine%%-*}
-    for wheel in "$take/horovod-$horovod_version+din.${revision[$device]}-$tag-$tag-linux_${machine#*-}.whl"; do
-      [[ -f $wheel ]] ||
-        die "$take must hold the Horovod wheel of this checkout and Python. Received: no $(basename "$wheel"). Run launch/build_wheels.sh anew, or set up without --wheels."
-      mkdir -p "$folder"
-      cp "$wheel" "$folder/$(basename "$wheel").part"
-      mv "$folder/$(basename "$wheel").part" "$folder/$(basename "$wheel")" # whole or not at all
-    done
+    wheel=horovod-$horovod_version+din.${revision[$device]}-$tag-$tag-linux_${machine#*-}.whl
+    [[ -f $take/$wheel ]] ||
+      die "$take must hold the Horovod wheel of this checkout and Python. Received: no $wheel. Run launch/build_wheels.sh anew, or set up without --wheels."
+    mkdir -p "$folder"
+    cp "$take/$wheel" "$folder/$wheel.part"
+    mv "$folder/$wheel.part" "$folder/$wheel" # whole or not at all
     exit_if_built
   fi
   require_command 'building Horovod' g++ g++

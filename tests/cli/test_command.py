@@ -15,13 +15,8 @@ from tests.support.repository import ROOT
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "din_dist.cli.command", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    program = [sys.executable, "-m", "din_dist.cli.command"]
+    return subprocess.run([*program, *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_alone_it_lists_the_commands() -> None:
@@ -68,8 +63,7 @@ def test_a_command_is_run_as_by_itself() -> None:
 
 
 def test_completion() -> None:
-    program = "COMP_WORDS=(din-dist re) COMP_CWORD=1; _din_dist; echo ${COMPREPLY[*]}"
-    done = subprocess.run(
-        ["bash", "-c", f"{run('completion', 'bash').stdout}\n{program}"], capture_output=True, text=True
-    )
+    script = run("completion", "bash").stdout
+    program = f"{script}\nCOMP_WORDS=(din-dist re) COMP_CWORD=1; _din_dist; echo ${{COMPREPLY[*]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("recommend report\n", "")

@@ -186,7 +186,8 @@ def test_set_up_takes_wheels_in_place_of_a_compiler(checkout: FakeCheckout, tmp_
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert (checkout.venv / "lib" / "din_dist" / "kernels.so").read_text() == "from the wheel\n"
     digest = hashlib.sha256(b"built elsewhere\n").hexdigest()
-    assert [line for line in checkout.asked() if "horovod" in line][0].endswith(f".whl --hash=sha256:{digest}")
+    [horovod] = [line for line in checkout.asked() if "horovod" in line]
+    assert horovod.endswith(f".whl --hash=sha256:{digest}")
     calls = checkout.pip_calls()
     assert checkout.run("setup.sh", PATH=path).returncode == 0, "the launchers find it done"
     assert checkout.pip_calls() == calls
@@ -207,8 +208,8 @@ def test_wheels_of_another_checkout_are_refused(checkout: FakeCheckout, tmp_path
     [given] = wheels.glob("horovod-*.whl")
     given.unlink()
     assert checkout.error("setup.sh", f"--wheels={wheels}") == (
-        f"build_horovod.sh: {wheels} must hold the Horovod wheel of this checkout and Python. Received: no {given.name}. "
-        "Run launch/build_wheels.sh anew, or set up without --wheels."
+        f"build_horovod.sh: {wheels} must hold the Horovod wheel of this checkout and Python. "
+        f"Received: no {given.name}. Run launch/build_wheels.sh anew, or set up without --wheels."
     )
     assert not checkout.venv.exists()
 
