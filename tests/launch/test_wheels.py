@@ -114,6 +114,8 @@ def test_what_the_extra_asks_for_is_what_is_built(wheels: Path) -> None:
     assert f"\ndistributed = horovod=={wheel.name.split('-')[1]}\n" in text
     gpu = re.search(r"\[gpu\]=(\d+)", (ROOT / "launch" / "horovod" / "build_horovod.sh").read_text())
     assert gpu and f"\ndistributed-gpu = horovod==0.28.1+din.{gpu[1]}\n" in text
+    told = set(re.findall(r"`(0\.28\.1\+din\.\d+)`", (ROOT / "launch" / "README.md").read_text()))
+    assert told == {wheel.name.split("-")[1], f"0.28.1+din.{gpu[1]}"}
 
 
 def test_it_is_built_against_the_tensorflow_that_it_asks_for() -> None:
