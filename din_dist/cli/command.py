@@ -98,7 +98,3 @@ def _print(text: str) -> None:
 def _refuse(text: str) -> None:
     print(f"din-dist: {text}", file=sys.stderr)
     sys.exit(EXIT_INPUT_ERROR)
-
-
-if __name__ == "__main__":
-    main()

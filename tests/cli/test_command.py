@@ -15,7 +15,7 @@ from tests.support.repository import ROOT
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "din_dist.cli.command"]
+    program = [sys.executable, "-c", "from din_dist.cli.command import main; main()"]
     return subprocess.run([*program, *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 

@@ -19,10 +19,13 @@ from din_dist import __version__
 from tests.support.fake_checkout import FakeCheckout, path_without
 from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
-from tests.test_environment import MEETING, PLACE
 
 # Of the environment that runs the tests, what the installed wheel must not see.
 HIDDEN = ("horovod", "din_dist", "__editable__")
+WORKER = {  # what horovodrun gives the second of two
+    **{"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
+    **{"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "4000"},
+}
 SMALL = (
     *("--dataset=synthetic", "--synthetic_num_users=100", "--synthetic_num_items=50", "--metrics_port=-1"),
     *("--embedding_dim=8", "--hidden_units=8", "--attention_hidden_units=8", "--global_batch_size=64"),
@@ -135,7 +138,7 @@ def test_one_process_trains_without_horovod(installed: Path, tmp_path: Path) -> 
 def test_several_processes_need_horovod(installed: Path, tmp_path: Path) -> None:
     rule = "Horovod: must be installed where there are several workers. Received: none. Install din_dist[distributed] "
     launched = din_dist(installed, tmp_path, "launch", "--num_workers=2", *SMALL)
-    worker = din_dist(installed, tmp_path, "train", *SMALL, **{**PLACE, **MEETING})
+    worker = din_dist(installed, tmp_path, "train", *SMALL, **WORKER)
     for done in (launched, worker):
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         [line] = done.stderr.splitlines()
