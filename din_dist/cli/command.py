@@ -1,6 +1,7 @@
 """Runs the commands under one name: `din-dist train ...` is `python -m din_dist.cli.train ...`.
 
-`din-dist` alone lists them. Nothing of this imports TensorFlow.
+`din-dist` alone lists them. Nothing of this imports TensorFlow. `din-dist train` prepares the data before, as
+`launch/train.sh` does, unless `horovodrun` started it.
 """
 
 from __future__ import annotations
@@ -57,12 +58,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _refuse(f"{_COMPLETION}: must be for bash. Received: {' '.join(rest)!r}. Run: din-dist {_COMPLETION} bash")
         _print(_BASH.format(words=" ".join(COMMANDS)).rstrip())
     elif word in COMMANDS:
+        if word == "train" and (code := _prepare(rest)):
+            sys.exit(code)
         sys.argv[1:] = rest
         runpy.run_module(f"din_dist.cli.{COMMANDS[word]}", run_name="__main__", alter_sys=True)
     else:
         near = difflib.get_close_matches(word.replace("_", "-"), COMMANDS, n=1)
         remedy = f"Did you mean {near[0]}?" if near else "Run din-dist, which lists them."
         _refuse(f"the first word must be a command. Received: {word!r}. {remedy}")
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    """Prepares the data of a process alone, in a process whose memory is free again; returns its exit code."""
+    from din_dist.cli import help, launch
+    from din_dist.place import Place
+
+    if Place.from_environment().under_horovodrun or help.is_asked_for(arguments):
+        return 0
+    return launch.run_first("prepare_data", arguments)
 
 
 def _listing() -> str:

@@ -177,14 +177,14 @@ def main(arguments: Sequence[str]) -> int:
         print(shlex.join(words))
         return 0
     # This also checks every flag, so that a wrong one gives one line here and not one from each worker.
-    code = _run_first("prepare_data", trainer_flags)
+    code = run_first("prepare_data", trainer_flags)
     if code == 0 and hosts and not only_here:
         code = _wait_for_hosts([host.name for host in hosts], numbers)
     if code == 0 and hosts and not only_here and _FLAGS.preflight:
         where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
         where += ["--elastic"] if _FLAGS.elastic else []
         where += [f"--network_interface={_FLAGS.network_interface}"] if _FLAGS.network_interface else []
-        code = _run_first("check_cluster", [*where, *trainer_flags])
+        code = run_first("check_cluster", [*where, *trainer_flags])
     if code:
         return code
     with tempfile.TemporaryDirectory() as folder:
@@ -414,7 +414,7 @@ def _write_discovery(current_hosts: Path) -> None:
     script.chmod(0o755)
 
 
-def _run_first(name: str, arguments: Sequence[str]) -> int:
+def run_first(name: str, arguments: Sequence[str]) -> int:
     """Runs another of our commands, with its report on stderr; returns its exit code, 75 when a signal stopped it.
 
     A command whose disk does not answer may not end after a signal. Then it is killed and not waited for.

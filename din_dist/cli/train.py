@@ -1,14 +1,10 @@
 """Trains a model on prepared data: `python -m din_dist.cli.train`, alone or under `horovodrun`.
 
-A process alone prepares the data first if nobody did. Under `horovodrun` they must be prepared before.
 The last line on stdout is the summary, as JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +15,7 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.config import Config
 from din_dist.distributed.cores import claim_cores
-from din_dist.errors import EXIT_GAVE_UP, EXIT_INPUT_ERROR, FailedElsewhere, InputError, Interrupted
+from din_dist.errors import EXIT_GAVE_UP, InputError
 from din_dist.files import read_record, write_text
 from din_dist.place import Place
 from din_dist.text import duration, parse_json
@@ -54,7 +50,7 @@ class _Training:
 
     def __init__(self, config: Config, signals: entry.Signals, num_threads: int, started: float) -> None:
         from din_dist.assembly import Assembly
-        from din_dist.data.prepared import open_prepared, prepared_folder
+        from din_dist.data.prepared import open_prepared
         from din_dist.distributed.devices import claim_devices
         from din_dist.distributed.runtime import open_runtime
         from din_dist.telemetry.prometheus import PrometheusMetrics
@@ -68,8 +64,6 @@ class _Training:
         with self._runtime.together():
             self._lock.hold(self._runtime.is_chief)
             self._prometheus_metrics = PrometheusMetrics(config, self._runtime)
-        if not self._runtime.has_peers and not prepared_folder(config.data).exists():
-            _prepare(signals)
         self._store = open_prepared(config.data)
         self._job = Assembly(
             config,
@@ -217,28 +211,6 @@ class _Waiting:
         except OSError as error:
             return f"the checkpoint could not be written: {error}"
         return f"step {self._trainer.state.step} is saved. The same command goes on from there"
-
-
-def _prepare(signals: entry.Signals) -> None:
-    """Prepares the data in a process of its own, whose memory is free again when training begins.
-
-    Raises:
-        Interrupted: a signal asked this process to stop.
-        FailedElsewhere: the other process has said what is wrong, as a failure that is no wrong input.
-        SystemExit: the other process has said which input is wrong.
-    """
-    command = [sys.executable, "-m", "din_dist.cli.prepare_data", *sys.argv[1:]]
-    with subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as process:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-            if signals.stop or signals.leave:
-                process.terminate()
-                raise Interrupted("stopped while data were prepared; the same command prepares them")
-    if process.returncode == EXIT_INPUT_ERROR:
-        sys.exit(EXIT_INPUT_ERROR)
-    if process.returncode:
-        raise FailedElsewhere
 
 
 def _with_what_was_measured(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
