@@ -440,8 +440,10 @@ def _uses_kernels(config: Config) -> bool:
         f"takes {kernels.PATH}",
         "native",
         "no such file",
-        "Run launch/setup.sh, which compiles it, or add --nonative for TensorFlow's own operations.",
+        "Run launch/setup.sh, which compiles it, or install a wheel for this platform. Or add --nonative for "
+        "TensorFlow's own operations.",
     )
+    kernels.library()
     require(
         not in_bfloat16 or kernels.multiplies_bfloat16(),
         "bfloat16 takes AVX512_BF16 (AMD Zen 4, Intel Sapphire Rapids or newer) and kernels built by g++ 10 or newer",

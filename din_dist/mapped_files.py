@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from din_dist.errors import InputError
+
 _OFFSET, _TIME = "@the offset@", "@the time@"  # placeholders in a line for numbers that only the handler knows
 _IN_LINE = {_OFFSET: b"\x01", _TIME: b"\x02"}  # placeholders in the handler's line
 
@@ -78,7 +80,10 @@ def _library() -> Any:
     kernels = importlib.import_module("din_dist.kernels")  # late, because it imports TensorFlow
     if not kernels.PATH.exists():
         return None
-    kernels.library()  # loads TensorFlow, which the library is linked to
+    try:
+        kernels.library()  # loads TensorFlow, which the library is linked to
+    except InputError:  # who trains with the kernels is told so
+        return None
     return ctypes.CDLL(str(kernels.PATH))
 
 

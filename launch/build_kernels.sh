@@ -2,20 +2,26 @@
 # Compiles din_dist/kernels, our own operations for CPUs, and puts them into the environment whose bin/python is $PYTHON
 # (default: the checkout's .venv).
 #
-#   launch/build_kernels.sh [--check]
+#   launch/build_kernels.sh [--check | --to=FOLDER | --take=DIR]
 #
 # What was compiled is kept in ${DIN_DIST_CACHE:-~/.cache/din_dist}/kernels/KEY, and compiled only when it is not there: some
-# seconds. --check only tells whether the compiler is there (if it is needed).
+# seconds. --check only tells whether the compiler is there (if it is needed). --to puts the library into FOLDER instead, and
+# beside it the KEY of what it was made from. --take compiles nothing: it keeps the library of our wheel in DIR.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 python=${PYTHON:-$venv/bin/python}
-check=
-case $# in
-  0) ;;
-  1) [[ $1 == --check ]] || die "unknown flag $1. Usage: launch/build_kernels.sh [--check]" && check=1 ;;
-  *) die "one flag at most. Usage: launch/build_kernels.sh [--check]" ;;
+usage='Usage: launch/build_kernels.sh [--check | --to=FOLDER | --take=DIR]'
+check='' take=''
+folder=$(dirname "$(dirname "$python")")/lib/din_dist
+(($# <= 1)) || die "one flag at most. $usage"
+case ${1:-} in
+  '') ;;
+  --check) check=1 ;;
+  --to=?*) folder=${1#*=} ;;
+  --take=?*) take=${1#*=} ;;
+  *) die "unknown flag $1. $usage" ;;
 esac
 command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
 
@@ -29,6 +35,26 @@ if [[ ! $version ]]; then # --check comes before it is installed
 fi
 key=$(cd "$root" && { sha256sum din_dist/kernels/*.{cc,h} launch/build_kernels.sh && echo "$version"; } | sha256sum | cut -c -16)-$(uname -m)
 compiled=$cache/kernels/$key
+if [[ $take ]]; then
+  [[ ! -f $compiled/kernels.so ]] || exit 0
+  mkdir -p "$cache/kernels"
+  work=$(mktemp -d "$cache/kernels/.new.XXXXXX")
+  trap 'rm -rf "$work"' EXIT
+  "$python" - "$take" "$key" "$work/kernels.so" <<'PYTHON' ||
+import pathlib, sys, zipfile
+folder, key, target = sys.argv[1:]
+for path in sorted(pathlib.Path(folder).glob("din_dist-*.whl")):
+    with zipfile.ZipFile(path) as wheel:
+        if "din_dist/kernels/kernels.key" in wheel.namelist() and wheel.read("din_dist/kernels/kernels.key").decode().strip() == key:
+            pathlib.Path(target).write_bytes(wheel.read("din_dist/kernels/kernels.so"))
+            sys.exit()
+sys.exit(1)
+PYTHON
+    die "$take must hold a wheel of din_dist with the kernels of this checkout, $key. Received: none. Run launch/build_wheels.sh anew, or set up without --wheels."
+  chmod 755 "$work" "$work/kernels.so"
+  mv -T "$work" "$compiled" 2>/dev/null || [[ -f $compiled/kernels.so ]]
+  exit 0
+fi
 [[ -f $compiled/kernels.so ]] || require_command 'compiling the kernels' g++ g++
 [[ ! $check ]] || exit 0
 
@@ -69,7 +95,7 @@ if [[ ! -f $compiled/kernels.so ]]; then
   chmod 755 "$work"
   mv -T "$work" "$compiled" 2>/dev/null || [[ -f $compiled/kernels.so ]] # another set-up may have been first
 fi
-folder=$(dirname "$(dirname "$python")")/lib/din_dist
 mkdir -p "$folder"
+[[ ${1:-} != --to=* ]] || echo "$key" >"$folder/kernels.key"
 cp "$compiled/kernels.so" "$folder/kernels.so.new"
 mv "$folder/kernels.so.new" "$folder/kernels.so" # at once: a job that has loaded the old one keeps it

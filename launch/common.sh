@@ -103,16 +103,18 @@ pinned_version() { # of one package
   pinned "$1" | sed -n '1s/^[^=]*==\([^ ]*\).*/\1/p'
 }
 
-# requirements_of PYTHON EXTRAS...: what setup.cfg asks for.
+# requirements_of PYTHON EXTRAS...: what setup.cfg asks for. The index has only the source of Horovod, without our version.
 requirements_of() {
   "$1" - "$root/setup.cfg" "${@:2}" <<'PYTHON'
 import configparser
+import re
 import sys
 
 config = configparser.ConfigParser()
 config.read(sys.argv[1])
 extras = config["options.extras_require"]
-print(config["options"]["install_requires"], *(extras[name] for name in sys.argv[2:]), sep="\n")
+asked = [config["options"]["install_requires"], *(extras[name] for name in sys.argv[2:])]
+print(re.sub(r"\+din\.\d+", "", "\n".join(asked)))
 PYTHON
 }
 

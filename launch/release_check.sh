@@ -57,7 +57,7 @@ say() {
 cd "$root"
 mkdir -p dist
 for image in cpu gpu; do
-  requirements_of "$python" "$image" >"$work/requirements.in"
+  requirements_of "$python" "$image" distributed >"$work/requirements.in"
   resolve "$uv" "$work/requirements.in" "$work/$image.txt" --constraint "$constraints"
   write_sbom "$image" "$work/$image.txt"
 done

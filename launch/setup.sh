@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes the virtual environment that the other launchers run in, at the versions of launch/constraints.txt.
 #
-#   launch/setup.sh [--gpu] [--test]
+#   launch/setup.sh [--gpu] [--test] [--wheels=DIR]
 #
 # --gpu installs tensorflow[and-cuda] and Horovod with NCCL; --test adds what the tests need. Run again, it does nothing unless
-# something changed. PYTHON is the interpreter to start from (python3), DIN_DIST_VENV the environment's place (.venv in the
+# something changed. --wheels takes Horovod and the kernels from the wheels that launch/build_wheels.sh made, so that nothing is
+# built here. PYTHON is the interpreter to start from (python3), DIN_DIST_VENV the environment's place (.venv in the
 # checkout), DIN_DIST_CACHE where what was built is kept (~/.cache/din_dist).
 set -euo pipefail
 
@@ -13,11 +14,13 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 device=cpu
 tests=
+wheels=
 for flag; do
   case $flag in
     --gpu) device=gpu ;;
     --test) tests=+test ;;
-    *) die "unknown flag $flag. Usage: launch/setup.sh [--gpu] [--test]" ;;
+    --wheels=?*) wheels=${flag#*=} ;;
+    *) die "unknown flag $flag. Usage: launch/setup.sh [--gpu] [--test] [--wheels=DIR]" ;;
   esac
 done
 
@@ -59,6 +62,10 @@ for present in "$venv"/lib/python3.*; do
 done
 build_flags=()
 [[ $device == cpu ]] || build_flags+=(--gpu)
+if [[ $wheels ]]; then
+  PYTHON=$base_python "$root/launch/horovod/build_horovod.sh" "${build_flags[@]}" --take="$wheels" >/dev/null
+  PYTHON=$base_python "$root/launch/build_kernels.sh" --take="$wheels"
+fi
 PYTHON=$base_python "$root/launch/horovod/build_horovod.sh" "${build_flags[@]}" --check
 PYTHON=$base_python "$root/launch/build_kernels.sh" --check
 
@@ -96,8 +103,8 @@ run_pip "$python" "$log" install "${pip_flags[@]}" "$tensorflow" setuptools
 wheel=$(PYTHON=$python "$root/launch/horovod/build_horovod.sh" "${build_flags[@]}")
 # Its version says nothing of the TensorFlow that it was built for, so pip must not take the installed one for the same.
 run_pip "$python" "$log" install --force-reinstall --no-deps --no-build-isolation "$wheel" --editable "$root"
-# All that setup.cfg asks for, with this Horovod: pip would build another from its index.
-requirements=$(requirements_of "$python" "$device" ${tests:+test} | grep -v '^horovod==')
+# All that setup.cfg asks for, with this Horovod, which is no requirement of one worker.
+requirements=$(requirements_of "$python" "$device" ${tests:+test})
 digest_of_wheel=$(sha256sum <"$wheel" | cut -c -64)
 run_pip "$python" "$log" install "${pip_flags[@]}" -r <(printf '%s\n' "$requirements" "$wheel --hash=sha256:$digest_of_wheel")
 PYTHON=$python "$root/launch/build_kernels.sh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pwd
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from din_dist import environment, place
+from din_dist import environment, place, versions
+from din_dist.cli import entry
 from din_dist.config import DataConfig
 from din_dist.data.prepared import data_dir
 from din_dist.errors import InputError
@@ -92,7 +94,7 @@ def test_what_other_projects_leave_in_the_environment(tmp_path: Path) -> None:
     (tmp_path / ".keras" / "keras.json").write_text('{"backend": "torch", "floatx": "float64", "epsilon": 1}')
     variables = {
         "HOME": str(tmp_path),
-        "KERAS_BACKEND": "jax",
+        "KERAS_BACKEND": "",
         "PROMETHEUS_MULTIPROC_DIR": "/nonexistent",
         "prometheus_multiproc_dir": "/nonexistent",
         "TF_USE_LEGACY_KERAS": "1",
@@ -101,6 +103,22 @@ def test_what_other_projects_leave_in_the_environment(tmp_path: Path) -> None:
         done = start(name, tmp_path, "--metrics_port=0", variables=variables)
         assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["epochs"] == 1
+
+
+def test_another_backend_is_refused(tmp_path: Path) -> None:
+    assert_one_line(
+        start("train", tmp_path, variables={"KERAS_BACKEND": "jax"}),
+        "KERAS_BACKEND: must be tensorflow, on which din_dist is built. Received: 'jax'. Run: unset KERAS_BACKEND",
+    )
+
+
+def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/launch/test_wheels.py has commands that meet this."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"TensorFlow: must be installed, .* Received: none. Install din_dist\[cpu\]"):
+        entry.import_tensorflow()
+    with pytest.raises(InputError, match=r"Horovod: must be installed .* Received: none. Install din_dist\[distrib"):
+        versions.require_horovod()
 
 
 def test_why_a_library_ended_the_process_is_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from din_dist import __version__
 from tests.support.repository import ROOT
 
-IMAGE = re.compile(r"""din-dist:(\d[\w.]*\d)|image\.version="([^"]*)"|newTag: (\d[\w.]*\d)""")
+IMAGE = re.compile(r"""din-dist:(\d[\w.]*\d)|image\.version="([^"]*)"|newTag: (\d[\w.]*\d)|din_dist-(\d[\w.]*\d)-py3""")
 PLACES = [
     *("README.md", "docker/Dockerfile", "docker/docker-compose.yml"),
     *sorted(
@@ -34,8 +34,10 @@ def test_images_have_the_version_of_the_package(place: str) -> None:
 def test_where_the_version_is_stated() -> None:
     """The pattern finds them all, also with a suffix."""
     places = [place for place in PLACES if stated((ROOT / place).read_text())]
-    assert {"docker/Dockerfile", "docker/docker-compose.yml", "k8s/base/mpijob.yaml"} <= set(places)
-    assert stated('din-dist:1.2.3 image.version="1.2.4" newTag: 1.2.5-gpu') == {"1.2.3", "1.2.4", "1.2.5"}
+    assert {"docker/Dockerfile", "docker/docker-compose.yml", "k8s/base/mpijob.yaml", "launch/README.md"} <= set(places)
+    assert stated('din-dist:1.2.3 image.version="1.2.4" newTag: 1.2.5-gpu din_dist-1.2.6-py3-none') == {
+        *("1.2.3", "1.2.4", "1.2.5", "1.2.6")
+    }
 
 
 def test_what_setuptools_reads() -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from din_dist.config import require
 from din_dist.errors import InputError
+from din_dist.versions import require_horovod
 
 HISTORY_EVENTS = 2_000_000  # in total, whatever the length of the histories
 
@@ -145,6 +146,7 @@ def _measure(kind: str, point: int, flags: Sequence[str], batch_size: int, most:
     if kind == "workers":
         cores = cores[: len(cores) // most * point]
         if point > 1:
+            require_horovod()
             horovodrun = str(Path(sys.executable).with_name("horovodrun"))
             command = [horovodrun, "--gloo", "-np", str(point), *command]
     last = _run(command, cores).strip().splitlines()[-1]

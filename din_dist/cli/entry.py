@@ -19,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from din_dist import environment, mapped_files, progress, streams
+from din_dist.cli import flags as settings
 from din_dist.cli import help
 from din_dist.cluster.link import BEAT_SECONDS
 from din_dist.config import LogFormat
@@ -38,6 +39,7 @@ from din_dist.machine import require_threads
 from din_dist.place import Place
 from din_dist.telemetry.terminal import format_line
 from din_dist.text import printable
+from din_dist.versions import require_tensorflow
 
 _HELP_OF_ABSL = {f"{dashes}{name}" for dashes in ("-", "--") for name in ("helpfull", "helpxml")}
 _MOST_LAST_WORDS = 1 << 20  # bytes
@@ -178,7 +180,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         print(help.page(sys.modules["__main__"].__doc__, flags.FLAGS), flush=True)
         sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(settings.with_our_flagfiles(argv))
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # from a flag that checks itself
             _leave(EXIT_INPUT_ERROR, str(error.__context__))
@@ -303,8 +305,9 @@ def import_tensorflow() -> None:
     """Imports TensorFlow without the lines that its C++ prints before a setting can silence it.
 
     Raises:
-        InputError: there is no room for its threads.
+        InputError: it is not installed, or there is no room for its threads.
     """
+    require_tensorflow()
     require_threads()
     sys.stderr.flush()
     saved = os.dup(2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
+import re
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from din_dist.features.declarations import read_declarations
 from din_dist.features.spec import to_text
 from din_dist.files import local_path
 
-_FLAGFILES = Path(__file__).parents[2] / "launch" / "flags"
+_IN_WHEEL = Path(__file__).parents[1] / "launch"
+LAUNCH = _IN_WHEEL if _IN_WHEEL.exists() else Path(__file__).parents[2] / "launch"
+FLAGFILES = LAUNCH / "flags"
 _ABSENT_BY_DEFAULT = ("label_column", "item_features")  # a log may lack these columns unless the user asks for them
 
 
@@ -147,8 +150,32 @@ def _declarations(flag_values: flags.FlagValues) -> str:
 
 def _declarations_file(path: Path) -> Path:
     """Returns the file itself, or the one of that name beside our flagfiles, which name it so."""
-    ours = _FLAGFILES / path
+    ours = FLAGFILES / path
     return ours if not path.exists() and ours.is_file() else path
+
+
+def with_our_flagfiles(arguments: Sequence[str]) -> list[str]:
+    """Returns the command line with paths in place of the names of our flagfiles, with or without `.flags`.
+
+    A file of that name in the current folder comes first.
+    """
+    found, follows = [], False
+    for argument in arguments:
+        given = re.fullmatch("(--?flagfile=)(.*)", argument, re.DOTALL)
+        if follows:
+            found.append(_our_flagfile(argument))
+        else:
+            found.append(given[1] + _our_flagfile(given[2]) if given else argument)
+        follows = argument in ("--flagfile", "-flagfile")
+    return found
+
+
+def _our_flagfile(name: str) -> str:
+    if not Path(name).exists():
+        for path in (FLAGFILES / name, FLAGFILES / f"{name}.flags"):
+            if path.suffix == ".flags" and path.is_file():
+                return str(path)
+    return name
 
 
 def fields_with_flags(kind: type[Settings]) -> Iterator[dataclasses.Field]:

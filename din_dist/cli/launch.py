@@ -29,9 +29,9 @@ from din_dist.environment import SEVERAL_ON_A_GPU
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.machine import require_threads
 from din_dist.text import printable
+from din_dist.versions import require_horovod
 
-_LAUNCH = Path(__file__).parents[2] / "launch"
-_DISCOVER = str(_LAUNCH / "discover_hosts.sh")
+_DISCOVER = str(settings.LAUNCH / "discover_hosts.sh")
 _OPERATORS_SCRIPT = Path("/etc/mpi/discover_hosts.sh")  # mounted by Kubernetes' MPI operator
 _SLURM = "slurm"
 _TELL_HOSTS = "tell_hosts"
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     hosts = _hosts(default_slots)
     numbers = _numbers(hosts)
     if not trainer_flags:
-        trainer_flags = [f"--flagfile={_LAUNCH / 'flags' / 'quick.flags'}"]
+        trainer_flags = [f"--flagfile={settings.FLAGFILES / 'quick.flags'}"]
     if sys.stderr.isatty():
         # For the progress bar, because the workers' stderr is a pipe.
         os.environ["DIN_DIST_PROGRESS_TTY"] = os.ttyname(sys.stderr.fileno())
@@ -170,19 +170,21 @@ def main(arguments: Sequence[str]) -> int:
     card, address = _card(hosts, only_here)
     agent = [sys.executable, "-m", "din_dist.cluster.agent", *trainer_flags]
     alone = numbers["num_workers"] == 1 and only_here and not _FLAGS.elastic and not _FLAGS.log_dir
+    if not alone:
+        require_horovod()
     if _FLAGS.dry_run:
         words = agent if alone else [*_horovodrun(numbers, hosts, only_here, card, Path("HOSTS", "hosts")), *agent]
         print(shlex.join(words))
         return 0
     # This also checks every flag, so that a wrong one gives one line here and not one from each worker.
-    code = _run_first("prepare_data", trainer_flags)
+    code = run_first("prepare_data", trainer_flags)
     if code == 0 and hosts and not only_here:
         code = _wait_for_hosts([host.name for host in hosts], numbers)
     if code == 0 and hosts and not only_here and _FLAGS.preflight:
         where = [f"--hosts={','.join(map(str, hosts))}", f"--ssh_port={_FLAGS.ssh_port}"]
         where += ["--elastic"] if _FLAGS.elastic else []
         where += [f"--network_interface={_FLAGS.network_interface}"] if _FLAGS.network_interface else []
-        code = _run_first("check_cluster", [*where, *trainer_flags])
+        code = run_first("check_cluster", [*where, *trainer_flags])
     if code:
         return code
     with tempfile.TemporaryDirectory() as folder:
@@ -412,7 +414,7 @@ def _write_discovery(current_hosts: Path) -> None:
     script.chmod(0o755)
 
 
-def _run_first(name: str, arguments: Sequence[str]) -> int:
+def run_first(name: str, arguments: Sequence[str]) -> int:
     """Runs another of our commands, with its report on stderr; returns its exit code, 75 when a signal stopped it.
 
     A command whose disk does not answer may not end after a signal. Then it is killed and not waited for.

@@ -23,6 +23,7 @@ from din_dist import progress
 from din_dist.distributed.collectives import Collectives, after
 from din_dist.errors import CannotJoin, FailedElsewhere, InputError, Left, LostPeer
 from din_dist.place import Place, is_dismissed
+from din_dist.versions import require_horovod
 
 _JOIN_AGAIN_SECONDS = 0.2
 _MOST_FAILED_JOINS = 10  # in a row, each within `_AT_ONCE_SECONDS`: what is wrong is not that others come and go
@@ -130,6 +131,7 @@ class HorovodRuntime(Runtime):
         # is under way our build does not look (see launch/horovod/).
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")  # lets `timeline` begin one later
+        require_horovod()
         self._hvd = importlib.import_module("horovod.tensorflow")
         self._last_sum: tf.Tensor | None = None
         self._join()
@@ -256,7 +258,11 @@ class ElasticRuntime(HorovodRuntime):
 
 
 def open_runtime() -> Runtime:
-    """Joins the job that `horovodrun` started this process for, or stands alone."""
+    """Joins the job that `horovodrun` started this process for, or stands alone, which takes no Horovod.
+
+    Raises:
+        InputError: there are other workers, and Horovod is not installed.
+    """
     place = Place.from_environment()
     if place.elastic:
         return ElasticRuntime()

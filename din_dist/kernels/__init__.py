@@ -1,4 +1,4 @@
-"""Loads the library of C++ kernels that `launch/setup.sh` compiles from this folder."""
+"""Loads the library of C++ kernels that `launch/build_kernels.sh` compiles from this folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,27 @@ from typing import Any
 
 import tensorflow as tf
 
+from din_dist.errors import InputError
+
 LANES = 16  # rows of a layer's inputs are padded to a multiple of it, like `kLane` in attention.h
-PATH = Path(sys.prefix, "lib", "din_dist", "kernels.so")
+_IN_WHEEL = Path(__file__).with_name("kernels.so")
+PATH = _IN_WHEEL if _IN_WHEEL.exists() else Path(sys.prefix, "lib", "din_dist", "kernels.so")
 
 
 @functools.cache
 def library() -> Any:
-    """Returns the operations of the library, as functions."""
-    return tf.load_op_library(str(PATH))
+    """Returns the operations of the library, as functions.
+
+    Raises:
+        InputError: this machine cannot load it, such as that of a wheel from a machine with a newer libc.
+    """
+    try:
+        return tf.load_op_library(str(PATH))
+    except tf.errors.NotFoundError as error:
+        raise InputError(
+            f"--native: takes kernels that this machine can load. Received: {error.message!r}. Run launch/setup.sh, "
+            "which compiles them here, or add --nonative."
+        ) from error
 
 
 def multiplies_bfloat16() -> bool:

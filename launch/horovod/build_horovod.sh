@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Builds the Horovod wheel for the TensorFlow that $PYTHON has (default: the checkout's .venv), and prints the wheel's path.
 #
-#   launch/horovod/build_horovod.sh [--gpu] [--check | --print_env]
+#   launch/horovod/build_horovod.sh [--gpu] [--check | --print_env | --take=DIR]
 #
 # The wheel is kept in ${DIN_DIST_CACHE:-~/.cache/din_dist}/wheels/KEY and built only when it is not there: 2 to 3 minutes on
 # 2 cores. --gpu builds the NCCL operations, for which it takes nvcc. --check only tells whether the tools for a build are
-# there (if one is due), --print_env only shows its settings. What is changed in Horovod, and why: launch/horovod/.
+# there (if one is due), --print_env only shows its settings. --take builds nothing: it keeps the wheel that lies in DIR. What is changed in Horovod, and why: launch/horovod/.
 set -euo pipefail
 
 horovod_version=0.28.1
@@ -16,11 +16,13 @@ python=${PYTHON:-$venv/bin/python}
 
 device=cpu
 action=build
+take=
 for flag; do
   case $flag in
     --gpu) device=gpu ;;
     --check | --print_env) action=${flag#--} ;;
-    *) die "unknown flag $flag. Usage: launch/horovod/build_horovod.sh [--gpu] [--check | --print_env]" ;;
+    --take=?*) take=${flag#*=} ;;
+    *) die "unknown flag $flag. Usage: launch/horovod/build_horovod.sh [--gpu] [--check | --print_env | --take=DIR]" ;;
   esac
 done
 command -v "$python" >/dev/null || die "there is no Python at $python. Run launch/setup.sh first, or set PYTHON."
@@ -45,7 +47,7 @@ find_nccl() { # the one that pip installs with tensorflow[and-cuda], unless the 
 # Named by the pinned TensorFlow, so that --check knows the wheel before TensorFlow is installed.
 tensorflow_version=$(pinned_version tensorflow)
 machine=$("$python" -c 'import platform, sys; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
-# To be raised with every change to what is built.
+# To be raised with every change to what is built, another TensorFlow among them; setup.cfg asks for these versions.
 declare -A revision=([cpu]=13 [gpu]=14)
 key=horovod$horovod_version+${revision[$device]}-tensorflow$tensorflow_version-$machine-$device
 folder=$cache/wheels/$key
@@ -60,6 +62,16 @@ exit_if_built() {
 }
 if [[ $action != print_env ]]; then
   exit_if_built
+  if [[ $take ]]; then
+    tag=${machine%%-*}
+    wheel=horovod-$horovod_version+din.${revision[$device]}-$tag-$tag-linux_${machine#*-}.whl
+    [[ -f $take/$wheel ]] ||
+      die "$take must hold the Horovod wheel of this checkout and Python. Received: no $wheel. Run launch/build_wheels.sh anew, or set up without --wheels."
+    mkdir -p "$folder"
+    cp "$take/$wheel" "$folder/$wheel.part"
+    mv "$folder/$wheel.part" "$folder/$wheel" # whole or not at all
+    exit_if_built
+  fi
   require_command 'building Horovod' g++ g++
   require_command 'building Horovod' make make
   require_command 'building Horovod' patch patch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile
+from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile, with_our_flagfiles
 from din_dist.config import Config, OptimizerKind, differences
 from din_dist.errors import InputError
 from din_dist.features.spec import shorthand
@@ -125,6 +125,18 @@ def test_the_features_beside_the_flagfiles(tmp_path: Path, monkeypatch: pytest.M
     assert len(parse(f"--flagfile={ROOT}/launch/flags/quick.flags").data.feature_specs) == 10
     (tmp_path / "quick_features.toml").write_text('[one]\nof = "user"\nkind = "category"')
     assert len(parse("--features=quick_features.toml").data.feature_specs) == 1
+
+
+def test_our_flagfiles_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = f"{ROOT}/launch/flags/quick.flags"
+    for given in ("--flagfile=quick", "-flagfile=quick.flags"):
+        assert with_our_flagfiles(["x", given, "--epochs=2"])[1].partition("=")[2] == path
+    assert with_our_flagfiles(["--flagfile", "quick", "quick"]) == ["--flagfile", path, "quick"]
+    for given in ("--flagfile=other", "--flagfile=quick_features.toml", "--model=quick", f"--flagfile={path}"):
+        assert with_our_flagfiles([given]) == [given]
+    (tmp_path / "quick").touch()
+    assert with_our_flagfiles(["--flagfile=quick"]) == ["--flagfile=quick"], "the user's own file comes first"
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

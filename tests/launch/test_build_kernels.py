@@ -92,5 +92,5 @@ def test_what_the_compiler_refuses(checkout: FakeCheckout) -> None:
 
 def test_flags(checkout: FakeCheckout) -> None:
     assert checkout.error("build_kernels.sh", "--force") == (
-        "build_kernels.sh: unknown flag --force. Usage: launch/build_kernels.sh [--check]"
+        "build_kernels.sh: unknown flag --force. Usage: launch/build_kernels.sh [--check | --to=FOLDER | --take=DIR]"
     )

@@ -89,7 +89,8 @@ def test_environment_of_another_python(checkout: FakeCheckout) -> None:
 
 def test_unknown_flag(checkout: FakeCheckout) -> None:
     assert (
-        checkout.error("setup.sh", "--gpus") == "setup.sh: unknown flag --gpus. Usage: launch/setup.sh [--gpu] [--test]"
+        checkout.error("setup.sh", "--gpus")
+        == "setup.sh: unknown flag --gpus. Usage: launch/setup.sh [--gpu] [--test] [--wheels=DIR]"
     )
 
 

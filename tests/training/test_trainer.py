@@ -142,7 +142,7 @@ def test_kernels_that_are_not_compiled_are_told(tmp_path: Path, monkeypatch: pyt
         make(small_config(tmp_path))
     assert str(caught.value) == (
         f"--native: takes {tmp_path}/kernels.so. Received: 'no such file'. Run launch/setup.sh, which "
-        "compiles it, or add --nonative for TensorFlow's own operations."
+        "compiles it, or install a wheel for this platform. Or add --nonative for TensorFlow's own operations."
     )
     make(small_config(tmp_path, native=False))
 
