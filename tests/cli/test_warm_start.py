@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -167,3 +169,33 @@ def test_a_damaged_export_is_refused(days: Path, tmp_path: Path, damage: str) ->
     with pytest.raises(InputError) as error:
         ParentExport(folder)
     assert str(error.value) == f"{path}: {rule}. Write the export again, or warm start from its job."
+
+
+def test_a_day_extends_the_day_before(days: Path, commands: Preloaded) -> None:
+    """Newer files alone are prepared; the job learns from the new events, and the rows of old ids keep their place."""
+    day = days / "three"
+    day.mkdir()
+    write_log(day / "log.parquet", num_users=70, num_items=40, seed=3)
+    rows = pq.read_table(day / "log.parquet")
+    later = rows.set_column(rows.schema.get_field_index("timestamp"), "timestamp", pc.add(rows["timestamp"], 100))
+    pq.write_table(later, day / "log.parquet")
+    shared = (*SETTINGS, f"--extend={days / 'one' / 'prepared'}", "--train_from=100")
+    words = command("train", day, *shared, f"--warm_start_from={days / 'one' / 'run'}", "--keep_checkpoints=99")[3:]
+    prepared = commands.run("prepare_data", *words)
+    assert prepared.returncode == 0, prepared.stderr
+    assert re.search(rf"extends .*: {len(rows):,} new events, 10 new users, 1\d new items", prepared.stdout)
+    done = commands.run("train", *words)
+    assert done.returncode == 0, done.stderr
+    before, now = rows_of(days / "one" / "run"), rows_of(day / "run")
+    assert [now[own] for own in before] == [*before.values()]
+    step = json.loads((days / "one" / "run" / "summary.json").read_text())["best_step"]
+    old, first = arrays(days / "one" / "run", step), arrays(day / "run", 0)
+    for name in old:
+        np.testing.assert_array_equal(first[name][: len(old[name])], old[name], err_msg=name)
+    counts = [Counter(pq.read_table(days / name / "log.parquet")["user_id"].to_pylist()) for name in ("one", "three")]
+    trained = 0  # the new events but each user's first of all, which has no history, and the two that are held out
+    for user in counts[0] | counts[1]:
+        trained += max(0, counts[0][user] + counts[1][user] - 2 - max(1, counts[0][user]))
+    assert f" train {2 * trained:,}, " in prepared.stdout
+    run(commands, "evaluate", f"--output_dir={day / 'run'}")
+    run(commands, "export", f"--output_dir={day / 'run'}", f"--export_dir={day / 'export'}")
