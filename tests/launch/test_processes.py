@@ -64,7 +64,9 @@ def test_a_user_who_may_start_too_few(launch: Path, name: str) -> None:
 
 def test_a_user_who_may_start_enough_goes_on_without_a_home(launch: Path) -> None:
     done = start(launch / "setup.sh", 4000, "--no_such_flag")
-    assert done.stderr == "setup.sh: unknown flag --no_such_flag. Usage: launch/setup.sh [--gpu] [--test]\n"
+    assert (
+        done.stderr == "setup.sh: unknown flag --no_such_flag. Usage: launch/setup.sh [--gpu] [--test] [--wheels=DIR]\n"
+    )
 
 
 @contextlib.contextmanager
