@@ -20,11 +20,11 @@ def require_tensorflow() -> None:
     Raises:
         InputError: it is not.
     """
-    if importlib.util.find_spec("tensorflow") is None:
-        raise InputError(
-            "TensorFlow: must be installed, by an extra of din_dist. Received: none. Install din_dist[cpu], or "
-            "din_dist[gpu] where there are GPUs: pip install 'WHEEL[cpu]'."
-        )
+    _require(
+        "TensorFlow: must be installed, by an extra of din_dist. Received: none. Install din_dist[cpu], or "
+        "din_dist[gpu] where there are GPUs: pip install 'WHEEL[cpu]'.",
+        "tensorflow",
+    )
 
 
 def require_horovod() -> None:
@@ -33,11 +33,16 @@ def require_horovod() -> None:
     Raises:
         InputError: it is not.
     """
-    if importlib.util.find_spec("horovod") is None:
-        raise InputError(
-            "Horovod: must be installed where there are several workers. Received: none. Install "
-            "din_dist[distributed] (with GPUs din_dist[distributed-gpu]), or use one worker."
-        )
+    _require(
+        "Horovod: must be installed where there are several workers. Received: none. Install "
+        "din_dist[distributed] (with GPUs din_dist[distributed-gpu]), or use one worker.",
+        "horovod",
+    )
+
+
+def _require(otherwise: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(otherwise)
 
 
 @functools.cache
