@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from din_dist.features.encoding import Encoding
 from din_dist.files import make_folder, open_regular, published_folder, read_record, write_text
 from din_dist.schema import UNKNOWN_ID
+from din_dist.tables.record_batches import whole
 from din_dist.text import is_count, parse_json, shown
 
 ROWS_FILE = "rows.json"
@@ -200,15 +201,11 @@ def _read_table(folder: Path, fields: Mapping[str, Any]) -> RowIds:
     if _digest(path) != fields["digest"]:
         raise ValueError(f"{path.name}, whose content changed")
     found = pq.read_table(path, columns=["id", "row"]).combine_chunks()
-    ids, rows = (_whole(found.column(name)) for name in ("id", "row"))
+    ids, rows = (whole(found.column(name)) for name in ("id", "row"))
     places = rows.to_numpy(zero_copy_only=False)
     if len(places) and not (places.min() > UNKNOWN_ID and places.max() < num_rows):
         raise ValueError(f"rows beyond the {num_rows} of {table.name}")
     return dataclasses.replace(table, ids=ids, rows=places)
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
 def _digest(path: Path) -> str:
