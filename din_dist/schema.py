@@ -177,7 +177,7 @@ class DatasetFacts:
     `has_sessions` tells that the log names sessions. `sessions` is what a session is where histories are those of the
     session alone: `BY_COLUMN`, or the longest gap in the unit of the timestamps; likewise empty in prepared data.
     `extends` tells of the prepared data that newer files have extended: its `folder`, `fingerprint` and number of
-    `events`, and `ids` and `digest` of each of its vocabularies. It is empty if there is none.
+    `events`, and `ids` and `digest` of each of its vocabularies. It is None if there is none.
     """
 
     num_users: int
@@ -203,7 +203,7 @@ class DatasetFacts:
     histories: tuple[NamedHistory, ...] = ()
     has_sessions: bool = False
     sessions: str = ""
-    extends: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extends: Mapping[str, Any] | None = None
 
     @property
     def has_behaviours(self) -> bool:
@@ -293,7 +293,6 @@ class DatasetFacts:
     def to_json(self) -> dict:
         """Returns the fields, those that came later only where they differ from their default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in _LATER}
-        defaults["extends"] = {}
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in _LATER or value != defaults[name]}
 
@@ -329,9 +328,8 @@ def _are_sources(value: Any) -> bool:
 
 
 def _is_extension(value: Any) -> bool:
-    return isinstance(value, Mapping) and (
-        not value or all(isinstance(value.get(name), str) for name in ("folder", "fingerprint"))
-    )
+    texts = ("folder", "fingerprint")
+    return value is None or (isinstance(value, Mapping) and all(isinstance(value.get(text), str) for text in texts))
 
 
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {

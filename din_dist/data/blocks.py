@@ -149,17 +149,16 @@ class EventLog:
     tasks: tuple[str, ...] = ()
     behaviours: BehaviourCounts | None = None
     actions: tuple[str, ...] = ()
-    extends: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extends: Mapping[str, Any] | None = None
 
 
-def first_users_of_blocks(offsets: np.ndarray) -> np.ndarray:
+def first_users_of_blocks(begins: np.ndarray) -> np.ndarray:
     """Returns the first user of each block, and at last U, for blocks of about `EVENTS_PER_BLOCK` events.
 
     Args:
-        offsets: int64 `[U + 1]`, where each user's events begin; the last is not read.
+        begins: int64 `[U]`, where each user's events begin.
     """
-    block_of_user = offsets[:-1] // EVENTS_PER_BLOCK
-    return np.append(np.flatnonzero(np.diff(block_of_user, prepend=-1)), len(offsets) - 1)
+    return np.append(np.flatnonzero(np.diff(begins // EVENTS_PER_BLOCK, prepend=-1)), len(begins))
 
 
 class SortedBlocks(Blocks):
@@ -186,7 +185,7 @@ class SortedBlocks(Blocks):
         self._offsets, self._item_ids, self._timestamps, self._labels = offsets, item_ids, timestamps, labels
         self._more, self._behaviours = more, behaviours
         begins = offsets[:-1] if behaviours is None else offsets[:-1] + behaviours.offsets[:-1]
-        self._first_users = first_users_of_blocks(np.append(begins, 0))
+        self._first_users = first_users_of_blocks(begins)
 
     def __len__(self) -> int:
         return len(self._first_users) - 1

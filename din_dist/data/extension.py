@@ -13,7 +13,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,8 @@ class Extension:
         folder = Path(self.source)
         if (folder / schema.FACTS_FILE).is_file():
             return folder
-        found = [path.parent for path in folder.glob(f"*/*/*/{schema.FACTS_FILE}") if _is_published(path.parent)]
+        found = [path.parent for path in folder.glob(f"*/*/*/{schema.FACTS_FILE}")]
+        found = [version for version in found if version.name[0] != "."]  # those wait to be replaced
         if len(found) != 1:
             what = f"{len(found)} of them below it" if found else "none"
             raise InputError(
@@ -81,10 +82,6 @@ class Extension:
         """
         folder = self.find()
         return open_store(folder, list(read_facts(folder).item_features))
-
-
-def _is_published(folder: Path) -> bool:
-    return not any(part.endswith(".incomplete") for part in folder.parts)
 
 
 def facts_of_parent(store: EventStore) -> dict[str, Any]:
@@ -144,8 +141,8 @@ def extended(old: EventStore, new: EventLog, conflict: FeatureConflict) -> Event
         InputError: the two do not fit each other, or an owner has two values.
     """
     _require_alike(old, new)
-    users = _Owners.of(old.vocabulary(USERS).combine_chunks(), new.user_ids, "users")
-    items = _Owners.of(old.vocabulary(ITEMS).combine_chunks(), new.item_ids, "items")
+    users = _unified(old.vocabulary(USERS).combine_chunks(), new.user_ids, "users")
+    items = _unified(old.vocabulary(ITEMS).combine_chunks(), new.item_ids, "items")
     actions, code_of_action = _actions(old, new)
     places = _Places(old, _NewEvents.of(new, users, items, code_of_action), len(users.ids))
     owners = {Owner.USER: users, Owner.ITEM: items}
@@ -210,32 +207,23 @@ def _there(what: bool | str) -> str:
     return what if what and isinstance(what, str) else ("some" if what else "none")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Owners:
-    """The users or the items of both.
+class _Unified(NamedTuple):
+    """The own ids of both: of users, of items, or of a feature.
 
     Attributes:
-        ids: own ids `[M]`, the old ones first, then the new ones in the order of the newer files.
-        num_old: n.
+        ids: `[M]`, the old ones first, then the new ones in the order of the newer files.
         place: int64 `[m]`, the place of each of the newer files' in `ids`.
     """
 
     ids: pa.Array
-    num_old: int
     place: np.ndarray
 
-    @classmethod
-    def of(cls, old: pa.Array, new: pa.Array, what: str) -> _Owners:
-        ids, place = _unified(old, new, what)
-        return cls(ids, len(old), place)
 
-
-def _unified(old: pa.Array, new: pa.Array, what: str) -> tuple[pa.Array, np.ndarray]:
-    """Returns old ids and then those that are new, and the place of each of `new` there, int64 `[m]`."""
+def _unified(old: pa.Array, new: pa.Array, what: str) -> _Unified:
     if not len(new):
-        return old, np.zeros(0, np.int64)
+        return _Unified(old, np.zeros(0, np.int64))
     if not len(old):
-        return new, np.arange(len(new))
+        return _Unified(new, np.arange(len(new)))
     if pa.types.is_integer(old.type) and not pa.types.is_integer(new.type):
         raise InputError(
             f"--extend: ids must be of the type that they have in the prepared data, here integers of {what}. "
@@ -244,7 +232,7 @@ def _unified(old: pa.Array, new: pa.Array, what: str) -> tuple[pa.Array, np.ndar
     place = rows_of_ids(new, old)
     added = np.flatnonzero(place < 0)
     place[added] = len(old) + np.arange(len(added))
-    return pa.concat_arrays([old, new.take(pa.array(added)).cast(old.type)]), place
+    return _Unified(pa.concat_arrays([old, new.take(pa.array(added)).cast(old.type)]), place)
 
 
 def _actions(old: EventStore, new: EventLog) -> tuple[tuple[str, ...], np.ndarray]:
@@ -274,7 +262,7 @@ class _NewEvents:
     arrays: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, new: EventLog, users: _Owners, items: _Owners, code_of_action: np.ndarray) -> _NewEvents:
+    def of(cls, new: EventLog, users: _Unified, items: _Unified, code_of_action: np.ndarray) -> _NewEvents:
         blocks = list(new.blocks)
         counts = np.concatenate([np.diff(block.offsets) for block in blocks])
         user_of = np.repeat(users.place, counts)
@@ -292,7 +280,7 @@ def _always(block: Block) -> dict[str, np.ndarray]:
 
 
 class _Places:
-    """Where old and new events stand among both.
+    """Finds where old and new events stand among both.
 
     Args:
         old: the prepared data.
@@ -370,7 +358,7 @@ class ExtendedBlocks(Blocks):
 
     def __init__(self, places: _Places) -> None:
         self._places = places
-        self._first_users = first_users_of_blocks(places.offsets)
+        self._first_users = first_users_of_blocks(places.offsets[:-1])
 
     def __len__(self) -> int:
         return len(self._first_users) - 1
@@ -388,7 +376,7 @@ def _raw_feature(
     old: EventStore,
     new: RawFeature,
     places: _Places,
-    owners: Mapping[Owner, _Owners],
+    owners: Mapping[Owner, _Unified],
     conflict: FeatureConflict,
 ) -> RawFeature:
     """Returns the values of a column of both."""
@@ -438,7 +426,7 @@ class _OwnerColumn:
 
     name: str
     owner: Owner
-    owners: _Owners
+    owners: _Unified
     folder: Path
     conflict: FeatureConflict
 

@@ -403,9 +403,9 @@ def _present(facts: schema.DatasetFacts) -> list[Path]:
 
 def _check_parent(facts: schema.DatasetFacts) -> None:
     """Refuses data whose parent was prepared anew since it was extended. A parent that is gone does not matter."""
-    folder = Path(facts.extends.get("folder", ""))
-    if not facts.extends or not (folder / schema.FACTS_FILE).is_file():
+    if not facts.extends or not Path(facts.extends["folder"], schema.FACTS_FILE).is_file():
         return
+    folder = Path(facts.extends["folder"])
     if (now := event_store.read_facts(folder).fingerprint) != facts.extends["fingerprint"]:
         raise InputError(
             f"{folder}: must stay as it was when --extend read it. Received: other events, with the fingerprint {now}. "

@@ -181,6 +181,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
 
 def _measure_extension(facts: DatasetFacts) -> dict[str, Any]:
     told = facts.extends
+    assert told
     counts = {name: told["vocabularies"][name]["ids"] for name in ("users", "items")}
     return {"folder": told["folder"], "events": told["events"], **counts}
 

@@ -113,6 +113,8 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         }
         if self._log.late_columns:
             made_from["late_columns"] = self._log.late_columns
+        if self._log.extends:
+            made_from["extends"] = self._log.extends["fingerprint"]
         return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -86,13 +86,11 @@ class EventLogBuilder(EventsBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First."}
     builder_config: EventLogConfig  # None in what TFDS makes only to look at it
-    _extends: Mapping[str, Any]
 
     def _settings(self) -> dict[str, Any]:
         config = self.builder_config
         own_log = config.behaviours.settings() if config.behaviours else {}
-        extension = {"extends": self._extends["fingerprint"]} if config.extends else {}
-        return config.columns.to_json() | config.features.settings() | own_log | extension
+        return config.columns.to_json() | config.features.settings() | own_log
 
     def _more(self) -> dict[str, type]:
         config = self.builder_config
@@ -111,6 +109,5 @@ class EventLogBuilder(EventsBuilder):
         check_unchanged(sources, [*files, *itertools.chain(*tables.values())])  # while it was being read
         if config.extends:
             parent = config.extends.open()
-            self._extends = facts_of_parent(parent)
-            log = dataclasses.replace(extended(parent, log, config.features.conflict), extends=self._extends)
+            log = dataclasses.replace(extended(parent, log, config.features.conflict), extends=facts_of_parent(parent))
         return log, sources
