@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import numpy as np  # which starts threads: not before a worker has its cores
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+REMOTE_SCHEMES = ("s3", "gs", "abfs", "abfss", "hdfs")  # of stores that `pyarrow.fs` reads
+_REMOTE = re.compile(rf"({'|'.join(REMOTE_SCHEMES)})://([^/?]*)(.*?)(?:\?([A-Za-z_]+=[^?]*))?", re.DOTALL)
+_SECRET = re.compile(r"(secret|password|token|access_key)\w*=", re.IGNORECASE)
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(/task/\d+)?/fd")
 _PART_BYTES = 64 << 20
 _MOST_RECORD_BYTES = 1 << 30
@@ -75,6 +78,54 @@ def local_path(text: str, flag: str) -> str:
             "the path in full."
         )
     return expanded
+
+
+def source_path(text: str, flag: str) -> str:
+    """Returns where a user's file lies that is only read: a path as of `local_path`, or the URI of a store.
+
+    Args:
+        text: the path or the URI as the user wrote it.
+        flag: the flag that `text` was given by.
+
+    Raises:
+        InputError: the text is neither, or the URI has a password.
+    """
+    if not is_remote(text):
+        if _SCHEME.match(text) and urlsplit(text).scheme.lower() != "file":
+            raise InputError(
+                f"--{flag}: must be a path of this machine, or begin with {', '.join(REMOTE_SCHEMES)} and ://. "
+                f"Received: {without_password(text)!r}. Mount that storage, or copy the files."
+            )
+        return local_path(text, flag)
+    if not text.isprintable():
+        raise InputError(f"--{flag}: must be a URI of printable characters. Received: {text!r}. Correct it.")
+    store, path, query = split_remote(text)
+    user, at, _ = store.partition("://")[2].rpartition("@")
+    if (at and (":" in user or store.startswith("s3"))) or _SECRET.search(query):
+        raise InputError(
+            f"--{flag}: must have no password, because URIs are saved with a job. Received: one in a URI of "
+            f"{store.partition('://')[0]}://. Give credentials in the environment or in a profile."
+        )
+    if store.endswith("://") and not store.startswith("hdfs"):
+        raise InputError(f"--{flag}: must name a bucket or container. Received: {text!r}. Write it after ://.")
+    path = "".join(f"/{part}" for part in path.split("/") if part)
+    return f"{store}{path}?{query}" if query else store + path
+
+
+def is_remote(text: str) -> bool:
+    """Tells whether a text is the URI of a store that `pyarrow.fs` reads."""
+    return _REMOTE.fullmatch(text) is not None
+
+
+def split_remote(uri: str) -> tuple[str, str, str]:
+    """Returns scheme and authority (`s3://bucket`), path and query of the URI of a store.
+
+    The query begins at the last `?` that stands before NAME=. Any other `?` is the sign of a glob.
+    """
+    match = _REMOTE.fullmatch(uri)
+    assert match is not None
+    scheme, authority, path, query = match.groups()
+    return f"{scheme}://{authority}", path, query or ""
 
 
 def without_password(url: str) -> str:

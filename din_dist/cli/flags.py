@@ -7,7 +7,7 @@ import enum
 import itertools
 import re
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,12 @@ def define_overrides(names: Collection[str]) -> None:
     for _, part in Config().parts():
         for field in fields_with_flags(type(part)):
             if field.name in names:
-                define: Any = define_path if field.metadata.get("path") else flags.DEFINE_integer
-                help_text = field.metadata["help"].partition(" Default:")[0]
+                help_text = f"{field.metadata['help'].partition(' Default:')[0]} Default: as in training."
                 with theme(theme_of(type(part), field)):
-                    define(field.name, None, f"{help_text} Default: as in training.")
+                    if parse := field.metadata.get("path"):
+                        define_path(field.name, None, help_text, parse=parse)
+                    else:
+                        flags.DEFINE_integer(field.name, None, help_text)
 
 
 def overridden(config: Config, names: Collection[str]) -> Config:
@@ -72,16 +74,16 @@ def overridden(config: Config, names: Collection[str]) -> Config:
 
 
 class PathParser(flags.ArgumentParser):
-    """Parses a flag that is a path; see `files.local_path`."""
+    """Parses a flag that is a path; see `files.local_path` and `files.source_path`."""
 
     syntactic_help = "a path"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, parse: Callable[[str, str], str]) -> None:
         super().__init__()
-        self._name = name
+        self._name, self._parse = name, parse
 
     def parse(self, argument: str) -> str:
-        return local_path(argument, self._name)
+        return self._parse(argument, self._name)
 
     def flag_type(self) -> str:
         return "path"
@@ -93,10 +95,17 @@ def define_path(
     help_text: str,
     flag_values: flags.FlagValues = flags.FLAGS,
     short_name: str | None = None,
+    parse: Callable[[str, str], str] = local_path,
 ) -> flags.FlagHolder[str]:
-    """Defines a flag whose value is a path. Every such flag is defined here."""
+    """Defines a flag whose value is a path, which `parse` checks. Every such flag is defined here."""
     return flags.DEFINE(
-        PathParser(name), name, default, help_text, flag_values, flags.ArgumentSerializer(), short_name=short_name
+        PathParser(name, parse),
+        name,
+        default,
+        help_text,
+        flag_values,
+        flags.ArgumentSerializer(),
+        short_name=short_name,
     )
 
 
@@ -191,8 +200,8 @@ def _define(field: dataclasses.Field, type_: Any, flag_values: flags.FlagValues)
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
     }
-    if field.metadata.get("path"):
-        define_path(name, default, help_text, flag_values)
+    if parse := field.metadata.get("path"):
+        define_path(name, default, help_text, flag_values, parse=parse)
     elif type_ in simple:
         simple[type_](name, default, help_text, flag_values=flag_values)
     elif typing.get_origin(type_) is tuple:

@@ -22,7 +22,7 @@ from din_dist.config import Config, LogFormat, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError, Interrupted
 from din_dist.serving.manifest import DIGEST_HELP, read_manifest
-from din_dist.tables.sources import find_files
+from din_dist.tables.sources import find_local_files
 from din_dist.text import duration
 
 if TYPE_CHECKING:
@@ -320,8 +320,7 @@ def _checked_flags() -> tuple[list[Path], Path]:
                 f"--{flag.name}: is for users whose histories are elsewhere. Received: no --{USER_HISTORIES.name}. "
                 "Give the --output_dir of a job there."
             )
-    found = find_files(INPUT.value, "--input", "table")
-    files = found.files
+    found, files = find_local_files(INPUT.value, "--input", "table")
     if found.passed_over:
         entry.say(found.describe())
     folder = Path(PREDICTIONS_DIR.value).absolute()

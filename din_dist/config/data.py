@@ -15,11 +15,13 @@ from din_dist.config.settings import (
     path_setting,
     require,
     setting,
+    source_setting,
     text_setting,
     time_setting,
 )
 from din_dist.features.spec import FeatureConflict, FeatureSpec, from_text
 from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
+from din_dist.files import is_remote
 from din_dist.schema import MOST_TASKS, NamedHistory
 
 UNKNOWN_ITEM_RATE = 0.1
@@ -196,11 +198,11 @@ class DataConfig(Settings):
         "synthetic_impressions (pages of shown items whose probabilities of clicks and purchases are known).",
         check=_check_dataset,
     )
-    data_path: str = path_setting(
+    data_path: str = source_setting(
         "",
-        "Your events for --dataset=event_log: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob. "
-        "For amazon_reviews: a folder with files downloaded by hand.",
-        may_change=True,
+        "Your events for --dataset=event_log: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob, "
+        "on this machine or in a store (s3://, gs://, abfs://, hdfs://). For amazon_reviews: a folder with files "
+        "downloaded by hand.",
     )
     extend: str = path_setting(
         "",
@@ -285,23 +287,20 @@ class DataConfig(Settings):
         check=_check_declarations,
         later=True,
     )
-    items_path: str = path_setting(
+    items_path: str = source_setting(
         "",
         "A table of the items for --features: Parquet, CSV or JSON-lines files with --item_column and one row an item.",
-        may_change=True,
         later=True,
     )
-    users_path: str = path_setting(
+    users_path: str = source_setting(
         "",
         "A table of the users for --features: Parquet, CSV or JSON-lines files with --user_column and one row a user.",
-        may_change=True,
         later=True,
     )
-    offers_path: str = path_setting(
+    offers_path: str = source_setting(
         "",
         "A table of offers for --features with by = [COLUMNS]: Parquet, CSV or JSON-lines files with --item_column, "
         "those columns, and one row for each item under each circumstance (a price in a store, a promotion of a week).",
-        may_change=True,
         later=True,
     )
     timestamp_unit: TimestampUnit = text_setting(
@@ -315,12 +314,11 @@ class DataConfig(Settings):
         check=_check_zone,
         later=True,
     )
-    behaviours_path: str = path_setting(
+    behaviours_path: str = source_setting(
         "",
         "A log of behaviours: Parquet, CSV or JSON-lines files with a user, an item and a time in each row. Histories "
         "then come from it alone, and --data_path has the examples, of the same users. Items that only behaviours have "
         "are never candidates. Default: the positives of --data_path make histories.",
-        may_change=True,
         later=True,
     )
     behaviour_user_column: str = text_setting(
@@ -515,6 +513,13 @@ class DataConfig(Settings):
             value = getattr(self, name)
             rule = "belongs to --dataset=event_log"
             require(kind == "event_log" or value == default, rule, name, str(value), "Drop it.")
+        require(
+            kind == "event_log" or not is_remote(self.data_path),
+            f"--dataset={kind} reads a local folder",
+            "data_path",
+            self.data_path,
+            "Copy the files to one.",
+        )
 
     def _check_columns(self) -> None:
         own = "" if self.behaviours_path else self.action_column

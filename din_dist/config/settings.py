@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from din_dist.errors import InputError
-from din_dist.files import local_path
+from din_dist.files import local_path, source_path
 
 INT32_MAX, UINT32_MAX, INT64_MAX = 2**31 - 1, 2**32 - 1, 2**63 - 1
 
@@ -82,7 +82,12 @@ def path_setting(
     later: bool = False,
 ) -> Any:
     """Makes the field of a path, which users may write in any form that `files.local_path` takes."""
-    return _field(default, help_text, check=check, path=True, may_change=may_change, theme=theme, later=later)
+    return _field(default, help_text, check=check, path=local_path, may_change=may_change, theme=theme, later=later)
+
+
+def source_setting(default: str, help_text: str, *, later: bool = False) -> Any:
+    """Makes the field of files that are only read, which may lie in a store; see `files.source_path`."""
+    return _field(default, help_text, path=source_path, may_change=True, theme="", later=later)
 
 
 def port_setting(default: int, help_text: str, *, lowest: int = 0, may_change: bool = False, theme: str = "") -> Any:
@@ -120,8 +125,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.metadata.get("path"):
-                object.__setattr__(self, field.name, local_path(getattr(self, field.name), field.name))
+            if parse := field.metadata.get("path"):
+                object.__setattr__(self, field.name, parse(getattr(self, field.name), field.name))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for number in value if isinstance(value, tuple) else (value,):

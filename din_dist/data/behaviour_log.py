@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from din_dist.errors import InputError
 from din_dist.features.spec import Kind
 from din_dist.tables.columns import IdColumn, Rows, TimeColumn
 from din_dist.tables.sources import find_files
+from din_dist.tables.storage import File
 from din_dist.tables.values import ColumnValues, IdValues
 
 OWN_LOG = "behaviours"  # the name of such a log
@@ -68,7 +68,7 @@ class BehaviourColumns:
         """Returns what a prepared folder's name depends on."""
         return [self.source, *self.names]
 
-    def find(self) -> list[Path]:
+    def find(self) -> list[File]:
         """Returns the files.
 
         Raises:

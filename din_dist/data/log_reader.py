@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from din_dist.features.spec import Owner, shorthand
 from din_dist.tables.columns import NO_TIME, Column, IdColumn, LabelColumn, Rows, TimeColumn
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.record_batches import Layout, read_columns, require_columns
+from din_dist.tables.storage import File
 from din_dist.tables.value_columns import WeightColumn
 
 _LATER = ("label_time", "request", "session", "weight", "tasks", "action")
@@ -49,7 +49,7 @@ class Columns:
     item_features_required: bool = False
     presorted: bool = False
 
-    def chosen(self, layouts: Mapping[Path, Layout]) -> Columns:
+    def chosen(self, layouts: Mapping[File, Layout]) -> Columns:
         """Returns these columns without the optional ones that no file has.
 
         Args:
@@ -109,7 +109,7 @@ class Columns:
 
 
 def read_log(
-    files: Sequence[Path],
+    files: Sequence[File],
     columns: Columns,
     form: Format | None = None,
     features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
@@ -135,7 +135,7 @@ class _LogReader:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[File],
         columns: Columns,
         form: Format | None,
         features: RawColumns,
@@ -160,7 +160,7 @@ class _LogReader:
         of_behaviours = self._features.from_behaviours
         self._behaviours = BehaviourReader(behaviours, told, of_behaviours, self._rows) if behaviours else None
 
-    def _find_layouts(self, columns: Columns) -> dict[Path, Layout]:
+    def _find_layouts(self, columns: Columns) -> dict[File, Layout]:
         of_features, lists = self._features.from_events, self._features.names
         names = list(dict.fromkeys([*columns.names, *lists]))
         numbers = [*columns.labels, columns.weight, *number_names(of_features, columns.names)]

@@ -39,9 +39,9 @@ from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Owner
-from din_dist.files import locked_in_turn, make_folder, publish_folder, repair_publishing
+from din_dist.files import is_remote, locked_in_turn, make_folder, publish_folder, repair_publishing
 from din_dist.tables.formats import Format, format_of
-from din_dist.tables.sources import absolute, check_unchanged, find_files, partition_text
+from din_dist.tables.sources import NothingThere, absolute, check_unchanged, find_files, partition_text
 
 _WHERE_FILES_LIE = ("data_path", "items_path", "users_path", "offers_path", "behaviours_path")
 FactsCheck = Callable[[schema.DatasetFacts], None]
@@ -337,7 +337,7 @@ def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: No
             builder.download_and_prepare(
                 download_dir=data_dir(config) / "downloads",
                 download_config=tfds.download.DownloadConfig(
-                    manual_dir=config.data_path or None, try_download_gcs=False
+                    manual_dir=None if is_remote(config.data_path) else config.data_path or None, try_download_gcs=False
                 ),
             )
         facts = event_store.read_facts(Path(builder.data_path))
@@ -384,9 +384,13 @@ def describe_sources(config: DataConfig, facts: schema.DatasetFacts) -> list[str
     """Returns lines about the user's files that prepared data was made from; no lines for other data sets."""
     if config.dataset != "event_log":
         return []
-    if not _present(facts):
-        return [f"files: {len(facts.sources):,} read, which are gone now"]
-    return [find_files(config.data_path).describe()]
+    gone = [f"files: {len(facts.sources):,} read, which are gone now"]
+    if not is_remote(config.data_path) and not _present(facts):
+        return gone
+    try:
+        return [find_files(config.data_path).describe()]
+    except NothingThere:
+        return gone
 
 
 def _unreadable(folder: Path, error: Exception) -> InputError:
@@ -429,8 +433,13 @@ def _check_sources(config: DataConfig, facts: schema.DatasetFacts) -> None:
     for name, recorded in facts.sources.items():
         groups.setdefault(str(recorded.get("table", "")), {})[name] = recorded
     for table, sources in groups.items():
-        if any(Path(name).exists() for name in sources):
-            now = _event_log(config).find_tables()[table] if table else find_files(config.data_path).files
+        if any(is_remote(name) or Path(name).exists() for name in sources):
+            try:
+                now = _event_log(config).find_tables()[table] if table else find_files(config.data_path).files
+            except NothingThere:
+                if all(map(is_remote, sources)):
+                    continue  # as a local log whose files are gone
+                raise
             check_unchanged(sources, now)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from din_dist.errors import InputError
 from din_dist.features.spec import TIME_KINDS, FeatureConflict, FeatureSpec, Kind, Owner
 from din_dist.tables.sources import find_files
+from din_dist.tables.storage import File
 from din_dist.tables.values import ColumnValues
 
 RAW_DIR = "raw_features"
@@ -117,17 +118,17 @@ class RawColumns:
         """The files of each table, by `items`, `users` and `offers`; empty for none."""
         return {"items": self.items_path, "users": self.users_path, "offers": self.offers_path}
 
-    def find_tables(self) -> dict[str, list[Path]]:
+    def find_tables(self) -> dict[str, list[File]]:
         """Returns the files besides the log's, by `items`, `users`, `offers` and `vectors`.
 
         Raises:
             InputError: a file is missing, or cannot be read.
         """
         vectors = [Path(path) for column in self.columns for path in (column.path, column.ids) if path]
-        found = {"vectors": list(dict.fromkeys(vectors))}
+        found: dict[str, list[File]] = {"vectors": [*dict.fromkeys(vectors)]}
         for name, source in self.tables.items():
             found[name] = find_files(source, f"--{name}_path", f"table of {name}").files if source else []
-        for file in found["vectors"]:
+        for file in vectors:
             if not file.is_file():
                 raise InputError(f"{file}: no such file. Correct path and ids in the file of --features.")
         return {name: files for name, files in found.items() if files}

@@ -16,7 +16,7 @@ from typing import Any
 
 from din_dist.errors import InputError
 from din_dist.features.spec import TIME_KINDS, Encode, FeatureSpec, Form, Kind, Owner, Pooling
-from din_dist.files import read_bounded
+from din_dist.files import is_remote, read_bounded
 from din_dist.text import shown
 
 _LARGEST_FILE = 1 << 20  # bytes
@@ -275,6 +275,12 @@ class _Declaration:
 
     def _file(self, key: str) -> str:
         text = self._text(key)
+        self._require(
+            not is_remote(text),
+            f"{key} must be a file of this machine, because vectors are mapped into memory",
+            f"{key} = {shown(text)}",
+            "Copy it to one",
+        )
         return str(self._path.absolute().parent / text) if text else ""
 
     def _require(self, holds: bool, rule: str, received: str, remedy: str) -> None:

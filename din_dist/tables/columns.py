@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 from din_dist.errors import InputError
 from din_dist.tables.arrow_text import has_empty, is_text, is_utf8, without_empty
 from din_dist.tables.formats import INTEGER
+from din_dist.tables.storage import File
 from din_dist.text import shown
 
 _ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
@@ -35,10 +35,10 @@ class Rows:
     def __init__(self, what: str = "event") -> None:
         self.count = 0
         self.what = what
-        self._files: list[Path] = []
+        self._files: list[File] = []
         self._starts: list[int] = []
 
-    def begin(self, file: Path) -> None:
+    def begin(self, file: File) -> None:
         """Notes that the next rows are those of `file`."""
         self._files.append(file)
         self._starts.append(self.count)
@@ -47,7 +47,7 @@ class Rows:
         """Notes that so many rows more were read."""
         self.count += num_rows
 
-    def place(self, row: int) -> tuple[Path, int]:
+    def place(self, row: int) -> tuple[File, int]:
         """Returns the file of a row, and the row in it from 1."""
         index = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._files[index], int(row) - self._starts[index] + 1

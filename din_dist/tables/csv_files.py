@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow.csv
 
 from din_dist.errors import InputError
 from din_dist.tables import text_files
+from din_dist.tables.storage import File
 from din_dist.tables.text_files import not_utf8, open_stream
 from din_dist.text import shown
 
@@ -20,7 +20,7 @@ _MOST_HEADER_BYTES = 1 << 20
 _TEXT = pa.string()
 
 
-def column_names(file: Path) -> list[str]:
+def column_names(file: File) -> list[str]:
     """Returns the columns that a file's header names.
 
     Raises:
@@ -42,7 +42,7 @@ def column_names(file: Path) -> list[str]:
 
 
 def read_columns(
-    file: Path, names: Sequence[str], threads: bool = True, kind: pa.DataType = _TEXT, **options: Any
+    file: File, names: Sequence[str], threads: bool = True, kind: pa.DataType = _TEXT, **options: Any
 ) -> Iterator[pa.RecordBatch]:
     """Reads every column as text, because a file's first rows promise nothing about the rest.
 
@@ -71,14 +71,14 @@ def read_columns(
         raise
 
 
-def _is_header_only(file: Path) -> bool:
+def _is_header_only(file: File) -> bool:
     """Tells whether a file is a header without an end of line, which Arrow does not take for CSV."""
     with open_stream(file) as stream:
         head = stream.read(_MOST_HEADER_BYTES)
     return b"\n" not in head and b"\r" not in head and len(head) < _MOST_HEADER_BYTES
 
 
-def find_fault(file: Path, names: Sequence[str]) -> str:
+def find_fault(file: File, names: Sequence[str]) -> str:
     """Finds the row of wrong width that made a reader fail, and returns it as a piece of an error's text.
 
     Raises:
@@ -99,7 +99,7 @@ def find_fault(file: Path, names: Sequence[str]) -> str:
     return f", row {found[0] - 1}" if found and found[0] else ""  # Arrow counts the header
 
 
-def _require_utf8(file: Path, rows_before: int, name: str, column: pa.Array) -> None:
+def _require_utf8(file: File, rows_before: int, name: str, column: pa.Array) -> None:
     try:
         column.cast(pa.string())
     except pa.ArrowInvalid:

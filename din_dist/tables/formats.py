@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from din_dist.errors import InputError
+from din_dist.tables.storage import File, changed_while_read
 
 INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"  # as logs of integers write them: 007 is another id than 7
 
@@ -36,7 +37,7 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}  # of
 KNOWN = f"{', '.join(_SUFFIXES)}; text also with {', '.join(COMPRESSIONS)}"
 
 
-def format_of(path: Path) -> Format | None:
+def format_of(path: File) -> Format | None:
     """Returns the format that a file's name promises, or None if it is not a supported one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
@@ -44,13 +45,13 @@ def format_of(path: Path) -> Format | None:
     return None if compressed and form is Format.PARQUET else form
 
 
-def compression_of(path: Path) -> str | None:
+def compression_of(path: File) -> str | None:
     """Returns how a file is compressed, by its name: a value of `COMPRESSIONS`, or None."""
     return COMPRESSIONS.get(path.suffix.lower())
 
 
 @contextlib.contextmanager
-def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
+def reading(file: File, form: Format, locate: Callable[[], str] = str) -> Iterator[None]:
     """Turns the errors of a reader about a damaged file into one line.
 
     Args:
@@ -63,7 +64,8 @@ def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterat
         InputError: the file is empty, damaged or cannot be read.
     """
     try:
-        if not file.stat().st_size:
+        before = file.stat()
+        if not before.st_size:
             raise InputError(f"{file}: a log must have events. Received: an empty file. Give another, or delete it.")
         yield
     except PermissionError as error:
@@ -71,6 +73,8 @@ def reading(file: Path, form: Format, locate: Callable[[], str] = str) -> Iterat
     except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
+        if not isinstance(file, Path) and file.stat() != before:
+            raise changed_while_read(file) from error
         detail = " ".join(str(error).split())[:300]
         if form is Format.JSON_LINES:
             detail = re.sub(r",? in row \d+", "", detail)  # Arrow counts from 0, in each of its blocks

@@ -8,7 +8,6 @@ import lzma
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.json
 from din_dist.errors import InputError
 from din_dist.tables import arrow_text, text_files
 from din_dist.tables.formats import is_64_bits
+from din_dist.tables.storage import File
 from din_dist.tables.text_files import BYTE_ORDER_MARK, blocks_of_lines, not_utf8, open_stream
 from din_dist.text import NestedTooDeeply, parse_json, printable, shown
 
@@ -42,7 +42,7 @@ _PYTHON_TYPES: dict[pa.DataType, list[type]] = {
 
 
 def field_types(
-    file: Path, wanted: Sequence[str], lists: Collection[str] = ()
+    file: File, wanted: Sequence[str], lists: Collection[str] = ()
 ) -> tuple[dict[str, pa.DataType], list[str]]:
     """Returns the fields of a file, each with the type of its first value that is not null, and the late ones.
 
@@ -82,7 +82,7 @@ def _type_of(value: Any, may_be_list: bool) -> pa.DataType:
     return pa.list_(_ARROW_TYPES.get(type(first), pa.null()))
 
 
-def _lines_to_look_at(file: Path, missing: Callable[[], list[str]]) -> Iterator[tuple[int, bytes]]:
+def _lines_to_look_at(file: File, missing: Callable[[], list[str]]) -> Iterator[tuple[int, bytes]]:
     """Yields the first rows, and each later row that may have one of the fields that are still `missing`."""
     number = 0
     for block in blocks_of_lines(file):
@@ -124,7 +124,7 @@ def _written(names: Sequence[str]) -> list[bytes]:
 # --- Lines. ---
 
 
-def parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
+def parse_line(file: File, number: int, line: bytes) -> dict[str, Any]:
     """Returns the fields of a line.
 
     Args:
@@ -151,7 +151,7 @@ def parse_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
     return fields
 
 
-def _decoded(file: Path, number: int, line: bytes) -> str:
+def _decoded(file: File, number: int, line: bytes) -> str:
     if line.lstrip().startswith(BYTE_ORDER_MARK):
         received = r"\ufeff" + printable(line.decode(errors="replace").strip()[1:100])
         raise InputError(
@@ -164,7 +164,7 @@ def _decoded(file: Path, number: int, line: bytes) -> str:
         raise not_utf8(f"{file}, row {number}", line, error) from error
 
 
-def read_fields(file: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def read_fields(file: File, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
     """Reads the fields that `types` names, each as a column of its type."""
     return pyarrow.json.open_json(
         open_stream(file),
@@ -173,7 +173,7 @@ def read_fields(file: Path, types: dict[str, pa.DataType]) -> Iterator[pa.Record
     )
 
 
-def lines_of(file: Path, block: bytes, row: int) -> pa.RecordBatch:
+def lines_of(file: File, block: bytes, row: int) -> pa.RecordBatch:
     """Returns the lines of a block that are not blank, as one column of text.
 
     Args:
@@ -221,7 +221,7 @@ def parse_lines(lines: pa.Array, schema: pa.Schema) -> pa.Table:
 # --- The line that broke a reader. ---
 
 
-def find_fault(file: Path, types: dict[str, pa.DataType]) -> str:
+def find_fault(file: File, types: dict[str, pa.DataType]) -> str:
     """Looks, slowly, for the row that made a reader fail. Returns nothing if there is none, as in a file cut off.
 
     Raises:
@@ -237,7 +237,7 @@ def find_fault(file: Path, types: dict[str, pa.DataType]) -> str:
     return ""
 
 
-def _check_row(file: Path, number: int, line: bytes, types: dict[str, pa.DataType]) -> None:
+def _check_row(file: File, number: int, line: bytes, types: dict[str, pa.DataType]) -> None:
     place = f"{file}, row {number}"
     fields = parse_line(file, number, line)
     twice = any(line.count(json.dumps(name, ensure_ascii=False).encode(errors="surrogatepass")) > 1 for name in types)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from din_dist.errors import InputError
 from din_dist.tables import csv_files, json_lines
 from din_dist.tables.formats import Format, reading, shown_names
 from din_dist.tables.sources import partition_of
+from din_dist.tables.storage import File, readable
 from din_dist.tables.text_files import blocks_of_lines
 
 _FLOATS = {pa.int64(): pa.float64(), pa.list_(pa.int64()): pa.list_(pa.float64())}
@@ -44,7 +44,7 @@ class Layout:
     @classmethod
     def of(
         cls,
-        file: Path,
+        file: File,
         form: Format,
         wanted: Sequence[str],
         numbers: Collection[str] = (),
@@ -76,7 +76,7 @@ class Layout:
         return cls((*names, *partition), partition, types, tuple(late))
 
 
-def require_columns(layouts: Mapping[Path, Layout], names: Sequence[str], remedy: str) -> None:
+def require_columns(layouts: Mapping[File, Layout], names: Sequence[str], remedy: str) -> None:
     """Checks that each file has each of the columns once.
 
     Args:
@@ -96,7 +96,7 @@ def require_columns(layouts: Mapping[Path, Layout], names: Sequence[str], remedy
             )
 
 
-def column_names(file: Path, form: Format) -> tuple[str, ...]:
+def column_names(file: File, form: Format) -> tuple[str, ...]:
     """Returns the names of a file's own columns; of JSON lines those of its first row, if there is one.
 
     Raises:
@@ -105,7 +105,7 @@ def column_names(file: Path, form: Format) -> tuple[str, ...]:
     with reading(file, form):
         match form:
             case Format.PARQUET:
-                return tuple(pq.read_schema(file).names)
+                return tuple(pq.read_schema(readable(file)).names)
             case Format.CSV:
                 return tuple(csv_files.column_names(file))
     first = next((batch.column(0)[0].as_py() for batch in _read_lines(file) if len(batch)), None)
@@ -115,7 +115,7 @@ def column_names(file: Path, form: Format) -> tuple[str, ...]:
 # --- Columns. ---
 
 
-def read_columns(file: Path, form: Format, layout: Layout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read_columns(file: File, form: Format, layout: Layout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yields the columns `names`; those that the names of folders give are text.
 
     Raises:
@@ -129,7 +129,7 @@ def read_columns(file: Path, form: Format, layout: Layout, names: Sequence[str])
         yield batch
 
 
-def _read_own_columns(file: Path, form: Format, layout: Layout, names: list[str]) -> Iterator[pa.RecordBatch]:
+def _read_own_columns(file: File, form: Format, layout: Layout, names: list[str]) -> Iterator[pa.RecordBatch]:
     match form:
         case Format.PARQUET:
             yield from _read_parquet(file, ROWS_PER_BATCH, columns=names)
@@ -145,7 +145,7 @@ def _read_own_columns(file: Path, form: Format, layout: Layout, names: list[str]
 
 
 def read_rows(
-    file: Path, form: Format, first_row: int = 0, rows_per_batch: int = ROWS_PER_BATCH
+    file: File, form: Format, first_row: int = 0, rows_per_batch: int = ROWS_PER_BATCH
 ) -> Iterator[pa.RecordBatch]:
     """Yields whole rows: all columns of Parquet, all of CSV as text, or lines of JSON as the column `json_lines.LINE`.
 
@@ -176,9 +176,9 @@ def read_rows(
             yield from _without_first(_read_lines(file), first_row)
 
 
-def _groups_from(file: Path, row: int) -> tuple[int, list[int]]:
+def _groups_from(file: File, row: int) -> tuple[int, list[int]]:
     """Returns the first row of the row group that has `row`, and the numbers of that group and of those after it."""
-    with reading(file, Format.PARQUET), pq.ParquetFile(file) as parquet:
+    with reading(file, Format.PARQUET), pq.ParquetFile(readable(file)) as parquet:
         found = parquet.metadata
         ends = np.cumsum([found.row_group(number).num_rows for number in range(found.num_row_groups)])
     skipped = int(np.searchsorted(ends, row, side="right"))
@@ -205,22 +205,22 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _read_parquet(
-    file: Path,
+    file: File,
     rows_per_batch: int,
     columns: list[str] | None = None,
     row_groups: list[int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    with reading(file, Format.PARQUET), pq.ParquetFile(file, **(options or {})) as parquet:
+    with reading(file, Format.PARQUET), pq.ParquetFile(readable(file), **(options or {})) as parquet:
         yield from parquet.iter_batches(rows_per_batch, row_groups=row_groups, columns=columns)
 
 
-def _read_csv(file: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _read_csv(file: File, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with reading(file, Format.CSV, lambda: csv_files.find_fault(file, names)):
         yield from csv_files.read_columns(file, names)
 
 
-def _read_lines(file: Path) -> Iterator[pa.RecordBatch]:
+def _read_lines(file: File) -> Iterator[pa.RecordBatch]:
     """Yields the lines of a file that are not blank. An empty file is a table without rows."""
     if not file.stat().st_size:
         return

