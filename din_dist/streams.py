@@ -28,8 +28,12 @@ def open_standard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, TolerantStream):
-            if name == "stdout" and isinstance(stream, io.TextIOWrapper):  # in a test it may be another class
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper):  # in a test it may be another class
+                # Whole lines, also under PYTHONUNBUFFERED: a line of another thread, or of a process that ends, would
+                # otherwise come between a line and its end.
+                stream.reconfigure(line_buffering=True, write_through=False)
+                if name == "stdout":
+                    stream.reconfigure(encoding="utf-8", errors="backslashreplace")
             setattr(sys, name, TolerantStream(stream))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,19 @@ def test_a_job_trains_on_when_its_log_is_gone(tmp_path: Path, redirected: str) -
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_each_line_is_one_write(tmp_path: Path, unbuffered: str) -> None:
+    """Otherwise a line of another thread, or the last line of a process, could come before a line's end."""
+    (tmp_path / "command.py").write_text(COMMAND)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps writes apart
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with ours, theirs:
+        command = [sys.executable, "command.py", "2"]
+        subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs, timeout=PATIENCE, check=True
+        )
+        theirs.close()
+        writes = list(iter(lambda: ours.recv(1 << 16), b""))
+    assert writes == [b"result 0\n", b"line 0\n", b"result 1\n", b"line 1\n"]
