@@ -12,17 +12,21 @@ import http.client
 import json
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from din_dist.serving.http.listener import listen
 from din_dist.serving.http.metrics import ServingMetrics
 from din_dist.serving.http.parse import Vocabulary
-from din_dist.serving.http.server import Served, Server
+from din_dist.serving.http.served import Served
+from din_dist.serving.http.server import Server
 from din_dist.serving.http.settings import ServeConfig
+
+_T = TypeVar("_T")
 
 POISON = "poison"  # an id that breaks the call it is in
 NO_NUMBER = "no number"  # a candidate without a logit
@@ -41,13 +45,17 @@ def logit(history: Sequence, candidate: object, features: Sequence = ()) -> floa
 class StandIn:
     """Answers as a `Bundle` does.
 
+    Args:
+        shift: added to each logit, so that it tells one version from another.
+
     Attributes:
         gate: calls wait until it is set.
         entered: released by each call as it begins.
         sizes: the number of candidates of each call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shift: float = 0.0) -> None:
+        self._shift = shift
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
@@ -65,7 +73,8 @@ class StandIn:
         histories = np.split(history_item_ids, np.cumsum(history_lengths)[:-1])
         groups = np.split(candidate_item_ids, np.cumsum(candidate_counts)[:-1])
         assert sum(map(len, histories)) == sum(history_lengths) == len(history_item_ids)
-        return np.array([logit(h, c) for h, group in zip(histories, groups, strict=True) for c in group], np.float32)
+        pairs = [(history, candidate) for history, group in zip(histories, groups, strict=True) for candidate in group]
+        return np.array([logit(history, candidate) + self._shift for history, candidate in pairs], np.float32)
 
     def score_with_features(
         self,
@@ -107,13 +116,14 @@ class Running:
         listener = listen(self.config.host, 0)
         health_listener = listen(self.config.host, 0)
         self.port, self.health_port = listener.getsockname()[1], health_listener.getsockname()[1]
+        self.serving_metrics = ServingMetrics({})
         ready = threading.Event()
         self.answered: bool | None = None
+        first = [Served(model, vocabulary, 7, {"digest": "abc"})]  # the server alone is to hold it
 
         async def serve() -> None:
             self.loop = asyncio.get_running_loop()
-            served = Served(model, vocabulary, 7, {"digest": "abc"})
-            self.server = Server(self.config, served, ServingMetrics({"digest": "abc"}, {}), self.said.append)
+            self.server = Server(self.config, first.pop(), self.serving_metrics, self.said.append)
             self.answered = await self.server.run(listener, ready.set, health_listener)
 
         self.thread = threading.Thread(target=asyncio.run, args=(serve(),))
@@ -137,6 +147,19 @@ class Running:
 
         self.loop.call_soon_threadsafe(lambda: (self.server.stop(), turn()))
         assert over.wait(10)
+
+    def in_loop(self, act: Callable[[], _T]) -> _T:
+        """Calls `act` in the event loop and returns its result."""
+
+        async def acted() -> _T:
+            return act()
+
+        return asyncio.run_coroutine_threadsafe(acted(), self.loop).result(10)
+
+    def replace(self, model: StandIn, version: int, vocabulary: Vocabulary = STRINGS) -> weakref.ref[Served]:
+        """Serves another version; returns the one before."""
+        served = Served(model, vocabulary, version, {"digest": f"digest {version}"})
+        return self.in_loop(lambda: self.server.replace(served))
 
     def block(self, seconds: float) -> None:
         """Blocks the event loop for so many seconds, from now on."""

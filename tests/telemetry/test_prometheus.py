@@ -142,7 +142,7 @@ def test_names_follow_the_conventions_and_stand_in_the_reference(tmp_path: Path)
     reference = "".join((package / room / "README.md").read_text() for room in ("telemetry", "serving"))
     told = set(re.findall(r"din_dist_[a-z_]+", reference))
     prometheus_metrics = exporter_of(tmp_path, metrics_port=-1, baseline_examples_per_second=1.0)
-    registries = (prometheus_metrics.registry, ServingMetrics({}, {}).registry)
+    registries = (prometheus_metrics.registry, ServingMetrics({}).registry)
     collected = [family for registry in registries for family in registry.collect()]
     families = [family for family in collected if family.name.startswith("din_dist_")]
     assert len(families) > 45

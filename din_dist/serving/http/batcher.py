@@ -28,6 +28,7 @@ class QueueFull(Exception):
 @dataclasses.dataclass(slots=True, eq=False)
 class _QueuedRequest:
     request: Predict
+    score: Score
     num_candidates: int
     num_positions: int
     arrived: float
@@ -40,14 +41,13 @@ class Batcher:
     The constructor needs a running event loop.
 
     Args:
-        score: returns the logits `[C]` of each instance; runs in `executor`.
-        executor: with a single thread.
+        executor: with a single thread, in which models score.
         limits: of the queue and of a batch.
         metrics: to update.
     """
 
-    def __init__(self, score: Score, executor: Executor, limits: ServeConfig, metrics: ServingMetrics) -> None:
-        self._score, self._executor, self._limits, self._metrics = score, executor, limits, metrics
+    def __init__(self, executor: Executor, limits: ServeConfig, metrics: ServingMetrics) -> None:
+        self._executor, self._limits, self._metrics = executor, limits, metrics
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_QueuedRequest] = deque()
         self._num_candidates = self._num_positions = 0  # in the queue
@@ -61,14 +61,18 @@ class Batcher:
         limits = self._limits
         return len(self._queue) >= limits.max_queue_requests or self._num_positions >= limits.max_queue_positions
 
-    async def score(self, request: Predict) -> list[np.ndarray]:
+    async def score(self, request: Predict, score: Score) -> list[np.ndarray]:
         """Returns the logits `[C]` of each instance. If the caller is cancelled, its request leaves the queue.
+
+        Args:
+            request: what to score.
+            score: the model's function, which is called in `executor`. Only requests with the same share a call.
 
         Raises:
             QueueFull: the queue has no room for the request.
         """
         waiting = _QueuedRequest(
-            request, request.num_candidates, request.num_positions, self._loop.time(), self._loop.create_future()
+            request, score, request.num_candidates, request.num_positions, self._loop.time(), self._loop.create_future()
         )
         if self.is_full or self._num_positions + waiting.num_positions > self._limits.max_queue_positions:
             raise QueueFull
@@ -93,8 +97,10 @@ class Batcher:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(self._queue[0].arrived + self._limits.batch_timeout_ms / 1000):
                         await self._has_full_batch.wait()
-            if batch := self._take():
+            batch = self._take()
+            if batch:
                 await self._answer(batch)
+            del batch  # while it waits for the next, nothing may hold the model of the last
 
     def _take(self) -> list[_QueuedRequest]:
         """Removes the oldest requests that fit into one call, and at least one, and returns them."""
@@ -105,7 +111,9 @@ class Batcher:
             num_candidates += first.num_candidates
             num_positions += first.num_positions
             if batch and (
-                num_candidates > self._limits.max_batch_examples or num_positions > self._limits.max_batch_positions
+                num_candidates > self._limits.max_batch_examples
+                or num_positions > self._limits.max_batch_positions
+                or first.score != batch[0].score
             ):
                 break
             batch.append(self._queue.popleft())
@@ -119,7 +127,7 @@ class Batcher:
         instances = [instance for waiting in batch for instance in waiting.request.instances]
         started = self._loop.time()
         try:
-            logits = iter(await self._loop.run_in_executor(self._executor, self._score, instances))
+            logits = iter(await self._loop.run_in_executor(self._executor, batch[0].score, instances))
         except Exception as error:
             if len(batch) > 1:  # one by one, so that one failing request does not fail the others
                 for waiting in batch:

@@ -16,11 +16,10 @@ class ServingMetrics:
     """The server's metrics, whose names begin with `din_dist_serving_`.
 
     Args:
-        model: labels that describe the served model.
         build: labels with versions.
     """
 
-    def __init__(self, model: Mapping[str, str], build: Mapping[str, str]) -> None:
+    def __init__(self, build: Mapping[str, str]) -> None:
         self.registry = registry = CollectorRegistry()
 
         def gauge(name: str, text: str) -> Gauge:
@@ -64,10 +63,24 @@ class ServingMetrics:
             self.connections_dropped.labels(reason)
         self.ready = gauge("ready", "1 while requests are accepted; 0 while the server ends.")
         gauge("start_timestamp_seconds", "When this process began.").set(time.time())
-        Info("din_dist_serving_model", "What is served.", registry=registry).info(dict(model))
+        self.reloads = Counter(
+            "din_dist_serving_reloads",
+            "Versions that came while another was served. Refused: they could not be opened.",
+            ("result",),
+            registry=registry,
+        )
+        for result in ("served", "refused"):
+            self.reloads.labels(result)
+        self._version = gauge("version", "The version that is served.")
+        self._model = Info("din_dist_serving_model", "What is served.", registry=registry)
         Info("din_dist_build", "Versions.", registry=registry).info(dict(build))
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
+
+    def show_model(self, name: str, version: int, digest: str) -> None:
+        """Shows what is served from now on."""
+        self._version.set(version)
+        self._model.info({"name": name, "version": str(version), "digest": digest})
 
     def after_request(self, signature: str, code: int, seconds: float, num_instances: int) -> None:
         self._requests.labels(signature, str(code)).inc()

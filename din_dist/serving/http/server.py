@@ -8,7 +8,8 @@ import dataclasses
 import json
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +40,6 @@ from din_dist.serving.http.parse import (
     SCORE_PADDED,
     BadRequest,
     Predict,
-    Vocabulary,
     answer,
     load,
     most_parts,
@@ -49,9 +49,8 @@ from din_dist.serving.http.parse import (
 )
 from din_dist.serving.http.probes import PATHS, Probes
 from din_dist.serving.http.responses import Scores, busy, error
-from din_dist.serving.http.scoring import Scorer, score_together
+from din_dist.serving.http.served import Served
 from din_dist.serving.http.settings import ServeConfig
-from din_dist.serving.predictions import Predictions
 from din_dist.text import shown
 
 _HEALTH_CONNECTIONS = 32  # at the port for probes; silent ones are closed to make room
@@ -63,23 +62,12 @@ _MOST_LOGGED = 300  # characters of an error in the log
 _DTYPES = {"string": "DT_STRING", "integer": "DT_INT64"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """A model and its description for clients."""
-
-    scorer: Scorer
-    vocabulary: Vocabulary
-    version: int
-    description: Mapping[str, Any]
-    predictions: Predictions = Predictions()
-
-
 class Server:
-    """Serves one model until `stop` is called, then answers the requests that it has accepted.
+    """Serves a model until `stop` is called, then answers the requests that it has accepted.
 
     Args:
         config: settings and limits.
-        served: the model.
+        served: the model, until `replace` is called.
         metrics: to update.
         say: logs a line for operators.
     """
@@ -87,15 +75,15 @@ class Server:
     def __init__(
         self, config: ServeConfig, served: Served, metrics: ServingMetrics, say: Callable[[str], None]
     ) -> None:
-        self._config, self._served, self._metrics, self._say = config, served, metrics, say
+        self._config, self._metrics, self._say = config, metrics, say
+        self._serve(served)
         self._stop = asyncio.Event()
         self._idle = asyncio.Event()  # no request is in progress
         self._idle.set()
         self._num_in_progress = self._num_accepted = 0
         self._buffers = Buffers(config.max_buffered_bytes)
-        self._most_parts = most_parts(served.vocabulary, config)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._batcher = Batcher(self._score, self._executor, config, metrics)
+        self._batcher = Batcher(self._executor, config, metrics)
         self._probes = Probes(metrics.registry, self._stop.is_set)
         self._main = self._door(self._app(), config.max_connections, config.client_timeout_seconds)
         self._health = self._door(
@@ -107,6 +95,20 @@ class Server:
     def stop(self) -> None:
         """Makes `run` answer what was accepted and return."""
         self._stop.set()
+
+    def replace(self, served: Served) -> weakref.ref[Served]:
+        """Serves another model to the requests that begin from now on.
+
+        Returns:
+            the model before, which is gone when its last request is answered.
+        """
+        former = weakref.ref(self._served)
+        self._serve(served)
+        return former
+
+    def _serve(self, served: Served) -> None:
+        self._served = served
+        self._metrics.show_model(self._config.model_name, served.version, served.description["digest"])
 
     async def run(
         self,
@@ -170,9 +172,6 @@ class Server:
             if is_quiet and (not unsent or loop.time() - read_at > _UNREAD_SECONDS):
                 return
 
-    def _score(self, instances: Any) -> list:
-        return score_together(self._served.scorer, self._served.vocabulary, instances)
-
     def _door(self, app: web.Application, most: int, timeout: float) -> Door:
         return Door(app, most, timeout, self._metrics, self._say)
 
@@ -185,16 +184,23 @@ class Server:
         model = f"/v1/models/{self._config.model_name}"
         app = web.Application(middlewares=[json_errors(f"The model: {model}.", self._stop.is_set)])
         self._probes.add_to(app)
-        for path in (model, f"{model}/versions/{self._served.version}"):
+        for path in (model, f"{model}/versions/{{version:[0-9]+}}"):
             app.router.add_get(path, self._status)
             app.router.add_get(f"{path}/metadata", self._metadata)
             app.router.add_post(f"{path}:predict", self._predict)
             app.router.add_post(f"{path}:recommend", self._recommend)
         return app
 
+    def _asked(self, request: web.Request) -> Served:
+        """Returns the model that is served, which must be the version that the path names, if it names one."""
+        served = self._served
+        if request.match_info.get("version", str(served.version)) != str(served.version):
+            raise web.HTTPNotFound
+        return served
+
     async def _status(self, request: web.Request) -> web.Response:
         version = {
-            "version": str(self._served.version),
+            "version": str(self._asked(request).version),
             "state": "AVAILABLE",
             "status": {"error_code": "OK", "error_message": ""},
         }
@@ -202,16 +208,17 @@ class Server:
 
     async def _metadata(self, request: web.Request) -> web.Response:
         """Answers with the signatures in column form, which are those of the exported model."""
-        item = _DTYPES[self._served.vocabulary.item_id_type]
+        served = self._asked(request)
+        item = _DTYPES[served.vocabulary.item_id_type]
         inputs = {
             SCORE: {"history_item_ids": (item, 1), "history_lengths": ("DT_INT64", 1), "candidate_item_ids": (item, 1)},
             RANK: {"history_item_ids": (item, 1), "candidate_item_ids": (item, 1), "k": ("DT_INT64", 0)},
         }
-        named = {NAMES: ("DT_STRING", 1)} if self._served.vocabulary.histories else {}
+        named = {NAMES: ("DT_STRING", 1)} if served.vocabulary.histories else {}
         inputs = {name: given | named for name, given in inputs.items()}
         inputs[SCORE_PADDED] = inputs[SCORE] | {HISTORY: (item, 2)} | ({NAMES: ("DT_STRING", 2)} if named else {})
         inputs[DEFAULT_SIGNATURE] = inputs[SCORE]
-        labels = self._served.predictions.labels
+        labels = served.predictions.labels
         outputs = {name: ("DT_FLOAT", 1) for label in labels for name in (label.logits, label.probability)}
         ranked = outputs | {"item_ids": (item, 1), "places": ("DT_INT64", 1)}
         signatures = {
@@ -227,9 +234,9 @@ class Server:
                 "model_spec": {
                     "name": self._config.model_name,
                     "signature_name": "",
-                    "version": str(self._served.version),
+                    "version": str(served.version),
                 },
-                "metadata": {"signature_def": {"signature_def": signatures}, "din_dist": self._served.description},
+                "metadata": {"signature_def": {"signature_def": signatures}, "din_dist": served.description},
             }
         )
 
@@ -243,7 +250,7 @@ class Server:
         """Answers a request, and counts and times it, however it ends."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        seen = _RequestFacts()
+        seen = _RequestFacts(self._asked(request))
         code = _GONE
         try:
             response = await self._predicted(request, seen, read)
@@ -290,23 +297,24 @@ class Server:
             del data
         with self._in_progress():
             async with asyncio.timeout(self._config.request_timeout_seconds):
-                logits = await self._batcher.score(predict)
-            text = json.dumps(answer(predict, logits, self._served.predictions), allow_nan=False)
+                logits = await self._batcher.score(predict, seen.served.score)
+            text = json.dumps(answer(predict, logits, seen.served.predictions), allow_nan=False)
             return Scores(text.encode(), self._buffers)
 
     def _parse(self, data: bytes, encoding: str, seen: _RequestFacts, read: _Read) -> Predict:
-        body = load(unpacked(data, encoding, self._config.max_body_bytes), self._most_parts)
+        parts = most_parts(seen.served.vocabulary, self._config)
+        body = load(unpacked(data, encoding, self._config.max_body_bytes), parts)
         predict = read(body, seen)
         seen.num_instances = len(predict.instances)
         return predict
 
     def _parse_predict(self, body: object, seen: _RequestFacts) -> Predict:
         seen.signature = signature_of(body)
-        return parse(body, self._served.vocabulary, self._config)
+        return parse(body, seen.served.vocabulary, self._config)
 
     def _parse_recommend(self, body: object, seen: _RequestFacts) -> Predict:
         seen.signature = RECOMMEND
-        return parse_recommend(body, self._served.vocabulary, self._config)
+        return parse_recommend(body, seen.served.vocabulary, self._config)
 
     @contextlib.contextmanager
     def _in_progress(self) -> Iterator[None]:
@@ -323,8 +331,9 @@ class Server:
 
 @dataclasses.dataclass(slots=True)
 class _RequestFacts:
-    """The facts about a request that metrics need, as far as they are known."""
+    """The model that a request is answered with, and what metrics need, as far as it is known."""
 
+    served: Served
     signature: str = "none"
     num_instances: int = 0
 

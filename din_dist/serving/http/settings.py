@@ -30,8 +30,16 @@ class ServeConfig(Settings):
 
     export_dir: str = path_setting(
         "",
-        "The export to serve, or a folder with a numbered folder for each version. The highest version is then served.",
+        "The export to serve, or a folder with a numbered folder for each version. The highest version is then served, "
+        "also one that comes later: see --reload_interval_seconds.",
         check=_check_export_dir,
+    )
+    reload_interval_seconds: float = setting(
+        1.0,
+        "How often to look for another version in --export_dir. It is opened beside the one that is served, and takes "
+        "its place between two requests. 0: never.",
+        at_least=0,
+        at_most=86_400,
     )
     model_name: str = text_setting(
         "din_dist", "Name of the model in URLs: /v1/models/NAME:predict.", check=_check_model_name

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -20,41 +20,14 @@ import pytest
 from hypothesis import strategies as st
 
 from din_dist.serving.http.parse import RANK
+from tests.support.asked import PATH, in_background, logits, row, score, wait_until
 from tests.support.stand_in_model import INTEGERS, NO_NUMBER, POISON, Running, ask, logit, running
-
-PATH = "/v1/models/din_dist"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running() as found:
         yield found
-
-
-def row(history: Sequence[str] = ("a", "b"), candidate: str = "x", **more: Any) -> dict[str, Any]:
-    return {"history_item_ids": list(history), "candidate_item_id": candidate, **more}
-
-
-def score(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"instances": list(rows or [row()])}
-
-
-def logits(answer: Any) -> list[float]:
-    return [one["logits"] for one in answer["predictions"]]
-
-
-@contextlib.contextmanager
-def in_background(server: Running, count: int, body: Any) -> Iterator[list[concurrent.futures.Future]]:
-    """`count` requests at once, each on its own connection."""
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        yield [pool.submit(server.predict, body) for _ in range(count)]
-
-
-def wait_until(holds: Any) -> None:
-    until = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def raw(server: Running, data: bytes, half_close: bool = False) -> bytes:
@@ -374,7 +347,7 @@ def test_metrics_count_exactly() -> None:
         assert found['request_seconds_count{signature="score"}'] == 3
         assert 0 < found['request_seconds_sum{signature="score"}'] < 20
         assert found["ready"] == 1
-        assert found['model_info{digest="abc"}'] == 1
+        assert found['model_info{digest="abc",name="din_dist",version="7"}'] == 1
 
 
 def test_the_end_answers_what_was_accepted() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import pytest
 from din_dist.errors import InputError
 from din_dist.serving.http.listener import listen
 from din_dist.serving.http.settings import ServeConfig
-from din_dist.serving.http.versions import find_export
-from din_dist.serving.manifest import MANIFEST
 
 
 @pytest.mark.parametrize(
@@ -34,6 +31,7 @@ from din_dist.serving.manifest import MANIFEST
             {"request_timeout_seconds": 0.0},
             "--request_timeout_seconds: must be above 0. Received: 0.0. For example 10.",
         ),
+        ({"reload_interval_seconds": -1.0}, "--reload_interval_seconds: must be at least 0"),
         ({"max_queue_positions": 10}, "--max_queue_positions: must be at least --max_batch_positions"),
     ],
 )
@@ -50,15 +48,3 @@ def test_addresses_that_are_not_to_be_had() -> None:
             listen("127.0.0.1", port)
     with pytest.raises(InputError, match="Received: nowhere.invalid and 0, "):
         listen("nowhere.invalid", 0)
-
-
-def test_the_newest_version_is_found(tmp_path: Path) -> None:
-    """By number, not by name; what has no manifest is not yet an export."""
-    for name in ("2", "10", "newest"):
-        (tmp_path / name / MANIFEST).parent.mkdir(parents=True)
-        (tmp_path / name / MANIFEST).touch()
-    (tmp_path / "11").mkdir()
-    assert find_export(tmp_path) == (tmp_path / "10", 10)
-    assert find_export(tmp_path / "2") == (tmp_path / "2", 2)
-    assert find_export(tmp_path / "newest") == (tmp_path / "newest", None)
-    assert find_export(tmp_path / "nowhere") == (tmp_path / "nowhere", None)
