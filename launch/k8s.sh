@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# A job in Kubernetes: prints its manifests, submits it, follows its launcher's log to the end, deletes it.
+# A job or a server in Kubernetes: prints its manifests, submits it, follows it to its end or until it serves, deletes it.
 #
 #   launch/k8s.sh render|submit|follow|delete OVERLAY [--namespace=NAME] [--dry_run] [--with_data]
 #
 # OVERLAY is a folder of k8s/overlays. A namespace has one job at a time; to go on with one that has ended, delete it and submit
-# it again. follow ends with 0 when the job is done, with 1 when it failed. delete waits until the pods have written their
+# it again. A server that is submitted again is changed, one pod after another. follow ends with 0 when the job is done or all
+# servers are ready, with 1 when that failed. delete waits until the pods have written their
 # checkpoint, and keeps prepared data and results unless --with_data is given. --dry_run prints the commands.
 set -euo pipefail
 
@@ -59,6 +60,8 @@ if [[ $manifests == *$'\nkind: MPIJob\n'* ]]; then
   job=mpijobs.kubeflow.org/din-dist
   launcher=jobs.batch/din-dist-launcher # which the operator makes
   pods=batch.kubernetes.io/job-name=din-dist-launcher
+elif [[ $manifests == *$'\nkind: Deployment\n'* ]]; then
+  job=deployments.apps/din-dist-serve
 else
   job=jobs.batch/din-dist
   launcher=$job
@@ -69,7 +72,7 @@ has_secret=
 
 submit() {
   local found=
-  [[ $dry_run ]] || found=$("${kubectl[@]}" get "$job" --ignore-not-found --output=name)
+  [[ $dry_run || $job == deployments* ]] || found=$("${kubectl[@]}" get "$job" --ignore-not-found --output=name)
   [[ ! $found ]] || die "$job: must be new. Received: one that is there already. Delete it: launch/k8s.sh delete $overlay"
   if [[ $has_secret ]]; then
     [[ $dry_run ]] || found=$("${kubectl[@]}" get "secrets/$secret" --ignore-not-found --output=name)
@@ -92,6 +95,10 @@ make_ssh_keys() {
 }
 
 follow() {
+  if [[ $job == deployments* ]]; then
+    run "${kubectl[@]}" rollout status "$job"
+    return
+  fi
   local list=("${kubectl[@]}" get pods "--selector=$pods" --sort-by=.metadata.creationTimestamp --output=name)
   local logs=(--follow --all-containers --ignore-errors) # a launcher that never came to run has a preparation's log only
   local conditions='{range .status.conditions[?(@.status=="True")]}{.type}: {.message}{"\n"}{end}'
@@ -132,7 +139,7 @@ delete() {
   [[ $with_data ]] || kept=('--selector=app.kubernetes.io/component!=storage')
   run "${kubectl[@]}" delete --kustomize="$folder" --ignore-not-found --cascade=foreground "${kept[@]}"
   # The flags of earlier submissions have other names.
-  run "${kubectl[@]}" delete configmaps --selector=app.kubernetes.io/name=din-dist
+  run "${kubectl[@]}" delete configmaps "--selector=app.kubernetes.io/name=${job##*/}"
   [[ ! $has_secret ]] || run "${kubectl[@]}" delete "secrets/$secret" --ignore-not-found
 }
 

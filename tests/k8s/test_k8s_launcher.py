@@ -39,6 +39,7 @@ for beginning, left in answers.items():
 """
 NAMESPACE = "--namespace=ml"
 MPIJOB = "mpijobs.kubeflow.org/din-dist"
+SERVER = "deployments.apps/din-dist-serve"
 LAUNCHER = "jobs.batch/din-dist-launcher"
 
 
@@ -101,6 +102,36 @@ def test_submit(cluster: Cluster) -> None:
     assert cluster.calls() == [
         ["get", MPIJOB, "--ignore-not-found", "--output=name"],
         ["apply", folder_of("smoke-cpu")],
+    ]
+
+
+def test_a_server_that_is_there_is_changed(cluster: Cluster) -> None:
+    cluster.answers = {f"get {SERVER}": [SERVER]}
+    assert cluster.run("submit", "serve", NAMESPACE).returncode == 0
+    assert cluster.calls() == [["apply", folder_of("serve")]]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_server_is_followed_until_it_serves(cluster: Cluster, code: int) -> None:
+    write_script(
+        cluster.bin / "kubectl",
+        f'#!/bin/sh\n[ "$1" != kustomize ] || exec {kubectl()} "$@"\necho "$*"\nexit {code}\n',
+    )
+    done = cluster.run("follow", "serve", NAMESPACE)
+    assert (done.returncode, done.stdout) == (code, f"{NAMESPACE} rollout status {SERVER}\n")
+
+
+def test_deleting_a_server_leaves_jobs_alone(cluster: Cluster) -> None:
+    assert cluster.run("delete", "serve", NAMESPACE).returncode == 0
+    assert cluster.calls() == [
+        [
+            "delete",
+            folder_of("serve"),
+            "--ignore-not-found",
+            "--cascade=foreground",
+            "--selector=app.kubernetes.io/component!=storage",
+        ],
+        ["delete", "configmaps", "--selector=app.kubernetes.io/name=din-dist-serve"],
     ]
 
 
@@ -300,7 +331,7 @@ def test_wrong_arguments_get_one_line(cluster: Cluster, arguments: Sequence[str]
 def test_help_is_the_comment_at_the_top(cluster: Cluster, flag: str) -> None:
     done = cluster.run("submit", flag)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("A job in Kubernetes: ")
+    assert done.stdout.startswith("A job or a server in Kubernetes: ")
     assert "\n  launch/k8s.sh render|submit|follow|delete OVERLAY " in done.stdout
     assert done.stdout.endswith("--dry_run prints the commands.\n")
     assert cluster.calls() == []

@@ -1,4 +1,4 @@
-"""The manifests in k8s/: each overlay renders to objects that are valid, confined, and fit together."""
+"""The manifests in k8s/ of jobs: each overlay renders to objects that are valid, confined, and fit together."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from din_dist.cli import launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
-from tests.support.overlays import OVERLAYS, Object, render
+from tests.support.overlays import JOBS, KUBERNETES_VERSIONS, OVERLAYS, Object, one, render
 from tests.support.repository import ROOT
 
-KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 FLAGS_FOLDER = "/etc/din_dist"
 
 
-@pytest.fixture(params=OVERLAYS)
+@pytest.fixture(params=JOBS)
 def objects(request: pytest.FixtureRequest) -> list[Object]:
     return render(request.param)
 
@@ -54,11 +53,6 @@ def closed(schema: Any) -> Any:
     if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
         schema.setdefault("additionalProperties", False)
     return schema
-
-
-def one(objects: list[Object], kind: str) -> Object:
-    (found,) = (each for each in objects if each["kind"] == kind)
-    return found
 
 
 def job_of(objects: list[Object]) -> Object:

@@ -14,7 +14,10 @@ import yaml
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
-OVERLAYS = ["elastic", "gpu", "no-operator", "smoke-cpu"]
+JOBS = ["elastic", "gpu", "no-operator", "smoke-cpu"]
+SERVERS = ["serve"]
+OVERLAYS = sorted(JOBS + SERVERS)
+KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 
 Object = dict[str, Any]
 
@@ -32,3 +35,9 @@ def render(overlay: str) -> list[Object]:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # what is deprecated
     return list(yaml.safe_load_all(done.stdout))
+
+
+def one(objects: list[Object], kind: str) -> Object:
+    """Returns the only object of a kind."""
+    (found,) = (each for each in objects if each["kind"] == kind)
+    return found
