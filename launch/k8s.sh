@@ -60,6 +60,10 @@ if [[ $manifests == *$'\nkind: MPIJob\n'* ]]; then
   job=mpijobs.kubeflow.org/din-dist
   launcher=jobs.batch/din-dist-launcher # which the operator makes
   pods=batch.kubernetes.io/job-name=din-dist-launcher
+elif [[ $manifests == *$'\nkind: TrainJob\n'* ]]; then
+  job=trainjobs.trainer.kubeflow.org/din-dist
+  launcher=$job
+  pods=jobset.sigs.k8s.io/jobset-name=din-dist,jobset.sigs.k8s.io/replicatedjob-name=launcher # which Kubeflow Trainer makes
 elif [[ $manifests == *$'\nkind: Deployment\n'* ]]; then
   job=deployments.apps/din-dist-serve
 else

@@ -188,6 +188,12 @@ def logs_of(pod: str) -> list[str]:
             "jobs.batch/din-dist",
             "batch.kubernetes.io/job-name=din-dist,batch.kubernetes.io/job-completion-index=0",
         ),
+        (
+            "trainjob",
+            "trainjobs.trainer.kubeflow.org/din-dist",
+            "trainjobs.trainer.kubeflow.org/din-dist",
+            "jobset.sigs.k8s.io/jobset-name=din-dist,jobset.sigs.k8s.io/replicatedjob-name=launcher",
+        ),
     ],
 )
 def test_follow_streams_the_launchers_log_to_the_end(

@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from absl import flags
 
 from din_dist import __version__
@@ -56,7 +57,14 @@ def closed(schema: Any) -> Any:
 
 
 def job_of(objects: list[Object]) -> Object:
-    return one(objects, "MPIJob" if any(each["kind"] == "MPIJob" for each in objects) else "Job")
+    (found,) = (each for each in objects if each["kind"] in ("MPIJob", "Job", "TrainJob"))
+    return found
+
+
+def parts_of(objects: list[Object]) -> dict[str, Object]:
+    """The Jobs that a TrainJob becomes, by name."""
+    parts = one(objects, "TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"]
+    return {part["name"]: part["template"]["spec"] for part in parts}
 
 
 def pods_of(objects: list[Object]) -> dict[str, Object]:
@@ -64,6 +72,10 @@ def pods_of(objects: list[Object]) -> dict[str, Object]:
     job = job_of(objects)
     if job["kind"] == "Job":
         return {"Worker": {"apiVersion": "v1", "kind": "Pod", **job["spec"]["template"]}}
+    if job["kind"] == "TrainJob":
+        names = {"Launcher": "launcher", "Worker": "node"}
+        parts = parts_of(objects)
+        return {role: {"apiVersion": "v1", "kind": "Pod", **parts[name]["template"]} for role, name in names.items()}
     pods = {}
     for role, replicas in job["spec"]["mpiReplicaSpecs"].items():
         spec = {**replicas["template"]["spec"], "restartPolicy": replicas["restartPolicy"]}  # as the operator does
@@ -82,6 +94,8 @@ def trainers_of(objects: list[Object], flags_folder: Path) -> int:
     job = job_of(objects)
     if job["kind"] == "MPIJob":
         return job["spec"]["slotsPerWorker"]
+    if job["kind"] == "TrainJob":
+        return one(objects, "TrainingRuntime")["spec"]["mlPolicy"]["mpi"]["numProcPerNode"]
     (slots,) = {host.slots for host in read_hosts_file(str(flags_folder / "hosts"))}
     return slots
 
@@ -118,7 +132,7 @@ def test_all_overlays_are_tested() -> None:
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_every_object_is_valid(objects: list[Object], version: str) -> None:
     for each in [*objects, *pods_of(objects).values()]:
-        if each["kind"] not in ("MPIJob", "PodMonitor"):
+        if each["kind"] not in ("MPIJob", "PodMonitor", "TrainJob", "TrainingRuntime"):
             assert kubernetes_validate.validate(each, version, strict=True) == version
 
 
@@ -328,9 +342,10 @@ def test_a_job_has_time_for_its_checkpoint_and_an_end(objects: list[Object]) -> 
         assert pod["spec"]["terminationGracePeriodSeconds"] >= 60
     spec = job_of(objects)["spec"]
     policy = spec.get("runPolicy", spec)
-    assert policy["backoffLimit"] >= 1
     assert policy["activeDeadlineSeconds"] > 0
-    assert policy["ttlSecondsAfterFinished"] > 0
+    if "trainer" not in spec:  # Kubeflow Trainer has no such fields
+        assert policy["backoffLimit"] >= 1
+        assert policy["ttlSecondsAfterFinished"] > 0
     assert {role: pod["spec"]["restartPolicy"] for role, pod in pods_of(objects).items()} in (
         {"Launcher": "Never", "Worker": "OnFailure"},
         {"Worker": "Never"},  # as a pod failure policy wants it
@@ -400,6 +415,51 @@ def test_the_indexed_job(tmp_path: Path) -> None:
     assert "readinessProbe" not in pod["containers"][0]  # the first pod serves no ssh
     assert {"name": "ssh", "mountPath": "/home/din/.ssh", "readOnly": True} in pod["containers"][0]["volumeMounts"]
     assert one(objects, "PodDisruptionBudget")["spec"]["minAvailable"] == spec["completions"]
+
+
+def test_the_train_job() -> None:
+    """The names are those that Kubeflow Trainer looks for: it mounts keys and the hosts file where they fit."""
+    objects = render("trainjob")
+    job, runtime = one(objects, "TrainJob"), one(objects, "TrainingRuntime")
+    assert all(each["kind"] != "MPIJob" for each in objects)
+    assert job["spec"]["runtimeRef"] == {
+        "apiGroup": "trainer.kubeflow.org",
+        "kind": runtime["kind"],
+        "name": runtime["metadata"]["name"],
+    }
+    policy = runtime["spec"]["mlPolicy"]
+    assert policy["numNodes"] == job["spec"]["trainer"]["numNodes"]
+    assert policy["mpi"] == {
+        "mpiImplementation": "OpenMPI",
+        "numProcPerNode": 1,
+        "sshAuthMountPath": "/home/din/.ssh",
+        "runLauncherAsNode": False,
+    }
+    assert one(objects, "PodDisruptionBudget")["spec"]["minAvailable"] == 1 + policy["numNodes"]
+    set_of_jobs = runtime["spec"]["template"]["spec"]
+    assert [part["name"] for part in set_of_jobs["replicatedJobs"]] == ["node", "launcher"]
+    assert set_of_jobs["replicatedJobs"][1]["dependsOn"] == [{"name": "node", "status": "Ready"}]
+    assert set_of_jobs["successPolicy"] == {"operator": "All", "targetReplicatedJobs": ["launcher"]}
+    for pod in pods_of(objects).values():
+        assert [container["name"] for container in pod["spec"]["containers"]] == ["node"]
+    script, *given = launcher_args(objects)
+    assert script == "launch/train.sh"
+    assert "--hosts_file=/etc/mpi/hostfile" in given
+    assert "readinessProbe" in pods_of(objects)["Worker"]["spec"]["containers"][0]
+    rules = parts_of(objects)["launcher"]["podFailurePolicy"]
+    assert rules == one(render("no-operator"), "Job")["spec"]["podFailurePolicy"]
+
+
+@pytest.mark.parametrize("kind", ["TrainJob", "TrainingRuntime"])
+def test_train_jobs_fit_the_schemas_of_kubeflow_trainer(kind: str) -> None:
+    """The definitions of github.com/kubeflow/trainer (manifests/base/crds), which are not in the repository."""
+    folder = os.environ.get("DIN_DIST_TRAINER_CRDS")
+    if not folder:
+        pytest.skip("DIN_DIST_TRAINER_CRDS does not name a folder with the definitions of Kubeflow Trainer")
+    definition = yaml.safe_load((Path(folder) / f"trainer.kubeflow.org_{kind.lower()}s.yaml").read_text())
+    schema = closed(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    jsonschema.validate(one(render("trainjob"), kind), schema)
 
 
 @pytest.mark.parametrize(

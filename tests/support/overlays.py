@@ -14,7 +14,7 @@ import yaml
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
-JOBS = ["elastic", "gpu", "no-operator", "smoke-cpu"]
+JOBS = ["elastic", "gpu", "no-operator", "smoke-cpu", "trainjob"]
 SERVERS = ["serve"]
 OVERLAYS = sorted(JOBS + SERVERS)
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
