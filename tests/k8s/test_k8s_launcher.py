@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
+from din_dist import __version__
 from tests.support.fake_checkout import path_without, write_script
-from tests.support.overlays import OVERLAYS, kubectl, render
+from tests.support.overlays import OVERLAYS, Object, kubectl, one, render
 from tests.support.patience import PATIENCE
 from tests.support.programs import program
 from tests.support.repository import ROOT
@@ -26,6 +30,8 @@ if words[0] == "kustomize":
     os.execv({kubectl!r}, [{kubectl!r}, *words])
 with open("calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
+if "--filename=-" in words:
+    pathlib.Path("manifests").write_text(sys.stdin.read())
 for word in words:
     if word.startswith("--from-file="):
         name, path = word.removeprefix("--from-file=").split("=")
@@ -270,6 +276,90 @@ def test_the_secret_that_the_operator_made_is_the_operators(cluster: Cluster) ->
     assert [call[:2] for call in cluster.calls()] == [["delete", folder_of("gpu")], ["delete", "configmaps"]]
 
 
+def without_claims(manifests: str) -> list[Object]:
+    return [each for each in yaml.safe_load_all(manifests) if each["kind"] != "PersistentVolumeClaim"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_named_job_has_its_own_objects_and_the_claims_of_all(cluster: Cluster, overlay: str) -> None:
+    """Two in one namespace do not meet: no name of theirs, and no label that a selector asks for, is the same."""
+    done = cluster.run("render", overlay, "--name=clicks-2")
+    assert (done.returncode, done.stderr) == (0, "")
+    before, after = render(overlay), list(yaml.safe_load_all(done.stdout))
+    assert [each["kind"] for each in after] == [each["kind"] for each in before]
+    base = "din-dist-serve" if overlay == "serve" else "din-dist"
+    for old, new in zip(before, after, strict=True):
+        name = old["metadata"]["name"]
+        is_claim = new["kind"] == "PersistentVolumeClaim"
+        assert new["metadata"]["name"] == (name if is_claim else name.replace(base, "clicks-2"))
+    text = json.dumps(without_claims(done.stdout))
+    shared = {"din-dist-data", "din-dist-runs", f"din-dist:{__version__}", f"din-dist:{__version__}-gpu"}
+    assert set(re.findall(r"din-dist[-a-z0-9:.]*", text)) <= shared
+    assert json.loads(text.replace("clicks-2", base)) == without_claims(yaml.safe_dump_all(before))
+
+
+@pytest.mark.parametrize(
+    ("overlay", "kind", "place"),
+    [
+        ("gpu", "MPIJob", ["spec", "runPolicy"]),
+        ("no-operator", "Job", ["spec"]),
+        ("trainjob", "TrainJob", ["spec"]),
+    ],
+)
+def test_a_job_waits_in_a_queue_of_kueue(cluster: Cluster, overlay: str, kind: str, place: list[str]) -> None:
+    """The label and `suspend` are all that is new."""
+    done = cluster.run("render", overlay, "--queue=ranking")
+    found = list(yaml.safe_load_all(done.stdout))
+    job = one(found, kind)
+    assert job["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name") == "ranking"
+    assert functools.reduce(lambda value, key: value[key], place, job).pop("suspend") is True
+    assert found == render(overlay)
+
+
+def test_what_named_jobs_are_called(cluster: Cluster) -> None:
+    program("ssh-keygen")
+    named = ("--name=clicks", NAMESPACE)
+    assert cluster.run("submit", "no-operator", "--queue=ranking", *named).returncode == 0
+    first, secret, create, apply = cluster.calls()
+    assert first == ["get", "jobs.batch/clicks", "--ignore-not-found", "--output=name"]
+    assert secret[:2] == ["get", "secrets/clicks-ssh"]
+    assert create[:4] == ["create", "secret", "generic", "clicks-ssh"]
+    assert apply == ["apply", "--filename=-"]
+    applied = list(yaml.safe_load_all((cluster.folder / "manifests").read_text()))
+    job = one(applied, "Job")
+    assert (job["metadata"]["name"], job["spec"]["suspend"]) == ("clicks", True)
+    (cluster.folder / "calls").unlink()
+    assert cluster.run("delete", "no-operator", *named).returncode == 0
+    assert [call[:3] for call in cluster.calls()] == [
+        ["delete", "--filename=-", "--ignore-not-found"],
+        ["delete", "configmaps", "--selector=app.kubernetes.io/name=clicks"],
+        ["delete", "secrets/clicks-ssh", "--ignore-not-found"],
+    ]
+    cluster.answers = {"get mpijobs.kubeflow.org/clicks": ["mpijobs.kubeflow.org/clicks"]}
+    assert cluster.error("submit", "gpu", *named).endswith("Delete it: launch/k8s.sh delete gpu --name=clicks")
+
+
+def test_a_named_job_is_followed(cluster: Cluster) -> None:
+    cluster.answers = {
+        "get jobs.batch/clicks-launcher --ignore-not-found --output=jsonpath": ["Complete: "],
+        "get mpijobs.kubeflow.org/clicks": ["mpijobs.kubeflow.org/clicks"],
+        "get pods --selector=batch.kubernetes.io/job-name=clicks-launcher": ["pod/a"],
+        "get pod/a": ["Succeeded"],
+        "logs pod/a": ["the log"],
+    }
+    done = cluster.run("follow", "smoke-cpu", "--name=clicks", NAMESPACE)
+    assert (done.returncode, done.stdout) == (0, "the log\n")
+
+
+def test_a_dry_run_of_a_named_job_can_be_copied(cluster: Cluster) -> None:
+    script = "\n".join(dry_run(cluster, "submit", "smoke-cpu", "--name=clicks"))
+    env = {**os.environ, "PATH": f"{cluster.bin}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", script], cwd=cluster.folder, env=env, check=True)
+    assert cluster.calls() == [["apply", "--filename=-"]]
+    copied = list(yaml.safe_load_all((cluster.folder / "manifests").read_text()))
+    assert copied == list(yaml.safe_load_all(cluster.run("render", "smoke-cpu", "--name=clicks").stdout))
+
+
 def dry_run(cluster: Cluster, *arguments: str) -> list[str]:
     done = cluster.run(*arguments, NAMESPACE, "--dry_run")
     assert (done.returncode, done.stderr) == (0, "")
@@ -323,7 +413,27 @@ OVERLAY_ERROR = f"overlay: must be a folder of {ROOT}/k8s/overlays. Received: %s
         ),
         (
             ["render", "gpu", "--namespace="],
-            "flags: must be --namespace=NAME, --dry_run or --with_data. Received: '--namespace='. Correct it.",
+            "flags: must be --name=NAME, --queue=QUEUE, --namespace=NAME, --dry_run or --with_data. "
+            "Received: '--namespace='. Correct it.",
+        ),
+        (
+            ["render", "gpu", "--name=My_job"],
+            "--name: must be of a-z, 0-9 and -, begin with a letter and have at most 40. Received: 'My_job'. "
+            "For example clicks-2.",
+        ),
+        (
+            ["render", "gpu", f"--queue={'a' * 41}"],
+            "--queue: must be of a-z, 0-9 and -, begin with a letter and have at most 40. "
+            f"Received: '{'a' * 41}'. For example clicks-2.",
+        ),
+        (
+            ["render", "serve", "--queue=ranking"],
+            "--queue: is for jobs. Received: --queue=ranking, with serve. Drop it.",
+        ),
+        (
+            ["delete", "gpu", "--name=clicks", "--with_data"],
+            "--with_data: deletes what all jobs of the namespace share. Received: it, with --name=clicks. "
+            "Drop one of the two.",
         ),
         (["submit", "gpu", "--with_data"], "--with_data: belongs to delete. Received: it, with submit. Drop it."),
     ],
