@@ -19,6 +19,7 @@ from din_dist.cli.saved_job import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import write_text
+from din_dist.report.comparison import Comparison
 from din_dist.report.job import JobRecord, Status, read_job
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from din_dist.models.behaviour_model import BehaviourModel
     from din_dist.report.gain import Gain
     from din_dist.report.page import Findings
+    from din_dist.report.scoring import ScoredExamples
 
 with theme("report"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
     REPORT_PATH = define_path("report_path", "", "File of the report. Default: report.html in --output_dir.")
+    COMPARE = define_path("compare", "", "The --output_dir of another job to compare with, on the same examples.")
     MAX_EXAMPLES = flags.DEFINE_integer(
         "report_max_examples",
         200_000,
@@ -48,11 +51,12 @@ def main() -> None:
     require(most >= 1, "must be at least 1", "report_max_examples", most, "For example 200000.")
     folder = Path(OUTPUT_DIR.value)
     record = read_job(folder)
+    other = read_job(Path(COMPARE.value), "compare") if COMPARE.value else None
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     from din_dist.report.page import render
 
     path = Path(REPORT_PATH.value or folder / "report.html")
-    page = render(_find(record, most))
+    page = render(_find(record, most, other))
     try:
         write_text(path, page)
     except OSError as error:
@@ -62,7 +66,7 @@ def main() -> None:
     print(path, flush=True)
 
 
-def _find(record: JobRecord, most: int) -> Findings:
+def _find(record: JobRecord, most: int, other: JobRecord | None) -> Findings:
     """Collects all findings that the job's files allow; the report itself lists those that are missing."""
     import tensorflow as tf
 
@@ -71,11 +75,13 @@ def _find(record: JobRecord, most: int) -> Findings:
     from din_dist.data.thinning import thin_out
     from din_dist.distributed.runtime import Runtime
     from din_dist.evaluation.evaluator import Evaluator
-    from din_dist.report import attention, scoring
-    from din_dist.report.page import Data, Findings
+    from din_dist.evaluation.retrieval import ModelScorer
+    from din_dist.report import attention, retrieval, scoring
+    from din_dist.report.page import Findings
+    from din_dist.report.settings_table import Data
 
     tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
-    found = Findings(record)
+    found = Findings(record, comparison=Comparison(other, problem="It was not scored.") if other else None)
     try:
         config = found.config = config_of(record.folder)
         store = open_prepared(config.data)
@@ -88,7 +94,15 @@ def _find(record: JobRecord, most: int) -> Findings:
         evaluator = Evaluator(config, store, {**splits, "scored": examples}, Runtime())
         scored = scoring.score(evaluator, "scored", examples, model)
         popularity, num_in_split = item_counts(store, splits), splits[split].num_examples
-        found.evaluation = scoring.evaluate(scored, store, config.data, popularity, split, num_in_split)
+        found.evaluation = scoring.evaluate(
+            scored, store, config.data, popularity, split, num_in_split, config.job.seed
+        )
+        entry.say("finding each chosen item among all")
+        scorer = ModelScorer(model, store.facts.num_candidates, store, config.main_task)
+        found.retrieval = retrieval.find(store, splits[split], config, popularity, scorer)
+        if other:
+            entry.say(f"scoring {other.folder}")
+            found.comparison = _compare(config, store, examples, scored, other)
         if store.features:
             entry.say("finding what each feature is worth")
             found.gains = _gains(config, store, examples, found.step, model)
@@ -99,6 +113,35 @@ def _find(record: JobRecord, most: int) -> Findings:
         found.problems.append(str(error))
         entry.say(f"left out: {error}")
     return found
+
+
+def _compare(
+    config: Config, store: EventStore, examples: Examples, scored: ScoredExamples, other: JobRecord
+) -> Comparison:
+    """Scores the examples with the model of another job, if that has the same data."""
+    from din_dist.data.prepared import open_prepared
+    from din_dist.distributed.runtime import Runtime
+    from din_dist.evaluation.evaluator import Evaluator, logits_of
+    from din_dist.report.gain import difference
+    from din_dist.report.scoring import MODEL
+
+    try:
+        theirs = config_of(other.folder)
+        if open_prepared(theirs.data).facts.fingerprint != store.facts.fingerprint:
+            raise InputError(
+                "--compare: must be a job on the same prepared data. Received: another log or other features. "
+                "Train both on the same ones."
+            )
+        model, step = trained_model(theirs, store)
+        same = {"seed": config.job.seed}
+        same["evaluation_negatives_per_positive"] = config.data.evaluation_negatives_per_positive
+        evaluator = Evaluator(theirs.replace(**same), store, {"scored": examples}, Runtime())
+        logits = evaluator.of_main_task(evaluator.scores("scored", logits_of(model)))
+    except InputError as error:
+        entry.say(f"left out: {error}")
+        return Comparison(other, problem=str(error))
+    gain = difference(scored.rankings[MODEL], logits, scored.labels, scored.users, config.job.seed)
+    return Comparison(other, step, gain)
 
 
 def _gains(config: Config, store: EventStore, examples: Examples, step: int, model: BehaviourModel) -> list[Gain]:

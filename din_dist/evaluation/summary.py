@@ -166,7 +166,7 @@ def _facts(store: EventStore, queries: Queries, task: Task, positions: TargetPos
         "num_events": len(queries),
         "num_events_in_split": queries.num_in_split,
         "num_events_without_history": int((queries.history_ends == queries.history_starts).sum()),
-        "num_events_of_repeats": _num_repeats(store, queries),
+        "num_events_of_repeats": num_repeats(store, queries),
         "num_events_tied": int((positions.tied > 0).sum()),
         "num_users": len(np.unique(queries.users)),
         "mean_num_candidates": float(positions.num_candidates.mean()),
@@ -181,7 +181,7 @@ def _facts_of_users(store: EventStore, queries: Queries, task: Task, positions: 
         "num_users_in_split": queries.num_in_split,
         "num_users_without_history": int((queries.history_ends == queries.history_starts).sum()),
         "num_targets": len(queries.targets),
-        "num_targets_of_repeats": _num_repeats(store, queries),
+        "num_targets_of_repeats": num_repeats(store, queries),
         "num_targets_tied": int((positions.tied > 0).sum()),
         "mean_num_candidates": float(positions.num_candidates.mean()),
     }
@@ -203,8 +203,8 @@ def _ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, flo
     return {name: float(above.sum() / below.sum()) for name, (above, below) in parts.items()}
 
 
-def _num_repeats(store: EventStore, queries: Queries) -> int:
-    """Counts the targets that the user's history has."""
+def num_repeats(store: EventStore, queries: Queries) -> int:
+    """Returns how many targets the user's history has."""
     query_of = queries.query_of
     windows = zip(queries.targets, queries.seen_starts[query_of], queries.history_ends[query_of], strict=True)
     return sum(int((store.history_item_ids[start:end] == target).any()) for target, start, end in windows)

@@ -23,6 +23,7 @@ from din_dist.metrics.calibration import Calibration, CalibrationBin
 WIDTH, HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 40
 _MOST_POINTS = 300  # points of a line; more would only make the page larger
+_MARK_RADIUS = 8
 _SHAPES = ("ring", "diamond", "triangle", "square", "cross")
 
 NumberFormat = Callable[[float], str]
@@ -101,17 +102,50 @@ def line_chart(
     xs, ys = [x for x, _ in points] + [mark.x for mark in marks], [y for _, y in points]
     frame = _Frame(min(xs), max(xs), 0.0 if from_zero else min(ys), max(ys))
     parts = [frame.axes(x_label, y_label, y_format)]
-    for mark in marks:
-        at = frame.x(mark.x)
-        parts.append(
-            Markup(
-                '<g class="mark"><title>{}</title><line x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>'
-                '<circle cx="{:.1f}" cy="{}" r="8"/><text x="{:.1f}" y="{}" class="in">{}</text></g>'
-            ).format(mark.title, at, at, _TOP + 8, HEIGHT - _BOTTOM, at, _TOP, at, _TOP + 4, mark.label)
-        )
+    parts += _marks(frame, marks)
     for line in series:
         parts.append(_line(frame, line, y_format, tip))
     return _svg(title, parts)
+
+
+def _marks(frame: _Frame, marks: Sequence[Mark]) -> list[Markup]:
+    """Draws a line for each mark, and one label for marks that lie so near that theirs would cover each other."""
+    groups: list[list[Mark]] = []
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        if groups and frame.x(mark.x) - frame.x(groups[-1][-1].x) < 2 * _MARK_RADIUS + 14 * (len(groups[-1]) > 1):
+            groups[-1].append(mark)
+        else:
+            groups.append([mark])
+    parts = []
+    for group in groups:
+        first, last = frame.x(group[0].x), frame.x(group[-1].x)
+        label = group[0].label if len(group) == 1 else f"{group[0].label}–{group[-1].label}"
+        middle, half = (first + last) / 2, _MARK_RADIUS + 3.2 * (len(label) - 1)
+        title = "\n".join(mark.title for mark in group)
+        lines = [
+            Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
+                frame.x(mark.x), _TOP + _MARK_RADIUS, HEIGHT - _BOTTOM
+            )
+            for mark in group
+        ]
+        parts.append(
+            Markup(
+                '<g class="mark"><title>{}</title>{}<rect x="{:.1f}" y="{}" width="{:.1f}" height="{}" rx="{}"/>'
+                '<text x="{:.1f}" y="{}" class="in">{}</text></g>'
+            ).format(
+                title,
+                Markup("").join(lines),
+                middle - half,
+                _TOP - _MARK_RADIUS,
+                2 * half,
+                2 * _MARK_RADIUS,
+                _MARK_RADIUS,
+                middle,
+                _TOP + 4,
+                label,
+            )
+        )
+    return parts
 
 
 def calibration_chart(curves: Sequence[tuple[str, Calibration]], title: str) -> Markup:
@@ -145,7 +179,7 @@ def _calibration_point(frame: _Frame, style: str, name: str, b: CalibrationBin) 
     ).format(style, text, at, at, frame.y(b.low), frame.y(b.high), at, frame.y(b.observed))
 
 
-def track(values: Mapping[str, float], low: float, high: float, title: str) -> Markup:
+def track(values: Mapping[str, float], low: float, high: float, title: str, *, worse: bool = False) -> Markup:
     """Draws one row of a dot plot: the first of `values` as a disc, the others as outlined shapes.
 
     The row fills the width of its cell, because positions are percentages. A nested `<svg>` keeps each shape's form.
@@ -155,6 +189,7 @@ def track(values: Mapping[str, float], low: float, high: float, title: str) -> M
         low: value at the left end.
         high: value at the right end.
         title: for screen readers.
+        worse: the model is worse than the best of the others.
     """
     shown = [(number, name, value) for number, (name, value) in enumerate(values.items()) if math.isfinite(value)]
     parts = [Markup('<line class="rail" x1="0" x2="100%" y1="11" y2="11"/>')]
@@ -162,7 +197,7 @@ def track(values: Mapping[str, float], low: float, high: float, title: str) -> M
         others = [value for number, _, value in shown if number]
         if others:
             ends = sorted(_percent(value, low, high) for value in (shown[0][2], max(others)))
-            css = "gain" if shown[0][2] >= max(others) else "gain worse"
+            css = "gain worse" if worse else "gain"
             parts.append(Markup('<line class="{}" x1="{:.2f}%" x2="{:.2f}%" y1="11" y2="11"/>').format(css, *ends))
     for number, name, value in reversed(shown):  # the model's on top
         parts.append(
@@ -267,9 +302,10 @@ def _line(frame: _Frame, line: Series, y_format: NumberFormat, tip: str) -> Mark
         for run in runs
         if run
     ]
-    # Few points get visible dots; with many points the dots are invisible and only carry the tooltips.
-    radius = 3.5 if line.dots or len(points) == 1 else 0
-    for x, y in (point for run in runs for point in run):
+    # Few points get visible dots, and so do those without a neighbour, of which a line shows nothing. Other dots are
+    # invisible and only carry the tooltips.
+    for number, x, y in ((len(run), *point) for run in runs for point in run):
+        radius = 3.5 if line.dots or number == 1 else 0
         text = tip.format(name=line.name, x=f"{x:,.6g}", y=y_format(round(y, 6)))
         css = "dot" if radius else "hit"
         parts.append(

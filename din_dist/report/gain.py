@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,27 @@ from din_dist.metrics.ranking import auc, aucs_by_user
 from din_dist.tables.values import places_of
 
 _NUM_SAMPLES = 1000
+
+
+class Difference(NamedTuple):
+    """How much better one ranking of examples is than another.
+
+    Attributes:
+        metric: "GAUC", or "AUC" where no user has examples of both labels.
+        value: the metric of the one less that of the other.
+        low: bound of the 95 % interval, by resampling users; both metrics are of the same users.
+        high: likewise.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_certain(self) -> bool:
+        """True if the interval does not include 0."""
+        return self.low > 0 or self.high < 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +96,7 @@ def gains(
             other = logits_with(with_permuted_times(store, random), owner)
         else:
             other = logits_with(permuted(store, name, _order(store, examples, owner, random)), owner)
-        yield Gain(name, str(owner), *_difference(logits, other, labels, users, seed))
+        yield Gain(name, str(owner), *difference(logits, other, labels, users, seed))
 
 
 def permuted(store: EventStore, name: str, order: np.ndarray) -> EventStore:
@@ -128,20 +150,34 @@ def _order(store: EventStore, examples: Examples, owner: Owner, random: np.rando
     return order
 
 
-def _difference(
-    ours: np.ndarray, others: np.ndarray, labels: np.ndarray, users: np.ndarray, seed: int
-) -> tuple[str, float, float, float]:
-    """Returns the metric's name, its value for `ours` less that for `others`, and the bounds of the interval."""
+def difference(
+    ours: np.ndarray,
+    others: np.ndarray,
+    labels: np.ndarray,
+    users: np.ndarray,
+    seed: int,
+    num_samples: int = _NUM_SAMPLES,
+) -> Difference:
+    """Compares two rankings of the same examples.
+
+    Args:
+        ours: scores `[M]`.
+        others: scores `[M]`.
+        labels: `[M]` in {0, 1}.
+        users: int `[M]`.
+        seed: of the bootstrap.
+        num_samples: the most samples of the bootstrap.
+    """
     (own, impressions), (other, _) = (aucs_by_user(scores, labels, users) for scores in (ours, others))
     counted = np.where(np.isnan(own), 0, impressions)
-    num_samples = affordable_samples(_NUM_SAMPLES, len(counted))
     if counted.any():
         weighted = np.where(counted, own - other, 0) * counted
-        low, high = intervals_of_sums({"gain": (weighted, counted)}, num_samples, seed)["gain"]
-        return "GAUC", float(weighted.sum() / counted.sum()), low, high
+        affordable = affordable_samples(num_samples, len(counted))
+        low, high = intervals_of_sums({"gain": (weighted, counted)}, affordable, seed)["gain"]
+        return Difference("GAUC", float(weighted.sum() / counted.sum()), low, high)
     found, user_of = np.unique(users, return_inverse=True)
     areas = [WeightedAuc(scores, labels, user_of) for scores in (ours, others)]
-    num_samples = affordable_samples(_NUM_SAMPLES, len(labels))
-    ((low, high),) = intervals(lambda weights: areas[0](weights) - areas[1](weights), len(found), num_samples, seed)
+    affordable = affordable_samples(num_samples, len(labels))
+    ((low, high),) = intervals(lambda weights: areas[0](weights) - areas[1](weights), len(found), affordable, seed)
     value = auc(ours, labels) - auc(others, labels)
-    return "AUC", value if math.isfinite(value) else math.nan, float(low), float(high)
+    return Difference("AUC", value if math.isfinite(value) else math.nan, float(low), float(high))

@@ -157,8 +157,12 @@ def timeline(lines: Sequence[Line]) -> Timeline:
     return found
 
 
-def read_job(folder: Path) -> JobRecord:
+def read_job(folder: Path, flag: str = "output_dir") -> JobRecord:
     """Reads the records in `folder`. Files may be missing, and the last line may be cut if the job was killed.
+
+    Args:
+        folder: of the job.
+        flag: the name of the flag that gave the folder, for errors.
 
     Raises:
         InputError: the folder is not that of a job.
@@ -166,7 +170,7 @@ def read_job(folder: Path) -> JobRecord:
     log, flags = folder / "metrics.jsonl", folder / "flags.txt"
     if not log.is_file() and not flags.is_file():
         raise InputError(
-            f"--output_dir: must be the folder of a training job. Received: {folder}, which has neither flags.txt nor "
+            f"--{flag}: must be the folder of a training job. Received: {folder}, which has neither flags.txt nor "
             "metrics.jsonl. Give the --output_dir that the job was given."
         )
     lines, num_unreadable = _read_lines(log)

@@ -20,26 +20,17 @@ import jinja2
 from markupsafe import Markup
 
 from din_dist import __version__
-from din_dist.config import (
-    AttentionKind,
-    AttentionNormalization,
-    BatchNorm,
-    Config,
-    HistoryCut,
-    ModelKind,
-    OptimizerKind,
-    Schedule,
-    Softmax,
-    Split,
-)
+from din_dist.config import AttentionNormalization, Config
 from din_dist.files import read_text
 from din_dist.report import charts
 from din_dist.report.attention import Averages, ShownExample
 from din_dist.report.charts import Mark, Series
+from din_dist.report.comparison import Comparison, differing_settings
 from din_dist.report.gain import Gain
 from din_dist.report.job import JobRecord, Status, duration, number, timeline
+from din_dist.report.retrieval import Retrieval
 from din_dist.report.scoring import Evaluation, SliceTable
-from din_dist.schema import DatasetFacts
+from din_dist.report.settings_table import Data, settings_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST = 80  # characters of an id or a name that are shown
@@ -52,33 +43,6 @@ _STATUS = {
     Status.BROKEN_OFF: "Its records have no end, and no process of this machine runs in the folder. "
     "The same command resumes from the last checkpoint, if there is one.",
 }
-_MODEL_NAMES = {  # another model is called by its name in the flags
-    ModelKind.DIN: "Deep Interest Network",
-    ModelKind.MEAN_POOLING: "mean pooling of the history (no attention)",
-    ModelKind.YOUTUBE_DNN: "YouTube DNN, which finds items",
-    ModelKind.COMIREC_SA: "ComiRec with self-attention, which finds items",
-    ModelKind.COMIREC_DR: "ComiRec with dynamic routing, which finds items",
-    ModelKind.MIND: "MIND, which finds items",
-    ModelKind.SR_GNN: "SR-GNN, which finds items",
-}
-_CUTS = {
-    HistoryCut.RANDOM: "each epoch draws anew where history ends and target begins",
-    HistoryCut.FIXED: "the later events of training, all with the history of the first 80 % of them",
-}
-_SPLITS = {
-    Split.LEAVE_ONE_OUT: "each user's last event tests, the rest trains",
-    Split.LEAVE_TWO_OUT: "each user's last event tests, the last but one validates",
-    Split.TEMPORAL: "cut by time",
-    Split.USERS: "8 of 10 users train, one validates, one tests by the last fifth of the events",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Facts about the data, and the number of examples in each split."""
-
-    facts: DatasetFacts
-    num_examples: Mapping[str, int]
 
 
 @dataclasses.dataclass
@@ -93,6 +57,8 @@ class Findings:
     shown: Sequence[ShownExample] = ()
     averages: Sequence[Averages] = ()
     gains: Sequence[Gain] = ()
+    retrieval: Retrieval | None = None
+    comparison: Comparison | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -121,8 +87,10 @@ def render(findings: Findings, now: float | None = None) -> str:
         findings=findings,
         record=record,
         verdict=_verdict(evaluation) if evaluation else "",
+        retrieval_verdict=_retrieval_verdict(findings.retrieval) if findings.retrieval else "",
+        comparison=_comparison(findings) if findings.comparison else {},
         tiles=_tiles(findings),
-        settings=_settings(findings),
+        settings=settings_of(findings.record, findings.config, findings.data),
         curves=_curves(findings),
         rankings=_rankings(evaluation) if evaluation else {},
         tables=[_slice_rows(table) for table in evaluation.tables] if evaluation else [],
@@ -137,6 +105,7 @@ def render(findings: Findings, now: float | None = None) -> str:
         weight=functools.partial(_weight, shares=shares),
         ranking_name=_ranking_name,
         duration=duration,
+        interval=_interval,
     )
 
 
@@ -155,9 +124,60 @@ def _verdict(found: Evaluation) -> str:
     gain = ours - getattr(best, metric)
     text = f"On {found.num_examples:,} {found.split} examples the model reaches {metric.upper()} {ours:.4f}"
     floor = f"{_ranking_name(best.name)} ({getattr(best, metric):.4f})"
+    chance = "" if found.gain.is_certain else ", which may be chance"
+    between = f"95 % interval of the difference {_interval(found.gain)}{chance}"
     if gain >= 0:
-        return f"{text}, {gain:.4f} above the best floor, {floor}."
-    return f"{text}, {-gain:.4f} below the best floor, {floor}: it has not learned enough yet to be useful."
+        return f"{text}, {gain:.4f} above the best floor, {floor}; {between}."
+    return f"{text}, {-gain:.4f} below the best floor, {floor}: it has not learned enough yet to be useful; {between}."
+
+
+def _interval(gain: Any) -> str:
+    return f"{gain.low:+.4f} to {gain.high:+.4f}"
+
+
+def _retrieval_verdict(found: Retrieval) -> str:
+    """Says at which lengths of a list popularity finds more, or as much, as the model."""
+    worse = [row.k for row in found.rows if row.high < 0]
+    level = [row.k for row in found.rows if row.low <= 0 <= row.high]
+    parts = []
+    if worse:
+        parts.append(f"popularity finds more than the model among the first {_numbers(worse)}")
+    if level:
+        parts.append(f"among the first {_numbers(level)} the two cannot be told apart")
+    if not parts:
+        return "The model finds more than popularity at every length."
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _numbers(values: Sequence[int]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _comparison(findings: Findings) -> dict[str, Any]:
+    """Returns what the page shows of the other job."""
+    found = findings.comparison
+    assert found is not None
+    name = found.record.folder.absolute().name
+    verdict = found.problem
+    if gain := found.gain:
+        how = "above" if gain.value >= 0 else "below"
+        chance = "" if gain.is_certain else ", which may be chance"
+        verdict = (
+            f"On the same examples, this job's {gain.metric} is {abs(gain.value):.4f} {how} that of {name} "
+            f"(update {found.step:,}); 95 % interval of the difference {_interval(gain)}{chance}."
+        )
+    lines = [
+        ("this job", findings.record.curve("validation"), "gauc"),
+        (name, found.record.curve("validation"), "gauc"),
+    ]
+    return {
+        "name": name,
+        "verdict": verdict,
+        "settings": differing_settings(findings.record.flags or "", found.record.flags or ""),
+        "curve": _curve("GAUC on validation", "area under the curve", lines, "Both jobs, each over its own updates."),
+    }
 
 
 def _main_metric(found: Evaluation) -> str:
@@ -210,100 +230,6 @@ def _mean_speed(record: JobRecord) -> float | None:
 
 def _last(record: JobRecord, name: str) -> float | None:
     return next((value for line in reversed(record.lines) if (value := number(line, name)) is not None), None)
-
-
-def _settings(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Returns headings, each with rows of a name and a value."""
-    config, data, summary = findings.config, findings.data, findings.record.summary or {}
-    if config is None:
-        return []
-    kind, _, category = config.data.dataset.partition("/")
-    rows = [("Data set", config.data.data_path if kind == "event_log" else " / ".join(filter(None, [kind, category])))]
-    if data:
-        facts = data.facts
-        rows += [
-            ("Holds", f"{facts.num_users:,} users, {facts.num_items:,} items, {facts.num_events:,} events"),
-            ("Labels", "in the log" if facts.has_labels else "every event is a positive, negatives are drawn"),
-            ("Examples", ", ".join(f"{count:,} {name}" for name, count in data.num_examples.items() if count)),
-        ]
-    rows.append(("Split", f"{config.data.split}: {_SPLITS[config.data.split]}"))
-    ends = f", which end {data.facts.histories_end}" if data else ""
-    behaviours = f"behaviours of {config.data.behaviours_path}" if config.data.behaviours_path else "events"
-    rows.append(("History", f"{_lengths(config)} {behaviours}{ends}"))
-    if cut := _CUTS.get(config.data.history_cut):
-        rows.append(("Examples of a user", cut))
-    if not data or not data.facts.has_labels:
-        redrawn = ", redrawn each epoch" if config.data.resample_negatives else ""
-        drawn = f"{config.data.negatives_per_positive} per positive{redrawn}; "
-        held_out = config.data.evaluation_negatives_per_positive
-        rows.append(("Negatives", f"{'' if config.model.model.retrieves else drawn}{held_out} in evaluation"))
-    return [("Data", rows), ("Model", _model_rows(config, summary)), ("Training", _training_rows(findings, config))]
-
-
-def _lengths(config: Config) -> str:
-    """Returns how long histories may be, in words."""
-    named = []
-    for history in config.data.named_histories:
-        whose = f" of the candidate's {history.feature}" if history.feature else ""
-        named.append(f"{history.name} up to {history.longest:,}{whose}")
-    return ", ".join(named) or f"up to {config.data.max_history_length:,}"
-
-
-def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model, is_din = config.model, config.model.model is ModelKind.DIN
-    rows = [("Kind", _MODEL_NAMES.get(model.model, str(model.model)))]
-    rows.append(("Embeddings", " + ".join(map(str, model.embedding_dim))))
-    if is_din and model.attention is AttentionKind.DOT:
-        rows.append(("Attention", "product of candidate and behaviour, softmax over the history"))
-    elif is_din:
-        units = "–".join(map(str, model.attention_hidden_units))
-        softmax = "softmax over the history" if model.attention_normalization == "softmax" else "no normalisation"
-        rows.append(("Attention", f"hidden units {units}, {softmax}"))
-    if model.model.retrieves:
-        against = f"{model.num_sampled:,} items, drawn {model.sampler}"
-        rows.append(("Softmax", f"over {against if model.softmax is Softmax.SAMPLED else 'all items'}"))
-        if model.example_age:
-            rows.append(("Age of an example", "told to the tower in training, 0 otherwise"))
-        if model.model.has_positions:
-            rows.append(("Interests", f"{model.num_interests} of a user"))
-    else:
-        rows.append(("Head", f"hidden units {'–'.join(map(str, model.hidden_units))}, {model.activation}"))
-        synced = model.batch_norm is BatchNorm.SYNCED
-        rows.append(("Batch norm", "over the whole global batch" if synced else "frozen, as the authors' code ran"))
-        rows.append(("Dropout", f"{model.dropout:g}"))
-    parameters = number(dict(summary), "num_parameters")
-    return [*rows, ("Parameters", f"{parameters:,.0f}")] if parameters else rows
-
-
-def _training_rows(findings: Findings, config: Config) -> list[tuple[str, str]]:
-    optimizer, job, record = config.optimizer, config.job, findings.record
-    plain = optimizer.learning_rate_schedule is Schedule.CONSTANT
-    schedule = (
-        "constant" if plain else f"{optimizer.learning_rate_schedule}, {optimizer.warmup_steps:,} steps of warm-up"
-    )
-    if optimizer.learning_rate_schedule is Schedule.STEP:
-        schedule = f"times {optimizer.learning_rate_decay:g} every {optimizer.learning_rate_decay_steps:,} steps"
-    name = str(optimizer.optimizer)
-    if optimizer.optimizer is OptimizerKind.ADAGRAD and optimizer.adagrad_row_wise:
-        name += ", row-wise"
-    rows = [("Optimizer", name), ("Learning rate", f"{optimizer.learning_rate:g}, {schedule}")]
-    strengths = {
-        "clip norm": optimizer.clip_norm,
-        "L2": optimizer.l2,
-        "embedding L2": optimizer.embedding_l2,
-        "mini-batch aware L2": optimizer.mini_batch_aware_l2,
-    }
-    rows.append(("Regularisation", ", ".join(f"{k} {v:g}" for k, v in strengths.items() if v) or "none"))
-    rows.append(("Global batch", f"{job.global_batch_size:,} examples"))
-    epochs = number(record.summary or {}, "epochs")
-    done = len(record.curve("epoch")) if epochs is None else int(epochs)
-    limit = f", at most {job.max_steps:,} updates" if job.max_steps else ""
-    rows.append(("Epochs", f"{done} of {job.epochs} complete{limit}"))
-    rows.append(("Seed", str(job.seed)))
-    versions = (record.summary or {}).get("versions")
-    if isinstance(versions, dict):
-        rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    return rows
 
 
 def _curves(findings: Findings) -> list[dict[str, Any]]:
@@ -378,12 +304,13 @@ def _slice_rows(table: SliceTable) -> dict[str, Any]:
     values = [value for part in table.slices for value in part.values.values()]
     low, high = _bounds(values)
     rows = []
-    for part in table.slices:
+    for part, over in zip(table.slices, table.gains, strict=True):
         named = {_ranking_name(name): value for name, value in part.values.items()}
         ours, *others = part.values.values()
         best = max((value for value in others if not math.isnan(value)), default=math.nan)
         label = f"{part.name}: model {_score(ours)}, best floor {_score(best)}"
-        rows.append({"part": part, "ours": ours, "gain": ours - best, "track": charts.track(named, low, high, label)})
+        track = charts.track(named, low, high, label, worse=over.high < 0)
+        rows.append({"part": part, "ours": ours, "gain": over, "track": track})
     mixed = len({part.metric for part in table.slices}) > 1
     return {"table": table, "rows": rows, "axis": charts.track_axis(low, high), "mixed": mixed}
 

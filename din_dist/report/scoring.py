@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -19,9 +19,12 @@ from din_dist.layers.packed import split_histories
 from din_dist.metrics.bins import equal_mass_bins
 from din_dist.metrics.calibration import Calibration, calibration
 from din_dist.metrics.ranking import auc, gauc, log_loss
-from din_dist.metrics.slices import Slice, largest_parts, range_names, slices
+from din_dist.metrics.slices import Slice, largest_parts, metrics_of, range_names, slices
 from din_dist.models.behaviour_model import BehaviourModel
+from din_dist.report.gain import Difference, difference
 from din_dist.schema import Batch
+
+_SLICE_SAMPLES = 300  # of the bootstrap, for the gain on a slice
 
 MODEL = "model"  # the model's name among the rankings; the others are floors
 _HISTORY_BINS, _POPULARITY_BINS, _LARGEST_CATEGORIES = 8, 10, 12
@@ -90,16 +93,27 @@ class LabelMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class SliceTable:
-    """The slices of the examples by one property."""
+    """The slices of the examples by one property.
+
+    Attributes:
+        title: the property.
+        unit: of its values.
+        slices: the metrics of each.
+        gains: of each slice, that of the model over the best floor there; NaN where nothing can be ranked.
+    """
 
     title: str
     unit: str
     slices: list[Slice]
+    gains: list[Difference]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The results on a split. `num_in_split` also counts examples that were left out to save time."""
+    """The results on a split.
+
+    `num_in_split` also counts examples that were left out to save time. `gain` is that over the best floor.
+    """
 
     split: str
     num_in_split: int
@@ -108,6 +122,7 @@ class Evaluation:
     num_users: int
     num_users_skipped: int
     rankings: list[Ranking]  # the model's first
+    gain: Difference
     log_loss: float
     calibration: Calibration
     corrected: tuple[float, Calibration] | None  # log loss and calibration, corrected for the number of negatives
@@ -156,7 +171,13 @@ def score(evaluator: Evaluator, split: str, examples: Examples, model: Behaviour
 
 
 def evaluate(
-    scored: ScoredExamples, store: EventStore, config: DataConfig, popularity: np.ndarray, split: str, num_in_split: int
+    scored: ScoredExamples,
+    store: EventStore,
+    config: DataConfig,
+    popularity: np.ndarray,
+    split: str,
+    num_in_split: int,
+    seed: int = 0,
 ) -> Evaluation:
     """Computes the results of a scored split.
 
@@ -167,6 +188,7 @@ def evaluate(
         popularity: `[num_items + 1]`, the positive training events of each item.
         split: its name.
         num_in_split: the number of examples before some were left out.
+        seed: of the bootstrap.
     """
     by_user = gauc(scored.rankings[MODEL], scored.labels, scored.users)
     rankings = [
@@ -174,13 +196,18 @@ def evaluate(
         for name, scores in scored.rankings.items()
     ]
     tables = [
-        _by_range(scored, scored.history_lengths, _HISTORY_BINS, "history length", "Events"),
+        _by_range(scored, scored.history_lengths, _HISTORY_BINS, "history length", "Events", seed),
         _by_range(
-            scored, scored.by_row(popularity[scored.candidates]), _POPULARITY_BINS, "item popularity", "Training events"
+            scored,
+            scored.by_row(popularity[scored.candidates]),
+            _POPULARITY_BINS,
+            "item popularity",
+            "Training events",
+            seed,
         ),
-        *(_by_feature(scored, store, name) for name in store.item_features),
+        *(_by_feature(scored, store, name, seed) for name in store.item_features),
         *(
-            _by_declared(scored, store, name)
+            _by_declared(scored, store, name, seed)
             for name, feature in store.features.items()
             if feature.encoding.spec.owner is not Owner.HISTORY
         ),
@@ -193,6 +220,7 @@ def evaluate(
         num_users=by_user.num_users,
         num_users_skipped=by_user.num_users_skipped,
         rankings=rankings,
+        gain=_gain(scored, np.arange(len(scored.labels)), seed, samples=1000),
         log_loss=log_loss(scored.rankings[MODEL], scored.labels),
         calibration=calibration(probabilities(scored.rankings[MODEL]), scored.labels),
         corrected=_corrected(scored, config) if not store.facts.has_labels else None,
@@ -225,22 +253,43 @@ def _corrected(scored: ScoredExamples, config: DataConfig) -> tuple[float, Calib
     return log_loss(logits, scored.labels), calibration(probabilities(logits), scored.labels)
 
 
-def _by_range(scored: ScoredExamples, values: np.ndarray, num_bins: int, title: str, unit: str) -> SliceTable:
+def _gain(scored: ScoredExamples, here: np.ndarray, seed: int, samples: int) -> Difference:
+    """Returns the gain over the best floor on the examples `here`."""
+    labels, users = scored.labels[here], scored.users[here]
+    rankings = {name: scores[here] for name, scores in scored.rankings.items()}
+    metric, values = metrics_of(rankings, labels, users)
+    floors = {name: value for name, value in values.items() if name != MODEL and not math.isnan(value)}
+    if not floors or math.isnan(values[MODEL]):
+        return Difference(metric, math.nan, math.nan, math.nan)
+    best = max(floors, key=lambda name: floors[name])
+    return difference(rankings[MODEL], rankings[best], labels, users, seed, samples)
+
+
+def _table(
+    scored: ScoredExamples, title: str, unit: str, part_of: np.ndarray, names: Sequence[str], seed: int
+) -> SliceTable:
+    """Returns the slices of the examples whose part is `part_of` `[M]`, an index in `names`."""
+    found = slices(scored.rankings, scored.labels, scored.users, part_of, names)
+    parts = [here for part in range(len(names)) if len(here := np.flatnonzero(part_of == part))]
+    return SliceTable(title, unit, found, [_gain(scored, here, seed, _SLICE_SAMPLES) for here in parts])
+
+
+def _by_range(
+    scored: ScoredExamples, values: np.ndarray, num_bins: int, title: str, unit: str, seed: int
+) -> SliceTable:
     part_of = equal_mass_bins(values, num_bins)
-    names = range_names(values, part_of)
-    return SliceTable(title, unit, slices(scored.rankings, scored.labels, scored.users, part_of, names))
+    return _table(scored, title, unit, part_of, range_names(values, part_of), seed)
 
 
-def _by_feature(scored: ScoredExamples, store: EventStore, feature: str) -> SliceTable:
+def _by_feature(scored: ScoredExamples, store: EventStore, feature: str, seed: int) -> SliceTable:
     values = scored.by_row(store.item_features[feature][scored.candidates])
     kept, part_of = largest_parts(values, _LARGEST_CATEGORIES)
     names = [*store.own_ids(vocabulary_of(feature), kept), "all others"]
-    return SliceTable(feature, "", slices(scored.rankings, scored.labels, scored.users, part_of, names))
+    return _table(scored, feature, "", part_of, names, seed)
 
 
-def _by_declared(scored: ScoredExamples, store: EventStore, feature: str) -> SliceTable:
+def _by_declared(scored: ScoredExamples, store: EventStore, feature: str, seed: int) -> SliceTable:
     if scored.examples is None:
         raise ValueError(f"examples: must be given to slice by {feature}. Received: None.")
     parts = parts_of(store, scored.examples, feature)
-    found = slices(scored.rankings, scored.labels, scored.users, parts.part_of, parts.names)
-    return SliceTable(feature, parts.unit, found)
+    return _table(scored, feature, parts.unit, parts.part_of, parts.names, seed)

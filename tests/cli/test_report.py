@@ -135,6 +135,7 @@ def test_a_finished_job(job: Path, finished: str) -> None:
         "Examples per second over time",
         "Where the time went",
         "Confidently wrong",
+        "Finding the item among all",
         "150 users, 30 items",
     ):
         assert words in text, words
@@ -205,8 +206,35 @@ def test_fewer_examples(copy: Path, page_of: Callable[..., str]) -> None:
     assert int(scored) <= 100 < int(whole)
 
 
+def test_another_job_beside_it(
+    job: Path, copy: Path, page_of: Callable[..., str], commands: Preloaded, tmp_path: Path
+) -> None:
+    """A job that began the same and stopped earlier, scored on the same examples; one on another log is not scored."""
+    earlier = shutil.copytree(copy, tmp_path / "earlier")
+    (earlier / "flags.txt").write_text((earlier / "flags.txt").read_text().replace("--epochs=2", "--epochs=1"))
+    text = text_of(page_of(copy, f"--compare={earlier}"))
+    assert "On the same examples, this job's GAUC is 0.0000 above that of earlier" in text
+    assert "interval of the difference +0.0000 to +0.0000, which may be chance" in text
+    assert "epochs 2 1" in text
+    (copy / "report.html").unlink()
+    flags = (earlier / "flags.txt").read_text()
+    (earlier / "flags.txt").write_text(flags.replace("--data_path=", "--data_path=nowhere/"))
+    text = text_of(page_of(copy, f"--compare={earlier}"))
+    assert "the data must be prepared before. Received: nothing there." in text
+    other = tmp_path / "other"
+    other.mkdir()
+    write_log(other / "log.parquet", num_users=20)
+    done = commands.run("prepare_data", *command("prepare_data", other, "--split=leave_two_out")[3:])
+    assert done.returncode == 0, done.stderr
+    (copy / "report.html").unlink()
+    (earlier / "flags.txt").write_text(flags.replace(str(job.parent), str(other)))
+    text = text_of(page_of(copy, f"--compare={earlier}"))
+    assert "--compare: must be a job on the same prepared data. Received: another log or other features." in text
+
+
 def test_what_it_refuses(tmp_path: Path, job: Path, report: Report) -> None:
     assert_one_line(report(tmp_path), "--output_dir: must be the folder of a training job")
+    assert_one_line(report(job, f"--compare={tmp_path}"), "--compare: must be the folder of a training job")
     assert_one_line(report(job, "--report_max_examples=0"), "--report_max_examples: must be at least 1. Received: 0")
     blocked = tmp_path / "missing" / "report.html"
     done = report(job, f"--report_path={blocked}", "--report_max_examples=10")

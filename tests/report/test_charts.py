@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from xml.etree import ElementTree
 
@@ -43,6 +44,37 @@ def test_a_line_breaks_where_there_is_no_number() -> None:
     assert root.get("aria-label") == "t"
 
 
+def test_a_point_without_neighbours_is_seen() -> None:
+    """A line through it alone shows nothing."""
+    values = [1.0, math.nan, 2.0, 3.0]
+    chart = charts.line_chart([Series("s", [1, 2, 3, 4], values)], title="t", x_label="x", y_label="y")
+    classes = [dot.get("class", "").split()[0] for dot in ElementTree.fromstring(chart).iter("circle")]
+    assert classes == ["dot", "hit", "hit"]
+
+
+def test_marks_do_not_cover_each_other() -> None:
+    """Those that lie near have one label; each has its line and its words."""
+    series = [Series("s", [0, 1000], [1.0, 2.0])]
+    marks = [Mark(x, str(number), f"event {number}") for number, x in enumerate((100, 105, 110, 500, 1000), 1)]
+    chart = charts.line_chart(series, title="t", x_label="x", y_label="y", marks=marks)
+    groups = [each for each in ElementTree.fromstring(chart).iter("g") if each.get("class") == "mark"]
+    assert [group.findtext("text") for group in groups] == ["1–3", "4", "5"]
+    assert [len(group.findall("line")) for group in groups] == [3, 1, 1]
+    assert groups[0].findtext("title") == "event 1\nevent 2\nevent 3"
+    boxes = [(float(box.get("x", 0)), float(box.get("width", 0))) for group in groups for box in group.iter("rect")]
+    assert all(x + width < following for (x, width), (following, _) in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("distance", [1, 5, 15, 25, 40, 60])
+def test_many_marks_at_any_distance_do_not_cover_each_other(distance: int) -> None:
+    marks = [Mark(number * distance, str(number), "") for number in range(1, 16)]
+    series = [Series("s", [0, 1000], [1.0, 2.0])]
+    chart = charts.line_chart(series, title="t", x_label="x", y_label="y", marks=marks)
+    boxes = [box for group in ElementTree.fromstring(chart).iter("g") for box in group.iter("rect")]
+    spans = [(float(box.get("x", 0)), float(box.get("x", 0)) + float(box.get("width", 0))) for box in boxes]
+    assert all(end <= begin + 1e-6 for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
 def test_nothing_to_draw_is_no_chart() -> None:
     assert charts.line_chart([Series("s", [1], [math.nan])], title="t", x_label="x", y_label="y") == ""
 
@@ -63,7 +95,7 @@ def test_a_track_in_percent() -> None:
     assert [shape.get("x") for shape in root.findall("svg")] == ["20.00%", "50.00%"]
     (gain,) = [line for line in root.iter("line") if line.get("class") == "gain"]
     assert (gain.get("x1"), gain.get("x2")) == ("20.00%", "50.00%")
-    worse = ElementTree.fromstring(charts.track({"model": 0.6, "a": 0.75}, 0.5, 1.0, "title"))
+    worse = ElementTree.fromstring(charts.track({"model": 0.6, "a": 0.75}, 0.5, 1.0, "title", worse=True))
     assert [line.get("class") for line in worse.iter("line")] == ["rail", "gain worse"]
 
 

@@ -15,10 +15,13 @@ from din_dist.config import Config, ModelConfig, ModelKind
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.slices import Slice
 from din_dist.report.attention import Averages, Behaviour, ShownExample
-from din_dist.report.gain import Gain
+from din_dist.report.comparison import Comparison
+from din_dist.report.gain import Difference, Gain
 from din_dist.report.job import JobRecord, Status
-from din_dist.report.page import Data, Findings, render
+from din_dist.report.page import Findings, render
+from din_dist.report.retrieval import FoundAt, Retrieval
 from din_dist.report.scoring import Evaluation, Ranking, SliceTable
+from din_dist.report.settings_table import Data
 from din_dist.schema import DatasetFacts
 
 RECORD = JobRecord(Path("runs/a<b"), [], 0, "--epochs=1", None, Status.FINISHED)
@@ -30,11 +33,19 @@ EVALUATION = Evaluation(
     num_positives=1,
     num_users=2,
     num_users_skipped=1,
+    gain=Difference("GAUC", 0.05, 0.02, 0.08),
     rankings=[Ranking("model", 0.7, 0.8), Ranking("popularity", 0.6, 0.9), Ranking("brand_repeat", 0.65, 0.5)],
     log_loss=0.4,
     calibration=calibration(np.array([0.2, 0.2, 0.9, 0.9]), np.array([0, 0, 1, 0])),
     corrected=None,
-    tables=[SliceTable("history length", "Events", [Slice("1–3", 4, 1, "GAUC", {"model": 0.7, "popularity": 0.6})])],
+    tables=[
+        SliceTable(
+            "history length",
+            "Events",
+            [Slice("1–3", 4, 1, "GAUC", {"model": 0.7, "popularity": 0.6})],
+            [Difference("GAUC", 0.1, 0.05, 0.15)],
+        )
+    ],
 )
 
 
@@ -59,6 +70,7 @@ def test_the_verdict_compares_with_the_best_floor() -> None:
         "On 4 test examples the model reaches GAUC 0.7000, 0.0500 above the best floor, repeats of brand (0.6500)"
         in text
     )
+    assert "(0.6500); 95 % interval of the difference +0.0200 to +0.0800." in text
     assert "2 users count, 1 have examples of one label only" in text
     assert "base rate alone 0.5623, nats" in text  # -(1/4 ln 1/4 + 3/4 ln 3/4)
 
@@ -69,6 +81,64 @@ def test_without_gauc_auc_decides() -> None:
     text = text_of(found(evaluation=dataclasses.replace(EVALUATION, rankings=rankings)))
     assert "the model reaches AUC 0.8000, 0.1000 below the best floor, popularity (0.9000)" in text
     assert "no user has examples of both labels" in text
+
+
+def test_a_gain_that_may_be_chance_is_told_so() -> None:
+    unsure = dataclasses.replace(EVALUATION, gain=Difference("GAUC", 0.05, -0.01, 0.11))
+    text = text_of(found(evaluation=unsure))
+    assert "95 % interval of the difference -0.0100 to +0.1100, which may be chance." in text
+
+
+def test_only_what_is_certainly_worse_is_red() -> None:
+    """In the slices, the track as well as the number; among features; and among lists."""
+    gains = [Difference("GAUC", -0.05, -0.08, -0.02), Difference("GAUC", -0.05, -0.12, 0.02)]
+    slices = [Slice(name, 4, 1, "GAUC", {"model": 0.7, "popularity": 0.75}) for name in "ab"]
+    table = SliceTable("brand", "", slices, gains)
+    page = render(found(evaluation=dataclasses.replace(EVALUATION, tables=[table])), now=0)
+    assert page.count('class="gain worse"') == page.count('<td class="n worse">') == 1
+    assert 'title="95 % interval -0.1200 to +0.0200"' in page
+    features = [Gain(name, "user", "GAUC", -0.1, -0.2, high) for name, high in (("a", -0.1), ("b", 0.1))]
+    assert render(found(gains=features), now=0).count('<td class="n worse">') == 1
+    rows = [FoundAt(1, 0.1, 0.2, -0.2, -0.05), FoundAt(10, 0.1, 0.2, -0.2, 0.05)]
+    retrieval = Retrieval(4, 4, 9, 0.0, True, rows)
+    assert render(found(retrieval=retrieval), now=0).count('<td class="n worse">') == 1
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [
+        ([(-0.2, -0.1), (0.1, 0.2), (0.1, 0.2)], "Popularity finds more than the model among the first 1."),
+        (
+            [(-0.2, -0.1), (-0.2, -0.1), (-0.1, 0.2)],
+            "Popularity finds more than the model among the first 1 and 10; among the first 50 the two cannot be told "
+            "apart.",
+        ),
+        ([(-0.1, 0.1)] * 3, "Among the first 1, 10 and 50 the two cannot be told apart."),
+        ([(0.1, 0.2)] * 3, "The model finds more than popularity at every length."),
+    ],
+)
+def test_what_is_said_of_the_first_places(bounds: list[tuple[float, float]], verdict: str) -> None:
+    rows = [FoundAt(k, 0.25, 0.125, *each) for k, each in zip((1, 10, 50), bounds, strict=True)]
+    text = text_of(found(retrieval=Retrieval(4, 8, 9, 0.5, False, rows)))
+    assert verdict in text
+    assert "25.00 % 12.50 % +0.1250" in text
+    assert "4 of 8 events, each against all 9 items." in text
+    assert "are candidates too, because 50 % of the events are repeats" in text
+    assert "Finding the item among all" not in text_of(found())
+
+
+def test_another_job_beside_this_one() -> None:
+    theirs = dataclasses.replace(RECORD, folder=Path("runs/b<i>"), flags="--epochs=3\n--noresample\n--output_dir=x")
+    ours = dataclasses.replace(RECORD, flags="--epochs=1\n--resample\n--output_dir=y")
+    gain = Difference("GAUC", -0.02, -0.05, 0.01)
+    text = text_of(dataclasses.replace(found(), record=ours, comparison=Comparison(theirs, 1200, gain)))
+    assert (
+        "On the same examples, this job's GAUC is 0.0200 below that of b<i> (update 1,200); 95 % interval of the "
+        "difference -0.0500 to +0.0100, which may be chance."
+    ) in text
+    assert "Setting This job The other epochs 1 3 resample resample noresample" in text
+    other = Comparison(theirs, problem="--compare: must be a job on the same prepared data.")
+    assert "must be a job on the same prepared data." in text_of(found(comparison=other))
 
 
 def test_nothing_to_rank() -> None:
@@ -83,7 +153,8 @@ def test_a_slice_by_auc_is_marked() -> None:
         Slice("4", 2, 1, "AUC", {"model": 1.0, "popularity": 0.5}),
         Slice("5", 2, 0, "AUC", {"model": math.nan, "popularity": math.nan}),
     ]
-    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, tables=[SliceTable("brand", "", slices)])))
+    gains = [Difference("GAUC", -0.05, -0.1, 0.0), Difference("AUC", 0.5, 0.5, 0.5), Difference("AUC", *[math.nan] * 3)]
+    text = text_of(found(evaluation=dataclasses.replace(EVALUATION, tables=[SliceTable("brand", "", slices, gains)])))
     assert "1–3 4 popularity: 0.7500 model: 0.7000 0.7000 -0.050" in text
     assert "1.0000 * +0.500" in text
     assert "– * –" in text

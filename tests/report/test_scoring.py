@@ -17,8 +17,12 @@ from din_dist.data.splits import item_counts, split_examples
 from din_dist.data.thinning import thin_out
 from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.evaluator import Evaluator
+from din_dist.evaluation.request import EvaluationRequest
+from din_dist.evaluation.retrieval import ModelScorer
+from din_dist.evaluation.summary import rank_split
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.ranking import log_loss
+from din_dist.report import retrieval
 from din_dist.report.scoring import MODEL, ScoredExamples, evaluate, score
 from tests.support.small_log import small_config
 
@@ -65,6 +69,31 @@ def test_the_evaluation_is_the_evaluators(store_and_config) -> None:
         assert all(part.num_positives == part.num_examples / 2 for part in table.slices), table.title
     assert {part.name for part in found.tables[2].slices} <= {f"c{i}" for i in range(5)}
     assert found.base_log_loss == pytest.approx(math.log(2))
+    best = max(floor.gauc for floor in floors)
+    assert found.gain.value == pytest.approx(model_ranking.gauc - best, abs=1e-6)
+    for table in found.tables:
+        for part, gain in zip(table.slices, table.gains, strict=True):
+            ours, *others = part.values.values()
+            assert gain.value == pytest.approx(ours - max(others), abs=1e-6)
+            assert gain.low - 1e-9 <= gain.value <= gain.high + 1e-9
+
+
+def test_the_first_places_are_those_of_evaluate(store_and_config) -> None:
+    store, config = store_and_config
+    splits = split_examples(store, config.data)
+    model = assembly.make_model(config.model, store.facts, store.item_features, seed=1)
+    scorer = ModelScorer(model, store.facts.num_candidates, store)
+    found = retrieval.find(store, splits["test"], config, item_counts(store, splits), scorer)
+    assert found is not None
+    asked = EvaluationRequest("test", 0, found.excludes_history, retrieval.KS[:2], None, 0)
+    expected = rank_split(asked, config, store, splits, scorer, Runtime(), lambda _: None)
+    assert [row.k for row in found.rows] == [1, 10]  # of 30 items
+    for row in found.rows:
+        assert row.ours == pytest.approx(expected["metrics"][f"recall@{row.k}"])
+        assert row.popularity == pytest.approx(expected["floors"]["popularity"][f"recall@{row.k}"])
+        assert row.low <= row.gain <= row.high
+    assert found.num_events == expected["num_events"]
+    assert found.repeats == pytest.approx(expected["num_events_of_repeats"] / expected["num_events"])
 
 
 def test_drawn_negatives_go_with_their_event() -> None:
