@@ -316,7 +316,7 @@ def _wrong(manifest: Manifest) -> str:
             return f"another kind of {name}"
     for name in ("max_history_length", "num_items", "embedding_width", "step", "num_compared"):
         if not is_count(getattr(manifest, name)):
-            return f"a {name} of {shown(getattr(manifest, name))}"
+            return f"{name} of {shown(getattr(manifest, name))}"
     for kind in (manifest.item_id_type, *manifest.item_features.values()):
         if kind not in ("string", "integer"):
             return f"ids of type {shown(kind)}"

@@ -1,6 +1,6 @@
 """Makes manifests for tests, and checks that an export is refused whose manifest was changed.
 
-assert_refused({**fields_of(export), "step": -1}, tmp_path, "a step of -1")
+assert_refused({**fields_of(export), "step": -1}, tmp_path, "step of -1")
 """
 
 from __future__ import annotations
