@@ -8,6 +8,7 @@ to stderr and, as the last line on stdout, the same numbers as JSON. It writes n
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from din_dist.evaluation.retrieval import CandidateScorer
     from din_dist.serving.bundle import Bundle
 
+_KS = "must be whole numbers, comma-separated"
 _OVERRIDES = (*WHERE_DATA_LIES, "evaluation_negatives_per_positive", "evaluation_batch_size")
 
 with theme("what to evaluate"):
@@ -237,10 +239,13 @@ def _asked() -> EvaluationRequest:
     against: int | None = {ALL: 0, NONE: None}.get(values.rank_against, -1)
     if against == -1:
         remedy = f"Give {ALL}, {NONE} or a number of items, for example 100."
-        against = _whole_number(values.rank_against, "rank_against", remedy)
+        against = _whole_number(values.rank_against, "rank_against", f"must be {ALL}, {NONE} or a whole number", remedy)
     most: int | None = {ALL: 2**62, AUTO: None}.get(values.max_events, -1)
     if most == -1:
-        most = _whole_number(values.max_events, "max_events", f"Give {ALL}, {AUTO} or a number, for example 1000.")
+        rule = f"must be {ALL}, {AUTO} or a whole number"
+        most = _whole_number(
+            values.max_events, "max_events", rule, f"Give {ALL}, {AUTO} or a number, for example 1000."
+        )
     step: int = values.checkpoint_step
     require(step >= 0, "must be at least 0", "checkpoint_step", step, "For example 1000.")
     alone = not (values.export_dir and step)
@@ -251,7 +256,7 @@ def _asked() -> EvaluationRequest:
         evaluation_split=values.evaluation_split,
         rank_against=against,
         exclude_history=values.exclude_history,
-        ks=tuple(sorted({_whole_number(text, "ks", "For example 1,5,10,20.") for text in values.ks})),
+        ks=tuple(sorted({_whole_number(text, "ks", _KS, "For example 1,5,10,20.") for text in values.ks})),
         max_events=most,
         bootstrap_samples=values.bootstrap_samples,
         by_default=not values["ks"].present,
@@ -262,8 +267,10 @@ def _asked() -> EvaluationRequest:
     )
 
 
-def _whole_number(text: str, name: str, remedy: str) -> int:
-    number = int(text) if text.strip().isdecimal() else 0
+def _whole_number(text: str, name: str, rule: str, remedy: str) -> int:
+    is_number = re.fullmatch(r"\s*-?\d+\s*", text) is not None
+    require(is_number, rule, name, text, remedy)
+    number = int(text)
     require(number >= 1, "must be at least 1", name, text, remedy)
     return number
 
