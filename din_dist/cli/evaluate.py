@@ -25,10 +25,11 @@ from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
 from din_dist.evaluation.request import ALL, AUTO, EVENTS, HITS, NONE, TARGETS, USERS, EvaluationRequest
 from din_dist.evaluation.table import table
-from din_dist.files import write_text
+from din_dist.files import source_path, write_text
 from din_dist.schema import Batch
 from din_dist.serving.asked import NUM_RETRIEVED
 from din_dist.serving.manifest import DIGEST_HELP
+from din_dist.serving.store_exports import local_export
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -47,7 +48,13 @@ with theme("what to evaluate"):
     flags.DEFINE_integer(
         "checkpoint_step", 0, "The update whose weights are evaluated. Default: the best by validation, or the newest."
     )
-    define_path("export_dir", "", "Evaluate this export instead of a checkpoint, on its own job's data. Default: none.")
+    define_path(
+        "export_dir",
+        "",
+        "Evaluate this export, on this machine or in a store, instead of a checkpoint, on its own job's data. Default: "
+        "none.",
+        parse=source_path,
+    )
     flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
     flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
     flags.DEFINE_list(
@@ -128,7 +135,7 @@ def main() -> None:
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     with runtime.together():
-        config, bundle = _settings(given, Path(values.export_dir) if values.export_dir else None)
+        config, bundle = _settings(given, _export_dir())
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
         _check_data(bundle, store)
@@ -295,6 +302,12 @@ def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bu
             f"other settings: {'; '.join(found)}. Drop --output_dir, or name that of its job."
         )
     return given, bundle
+
+
+def _export_dir() -> Path | None:
+    """Returns the folder of the export on this machine; None without --export_dir."""
+    source, digest = flags.FLAGS.export_dir, flags.FLAGS.expect_digest
+    return local_export(source, digest) if source else None
 
 
 def _check_data(bundle: Bundle | None, store: EventStore) -> None:

@@ -18,8 +18,9 @@ from din_dist.cli.help import theme
 from din_dist.cli.saved_job import config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
-from din_dist.files import write_text
+from din_dist.files import source_path, write_text
 from din_dist.report.job import JobRecord, Status, read_job
+from din_dist.tables.storage import RemoteFile, file_of, write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 
 with theme("report"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
-    REPORT_PATH = define_path("report_path", "", "File of the report. Default: report.html in --output_dir.")
+    REPORT_PATH = define_path(
+        "report_path",
+        "",
+        "File of the report, on this machine or in a store (s3://, gs://, abfs://, hdfs://). Default: report.html in "
+        "--output_dir.",
+        parse=source_path,
+    )
     MAX_EXAMPLES = flags.DEFINE_integer(
         "report_max_examples",
         200_000,
@@ -51,10 +58,13 @@ def main() -> None:
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     from din_dist.report.page import render
 
-    path = Path(REPORT_PATH.value or folder / "report.html")
+    path = file_of(REPORT_PATH.value or str(folder / "report.html"))
     page = render(_find(record, most))
     try:
-        write_text(path, page)
+        if isinstance(path, RemoteFile):
+            write(path, page.encode("utf-8", errors="surrogateescape"))
+        else:
+            write_text(path, page)
     except OSError as error:
         raise InputError(
             f"--report_path: must be a file that can be written. Received: {path}, {error.strerror}. Name another one."

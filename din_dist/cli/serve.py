@@ -34,7 +34,7 @@ define_settings(ServeConfig)
 def main() -> None:
     """Loads the export and serves it until a signal comes."""
     config = ServeConfig(**settings_from_flags(ServeConfig))
-    folder, version = find_export(Path(config.export_dir))
+    folder, version = find_export(config.export_dir, config.expect_digest)
     manifest = read_manifest(folder, config.expect_digest)
     from din_dist.serving.http.listener import listen
 

@@ -19,6 +19,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from din_dist.errors import InputError
 from din_dist.serving.manifest import MANIFEST, Manifest, check_digest, check_files, read_manifest
+from tests.support.changed_manifest import write_manifest
 
 FILES = ("saved_model.pb", "fingerprint.pb", "variables/variables.index", "assets/ids.txt")
 
@@ -44,31 +45,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "export"))
-
-
-def write_manifest(folder: Path, **changes: Any) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST]
-    fields: dict[str, Any] = {
-        "item_id_type": "string",
-        "item_features": {"category_id": "string"},
-        "feature_inputs": {"category_id": "category_id"},
-        "max_history_length": 10,
-        "num_items": 2,
-        "embedding_width": 1,
-        "step": 7,
-        "flags": "",
-        "settings": {},
-        "data_fingerprint": "",
-        "summary": None,
-        "compared_split": "test",
-        "num_compared": 1,
-        "max_difference": 0,
-        "versions": {},
-        "files": {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-        "format_version": 1,
-    }
-    (folder / MANIFEST).parent.mkdir(exist_ok=True)
-    (folder / MANIFEST).write_text(json.dumps(fields | changes))
 
 
 def checked(folder: Path) -> Manifest:
