@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.flags import define_path
+from din_dist.cli.flags import define_overrides, define_path, overridden
 from din_dist.cli.help import theme
-from din_dist.cli.saved_job import config_of, trained_model
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
 from din_dist.files import source_path, write_text
@@ -47,6 +47,7 @@ with theme("report"):
         "Most examples to score. A larger split is reduced to whole users that are evenly spaced, the same ones every "
         "time.",
     )
+define_overrides(WHERE_DATA_LIES)
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def _find(record: JobRecord, most: int) -> Findings:
     tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
     found = Findings(record)
     try:
-        config = found.config = config_of(record.folder)
+        config = found.config = overridden(config_of(record.folder), WHERE_DATA_LIES)
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
         found.data = Data(store.facts, {name: splits[name].num_examples for name in SPLITS})

@@ -403,7 +403,9 @@ def _filesystem(store: str, query: str) -> tuple[fs.FileSystem, str]:
         ) from error
     if isinstance(found, fs.S3FileSystem):  # otherwise a request that gets no answer would be sent for minutes
         rebuild, (options,) = found.__reduce__()
-        found = rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS_OF_S3)})
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS_OF_S3)
+        # Writes in the background would hold a whole file in memory, and show no progress.
+        found = rebuild(options | {"retry_strategy": retries, "background_writes": False})
     return found, root
 
 
