@@ -81,7 +81,7 @@ def local_path(text: str, flag: str) -> str:
 
 
 def source_path(text: str, flag: str) -> str:
-    """Returns where a user's file lies that is only read: a path as of `local_path`, or the URI of a store.
+    """Returns where a user's file lies that may be in a store: a path as of `local_path`, or a URI.
 
     Args:
         text: the path or the URI as the user wrote it.
@@ -126,6 +126,15 @@ def split_remote(uri: str) -> tuple[str, str, str]:
     assert match is not None
     scheme, authority, path, query = match.groups()
     return f"{scheme}://{authority}", path, query or ""
+
+
+def cache_folder() -> Path:
+    """Returns the folder of this package in the user's cache folder.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
 
 
 def without_password(url: str) -> str:

@@ -26,6 +26,18 @@ _KEY = "HOROVOD_SECRET_KEY"
 _JOB = "DIN_DIST_JOB"
 _BEATS = "DIN_DIST_BEATS_FD"
 _FIND_CARD = "DIN_DIST_FIND_CARD"
+_PROGRAM = "DIN_DIST_PROGRAM"
+TRAIN_SH = "train.sh"
+
+
+def program() -> str:
+    """Returns the name of the command that a user ran to start workers; its lines begin with it."""
+    return os.environ.get(_PROGRAM, TRAIN_SH)
+
+
+def name_program(name: str) -> None:
+    """Gives the command that a user ran another name than `launch/train.sh`, whose lines begin with its own."""
+    os.environ[_PROGRAM] = name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from din_dist.text import NestedTooDeeply, parse_json, printable, printable_line, shown
+from tests.support.repository import ROOT
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,13 @@ from din_dist.text import NestedTooDeeply, parse_json, printable, printable_line
 )
 def test_terminals_are_not_told_what_to_do(text: str, expected: str) -> None:
     assert printable(text) == expected
+
+
+def test_no_article_stands_before_a_name_that_is_not_known() -> None:
+    """It would be wrong before half of the names: "a item_id"."""
+    article = re.compile(r"\b[Aa]n? (--)?\{\w")
+    files = [path for path in (ROOT / "din_dist").rglob("*.py") if article.search(path.read_text(encoding="utf-8"))]
+    assert files == []
 
 
 def test_one_line() -> None:

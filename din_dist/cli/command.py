@@ -16,6 +16,7 @@ from pathlib import Path
 
 from din_dist import __version__
 from din_dist.errors import EXIT_INPUT_ERROR
+from din_dist.place import name_program
 
 COMMANDS = {
     "prepare": "prepare_data",
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _refuse(f"{_COMPLETION}: must be for bash. Received: {' '.join(rest)!r}. Run: din-dist {_COMPLETION} bash")
         _print(_BASH.format(words=" ".join(COMMANDS)).rstrip())
     elif word in COMMANDS:
+        name_program(f"din-dist {word}")
         if word == "train" and (code := _prepare(rest)):
             sys.exit(code)
         sys.argv[1:] = rest

@@ -182,10 +182,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(settings.with_our_flagfiles(argv))
     except flags.Error as error:
-        if isinstance(error.__context__, InputError):  # from a flag that checks itself
-            _leave(EXIT_INPUT_ERROR, str(error.__context__))
-        text = str(error).removeprefix("ERROR:: ").rstrip(".")
-        _leave(EXIT_INPUT_ERROR, f"{text}. See --help.")
+        _leave(EXIT_INPUT_ERROR, settings.problem_of(error, list(flags.FLAGS)))
     if len(rest) > 1:
         _leave(EXIT_INPUT_ERROR, f"Every setting is a --flag. Received: {rest[1]!r}. See --help.")
     return rest

@@ -8,6 +8,7 @@ to stderr and, as the last line on stdout, the same numbers as JSON. It writes n
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,10 +25,11 @@ from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
 from din_dist.evaluation.request import ALL, AUTO, EVENTS, HITS, NONE, TARGETS, USERS, EvaluationRequest
 from din_dist.evaluation.table import table
-from din_dist.files import write_text
+from din_dist.files import source_path, write_text
 from din_dist.schema import Batch
 from din_dist.serving.asked import NUM_RETRIEVED
 from din_dist.serving.manifest import DIGEST_HELP
+from din_dist.serving.store_exports import local_export
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from din_dist.evaluation.retrieval import CandidateScorer
     from din_dist.serving.bundle import Bundle
 
+_KS = "must be whole numbers, comma-separated"
 _OVERRIDES = (*WHERE_DATA_LIES, "evaluation_negatives_per_positive", "evaluation_batch_size")
 
 with theme("what to evaluate"):
@@ -45,7 +48,13 @@ with theme("what to evaluate"):
     flags.DEFINE_integer(
         "checkpoint_step", 0, "The update whose weights are evaluated. Default: the best by validation, or the newest."
     )
-    define_path("export_dir", "", "Evaluate this export instead of a checkpoint, on its own job's data. Default: none.")
+    define_path(
+        "export_dir",
+        "",
+        "Evaluate this export, on this machine or in a store, instead of a checkpoint, on its own job's data. Default: "
+        "none.",
+        parse=source_path,
+    )
     flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
     flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
     flags.DEFINE_list(
@@ -126,7 +135,7 @@ def main() -> None:
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
     with runtime.together():
-        config, bundle = _settings(given, Path(values.export_dir) if values.export_dir else None)
+        config, bundle = _settings(given, _export_dir())
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
         _check_data(bundle, store)
@@ -237,10 +246,13 @@ def _asked() -> EvaluationRequest:
     against: int | None = {ALL: 0, NONE: None}.get(values.rank_against, -1)
     if against == -1:
         remedy = f"Give {ALL}, {NONE} or a number of items, for example 100."
-        against = _whole_number(values.rank_against, "rank_against", remedy)
+        against = _whole_number(values.rank_against, "rank_against", f"must be {ALL}, {NONE} or a whole number", remedy)
     most: int | None = {ALL: 2**62, AUTO: None}.get(values.max_events, -1)
     if most == -1:
-        most = _whole_number(values.max_events, "max_events", f"Give {ALL}, {AUTO} or a number, for example 1000.")
+        rule = f"must be {ALL}, {AUTO} or a whole number"
+        most = _whole_number(
+            values.max_events, "max_events", rule, f"Give {ALL}, {AUTO} or a number, for example 1000."
+        )
     step: int = values.checkpoint_step
     require(step >= 0, "must be at least 0", "checkpoint_step", step, "For example 1000.")
     alone = not (values.export_dir and step)
@@ -251,7 +263,7 @@ def _asked() -> EvaluationRequest:
         evaluation_split=values.evaluation_split,
         rank_against=against,
         exclude_history=values.exclude_history,
-        ks=tuple(sorted({_whole_number(text, "ks", "For example 1,5,10,20.") for text in values.ks})),
+        ks=tuple(sorted({_whole_number(text, "ks", _KS, "For example 1,5,10,20.") for text in values.ks})),
         max_events=most,
         bootstrap_samples=values.bootstrap_samples,
         by_default=not values["ks"].present,
@@ -262,8 +274,10 @@ def _asked() -> EvaluationRequest:
     )
 
 
-def _whole_number(text: str, name: str, remedy: str) -> int:
-    number = int(text) if text.strip().isdecimal() else 0
+def _whole_number(text: str, name: str, rule: str, remedy: str) -> int:
+    is_number = re.fullmatch(r"\s*-?\d+\s*", text) is not None
+    require(is_number, rule, name, text, remedy)
+    number = int(text)
     require(number >= 1, "must be at least 1", name, text, remedy)
     return number
 
@@ -288,6 +302,12 @@ def _settings(given: Config | None, export_dir: Path | None) -> tuple[Config, Bu
             f"other settings: {'; '.join(found)}. Drop --output_dir, or name that of its job."
         )
     return given, bundle
+
+
+def _export_dir() -> Path | None:
+    """Returns the folder of the export on this machine; None without --export_dir."""
+    source, digest = flags.FLAGS.export_dir, flags.FLAGS.expect_digest
+    return local_export(source, digest) if source else None
 
 
 def _check_data(bundle: Bundle | None, store: EventStore) -> None:

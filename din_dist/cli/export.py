@@ -19,11 +19,13 @@ from din_dist.cli.help import theme
 from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import Config, require
 from din_dist.errors import InputError
-from din_dist.files import read_record
+from din_dist.files import read_record, source_path
 from din_dist.serving.calibrator import Calibrate, Calibrator, fit
 from din_dist.serving.export import item_index
 from din_dist.serving.export.item_index import IndexKind
-from din_dist.serving.manifest import DIGEST_HELP, read_manifest
+from din_dist.serving.manifest import DIGEST_HELP, MANIFEST, Manifest, read_manifest
+from din_dist.serving.store_exports import local_export
+from din_dist.tables.storage import File, RemoteFile, file_of, states
 from din_dist.text import parse_json
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ with theme("finding items"):
         "",
         "For jobs of models that rank: an export of a model that finds items, which becomes part of this one. It then "
         "has a signature that recommends: what the one finds, the other ranks. Default: none.",
+        parse=source_path,
     )
     RETRIEVER_DIGEST = flags.DEFINE_string("retriever_digest", "", DIGEST_HELP)
     RETRIEVER_HISTORY = flags.DEFINE_string(
@@ -77,7 +80,13 @@ with theme("finding items"):
         "fewest lists that do so.",
     )
 with theme("result"):
-    EXPORT_DIR = define_path("export_dir", "", "Where the SavedModel goes: a new folder. Required.")
+    EXPORT_DIR = define_path(
+        "export_dir",
+        "",
+        "Where the SavedModel goes: a new folder, on this machine or in a store (s3://, gs://, abfs://, hdfs://). "
+        "Required.",
+        parse=source_path,
+    )
     OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the export that is in --export_dir.")
 define_overrides(WHERE_DATA_LIES)
 
@@ -112,7 +121,8 @@ def main() -> None:
         "Drop it.",
     )
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
-    print(json.dumps(_export(config, Path(EXPORT_DIR.value).absolute())), flush=True)
+    place = file_of(EXPORT_DIR.value)
+    print(json.dumps(_export(config, place.absolute() if isinstance(place, Path) else place)), flush=True)
 
 
 def _check_retriever(config: Config) -> None:
@@ -130,7 +140,9 @@ def _check_retriever(config: Config) -> None:
         RETRIEVER_EXPORT_DIR.value,
         "Drop it, or give the --output_dir of a job with --model=din.",
     )
-    read_manifest(Path(RETRIEVER_EXPORT_DIR.value), RETRIEVER_DIGEST.value)  # a wrong folder is refused at once
+    read_manifest(
+        local_export(RETRIEVER_EXPORT_DIR.value, RETRIEVER_DIGEST.value), RETRIEVER_DIGEST.value
+    )  # a wrong folder is refused at once
 
 
 def _check_index(config: Config) -> None:
@@ -151,7 +163,7 @@ def _check_index(config: Config) -> None:
     item_index.faiss()
 
 
-def _export(config: Config, folder: Path) -> dict[str, Any]:
+def _export(config: Config, folder: File) -> dict[str, Any]:
     import tensorflow as tf
 
     from din_dist.data.prepared import open_prepared
@@ -182,15 +194,23 @@ def _export(config: Config, folder: Path) -> dict[str, Any]:
     recall = INDEX_RECALL.value if with_index else None
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value, index_recall=recall)
     return {
-        "export_dir": str(folder),
+        "export_dir": folder.uri if isinstance(folder, RemoteFile) else str(folder),
         "step": manifest.step,
         "max_difference": manifest.max_difference,
         "compared_split": manifest.compared_split,
         "num_compared": manifest.num_compared,
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "bytes": _size_of(folder, manifest),
         "digest": manifest.digest,
         **({"index": dataclasses.asdict(manifest.index)} if manifest.index else {}),
     }
+
+
+def _size_of(folder: File, manifest: Manifest) -> int:
+    """Returns the bytes of an export."""
+    if isinstance(folder, RemoteFile):
+        files = [folder.below(name) for name in (*manifest.files, MANIFEST.as_posix())]
+        return sum(state.st_size for state in states(files).values())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _retriever(trained: TrainedModel) -> Retriever:
@@ -198,7 +218,8 @@ def _retriever(trained: TrainedModel) -> Retriever:
     from din_dist.serving.export.retriever import retriever_of
     from din_dist.serving.export.writer import described_features, item_id_type
 
-    bundle = Bundle.open(Path(RETRIEVER_EXPORT_DIR.value), RETRIEVER_DIGEST.value)
+    export_dir = local_export(RETRIEVER_EXPORT_DIR.value, RETRIEVER_DIGEST.value)
+    bundle = Bundle.open(export_dir, RETRIEVER_DIGEST.value)
     return retriever_of(
         bundle,
         item_id_type(trained.store),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import itertools
 import re
@@ -15,6 +16,7 @@ from absl import flags
 
 from din_dist.cli.help import theme
 from din_dist.config import Config, Settings
+from din_dist.config.data import EVENT_LOG
 from din_dist.config.settings import is_saved, theme_of
 from din_dist.errors import InputError
 from din_dist.features.declarations import read_declarations
@@ -24,6 +26,16 @@ from din_dist.files import local_path
 _IN_WHEEL = Path(__file__).parents[1] / "launch"
 LAUNCH = _IN_WHEEL if _IN_WHEEL.exists() else Path(__file__).parents[2] / "launch"
 FLAGFILES = LAUNCH / "flags"
+_FLAG_AND_VALUE = re.compile(
+    r"flag --(\w+)=(.*): ((?:invalid lit|could not con|\('Non-bool|value should).*)", re.DOTALL
+)
+_FLAGFILE = re.compile(r"Unable to open flagfile: \[Errno \d+\] (.*): '(.*)'", re.DOTALL)
+_RULES = {  # absl's words -> ours
+    "invalid literal for int": "must be a whole number",
+    "could not convert string to float": "must be a number",
+    "Non-boolean argument": "must be true or false",
+}
+_ONE_OF = re.compile(r"value should be one of <(.*)>", re.DOTALL)
 _ABSENT_BY_DEFAULT = ("label_column", "item_features")  # a log may lack these columns unless the user asks for them
 
 
@@ -89,6 +101,32 @@ class PathParser(flags.ArgumentParser):
         return "path"
 
 
+def problem_of(error: flags.Error, names: Collection[str]) -> str:
+    """Returns what is wrong with a command line, as one line for people.
+
+    Args:
+        error: as absl raises it.
+        names: all flags of the command, among which a misspelt one is sought.
+    """
+    if isinstance(error.__context__, InputError):  # from a flag that checks itself
+        return str(error.__context__)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, names, n=1)
+        tip = f" Did you mean --{near[0]}?" if near else ""
+        return f"Unknown command line flag '{error.flagname}'.{tip} See --help."
+    text = str(error).removeprefix("ERROR:: ").rstrip(".")
+    if match := _FLAGFILE.fullmatch(text):
+        return f"--flagfile: must be a file that can be read. Received: {match[2]!r}, {match[1]}. Correct the path."
+    if match := _FLAG_AND_VALUE.fullmatch(text):
+        name, value, problem = match.groups()
+        rule = next((own for theirs, own in _RULES.items() if theirs in problem), "")
+        if choices := _ONE_OF.fullmatch(problem):
+            rule = f"must be one of {choices[1].replace('|', ', ')}"
+        if rule:
+            return f"--{name}: {rule}. Received: {value!r}. See --help."
+    return f"{text}. See --help."
+
+
 def define_path(
     name: str,
     default: Any,
@@ -115,6 +153,7 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     Raises:
         InputError: a setting breaks a rule.
     """
+    _imply_dataset(flag_values)
     parts: dict[str, Any] = {}
     for name, part in Config().parts():
         values = settings_from_flags(type(part), flag_values)
@@ -133,6 +172,7 @@ def settings_from_flags(kind: type[Settings], flag_values: flags.FlagValues = fl
 
 def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
     """Returns the settings in force, as a flagfile that repeats the job."""
+    _imply_dataset(flag_values)
     _declarations(flag_values)
     lines = []
     for _, part in Config().parts():
@@ -143,6 +183,13 @@ def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:
             elif field.name != "features" and is_saved(field, flag.value):  # that file may change
                 lines.append(flag.serialize())
     return "".join(f"{line}\n" for line in lines if line)
+
+
+def _imply_dataset(flag_values: flags.FlagValues) -> None:
+    """Takes a --data_path alone for one's own files, because the default data set reads none."""
+    dataset = flag_values["dataset"]
+    if flag_values["data_path"].value and not dataset.present:
+        dataset.value = EVENT_LOG
 
 
 def _declarations(flag_values: flags.FlagValues) -> str:

@@ -141,7 +141,7 @@ def parse_launcher_flags(arguments: Sequence[str]) -> list[str]:
     Raises:
         flags.Error: a flag of the launcher has no value that it can take.
     """
-    return _FLAGS(["train.sh", *arguments], known_only=True)[1:]
+    return _FLAGS(["train.sh", *settings.with_our_flagfiles(arguments)], known_only=True)[1:]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -153,9 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         trainer_flags = parse_launcher_flags(arguments)
     except flags.Error as error:
-        if isinstance(error.__context__, InputError):  # from a flag that checks itself
-            raise error.__context__ from error
-        raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
+        raise InputError(settings.problem_of(error, list(_FLAGS))) from error
+    _refuse_unknown(trainer_flags)
     default_slots = _default_slots()
     hosts = _hosts(default_slots)
     numbers = _numbers(hosts)
@@ -203,6 +202,23 @@ def main(arguments: Sequence[str]) -> int:
         ).run()
 
 
+def _refuse_unknown(trainer_flags: Sequence[str]) -> None:
+    """Refuses a flag that neither the launcher nor the trainer has. All else that is wrong `prepare_data` names.
+
+    Raises:
+        InputError: there is such a flag.
+    """
+    values = flags.FlagValues()
+    settings.define_flags(values)
+    try:
+        values(["train", *trainer_flags])
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname not in flags.FLAGS:  # absl has some of its own
+            raise InputError(settings.problem_of(error, [*_FLAGS, *values])) from error
+    except flags.Error:
+        return
+
+
 def _default_slots() -> int:
     """Returns the slots of a host that is named without: the MPI operator's, or the number of GPUs here."""
     return place.slots_of_mpi_operator() or int(_FLAGS.num_gpus) or 1
@@ -216,7 +232,7 @@ def _wait_for_hosts(names: Sequence[str], numbers: Mapping[str, float]) -> int:
     silent = asyncio.run(wait_for_ssh(names, int(_FLAGS.ssh_port), seconds))
     if silent:
         print(
-            f"train.sh: ssh must answer on port {_FLAGS.ssh_port} of every host. Received: nothing from "
+            f"{place.program()}: ssh must answer on port {_FLAGS.ssh_port} of every host. Received: nothing from "
             f"{', '.join(silent)} within {seconds:g} s. Start them, or wait longer with --wait_for_hosts_seconds.",
             file=sys.stderr,
         )
@@ -434,7 +450,7 @@ def run_first(name: str, arguments: Sequence[str]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=1)
         if code is None and stopped and time.monotonic() - stopped[0] > _ENDING_SECONDS:
-            print(f"train.sh: {name} did not end within {_ENDING_SECONDS:g} s: it is killed", file=sys.stderr)
+            print(f"{place.program()}: {name} did not end within {_ENDING_SECONDS:g} s: it is killed", file=sys.stderr)
             process.kill()
             code = EXIT_RETRY
     for number, handler in before.items():
@@ -445,7 +461,8 @@ def run_first(name: str, arguments: Sequence[str]) -> int:
 def _print_help() -> None:
     """Prints the launcher's flags, then the trainer's."""
     settings.define_flags()
-    print(help.page(f"{__doc__}\n\n{_USAGE}", _FLAGS, flags.FLAGS))
+    usage = _USAGE.replace("launch/train.sh", place.program()) if place.program() != place.TRAIN_SH else _USAGE
+    print(help.page(f"{__doc__}\n\n{usage}", _FLAGS, flags.FLAGS))
 
 
 if __name__ == "__main__":
@@ -457,5 +474,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:
-        print(printable(f"train.sh: {error}"), file=sys.stderr)
+        print(printable(f"{place.program()}: {error}"), file=sys.stderr)
         sys.exit(EXIT_INPUT_ERROR)

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from din_dist.cli import entry
-from din_dist.cli.flags import define_path
+from din_dist.cli.flags import define_overrides, define_path, overridden
 from din_dist.cli.help import theme
-from din_dist.cli.saved_job import config_of, trained_model
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import require
 from din_dist.errors import InputError
-from din_dist.files import write_text
+from din_dist.files import source_path, write_text
 from din_dist.report.comparison import Comparison
 from din_dist.report.job import JobRecord, Status, read_job
+from din_dist.tables.storage import RemoteFile, file_of, write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 
 with theme("report"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
-    REPORT_PATH = define_path("report_path", "", "File of the report. Default: report.html in --output_dir.")
+    REPORT_PATH = define_path(
+        "report_path",
+        "",
+        "File of the report, on this machine or in a store (s3://, gs://, abfs://, hdfs://). Default: report.html in "
+        "--output_dir.",
+        parse=source_path,
+    )
     COMPARE = define_path("compare", "", "The --output_dir of another job to compare with, on the same examples.")
     MAX_EXAMPLES = flags.DEFINE_integer(
         "report_max_examples",
@@ -43,6 +50,7 @@ with theme("report"):
         "Most examples to score. A larger split is reduced to whole users that are evenly spaced, the same ones every "
         "time.",
     )
+define_overrides(WHERE_DATA_LIES)
 
 
 def main() -> None:
@@ -55,10 +63,13 @@ def main() -> None:
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     from din_dist.report.page import render
 
-    path = Path(REPORT_PATH.value or folder / "report.html")
+    path = file_of(REPORT_PATH.value or str(folder / "report.html"))
     page = render(_find(record, most, other))
     try:
-        write_text(path, page)
+        if isinstance(path, RemoteFile):
+            write(path, page.encode("utf-8", errors="surrogateescape"))
+        else:
+            write_text(path, page)
     except OSError as error:
         raise InputError(
             f"--report_path: must be a file that can be written. Received: {path}, {error.strerror}. Name another one."
@@ -83,7 +94,7 @@ def _find(record: JobRecord, most: int, other: JobRecord | None) -> Findings:
     tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
     found = Findings(record, comparison=Comparison(other, problem="It was not scored.") if other else None)
     try:
-        config = found.config = config_of(record.folder)
+        config = found.config = overridden(config_of(record.folder), WHERE_DATA_LIES)
         store = open_prepared(config.data)
         splits = split_examples(store, config.data)
         found.data = Data(store.facts, {name: splits[name].num_examples for name in SPLITS})

@@ -21,8 +21,11 @@ from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of
 from din_dist.config import Config, LogFormat, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError, Interrupted
+from din_dist.files import source_path
 from din_dist.serving.manifest import DIGEST_HELP, read_manifest
-from din_dist.tables.sources import find_local_files
+from din_dist.serving.store_exports import local_export
+from din_dist.tables.sources import absolute, find_local_files
+from din_dist.tables.storage import File, RemoteFile, file_of
 from din_dist.text import duration
 
 if TYPE_CHECKING:
@@ -38,7 +41,12 @@ if TYPE_CHECKING:
     from din_dist.tables.ids import Field
 
 with theme("model"):
-    EXPORT_DIR = define_path("export_dir", "", "The export to use, made by din_dist.cli.export. Required.")
+    EXPORT_DIR = define_path(
+        "export_dir",
+        "",
+        "The export to use, made by din_dist.cli.export, on this machine or in a store. Required.",
+        parse=source_path,
+    )
     EXPECT_DIGEST = flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
 with theme("input"):
     INPUT = define_path(
@@ -82,8 +90,9 @@ with theme("result"):
     PREDICTIONS_DIR = define_path(
         "predictions_dir",
         "",
-        "Folder for the results, in the input's format: its rows with more columns. Workers on several hosts must "
-        "share it. Required.",
+        "Folder for the results, in the input's format: its rows with more columns. It may be in a store (s3://, "
+        "gs://, abfs://, hdfs://); otherwise workers on several hosts must share it. Required.",
+        parse=source_path,
     )
     ROWS_PER_PART = flags.DEFINE_integer(
         "rows_per_part", 200_000, "Rows of a file of results. A kill costs at most one file."
@@ -122,7 +131,8 @@ def run(wanted_of: Callable[[Manifest, Sequence[Path]], Wanted]) -> None:
     """
     started = time.perf_counter()
     files, folder = _checked_flags()
-    manifest = read_manifest(Path(EXPORT_DIR.value), EXPECT_DIGEST.value)
+    export_dir = local_export(EXPORT_DIR.value, EXPECT_DIGEST.value)
+    manifest = read_manifest(export_dir, EXPECT_DIGEST.value)
     wanted = wanted_of(manifest, files)
     job = overridden(config_of(Path(USER_HISTORIES.value)), WHERE_DATA_LIES) if USER_HISTORIES.value else None
     signals = entry.Signals("stopping after this batch; what is published is kept; Ctrl-C once more stops at once")
@@ -132,13 +142,14 @@ def run(wanted_of: Callable[[Manifest, Sequence[Path]], Wanted]) -> None:
     from din_dist.distributed.runtime import open_runtime
     from din_dist.serving.batch.parts import PartsFolder
     from din_dist.serving.batch.predictor import Predictor
+    from din_dist.serving.batch.store_parts import StoreParts
     from din_dist.text import to_json
 
     runtime = open_runtime()
     claim_devices(runtime, len(cores))
-    parts = PartsFolder(folder)
+    parts = StoreParts(folder) if isinstance(folder, RemoteFile) else PartsFolder(folder)
     with runtime.together():
-        source = _open_source(job, files, manifest.digest, wanted)
+        source = _open_source(job, files, (export_dir, manifest.digest), wanted)
         lock, plan = _begin(parts, source, files, wanted) if runtime.is_chief else (None, None)
     plan = _broadcast(plan, runtime)
     predictor = Predictor(
@@ -187,14 +198,14 @@ class _Counts(NamedTuple):
     stopped: int  # ranks
 
 
-def _open_source(job: Config | None, files: Sequence[Path], digest: str, wanted: Wanted) -> _Source:
-    """Opens the export and, if `job` is given, the histories in its prepared data."""
+def _open_source(job: Config | None, files: Sequence[Path], export: tuple[Path, str], wanted: Wanted) -> _Source:
+    """Opens the export, of which folder and digest are given, and with `job` the histories in its prepared data."""
     from din_dist.data.prepared import open_prepared
     from din_dist.features.spec import Kind
     from din_dist.serving.batch.histories import GivenHistories, UserHistories, check_item_types
     from din_dist.serving.bundle import Bundle
 
-    bundle = Bundle.open(Path(EXPORT_DIR.value), digest)
+    bundle = Bundle.open(*export)
     manifest = bundle.manifest
     if job is None:
         columns = _columns(manifest, None, files, wanted)
@@ -220,12 +231,12 @@ def _open_source(job: Config | None, files: Sequence[Path], digest: str, wanted:
     return _Source(bundle, histories, columns, store)
 
 
-def _begin(parts: PartsFolder, source: _Source, files: Sequence[Path], wanted: Wanted) -> tuple[TextIO, Plan]:
-    """Locks the folder of results and plans its parts, or takes up the plan that is there."""
+def _begin(parts: PartsFolder, source: _Source, files: Sequence[Path], wanted: Wanted) -> tuple[TextIO | None, Plan]:
+    """Locks the folder of results and plans its parts, or takes up the plan that is there. A store has no locks."""
     from din_dist.serving.batch.predictor import check_columns
     from din_dist.training.output_dir import claim_output_dir
 
-    lock = claim_output_dir(parts.folder, flag="--predictions_dir")
+    lock = claim_output_dir(parts.folder, flag="--predictions_dir") if isinstance(parts.folder, Path) else None
     data = source.store.facts.fingerprint if source.store else None
     plan = parts.begin(
         files,
@@ -279,7 +290,7 @@ def _report(plan: Plan, counts: _Counts, seconds: dict[str, float], world_size: 
             "candidates_per_second": round(counts.candidates / seconds["predict"], 1),
         }
     return {
-        "predictions_dir": str(Path(PREDICTIONS_DIR.value).absolute()),
+        "predictions_dir": absolute(PREDICTIONS_DIR.value, PREDICTIONS_DIR.name),
         "num_rows": plan.num_rows,
         "num_parts": len(plan.parts()),
         "rows": counts.rows,
@@ -306,7 +317,7 @@ def _report_histories(found: dict[str, Any], counts: _Counts, source: _Source) -
         )
 
 
-def _checked_flags() -> tuple[list[Path], Path]:
+def _checked_flags() -> tuple[list[Path], File]:
     """Checks the flags. Returns the files to read and the folder to write to."""
     for flag in (EXPORT_DIR, INPUT, PREDICTIONS_DIR):
         require(bool(flag.value), "must be given", flag.name, flag.value, "See --help.")
@@ -323,7 +334,10 @@ def _checked_flags() -> tuple[list[Path], Path]:
     found, files = find_local_files(INPUT.value, "--input", "table")
     if found.passed_over:
         entry.say(found.describe())
-    folder = Path(PREDICTIONS_DIR.value).absolute()
+    place = file_of(PREDICTIONS_DIR.value)
+    if isinstance(place, RemoteFile):
+        return files, place
+    folder = place.absolute()
     inside = [file for file in files if folder in file.parents]
     source = Path(INPUT.value).absolute()
     if inside or (source.is_dir() and (source == folder or source in folder.parents)):

@@ -21,10 +21,13 @@ from din_dist import environment
 from din_dist.cli import entry
 from din_dist.cli.flags import define_settings, settings_from_flags
 from din_dist.errors import EXIT_SIGINT, InputError
+from din_dist.files import is_remote
 from din_dist.serving.http.settings import ServeConfig
 from din_dist.serving.http.versions import NewerVersions, found_versions
 from din_dist.serving.manifest import read_manifest
+from din_dist.serving.store_exports import local_export
 
+_STORE_SECONDS = 30.0  # between two looks into a store, where each is a request that is paid for
 _OTHER_FILES = 128  # for probes, connections that are just accepted or closed, and a margin
 _OF_THE_MODEL = 128  # the most files of the model, and those that were open before
 
@@ -34,8 +37,8 @@ define_settings(ServeConfig)
 def main() -> None:
     """Loads the export and serves it until a signal comes."""
     config = ServeConfig(**settings_from_flags(ServeConfig))
-    version = found_versions(Path(config.export_dir))[0]
-    read_manifest(version.folder, config.expect_digest)
+    version = found_versions(config.export_dir)[0]
+    read_manifest(local_export(version.source, config.expect_digest), config.expect_digest)
     from din_dist.serving.http.listener import listen
 
     _allow_open_files(config.max_connections + _OTHER_FILES + _OF_THE_MODEL)
@@ -54,9 +57,8 @@ def main() -> None:
     # A collection over TensorFlow's many objects would delay every answer. Before the first export is opened, because
     # what is frozen is never freed.
     gc.freeze()
-    newer = NewerVersions(
-        Path(config.export_dir), functools.partial(open_version, expect_digest=config.expect_digest), version
-    )
+    opener = functools.partial(open_version, expect_digest=config.expect_digest)
+    newer = NewerVersions(config.export_dir, opener, version)
     first = [newer.open_first()]  # the server takes it out, so that nobody else holds it in memory
     metrics = ServingMetrics(build_info())
     num_connections = _num_connections(config.max_connections)
@@ -64,7 +66,10 @@ def main() -> None:
         entry.say(f"at most {num_connections} connections, because of the limit of open files: see ulimit -n")
     config = dataclasses.replace(config, max_connections=num_connections)
     gc.collect()
-    reloader = Reloader(newer, config.reload_interval_seconds, metrics, entry.say)
+    interval = config.reload_interval_seconds
+    if is_remote(config.export_dir) and interval:
+        interval = max(interval, _STORE_SECONDS)
+    reloader = Reloader(newer, interval, metrics, entry.say)
 
     async def serve() -> bool:
         server = Server(config, first.pop(), metrics, entry.say)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from din_dist.training.output_dir import OutputDirLock
     from din_dist.training.trainer import Trainer
     from din_dist.training.warm_start import Parent
+    from din_dist.training_state import TrainingState
 
 _SAVING_LOCK = ".saving"
 
@@ -90,6 +91,16 @@ class _Training:
         )
         self._seconds = {"start": time.perf_counter() - started}
 
+    @property
+    def state(self) -> TrainingState:
+        """The state of the training."""
+        return self._job.trainer.state
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of this process by phase, and in total: once tested, as its summary has them."""
+        return {"total": time.perf_counter() - self._started, **self._job.trainer.seconds, **self._seconds}
+
     def run(self) -> str | None:
         """Trains and tests until the job is done, however often workers come or go.
 
@@ -101,7 +112,7 @@ class _Training:
         job = self._job
         patience = self._config.recovery.rejoin_timeout_seconds
         waiting = _Waiting(self._lock, self._folder, job.trainer, self._signals, patience)
-        with job.telemetry.until_the_end(job.trainer):
+        with job.telemetry.until_the_end(self):
             summary = run_elastic(self._runtime, self._run_with_these_workers, job.telemetry.say, waiting)
         self._runtime.barrier()
         self._runtime.shutdown()

@@ -30,7 +30,7 @@ from din_dist.cluster.hosts import HostList
 from din_dist.cluster.link import BEAT_SECONDS, LONGEST_LINE, Seal, new_nonce
 from din_dist.cluster.processes import die_with_parent, exit_code
 from din_dist.errors import EXIT_GAVE_UP, EXIT_HUNG, EXIT_INPUT_ERROR, EXIT_RETRY, InputError
-from din_dist.place import LauncherAddress, Place, variables_of_agents, wants_horovods_log
+from din_dist.place import LauncherAddress, Place, program, variables_of_agents, wants_horovods_log
 from din_dist.text import printable, printable_line
 
 _GIVING_UP_SECONDS = 5.0  # within which the other workers give up too
@@ -407,4 +407,4 @@ def _hosts_of_workers(driver: int) -> set[str]:
 
 def _say(text: str) -> None:
     """Prints a line, with control characters escaped: names and errors in it may come from other hosts."""
-    print(f"train.sh: {printable_line(text)}", file=sys.stderr, flush=True)
+    print(f"{program()}: {printable_line(text)}", file=sys.stderr, flush=True)

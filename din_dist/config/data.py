@@ -28,7 +28,8 @@ UNKNOWN_ITEM_RATE = 0.1
 _EXPONENT, _LARGEST_EXPONENT = 0.75, 2  # of popularity
 _PURCHASES = "complete_journey"
 _IMPRESSIONS = "synthetic_impressions"
-LABELLED = ("event_log", _IMPRESSIONS)  # data sets that may have labels
+EVENT_LOG = "event_log"
+LABELLED = (EVENT_LOG, _IMPRESSIONS)  # data sets that may have labels
 _DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic", _IMPRESSIONS)
 ALL_BEHAVIOURS, SKIPPED, LONG = "all", "skipped", "long"  # histories that no action names
 _MOST_HISTORIES = 8
@@ -200,9 +201,9 @@ class DataConfig(Settings):
     )
     data_path: str = source_setting(
         "",
-        "Your events for --dataset=event_log: one Parquet, CSV or JSON-lines file, a folder of them, or a quoted glob, "
-        "on this machine or in a store (s3://, gs://, abfs://, hdfs://). For amazon_reviews: a folder with files "
-        "downloaded by hand.",
+        "Your events, for --dataset=event_log, which is meant if no --dataset is given: one Parquet, CSV or JSON-lines "
+        "file, a folder of them, or a quoted glob, on this machine or in a store (s3://, gs://, abfs://, hdfs://). For "
+        "amazon_reviews: a folder with files downloaded by hand.",
     )
     extend: str = path_setting(
         "",

@@ -85,9 +85,9 @@ def path_setting(
     return _field(default, help_text, check=check, path=local_path, may_change=may_change, theme=theme, later=later)
 
 
-def source_setting(default: str, help_text: str, *, later: bool = False) -> Any:
+def source_setting(default: str, help_text: str, *, check: Check | None = None, later: bool = False) -> Any:
     """Makes the field of files that are only read, which may lie in a store; see `files.source_path`."""
-    return _field(default, help_text, path=source_path, may_change=True, theme="", later=later)
+    return _field(default, help_text, check=check, path=source_path, may_change=True, theme="", later=later)
 
 
 def port_setting(default: int, help_text: str, *, lowest: int = 0, may_change: bool = False, theme: str = "") -> Any:

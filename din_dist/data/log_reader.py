@@ -311,7 +311,7 @@ class _OptionalColumns:
             missing = times[row] == NO_TIME
             raise self._rows.reject(
                 row,
-                f"every positive needs a {name}, which is not before its {self._columns.timestamp}",
+                f"every positive needs its {name}, which is not before its {self._columns.timestamp}",
                 f"no {name}" if missing else f"{name}={times[row]} before {timestamps[row]}, as read",
                 "Correct the row.",
             )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
 import shlex
 import shutil
@@ -39,7 +38,7 @@ from din_dist.data.raw_columns import RawColumns
 from din_dist.errors import InputError
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Owner
-from din_dist.files import is_remote, locked_in_turn, make_folder, publish_folder, repair_publishing
+from din_dist.files import cache_folder, is_remote, locked_in_turn, make_folder, publish_folder, repair_publishing
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import NothingThere, absolute, check_unchanged, find_files, partition_text
 
@@ -52,7 +51,7 @@ def data_dir(config: DataConfig) -> Path:
     if config.data_dir:
         return Path(config.data_dir).absolute()
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "din_dist")
+        return cache_folder()
     except RuntimeError as error:  # no HOME, and no entry of the user in /etc/passwd
         raise InputError(
             "--data_dir: lies in the home folder unless it is given. Received: no --data_dir, and no home folder. Give "

@@ -14,7 +14,7 @@ _ROWS = {
     **dict.fromkeys(("recall", "ndcg", "hit_rate", "rare_recall", "rare_ndcg", "diversity", "coverage"), ".4f"),
     "mean_popularity": ",.1f",
 }
-_WIDTH = 17
+_WIDTH, _GAP = 15, 2  # of a column: at least, and before it
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -93,16 +93,16 @@ def _retrieval(found: Mapping[str, Any], split: str) -> list[str]:
     metrics, floor = found["metrics"], found["floors"]["popularity"]
     intervals = found.get("intervals", {})
     ks = found["ks"]
-    lines.append(f"  {'':<20}" + "".join(f"{f'@{k}':>{_WIDTH}}" for k in ks))
+    rows = [("", [f"@{k}" for k in ks])]
     for name, form in _ROWS.items():
         keys = [f"{name}@{k}" for k in ks]
         if not any(key in metrics for key in keys):
             continue
-        lines.append(f"  {name.replace('_', ' '):<20}" + _cells(metrics, keys, form))
+        rows.append((name.replace("_", " "), _cells(metrics, keys, form)))
         if any(key in intervals for key in keys):
-            bounds = [f"{_interval(intervals.get(key), form):>{_WIDTH}}" for key in keys]
-            lines.append(f"  {'  95 % interval':<20}" + "".join(bounds))
-        lines.append(f"  {'  popularity has':<20}" + _cells(floor, keys, form))
+            rows.append(("  95 % interval", [_interval(intervals.get(key), form) for key in keys]))
+        rows.append(("  popularity has", _cells(floor, keys, form)))
+    lines += _aligned(rows)
     lines.append(
         f"  {'mean 1 / place':<20} {metrics['mrr']:9.4f}  {_interval(intervals.get('mrr'), '.4f')}".rstrip()
         + f"  (popularity {floor['mrr']:.4f})"
@@ -124,13 +124,13 @@ def _stages(stages: Mapping[str, Any], ranked: Mapping[str, Any], num_retrieved:
     if ranked["exclude_history"] and ranked[f"num_{sought}_of_repeats"]:
         lines.append("  An item of the history is never found, but it is ranked where it is the chosen one.")
     for metric in ("recall", "ndcg"):
-        lines.append(f"  {metric:<20}" + "".join(f"{f'@{k}':>{_WIDTH}}" for k in ranked["ks"]))
+        rows = [(metric, [f"@{k}" for k in ranked["ks"]])]
         for name, own in names.items():
             keys = [f"{metric}@{k}" for k in ranked["ks"]]
-            lines.append(f"    {name:<18}" + _cells(own["metrics"], keys, ".4f"))
+            rows.append((f"  {name}", _cells(own["metrics"], keys, ".4f")))
             if intervals := own.get("intervals"):
-                bounds = [f"{_interval(intervals.get(key), '.4f'):>{_WIDTH}}" for key in keys]
-                lines.append(f"    {'  95 % interval':<18}" + "".join(bounds))
+                rows.append(("    95 % interval", [_interval(intervals.get(key), ".4f") for key in keys]))
+        lines += _aligned(rows)
     return lines
 
 
@@ -140,9 +140,15 @@ def _asked_and_sought(found: Mapping[str, Any]) -> tuple[str, str]:
     return asked, "targets" if asked == USERS else EVENTS
 
 
-def _cells(metrics: Mapping[str, float], keys: Sequence[str], form: str) -> str:
+def _cells(metrics: Mapping[str, float], keys: Sequence[str], form: str) -> list[str]:
     """Returns a cell for each key; a list of one item has no diversity."""
-    return "".join(f"{metrics[key]:>{_WIDTH}{form}}" if key in metrics else f"{'–':>{_WIDTH}}" for key in keys)
+    return [f"{metrics[key]:{form}}" if key in metrics else "–" for key in keys]
+
+
+def _aligned(rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Returns rows of a name and cells as lines, with columns as wide as the longest cell needs."""
+    width = max(_WIDTH, *(len(cell) for _, cells in rows for cell in cells)) + _GAP
+    return [f"  {name:<20}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
 
 
 def _interval(bounds: tuple[float, float] | None, form: str) -> str:

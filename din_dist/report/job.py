@@ -15,6 +15,7 @@ from din_dist.files import is_locked, read_record
 from din_dist.text import is_integer, parse_json
 
 Line = dict[str, Any]
+_OTHER = "other"
 
 
 class Status(enum.StrEnum):
@@ -66,7 +67,10 @@ class JobRecord:
         return kept
 
     def phases(self) -> tuple[dict[str, float], str]:
-        """Returns the seconds of the whole job by phase, and a text that says where they come from."""
+        """Returns the seconds of the whole job by phase, and a text that says where they come from.
+
+        What no phase has of the total that a job reported is `other`.
+        """
         ends = [
             line["seconds_by_phase"] for line in self.of_kind("end") if isinstance(line.get("seconds_by_phase"), dict)
         ]
@@ -79,10 +83,11 @@ class JobRecord:
             ends, source = [self._phases_of_lines()], "so far, added up from metrics.jsonl"
         seconds: dict[str, float] = {}
         for phases in ends:
-            for name in phases:
-                value = number(phases, name)
-                if value and name != "total":
-                    seconds[str(name)] = seconds.get(str(name), 0.0) + value
+            found = {str(name): value for name in phases if (value := number(phases, name))}
+            if rest := max(0.0, found.pop("total", 0.0) - sum(found.values())):
+                found[_OTHER] = rest + found.get(_OTHER, 0.0)
+            for name, value in found.items():
+                seconds[name] = seconds.get(name, 0.0) + value
         return seconds, source
 
     def step_parts(self) -> dict[str, float]:

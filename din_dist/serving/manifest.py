@@ -20,6 +20,7 @@ from din_dist.errors import InputError
 from din_dist.files import open_regular, read_bounded
 from din_dist.serving.calibrator import Calibrator
 from din_dist.serving.predictions import Predictions
+from din_dist.tables.storage import File
 from din_dist.text import is_count, parse_json, reason, shown
 
 MANIFEST = Path("assets.extra") / "manifest.json"  # the folder that TensorFlow reserves for files of others
@@ -28,7 +29,7 @@ DIGEST_HELP = (
     "SHA-256 of the export's assets.extra/manifest.json: the digest that cli.export prints. Any other export is "
     "refused before it is loaded. Default: none, every export is taken."
 )
-_MOST_BYTES = 4 << 20  # largest manifest
+MOST_BYTES = 4 << 20  # largest manifest
 _FOLDERS = ("variables", "assets", "debug")  # folders of a SavedModel
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("item_features", "feature_inputs", "settings", "versions", "files", "histories"), dict),
@@ -271,15 +272,7 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
     check_digest(expect_digest)
     path = folder / MANIFEST
     try:
-        content = read_bounded(path, _MOST_BYTES)
-        digest = hashlib.sha256(content).hexdigest()
-        if expect_digest and digest != expect_digest.lower():
-            raise InputError(
-                f"--expect_digest: must be the SHA-256 of {path}. Received: {expect_digest}, and a manifest with "
-                f"{digest}. Name the export that is meant, or its digest."
-            )
-        fields = parse_json(content)
-        version = fields["format_version"]
+        content = read_bounded(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: must be an export. Received: a folder without {MANIFEST}. "
@@ -287,9 +280,32 @@ def read_manifest(folder: Path, expect_digest: str = "") -> Manifest:
             if folder.is_dir()
             else f"{folder}: must be an export. Received: no such folder. Make one by python -m din_dist.cli.export."
         ) from error
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise _changed(path, reason(error)) from error
+    return parse_manifest(content, path, expect_digest)
+
+
+def parse_manifest(content: bytes, path: File, expect_digest: str = "") -> Manifest:
+    """Returns the manifest that a file holds.
+
+    Args:
+        content: of the file.
+        path: of the file, for the texts of errors.
+        expect_digest: the SHA-256 that the content must have; empty: any.
+
+    Raises:
+        InputError: it has another version or digest, or is damaged.
+    """
+    digest = hashlib.sha256(content).hexdigest()
+    if expect_digest and digest != expect_digest.lower():
+        raise InputError(
+            f"--expect_digest: must be the SHA-256 of {path}. Received: {expect_digest}, and a manifest with "
+            f"{digest}. Name the export that is meant, or its digest."
+        )
+    try:
+        fields = parse_json(content)
+        version = fields["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
         raise _changed(path, reason(error)) from error
     if version != FORMAT_VERSION:
         raise InputError(
@@ -316,7 +332,7 @@ def _wrong(manifest: Manifest) -> str:
             return f"another kind of {name}"
     for name in ("max_history_length", "num_items", "embedding_width", "step", "num_compared"):
         if not is_count(getattr(manifest, name)):
-            return f"a {name} of {shown(getattr(manifest, name))}"
+            return f"{name} of {shown(getattr(manifest, name))}"
     for kind in (manifest.item_id_type, *manifest.item_features.values()):
         if kind not in ("string", "integer"):
             return f"ids of type {shown(kind)}"
@@ -430,5 +446,5 @@ def digest_of_file(path: Path) -> str:
 _AGAIN = "Copy or export it again."
 
 
-def _changed(path: Path, received: str) -> InputError:
+def _changed(path: File, received: str) -> InputError:
     return InputError(f"{path}: must be as it was published. Received: {received}. {_AGAIN}")

@@ -90,7 +90,7 @@ class Column(abc.ABC):
     def require_values(self, column: pa.Array) -> None:
         """Refuses a missing value."""
         if column.null_count:
-            rule = f"every {self._rows.what} needs a {self.name}"
+            rule = f"every {self._rows.what} needs its {self.name}"
             raise self.reject(column.is_null(), column, rule, "Fill it in, or drop the row.")
 
     def require_utf8(self, column: pa.Array) -> None:
@@ -299,7 +299,7 @@ class TimeColumn(Column):
         numbers = _widened(column).cast(pa.float64())
         large = pc.and_(pc.greater_equal(pc.abs(numbers), limit), pc.is_finite(numbers))
         if pc.any(large).as_py():
-            rule = f"a timestamp that is a {column.type} must be below {limit:.0f}: larger ones lose digits"
+            rule = f"a timestamp of type {column.type} must be below {limit:.0f}: larger ones lose digits"
             raise self.reject(large, column, rule, "Write integers.")
         return self._cast(numbers, column)
 

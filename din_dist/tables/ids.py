@@ -145,7 +145,7 @@ class IdRules:
     def _require(self, values: pa.Array, field: Field, row: _RowOf) -> None:
         if values.null_count:
             index = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
-            needed = f"a {field.name} without a missing id" if field.is_list else f"a {field.name}"
+            needed = f"its {field.name} without a missing id" if field.is_list else f"its {field.name}"
             empty = " A user without a history has an empty list." if field.is_list else ""
             remedy = f"Fill it in, or drop the row.{empty}"
             raise self.reject(row(index), f"every row needs {needed}", "none", remedy)

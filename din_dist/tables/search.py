@@ -76,7 +76,7 @@ class Search:
             kinds.append("an Iceberg table")
         if kinds:
             raise InputError(
-                f"{folder}: all files of a {self._table} are read. Received: {kinds[0]}, whose folder keeps files of "
+                f"{folder}: all files of the {self._table} are read. Received: {kinds[0]}, whose folder keeps files of "
                 "earlier versions too. Write it out as Parquet, for example with Spark."
             )
 
@@ -116,7 +116,8 @@ class Search:
         self._require_readable(path)
         if format_of(path) is None:
             raise InputError(
-                f"{path}: a {self._table}'s file must be one of {KNOWN}. Received: another type. Convert or rename it."
+                f"{path}: each file of the {self._table} must be one of {KNOWN}. Received: another type. Convert or "
+                "rename it."
             )
 
     def _require_name(self, path: Entry) -> None:
@@ -170,7 +171,7 @@ class Search:
 
     def _unreadable(self, path: Entry, received: str) -> InputError:
         return InputError(
-            f"{path}: all files and folders of a {self._table} must be readable. Received: {received}. Correct that, "
+            f"{path}: all files and folders of the {self._table} must be readable. Received: {received}. Correct that, "
             f"or give {self._flag} a glob that leaves it out."
         )
 

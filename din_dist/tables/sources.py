@@ -121,7 +121,7 @@ def _require_one_format(source: str, files: list[File], table: str) -> None:
     for file in files:
         if format_of(file) is not form:
             raise InputError(
-                f"{source}: all files of a {table} must have one format. Received: {first} ({form}) and "
+                f"{source}: all files of the {table} must have one format. Received: {first} ({form}) and "
                 f"{file} ({format_of(file)}). Give a glob that matches one of them."
             )
 

@@ -1,4 +1,4 @@
-"""Files that lie in an object store or in HDFS, read by `pyarrow.fs`.
+"""Files that lie in an object store or in HDFS, read and written by `pyarrow.fs`.
 
 A `RemoteFile` has the names of a `pathlib.Path` that readers use, so that they take either. Only this module talks to
 a store. A request that fails is tried again until `MOST_SECONDS` have passed.
@@ -6,11 +6,13 @@ a store. A request that fails is tried again until `MOST_SECONDS` have passed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +32,8 @@ from din_dist.text import printable
 MOST_SECONDS = 60.0  # from the first failure of a request on, before the last attempt
 _FIRST_WAIT, _MOST_WAIT = 0.25, 8.0  # seconds between attempts
 _ATTEMPTS_OF_S3 = 3  # within one of ours; each may wait 3 seconds for an answer
-_STREAM_BYTES = 8 << 20  # read by one request
+_STREAM_BYTES = 8 << 20  # read by one request, or written at once
+_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json"}  # browsers save all others
 _THREADS = 16  # that ask for the state of files
 _REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|"
@@ -104,6 +107,19 @@ class RemoteFile:
     def relative_to(self, folder: RemoteFile) -> PurePosixPath:
         """Returns the path below `folder`."""
         return PurePosixPath(*self.parts[len(folder.parts) :])
+
+    def below(self, name: str) -> RemoteFile:
+        """Returns the file of a name with slashes below this folder."""
+        return dataclasses.replace(self, parts=(*self.parts, *name.split("/")))
+
+    def is_file(self) -> bool:
+        """Tells whether there is such a file.
+
+        Raises:
+            InputError: the store does not answer or refuses.
+        """
+        filesystem, root = _filesystem(self.store, self.query)
+        return _retried(self, lambda: filesystem.get_file_info(_inside(root, self))).type is fs.FileType.File
 
     def stat(self) -> State:
         """Asks for the file's state.
@@ -240,6 +256,79 @@ class _RemoteInput(io.RawIOBase):
         return found
 
 
+def read_all(file: RemoteFile, most_bytes: int) -> bytes:
+    """Returns the content of a file of at most `most_bytes`.
+
+    Raises:
+        InputError: the file is not there or larger, or the store does not answer or refuses.
+    """
+    with _RemoteInput(file) as stream:
+        content = stream.read(most_bytes + 1) or b""
+    if len(content) > most_bytes:
+        raise InputError(f"{file}: must have at most {most_bytes:,} bytes. Received: more. Name the right file.")
+    return content
+
+
+def download(file: RemoteFile, path: Path) -> None:
+    """Copies a file of a store to a local one.
+
+    Raises:
+        InputError: the file is not there, or the store does not answer or refuses.
+        OSError: the local file cannot be written.
+    """
+    with stream_of(file) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, _STREAM_BYTES)
+
+
+def write(file: RemoteFile, content: bytes | Path) -> None:
+    """Writes a file, or replaces it. A process that is killed meanwhile leaves the old one, or a part of the new one.
+
+    Args:
+        file: where to.
+        content: the bytes, or a local file that has them.
+
+    Raises:
+        InputError: the store does not answer or refuses.
+        OSError: the local file cannot be read.
+    """
+    filesystem, root = _filesystem(file.store, file.query)
+    kind = _TYPES.get(file.suffix)
+    metadata = {"Content-Type": kind} if kind else None
+
+    def attempt() -> None:
+        with (
+            io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as source,
+            filesystem.open_output_stream(_inside(root, file), compression=None, metadata=metadata) as stream,
+        ):
+            while piece := source.read(_STREAM_BYTES):
+                stream.write(piece)
+                progress.note()
+
+    _retried(file, attempt, to_write=True)
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    if (found := file.stat().st_size) != size:
+        raise InputError(
+            f"{file}: a store must keep what is written. Received: {found:,} bytes of {size:,}. Run the command again, "
+            "while nothing else writes there."
+        )
+
+
+def delete(files: Iterable[RemoteFile]) -> None:
+    """Deletes files; those that are not there are left aside.
+
+    Raises:
+        InputError: the store does not answer or refuses.
+    """
+
+    def attempt(file: RemoteFile) -> None:
+        filesystem, root = _filesystem(file.store, file.query)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(_inside(root, file))
+
+    for file in files:
+        _retried(file, functools.partial(attempt, file), to_write=True)
+
+
 def changed_while_read(file: File) -> InputError:
     """Returns the error for a file that something else writes to."""
     return InputError(
@@ -314,11 +403,13 @@ def _filesystem(store: str, query: str) -> tuple[fs.FileSystem, str]:
         ) from error
     if isinstance(found, fs.S3FileSystem):  # otherwise a request that gets no answer would be sent for minutes
         rebuild, (options,) = found.__reduce__()
-        found = rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS_OF_S3)})
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS_OF_S3)
+        # Writes in the background would hold a whole file in memory, and show no progress.
+        found = rebuild(options | {"retry_strategy": retries, "background_writes": False})
     return found, root
 
 
-def _retried(file: RemoteFile, request: Callable[[], _Result]) -> _Result:
+def _retried(file: RemoteFile, request: Callable[[], _Result], to_write: bool = False) -> _Result:
     """Sends a request until it is answered; see `MOST_SECONDS`.
 
     Raises:
@@ -333,9 +424,10 @@ def _retried(file: RemoteFile, request: Callable[[], _Result]) -> _Result:
         except OSError as error:
             detail = _detail(error)
             if _REFUSED.search(detail):
+                be, do = ("writable", "list, read and write") if to_write else ("readable", "list and read")
                 raise Refused(
-                    f"{file}: must be readable. Received: {detail}. Give credentials that may list and read it, in the "
-                    "environment or a profile, or correct the name."
+                    f"{file}: must be {be}. Received: {detail}. Give credentials that may {do} it, in the environment "
+                    "or a profile, or correct the name."
                 ) from error
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure

@@ -32,10 +32,13 @@ _PATIENCE_SECONDS = 10.0  # at the end, the time to wait for a disk that does no
 
 
 class Reported(Protocol):
-    """The part of a trainer that is reported at the end: its state, and its seconds by phase."""
+    """The part of a trainer or a job that is reported at the end: its state, and its seconds by phase."""
 
-    state: TrainingState
-    seconds: dict[str, float]
+    @property
+    def state(self) -> TrainingState: ...
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
 
 
 Histograms = Callable[[], Mapping[str, np.ndarray]]

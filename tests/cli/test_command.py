@@ -62,6 +62,31 @@ def test_a_command_is_run_as_by_itself() -> None:
     assert alone.returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "error"),
+    [
+        ("--num_workers=x", "--num_workers: must be a whole number from 1. Received: 'x'."),
+        ("--num_worker=2", "Unknown command line flag 'num_worker'. Did you mean --num_workers? See --help."),
+        ("--epoch=2", "Unknown command line flag 'epoch'. Did you mean --epochs? See --help."),
+        (
+            "--flagfile=none",
+            "--flagfile: must be a file that can be read. Received: 'none', No such file or directory.",
+        ),
+    ],
+)
+def test_the_launcher_speaks_under_the_name_that_it_was_called_by(flag: str, error: str) -> None:
+    ours = run("launch", flag)
+    assert (ours.returncode, ours.stdout, len(ours.stderr.splitlines())) == (2, "", 1)
+    assert ours.stderr.startswith(f"din-dist launch: {error}")
+    words = [sys.executable, "-m", "din_dist.cli.launch", flag]
+    script = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert script.stderr.startswith(f"train.sh: {error}")
+
+
+def test_the_usage_of_the_launcher_has_its_name() -> None:
+    assert "\ndin-dist launch [--num_workers N] [trainer flags]\n" in run("launch", "--help").stdout
+
+
 def test_completion() -> None:
     script = run("completion", "bash").stdout
     program = f"{script}\nCOMP_WORDS=(din-dist re) COMP_CWORD=1; _din_dist; echo ${{COMPREPLY[*]}}"

@@ -163,7 +163,7 @@ def test_wrong_flags_are_answered_before_tensorflow_loads(tmp_path: Path) -> Non
     for name in ("train", "prepare_data"):
         assert_one_line(run(name, tmp_path, "--no_such_flag=1"), "Unknown command line flag 'no_such_flag'")
         assert_one_line(run(name, tmp_path, "--dropout=2"), "--dropout: must be below 1. Received: 2.0")
-        assert_one_line(run(name, tmp_path, "--optimizer=adam"), "value should be one of <sgd|adagrad|lazy_adam>")
+        assert_one_line(run(name, tmp_path, "--optimizer=adam"), "--optimizer: must be one of sgd, adagrad, lazy_adam")
         assert_one_line(run(name, tmp_path, "folder"), "Every setting is a --flag. Received: 'folder'")
     assert time.perf_counter() - started < 60
 

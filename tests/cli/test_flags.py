@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from din_dist.cli.flags import config_from_flags, define_flags, to_flagfile, with_our_flagfiles
+from din_dist.cli.flags import config_from_flags, define_flags, problem_of, to_flagfile, with_our_flagfiles
 from din_dist.config import Config, OptimizerKind, differences
 from din_dist.errors import InputError
 from din_dist.features.spec import shorthand
@@ -26,6 +26,42 @@ def parse(*arguments: str) -> Config:
 
 def test_no_flags_are_the_defaults() -> None:
     assert parse() == Config()
+
+
+def test_a_data_path_alone_means_your_own_files() -> None:
+    assert parse("--data_path=one.csv").data.dataset == "event_log"
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["program", "--data_path=one.csv"])
+    assert "--dataset=event_log\n" in to_flagfile(values)
+    with pytest.raises(InputError, match="--data_path: --dataset=synthetic reads no files of yours"):
+        parse("--data_path=one.csv", "--dataset=synthetic")
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--epoch=2", "Unknown command line flag 'epoch'. Did you mean --epochs? See --help."),
+        ("--zzz=2", "Unknown command line flag 'zzz'. See --help."),
+        ("--epochs=ten", "--epochs: must be a whole number. Received: 'ten'. See --help."),
+        ("--dropout=a: b", "--dropout: must be a number. Received: 'a: b'. See --help."),
+        ("--xla=maybe", "--xla: must be true or false. Received: 'maybe'. See --help."),
+        ("--split=all", "--split: must be one of leave_one_out, leave_two_out, temporal, users. Received: 'all'. See"),
+        ("--epochs", "Missing value for flag --epochs. See --help."),
+        ("--data_dir=s3://b/x", "--data_dir: must be a path of this machine. Received: 's3://b/x'"),
+        (
+            "--flagfile=/nowhere.flags",
+            "--flagfile: must be a file that can be read. Received: '/nowhere.flags', No such file or directory.",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argument: str, expected: str) -> None:
+    values = flags.FlagValues()
+    define_flags(values)
+    flags.DEFINE_string("flagfile", "", "A file.", flag_values=values)
+    with pytest.raises(flags.Error) as error:
+        values(["program", argument])
+    assert problem_of(error.value, list(values)).startswith(expected)
 
 
 def test_each_setting_has_a_flag_with_a_help_text() -> None:

@@ -38,7 +38,7 @@ THEMES = {
     "recommend": ["model", "input", "histories from prepared data", "data", "result", "logs"],
     "predict_scaling": ["measurement", "cluster"],
     "prepare_data": TRAINER,
-    "report": ["report"],
+    "report": ["report", "data"],
     "serve": [
         *("model", "addresses", "batching and queue", "timeouts", "connections", "limits of a request"),
     ],

@@ -44,16 +44,41 @@ def test_paths_are_defined_in_one_way(command: str) -> None:
     assert paths or command in ("sweep",)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+IN_A_STORE = {  # what a command reads from a store, or writes there
+    "evaluate": ["export_dir"],
+    "export": ["export_dir", "retriever_export_dir"],
+    "predict": ["export_dir", "predictions_dir"],
+    "recommend": ["export_dir", "predictions_dir"],
+    "report": ["report_path"],
+    "serve": ["export_dir"],
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(name, flag) for name, found in IN_A_STORE.items() for flag in found])
+def test_what_may_lie_in_a_store_is_in_one_that_is_known(command: str, flag: str, tmp_path: Path) -> None:
+    for uri, expected in (
+        ("ftp://bucket/run", "must be a path of this machine, or begin with s3, gs, abfs, abfss, hdfs and ://."),
+        ("s3://key:hidden@bucket/run", "must have no password, because URIs are saved with a job."),
+        ("s3:///run", "must name a bucket or container."),
+    ):
+        words = [sys.executable, "-m", f"din_dist.cli.{command}", f"--{flag}={uri}"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert f"--{flag}: {expected}" in line
+        assert "hidden" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "serve"])
 def test_another_kind_of_storage_is_refused_in_one_line(command: str, tmp_path: Path) -> None:
     """And makes no folder of that name."""
     flag = {
-        "serve": "export_dir",
-        "predict": "predictions_dir",
+        "predict": "input",
         "check_cluster": "hosts_file",
         "launch": "log_dir",
         "predict_scaling": "measured",
-        "recommend": "predictions_dir",
+        "recommend": "input",
     }.get(command, "output_dir")
     words = [sys.executable, "-m", f"din_dist.cli.{command}", f"--{flag}=s3://bucket/run"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

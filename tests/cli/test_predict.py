@@ -245,7 +245,7 @@ def test_two_processes_do_what_one_does(job: Job, tmp_path: Path) -> None:
     other, refusing = sorted(
         together(job, *words, f"--predictions_dir={tmp_path / 'bad'}"), key=lambda done: done.returncode
     )
-    assert_one_line(refusing, "rows.parquet, row 16501: every row needs a item_id. Received: none")
+    assert_one_line(refusing, "rows.parquet, row 16501: every row needs its item_id. Received: none")
     # Where the refusing one is gone first, Horovod may remark on the lost connection.
     lines = [line for line in other.stderr.splitlines() if not line.startswith("row ") and "Horovod" not in line]
     assert (other.returncode, lines, other.stdout) == (1, [], "")
@@ -366,7 +366,7 @@ def test_times_before_all_history_are_told(job: Job, tmp_path: Path) -> None:
             '{"user_id": "u1", "item_id": "i1"}\n{"user_id": "u1"',
             "rows.jsonl, row 2: each line must be",
         ),
-        ("rows.CSV", "user_id,item_id\nu1,i1\n,i2\n", "rows.CSV, row 2: every row needs a user_id. Received: none"),
+        ("rows.CSV", "user_id,item_id\nu1,i1\n,i2\n", "rows.CSV, row 2: every row needs its user_id. Received: none"),
         ("rows.csv.xz", "user_id,item_id\n", "rows.csv.xz: must be CSV from end to end. Received: "),
     ],
 )

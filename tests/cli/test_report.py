@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib import image
 
+from din_dist.report.job import duration
 from tests.support.chromium import open_page, screenshot
 from tests.support.commands import assert_one_line, command
 from tests.support.patience import PATIENCE
@@ -125,6 +126,7 @@ def test_a_finished_job(job: Path, finished: str) -> None:
     for floors in summary["test_floors"].values():
         assert f"{floors['gauc']:.4f}" in text
     assert f"Scored: the test split with the weights of update {summary['best_step']:,}" in text
+    assert f"{duration(summary['seconds']['total'])} in all" in text, "as the last line of the terminal says"
     for words in (
         "finished",
         "By history length",

@@ -351,7 +351,7 @@ def test_predict_reads_the_histories_that_training_had(tmp_path: Path, labels: b
     ("changes", "words"),
     [
         ({"done": [DONE[2]]}, "--behaviours_path: must have behaviours of users of --data_path. Received: none"),
-        ({"done": [DONE[1] | {"user_id": None}, DONE[0]]}, "done.parquet, row 1: every event needs a user_id"),
+        ({"done": [DONE[1] | {"user_id": None}, DONE[0]]}, "done.parquet, row 1: every event needs its user_id"),
         (
             {"done": [DONE[1] | {"item_id": None}, DONE[0]]},
             "done.parquet, row 1: a behaviour needs the id of its item, or a category of it. Received: no item_id. "

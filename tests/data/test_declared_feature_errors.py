@@ -294,7 +294,7 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
         "file of --features, or --item_column."
     )
     assert message(tmp_path, BASE, declared, suffix, items=[{"item_id": "i0", "f": 1}, {"item_id": None, "f": 1}]) == (
-        f"items{suffix}, row 2: every row of a table of items needs a item_id. Received: no item_id. Fill it in, or "
+        f"items{suffix}, row 2: every row of a table of items needs its item_id. Received: no item_id. Fill it in, or "
         "drop the row."
     )
     assert message(tmp_path, BASE, declared, suffix, items=[{"item_id": "i0", "g": 1}]) == (

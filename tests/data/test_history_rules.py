@@ -325,12 +325,12 @@ def test_what_is_refused(tmp_path: Path, labelled: bool, data: dict[str, Any], w
     [
         (
             [("a", 10, 1, 9)],
-            "row 1: every positive needs a clicked_at, which is not before its timestamp. Received: clicked_at=9 "
+            "row 1: every positive needs its clicked_at, which is not before its timestamp. Received: clicked_at=9 "
             "before 10, as read. Correct the row.",
         ),
         (
             [("a", 10, 0, None), ("b", 11, 1, None)],
-            "row 2: every positive needs a clicked_at, which is not before its timestamp. Received: no clicked_at.",
+            "row 2: every positive needs its clicked_at, which is not before its timestamp. Received: no clicked_at.",
         ),
         ([("a", 10, 1, "2024-01-01")], "row 1: all timestamps must be of one kind, integers so far"),
     ],

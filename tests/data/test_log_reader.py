@@ -288,7 +288,7 @@ def test_all_files_have_a_column_or_none(tmp_path: Path) -> None:
 def test_null(tmp_path: Path, name: str, column: str) -> None:
     rows = [{"user_id": "u", "item_id": "i", "timestamp": 1}] * 2
     text = message([write(tmp_path, [*rows, {**rows[0], column: None}], name)])
-    assert f"row 3: every event needs a {column}. Received: no {column}." in text
+    assert f"row 3: every event needs its {column}. Received: no {column}." in text
 
 
 def test_rows_count_from_the_start_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_rows_count_from_the_start_of_their_file(tmp_path: Path, monkeypatch: py
         write(tmp_path, events(user_id=["u"] * 5), "a.parquet"),
         write(tmp_path, events(user_id=["u"] * 4 + [None]), "b.parquet"),
     ]
-    assert "b.parquet, row 5: every event needs a user_id" in message(files)
+    assert "b.parquet, row 5: every event needs its user_id" in message(files)
 
 
 @pytest.mark.parametrize(
@@ -801,14 +801,14 @@ def test_times_in_floats_that_have_lost_digits(tmp_path: Path, kind: type, limit
     pq.write_table(log_with(pa.array(np.array([1, sign * limit], kind))), tmp_path / "log.parquet")
     text = message([tmp_path / "log.parquet"])
     assert f" must be below {limit}: larger ones lose digits. Received: timestamp={float(sign * limit)!r}." in text
-    assert "log.parquet, row 2: a timestamp that is a " in text
+    assert "log.parquet, row 2: a timestamp of type " in text
 
 
 def test_json_times_of_which_the_first_is_a_float(tmp_path: Path) -> None:
     path = write(tmp_path, events(timestamp=[1.0, 3, 2]), "log.jsonl")
     assert only_block(read_log([path], Columns())).timestamps.tolist() == [1, 2, 3]
     path = write(tmp_path, events(timestamp=[1.0, BIG]), "log.jsonl")
-    assert "log.jsonl, row 2: a timestamp that is a double must be below 9007199254740992: " in message([path])
+    assert "log.jsonl, row 2: a timestamp of type double must be below 9007199254740992: " in message([path])
 
 
 def test_csv_times_keep_every_digit(tmp_path: Path) -> None:
@@ -899,10 +899,10 @@ def test_an_empty_feature_is_unknown(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("column", "others", "rule"),
     [
-        ("user_id", ["u", "v"], "every event needs a user_id"),
-        ("item_id", ["i", "j"], "every event needs a item_id"),
-        ("timestamp", ["1", "2"], "every event needs a timestamp"),
-        ("timestamp", ["2020-01-01", "2020-01-02"], "every event needs a timestamp"),
+        ("user_id", ["u", "v"], "every event needs its user_id"),
+        ("item_id", ["i", "j"], "every event needs its item_id"),
+        ("timestamp", ["1", "2"], "every event needs its timestamp"),
+        ("timestamp", ["2020-01-01", "2020-01-02"], "every event needs its timestamp"),
         ("label", ["1", "0"], "a label must be 0 or 1"),
     ],
 )

@@ -153,7 +153,9 @@ def test_where_the_time_went(tmp_path: Path) -> None:
         "start": 2.0,
     }
     summary = {"seconds": {"training": 9.0, "test": None, "total": 12.0}}
-    assert read_job(write(tmp_path, train(1), summary=summary)).phases()[0] == {"training": 9.0}
+    assert read_job(write(tmp_path, train(1), summary=summary)).phases()[0] == {"training": 9.0, "other": 3.0}
+    ends = [{"kind": "end", "seconds_by_phase": {"training": 10, "start": 1.0, "total": total}} for total in (12, 11)]
+    assert read_job(write(tmp_path, *ends)).phases()[0] == {"training": 20, "start": 2.0, "other": 1.0}
     (tmp_path / "summary.json").unlink()
     lines = [train(10, step_seconds=0.2, input_wait_seconds=0.1), {"kind": "validation", "step": 10, "seconds": 3.0}]
     assert read_job(write(tmp_path, *lines)).phases()[0] == {"training": pytest.approx(3.0), "validation": 3.0}

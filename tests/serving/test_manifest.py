@@ -19,7 +19,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from din_dist.errors import InputError
 from din_dist.serving.manifest import MANIFEST, Manifest, check_digest, check_files, read_manifest
-from tests.support.manifests import write_manifest
+from tests.support.changed_manifest import write_manifest
 
 FILES = ("saved_model.pb", "fingerprint.pb", "variables/variables.index", "assets/ids.txt")
 
@@ -77,7 +77,7 @@ def test_one_that_is_as_it_was_published(folder: Path) -> None:
         ({"feature_inputs": {}}, "Received: other features among feature_inputs than among item_features."),
         ({"max_history_length": "10"}, "Received: another kind of max_history_length."),
         *(
-            ({name: value}, f"Received: a {name} of {value}"[:60])
+            ({name: value}, f"Received: {name} of {value}"[:60])
             for name in ("max_history_length", "num_items", "embedding_width", "step", "num_compared")
             for value in (-1, 10**400, True)
         ),

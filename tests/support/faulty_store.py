@@ -35,6 +35,7 @@ class Fault(enum.Enum):
     CUT = "the connection ends in the middle of an answer"
     SILENT = "no answer, and the connection stays open"
     DENIED = "403 instead of an answer"
+    LOST = "the connection ends before the server has the request"
 
 
 _ANSWERS = {Fault.BUSY: ("503 Slow Down", "SlowDown"), Fault.DENIED: ("403 Forbidden", "AccessDenied")}
@@ -42,7 +43,7 @@ _ANSWERS = {Fault.BUSY: ("503 Slow Down", "SlowDown"), Fault.DENIED: ("403 Forbi
 
 @dataclasses.dataclass
 class Proxy:
-    """Passes connections on to a server on loopback, and injects faults into answers to GET requests.
+    """Passes connections on to a server on loopback, and injects faults into requests and answers.
 
     Attributes:
         fault: what goes wrong now.
@@ -92,6 +93,8 @@ class Proxy:
                 if fault is Fault.SILENT:
                     client.recv(1)  # until the client gives up
                     return
+                if fault is Fault.LOST:
+                    return
                 if fault in _ANSWERS:
                     client.sendall(_refusal(*_ANSWERS[fault], has_body=not line.startswith("HEAD")))
                     continue
@@ -120,11 +123,34 @@ def _read_head(client: socket.socket) -> bytes:
 def _read_body(client: socket.socket, head: bytes) -> bytes:
     if b"expect: 100-continue" in head.lower():
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-    left = _length(head)
-    body = bytearray()
-    while len(body) < left:
-        body += client.recv(min(_PIECE, left - len(body)))
-    return bytes(body)
+    if not re.search(rb"\r\ntransfer-encoding: *chunked", head, re.IGNORECASE):
+        return _received(client, _length(head))
+    body = b""
+    while size := _line(client):
+        piece = _received(client, int(size, 16) + 2 if int(size, 16) else 0)  # with an end of line
+        body += size + b"\r\n" + piece
+        if not piece:  # trailers come, and an empty line
+            while trailer := _line(client):
+                body += trailer + b"\r\n"
+            return body + b"\r\n"
+    return body
+
+
+def _received(client: socket.socket, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        if not (piece := client.recv(min(_PIECE, size - len(found)))):
+            raise ConnectionError("the client has gone")
+        found += piece
+    return bytes(found)
+
+
+def _line(client: socket.socket) -> bytes:
+    """Returns what comes before the next end of line."""
+    found = b""
+    while not found.endswith(b"\r\n"):
+        found += _received(client, 1)
+    return found[:-2]
 
 
 def _length(head: bytes) -> int:
@@ -180,6 +206,16 @@ class Store:
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 self.put(f"{path}/{file.relative_to(folder).as_posix()}", file)
+
+    def names(self, path: str) -> list[str]:
+        """Returns the names of all objects below a folder."""
+        found = self._direct.get_file_info(fs.FileSelector(f"{BUCKET}/{path}", recursive=True, allow_not_found=True))
+        return sorted(info.path.removeprefix(f"{BUCKET}/{path}/") for info in found if info.is_file)
+
+    def get(self, path: str) -> bytes:
+        """Returns the content of an object."""
+        with self._direct.open_input_stream(f"{BUCKET}/{path}", compression=None) as stream:
+            return stream.read()
 
     def delete(self, path: str) -> None:
         self._direct.delete_file(f"{BUCKET}/{path}")

@@ -67,10 +67,10 @@ def test_relative_paths_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("*.csv", "*.csv: no such file, folder, or match of a glob."),
         (
             "a.xlsx",
-            "a.xlsx: a log's file must be one of .parquet, .pq, .csv, .jsonl, .ndjson, .json; text also with .gz",
+            "a.xlsx: each file of the log must be one of .parquet, .pq, .csv, .jsonl, .ndjson, .json; text also with",
         ),
         ("empty", "empty: no file of a supported type there (.parquet, "),
-        ("mixed", "mixed: all files of a log must have one format. Received: "),
+        ("mixed", "mixed: all files of the log must have one format. Received: "),
     ],
 )
 def test_errors(tmp_path: Path, source: str, expected: str) -> None:
@@ -148,13 +148,15 @@ def test_a_folder_without_rights_is_not_passed_over(open_folder: Path, pattern: 
             with pytest.raises(InputError) as refused:
                 find_files(str(open_folder / pattern))
             assert str(refused.value).startswith(f"{open_folder / 'c'}")
-            assert "of a log must be readable. Received: Permission denied." in str(refused.value)
+            assert "of the log must be readable. Received: Permission denied." in str(refused.value)
 
 
 def test_a_file_without_rights(open_folder: Path) -> None:
     touch(open_folder, "a.csv", "b.csv")
     (open_folder / "b.csv").chmod(0o000)
-    message = rf"{open_folder / 'b.csv'}: all files and folders of a log must be readable. Received: no rights to read"
+    message = (
+        rf"{open_folder / 'b.csv'}: all files and folders of the log must be readable. Received: no rights to read"
+    )
     for source in (open_folder, open_folder / "b.csv", open_folder / "*.csv"):
         with as_nobody(), pytest.raises(InputError, match=message):
             find_files(str(source))
@@ -168,7 +170,7 @@ def test_a_folder_that_cannot_be_entered(open_folder: Path) -> None:
     with (
         as_nobody(),
         pytest.raises(
-            InputError, match=r"closed/a\.csv: all files and folders of a log .* Received: Permission denied"
+            InputError, match=r"closed/a\.csv: all files and folders of the log .* Received: Permission denied"
         ),
     ):
         find_files(str(open_folder / "closed" / "a.csv"))
@@ -181,14 +183,14 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "b.csv", tmp_path / "*"):
         with pytest.raises(
             InputError,
-            match=r"b\.csv: all files and folders of a log must be readable.* Received: a pipe or a device\.",
+            match=r"b\.csv: all files and folders of the log must be readable.* Received: a pipe or a device\.",
         ):
             find_files(str(source))
     (tmp_path / "b.csv").unlink()
     (tmp_path / "b.csv").symlink_to("nowhere.csv")
     for source in (tmp_path, tmp_path / "b.csv"):
         with pytest.raises(
-            InputError, match=r"b\.csv: all files and folders of a log must be readable.* Received: a link to nowhere"
+            InputError, match=r"b\.csv: all files and folders of the log must be readable.* Received: a link to nowhere"
         ):
             find_files(str(source))
 
@@ -295,7 +297,7 @@ def test_tables_with_files_of_earlier_versions(tmp_path: Path, name: str, kind: 
     touch(tmp_path, "table/a.parquet", "table/day=1/b.parquet", f"table/{name}")
     globs = ("*", "table/*", "table/*.parquet", "**/*.parquet", "*/day=1/b.parquet", "table/day=*")
     for source in (tmp_path, tmp_path / "table", tmp_path / "table" / "day=1", *(tmp_path / glob for glob in globs)):
-        with pytest.raises(InputError, match=rf"/table: all files of a log are read\. Received: {kind}"):
+        with pytest.raises(InputError, match=rf"/table: all files of the log are read\. Received: {kind}"):
             find_files(str(source))
 
 

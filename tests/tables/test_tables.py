@@ -191,8 +191,8 @@ def refused(path: Path, *fields: Field, separator: str = "") -> str:
 @pytest.mark.parametrize(
     ("text", "field", "message"),
     [
-        ('{"i": "a"}\n{"i": null}', Field("i", False), "row 2: every row needs a i. Received: none"),
-        ('{"i": "a"}\n{}', Field("i", False), "row 2: every row needs a i. Received: none"),
+        ('{"i": "a"}\n{"i": null}', Field("i", False), "row 2: every row needs its i. Received: none"),
+        ('{"i": "a"}\n{}', Field("i", False), "row 2: every row needs its i. Received: none"),
         ('{"i": 1}', Field("i", False), "row 1: i must hold strings, as in the log of the model. Received: 1 (int)"),
         ('{"i": 1}\n{"i": "1"}', Field("i", True), "row 2: i must hold integers, as in the log of"),
         ('{"i": NaN}', Field("i", True), "row 1: i must hold integers, as in the log of the model. Received: nan"),
@@ -200,8 +200,8 @@ def refused(path: Path, *fields: Field, separator: str = "") -> str:
         ('{"i": true}', Field("i", True), "Received: True (bool)"),
         ('{"i": 9223372036854775808}', Field("i", True), "Received: 9223372036854775808 (int)"),
         ('{"i": ["a"]}\n{"i": "a"}', Field("i", False, True), "row 2: i must be a list. Received: 'a'"),
-        ('{"i": ["a", null]}', Field("i", False, True), "row 1: every row needs a i without a missing id"),
-        ('{"i": null}', Field("i", False, True), "row 1: every row needs a i without a missing id"),
+        ('{"i": ["a", null]}', Field("i", False, True), "row 1: every row needs its i without a missing id"),
+        ('{"i": null}', Field("i", False, True), "row 1: every row needs its i without a missing id"),
         ('{"i": ["a", 2]}', Field("i", False, True), "row 1: i must hold strings, as in the log of"),
         ('{"i": [["a"]]}', Field("i", False, True), "Received: ['a'] (list)"),
         ('{"i": "a"}\n{"i": "a"', Field("i", False), 'row 2: each line must be one JSON object. Received: {"i": "a"'),
@@ -222,7 +222,7 @@ def test_what_json_lines_must_keep(tmp_path: Path, text: str, field: Field, mess
 @pytest.mark.parametrize(
     ("text", "field", "message"),
     [
-        ("i,j\na,b\n,b\n", Field("i", False), "row 2: every row needs a i. Received: none"),
+        ("i,j\na,b\n,b\n", Field("i", False), "row 2: every row needs its i. Received: none"),
         ("i\n1\n2x\n", Field("i", True), "row 2: i must hold integers, as in the log of the model. Received: '2x'"),
         ("i\n1.0\n", Field("i", True), "Received: '1.0'"),
         ("i\n1\n0x10\n", Field("i", True), "row 2: i must hold integers, as in the log of the model. Received: '0x10'"),
@@ -233,7 +233,7 @@ def test_what_json_lines_must_keep(tmp_path: Path, text: str, field: Field, mess
         ('i\n"[""a""]"\n', Field("i", True, True), "row 1: i must be a JSON array of integers. Received: 'a' (str)"),
         ("i\n[1]\n", Field("i", False, True), "row 1: i must be a JSON array of strings. Received: 1 (int)"),
         ("i\na;b\n", Field("i", False, True), "row 1: i must be a JSON array of strings. Received: 'a;b'"),
-        ("i,j\n[],1\n,1\n", Field("i", False, True), "row 2: every row needs a i without a missing id"),
+        ("i,j\n[],1\n,1\n", Field("i", False, True), "row 2: every row needs its i without a missing id"),
         ("i,j\na,b\na\n", Field("i", False), "row 2: must be CSV from end to end"),
         ("i,i\na,b\n", Field("i", False), "columns must have different names"),
         ("", Field("i", False), "a table must at least name its columns. Received: an empty file"),
@@ -248,13 +248,13 @@ def test_what_csv_must_keep(tmp_path: Path, text: str, field: Field, message: st
 @pytest.mark.parametrize(
     ("column", "field", "message"),
     [
-        (["a", None], Field("i", False), "row 2: every row needs a i. Received: none"),
+        (["a", None], Field("i", False), "row 2: every row needs its i. Received: none"),
         ([1, 2], Field("i", False), "row 1: i must hold strings, as in the log of the model. Received: 1 (int64)"),
         (["a"], Field("i", True), "row 1: i must hold integers, as in the log of the model. Received: 'a' (string)"),
         ([1.0, float("nan")], Field("i", True), "Received: 1.0 (double)"),
-        ([None, None], Field("i", True), "row 1: every row needs a i"),
-        ([["a"], None], Field("i", False, True), "row 2: every row needs a i without a missing id"),
-        ([["a"], [], ["b", None]], Field("i", False, True), "row 3: every row needs a i without a missing id"),
+        ([None, None], Field("i", True), "row 1: every row needs its i"),
+        ([["a"], None], Field("i", False, True), "row 2: every row needs its i without a missing id"),
+        ([["a"], [], ["b", None]], Field("i", False, True), "row 3: every row needs its i without a missing id"),
         ([[1]], Field("i", False, True), "row 1: i must hold strings, as in the log of the model. Received: 1 (int64)"),
         (["a b"], Field("i", False, True), "row 1: i must be a list. Received: 'a b'"),
         ([7], Field("i", True, True), "row 1: i must be a list. Received: 7 (int64)"),
@@ -372,7 +372,7 @@ def test_times_that_are_no_utf8(tmp_path: Path, good: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl"])
 def test_empty_times(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"row 1: every event needs a t\. Received: no t\."):
+    with pytest.raises(InputError, match=r"row 1: every event needs its t\. Received: no t\."):
         times(write(tmp_path / name, [{"t": ""}, {"t": "2020-01-01"}]))
 
 

@@ -13,13 +13,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from din_dist.errors import InputError
-from din_dist.files import claimed, read_record, write_text
+from din_dist.files import claimed, published, read_record, write_text
 from din_dist.tables.sources import check_unchanged, fingerprint_files
+from din_dist.tables.storage import File
 from din_dist.tables.survey import Survey, survey_table
 from din_dist.tables.writer import suffix_of
 from din_dist.text import is_count, parse_json, printable, to_json
@@ -27,7 +29,8 @@ from din_dist.text import is_count, parse_json, printable, to_json
 PLAN = "plan.json"
 SUMMARY = "predictions.json"
 _VERSION = 1
-_STOPPING = ".stopping"
+STOPPING = ".stopping"
+MOST_PLAN_BYTES = 1 << 28
 _BEGIN_ANEW = "Give --overwrite to begin anew, or another --predictions_dir."
 
 
@@ -102,10 +105,34 @@ class Plan:
 
 
 class PartsFolder:
-    """The folder of the results, which several processes share. The first process to claim a part gets it."""
+    """The folder of the results, which several processes share. The first process to claim a part gets it.
 
-    def __init__(self, folder: Path) -> None:
+    `StoreParts` is the same in an object store.
+    """
+
+    folder: File
+
+    def __init__(self, folder: File) -> None:
         self.folder = folder
+
+    def names(self) -> set[str]:
+        """Returns the names of all files."""
+        return {path.name for path in self._here.iterdir()}
+
+    @property
+    def _here(self) -> Path:
+        assert isinstance(self.folder, Path)
+        return self.folder
+
+    def _read(self, name: str) -> str:
+        return read_record(self._here / name)
+
+    def _write(self, name: str, text: str) -> None:
+        write_text(self._here / name, text)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self._here / name).unlink(missing_ok=True)
 
     def begin(
         self,
@@ -131,29 +158,30 @@ class PartsFolder:
             InputError: the folder has another plan, a file is damaged or changed, or the folder cannot be written.
         """
         with self.writing():
-            for leftover in (*self.folder.glob(".part-*"), self.folder / _STOPPING):
-                leftover.unlink(missing_ok=True)  # of processes that were killed
-            path = self.folder / PLAN
+            names = self.names()
+            leftover = [name for name in names if fnmatch(name, ".part-*") or name == STOPPING]
+            self._remove(leftover)  # of processes that were killed
+            parts = sorted(name for name in names if fnmatch(name, "part-*-of-*"))
             if overwrite:
-                for old in (self.folder / SUMMARY, path, *self.folder.glob("part-*-of-*")):
-                    old.unlink(missing_ok=True)
-            elif (stray := next(self.folder.glob("part-*-of-*"), None)) is not None:
-                if path.exists():
+                self._remove([name for name in (SUMMARY, PLAN) if name in names])
+                self._remove(parts)
+            elif parts:
+                if PLAN in names:
                     return self._resumed(files, rows_per_part, settings)
                 raise InputError(
                     f"--predictions_dir: must be for these predictions alone. Received: {self.folder} with "
-                    f"{stray.name}, and no {PLAN}. {_BEGIN_ANEW}"
+                    f"{parts[0]}, and no {PLAN}. {_BEGIN_ANEW}"
                 )
             plan = Plan.of(files, rows_per_part, settings)
             check_unchanged(plan.fingerprints, files, "reading began", _BEGIN_ANEW)
             check(plan)
-            write_text(path, to_json(plan.to_json()) + "\n")
+            self._write(PLAN, to_json(plan.to_json()) + "\n")
         return plan
 
     def _resumed(self, files: Sequence[Path], rows_per_part: int, settings: Mapping[str, Any]) -> Plan:
         path = self.folder / PLAN
         try:
-            fields = parse_json(read_record(path))
+            fields = parse_json(self._read(PLAN))
             if fields["version"] != _VERSION:
                 raise ValueError(f"version {fields['version']}")
             plan = Plan.from_json(fields)
@@ -173,26 +201,36 @@ class PartsFolder:
         return plan
 
     def missing(self, plan: Plan) -> list[Part]:
-        names = {path.name for path in self.folder.glob("part-*")}
+        names = self.names()
         return [part for part in plan.parts() if part.name not in names]
 
     def has(self, part: Part) -> bool:
-        return (self.folder / part.name).exists()
+        return (self._here / part.name).exists()
+
+    def share(self, plan: Plan, rank: int, world_size: int) -> list[Part]:
+        """Returns the missing parts that a process may do, in the order in which it claims them."""
+        return in_turn(self.missing(plan), rank, world_size)
+
+    @contextlib.contextmanager
+    def published(self, part: Part) -> Iterator[BinaryIO]:
+        """Yields a stream whose content becomes the part when the block ends without an error."""
+        with published(self._here / part.name) as stream:
+            yield stream
 
     @contextlib.contextmanager
     def claimed(self, part: Part) -> Iterator[bool]:
         """Yields True if this process may write the part; no other process gets it until the block ends."""
-        with self.writing(), claimed(self.folder / f".{part.name}.claim") as is_first:
+        with self.writing(), claimed(self._here / f".{part.name}.claim") as is_first:
             # Another process may have published the part, and ended its claim, after this one looked.
             yield is_first and not self.has(part)
 
     def stop_all(self) -> None:
         """Asks the other processes to stop, which they do between two batches."""
         with contextlib.suppress(OSError):
-            (self.folder / _STOPPING).touch()
+            (self._here / STOPPING).touch()
 
     def is_stopping(self) -> bool:
-        return (self.folder / _STOPPING).exists()
+        return (self._here / STOPPING).exists()
 
     def finish(self, plan: Plan) -> None:
         """Publishes the summary. Only one process may call this, after all parts are published."""
@@ -205,7 +243,7 @@ class PartsFolder:
             ],
         }
         with self.writing():
-            write_text(self.folder / SUMMARY, json.dumps(fields, indent=1) + "\n")
+            self._write(SUMMARY, json.dumps(fields, indent=1) + "\n")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

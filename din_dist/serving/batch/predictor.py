@@ -18,12 +18,11 @@ import pyarrow as pa
 from din_dist.config import LogFormat
 from din_dist.errors import InputError
 from din_dist.features.spec import Owner
-from din_dist.files import published
 from din_dist.progress import at, each
 from din_dist.serving.asked import Recommend
 from din_dist.serving.batch.features import FeatureColumn, given_features
 from din_dist.serving.batch.histories import Encoded, encode
-from din_dist.serving.batch.parts import Part, PartsFolder, Plan, in_turn
+from din_dist.serving.batch.parts import Part, PartsFolder, Plan
 from din_dist.serving.bundle import Bundle
 from din_dist.serving.own_values import part_of
 from din_dist.serving.predictions import Predictions
@@ -159,7 +158,7 @@ class Predictor:
         started = time.perf_counter()
         tables: dict[str, TableReader] = {}
         try:
-            for part in in_turn(self._folder.missing(plan), rank, world_size):
+            for part in self._folder.share(plan, rank, world_size):
                 if self._folder.has(part):
                     continue
                 with self._folder.claimed(part) as mine:
@@ -178,7 +177,7 @@ class Predictor:
 
     def _write(self, table: TableReader, part: Part, rows_per_batch: int, progress: RowProgress) -> None:
         path = self._folder.folder / part.name
-        with at(f"writing {path}"), published(path) as stream:
+        with at(f"writing {path}"), self._folder.published(part) as stream:
             results = self._results(table, part, rows_per_batch, progress)
             write_results(part.path, stream, results, self._columns.added)
 

@@ -46,6 +46,8 @@ from din_dist.serving.given_behaviours import NAMES, by_user
 from din_dist.serving.manifest import MANIFEST, FeatureInputs, Manifest, digest_of_file, read_manifest
 from din_dist.serving.own_values import OwnBehaviours, OwnValues
 from din_dist.serving.predictions import Predictions
+from din_dist.serving.store_exports import check_free, upload
+from din_dist.tables.storage import File, RemoteFile
 from din_dist.text import to_json
 from din_dist.training.warm_start import kept_rows
 from din_dist.versions import build_info
@@ -87,12 +89,15 @@ class TrainedModel:
         return Predictions.of(self.store.facts.tasks, self.config.main_task, self.calibrators)
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: File, overwrite: bool) -> None:
     """Checks that an export may be written to `folder`.
 
     Raises:
         InputError: the folder is in use and may not be replaced.
     """
+    if isinstance(folder, RemoteFile):
+        check_free(folder, overwrite)
+        return
     if not folder.exists() and not folder.is_symlink():
         return
     try:
@@ -118,7 +123,7 @@ def export(
     trained: TrainedModel,
     evaluator: Evaluator,
     split: str,
-    folder: Path,
+    folder: File,
     *,
     overwrite: bool = False,
     index_recall: float | None = None,
@@ -129,7 +134,7 @@ def export(
         trained: the model.
         evaluator: has the examples of `split`.
         split: on which the logits of export and trainer are compared.
-        folder: of the export.
+        folder: of the export, on this machine or in a store.
         overwrite: replace an export that is there.
         index_recall: the least recall of an approximate index of items, see `write_index`. None: there is no index.
 
@@ -153,7 +158,10 @@ def export(
             manifest = dataclasses.replace(_manifest(trained, temporary, split, largest, num_compared), index=index)
             manifest = _written(manifest, temporary)
             check_target(folder, overwrite)  # again, because the comparison took a while
-            publish_folder(temporary, folder)
+            if isinstance(folder, RemoteFile):
+                upload(temporary, folder)
+            else:
+                publish_folder(temporary, folder)
     return manifest
 
 
@@ -442,23 +450,29 @@ def _kind(ids: pa.ChunkedArray) -> str:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: File) -> Iterator[None]:
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
         raise InputError(
-            f"--export_dir: must be a folder that can be written, with room for the model. Received: {folder}, "
-            f"{reason}. Make room or give rights there, or name another one."
+            f"--export_dir: must be a folder that can be written, with room for the model. Received: "
+            f"{folder if isinstance(folder, Path) else tempfile.gettempdir()}, {reason}. Make room or give rights "
+            "there, or name another one."
         ) from error
 
 
 @contextlib.contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
+def _temporary_folder(folder: File) -> Iterator[Path]:
     """Makes a new folder beside `folder` and removes it at the end of the block, unless it was renamed.
 
-    A lock on it shows other exports that it is in use. Folders that killed exports left are removed.
+    A lock on it shows other exports that it is in use. Folders that killed exports left are removed. For an export in a
+    store, the folder is among this machine's temporary files.
     """
+    if isinstance(folder, RemoteFile):
+        with tempfile.TemporaryDirectory(prefix="din_dist-export-") as aside:
+            yield Path(aside)
+        return
     prefix = f".{folder.name}.exporting-"
     with _writing(folder):
         make_folder(folder.parent)

@@ -11,15 +11,16 @@ from din_dist.serving.http.scoring import warm_up
 from din_dist.serving.http.served import Served
 from din_dist.serving.http.versions import Version
 from din_dist.serving.manifest import Manifest
+from din_dist.serving.store_exports import local_export
 
 
 def open_version(version: Version, expect_digest: str = "") -> Served:
     """Loads an export and runs each of its paths once, so that no request waits for TensorFlow's preparations.
 
     Raises:
-        InputError: see `Bundle.open`.
+        InputError: see `Bundle.open` and `local_export`.
     """
-    bundle = Bundle.open(version.folder, expect_digest)
+    bundle = Bundle.open(local_export(version.source, expect_digest), expect_digest)
     manifest = bundle.manifest
     vocabulary = Vocabulary.of(manifest)
     warm_up(bundle, vocabulary)

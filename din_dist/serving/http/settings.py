@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from din_dist.config.settings import Settings, path_setting, port_setting, require, setting, text_setting
+from din_dist.config.settings import Settings, port_setting, require, setting, source_setting, text_setting
 from din_dist.serving.manifest import DIGEST_HELP, check_digest
 
 _ADDRESSES, _BATCHING, _LIMITS, _TIMEOUTS = "addresses", "batching and queue", "limits of a request", "timeouts"
@@ -28,10 +28,11 @@ class ServeConfig(Settings):
 
     THEME: ClassVar[str] = "model"
 
-    export_dir: str = path_setting(
+    export_dir: str = source_setting(
         "",
         "The export to serve, or a folder with a numbered folder for each version. The highest version is then served, "
-        "also one that comes later: see --reload_interval_seconds.",
+        "also one that comes later: see --reload_interval_seconds. From a store (s3://, gs://, abfs://, hdfs://) it is "
+        "copied to the user's cache folder first.",
         check=_check_export_dir,
     )
     reload_interval_seconds: float = setting(

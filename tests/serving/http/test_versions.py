@@ -11,7 +11,7 @@ from din_dist.errors import InputError
 from din_dist.serving.http.served import Served
 from din_dist.serving.http.versions import NewerVersions, RefusedVersion, Version, found_versions
 from din_dist.serving.manifest import MANIFEST, read_manifest
-from tests.support.manifests import write_manifest
+from tests.support.changed_manifest import write_manifest
 from tests.support.stand_in_model import STRINGS, StandIn
 
 
@@ -39,7 +39,7 @@ class Opener:
 def newer_versions(folder: Path) -> tuple[NewerVersions, Opener]:
     """Returns what looks for newer versions, after the first was opened."""
     opener = Opener()
-    newer = NewerVersions(folder, opener, found_versions(folder)[0])
+    newer = NewerVersions(str(folder), opener, found_versions(str(folder))[0])
     newer.open_first()
     return newer, opener
 
@@ -58,10 +58,10 @@ def test_the_newest_version_is_found(tmp_path: Path) -> None:
         (tmp_path / name / MANIFEST).parent.mkdir(parents=True)
         (tmp_path / name / MANIFEST).touch()
     (tmp_path / "11").mkdir()
-    assert found_versions(tmp_path) == [Version(tmp_path / "10", 10), Version(tmp_path / "2", 2)]
-    assert found_versions(tmp_path / "2") == [Version(tmp_path / "2", 2)]
-    assert found_versions(tmp_path / "newest") == [Version(tmp_path / "newest", None)]
-    assert found_versions(tmp_path / "nowhere") == [Version(tmp_path / "nowhere", None)]
+    assert found_versions(str(tmp_path)) == [Version(tmp_path / "10", 10), Version(tmp_path / "2", 2)]
+    assert found_versions(str(tmp_path / "2")) == [Version(tmp_path / "2", 2)]
+    assert found_versions(str(tmp_path / "newest")) == [Version(tmp_path / "newest", None)]
+    assert found_versions(str(tmp_path / "nowhere")) == [Version(tmp_path / "nowhere", None)]
 
 
 def test_a_newer_version_is_opened_when_it_is_whole(tmp_path: Path) -> None:
