@@ -14,13 +14,17 @@ _LIBRARY = (
     "SRGNN",
     "ComiRecDR",
     "ComiRecSA",
+    "Config",
     "Dice",
     "InputError",
     "LazyAdam",
     "LocalActivationUnit",
     "MeanPooling",
+    "Result",
     "YouTubeDNN",
     "load_model",
+    "settings",
+    "train",
 )
 
 

@@ -11,6 +11,9 @@ from din_dist.api.retrieval import KerasComiRecSA as ComiRecSA
 from din_dist.api.retrieval import KerasMIND as MIND
 from din_dist.api.retrieval import KerasSRGNN as SRGNN
 from din_dist.api.retrieval import KerasYouTubeDNN as YouTubeDNN
+from din_dist.api.training import TrainedJob as Result
+from din_dist.api.training import settings, train
+from din_dist.config import Config
 from din_dist.errors import InputError
 
 __all__ = [
@@ -19,11 +22,15 @@ __all__ = [
     "SRGNN",
     "ComiRecDR",
     "ComiRecSA",
+    "Config",
     "Dice",
     "InputError",
     "LazyAdam",
     "LocalActivationUnit",
     "MeanPooling",
+    "Result",
     "YouTubeDNN",
     "load_model",
+    "settings",
+    "train",
 ]
