@@ -22,6 +22,7 @@ _LIBRARY = (
     "MeanPooling",
     "Result",
     "YouTubeDNN",
+    "datasets",
     "load_model",
     "settings",
     "train",

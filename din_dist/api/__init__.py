@@ -1,5 +1,6 @@
 """The library: models, layers and the optimizer for Keras. `import din_dist` has all these names."""
 
+from din_dist.api import datasets
 from din_dist.api.layers import KerasDice as Dice
 from din_dist.api.layers import KerasLocalActivationUnit as LocalActivationUnit
 from din_dist.api.model import load_model
@@ -30,6 +31,7 @@ __all__ = [
     "MeanPooling",
     "Result",
     "YouTubeDNN",
+    "datasets",
     "load_model",
     "settings",
     "train",
