@@ -11,6 +11,8 @@ from tests.support import thorough
 
 # What `-m fast` runs: folders and files, and the words in the names of those of their tests that are left out.
 FAST = {
+    "tests/api/test_layers.py": ("functional", "saved_model"),
+    "tests/api/test_optimizers.py": ("fit",),
     "tests/benchmark": (),
     "tests/cli/test_flags.py": (),
     "tests/cluster/test_hosts.py": (),

@@ -8,14 +8,14 @@ import enum
 import itertools
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from din_dist.cli.help import theme
-from din_dist.config import Config, Settings
+from din_dist.config import Config, Settings, list_text
 from din_dist.config.data import EVENT_LOG
 from din_dist.config.settings import is_saved, theme_of
 from din_dist.errors import InputError
@@ -190,6 +190,42 @@ def _imply_dataset(flag_values: flags.FlagValues) -> None:
     dataset = flag_values["dataset"]
     if flag_values["data_path"].value and not dataset.present:
         dataset.value = EVENT_LOG
+
+
+def flags_of(values: Mapping[str, Any], flagfiles: Sequence[str] = ()) -> flags.FlagValues:
+    """Returns the flags of a job as if a command line had given them.
+
+    Args:
+        values: name of a setting -> its value.
+        flagfiles: come before them.
+
+    Raises:
+        InputError: there is no such flag, or a value is not of its kind.
+    """
+    found = flags.FlagValues()
+    define_flags(found)
+    words = [f"--flagfile={name}" for name in flagfiles]
+    words += [f"--{name}={list_text(v) if isinstance(v, (list, tuple)) else v}" for name, v in values.items()]
+    try:
+        found(with_our_flagfiles(["din_dist", *words]))
+    except flags.Error as error:
+        if isinstance(error.__context__, InputError):
+            raise error.__context__ from error
+        raise InputError(f"{str(error).rstrip('.')}. See din-dist train --help.") from error
+    return found
+
+
+def flagfile_of(config: Config) -> str:
+    """Returns the settings of `config` as `to_flagfile` does those of the command line."""
+    values: dict[str, Any] = {}
+    for _, part in config.parts():
+        for field in fields_with_flags(type(part)):
+            value, required = getattr(part, field.name), f"{field.name}_required"
+            if field.name in _ABSENT_BY_DEFAULT and not getattr(part, required):
+                continue
+            if field.name != "features" and (value != field.default or field.name in _ABSENT_BY_DEFAULT):
+                values[field.name] = value
+    return to_flagfile(flags_of(values))
 
 
 def _declarations(flag_values: flags.FlagValues) -> str:

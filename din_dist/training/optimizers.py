@@ -270,9 +270,14 @@ class LazyAdam(Optimizer):
         second = LazyAdam.BETA_2 * second + (1.0 - LazyAdam.BETA_2) * tf.square(gradient)
         return [value - rate * first / (tf.sqrt(second) + LazyAdam.EPSILON), first, second]
 
-    def _rate(self, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    @classmethod
+    def corrected(cls, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        """Returns the learning rate of update `step`, counted from 1: both moments begin at 0."""
         updates = tf.cast(step, tf.float32)
-        return learning_rate * tf.sqrt(1.0 - self.BETA_2**updates) / (1.0 - self.BETA_1**updates)
+        return learning_rate * tf.sqrt(1.0 - cls.BETA_2**updates) / (1.0 - cls.BETA_1**updates)
+
+    def _rate(self, learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        return self.corrected(learning_rate, step)
 
     def slot_of_new_rows(self, kind: str, slots: np.ndarray) -> np.ndarray | None:
         if kind != "second_moment":
