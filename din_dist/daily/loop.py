@@ -14,7 +14,7 @@ import numpy as np
 from din_dist.daily.periods import find_days
 from din_dist.daily.records import DayPhase, WorkFolder, version_of
 from din_dist.daily.settings import DailyConfig, QualityMetric, date_of
-from din_dist.data.event_store import PACKED_DIR, map_array, read_facts
+from din_dist.data.event_store import PACKED_DIR, read_facts, reading_prepared
 from din_dist.data.extension import Extension
 from din_dist.errors import EXIT_DAY_MISSING, EXIT_QUALITY_FELL, EXIT_RETRY, InputError
 from din_dist.files import is_locked, read_record
@@ -294,6 +294,8 @@ class Loop:
 
 def _num_from(folder: Path, time_: int) -> int:
     """Returns how many prepared events are not earlier than a timestamp."""
-    times = map_array(folder / PACKED_DIR / "timestamps.npy", {})
+    path = folder / PACKED_DIR / "timestamps.npy"
+    with reading_prepared(path):  # checksums are left to those who learn from it: they import TensorFlow
+        times = np.load(path, mmap_mode="r", allow_pickle=False)
     parts = itertools.pairwise([*range(0, len(times), 1 << 22), len(times)])
     return sum(int(np.count_nonzero(times[first:end] >= time_)) for first, end in parts)

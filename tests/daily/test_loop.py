@@ -125,7 +125,6 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
         return types.SimpleNamespace(**json.loads((folder / "manifest.json").read_text()))
 
     monkeypatch.setattr(loop, "read_facts", read_facts)
-    monkeypatch.setattr(loop, "map_array", lambda path, files: np.load(path))
     monkeypatch.setattr(loop, "read_manifest", read_manifest)
     return Commands(folder)
 
