@@ -59,6 +59,10 @@ if [[ $manifests == *$'\nkind: MPIJob\n'* ]]; then
   job=mpijobs.kubeflow.org/din-dist
   launcher=jobs.batch/din-dist-launcher # which the operator makes
   pods=batch.kubernetes.io/job-name=din-dist-launcher
+elif [[ $manifests == *$'\nkind: CronJob\n'* ]]; then
+  job=cronjobs.batch/din-dist
+  [[ $action != follow ]] ||
+    die "follow: is for an overlay with one job. Received: '$overlay', with a job for each day. Look at one: kubectl logs --selector=app.kubernetes.io/name=din-dist"
 else
   job=jobs.batch/din-dist
   launcher=$job

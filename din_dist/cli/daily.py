@@ -50,9 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: a flag or a file is wrong.
     """
-    words, trainer_flags = _parsed(arguments)
-    config = DailyConfig(**settings.settings_from_flags(DailyConfig, _FLAGS), begins=str(_FLAGS["from"].value))
-    _check_trainer_flags(config, trainer_flags)
+    words, trainer_flags = parse_flags(arguments)
+    config = config_from_flags()
+    check_trainer_flags(config, trainer_flags)
 
     def run(name: str, own: Sequence[str]) -> int:
         given = {"launch": words, "prepare_data": trainer_flags}.get(name, [])
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parses the flags of this command; returns those of the launcher and the trainer, and those of the trainer alone.
 
     Raises:
@@ -89,7 +89,16 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         raise _wrong_flag(error) from error
 
 
-def _check_trainer_flags(config: DailyConfig, trainer_flags: Sequence[str]) -> None:
+def config_from_flags() -> DailyConfig:
+    """Returns the settings of this command, after `parse_flags`.
+
+    Raises:
+        InputError: a setting breaks a rule.
+    """
+    return DailyConfig(**settings.settings_from_flags(DailyConfig, _FLAGS), begins=str(_FLAGS["from"].value))
+
+
+def check_trainer_flags(config: DailyConfig, trainer_flags: Sequence[str]) -> None:
     """Checks all flags of the trainer before any work is done.
 
     Raises:

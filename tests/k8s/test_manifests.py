@@ -18,11 +18,13 @@ import pytest
 from absl import flags
 
 from din_dist import __version__
-from din_dist.cli import launch
+from din_dist.cli import daily, launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
-from tests.support.overlays import OVERLAYS, Object, render
+from din_dist.daily.settings import DailyConfig
+from din_dist.errors import EXIT_DAY_MISSING, EXIT_INPUT_ERROR, EXIT_QUALITY_FELL, EXIT_RETRY
+from tests.support.overlays import JOBS, OVERLAYS, Object, render
 from tests.support.repository import ROOT
 
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
@@ -62,11 +64,13 @@ def one(objects: list[Object], kind: str) -> Object:
 
 
 def job_of(objects: list[Object]) -> Object:
+    if any(each["kind"] == "CronJob" for each in objects):
+        return {"kind": "Job", **one(objects, "CronJob")["spec"]["jobTemplate"]}
     return one(objects, "MPIJob" if any(each["kind"] == "MPIJob" for each in objects) else "Job")
 
 
 def pods_of(objects: list[Object]) -> dict[str, Object]:
-    """The job's pods, by role, as they are created; an Indexed Job has but workers."""
+    """The job's pods, by role, as they are created; an Indexed Job and a CronJob have but workers."""
     job = job_of(objects)
     if job["kind"] == "Job":
         return {"Worker": {"apiVersion": "v1", "kind": "Pod", **job["spec"]["template"]}}
@@ -235,6 +239,8 @@ def test_selectors_meet_the_pods(objects: list[Object]) -> None:
             wanted = selector.get("matchLabels", selector)
             met = [role for role, pod in pods.items() if wanted.items() <= pod["metadata"]["labels"].items()]
             assert met == roles, each["kind"]
+    if any(each["kind"] == "CronJob" for each in objects):
+        return  # of one pod
     (spread,) = pods["Worker"]["spec"]["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"].items() <= pods["Worker"]["metadata"]["labels"].items()
     assert spread["topologyKey"] == "kubernetes.io/hostname"
@@ -254,6 +260,7 @@ def test_only_the_job_and_prometheus_may_connect(objects: list[Object]) -> None:
     assert ports["endPort"] >= max(metrics)
 
 
+@pytest.mark.parametrize("objects", JOBS, indirect=True)
 def test_each_trainer_of_a_pod_has_its_metrics_port(objects: list[Object], flags_folder: Path) -> None:
     first = parse(f"--flagfile={flags_folder}/job.flags").telemetry.metrics_port
     num_trainers = trainers_of(objects, flags_folder)
@@ -301,6 +308,7 @@ def test_the_pod_monitor_finds_each_trainer_and_says_whose_it_is(overlay: str) -
     ]
 
 
+@pytest.mark.parametrize("objects", JOBS, indirect=True)
 def test_flagfiles_say_where_and_name_what(objects: list[Object], flags_folder: Path) -> None:
     config = parse(f"--flagfile={flags_folder}/job.flags")
     assert config.data.data_dir == "/data/prepared"
@@ -314,6 +322,7 @@ def test_flagfiles_say_where_and_name_what(objects: list[Object], flags_folder: 
     assert config.model == parse(f"--flagfile={named}", *data_path).model
 
 
+@pytest.mark.parametrize("objects", JOBS, indirect=True)
 def test_commands_exist_and_take_their_flags(objects: list[Object], flags_folder: Path) -> None:
     pods = pods_of(objects)
     script, *given = [arg.replace(FLAGS_FOLDER, str(flags_folder)) for arg in launcher_args(objects)]
@@ -406,6 +415,36 @@ def test_the_indexed_job(tmp_path: Path) -> None:
     assert "readinessProbe" not in pod["containers"][0]  # the first pod serves no ssh
     assert {"name": "ssh", "mountPath": "/home/din/.ssh", "readOnly": True} in pod["containers"][0]["volumeMounts"]
     assert one(objects, "PodDisruptionBudget")["spec"]["minAvailable"] == spec["completions"]
+
+
+@pytest.mark.parametrize("objects", ["daily"], indirect=True)
+def test_daily_training(objects: list[Object], flags_folder: Path) -> None:
+    assert not {"MPIJob", "PodDisruptionBudget"} & {each["kind"] for each in objects}
+    spec = one(objects, "CronJob")["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid", "one command works in --work_dir"
+    (container,) = pods_of(objects)["Worker"]["spec"]["containers"]
+    script, flag = container["args"]
+    assert os.access(script, os.X_OK)
+    _, trainer_flags = daily.parse_flags([flag.replace(FLAGS_FOLDER, str(flags_folder))])
+    config = daily.config_from_flags()
+    assert (config.log, config.begins, config.work_dir) == ("/data/events", "2026-11-01", "/runs/daily")
+    assert config == DailyConfig(log=config.log, begins=config.begins, work_dir=config.work_dir), "no other setting"
+    daily.check_trainer_flags(config, trainer_flags)
+    recommended = parse("--flagfile=launch/flags/recommended.flags", "--data_path=/data/events")
+    trained = parse(*trainer_flags, "--data_path=/data/events")
+    assert trained.model == recommended.model
+    assert trained.telemetry.metrics_host == "0.0.0.0"
+    (num_workers,) = re.findall(r"^--num_workers=(\d+)$", (flags_folder / "job.flags").read_text(), re.MULTILINE)
+    first = trained.telemetry.metrics_port
+    assert ports_of(pods_of(objects)["Worker"]) == {f"metrics-{rank}": first + rank for rank in range(int(num_workers))}
+
+
+@pytest.mark.parametrize(("exit_code", "action"), [(2, "FailJob"), (75, "Ignore"), (81, "FailJob"), (82, "FailJob")])
+def test_which_failures_of_a_day_are_tried_again(exit_code: int, action: str) -> None:
+    rules = one(render("daily"), "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    found = [rule["action"] for rule in rules if exit_code in rule.get("onExitCodes", {}).get("values", [])]
+    assert found == [action]
+    assert {EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_QUALITY_FELL, EXIT_DAY_MISSING} == {2, 75, 81, 82}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import yaml
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
-OVERLAYS = ["elastic", "gpu", "no-operator", "smoke-cpu"]
+JOBS = ["elastic", "gpu", "no-operator", "smoke-cpu"]  # of a launcher and workers
+OVERLAYS = ["daily", *JOBS]
 
 Object = dict[str, Any]
 
