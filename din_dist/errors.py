@@ -5,6 +5,8 @@ EXIT_RETRY = 75  # EX_TEMPFAIL in sysexits.h: stopped on request after a checkpo
 
 EXIT_GAVE_UP = 79  # tells the launcher to stop the elastic job, which then ends with EXIT_RETRY
 EXIT_HUNG = 80  # a worker gave no sign of life, or its disk did not answer
+EXIT_QUALITY_FELL = 81  # daily training stops before a day on which the model is worse by more than is allowed
+EXIT_DAY_MISSING = 82  # daily training waits for a day, because a later one is there
 EXIT_SIGINT = 130  # ended by Ctrl-C, as in shells
 
 

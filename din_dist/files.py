@@ -366,6 +366,21 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder that others may read: its name is gone at once, and then its content.
+
+    What a killed process left of this is deleted, too. The folder need not be there.
+
+    Raises:
+        OSError: the name cannot be taken away.
+    """
+    aside = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Swaps two names at once; returns False if the file system cannot do that."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -135,6 +135,23 @@ await() {
   return "$code"
 }
 
+# set_up_and_run MODULE ARGUMENTS...: sets up for this machine's GPUs, and goes on as the module, which gets their number.
+set_up_and_run() {
+  local module=$1 num_gpus code=0 setup_flags=()
+  shift
+  num_gpus=$(count_gpus)
+  ((num_gpus == 0)) || setup_flags+=(--gpu)
+  # In a session of its own, where Ctrl-C does not reach it ahead of the trap.
+  setsid setpriv --pdeathsig TERM "$root/launch/setup.sh" "${setup_flags[@]}" >&2 &
+  child=$!
+  trap 'stopped=1 interrupted=1; kill -TERM -- "-$child" "$child" 2>/dev/null || true' TERM INT
+  await "$child" || code=$?
+  [[ ! ${stopped:-} ]] || exit 75
+  ((code == 0)) || exit "$code"
+  export DIN_DIST_VENV=$venv
+  exec "$venv/bin/python" -m "$module" --num_gpus="$num_gpus" "$@"
+}
+
 # make_tools FOLDER NAMES...: an environment in FOLDER with these tools of those who release, as pinned.
 make_tools() {
   local folder=$1 log=$cache/tools.log python=${PYTHON:-python3}

@@ -66,7 +66,7 @@ run() {
 
 manifests=$(kubectl kustomize "$folder")
 kind=Job
-for other in MPIJob TrainJob Deployment; do
+for other in MPIJob TrainJob CronJob Deployment; do
   [[ $manifests != *$'\nkind: '$other$'\n'* ]] || kind=$other
 done
 base=din-dist
@@ -83,6 +83,11 @@ case $kind in
     launcher=$job
     pods=jobset.sigs.k8s.io/jobset-name=$object,jobset.sigs.k8s.io/replicatedjob-name=launcher # Kubeflow Trainer makes them
     ;;
+  CronJob)
+    job=cronjobs.batch/$object
+    [[ $action != follow ]] ||
+      die "follow: is for an overlay with one job. Received: '$overlay', with a job for each day. Look at one: kubectl logs --selector=app.kubernetes.io/name=$object"
+    ;;
   Deployment) job=deployments.apps/$object ;;
   Job)
     job=jobs.batch/$object
@@ -90,7 +95,7 @@ case $kind in
     pods=batch.kubernetes.io/job-name=$object,batch.kubernetes.io/job-completion-index=0
     ;;
 esac
-[[ ! $queue || $kind != Deployment ]] || die "--queue: is for jobs. Received: --queue=$queue, with $overlay. Drop it."
+[[ ! $queue || ! $kind =~ ^(CronJob|Deployment)$ ]] || die "--queue: is for overlays with one job. Received: --queue=$queue, with $overlay. Drop it."
 secret=$object-ssh
 has_secret=
 [[ $manifests != *"secretName: $base-ssh"* ]] || has_secret=1

@@ -19,6 +19,7 @@ FAST = {
     "tests/cluster/test_link.py": (),
     "tests/cluster/test_slurm.py": (),
     "tests/config": (),
+    "tests/daily": (),
     "tests/data/builders": ("first_command",),
     "tests/data/test_event_store.py": (),
     "tests/data/test_hashing.py": (),

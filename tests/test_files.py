@@ -6,6 +6,7 @@ import ast
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from din_dist import files
 from din_dist.errors import InputError
 from din_dist.files import (
     claimed,
+    delete_folder,
     folder_aside,
     is_locked,
     local_path,
@@ -182,6 +184,19 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
     with mock.patch.object(files, "sync", lambda path: synced.append((path.name, folder.exists()))):
         publish_folder(aside, folder)
     assert synced == [("file", False), ("deep", False), ("aside", False), (tmp_path.name, True)]
+
+
+def test_a_folder_is_deleted_name_first(tmp_path: Path) -> None:
+    folder, aside = tmp_path / "folder", tmp_path / ".folder.deleted"
+    folder.mkdir()
+    (folder / "file").touch()
+    with mock.patch.object(shutil, "rmtree"):  # a process that is killed before it has deleted anything
+        delete_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [aside.name]
+    folder.mkdir()
+    delete_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+    delete_folder(folder)  # which is gone
 
 
 def test_a_process_that_was_killed_between_two_renames(tmp_path: Path) -> None:

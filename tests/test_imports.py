@@ -41,9 +41,19 @@ MAY_IMPORT["report"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["serving"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["assembly"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["benchmark"] = {"assembly", *MAY_IMPORT["assembly"]}
+MAY_IMPORT["daily"] = {"data", "tables", "serving"}
 MAY_IMPORT["__init__"] = {"api"}
 MAY_IMPORT["api"] = {"assembly", "cli", *MAY_IMPORT["assembly"]}
-MAY_IMPORT["cli"] = {"assembly", "benchmark", "cluster", "report", "serving", "training", *MAY_IMPORT["training"]}
+MAY_IMPORT["cli"] = {
+    "assembly",
+    "benchmark",
+    "cluster",
+    "daily",
+    "report",
+    "serving",
+    "training",
+    *MAY_IMPORT["training"],
+}
 # Read in place.py only. Other DIN_DIST_* say where things lie, not which process this is.
 LAUNCH_VARIABLE = re.compile(r"(HOROVOD|SLURM|OMPI|PMIX?)_\w+|DIN_DIST_(LAUNCHER|JOB|BEATS_FD|FIND_CARD)")
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}

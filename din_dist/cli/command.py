@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare": "prepare_data",
     "train": "train",
     "launch": "launch",
+    "daily": "daily",
     "evaluate": "evaluate",
     "export": "export",
     "predict": "predict",

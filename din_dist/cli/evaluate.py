@@ -19,8 +19,8 @@ from absl import flags
 from din_dist.cli import entry
 from din_dist.cli.flags import define_overrides, define_path, overridden
 from din_dist.cli.help import theme
-from din_dist.cli.saved_job import WHERE_DATA_LIES, config_from_text, config_of, trained_model
-from din_dist.config import Config, differences, require
+from din_dist.cli.saved_job import WHERE_DATA_LIES, config_from_text, config_of, model_on_other_data, trained_model
+from din_dist.config import Config, Split, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
 from din_dist.evaluation.request import ALL, AUTO, EVENTS, HITS, NONE, TARGETS, USERS, EvaluationRequest
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from din_dist.serving.bundle import Bundle
 
 _KS = "must be whole numbers, comma-separated"
-_OVERRIDES = (*WHERE_DATA_LIES, "evaluation_negatives_per_positive", "evaluation_batch_size")
+_OVERRIDES = (*WHERE_DATA_LIES, "extend", "evaluation_negatives_per_positive", "evaluation_batch_size")
+_TIMES = -(2**63), 2**63 - 1
 
 with theme("what to evaluate"):
     define_path("output_dir", "", "The job's --output_dir. Default: runs/latest, or none with --export_dir.")
@@ -57,6 +58,13 @@ with theme("what to evaluate"):
     )
     flags.DEFINE_string("expect_digest", "", DIGEST_HELP)
     flags.DEFINE_enum("evaluation_split", "test", ("test", "validation", "train"), "The examples to score.")
+    flags.DEFINE_integer(
+        "evaluation_from",
+        None,
+        "Evaluate the job on newer data than it has: on all events from this timestamp on, with the events before as "
+        "history. --data_path, --extend and --data_dir name the prepared data. Rows of embeddings are found by the "
+        "log's own ids, and new ids count as unknown. Default: the job's own data.",
+    )
     flags.DEFINE_list(
         "slice_by",
         [],
@@ -124,7 +132,7 @@ def main() -> None:
     asked, values = _asked(), flags.FLAGS
     output_dir = values.output_dir or ("" if values.export_dir else "runs/latest")
     _check_path(values.evaluation_path)
-    given = overridden(config_of(Path(output_dir)), _OVERRIDES) if output_dir else None
+    given = _from_time(overridden(config_of(Path(output_dir)), _OVERRIDES)) if output_dir else None
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before
     from din_dist.data.prepared import open_prepared
@@ -256,6 +264,13 @@ def _asked() -> EvaluationRequest:
     step: int = values.checkpoint_step
     require(step >= 0, "must be at least 0", "checkpoint_step", step, "For example 1000.")
     alone = not (values.export_dir and step)
+    time_, name = values.evaluation_from, "evaluation_from"
+    if time_ is not None:
+        require(not values.export_dir, "is for a job", name, time_, "Give --output_dir in place of --export_dir.")
+        require(not step, "takes the weights that an export would", name, time_, "Drop --checkpoint_step.")
+        rule, split = "makes a test split of all events from then on", values.evaluation_split
+        require(split == "test", rule, name, time_, f"Drop --evaluation_split={split}.")
+        require(_TIMES[0] <= time_ <= _TIMES[1] and time_ != 0, "must be a timestamp", name, time_, "For example 1.")
     digest = values.expect_digest
     require(bool(values.export_dir) or not digest, "is for an export", "expect_digest", digest, "Give --export_dir.")
     require(alone, "an export has the weights of one update", "checkpoint_step", step, "Drop it, or --export_dir.")
@@ -272,6 +287,14 @@ def _asked() -> EvaluationRequest:
         ndcg_ideal=values.ndcg_ideal,
         diversity_weight=values.diversity_weight,
     )
+
+
+def _from_time(config: Config) -> Config:
+    """Returns the settings with a test split of all events from --evaluation_from on, if it is given."""
+    time_ = flags.FLAGS.evaluation_from
+    if time_ is None:
+        return config
+    return config.replace(split=Split.TEMPORAL, validation_from=time_, test_from=time_, train_from=0)
 
 
 def _whole_number(text: str, name: str, rule: str, remedy: str) -> int:
@@ -329,6 +352,12 @@ def _scorers(
     if bundle:
         scorer = ExportScorer(bundle, store, examples, config.main_task)
         return scorer.of_batch, lambda: scorer, bundle.manifest.step
+    if flags.FLAGS.evaluation_from is not None:
+        with runtime.together():
+            model, found, line = model_on_other_data(config, store)
+            if runtime.is_chief:
+                entry.say(line)
+        return logits_of(model), lambda: ModelScorer(model, store.facts.num_candidates, store, config.main_task), found
     step = flags.FLAGS.checkpoint_step or None
     with runtime.together():  # all ranks read the step that the chief finds: a job at work may publish another
         if runtime.is_chief:

@@ -23,6 +23,7 @@ from din_dist.cli import help
 from din_dist.cli.help import theme
 from din_dist.cluster.addresses import card_towards, loopback_card, own_address
 from din_dist.cluster.hosts import HostList, HostSlots, is_local, parse_hosts, read_hosts_file, wait_for_ssh
+from din_dist.cluster.processes import die_with_parent, exit_code
 from din_dist.cluster.supervisor import Supervisor
 from din_dist.config import require
 from din_dist.environment import SEVERAL_ON_A_GPU
@@ -430,10 +431,16 @@ def _write_discovery(current_hosts: Path) -> None:
     script.chmod(0o755)
 
 
-def run_first(name: str, arguments: Sequence[str]) -> int:
+def run_first(name: str, arguments: Sequence[str], ending_seconds: float = _ENDING_SECONDS) -> int:
     """Runs another of our commands, with its report on stderr; returns its exit code, 75 when a signal stopped it.
 
-    A command whose disk does not answer may not end after a signal. Then it is killed and not waited for.
+    A command whose disk does not answer may not end after a signal. Then it is killed and not waited for. If this
+    process is killed, the kernel kills the command.
+
+    Args:
+        name: of the command's module.
+        arguments: its flags.
+        ending_seconds: how long it may take to end after a signal.
     """
     stopped: list[float] = []
 
@@ -442,20 +449,23 @@ def run_first(name: str, arguments: Sequence[str]) -> int:
         process.terminate()
 
     process = subprocess.Popen(
-        [sys.executable, "-m", f"din_dist.cli.{name}", *arguments], stdout=sys.stderr, start_new_session=True
+        [sys.executable, "-m", f"din_dist.cli.{name}", *arguments],
+        stdout=sys.stderr,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     )
     before = {number: signal.signal(number, stop) for number in environment.ending_signals()}
     code = None
     while code is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=1)
-        if code is None and stopped and time.monotonic() - stopped[0] > _ENDING_SECONDS:
-            print(f"{place.program()}: {name} did not end within {_ENDING_SECONDS:g} s: it is killed", file=sys.stderr)
+        if code is None and stopped and time.monotonic() - stopped[0] > ending_seconds:
+            print(f"{place.program()}: {name} did not end within {ending_seconds:g} s: it is killed", file=sys.stderr)
             process.kill()
             code = EXIT_RETRY
     for number, handler in before.items():
         signal.signal(number, handler)
-    return EXIT_RETRY if stopped else code
+    return EXIT_RETRY if stopped else exit_code(code)
 
 
 def _print_help() -> None:

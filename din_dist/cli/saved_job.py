@@ -71,23 +71,12 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
     Raises:
         InputError: there is no such checkpoint, or it does not fit the settings.
     """
-    from din_dist.assembly import make_model
-    from din_dist.data.splits import split_examples
-    from din_dist.data.trained_items import row_of_item, trained_items
     from din_dist.distributed.runtime import Runtime
     from din_dist.training.checkpoint import CheckpointStore, checkpoints_dir
 
     if step is not None:
         require_checkpoint(step, checkpoints_dir(config))
-    trained = trained_items(store, config.data, split_examples(store, config.data))
-    model = make_model(
-        config.model,
-        store.facts,
-        store.item_features,
-        seed=config.job.seed,
-        row_of_item=row_of_item(store.facts, trained),
-        features=store.features,
-    )
+    model = _model_of(config, store)
     variables = {weight.path: weight.value for weight in model.weights}
     checkpoints = CheckpointStore(config, store.facts.fingerprint, Runtime())
     for attempts_left in (1, 0):
@@ -108,6 +97,42 @@ def trained_model(config: Config, store: EventStore, step: int | None = None) ->
             if not attempts_left:  # a running job may have replaced the checkpoint meanwhile
                 raise
     raise AssertionError
+
+
+def model_on_other_data(config: Config, store: EventStore) -> tuple[BehaviourModel, int, str]:
+    """Returns the model of a job on data that it was not trained on, the update of its weights, and a line about them.
+
+    Rows of embeddings are found by the log's own ids, as in a warm start.
+
+    Args:
+        config: the job's settings, with the other data.
+        store: the other prepared data.
+
+    Raises:
+        InputError: the job cannot be read, or the data does not fit it.
+    """
+    from din_dist.training.warm_start import ParentJob, take_weights
+
+    parent, model = ParentJob(Path(config.job.output_dir)), _model_of(config, store)
+    line = take_weights(parent, config, model, store)
+    return model, parent.step, line
+
+
+def _model_of(config: Config, store: EventStore) -> BehaviourModel:
+    """Returns the model that a job's settings make of prepared data, before it has learned anything."""
+    from din_dist.assembly import make_model
+    from din_dist.data.splits import split_examples
+    from din_dist.data.trained_items import row_of_item, trained_items
+
+    trained = trained_items(store, config.data, split_examples(store, config.data))
+    return make_model(
+        config.model,
+        store.facts,
+        store.item_features,
+        seed=config.job.seed,
+        row_of_item=row_of_item(store.facts, trained),
+        features=store.features,
+    )
 
 
 def require_checkpoint(step: int, folder: Path) -> None:

@@ -674,9 +674,9 @@ class DataConfig(Settings):
         require(not (self.train_from and first) or self.train_from < first, rule, "train_from", self.train_from, remedy)
         if self.split is Split.TEMPORAL and self.validation_from and self.test_from:
             require(
-                self.validation_from < self.test_from,
-                "must be earlier than --test_from",
+                self.validation_from <= self.test_from,  # equal: nothing validates
+                "must not be later than --test_from",
                 "validation_from",
                 self.validation_from,
-                f"Give a timestamp before {self.test_from}.",
+                f"Give a timestamp up to {self.test_from}.",
             )

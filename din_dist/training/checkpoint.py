@@ -306,7 +306,8 @@ class SavedCheckpoint:
             return None
         newest = cls(folders[-1])
         best = root / _folder_name(newest.state.best_step)
-        return cls(best) if best in folders else newest
+        # 0 stands for none, although a job that began warm has a checkpoint of step 0: its parent's weights.
+        return cls(best) if newest.state.best_step and best in folders else newest
 
     def read(self, name: str) -> np.ndarray:
         """Returns the value of a variable.

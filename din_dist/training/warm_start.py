@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -220,21 +220,8 @@ class WarmStart:
 
     def _take_over(self, parent: Parent, now: KeptRows) -> str:
         """Reads all variables of the parent; returns a line about them."""
-        old_tables = {table.variables: table for table in parent.rows.tables}
-        words: list[str] = []
-        tables: dict[str, tuple[RowIds, np.ndarray]] = {}
-        for table in now.tables:
-            old = old_tables.get(table.variables)
-            if old is None:
-                raise _other_variable(parent, table.name, "no such table")
-            found = _rows_before(old, table, parent)
-            tables |= dict.fromkeys(table.variables, (table, found))
-            words.append(_counted(old, table, found))
-        at_random = self.config.job.new_rows is NewRows.RANDOM
-        for weight in [*self.model.trainable_weights, *self.model.non_trainable_weights]:
-            old_values, (own, rows) = parent.read(weight.path), tables.get(weight.path, (None, None))
-            new = None if own is None or own.given or at_random else old_values[UNKNOWN_ID]
-            _assign(weight.value, old_values, parent, weight.path, rows, new)
+        tables, words = _tables_before(parent, now)
+        _take_weights(parent, self.model, tables, at_random=self.config.job.new_rows is NewRows.RANDOM)
         for name, kind, slot in self.optimizer.slots if parent.has_slots else ():
             old_values, (_, rows) = parent.read(f"{name}/{kind}"), tables.get(name, (None, None))
             new = None if rows is None else self.optimizer.slot_of_new_rows(kind, old_values)
@@ -244,6 +231,56 @@ class WarmStart:
         numbers = _moved_numbers(parent.rows.encodings, now.encodings)
         origin = f"warm start from {parent.folder}, step {parent.step} (digest {parent.digest[:16]})"
         return f"{origin}: {'; '.join([*words, slots, *numbers])}"
+
+
+def take_weights(parent: Parent, config: Config, model: BehaviourModel, store: EventStore) -> str:
+    """Gives a model the weights that a job has learned on other data, to be evaluated; returns a line about them.
+
+    Ids that the job has not seen are scored as its row for unknown ids scores them, as its export would.
+
+    Args:
+        parent: the job.
+        config: its settings, with the other data.
+        model: made for the other data; its weights are replaced.
+        store: the other data.
+
+    Raises:
+        InputError: the parent cannot be read, or the other data makes another model of its settings.
+    """
+    with progress.at(f"reading {parent.folder}"):
+        now = kept_rows(model, store)
+        _require_same_model(parent, config, now)
+        tables, words = _tables_before(parent, now)
+        _take_weights(parent, model, tables, at_random=False)
+        numbers = _moved_numbers(parent.rows.encodings, now.encodings)
+        return f"weights of {parent.folder}, step {parent.step}: {'; '.join([*words, *numbers])}"
+
+
+# By the name of a variable: what its rows stand for, and which row of the parent each was; see `rows_before`.
+_TablesBefore = Mapping[str, tuple[RowIds, np.ndarray]]
+
+
+def _tables_before(parent: Parent, now: KeptRows) -> tuple[_TablesBefore, list[str]]:
+    """Finds the rows of all tables in the parent; returns them, and words about each table."""
+    old_tables = {table.variables: table for table in parent.rows.tables}
+    words: list[str] = []
+    tables: dict[str, tuple[RowIds, np.ndarray]] = {}
+    for table in now.tables:
+        old = old_tables.get(table.variables)
+        if old is None:
+            raise _other_variable(parent, table.name, "no such table")
+        found = _rows_before(old, table, parent)
+        tables |= dict.fromkeys(table.variables, (table, found))
+        words.append(_counted(old, table, found))
+    return tables, words
+
+
+def _take_weights(parent: Parent, model: BehaviourModel, tables: _TablesBefore, at_random: bool) -> None:
+    """Gives each weight the value of the parent; new rows begin at random, or as row 0."""
+    for weight in [*model.trainable_weights, *model.non_trainable_weights]:
+        old_values, (own, rows) = parent.read(weight.path), tables.get(weight.path, (None, None))
+        new = None if own is None or own.given or at_random else old_values[UNKNOWN_ID]
+        _assign(weight.value, old_values, parent, weight.path, rows, new)
 
 
 def taken_over(first: np.ndarray, old: np.ndarray, rows: np.ndarray, new: np.ndarray | None) -> np.ndarray:

@@ -31,6 +31,7 @@ TRAINER = [
 THEMES = {
     "benchmark": ["benchmark", "sweep", *TRAINER],
     "check_cluster": ["hosts", *TRAINER],
+    "daily": ["days", "quality", "what is kept", "workers and hosts", "start and logs", *TRAINER],
     "evaluate": ["what to evaluate", "retrieval metrics", "result", "data", "examples", "evaluation"],
     "export": ["what to export", "finding items", "result", "data"],
     "launch": ["workers and hosts", "start and logs", *TRAINER],

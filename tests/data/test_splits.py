@@ -288,8 +288,18 @@ def test_cut_times_in_the_wrong_order_are_one_clear_line(tmp_path: Path) -> None
     config = small_config(tmp_path, split=Split.TEMPORAL, test_from=2).data
     with pytest.raises(InputError, match="--validation_from: must not be later than --test_from"):
         split_examples(prepare(config), config)
-    with pytest.raises(InputError, match="--validation_from: must be earlier than --test_from. Received: 5"):
-        DataConfig(split=Split.TEMPORAL, validation_from=5, test_from=5)
+    with pytest.raises(InputError, match="--validation_from: must not be later than --test_from. Received: 6"):
+        DataConfig(split=Split.TEMPORAL, validation_from=6, test_from=5)
+
+
+def test_equal_cut_times_leave_nothing_to_validate(tmp_path: Path) -> None:
+    config = small_config(tmp_path, split=Split.TEMPORAL, validation_from=9, test_from=9).data
+    store = prepare(config)
+    splits = split_examples(store, config)
+    assert splits["validation"].num_rows == 0
+    for name, is_late in (("train", False), ("test", True)):
+        assert splits[name].num_rows > 0
+        assert ((store.timestamps[splits[name].events()] >= 9) == is_late).all()
 
 
 def test_many_users_need_no_more_than_int32() -> None:

@@ -385,6 +385,15 @@ def test_a_dry_run_prints_what_would_be_run(cluster: Cluster, action: str, overl
     assert list(cluster.tmp.iterdir()) == []
 
 
+def test_a_job_for_each_day_is_not_followed(cluster: Cluster) -> None:
+    assert cluster.error("follow", "daily", NAMESPACE) == (
+        "k8s.sh: follow: is for an overlay with one job. Received: 'daily', with a job for each day. Look at one: "
+        "kubectl logs --selector=app.kubernetes.io/name=din-dist"
+    )
+    cluster.answers = {"get cronjobs.batch/din-dist": ["cronjobs.batch/din-dist"]}
+    assert "cronjobs.batch/din-dist: must be new." in cluster.error("submit", "daily", NAMESPACE)
+
+
 def test_a_dry_run_of_render_and_follow(cluster: Cluster) -> None:
     assert dry_run(cluster, "render", "gpu") == [f"kubectl {NAMESPACE} kustomize {ROOT}/k8s/overlays/gpu"]
     logs, result = dry_run(cluster, "follow", "gpu")
@@ -428,7 +437,7 @@ OVERLAY_ERROR = f"overlay: must be a folder of {ROOT}/k8s/overlays. Received: %s
         ),
         (
             ["render", "serve", "--queue=ranking"],
-            "--queue: is for jobs. Received: --queue=ranking, with serve. Drop it.",
+            "--queue: is for overlays with one job. Received: --queue=ranking, with serve. Drop it.",
         ),
         (
             ["delete", "gpu", "--name=clicks", "--with_data"],

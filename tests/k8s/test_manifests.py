@@ -19,17 +19,19 @@ import yaml
 from absl import flags
 
 from din_dist import __version__
-from din_dist.cli import launch
+from din_dist.cli import daily, launch
 from din_dist.cli.flags import config_from_flags, define_flags
 from din_dist.cluster.hosts import read_hosts_file
 from din_dist.config import Config
-from tests.support.overlays import JOBS, KUBERNETES_VERSIONS, OVERLAYS, Object, one, render
+from din_dist.daily.settings import DailyConfig
+from din_dist.errors import EXIT_DAY_MISSING, EXIT_INPUT_ERROR, EXIT_QUALITY_FELL, EXIT_RETRY
+from tests.support.overlays import JOBS, KUBERNETES_VERSIONS, OVERLAYS, TRAINING, Object, one, render
 from tests.support.repository import ROOT
 
 FLAGS_FOLDER = "/etc/din_dist"
 
 
-@pytest.fixture(params=JOBS)
+@pytest.fixture(params=TRAINING)
 def objects(request: pytest.FixtureRequest) -> list[Object]:
     return render(request.param)
 
@@ -57,6 +59,8 @@ def closed(schema: Any) -> Any:
 
 
 def job_of(objects: list[Object]) -> Object:
+    if any(each["kind"] == "CronJob" for each in objects):
+        return {"kind": "Job", **one(objects, "CronJob")["spec"]["jobTemplate"]}
     (found,) = (each for each in objects if each["kind"] in ("MPIJob", "Job", "TrainJob"))
     return found
 
@@ -68,7 +72,7 @@ def parts_of(objects: list[Object]) -> dict[str, Object]:
 
 
 def pods_of(objects: list[Object]) -> dict[str, Object]:
-    """The job's pods, by role, as they are created; an Indexed Job has but workers."""
+    """The job's pods, by role, as they are created; an Indexed Job and a CronJob have but workers."""
     job = job_of(objects)
     if job["kind"] == "Job":
         return {"Worker": {"apiVersion": "v1", "kind": "Pod", **job["spec"]["template"]}}
@@ -243,6 +247,8 @@ def test_selectors_meet_the_pods(objects: list[Object]) -> None:
             wanted = selector.get("matchLabels", selector)
             met = [role for role, pod in pods.items() if wanted.items() <= pod["metadata"]["labels"].items()]
             assert met == roles, each["kind"]
+    if any(each["kind"] == "CronJob" for each in objects):
+        return  # of one pod
     (spread,) = pods["Worker"]["spec"]["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"].items() <= pods["Worker"]["metadata"]["labels"].items()
     assert spread["topologyKey"] == "kubernetes.io/hostname"
@@ -262,6 +268,7 @@ def test_only_the_job_and_prometheus_may_connect(objects: list[Object]) -> None:
     assert ports["endPort"] >= max(metrics)
 
 
+@pytest.mark.parametrize("objects", JOBS, indirect=True)
 def test_each_trainer_of_a_pod_has_its_metrics_port(objects: list[Object], flags_folder: Path) -> None:
     first = parse(f"--flagfile={flags_folder}/job.flags").telemetry.metrics_port
     num_trainers = trainers_of(objects, flags_folder)
@@ -309,6 +316,7 @@ def test_the_pod_monitor_finds_each_trainer_and_says_whose_it_is(overlay: str) -
     ]
 
 
+@pytest.mark.parametrize("objects", JOBS, indirect=True)
 def test_flagfiles_say_where_and_name_what(objects: list[Object], flags_folder: Path) -> None:
     config = parse(f"--flagfile={flags_folder}/job.flags")
     assert config.data.data_dir == "/data/prepared"
@@ -322,6 +330,7 @@ def test_flagfiles_say_where_and_name_what(objects: list[Object], flags_folder: 
     assert config.model == parse(f"--flagfile={named}", *data_path).model
 
 
+@pytest.mark.parametrize("objects", JOBS, indirect=True)
 def test_commands_exist_and_take_their_flags(objects: list[Object], flags_folder: Path) -> None:
     pods = pods_of(objects)
     script, *given = [arg.replace(FLAGS_FOLDER, str(flags_folder)) for arg in launcher_args(objects)]
@@ -460,6 +469,36 @@ def test_train_jobs_fit_the_schemas_of_kubeflow_trainer(kind: str) -> None:
     schema = closed(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.validate(one(render("trainjob"), kind), schema)
+
+
+@pytest.mark.parametrize("objects", ["daily"], indirect=True)
+def test_daily_training(objects: list[Object], flags_folder: Path) -> None:
+    assert not {"MPIJob", "PodDisruptionBudget"} & {each["kind"] for each in objects}
+    spec = one(objects, "CronJob")["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid", "one command works in --work_dir"
+    (container,) = pods_of(objects)["Worker"]["spec"]["containers"]
+    script, flag = container["args"]
+    assert os.access(script, os.X_OK)
+    _, trainer_flags = daily.parse_flags([flag.replace(FLAGS_FOLDER, str(flags_folder))])
+    config = daily.config_from_flags()
+    assert (config.log, config.begins, config.work_dir) == ("/data/events", "2026-11-01", "/runs/daily")
+    assert config == DailyConfig(log=config.log, begins=config.begins, work_dir=config.work_dir), "no other setting"
+    daily.check_trainer_flags(config, trainer_flags)
+    recommended = parse("--flagfile=launch/flags/recommended.flags", "--data_path=/data/events")
+    trained = parse(*trainer_flags, "--data_path=/data/events")
+    assert trained.model == recommended.model
+    assert trained.telemetry.metrics_host == "0.0.0.0"
+    (num_workers,) = re.findall(r"^--num_workers=(\d+)$", (flags_folder / "job.flags").read_text(), re.MULTILINE)
+    first = trained.telemetry.metrics_port
+    assert ports_of(pods_of(objects)["Worker"]) == {f"metrics-{rank}": first + rank for rank in range(int(num_workers))}
+
+
+@pytest.mark.parametrize(("exit_code", "action"), [(2, "FailJob"), (75, "Ignore"), (81, "FailJob"), (82, "FailJob")])
+def test_which_failures_of_a_day_are_tried_again(exit_code: int, action: str) -> None:
+    rules = one(render("daily"), "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    found = [rule["action"] for rule in rules if exit_code in rule.get("onExitCodes", {}).get("values", [])]
+    assert found == [action]
+    assert {EXIT_INPUT_ERROR, EXIT_RETRY, EXIT_QUALITY_FELL, EXIT_DAY_MISSING} == {2, 75, 81, 82}
 
 
 @pytest.mark.parametrize(

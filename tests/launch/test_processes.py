@@ -21,6 +21,7 @@ LAUNCHERS = [
     *(
         "horovod/build_horovod.sh",
         "build_kernels.sh",
+        "daily.sh",
         "elastic.sh",
         "horovodrun.sh",
         "k8s.sh",

@@ -1,4 +1,4 @@
-"""launch/train.sh with the real horovodrun, and fakes in place of set-up, preparation and trainer."""
+"""launch/train.sh with the real horovodrun, and fakes in place of set-up, preparation and trainer; launch/daily.sh."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ while codes:  # another rank fails: this one hangs, as in a collective, deaf to 
     time.sleep(0.1)
 print(json.dumps({"world_size": int(size), "long": "x" * 5000}), flush=True)
 """
+DAILY = """
+import os, sys
+print("daily got", sys.argv[1:], "in", os.environ["DIN_DIST_VENV"], flush=True)
+sys.exit(int(os.environ.get("FAKE_DAILY", "0")))
+"""
 _NOT_OURS = ("DIN_DIST_", "HOROVOD_", "SLURM_", "CUDA_")
 OUTER_CARD = card_towards(["203.0.113.7"])  # nobody's address, by RFC 5737
 
@@ -72,7 +77,7 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "check out"  # paths with a space must do
         shutil.copytree(ROOT / "launch", self.root / "launch")
-        write_commands(self.root / "fakes", prepare_data=PREPARE, check_cluster=CHECK, train=TRAIN)
+        write_commands(self.root / "fakes", prepare_data=PREPARE, check_cluster=CHECK, train=TRAIN, daily=DAILY)
         executables = self.root / ".venv" / "bin"
         executables.mkdir(parents=True)
         write_script(self.root / "launch" / "setup.sh", SETUP)
@@ -136,6 +141,18 @@ def test_two_workers_by_default_and_the_summary_is_the_last_line(launcher: Launc
     assert '\n{"rank": 0}\n' in done.stderr
     assert '\n{"rank": 1}\n' in done.stderr  # of --log_format=json: nothing before it
     assert f"\n[1] train got {quick}\n" in done.stderr
+
+
+def test_daily_training_begins_with_set_up_too(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.script = "daily.sh"
+    done = launcher.run("--log=with space", "--from=2026-11-01", FAKE_DAILY="81")
+    flags = ["--num_gpus=0", "--log=with space", "--from=2026-11-01"]
+    assert (done.returncode, done.stderr) == (81, "set up with: \n")
+    assert done.stdout == f"daily got {flags} in {launcher.root}/.venv\n"
+    gpus = {"PATH": nvidia_smi(tmp_path, 3), "DIN_DIST_DEVICE": ""}
+    done = launcher.run(**gpus)
+    assert (done.stderr, "--num_gpus=3" in done.stdout) == ("set up with: --gpu\n", True)
+    assert launcher.run(FAKE_SETUP="2").returncode == 2
 
 
 @pytest.mark.parametrize("spelling", [["--num_workers=1"], ["--num_workers", "1"], ["-num_workers=1"]])

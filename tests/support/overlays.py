@@ -14,9 +14,9 @@ import yaml
 from tests.support.programs import missing
 from tests.support.repository import ROOT
 
-JOBS = ["elastic", "gpu", "no-operator", "smoke-cpu", "trainjob"]
-SERVERS = ["serve"]
-OVERLAYS = sorted(JOBS + SERVERS)
+JOBS = ["elastic", "gpu", "no-operator", "smoke-cpu", "trainjob"]  # of a launcher and workers
+TRAINING = ["daily", *JOBS]
+OVERLAYS = sorted([*TRAINING, "serve"])
 KUBERNETES_VERSIONS = ["1.35", "1.36", "1.37"]
 
 Object = dict[str, Any]

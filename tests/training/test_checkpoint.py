@@ -20,7 +20,7 @@ import tensorflow as tf
 from din_dist.config import Config, DataConfig, UnknownItem
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import InputError
-from din_dist.training.checkpoint import CheckpointStore, latest_checkpoint
+from din_dist.training.checkpoint import CheckpointStore, SavedCheckpoint, latest_checkpoint
 from din_dist.training_state import TrainingState
 from tests.support import special_files
 from tests.support.programs import missing
@@ -68,6 +68,18 @@ def test_only_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     best = variables(0.0)
     store.restore(best, step=2)
     assert float(best["model/table"][0, 0]) == 2.0
+
+
+@pytest.mark.parametrize(("best_step", "chosen"), [(0, 3), (1, 1), (2, 3)], ids=["none", "kept", "lost"])
+def test_the_best_is_chosen_or_else_the_newest(tmp_path: Path, best_step: int, chosen: int) -> None:
+    """Step 0 is kept of a job that began warm, and is never the best."""
+    _, store = make(tmp_path, keep=9)
+    for step in (0, 1, 3):
+        store.save(variables(step), TrainingState(step=step, best_step=min(step, best_step)))
+    found = SavedCheckpoint.chosen(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.state.step == chosen
+    np.testing.assert_array_equal(found.read("model/table"), np.full([3, 2], chosen))
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
