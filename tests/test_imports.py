@@ -34,6 +34,7 @@ MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leav
     "distributed": {"layers"},
     "cluster": {"data", "tables"},
 }
+MAY_IMPORT["tuning"] = {"cluster"}
 MAY_IMPORT["telemetry"] = {"distributed", "layers", "data", "tables"}
 MAY_IMPORT["evaluation"] = {"distributed", "metrics", "models", "layers", "data", "tables"}
 MAY_IMPORT["training"] = {"evaluation", "telemetry", *MAY_IMPORT["evaluation"]}
@@ -41,7 +42,8 @@ MAY_IMPORT["report"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["serving"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["assembly"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["benchmark"] = {"assembly", *MAY_IMPORT["assembly"]}
-MAY_IMPORT["cli"] = {"assembly", "benchmark", "cluster", "report", "serving", "training", *MAY_IMPORT["training"]}
+MAY_IMPORT["cli"] = {"assembly", "benchmark", "cluster", "report", "serving", "training", "tuning"}
+MAY_IMPORT["cli"] |= MAY_IMPORT["training"]
 # Read in place.py only. Other DIN_DIST_* say where things lie, not which process this is.
 LAUNCH_VARIABLE = re.compile(r"(HOROVOD|SLURM|OMPI|PMIX?)_\w+|DIN_DIST_(LAUNCHER|JOB|BEATS_FD|FIND_CARD)")
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}

@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "prepare_data",
     "train": "train",
     "launch": "launch",
+    "tune": "tune",
     "evaluate": "evaluate",
     "export": "export",
     "predict": "predict",
