@@ -94,7 +94,7 @@ def trial_command(num_workers: int, prepare: bool) -> list[str]:
 
 
 class _StopRequest:
-    """Whether a signal has asked the study to stop. A second Ctrl-C ends it at once, and its jobs save and end."""
+    """The request to stop that a signal makes. A second Ctrl-C ends the study at once; its jobs save and end."""
 
     def __init__(self) -> None:
         self.stopped = False

@@ -17,7 +17,7 @@ from din_dist.text import reason, shown
 
 
 class ValueKind(enum.StrEnum):
-    """What the values of a setting are."""
+    """The values that a setting takes."""
 
     WHOLE = "a whole number"
     NUMBER = "a number"
