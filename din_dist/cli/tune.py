@@ -29,7 +29,7 @@ from din_dist.training.output_dir import claim_output_dir
 from din_dist.tuning import result
 from din_dist.tuning.search import TRIALS, TrialSearch
 from din_dist.tuning.space import Dimension, ValueKind, read_space
-from din_dist.tuning.study import JOURNAL, Study
+from din_dist.tuning.study import JOURNAL, Study, optuna
 from din_dist.tuning.trial_job import LOG, LaunchedProcess
 
 BEST_FLAGS = "best.flags"
@@ -59,6 +59,7 @@ settings.define_flags()
 def main() -> None:
     config, values = settings.config_from_flags(), flags.FLAGS
     space = _checked_space(config)
+    optuna()  # before anything is written
     folder = Path(config.job.output_dir)
     lock = _claim(folder)
     start = settings.to_flagfile()

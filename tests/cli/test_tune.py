@@ -238,6 +238,7 @@ def test_without_optuna_a_line_says_what_to_install(tmp_path: Path) -> None:
     assert_one_line(
         done, "tune: needs Optuna. Received: \"No module named 'optuna'\". Run: pip install -c launch/constraints"
     )
+    assert not (tmp_path / "study").exists()
 
 
 class _Job:
