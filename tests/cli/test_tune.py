@@ -264,8 +264,8 @@ def test_real_jobs_find_the_better_rate_and_prune_the_worse(optuna: Any, command
     from din_dist.tuning.space import Dimension, ValueKind
     from din_dist.tuning.study import Study, TrialState
 
-    write_log(tmp_path / "log.parquet", num_users=60)
-    flags = ("--split=leave_two_out", "--epochs=2", "--evaluate_every_steps=5", "--learning_rate=0.02")
+    write_log(tmp_path / "log.parquet", num_users=40)
+    flags = ("--split=leave_two_out", "--epochs=1", "--evaluate_every_steps=10", "--learning_rate=0.02")
     run_command(commands, "prepare_data", *command("train", tmp_path, *flags)[3:])
     started: dict[str, _Job] = {}
 
@@ -279,11 +279,11 @@ def test_real_jobs_find_the_better_rate_and_prune_the_worse(optuna: Any, command
 
     space = [Dimension("learning_rate", ValueKind.NUMBER, choices=("1e-09", "0.02"))]
     (tmp_path / "study").mkdir()
-    study = Study(tmp_path / "study", space, {"learning_rate": "0.02"}, maximize=True, seed=1, prune_after_trials=1)
+    study = Study(tmp_path / "study", space, {"learning_rate": "0.02"}, maximize=True, seed=3, prune_after_trials=1)
     search = TrialSearch(
         study, tmp_path / "study", start_job, metric="gauc", say=lambda _: None, stop_requested=lambda: False
     )
-    assert search.run(3, 1)
+    assert search.run(2, 1)
     outcomes = study.outcomes()
     worse = [outcome for outcome in outcomes if outcome.values.get("learning_rate") == "1e-09"]
     assert worse and all(outcome.state is TrialState.PRUNED for outcome in worse)
