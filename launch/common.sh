@@ -169,7 +169,9 @@ resolve() {
   # What tells pip where the index is tells uv too.
   [[ ! ${PIP_INDEX_URL:-} ]] || local -x UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
   [[ ! ${PIP_CERT:-} ]] || local -x SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
-  "$1" --quiet --project "$root" pip compile "$2" --output-file "$3" --universal --python-version 3.11 --generate-hashes \
-    --only-binary :all: --no-binary horovod --no-binary promise --no-emit-package colorama --no-header --no-annotate "${@:4}" >/dev/null ||
+  # One version for every Python, where there is one.
+  "$1" --quiet --project "$root" pip compile "$2" --output-file "$3" --universal --python-version 3.11 \
+    --fork-strategy fewest --generate-hashes --only-binary :all: --no-binary horovod --no-binary promise \
+    --no-emit-package colorama --no-header --no-annotate "${@:4}" >/dev/null ||
     die "uv must find versions that fit setup.cfg and its own flags. Received: the answer above. Correct one of them."
 }

@@ -63,6 +63,7 @@ FAST = {
     "tests/training/test_regularization.py": (),
     "tests/training/test_schedules.py": (),
     "tests/training/test_undo.py": (),
+    "tests/tuning": (),
 }
 
 

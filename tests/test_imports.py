@@ -34,6 +34,7 @@ MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leav
     "distributed": {"layers"},
     "cluster": {"data", "tables"},
 }
+MAY_IMPORT["tuning"] = {"cluster"}
 MAY_IMPORT["telemetry"] = {"distributed", "layers", "data", "tables"}
 MAY_IMPORT["evaluation"] = {"distributed", "metrics", "models", "layers", "data", "tables"}
 MAY_IMPORT["training"] = {"evaluation", "telemetry", *MAY_IMPORT["evaluation"]}
@@ -52,6 +53,7 @@ MAY_IMPORT["cli"] = {
     "report",
     "serving",
     "training",
+    "tuning",
     *MAY_IMPORT["training"],
 }
 # Read in place.py only. Other DIN_DIST_* say where things lie, not which process this is.

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train",
     "launch": "launch",
     "daily": "daily",
+    "tune": "tune",
     "evaluate": "evaluate",
     "export": "export",
     "predict": "predict",

@@ -17,7 +17,7 @@ from absl import flags
 from din_dist.cli.help import theme
 from din_dist.config import Config, Settings, list_text
 from din_dist.config.data import EVENT_LOG
-from din_dist.config.settings import is_saved, theme_of
+from din_dist.config.settings import check_setting, is_saved, theme_of
 from din_dist.errors import InputError
 from din_dist.features.declarations import read_declarations
 from din_dist.features.spec import to_text
@@ -168,6 +168,26 @@ def settings_from_flags(kind: type[Settings], flag_values: flags.FlagValues = fl
     """Returns, by name, the values of the flags that `define_settings` defined."""
     types = typing.get_type_hints(kind)
     return {field.name: _value(types[field.name], flag_values[field.name].value) for field in fields_with_flags(kind)}
+
+
+def check_text(name: str, text: str) -> None:
+    """Checks a value of one setting as it is written on a command line, whatever the other settings are.
+
+    Raises:
+        InputError: the setting refuses it.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        values(["check", f"--{name}={text}"])
+    except flags.Error as error:
+        if isinstance(error.__context__, InputError):  # from a flag that checks itself
+            raise error.__context__ from error
+        raise InputError(f"{str(error).rstrip('.')}. See --help.") from error
+    for _, part in Config().parts():
+        for field in fields_with_flags(type(part)):
+            if field.name == name:
+                check_setting(field, _value(typing.get_type_hints(type(part))[name], values[name].value))
 
 
 def to_flagfile(flag_values: flags.FlagValues = flags.FLAGS) -> str:

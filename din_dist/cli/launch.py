@@ -126,6 +126,7 @@ with theme("elastic", _FLAGS):
     )
 with theme("start and logs", _FLAGS):
     settings.define_path("log_dir", "", "Folder for a file rank-N.log of each worker's output. Default: none.", _FLAGS)
+    flags.DEFINE_boolean("prepare", True, "Prepare the data, unless it is prepared already.", flag_values=_FLAGS)
     flags.DEFINE_boolean("preflight", True, "Check all hosts before a start on more than one.", flag_values=_FLAGS)
     flags.DEFINE_boolean(
         "dry_run",
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
         print(shlex.join(words))
         return 0
     # This also checks every flag, so that a wrong one gives one line here and not one from each worker.
-    code = run_first("prepare_data", trainer_flags)
+    code = run_first("prepare_data", trainer_flags) if _FLAGS.prepare else 0
     if code == 0 and hosts and not only_here:
         code = _wait_for_hosts([host.name for host in hosts], numbers)
     if code == 0 and hosts and not only_here and _FLAGS.preflight:

@@ -128,12 +128,20 @@ class Settings:
             if parse := field.metadata.get("path"):
                 object.__setattr__(self, field.name, parse(getattr(self, field.name), field.name))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, (int, float)):
-                    _check_number(field, number)
-            if check := field.metadata.get("check"):
-                check(field.name, value)
+            check_setting(field, getattr(self, field.name))
+
+
+def check_setting(field: dataclasses.Field, value: Any) -> None:
+    """Checks the rules of one setting, whatever the others are.
+
+    Raises:
+        InputError: the value breaks one.
+    """
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)):
+            _check_number(field, number)
+    if check := field.metadata.get("check"):
+        check(field.name, value)
 
 
 def is_saved(field: dataclasses.Field, value: object) -> bool:

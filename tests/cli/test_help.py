@@ -44,6 +44,7 @@ THEMES = {
         *("model", "addresses", "batching and queue", "timeouts", "connections", "limits of a request"),
     ],
     "train": TRAINER,
+    "tune": ["search", *TRAINER],
 }
 # Prints the names of the flags that our own modules define.
 LISTED = """

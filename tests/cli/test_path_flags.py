@@ -31,7 +31,7 @@ print(json.dumps({name: kind for name, kind in found.items() if name in ours}))
 """
 # Of what is called like a path and is none: the name of a column, of a split.
 PATHS = ("_dir", "_path", "_file", "hosts_file", "tls_key", "tls_certificate")
-OTHERS = {"extend", "features", "input", "log", "measured", "user_histories", "warm_start_from"}
+OTHERS = {"extend", "features", "input", "log", "measured", "space", "user_histories", "warm_start_from"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -62,7 +62,10 @@ def needed_by(requirement: Requirement) -> list[Requirement]:
 
 def test_what_that_needs_in_turn_is_pinned() -> None:
     asked = [
-        Requirement(line) for name in ("", "cpu", "gpu", "test", "plots", "index") for line in extras()[name] if line
+        Requirement(line)
+        for name in ("", "cpu", "gpu", "test", "plots", "index", "tune")
+        for line in extras()[name]
+        if line
     ]
     seen = set()
     while asked:

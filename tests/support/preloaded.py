@@ -42,6 +42,14 @@ class Running:
         while self.pid not in self._ends:
             assert time.monotonic() < until, self.stderr
             time.sleep(0.01)
+        done = self.ended()
+        assert done
+        return done
+
+    def ended(self) -> subprocess.CompletedProcess[str] | None:
+        """Returns what `wait` does, or None while it runs."""
+        if self.pid not in self._ends:
+            return None
         code = os.waitstatus_to_exitcode(self._ends[self.pid])
         return subprocess.CompletedProcess([], code, (self._folder / "stdout").read_text(), self.stderr)
 
