@@ -12,7 +12,7 @@ from typing import Any
 from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 
-NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
+NOTEBOOK = ROOT / "din_dist" / "api" / "tutorial.ipynb"
 
 
 def cells() -> list[dict[str, Any]]:
