@@ -17,7 +17,7 @@ import pytest
 
 from din_dist.daily.loop import Loop, LoopEnded
 from din_dist.daily.settings import DailyConfig
-from din_dist.serving.http.versions import find_export
+from din_dist.serving.http.versions import found_versions
 from din_dist.serving.manifest import read_manifest
 from tests.support.daily_log import date, write_days
 from tests.support.jobs import assert_same_weights
@@ -140,7 +140,8 @@ def test_a_day_goes_on_from_the_day_before(days: Days) -> None:
         assert evaluated["gauc"] > evaluated["floors"]["popularity"]["gauc"]
         manifest = read_manifest(work / "versions" / f"2026110{day + 1}")
         assert manifest.step == summary["best_step"]
-    assert find_export(work / "versions") == (work / "versions" / "20261103", 20261103)
+    newest = found_versions(str(work / "versions"))[0]
+    assert (newest.folder, newest.number) == (work / "versions" / "20261103", 20261103)
 
 
 @pytest.mark.thorough(unless=lambda case: case["name"] == "launch")
@@ -169,7 +170,7 @@ def test_a_day_unlike_the_others_stops_it(days: Days) -> None:
             assert end.value.code == 81
             assert f"of the model of {date(2)}" in str(end.value)
         assert not (days.folder / "whole" / "jobs" / date(3)).exists()
-        assert find_export(days.folder / "whole" / "versions")[1] == 20261103
+        assert found_versions(str(days.folder / "whole" / "versions"))[0].number == 20261103
     finally:
         (days.folder / "log" / f"{date(NUM_DAYS)}.parquet").unlink()
 
