@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from din_dist.config import Config, UnknownItem
 from din_dist.data.prepared import open_prepared, prepare
 from din_dist.distributed.runtime import Runtime
 from din_dist.features.spec import Owner
+from din_dist.files import read_record
+from din_dist.text import parse_json
 from din_dist.training.output_dir import OutputDirLock
 from din_dist.training.trainer import NoSignals
 
@@ -73,7 +74,7 @@ class TrainedJob:
         """
         path = Path(output_dir) / "summary.json"
         check(path.is_file(), "output_dir", "must have a finished job", str(output_dir), "Train it to its end.")
-        return cls(config_of(Path(output_dir)), json.loads(path.read_text()))
+        return cls(config_of(Path(output_dir)), parse_json(read_record(path)))
 
     @property
     def output_dir(self) -> Path:
@@ -136,4 +137,4 @@ def train(config: Config) -> TrainedJob:
         summary = process.run()
     finally:
         lock.release()
-    return TrainedJob(config, json.loads(summary or "{}"))
+    return TrainedJob(config, parse_json(summary or "{}"))

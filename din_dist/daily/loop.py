@@ -93,7 +93,7 @@ class Loop:
                 expected = config.period.after(expected)
             if config.first <= date != expected:
                 raise InputError(
-                    f"--log: with --period={config.period} must have dates that are a {config.period} apart, from "
+                    f"--log: with --period={config.period} must have dates that are one {config.period} apart, from "
                     f"--from={config.begins} on. Received: {date}. Correct its name, or give another --period."
                 )
 
@@ -199,7 +199,8 @@ class Loop:
         drop = metric.drop(then, now)
         if drop <= config.largest_drop:
             return
-        text = f"{metric} {now:.4f} of the model of {before}, {drop:.1%} worse than {then:.4f} a {config.period} before"
+        worse = f"{drop:.1%} worse than {then:.4f} one {config.period} before"
+        text = f"{metric} {now:.4f} of the model of {before}, {worse}"
         if config.accept_drop and date_of("accept_drop", config.accept_drop) == date:
             self._say(f"{date}: goes on as --accept_drop says, with {text}")
             return

@@ -131,11 +131,11 @@ def _range(name: str, kind: ValueKind, table: Mapping[str, Any], check: Any) -> 
     check(isinstance(log, bool), "must have a log that is true or false", log, "Correct it.")
     whole = kind is ValueKind.WHOLE
     numbers: dict[str, float] = {}
-    for part in ("low", "high", "step"):
+    for part, words in {"low": "a low", "high": "a high", "step": "a step"}.items():
         if part in table:
             value = table[part]
             fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            check(fits and math.isfinite(value), f"must have a {part} that is {kind}", value, "Correct it.")
+            check(fits and math.isfinite(value), f"must have {words} that is {kind}", value, "Correct it.")
             numbers[part] = value if whole else float(value)
     low, high, step = numbers["low"], numbers["high"], numbers.get("step")
     check(low < high, "must have a low below its high", [low, high], "Correct one of them.")

@@ -88,10 +88,11 @@ def test_a_job_that_is_done_is_resumed_at_its_end(folder: Path, result: din_dist
 
 
 def test_settings_are_those_of_the_command_line(folder: Path) -> None:
+    before = flags.FLAGS.flag_values_dict()
     config = din_dist.settings("recommended", data_path="clicks.parquet", epochs=7)
     assert (config.job.epochs, config.data.data_path) == (7, str(Path("clicks.parquet")))
     assert config.data.dataset == "event_log"
-    assert "epochs" not in flags.FLAGS, "the flags of the program are left alone"
+    assert flags.FLAGS.flag_values_dict() == before, "the flags of the program are left alone"
 
 
 def test_settings_may_be_built_from_their_classes(tmp_path: Path) -> None:

@@ -212,8 +212,8 @@ def test_a_drop_stops_it_until_it_is_accepted(commands: Commands) -> None:
         assert end.value.code == 81
         assert str(end.value) == (
             f"{date(2)}: --quality_metric must not fall by more than --largest_drop=0.05. Received: gauc 0.7500 of the "
-            f"model of {date(1)}, 6.3% worse than 0.8000 a day before. Nothing is trained, and version 20261102 stays "
-            f"the newest. Look at the log of that day; --accept_drop={date(2)} goes on."
+            f"model of {date(1)}, 6.3% worse than 0.8000 one day before. Nothing is trained, and version 20261102 "
+            f"stays the newest. Look at the log of that day; --accept_drop={date(2)} goes on."
         )
     assert commands.calls[-1] == (date(2), "evaluate"), "it is not evaluated again"
     assert not (commands.work / "versions" / "20261103").exists()
@@ -232,7 +232,9 @@ def test_what_counts_as_a_drop(commands: Commands, metric: str, drop: float, sto
     path = commands.work / "days" / date(2) / "evaluated.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"log_loss": 0.49, "auc": 0.59, "gauc": 0.71}))
     if stops:
-        with pytest.raises(LoopEnded, match="log_loss 0.5000 of the model of 2026-11-03, 2.0% worse than 0.4900 a day"):
+        with pytest.raises(
+            LoopEnded, match="log_loss 0.5000 of the model of 2026-11-03, 2.0% worse than 0.4900 one day"
+        ):
             commands.loop(quality_metric=loop.QualityMetric(metric), largest_drop=drop)
     else:
         assert commands.loop(quality_metric=loop.QualityMetric(metric), largest_drop=drop)["version"] == 20261104
@@ -299,7 +301,7 @@ def test_weeks(commands: Commands) -> None:
     with pytest.raises(InputError) as error:
         commands.loop(period=loop.DailyConfig.period.WEEK)
     assert str(error.value) == (
-        "--log: with --period=week must have dates that are a week apart, from --from=2026-11-01 on. Received: "
+        "--log: with --period=week must have dates that are one week apart, from --from=2026-11-01 on. Received: "
         "2026-11-17. Correct its name, or give another --period."
     )
 
