@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from din_dist.config import Config
 from din_dist.report.gain import Difference
 from din_dist.report.job import JobRecord
 
@@ -36,10 +37,10 @@ def differing_settings(ours: str, others: str) -> Sequence[tuple[str, str, str]]
 
 
 def _values(flags: str) -> dict[str, str]:
-    """Returns the values of a flagfile by name. Of a flag without one, the value is its name."""
-    found = {}
+    """Returns the values of a flagfile by name. Of a flag without one, the value is as it is written."""
+    found, known = {}, {field.name for _, part in Config().parts() for field in dataclasses.fields(part)}
     for line in flags.splitlines():
         if line.startswith("--"):
             name, equal, value = line[2:].partition("=")
-            found[name if equal else name.removeprefix("no")] = value if equal else name
+            found[name if equal or name in known else name.removeprefix("no")] = value if equal else name
     return found

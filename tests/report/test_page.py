@@ -15,7 +15,7 @@ from din_dist.config import Config, ModelConfig, ModelKind
 from din_dist.metrics.calibration import calibration
 from din_dist.metrics.slices import Slice
 from din_dist.report.attention import Averages, Behaviour, ShownExample
-from din_dist.report.comparison import Comparison
+from din_dist.report.comparison import Comparison, differing_settings
 from din_dist.report.gain import Difference, Gain
 from din_dist.report.job import JobRecord, Status
 from din_dist.report.page import Findings, render
@@ -139,6 +139,16 @@ def test_another_job_beside_this_one() -> None:
     assert "Setting This job The other epochs 1 3 resample resample noresample" in text
     other = Comparison(theirs, problem="--compare: must be a job on the same prepared data.")
     assert "must be a job on the same prepared data." in text_of(found(comparison=other))
+
+
+def test_a_setting_whose_name_begins_like_a_negation() -> None:
+    found = differing_settings(
+        "--normalize_vectors\n--resample_negatives", "--nonormalize_vectors\n--noresample_negatives"
+    )
+    assert found == [
+        ("normalize_vectors", "normalize_vectors", "nonormalize_vectors"),
+        ("resample_negatives", "resample_negatives", "noresample_negatives"),
+    ]
 
 
 def test_nothing_to_rank() -> None:
