@@ -73,7 +73,7 @@ def _check_date(name: str, value: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DailyConfig(Settings):
-    """Where the days lie, when to stop, and what is kept."""
+    """Settings of daily training: where the days lie, when to stop, and what is kept."""
 
     THEME: ClassVar[str] = "days"
 

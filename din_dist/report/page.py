@@ -26,7 +26,7 @@ from din_dist.report import charts
 from din_dist.report.attention import Averages, ShownExample
 from din_dist.report.charts import Mark, Series
 from din_dist.report.comparison import Comparison, differing_settings
-from din_dist.report.gain import Gain
+from din_dist.report.gain import Difference, Gain
 from din_dist.report.job import JobRecord, Status, duration, number, timeline
 from din_dist.report.retrieval import Retrieval
 from din_dist.report.scoring import Evaluation, SliceTable
@@ -124,11 +124,15 @@ def _verdict(found: Evaluation) -> str:
     gain = ours - getattr(best, metric)
     text = f"On {found.num_examples:,} {found.split} examples the model reaches {metric.upper()} {ours:.4f}"
     floor = f"{_ranking_name(best.name)} ({getattr(best, metric):.4f})"
-    chance = "" if found.gain.is_certain else ", which may be chance"
-    between = f"95 % interval of the difference {_interval(found.gain)}{chance}"
+    between = _between(found.gain)
     if gain >= 0:
         return f"{text}, {gain:.4f} above the best floor, {floor}; {between}."
     return f"{text}, {-gain:.4f} below the best floor, {floor}: it has not learned enough yet to be useful; {between}."
+
+
+def _between(gain: Difference) -> str:
+    chance = "" if gain.is_certain else ", which may be chance"
+    return f"95 % interval of the difference {_interval(gain)}{chance}"
 
 
 def _interval(gain: Any) -> str:
@@ -163,10 +167,9 @@ def _comparison(findings: Findings) -> dict[str, Any]:
     verdict = found.problem
     if gain := found.gain:
         how = "above" if gain.value >= 0 else "below"
-        chance = "" if gain.is_certain else ", which may be chance"
         verdict = (
             f"On the same examples, this job's {gain.metric} is {abs(gain.value):.4f} {how} that of {name} "
-            f"(update {found.step:,}); 95 % interval of the difference {_interval(gain)}{chance}."
+            f"(update {found.step:,}); {_between(gain)}."
         )
     lines = [
         ("this job", findings.record.curve("validation"), "gauc"),

@@ -24,7 +24,7 @@ from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.report.gain import Difference, difference
 from din_dist.schema import Batch
 
-_SLICE_SAMPLES = 300  # of the bootstrap, for the gain on a slice
+_SAMPLES, _SLICE_SAMPLES = 1000, 300  # of the bootstrap, for the gain on all examples and on a slice
 
 MODEL = "model"  # the model's name among the rankings; the others are floors
 _HISTORY_BINS, _POPULARITY_BINS, _LARGEST_CATEGORIES = 8, 10, 12
@@ -191,6 +191,7 @@ def evaluate(
         seed: of the bootstrap.
     """
     by_user = gauc(scored.rankings[MODEL], scored.labels, scored.users)
+    everywhere, on_all = np.arange(len(scored.labels)), metrics_of(scored.rankings, scored.labels, scored.users)
     rankings = [
         Ranking(name, gauc(scores, scored.labels, scored.users).gauc, auc(scores, scored.labels))
         for name, scores in scored.rankings.items()
@@ -220,7 +221,7 @@ def evaluate(
         num_users=by_user.num_users,
         num_users_skipped=by_user.num_users_skipped,
         rankings=rankings,
-        gain=_gain(scored, np.arange(len(scored.labels)), seed, samples=1000),
+        gain=_gain(scored, everywhere, *on_all, seed=seed, samples=_SAMPLES),
         log_loss=log_loss(scored.rankings[MODEL], scored.labels),
         calibration=calibration(probabilities(scored.rankings[MODEL]), scored.labels),
         corrected=_corrected(scored, config) if not store.facts.has_labels else None,
@@ -253,16 +254,16 @@ def _corrected(scored: ScoredExamples, config: DataConfig) -> tuple[float, Calib
     return log_loss(logits, scored.labels), calibration(probabilities(logits), scored.labels)
 
 
-def _gain(scored: ScoredExamples, here: np.ndarray, seed: int, samples: int) -> Difference:
-    """Returns the gain over the best floor on the examples `here`."""
-    labels, users = scored.labels[here], scored.users[here]
-    rankings = {name: scores[here] for name, scores in scored.rankings.items()}
-    metric, values = metrics_of(rankings, labels, users)
+def _gain(
+    scored: ScoredExamples, here: np.ndarray, metric: str, values: Mapping[str, float], *, seed: int, samples: int
+) -> Difference:
+    """Returns the gain over the best floor on the examples `here`, on which the rankings have those values."""
     floors = {name: value for name, value in values.items() if name != MODEL and not math.isnan(value)}
     if not floors or math.isnan(values[MODEL]):
         return Difference(metric, math.nan, math.nan, math.nan)
     best = max(floors, key=lambda name: floors[name])
-    return difference(rankings[MODEL], rankings[best], labels, users, seed, samples)
+    ours, others = scored.rankings[MODEL][here], scored.rankings[best][here]
+    return difference(ours, others, scored.labels[here], scored.users[here], seed, samples)
 
 
 def _table(
@@ -271,7 +272,11 @@ def _table(
     """Returns the slices of the examples whose part is `part_of` `[M]`, an index in `names`."""
     found = slices(scored.rankings, scored.labels, scored.users, part_of, names)
     parts = [here for part in range(len(names)) if len(here := np.flatnonzero(part_of == part))]
-    return SliceTable(title, unit, found, [_gain(scored, here, seed, _SLICE_SAMPLES) for here in parts])
+    gains = [
+        _gain(scored, here, part.metric, part.values, seed=seed, samples=_SLICE_SAMPLES)
+        for part, here in zip(found, parts, strict=True)
+    ]
+    return SliceTable(title, unit, found, gains)
 
 
 def _by_range(
