@@ -408,6 +408,8 @@ class Assembly:
     def trainer(self) -> Trainer:
         """The loop."""
         learner, evaluator, telemetry = self.learner, self.evaluator, self.telemetry
+        if self.config.execution.compute_dtype is ComputeDtype.BFLOAT16 and not self.execution.bfloat16:
+            telemetry.say("computing in float32: this processor, without AMX tiles, would be slower in bfloat16")
         checkpoints = CheckpointStore(self.config, self.store.facts.fingerprint, self.runtime)
         return Trainer(self.config, self.runtime, learner, self.data, evaluator, checkpoints, telemetry, self._signals)
 
@@ -419,7 +421,8 @@ def choose_execution(config: Config) -> Execution:
         InputError: the processor or the set-up lacks what the settings ask for.
     """
     in_bfloat16 = config.execution.compute_dtype is ComputeDtype.BFLOAT16
-    return Execution(_uses_kernels(config), config.execution.xla, in_bfloat16)
+    native = _uses_kernels(config)
+    return Execution(native, config.execution.xla, in_bfloat16 and kernels.gains_by_bfloat16())
 
 
 def _uses_kernels(config: Config) -> bool:

@@ -73,19 +73,25 @@ if [[ ! -f $compiled/kernels.so ]]; then
   compile_passes() { # name, floats in a register, flags
     g++ "${flags[@]}" -ffp-contract=fast "${@:3}" "-DDIN_ISA=$1" "-DDIN_LANES=$2" -c "$sources/attention.cc" -o "$work/$1.o"
   }
+  avx512=(-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512)
   bfloat16=() # g++ knows it from version 10 on
   [[ $(uname -m) != x86_64 ]] || ! g++ -mavx512bf16 -x c++ -E /dev/null &>/dev/null || bfloat16=(-DDIN_BFLOAT16)
+  amx=() # from version 11 on
+  [[ ! ${bfloat16[*]} ]] || ! g++ -mamx-bf16 -x c++ -E /dev/null &>/dev/null || amx=(-DDIN_AMX)
   compile_all() { # steps joined by &&, for bash does not stop at a failure in what is followed by ||
     compile_passes plain 4 &&
       if [[ $(uname -m) == x86_64 ]]; then
         compile_passes avx2 8 -mavx2 -mfma -mbmi2 &&
-          compile_passes avx512 16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
+          compile_passes avx512 16 "${avx512[@]}"
       fi &&
       if [[ ${bfloat16[*]} ]]; then
-        compile_passes avx512_bf16 16 "${bfloat16[@]}" -mavx512bf16 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mbmi2 -mprefer-vector-width=512
+        compile_passes avx512_bf16 16 "${avx512[@]}" "${bfloat16[@]}" -mavx512bf16
+      fi &&
+      if [[ ${amx[*]} ]]; then
+        compile_passes amx 16 "${avx512[@]}" "${bfloat16[@]}" -mavx512bf16 -mamx-tile -mamx-bf16 -DDIN_TILES
       fi &&
       for name in attention_ops batches mapped_files messages neighbours rows updates variables vectors; do
-        g++ "${flags[@]}" "${bfloat16[@]}" "${of_tensorflow[@]}" -c "$sources/$name.cc" -o "$work/$name.o" || return
+        g++ "${flags[@]}" "${bfloat16[@]}" "${amx[@]}" "${of_tensorflow[@]}" -c "$sources/$name.cc" -o "$work/$name.o" || return
       done &&
       # Under the name by which TensorFlow itself has loaded it.
       g++ -shared "$work"/*.o "-L$tensorflow" -l:libtensorflow_framework.so.2 -pthread -o "$work/kernels.so"

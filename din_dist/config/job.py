@@ -90,7 +90,8 @@ class ExecutionConfig(Settings):
     compute_dtype: ComputeDtype = setting(
         ComputeDtype.FLOAT32,
         "Type to which our kernels round the factors of matrix products in training. bfloat16 needs a processor that "
-        "multiplies it (AVX512_BF16). Sums, weights and everything else stay float32.",
+        "multiplies it (AMX, AVX512_BF16). Sums, weights and everything else stay float32. On Intel's processors "
+        "without AMX all is computed in float32, which is faster there.",
         may_change=True,
     )
 

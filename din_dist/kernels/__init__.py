@@ -34,9 +34,24 @@ def library() -> Any:
         ) from error
 
 
+def form_in_bfloat16() -> str:
+    """Returns the instructions for `--compute_dtype=bfloat16`: amx or avx512_bf16, or "" if there are none here."""
+    function = _functions().din_dist_form_in_bfloat16
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
 def multiplies_bfloat16() -> bool:
     """Tells if this processor has the instructions that the kernels need for `--compute_dtype=bfloat16`."""
-    return bool(_functions().din_dist_multiplies_bfloat16())
+    return bool(form_in_bfloat16())
+
+
+def gains_by_bfloat16() -> bool:
+    """Tells if they are faster than float32 here. Intel's are where there are AMX tiles.
+
+    Whoever names a form in `DIN_DIST_INSTRUCTIONS` gets it.
+    """
+    return bool(_functions().din_dist_gains_by_bfloat16())
 
 
 def has_rule(name: str) -> bool:

@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, DIN_ISA. DIN_LANES is the number of floats in a register. If DIN_BFLOAT16 is
-// defined, the factors of matrix products are rounded to bfloat16; their sums and everything else stay float32.
+// defined, the factors of matrix products are rounded to bfloat16; their sums and everything else stay float32. With
+// DIN_TILES, these products are computed in AMX tiles.
 #include "attention.h"
 
 #include <algorithm>
@@ -9,6 +10,9 @@
 
 #if DIN_LANES == 16
 #include <immintrin.h>
+#endif
+#ifdef DIN_TILES
+#include "tiles.h"
 #endif
 
 namespace din {
@@ -137,11 +141,16 @@ inline const float* Down(const float* from, int64_t, int64_t, float*) { return f
 
 inline int64_t Elements(int64_t numbers) { return (numbers + kNumbers - 1) / kNumbers; }
 
+#ifndef DIN_TILES
+struct TileShapes {};
+inline int64_t WholeTiles(int64_t size) { return size; }
+#endif
+
 // The right factor of the products of all tiles.
 class Weights {
  public:
   Weights(const float* from, int64_t rows, int64_t width)
-      : room_(kNumbers > 1 ? Elements(rows) * width : 0), elements_(Down(from, rows, width, room_.data())) {}
+      : room_(kNumbers > 1 ? WholeTiles(Elements(rows)) * width : 0), elements_(Down(from, rows, width, room_.data())) {}
   operator const float*() const { return elements_; }
 
  private:
@@ -155,6 +164,7 @@ struct Start {
   int64_t step;  // between two rows
 };
 
+#ifndef DIN_TILES
 // Computes R rows of C [R, N registers] = start + A [R, inner] B [inner, N registers]; `inner` is at least 1. With
 // `kHalf`, only the first half of the last register is computed; the other half is 0.
 template <int R, int N, bool kHalf>
@@ -282,6 +292,36 @@ inline void AddTransposedByRows(const float* a, const float* b, int64_t rows, in
   Multiply(Down(a, rows, width, scratch_of_a), 1, width, inner, Elements(rows), Down(b, rows, ld, scratch_of_b), ld,
            columns, {c, ld}, c, ld);
 }
+#else
+// Computes C [rows, Padded(columns)] = start + A [rows, Padded(inner)] B [inner, Padded(columns)]. `scratch` has room
+// for kTile rows of A, or is A itself.
+inline void MultiplyRows(const float* a, int64_t rows, int64_t inner, const Weights& b, int64_t columns, Start start,
+                         float* c, float* scratch) {
+  const int64_t width = Padded(inner), ld = Padded(columns), step = WholeTiles(Elements(width));
+  for (int64_t r = 0; r < rows; ++r) Along(a + r * width, width, scratch + r * step);
+  MultiplyTiles(scratch, step, rows, step, b, ld, ld / L, start.rows, start.step, c, ld);
+}
+
+// Adds to C [inner, Padded(columns)] the transpose of A [rows, Padded(inner)] times B [rows, Padded(columns)], for at
+// most kTile rows. The scratch of A has room for kTile of its rows, that of B for half as many; each may be its factor.
+inline void AddTransposedByRows(const float* a, const float* b, int64_t rows, int64_t inner, int64_t columns, float* c,
+                                float* scratch_of_a, float* scratch_of_b) {
+  const int64_t width = Padded(inner), ld = Padded(columns), given = Elements(rows), whole = WholeTiles(given);
+  const auto down = [&](const float* from, int64_t row, float* to) {
+    Down(from, rows, row, to);
+    std::fill_n(to + given * row, (whole - given) * row, 0.0f);
+  };
+  down(a, width, scratch_of_a);
+  down(b, ld, scratch_of_b);
+  float* transposed = scratch_of_a + kTile / 2 * width;
+  for (int64_t k = 0; k < whole; k += L) {
+    for (int64_t v = 0; v < width; v += L) {
+      TransposeTile(scratch_of_a + k * width + v, width, transposed + v * whole + k, whole);
+    }
+  }
+  MultiplyTiles(transposed, whole, inner, whole, scratch_of_b, ld, ld / L, c, ld, c, ld);
+}
+#endif
 
 // --- Activations ---
 
@@ -519,6 +559,7 @@ const float* Zeros(float* to, int64_t size) {
 // --- Passes ---
 
 void RunProject(const Projection& pass, int64_t begin, int64_t end, float* scratch) {
+  [[maybe_unused]] const TileShapes shapes;
   const int64_t units = Padded(pass.units);
   const Weights kernel(pass.kernel, pass.width, units);
   for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -530,11 +571,12 @@ void RunProject(const Projection& pass, int64_t begin, int64_t end, float* scrat
 
 void RunProjectGradient(const ProjectionGradient& pass, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
                         float* scratch) {
+  [[maybe_unused]] const TileShapes shapes;
   const int64_t units = Padded(pass.units), width = Padded(pass.width);
   float* of_from = scratch + kTile * width;
   float* down = of_from + kTile * width;
   float* along = down + kTile * units / kNumbers;
-  const float* zeros = Zeros(down + kTile * units, width);
+  const float* zeros = Zeros(along + kTile * units, width);
   const Weights transposed_kernel(pass.transposed_kernel, pass.units, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
@@ -553,7 +595,8 @@ void RunProjectGradient(const ProjectionGradient& pass, int64_t begin, int64_t e
 }
 
 void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float* products) {
-  const int64_t units = Padded(pass.units), width = Padded(pass.width);
+  [[maybe_unused]] const TileShapes shapes;
+  const int64_t units = Padded(pass.units);
   const Weights kernel(pass.kernel, pass.width, units);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
@@ -574,6 +617,7 @@ void RunFirst(const First& pass, int64_t begin, int64_t end, double* sums, float
 
 void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, const FirstGradientSums& sums,
                       float* scratch) {
+  [[maybe_unused]] const TileShapes shapes;
   const int64_t interest_width = pass.width + pass.side_width;
   const int64_t units = Padded(pass.statistics.width), width = Padded(pass.width);
   float* products = scratch;
@@ -581,7 +625,7 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, con
   float* of_products = of_x + kTile * units;
   float* down = of_products + kTile * width;
   float* along = down + kTile * units / kNumbers;
-  const float* zeros = Zeros(down + kTile * units, width);
+  const float* zeros = Zeros(along + kTile * units, width);
   const Weights transposed_kernel(pass.transposed_kernel, pass.statistics.width, width);
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t rows = std::min(kTile, end - tile);
@@ -608,6 +652,7 @@ void RunFirstGradient(const FirstGradient& pass, int64_t begin, int64_t end, con
 }
 
 void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float* activated) {
+  [[maybe_unused]] const TileShapes shapes;
   const int64_t units = Padded(pass.units), width = Padded(pass.gate.width);
   const Weights kernel(pass.kernel, pass.gate.width, units);
   for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -622,12 +667,13 @@ void RunDense(const Dense& pass, int64_t begin, int64_t end, double* sums, float
 
 void RunDenseGradient(const DenseGradient& pass, int64_t begin, int64_t end, float* of_kernel, double* of_bias,
                       double* sums, float* scratch) {
+  [[maybe_unused]] const TileShapes shapes;
   const int64_t units = Padded(pass.statistics.width), width = Padded(pass.gate.width);
   float* activated = scratch;
   float* of_next = activated + kTile * width;
   float* down = of_next + kTile * units;
   float* along = down + kTile * units / kNumbers;
-  float* tile_sums = down + kTile * units;
+  float* tile_sums = along + kTile * units;
   std::fill_n(tile_sums, 4 * width, 0.0f);
   const float* zeros = Zeros(tile_sums + 4 * width, width);
   const Weights transposed_kernel(pass.transposed_kernel, pass.statistics.width, width);

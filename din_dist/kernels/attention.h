@@ -221,8 +221,11 @@ struct Passes {
 constexpr int64_t kTile = 64;  // pairs that are processed together
 
 // Returns the floats of scratch that layers need, the widest of which has `widest` columns.
-inline int64_t ScratchFloats(int64_t widest) { return 4 * kTile * Padded(widest) + 8 * Padded(widest); }
+inline int64_t ScratchFloats(int64_t widest) { return 5 * kTile * Padded(widest) + 8 * Padded(widest); }
 
+namespace amx {  // multiplies matrices in bfloat16, in tiles
+extern const Passes kPasses;
+}
 namespace avx512_bf16 {  // multiplies matrices in bfloat16
 extern const Passes kPasses;
 }

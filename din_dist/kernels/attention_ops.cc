@@ -2,10 +2,14 @@
 // them.
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,6 +22,28 @@
 namespace din {
 namespace {
 
+#if defined(__x86_64__)
+// Returns a register of what the processor says of itself. Once a process: it is slow on virtual machines.
+unsigned Features(unsigned leaf, unsigned part, int which) {
+  unsigned found[4] = {};
+  return __get_cpuid_count(leaf, part, &found[0], &found[1], &found[2], &found[3]) ? found[which] : 0;
+}
+
+// Asks the system for AMX's tiles, once: without its permission they are an illegal instruction.
+bool MayUseTiles() {
+  constexpr long kAsk = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool may = syscall(SYS_arch_prctl, kAsk, kTiles) == 0;
+  return may;
+}
+
+// Tells if bfloat16 products run at full rate outside of tiles. On Intel's processors they do not.
+bool MultipliesBfloat16Fast() {
+  unsigned largest, name[3];
+  if (!__get_cpuid(0, &largest, &name[0], &name[2], &name[1])) return false;
+  return std::memcmp(name, "GenuineIntel", sizeof name) != 0;
+}
+#endif
+
 bool Runs(const std::string& instructions) {
 #if defined(__x86_64__)
   if (instructions == "avx512") {
@@ -27,43 +53,84 @@ bool Runs(const std::string& instructions) {
   if (instructions == "avx2") {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   }
+  if (instructions == "avx512_bf16") return Runs("avx512") && Features(7, 1, 0) & (1u << 5);
+  if (instructions == "amx") return Runs("avx512_bf16") && Features(7, 0, 3) & (1u << 22) && MayUseTiles();
 #endif
   return instructions == "plain";
+}
+
+// A form of the passes. Each list has the fastest first.
+struct Form {
+  const char* name;
+  const Passes* passes;
+};
+
+constexpr Form kInFloat32[] = {
+#if defined(__x86_64__)
+    {"avx512", &avx512::kPasses},
+    {"avx2", &avx2::kPasses},
+#endif
+    {"plain", &plain::kPasses}};
+
+constexpr Form kInBfloat16[] = {
+#if defined(DIN_AMX)
+    {"amx", &amx::kPasses},
+#endif
+#if defined(DIN_BFLOAT16)
+    {"avx512_bf16", &avx512_bf16::kPasses},
+#endif
+    {"", nullptr}};
+
+// Returns the form that DIN_DIST_INSTRUCTIONS names, or null if it is not of this list. It is taken at its word but for
+// the permission to use tiles, because tests run tiles on processors that have none.
+template <typename Forms>
+const Form* Wanted(const Forms& forms) {
+  const char* name = std::getenv("DIN_DIST_INSTRUCTIONS");
+  const Form* const found = name && *name ? Find(forms, name) : nullptr;
+#if defined(DIN_AMX)
+  if (found && found->passes == &amx::kPasses) return MayUseTiles() ? found : nullptr;
+#endif
+  return found && Runs(name) ? found : nullptr;
+}
+
+// Tells if DIN_DIST_INSTRUCTIONS names a form that does not run here.
+bool WantsWhatIsNotHere() {
+  const char* name = std::getenv("DIN_DIST_INSTRUCTIONS");
+  return name && *name && !Wanted(kInFloat32) && !Wanted(kInBfloat16);
+}
+
+// Returns the form that computes in bfloat16, or null if the compiler or the processor has no such instructions.
+const Form* FormInBfloat16() {
+  static const Form* const chosen = []() -> const Form* {
+    if (const Form* wanted = Wanted(kInBfloat16)) return wanted;
+    if (WantsWhatIsNotHere()) return nullptr;
+    for (const Form& form : kInBfloat16) {
+      if (form.passes && Runs(form.name)) return &form;
+    }
+    return nullptr;
+  }();
+  return chosen;
 }
 
 // Returns the fastest passes that this processor runs, or those that DIN_DIST_INSTRUCTIONS names.
 const Passes& BestPasses() {
   static const Passes* const best = [] {
-    const char* wanted = std::getenv("DIN_DIST_INSTRUCTIONS");
-    const auto chosen = [&](const char* name) { return (!wanted || name == std::string(wanted)) && Runs(name); };
-#if defined(__x86_64__)
-    if (chosen("avx512")) return &avx512::kPasses;
-    if (chosen("avx2")) return &avx2::kPasses;
-#endif
-    if (chosen("plain")) return &plain::kPasses;
-    throw std::invalid_argument(
-        "DIN_DIST_INSTRUCTIONS must be avx512, avx2 or plain, and this processor must have them");
+    if (const Form* wanted = Wanted(kInFloat32)) return wanted->passes;
+    if (WantsWhatIsNotHere()) {
+      throw std::invalid_argument(
+          "DIN_DIST_INSTRUCTIONS must be avx512, avx2, plain, amx or avx512_bf16, and this processor must have them");
+    }
+    const auto runs = [](const Form& form) { return Runs(form.name); };
+    return std::find_if(std::begin(kInFloat32), std::end(kInFloat32), runs)->passes;
   }();
   return *best;
 }
 
-// Returns the passes that multiply in bfloat16, or null if the compiler or the processor has no such instructions.
-const Passes* PassesInBfloat16() {
-  static const Passes* const found = []() -> const Passes* {  // once: slow on virtual machines
-#if defined(DIN_BFLOAT16)
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (Runs("avx512") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) return &avx512_bf16::kPasses;
-#endif
-    return nullptr;
-  }();
-  return found;
-}
-
 const Passes& PassesOf(bool in_bfloat16) {
   if (!in_bfloat16) return BestPasses();
-  const Passes* const found = PassesInBfloat16();
+  const Form* const found = FormInBfloat16();
   Require(found, "bfloat16 takes a processor and kernels that multiply it");
-  return *found;
+  return *found->passes;
 }
 
 // --- TensorFlow's side ---
@@ -694,8 +761,21 @@ const bool kRegistered = [] {
 
 // Called by kernels/__init__.py with ctypes.
 extern "C" {
-__attribute__((visibility("default"))) int din_dist_multiplies_bfloat16() {
-  return din::PassesInBfloat16() != nullptr;
+// Returns the name of the form that multiplies bfloat16, or "" if there is none.
+__attribute__((visibility("default"))) const char* din_dist_form_in_bfloat16() {
+  const din::Form* const form = din::FormInBfloat16();
+  return form ? form->name : "";
+}
+
+// Tells if that form is faster than float32 on this processor, or is asked for by its name.
+__attribute__((visibility("default"))) int din_dist_gains_by_bfloat16() {
+#if defined(__x86_64__)
+  const din::Form* const form = din::FormInBfloat16();
+  return form && (form->name == std::string("amx") || form == din::Wanted(din::kInBfloat16) ||
+                  din::MultipliesBfloat16Fast());
+#else
+  return false;
+#endif
 }
 
 __attribute__((visibility("default"))) int din_dist_has_activation(const char* name) {

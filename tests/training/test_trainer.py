@@ -168,6 +168,18 @@ def test_a_processor_without_bfloat16_is_told(tmp_path: Path, monkeypatch: pytes
     )
 
 
+def test_float32_where_bfloat16_would_be_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "gains_by_bfloat16", lambda: False)
+    job = make(small_config(tmp_path, compute_dtype=ComputeDtype.BFLOAT16))
+    assert not job.execution.bfloat16
+    assert job.trainer
+    line = "computing in float32: this processor, without AMX tiles, would be slower in bfloat16"
+    assert line in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("model", RANKING)
 def test_bfloat16_changes_weights_by_little(model: ModelKind, tmp_path: Path) -> None:
     """All that multiply, in the attention and in the head."""

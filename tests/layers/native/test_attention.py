@@ -159,7 +159,7 @@ def test_instructions_that_do_not_exist():
         text=True,
         check=False,
     )
-    assert "DIN_DIST_INSTRUCTIONS must be avx512, avx2 or plain" in done.stderr
+    assert "DIN_DIST_INSTRUCTIONS must be avx512, avx2, plain, amx or avx512_bf16" in done.stderr
 
 
 @pytest.mark.parametrize("num_candidates", [1, 3])
