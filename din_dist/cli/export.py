@@ -27,6 +27,7 @@ from din_dist.serving.manifest import DIGEST_HELP, MANIFEST, Manifest, read_mani
 from din_dist.serving.store_exports import local_export
 from din_dist.tables.storage import File, RemoteFile, file_of, states
 from din_dist.text import parse_json
+from din_dist.tracking.tracked_job import add_to_run
 
 if TYPE_CHECKING:
     from din_dist.evaluation.evaluator import Evaluator
@@ -193,6 +194,8 @@ def _export(config: Config, folder: File) -> dict[str, Any]:
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
     recall = INDEX_RECALL.value if with_index else None
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value, index_recall=recall)
+    if isinstance(folder, Path):
+        add_to_run(job_dir, folder / MANIFEST, entry.say)
     return {
         "export_dir": folder.uri if isinstance(folder, RemoteFile) else str(folder),
         "step": manifest.step,
