@@ -58,8 +58,8 @@ with theme("what to export"):
         "format",
         _SAVED_MODEL,
         [_SAVED_MODEL, _ONNX],
-        "savedmodel: all signatures, for our commands and TensorFlow. onnx: the scoring part of a model that ranks, over "
-        "dense ids, with the vocabulary of items as Parquet.",
+        "savedmodel: all signatures, for our commands and TensorFlow. onnx: the scoring part of a model that ranks, "
+        "over dense ids, with the vocabulary of items as Parquet.",
     )
 with theme("finding items"):
     RETRIEVER_EXPORT_DIR = define_path(

@@ -30,7 +30,7 @@ from din_dist.tracking.tracked_job import TrackedJob, parameters_of
 from din_dist.training_state import TrainingState
 
 _MOST_RECORDS = 1000  # records that may wait for the disk; a job makes a few each second
-_PATIENCE_SECONDS = 10.0  # at the end, the time to wait for a disk that does not answer
+PATIENCE_SECONDS = 10.0  # at the end, the time to wait for a disk that does not answer
 
 
 class Reported(Protocol):
@@ -102,11 +102,11 @@ class Reporter:
             self._later(lambda: sync(self._folder / "metrics.jsonl"))
             self._later(lines.close)
             self._later(tensorboard.close)
-            if not self._writer.wait(_PATIENCE_SECONDS):
+            if not self._writer.wait(PATIENCE_SECONDS):
                 count = self._writer.num_waiting
                 self.say(f"the last {count:,} records of the job are lost: their disk does not answer", level="warning")
         if self._tracked:  # after the records, because files of the job are given to it when they are written
-            self._tracked.close(_PATIENCE_SECONDS)
+            self._tracked.close(PATIENCE_SECONDS)
 
     def _later(self, write: Callable[[], object]) -> None:
         """Writes records in another thread, because training does not need them. The first failure is logged."""

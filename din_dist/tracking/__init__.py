@@ -1,1 +1,1 @@
-"""Experiment trackers: what a job tells MLflow, Weights & Biases or TensorBoard's table of hyperparameters."""
+"""Experiment trackers: MLflow, Weights & Biases and TensorBoard's table of hyperparameters."""

@@ -1,4 +1,4 @@
-"""What every tracker does, and the file by which a job finds its run again."""
+"""The interface of every tracker, and the file by which a job finds its run again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from din_dist.files import make_folder, read_record, write_text
 from din_dist.text import parse_json, to_json
 
 FILE = "tracker.json"  # in the folder of a job or a study
-_PACKAGES = {TrackerKind.MLFLOW: ("mlflow", "mlflow-skinny sqlalchemy alembic"), TrackerKind.WANDB: ("wandb", "wandb")}
+PACKAGES = {TrackerKind.MLFLOW: ("mlflow", "mlflow-skinny sqlalchemy alembic"), TrackerKind.WANDB: ("wandb", "wandb")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def require_installed(tracker: TrackerKind) -> None:
     Raises:
         InputError: it is not.
     """
-    module, packages = _PACKAGES.get(tracker, ("", ""))
+    module, packages = PACKAGES.get(tracker, ("", ""))
     if module and importlib.util.find_spec(module) is None:
         raise InputError(
             f"--tracker: {tracker} needs its package. Received: no module named {module!r}. Run: pip install -c "

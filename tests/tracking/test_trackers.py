@@ -28,7 +28,7 @@ from tests.support.small_log import small_config
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine takes longer to open a tracker than a job waits for one that does not answer."""
-    monkeypatch.setattr(reporter, "_PATIENCE_SECONDS", PATIENCE)
+    monkeypatch.setattr(reporter, "PATIENCE_SECONDS", PATIENCE)
     for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -167,7 +167,7 @@ def test_a_tracker_that_fails_is_counted_and_stops_nothing(
 def test_a_tracker_that_does_not_answer_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reporter, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(reporter, "PATIENCE_SECONDS", 0.5)
     ends = threading.Event()
     monkeypatch.setattr(tracked_job, "open_tracker", lambda *_: ends.wait())
     try:
@@ -221,7 +221,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_packages_that_it_names_are_those_of_the_extra() -> None:
     extra = (ROOT / "setup.cfg").read_text().partition("mlflow =\n")[2].split("wandb =")[0].split()
-    assert sorted(extra) == sorted(runs._PACKAGES[TrackerKind.MLFLOW][1].split())
+    assert sorted(extra) == sorted(runs.PACKAGES[TrackerKind.MLFLOW][1].split())
 
 
 def test_a_password_in_the_address_is_refused() -> None:
