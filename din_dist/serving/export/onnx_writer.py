@@ -161,7 +161,7 @@ def _converted(trained: TrainedModel) -> bytes:
     def score(history: tf.Tensor, lengths: tf.Tensor, candidates: tf.Tensor) -> dict[str, tf.Tensor]:
         items = LookedUp(tf.gather(vectors, candidates), tf.gather(biases, candidates), tf.gather(vectors, history))
         logits = model.logits(items, model.pairs(lengths, tf.range(tf.size(history))))
-        outputs = {}
+        outputs: dict[str, tf.Tensor] = {}
         for label, own in trained.predictions.columns(logits):
             outputs |= {label.logits: own, label.probability: tf.sigmoid(calibrated(own, label.calibrator))}
         return outputs
