@@ -58,6 +58,7 @@ FAST = {
     "tests/test_shape.py": (),
     "tests/test_text.py": (),
     "tests/test_version.py": (),
+    "tests/tracking": ("mlflow_has", "trials", "wandb", "tensorboard", "counted", "left_behind"),
     "tests/training/test_checkpoint.py": (),
     "tests/training/test_optimizers.py": (),
     "tests/training/test_regularization.py": (),

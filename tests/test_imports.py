@@ -35,9 +35,10 @@ MAY_IMPORT = {name: set() for name in [*LEAVES, "__init__"]} | {  # besides leav
     "cluster": {"data", "tables"},
 }
 MAY_IMPORT["tuning"] = {"cluster"}
-MAY_IMPORT["telemetry"] = {"distributed", "layers", "data", "tables"}
+MAY_IMPORT["tracking"] = set()
+MAY_IMPORT["telemetry"] = {"tracking", "distributed", "layers", "data", "tables"}
 MAY_IMPORT["evaluation"] = {"distributed", "metrics", "models", "layers", "data", "tables"}
-MAY_IMPORT["training"] = {"evaluation", "telemetry", *MAY_IMPORT["evaluation"]}
+MAY_IMPORT["training"] = {"evaluation", "telemetry", "tracking", *MAY_IMPORT["evaluation"]}
 MAY_IMPORT["report"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["serving"] = {"training", *MAY_IMPORT["training"]}
 MAY_IMPORT["assembly"] = {"training", *MAY_IMPORT["training"]}

@@ -23,6 +23,7 @@ from din_dist.daily.loop import Loop, LoopEnded
 from din_dist.daily.settings import DailyConfig
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
 from din_dist.text import printable, to_json
+from din_dist.tracking.run import require_installed
 from din_dist.training.output_dir import claim_output_dir
 
 _USAGE = """\
@@ -116,7 +117,7 @@ def check_trainer_flags(config: DailyConfig, trainer_flags: Sequence[str]) -> No
         values(["daily.sh", *trainer_flags, "--dataset=event_log", f"--data_path={config.log}", "--split=temporal"])
     except flags.Error as error:
         raise _wrong_flag(error) from error
-    settings.config_from_flags(values)
+    require_installed(settings.config_from_flags(values).telemetry.tracker)
 
 
 def _wrong_flag(error: flags.Error) -> InputError:

@@ -19,7 +19,7 @@ from din_dist.cli.help import theme
 from din_dist.cli.saved_job import WHERE_DATA_LIES, config_of, trained_model
 from din_dist.config import Config, require
 from din_dist.errors import InputError
-from din_dist.files import read_record, source_path
+from din_dist.files import is_remote, read_record, source_path
 from din_dist.serving.calibrator import Calibrate, Calibrator, fit
 from din_dist.serving.export import item_index
 from din_dist.serving.export.item_index import IndexKind
@@ -27,6 +27,7 @@ from din_dist.serving.manifest import DIGEST_HELP, MANIFEST, Manifest, read_mani
 from din_dist.serving.store_exports import local_export
 from din_dist.tables.storage import File, RemoteFile, file_of, states
 from din_dist.text import parse_json
+from din_dist.tracking.tracked_job import add_to_run
 
 if TYPE_CHECKING:
     from din_dist.evaluation.evaluator import Evaluator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from din_dist.serving.export.retriever import Retriever
     from din_dist.serving.export.writer import TrainedModel
 
+_SAVED_MODEL, _ONNX = "savedmodel", "onnx"
 with theme("what to export"):
     OUTPUT_DIR = define_path("output_dir", "runs/latest", "The job's --output_dir.")
     CHECKPOINT_STEP = flags.DEFINE_integer(
@@ -51,6 +53,13 @@ with theme("what to export"):
         1.0,
         "For logs with labels that were thinned: the share of the negatives that the log kept, above 0 and up to 1. "
         "click_probability is that of the log before.",
+    )
+    FORMAT = flags.DEFINE_enum(
+        "format",
+        _SAVED_MODEL,
+        [_SAVED_MODEL, _ONNX],
+        "savedmodel: all signatures, for our commands and TensorFlow. onnx: the scoring part of a model that ranks, "
+        "over dense ids, with the vocabulary of items as Parquet.",
     )
 with theme("finding items"):
     RETRIEVER_EXPORT_DIR = define_path(
@@ -111,6 +120,7 @@ def main() -> None:
         "For example 0.1, if a tenth of the negatives was kept.",
     )
     config = overridden(config_of(Path(OUTPUT_DIR.value)), WHERE_DATA_LIES)
+    _check_format()
     _check_retriever(config)
     _check_index(config)
     require(
@@ -123,6 +133,17 @@ def main() -> None:
     entry.import_tensorflow()  # takes seconds, so a wrong folder is reported before
     place = file_of(EXPORT_DIR.value)
     print(json.dumps(_export(config, place.absolute() if isinstance(place, Path) else place)), flush=True)
+
+
+def _check_format() -> None:
+    """Checks what only a SavedModel can have."""
+    if FORMAT.value != _ONNX:
+        return
+    for flag, default in ((RETRIEVER_EXPORT_DIR, ""), (INDEX, IndexKind.NONE)):
+        rule = "is for --format=savedmodel"
+        require(flag.value == default, rule, flag.name, flag.value, "Drop it, or drop --format=onnx.")
+    rule, where = "must be a folder on this machine with --format=onnx", EXPORT_DIR.value
+    require(not is_remote(where), rule, EXPORT_DIR.name, where, "Export to a folder, and copy that.")
 
 
 def _check_retriever(config: Config) -> None:
@@ -173,7 +194,15 @@ def _export(config: Config, folder: File) -> dict[str, Any]:
     from din_dist.evaluation.evaluator import Evaluator
     from din_dist.serving.export.writer import TrainedModel, check_target, export
 
-    check_target(folder, OVERWRITE.value)  # before the slow part
+    as_onnx = FORMAT.value == _ONNX
+    if as_onnx:
+        from din_dist.serving.export import onnx_writer
+
+        assert isinstance(folder, Path)
+        onnx_writer.onnx_tools()
+        onnx_writer.check_target(folder, OVERWRITE.value)
+    else:
+        check_target(folder, OVERWRITE.value)  # before the slow part
     tf.config.set_visible_devices([], "GPU")  # the job itself may fill them
     store = open_prepared(config.data)
     with_index = INDEX.value != IndexKind.NONE
@@ -191,8 +220,14 @@ def _export(config: Config, folder: File) -> dict[str, Any]:
     entry.say(f"exporting the weights of update {step}; comparing on {examples.num_examples} examples of {split}")
     trained = dataclasses.replace(trained, calibrators=_calibrators(Evaluator(config, store, splits, Runtime()), model))
     evaluator = Evaluator(config, store, {**splits, split: examples}, Runtime())
+    if isinstance(folder, Path) and as_onnx:
+        described = onnx_writer.export_onnx(trained, evaluator, split, folder, overwrite=OVERWRITE.value)
+        add_to_run(job_dir, folder / onnx_writer.DESCRIPTION, entry.say)
+        return {"export_dir": str(folder), "format": _ONNX, **described}
     recall = INDEX_RECALL.value if with_index else None
     manifest = export(trained, evaluator, split, folder, overwrite=OVERWRITE.value, index_recall=recall)
+    if isinstance(folder, Path):
+        add_to_run(job_dir, folder / MANIFEST, entry.say)
     return {
         "export_dir": folder.uri if isinstance(folder, RemoteFile) else str(folder),
         "step": manifest.step,

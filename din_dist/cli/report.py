@@ -22,6 +22,7 @@ from din_dist.files import source_path, write_text
 from din_dist.report.comparison import Comparison
 from din_dist.report.job import JobRecord, Status, read_job
 from din_dist.tables.storage import RemoteFile, file_of, write
+from din_dist.tracking.tracked_job import add_to_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +75,8 @@ def main() -> None:
         raise InputError(
             f"--report_path: must be a file that can be written. Received: {path}, {error.strerror}. Name another one."
         ) from error
+    if not isinstance(path, RemoteFile):
+        add_to_run(folder, path, entry.say)
     print(path, flush=True)
 
 

@@ -12,6 +12,7 @@ from din_dist.cli import entry
 from din_dist.cli import flags as settings
 from din_dist.distributed.cores import claim_cores
 from din_dist.place import Place
+from din_dist.tracking.run import require_installed
 
 settings.define_flags()
 
@@ -19,6 +20,7 @@ settings.define_flags()
 def main() -> None:
     started = time.perf_counter()
     config = settings.config_from_flags()
+    require_installed(config.telemetry.tracker)
     signals = entry.Signals()
     cores = claim_cores()
     entry.import_tensorflow()  # takes seconds: wrong flags are answered before

@@ -11,7 +11,7 @@ from din_dist import progress
 from din_dist.cli import entry
 from din_dist.config import Config
 from din_dist.errors import EXIT_GAVE_UP, InputError
-from din_dist.files import read_record, write_text
+from din_dist.files import read_record
 from din_dist.text import duration, parse_json
 
 if TYPE_CHECKING:
@@ -197,8 +197,7 @@ class TrainingProcess:
                 summary = _with_what_was_measured(summary, self._folder)
         telemetry.say(_table(summary), summary=summary)
         text = to_json(summary)
-        with telemetry.dispensable():
-            write_text(path, text + "\n")
+        telemetry.show_summary(text)
         return text
 
 

@@ -25,6 +25,8 @@ from din_dist.config import Config, Split, require
 from din_dist.errors import EXIT_SIGINT, InputError, Interrupted
 from din_dist.files import write_text
 from din_dist.text import to_json
+from din_dist.tracking.run import TrackedRun, require_installed
+from din_dist.tracking.tracked_job import add_to_run, open_study_run
 from din_dist.training.output_dir import claim_output_dir
 from din_dist.tuning import result
 from din_dist.tuning.search import TRIALS, TrialSearch
@@ -60,6 +62,7 @@ def main() -> None:
     config, values = settings.config_from_flags(), flags.FLAGS
     space = _checked_space(config)
     optuna()  # before anything is written
+    require_installed(config.telemetry.tracker)
     folder = Path(config.job.output_dir)
     lock = _claim(folder)
     start = settings.to_flagfile()
@@ -78,13 +81,14 @@ def main() -> None:
     if code := launch.run_first("prepare_data", start.splitlines()):
         sys.exit(code)
     asked.listen()
-    jobs = _Jobs(start, prepares)
+    jobs = _Jobs(start, prepares, open_study_run(config, folder, entry.say))
     search = TrialSearch(
         study, folder, jobs.start, metric=values.metric, say=entry.say, stop_requested=lambda: asked.stopped
     )
     if not search.run(values.trials, values.parallel_trials):
         raise Interrupted(f"the study in {folder} is saved; the same command goes on with it")
     _publish(study, folder, jobs, maximize)
+    add_to_run(folder, folder / BEST_FLAGS, entry.say)
     lock.close()
 
 
@@ -118,15 +122,17 @@ class _Jobs:
     Args:
         start: the start flags, as a flagfile.
         prepare: whether each job prepares its data, because trials differ in settings of the data.
+        run: the run of the study in a tracker, which those of the trials belong to; None: there is none.
     """
 
-    def __init__(self, start: str, prepare: bool) -> None:
-        self._start, self._prepare = start, prepare
+    def __init__(self, start: str, prepare: bool, run: TrackedRun | None) -> None:
+        self._start, self._prepare, self._run = start, prepare, run
 
     def flagfile(self, folder: Path, values: Mapping[str, str]) -> str:
         """Returns the flags of a trial whose job writes to `folder`."""
+        run = [f"--tracker_uri={self._run.uri}", f"--tracker_parent={self._run.id}"] if self._run else []
         port = ["--metrics_port=0"] if flags.FLAGS.parallel_trials > 1 and flags.FLAGS.metrics_port > 0 else []
-        changed = [*port, *(f"--{name}={text}" for name, text in values.items()), f"--output_dir={folder}"]
+        changed = [*run, *port, *(f"--{name}={text}" for name, text in values.items()), f"--output_dir={folder}"]
         names = {_name(line) for line in changed}
         names |= {f"no{name}" for name in names}
         kept = [line for line in self._start.splitlines() if _name(line) not in names]

@@ -41,7 +41,7 @@ from din_dist.config.model import (
 )
 from din_dist.config.optimizer import OptimizerConfig, OptimizerKind, Schedule, WireDtype
 from din_dist.config.settings import Settings, is_saved, list_text, require
-from din_dist.config.telemetry import LogFormat, TelemetryConfig
+from din_dist.config.telemetry import LogFormat, TelemetryConfig, TrackerKind
 
 __all__ = [
     "ALL_BEHAVIOURS",
@@ -82,6 +82,7 @@ __all__ = [
     "Split",
     "TaskHead",
     "TelemetryConfig",
+    "TrackerKind",
     "UnknownItem",
     "WireDtype",
     "decisive",

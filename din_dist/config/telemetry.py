@@ -10,11 +10,25 @@ from din_dist.config.settings import Settings, path_setting, port_setting, requi
 from din_dist.files import without_password
 
 _PROMETHEUS = "Prometheus"
+_TRACKER = "experiment tracker"
 
 
 class LogFormat(enum.StrEnum):
     TEXT = "text"
     JSON = "json"
+
+
+class TrackerKind(enum.StrEnum):
+    NONE = "none"
+    MLFLOW = "mlflow"
+    TENSORBOARD_HPARAMS = "tensorboard-hparams"
+    WANDB = "wandb"
+
+
+def _check_tracker_uri(name: str, value: str) -> None:
+    # The flags are kept, and sent to the tracker too.
+    rule, remedy = "must be without user and password", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+    require(without_password(value) == value, rule, name, without_password(value), remedy)
 
 
 def _check_pushgateway(name: str, value: str) -> None:
@@ -106,6 +120,35 @@ class TelemetryConfig(Settings):
         at_least=0,
         may_change=True,
         theme=_PROMETHEUS,
+    )
+
+    tracker: TrackerKind = text_setting(
+        TrackerKind.NONE,
+        "Experiment tracker that gets settings, curves and files of the job. mlflow and wandb need the extras of these "
+        "names. tensorboard-hparams: TensorBoard's tab HPARAMS.",
+        may_change=True,
+        theme=_TRACKER,
+        later=True,
+    )
+    tracker_uri: str = text_setting(
+        "",
+        "Where the tracker keeps its runs: for mlflow a server, a folder or sqlite:///FILE; for wandb a server. "
+        "Default: what MLFLOW_TRACKING_URI says, or mlflow.db beside --output_dir; for wandb its own.",
+        check=_check_tracker_uri,
+        may_change=True,
+        theme=_TRACKER,
+        later=True,
+    )
+    tracker_experiment: str = text_setting(
+        "din_dist", "MLflow's experiment, or the project of wandb.", may_change=True, theme=_TRACKER, later=True
+    )
+    tracker_parent: str = text_setting(
+        "",
+        "Id of the run that this one belongs to: a parent in MLflow, a group in wandb. tune gives it to its trials. "
+        "Default: none.",
+        may_change=True,
+        theme=_TRACKER,
+        later=True,
     )
 
     def __post_init__(self) -> None:

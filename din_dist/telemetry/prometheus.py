@@ -141,6 +141,7 @@ class PrometheusMetrics:
         self.checkpoint_time = self._gauge(
             "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was published; 0 before the first."
         )
+        self.tracker_failures = self._counter("tracker_failures", "Calls of --tracker that failed or were dropped.")
         self.checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
         self._gauge("start_timestamp_seconds", "When this process began.").set(time.time())
         self.last_step_time = self._gauge(

@@ -25,10 +25,12 @@ from din_dist.telemetry.step_report import PARTS, StepReport
 from din_dist.telemetry.tensorboard import PROFILED_STEPS, TensorBoard
 from din_dist.telemetry.terminal import Terminal
 from din_dist.text import to_json
+from din_dist.tracking.run import run_of
+from din_dist.tracking.tracked_job import TrackedJob, parameters_of
 from din_dist.training_state import TrainingState
 
 _MOST_RECORDS = 1000  # records that may wait for the disk; a job makes a few each second
-_PATIENCE_SECONDS = 10.0  # at the end, the time to wait for a disk that does not answer
+PATIENCE_SECONDS = 10.0  # at the end, the time to wait for a disk that does not answer
 
 
 class Reported(Protocol):
@@ -55,6 +57,7 @@ class Reporter:
 
     def __init__(self, config: Config, runtime: Runtime, prometheus_metrics: PrometheusMetrics, num_steps: int) -> None:
         self._job, self._settings, self._runtime, self._num_steps = config.job, config.telemetry, runtime, num_steps
+        self._parameters = parameters_of(config)
         self.prometheus_metrics = prometheus_metrics
         self._folder = Path(config.job.output_dir)
         self._since_log = _Interval()
@@ -79,6 +82,15 @@ class Reporter:
                 make_folder(self._folder)
                 self._lines = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._tensorboard = TensorBoard(self._folder / "tensorboard")
+        self._tracked = self._open_tracked() if self._reports else None
+
+    def _open_tracked(self) -> TrackedJob | None:
+        """Opens the run of the job in its tracker; None without one."""
+        run = run_of(self._settings, self._folder)
+        if run is None:
+            return None
+        count = self.prometheus_metrics.tracker_failures.inc
+        return TrackedJob(run, self._folder, lambda text: self.say(text, level="warning"), count)
 
     def _at_records(self) -> progress.at:
         return progress.at(f"writing records to {self._folder}")
@@ -90,9 +102,11 @@ class Reporter:
             self._later(lambda: sync(self._folder / "metrics.jsonl"))
             self._later(lines.close)
             self._later(tensorboard.close)
-            if not self._writer.wait(_PATIENCE_SECONDS):
+            if not self._writer.wait(PATIENCE_SECONDS):
                 count = self._writer.num_waiting
                 self.say(f"the last {count:,} records of the job are lost: their disk does not answer", level="warning")
+        if self._tracked:  # after the records, because files of the job are given to it when they are written
+            self._tracked.close(PATIENCE_SECONDS)
 
     def _later(self, write: Callable[[], object]) -> None:
         """Writes records in another thread, because training does not need them. The first failure is logged."""
@@ -160,6 +174,21 @@ class Reporter:
             tensorboard = self._tensorboard
             self._later(lambda: write_text(self._folder / "flags.txt", flagfile))
             self._later(lambda: tensorboard.text("flags", 0, flagfile))
+        if self._tracked:
+            self._tracked.parameters(self._parameters)
+            self._keep_in_tracker("flags.txt")
+
+    def show_summary(self, text: str) -> None:
+        """Writes the result of the job to `summary.json`."""
+        with self.dispensable():
+            write_text(self._folder / "summary.json", text + "\n")
+        self._keep_in_tracker("summary.json")
+
+    def _keep_in_tracker(self, name: str) -> None:
+        """Gives the tracker a file of the job, once it is written."""
+        tracked, path = self._tracked, self._folder / name
+        if tracked:
+            self._later(lambda: tracked.artefact(path))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -244,6 +273,8 @@ class Reporter:
         """Writes a line to metrics.jsonl and the same numbers to TensorBoard."""
         if not self._reports:
             return
+        if self._tracked:
+            self._tracked.curves(kind, state.step, values)
         step, lines, tensorboard = state.step, self._lines, self._tensorboard
         line = to_json({"kind": kind, "time": time.time(), "step": step, **values})
 
@@ -279,6 +310,8 @@ class Reporter:
     def _end(self, trainer: Reported, outcome: str) -> None:
         self.prometheus_metrics.enter_phase(outcome)
         self.record("end", trainer.state, {"outcome": outcome, "seconds_by_phase": dict(trainer.seconds)})
+        if tracked := self._tracked:
+            self._later(lambda: tracked.end(outcome))  # after the files that wait for the disk
         if self._reports and self._settings.metrics_port >= 0 and outcome != "failed":
             # An empty list, so that Prometheus alerts about jobs that broke down, not about those that ended.
             self._later(lambda: write_text(self._folder / "targets.json", "[]"))
