@@ -37,12 +37,12 @@ class Rows:
         self.count = 0
         self.what = what
         self._files: list[File] = []
-        self._starts: list[int] = []
+        self.starts: list[int] = []
 
     def begin(self, file: File) -> None:
         """Notes that the next rows are those of `file`."""
         self._files.append(file)
-        self._starts.append(self.count)
+        self.starts.append(self.count)
 
     def advance(self, num_rows: int) -> None:
         """Notes that so many rows more were read."""
@@ -50,8 +50,8 @@ class Rows:
 
     def place(self, row: int) -> tuple[File, int]:
         """Returns the file of a row, and the row in it from 1."""
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._files[index], int(row) - self._starts[index] + 1
+        index = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self._files[index], int(row) - self.starts[index] + 1
 
     def reject(self, row: int, rule: str, received: str, remedy: str) -> InputError:
         """Returns the error for a row, counted over all files from 0, that breaks a rule."""
