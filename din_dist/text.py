@@ -84,3 +84,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def bytes_of(text: str) -> int | None:
+    """Returns the bytes of an amount such as 4GiB, 500MB or 1000000; None if it is none."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
+    if not found:
+        return None
+    number, unit = float(found[1]), (found[2] or "").upper()
+    power = " KMGT".index(unit[0]) if unit else 0
+    return int(number * (1024 if unit.endswith("I") else 1000) ** power)

@@ -38,7 +38,7 @@ def main() -> None:
             check_resumable(config, facts.fingerprint if facts else None)
 
     check(None)
-    store = prepare(config.data, flags.FLAGS.overwrite_prepared, check)
+    store = prepare(config.data, flags.FLAGS.overwrite_prepared, check, lambda line: print(printable(line), flush=True))
     check(store.facts)
     for line in (*describe_sources(config.data, store.facts), *describe(store, config.data.max_history_length)):
         print(printable(line).replace("\n", " "))

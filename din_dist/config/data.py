@@ -23,6 +23,7 @@ from din_dist.features.spec import FeatureConflict, FeatureSpec, from_text
 from din_dist.features.times import UTC, Delay, TimestampUnit, is_zone
 from din_dist.files import is_remote
 from din_dist.schema import MOST_TASKS, NamedHistory
+from din_dist.text import bytes_of
 
 UNKNOWN_ITEM_RATE = 0.1
 _EXPONENT, _LARGEST_EXPONENT = 0.75, 2  # of popularity
@@ -186,6 +187,11 @@ def _check_zone(name: str, value: str) -> None:
     require(is_zone(value), "must be the IANA name of a time zone", name, value, "For example Europe/Vienna, or UTC.")
 
 
+def _check_memory_limit(name: str, value: str) -> None:
+    rule = "must be an amount of memory above 0, with KiB, MiB, GiB or TiB, or in bytes"
+    require(not value or bool(bytes_of(value)), rule, name, value, "For example 4GiB.")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     """The events and the examples that are made of them."""
@@ -223,6 +229,14 @@ class DataConfig(Settings):
         "",
         "Folder of the prepared data. Default: the folder `din_dist` in the user's cache folder.",
         may_change=True,
+    )
+    memory_limit: str = text_setting(
+        "",
+        "How much memory the rows of a log may take while it is prepared, such as 4GiB. A larger log is sorted by way "
+        "of files beside the prepared data, with the same result. Default: half of what is free.",
+        check=_check_memory_limit,
+        may_change=True,
+        later=True,
     )
     user_column: str = text_setting("user_id", "Column of the user's id (string or integer).")
     item_column: str = text_setting("item_id", "Column of the item's id (string or integer).")
@@ -510,7 +524,7 @@ class DataConfig(Settings):
             self.data_path,
             "Add --dataset=event_log.",
         )
-        for name, default in (("extend", ""), ("item_feature_conflict", FeatureConflict.ERROR)):
+        for name, default in (("extend", ""), ("item_feature_conflict", FeatureConflict.ERROR), ("memory_limit", "")):
             value = getattr(self, name)
             rule = "belongs to --dataset=event_log"
             require(kind == "event_log" or value == default, rule, name, str(value), "Drop it.")

@@ -288,9 +288,18 @@ def coded_actions(column: IdColumn) -> tuple[np.ndarray, tuple[str, ...]]:
         InputError: there are too many.
     """
     codes, own_ids = column.finish(from_text=False)
+    return (codes + 1).astype(np.uint8), texts_of_actions(own_ids, column.name)
+
+
+def texts_of_actions(own_ids: pa.Array, name: str) -> tuple[str, ...]:
+    """Returns the actions of a column as text.
+
+    Raises:
+        InputError: there are too many.
+    """
     if len(own_ids) > schema.MOST_ACTIONS:
         raise InputError(
             f"--action_column: must have at most {schema.MOST_ACTIONS} different values. Received: "
-            f"{len(own_ids):,} in {column.name}. Name a column of what behaviours were, such as click and buy."
+            f"{len(own_ids):,} in {name}. Name a column of what behaviours were, such as click and buy."
         )
-    return (codes + 1).astype(np.uint8), tuple(map(str, own_ids.to_pylist()))
+    return tuple(map(str, own_ids.to_pylist()))

@@ -37,7 +37,7 @@ class ColumnReaders:
     """Readers of some columns of one log or table, which are given batch after batch."""
 
     def __init__(self, columns: Sequence[RawColumn], rows: Rows) -> None:
-        self._readers = {
+        self.readers = {
             column: value_column(column.kind, column.column, rows, column.separator, column.weights)
             for column in columns
         }
@@ -52,7 +52,7 @@ class ColumnReaders:
         def values(name: str) -> pa.Array:
             return batch.column(name) if name in batch.schema.names else pa.nulls(batch.num_rows)
 
-        for column, reader in self._readers.items():
+        for column, reader in self.readers.items():
             if column.weights and isinstance(reader, ListColumn):
                 reader.add_weighted(values(column.column), values(column.weights))
             else:
@@ -60,4 +60,4 @@ class ColumnReaders:
 
     def finish(self, is_text: Callable[[str], bool]) -> dict[RawColumn, ColumnValues]:
         """Returns the values of all batches; `is_text` tells of a column's name that text was read."""
-        return {column: reader.finish(is_text(column.column)) for column, reader in self._readers.items()}
+        return {column: reader.finish(is_text(column.column)) for column, reader in self.readers.items()}

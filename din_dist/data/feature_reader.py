@@ -153,15 +153,33 @@ class FeatureReader:
             for column, values in in_log.items()
             if column in self._wanted.columns
         ]
-        for owner, table in self._tables.items():
-            features, self.counts[TABLES[owner]] = table.read(owners[owner].ids)
-            found += features
+        found += self.of_tables(owners)
         if self._offers:
             items, of_events = owners[Owner.ITEM], [_ids_of(in_log[column]).take(order) for column in self._by]
             self.offers, features, counts = self._offers.read(items.ids, items.of_event[order] + 1, of_events)
             found, self.counts[TABLES[Owner.CANDIDATE]] = [*found, *features], counts
-        found += [read_vectors(column, owners[column.owner].ids) for column in self._wanted.columns if column.path]
-        return tuple(found)
+        return (*found, *self.vectors(owners))
+
+    def of_tables(self, owners: Mapping[Owner, OwnerIds]) -> list[RawFeature]:
+        """Returns the features of tables of items and users; see `finish`. `counts` tells how the tables fit."""
+        found = []
+        for owner, table in self._tables.items():
+            features, self.counts[TABLES[owner]] = table.read(owners[owner].ids)
+            found += features
+        return found
+
+    def vectors(self, owners: Mapping[Owner, OwnerIds]) -> list[RawFeature]:
+        """Returns the features that files of vectors hold; see `finish`."""
+        return [read_vectors(column, owners[column.owner].ids) for column in self._wanted.columns if column.path]
+
+    @property
+    def conflict(self) -> FeatureConflict:
+        """What counts if rows give an owner different values."""
+        return self._wanted.conflict
+
+    def wants(self, column: RawColumn) -> bool:
+        """Tells whether a column is one of a declared feature."""
+        return column in self._wanted.columns
 
     def _of_owner(
         self, column: RawColumn, values: ColumnValues, owners: OwnerIds, order: np.ndarray, rows: Rows
@@ -180,7 +198,9 @@ class FeatureReader:
             differing = values.differ(firsts, told)
             if differing.any():
                 place = int(np.argmax(differing))
-                raise _two_values(column, values, owners, (int(firsts[place]), int(told[place])), rows)
+                pair = int(firsts[place]), int(told[place])
+                owner_id = owners.ids[int(owners.of_event[pair[1]])].as_py()
+                raise two_values(column, owner_id, pair, (values.shown(pair[0]), values.shown(pair[1])), rows)
         taken = values.take(with_row_0(column.owner, chosen))
         return RawFeature(column, taken, None if given.all() else given[order])
 
@@ -190,18 +210,24 @@ def _ids_of(values: ColumnValues) -> IdValues:
     return values
 
 
-def _two_values(
-    column: RawColumn, values: ColumnValues, owners: OwnerIds, pair: tuple[int, int], rows: Rows
+def two_values(
+    column: RawColumn, owner_id: object, pair: tuple[int, int], shown_values: tuple[str, str], rows: Rows
 ) -> InputError:
-    """Returns the error for two rows that give their owner different values."""
+    """Returns the error for two rows that give their owner different values.
+
+    Args:
+        column: of the values.
+        owner_id: the owner's own id.
+        pair: the rows, counted over all files from 0.
+        shown_values: their values as text.
+        rows: where rows stand.
+    """
     before, second = pair
     file, number = rows.place(before)
-    owner_id = owners.ids[int(owners.of_event[second])].as_py()
     return rows.reject(
         second,
         f"a feature of {TABLES[column.owner]} has one value for each, here {column.column}",
-        f"{column.owner} {owner_id!r} with {values.shown(before)} ({file}, row {number}) "
-        f"and here with {values.shown(second)}",
+        f"{column.owner} {owner_id!r} with {shown_values[0]} ({file}, row {number}) and here with {shown_values[1]}",
         'Correct one of the two rows, or declare it with of = "context" in the file of --features. Or give '
         "--item_feature_conflict=first or last.",
     )

@@ -127,10 +127,10 @@ def read_log(
     Raises:
         InputError: the files break a rule; the text names file, row (from 1, without the header) and value.
     """
-    return _LogReader(files, columns, form, features, behaviours).read()
+    return LogReader(files, columns, form, features, behaviours).read()
 
 
-class _LogReader:
+class LogReader:
     """Reads one log; see `read_log`."""
 
     def __init__(
@@ -170,7 +170,7 @@ class _LogReader:
     def read(self) -> EventLog:
         columns, rows = self._columns, self._rows
         users, items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
-        times, optional = TimeColumn(columns.timestamp, rows), _OptionalColumns(columns, rows)
+        times, optional = TimeColumn(columns.timestamp, rows), OptionalColumns(columns, rows)
         features = self._features.begin(rows, self._of_items)
         self._read_rows([users, items, times, *optional.read_after(times)], features)
         num_events = rows.count
@@ -220,12 +220,16 @@ class _LogReader:
                 for column in filter(lambda column: column.name, read):
                     column.add(batch.column(column.name), column.name in layout.partition)
                 features.add(batch, layout)
+                self._batch_is_read()
                 rows.advance(batch.num_rows)
         if not rows.count:
             raise InputError(
                 f"{self._files[0]}: a log must have events. Received: no rows in {len(self._files)} file(s). "
                 "Give others."
             )
+
+    def _batch_is_read(self) -> None:
+        """Does nothing: the columns hold all rows."""
 
     def _is_text(self, name: str) -> bool:
         """Tells whether a column is read as text, and so may hold integers that are written as text."""
@@ -253,7 +257,7 @@ class _Optional(NamedTuple):
     session_of: np.ndarray | None  # the session of each event
 
 
-class _OptionalColumns:
+class OptionalColumns:
     """Reads the columns that not every log has.
 
     Args:
@@ -293,7 +297,11 @@ class _OptionalColumns:
         if columns.label_time:
             assert label_of is not None
             times = self._label_times.finish()
-            more[schema.BLOCK_LABEL_TIMES] = self._checked_label_times(times, label_of, timestamps)
+            positive = label_of == 1
+            if len(early := np.flatnonzero(positive & (times < timestamps))):
+                row = int(early[0])
+                raise early_label(self._columns, self._rows, row, (int(times[row]), int(timestamps[row])))
+            more[schema.BLOCK_LABEL_TIMES] = np.where(positive, times, timestamps)
         if columns.weight:
             more[schema.BLOCK_WEIGHTS] = self._weights.finish(is_text(columns.weight)).numbers
         actions: tuple[str, ...] = ()
@@ -302,20 +310,23 @@ class _OptionalColumns:
         session_of = self._sessions.finish(is_text(columns.session))[0] if columns.session else None
         return _Optional(label_of, more, actions, session_of)
 
-    def _checked_label_times(self, times: np.ndarray, labels: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-        """Returns when each positive came, and the time of each other event; refuses a positive before its event."""
-        positive = labels == 1
-        early = np.flatnonzero(positive & (times < timestamps))
-        if len(early):
-            row, name = early[0], self._columns.label_time
-            missing = times[row] == NO_TIME
-            raise self._rows.reject(
-                row,
-                f"every positive needs its {name}, which is not before its {self._columns.timestamp}",
-                f"no {name}" if missing else f"{name}={times[row]} before {timestamps[row]}, as read",
-                "Correct the row.",
-            )
-        return np.where(positive, times, timestamps)
+
+def early_label(columns: Columns, rows: Rows, row: int, times: tuple[int, int]) -> InputError:
+    """Returns the error for a positive that comes before its event.
+
+    Args:
+        columns: the names of all columns.
+        rows: where rows stand.
+        row: of the positive, counted over all files from 0.
+        times: when it came, or `NO_TIME`, and the time of its event.
+    """
+    name, missing = columns.label_time, times[0] == NO_TIME
+    return rows.reject(
+        row,
+        f"every positive needs its {name}, which is not before its {columns.timestamp}",
+        f"no {name}" if missing else f"{name}={times[0]} before {times[1]}, as read",
+        "Correct the row.",
+    )
 
 
 def as_bits(labels: Iterable[np.ndarray]) -> np.ndarray:
@@ -362,11 +373,22 @@ def _check_sorted(users: np.ndarray, timestamps: np.ndarray, order: np.ndarray, 
     earlier = (np.diff(sorted_times) < 0) & (np.diff(users[order]) == 0)
     if earlier.any():
         index = np.flatnonzero(earlier)
-        index = index[np.argmin(order[index + 1])]  # the first in the files' order
-        file, number = rows.place(order[index])
-        raise rows.reject(
-            order[index + 1],
-            "with --presorted each user's events must be in time order",
-            f"timestamp {sorted_times[index + 1]} after {sorted_times[index]} ({file}, row {number})",
-            "Sort the log, or drop --presorted.",
-        )
+        place = int(index[np.argmin(order[index + 1])])  # the first in the files' order
+        raise unsorted(rows, (order[place], order[place + 1]), (sorted_times[place], sorted_times[place + 1]))
+
+
+def unsorted(rows: Rows, pair: tuple[int, int], times: tuple[int, int]) -> InputError:
+    """Returns the error for an event that is earlier than the one before it of its user.
+
+    Args:
+        rows: where rows stand.
+        pair: the row before it and its own, counted over all files from 0.
+        times: of the two.
+    """
+    file, number = rows.place(pair[0])
+    return rows.reject(
+        pair[1],
+        "with --presorted each user's events must be in time order",
+        f"timestamp {times[1]} after {times[0]} ({file}, row {number})",
+        "Sort the log, or drop --presorted.",
+    )

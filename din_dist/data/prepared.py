@@ -34,13 +34,17 @@ from din_dist.data.builders.synthetic_impressions import SyntheticImpressions, S
 from din_dist.data.event_store import EventStore
 from din_dist.data.extension import Extension
 from din_dist.data.log_reader import Columns
+from din_dist.data.memory_need import memory_need, why_in_memory
 from din_dist.data.raw_columns import RawColumns
+from din_dist.data.spilled_log import Room, SpilledLogReader
 from din_dist.errors import InputError
 from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import TIME_KINDS, Owner
 from din_dist.files import cache_folder, is_remote, locked_in_turn, make_folder, publish_folder, repair_publishing
+from din_dist.machine import free_memory_bytes
 from din_dist.tables.formats import Format, format_of
 from din_dist.tables.sources import NothingThere, absolute, check_unchanged, find_files, partition_text
+from din_dist.text import bytes_of
 
 _WHERE_FILES_LIE = ("data_path", "items_path", "users_path", "offers_path", "behaviours_path")
 FactsCheck = Callable[[schema.DatasetFacts], None]
@@ -184,7 +188,12 @@ def _feature_columns(config: DataConfig) -> RawColumns:
     )
 
 
-def prepare(config: DataConfig, overwrite: bool = False, check: FactsCheck = lambda facts: None) -> EventStore:
+def prepare(
+    config: DataConfig,
+    overwrite: bool = False,
+    check: FactsCheck = lambda facts: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> EventStore:
     """Downloads and builds data that is missing, and opens it. Data that was prepared before is kept.
 
     Args:
@@ -192,6 +201,7 @@ def prepare(config: DataConfig, overwrite: bool = False, check: FactsCheck = lam
         overwrite: build the data again. The old data stays until the new is complete.
         check: is called with the facts of new data, with the chosen item features, before it is published. It may raise
             `InputError`.
+        tell: is called with a line about a log that does not fit into `--memory_limit`.
 
     Raises:
         InputError: the source breaks a rule or changed since it was prepared, or the data folder cannot be written.
@@ -200,7 +210,7 @@ def prepare(config: DataConfig, overwrite: bool = False, check: FactsCheck = lam
         if overwrite or _is_due(config, prepared_folder(config)):
             with writing(config) as folder:
                 if overwrite or _is_due(config, folder):  # another process may have been faster
-                    build(config, folder, check)
+                    build(config, folder, check, tell)
         return open_prepared(config)
 
 
@@ -326,11 +336,19 @@ def _keep(config: DataConfig, folder: Path, write: Callable[[], None]) -> bool:
     return True
 
 
-def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: None) -> None:
-    """Writes the records; `folder` holds them all or what it held before. `check` as of `prepare`."""
+def build(
+    config: DataConfig,
+    folder: Path,
+    check: FactsCheck = lambda facts: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Writes the records; `folder` holds them all or what it held before. `check` and `tell` as of `prepare`."""
     aside = folder.with_name(f"{folder.name}.incomplete")  # TFDS renames files that may not be on the disk yet
     shutil.rmtree(aside, ignore_errors=True)  # a process that was killed left it
     builder = _builder(config, aside)
+    room = Room(folder.with_name(f"{folder.name}.sorting"), _memory_limit(config))
+    if isinstance(builder, EventLogBuilder) and _is_spilled(builder.builder_config, room, tell):
+        builder.room = room
     try:
         with _quietly():
             builder.download_and_prepare(
@@ -348,11 +366,33 @@ def build(config: DataConfig, folder: Path, check: FactsCheck = lambda facts: No
             chosen_facts = chosen_facts.with_sets(config.named_histories)
         check(dataclasses.replace(chosen_facts, item_features=chosen))
         publish_folder(Path(builder.data_path), folder)
+        room.clear()
+    except Exception:  # unlike one that is ended, a run that fails is not to go on
+        room.clear()
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: other data is there
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
+
+
+def _memory_limit(config: DataConfig) -> int:
+    return bytes_of(config.memory_limit) or free_memory_bytes() // 2
+
+
+def _is_spilled(config: EventLogConfig, room: Room, tell: Callable[[str], None]) -> bool:
+    """Tells whether a log is prepared by way of files."""
+    files = find_files(config.source).files
+    if (need := memory_need(config, files)) <= room.most_bytes:
+        return False
+    line = f"memory: the log takes about {need / 2**30:,.1f} GiB, and may take {room.most_bytes / 2**30:,.1f} GiB."
+    why = why_in_memory(config) or SpilledLogReader(files, config.columns, config.features, room).mixed_column()
+    if why:
+        tell(f"{line} It is prepared in memory all the same, because {why} cannot go by way of files yet.")
+        return False
+    tell(f"{line} It is sorted by way of files in {room.folder}.")
+    return True
 
 
 def _blocks(config: DataConfig, folder: Path) -> Iterator[Block]:

@@ -25,6 +25,7 @@ from din_dist.data.raw_columns import RAW_DIR, RawColumn, RawFeature, TableCount
 from din_dist.features.offers import Offers
 from din_dist.features.spec import Kind
 from din_dist.files import read_record, write_text
+from din_dist.tables.spools import save_array
 from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberValues, VectorValues
 from din_dist.text import parse_json
 
@@ -46,7 +47,7 @@ def write_raw(
         if feature.told is not None:
             arrays["told"] = feature.told
         for name, array in arrays.items():
-            np.save(into / f"{feature.column.key}-{name}.npy", array)
+            save_array(into / f"{feature.column.key}-{name}.npy", array)
         if ids is not None:
             pq.write_table(pa.table({"id": ids}), raw_vocabulary_path(folder, feature.column))
     known = {

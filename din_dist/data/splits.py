@@ -401,9 +401,13 @@ def _num_before(offsets: np.ndarray, times: np.ndarray, time: int) -> np.ndarray
         times: int64, those of all events.
         time: the moment.
     """
-    before = np.zeros(len(times) + 1, np.int64)
-    np.cumsum(times < time, out=before[1:])
-    return before[offsets[1:]] - before[offsets[:-1]]
+    found = np.zeros(len(offsets) - 1, np.int64)
+    for first, end in user_runs(offsets[1:]):
+        own = offsets[first : end + 1]
+        before = np.zeros(own[-1] - own[0] + 1, np.int64)
+        np.cumsum(times[own[0] : own[-1]] < time, out=before[1:])
+        found[first:end] = np.diff(before[own - own[0]])
+    return found
 
 
 def _require_untouched_items(store: EventStore) -> None:

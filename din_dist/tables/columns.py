@@ -22,6 +22,7 @@ from din_dist.text import shown
 _ENDS_WITH_ZONE = re.compile(r"(Z|[T ].*[+-][0-9]{2}(:?[0-9]{2})?)$")
 _DIGITS = r"^[+-]?[0-9]+(\.0*)?$"
 NO_TIME = np.iinfo(np.int64).min  # of a nullable column
+ROWS_TO_DRAIN = 1 << 20  # of ids
 _LABEL_WORDS = {0: ["0", "0.0", "false"], 1: ["1", "1.0", "true"]}
 
 
@@ -36,12 +37,12 @@ class Rows:
         self.count = 0
         self.what = what
         self._files: list[File] = []
-        self._starts: list[int] = []
+        self.starts: list[int] = []
 
     def begin(self, file: File) -> None:
         """Notes that the next rows are those of `file`."""
         self._files.append(file)
-        self._starts.append(self.count)
+        self.starts.append(self.count)
 
     def advance(self, num_rows: int) -> None:
         """Notes that so many rows more were read."""
@@ -49,8 +50,8 @@ class Rows:
 
     def place(self, row: int) -> tuple[File, int]:
         """Returns the file of a row, and the row in it from 1."""
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._files[index], int(row) - self._starts[index] + 1
+        index = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self._files[index], int(row) - self.starts[index] + 1
 
     def reject(self, row: int, rule: str, received: str, remedy: str) -> InputError:
         """Returns the error for a row, counted over all files from 0, that breaks a rule."""
@@ -75,6 +76,14 @@ class Column(abc.ABC):
 
         Raises:
             InputError: a value breaks a rule.
+        """
+
+    @abc.abstractmethod
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        """Returns the next rows' values by name, and forgets them; for logs that do not fit into memory.
+
+        Args:
+            at_end: no batch follows, so all that is left is returned. Otherwise some may stay for the next call.
         """
 
     def reject(self, bad: pa.Array, column: pa.Array, rule: str, remedy: str) -> InputError:
@@ -118,9 +127,14 @@ class IdColumn(Column):
         self._value_type: pa.DataType | None = None
         self._chunks: list[pa.DictionaryArray | int] = []  # an integer counts rows without a value
         self._from_folders: dict[int, int] = {}  # by chunk that a folder's name gives: its first row
+        self._known: pa.Array | None = None  # the ids of what was drained
+        self._num_waiting = 0  # rows
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
-        column = plain(column)
+        self._add(plain(column), from_folder)
+        self._num_waiting += len(column)
+
+    def _add(self, column: pa.Array, from_folder: bool) -> None:
         if pa.types.is_floating(column.type) and is_all_nan(column):
             column = pa.nulls(len(column))
         if not self._nullable:
@@ -142,7 +156,7 @@ class IdColumn(Column):
             self.require_utf8(column)
         encoded = column.dictionary_encode()
         if is_text(column.type) and has_empty(encoded.dictionary):
-            self.add(without_empty(column), from_folder)
+            self._add(without_empty(column), from_folder)
             return
         if from_folder:
             self._from_folders[len(self._chunks)] = self._rows.count
@@ -163,22 +177,40 @@ class IdColumn(Column):
             from_text: the ids are read from text; they become integers if each is written as one.
         """
         self._settle_folders()
-        known = [chunk for chunk in self._chunks if not isinstance(chunk, int)]
-        unified = iter(pa.chunked_array(known).unify_dictionaries().chunks if known else [])
-        ids = pa.array([], pa.large_string())
-        parts = []
+        codes = self._unified()
+        return codes, self.drained_ids(from_text)
+
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        """Returns the codes, int32, if enough rows wait for them: each call looks at all ids that are known."""
+        least = max(ROWS_TO_DRAIN, 0 if self._known is None else len(self._known))
+        return {"codes": self._unified()} if at_end or self._num_waiting >= least else {}
+
+    def drained_ids(self, from_text: bool) -> pa.Array:
+        """Returns the ids of all codes that were returned; see `finish`."""
+        ids = pa.array([], pa.large_string()) if self._known is None else self._known
+        if from_text and len(ids) and is_text(ids.type) and pc.all(pc.match_substring_regex(ids, INTEGER)).as_py():
+            ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
+        return ids
+
+    def _unified(self) -> np.ndarray:
+        """Returns the codes of all rows that wait, int32, and notes their ids behind those that are known."""
+        encoded = [chunk for chunk in self._chunks if not isinstance(chunk, int)]
+        if self._known is not None:
+            encoded.insert(0, pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), self._known))
+        unified = iter(pa.chunked_array(encoded).unify_dictionaries().chunks if encoded else [])
+        if self._known is not None:
+            next(unified)
+        parts = [np.zeros(0, np.int32)]
         for chunk in self._chunks:
             if isinstance(chunk, int):
                 parts.append(np.full(chunk, -1, np.int32))
             else:
-                encoded = next(unified)
-                parts.append(encoded.indices.fill_null(-1).to_numpy())
-                ids = encoded.dictionary  # the same for all
+                codes = next(unified)
+                parts.append(codes.indices.fill_null(-1).to_numpy())
+                self._known = codes.dictionary  # the same for all
         self._chunks.clear()
-        codes = np.concatenate(parts)
-        if from_text and len(ids) and is_text(ids.type) and pc.all(pc.match_substring_regex(ids, INTEGER)).as_py():
-            ids = ids.cast(pa.int64())  # "007" stays a string, and all others with it
-        return codes, ids
+        self._num_waiting = 0
+        return np.concatenate(parts)
 
     def _settle_folders(self) -> None:
         """Reads ids from folders' names as integers if the files have integers, because a name has no type."""
@@ -256,6 +288,9 @@ class TimeColumn(Column):
     def finish(self) -> np.ndarray:
         """Returns the times, int64 `[E]`."""
         return _joined(self._chunks)
+
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        return {"times": _joined(self._chunks)} if self._chunks else {}
 
     def _microseconds(self, column: pa.Array) -> pa.Array:
         if is_text(column.type):
@@ -364,6 +399,9 @@ class LabelColumn(Column):
     def finish(self) -> np.ndarray:
         """Returns the labels, uint8 `[E]`."""
         return _joined(self._chunks)
+
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        return {"labels": _joined(self._chunks)} if self._chunks else {}
 
 
 def _joined(chunks: list[np.ndarray]) -> np.ndarray:

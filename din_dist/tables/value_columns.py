@@ -51,6 +51,13 @@ class CategoryColumn(Column):
         codes, ids = _finish_ids(self._ids, from_text, self.name)
         return IdValues(codes + np.int32(1), ids)
 
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        return _drained_ids(self._ids, at_end, self.name)
+
+    def drained_ids(self, from_text: bool) -> pa.Array:
+        """Returns the ids of all rows that were drained; see `IdColumn.finish`."""
+        return _checked_ids(self._ids, from_text, self.name)
+
 
 class NumberColumn(Column):
     """Numbers of any type, one a row; NaN and no value are missing."""
@@ -75,6 +82,9 @@ class NumberColumn(Column):
         found = NumberValues(np.concatenate([np.zeros(0, np.float32), *self._chunks]))
         self._chunks.clear()
         return found
+
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        return {"numbers": self.finish(from_text=False).numbers}
 
     def _require_range(self, numbers: np.ndarray, column: pa.Array) -> None:
         wrong = np.abs(numbers) > _LARGEST_FLOAT32  # false for NaN
@@ -163,6 +173,19 @@ class ListColumn(Column):
             weights = np.concatenate([np.zeros(0, np.float32), *self._weights])
         return ListValues(codes + np.int32(1), offsets.astype(np.int64), ids, weights)
 
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        """Returns the codes and the weights of values, and the number of each list's values, int64."""
+        found = {"counts": np.concatenate([np.zeros(0, np.int64), *self._counts])}
+        if self._weight_column is not None:
+            found["weights"] = np.concatenate([np.zeros(0, np.float32), *self._weights])
+        self._counts.clear()
+        self._weights.clear()
+        return found | _drained_ids(self._ids, at_end, self.name)
+
+    def drained_ids(self, from_text: bool) -> pa.Array:
+        """Returns the ids of all lists that were drained; see `finish`."""
+        return _checked_ids(self._ids, bool(self._separator), self.name)
+
     def _weights_of(self, flat: Flat, column: pa.Array, weights: pa.Array) -> np.ndarray:
         """Returns the weight of each value, float32 `[M]`."""
         assert self._weight_column is not None
@@ -223,6 +246,10 @@ class VectorColumn(Column):
         self._chunks.clear()
         return VectorValues(np.concatenate([np.zeros((0, self._dimension), np.float16), *parts]))
 
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
+        """Returns the vectors, as soon as their length is known."""
+        return {"vectors": self.finish(from_text=False).vectors} if at_end or self._dimension else {}
+
 
 ValueColumn = CategoryColumn | NumberColumn | ListColumn | VectorColumn
 
@@ -256,6 +283,9 @@ class _Floats(Column):
         self._separator = separator
 
     def add(self, column: pa.Array, from_folder: bool = False) -> None:
+        raise NotImplementedError
+
+    def drain(self, at_end: bool) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
     def read(self, column: pa.Array, largest: float) -> tuple[Flat, np.ndarray]:
@@ -408,9 +438,25 @@ def _finish_ids(column: IdColumn, from_text: bool, name: str) -> tuple[np.ndarra
         codes, ids = column.finish(from_text)
     except (pa.ArrowException, MemoryError) as error:
         raise _too_many(name, "more") from error
+    return codes, _checked_number(ids, name)
+
+
+def _drained_ids(column: IdColumn, at_end: bool, name: str) -> dict[str, np.ndarray]:
+    """Returns codes by the rule of `IdValues`."""
+    try:
+        return {array: codes + np.int32(1) for array, codes in column.drain(at_end).items()}
+    except (pa.ArrowException, MemoryError) as error:
+        raise _too_many(name, "more") from error
+
+
+def _checked_ids(column: IdColumn, from_text: bool, name: str) -> pa.Array:
+    return _checked_number(column.drained_ids(from_text), name)
+
+
+def _checked_number(ids: pa.Array, name: str) -> pa.Array:
     if len(ids) > _MOST_IDS:
         raise _too_many(name, f"{len(ids):,}")
-    return codes, ids
+    return ids
 
 
 def _too_many(name: str, received: str) -> InputError:

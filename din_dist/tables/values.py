@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -195,3 +196,27 @@ def places_of(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return array[rows] if len(array) else np.zeros(len(rows), array.dtype)
+
+
+def joined(parts: Sequence[ColumnValues]) -> ColumnValues:
+    """Returns the rows of all parts, of one column: those of the first part come first.
+
+    Args:
+        parts: at least one; their ids are the same.
+    """
+    first = parts[0]
+    if isinstance(first, IdValues):
+        return IdValues(np.concatenate([part.codes for part in parts]), first.ids)  # type: ignore[attr-defined]
+    if isinstance(first, NumberValues):
+        return NumberValues(np.concatenate([part.numbers for part in parts]))  # type: ignore[attr-defined]
+    if isinstance(first, VectorValues):
+        return VectorValues(np.concatenate([part.vectors for part in parts]))  # type: ignore[attr-defined]
+    lists = [part for part in parts if isinstance(part, ListValues)]
+    counts = np.concatenate([np.diff(part.offsets) for part in lists])
+    weights = [part.weights for part in lists if part.weights is not None]
+    return ListValues(
+        np.concatenate([part.codes for part in lists]),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        lists[0].ids,
+        np.concatenate(weights) if weights else None,
+    )

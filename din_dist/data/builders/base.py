@@ -20,6 +20,7 @@ from din_dist.data.blocks import Block, EventLog
 from din_dist.data.checksums import write_checksums
 from din_dist.data.event_store import ITEMS, USERS, item_feature_path, vocabulary_of, vocabulary_path, write_facts
 from din_dist.data.raw_features import write_raw
+from din_dist.data.spilled_log import Room
 
 BLOCKS_PER_SHARD = 64  # of about 1 MB; TFDS holds one shard's blocks in memory
 
@@ -33,6 +34,8 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
     These are written beside the records: `facts.json`, `vocabulary/`, `item_features/`, `raw_features/`. All lie in
     TFDS's incomplete folder until they are complete.
     """
+
+    room: Room | None = None  # where a log goes that does not fit into memory; None: it fits
 
     def _info(self) -> tfds.core.DatasetInfo:
         flat = functools.partial(tfds.features.Tensor, shape=(None,), encoding="bytes")

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from din_dist import schema
 from din_dist.data.behaviour_log import OWN_LOG, BehaviourColumns
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.extension import Extension, extended, facts_of_parent
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.data.raw_columns import RawColumns
+from din_dist.data.spilled_log import SpilledLogReader
 from din_dist.tables.sources import absolute, check_unchanged, find_files, fingerprint_files
 from din_dist.tables.storage import File
 
@@ -105,9 +107,22 @@ class EventLogBuilder(EventsBuilder):
         sources = fingerprint_files(files, config.columns.names)
         for name, found in tables.items():
             sources |= {path: {**facts, "table": name} for path, facts in fingerprint_files(found).items()}
-        log = read_log(files, config.columns, features=config.features, behaviours=config.behaviours)
-        check_unchanged(sources, [*files, *itertools.chain(*tables.values())])  # while it was being read
+
+        def check_read() -> None:
+            check_unchanged(sources, [*files, *itertools.chain(*tables.values())])  # while it was being read
+
+        if self.room:
+            self.room.begin(self._key(sources))
+            log = SpilledLogReader(files, config.columns, config.features, self.room, check_read).read()
+        else:
+            log = read_log(files, config.columns, features=config.features, behaviours=config.behaviours)
+        check_read()
         if config.extends:
             parent = config.extends.open()
             log = dataclasses.replace(extended(parent, log, config.features.conflict), extends=facts_of_parent(parent))
         return log, sources
+
+    def _key(self, sources: Mapping[str, Mapping]) -> str:
+        """Returns what names everything that the files of a log on its way depend on."""
+        content = [[path, facts["digest"]] for path, facts in sources.items()]
+        return json.dumps([self.name, str(self.version), schema.READER, self._settings(), content])
