@@ -178,6 +178,8 @@ class DatasetFacts:
     session alone: `BY_COLUMN`, or the longest gap in the unit of the timestamps; likewise empty in prepared data.
     `extends` tells of the prepared data that newer files have extended: its `folder`, `fingerprint` and number of
     `events`, and `ids` and `digest` of each of its vocabularies. It is None if there is none.
+    `forgotten` tells what was left out: `min_item_events` and `forget_after`, the number of `events` (`newer_events` of
+    them later than all that was extended), and `ids` and `digest` of `users` and `items`. It is None without a rule.
     """
 
     num_users: int
@@ -204,6 +206,7 @@ class DatasetFacts:
     has_sessions: bool = False
     sessions: str = ""
     extends: Mapping[str, Any] | None = None
+    forgotten: Mapping[str, Any] | None = None
 
     @property
     def has_behaviours(self) -> bool:
@@ -311,6 +314,7 @@ _LATER = (
     "has_sessions",
     "sessions",
     "extends",
+    "forgotten",
 )
 
 
@@ -332,6 +336,15 @@ def _is_extension(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(isinstance(value.get(text), str) for text in texts))
 
 
+def _tells_of_forgotten(value: Any) -> bool:
+    if value is None:
+        return True
+    counts = ("min_item_events", "forget_after", "events")
+    ids = [value.get(name) for name in ("users", "items")] if isinstance(value, Mapping) else [None]
+    are_ids = all(isinstance(told, Mapping) and is_count(told.get("ids")) for told in ids)
+    return are_ids and all(is_count(value.get(name)) for name in counts)
+
+
 _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("num_users", "num_items", "num_events", "reader", "history_delay", "num_only_behaviours", "num_without_id"),
@@ -347,6 +360,7 @@ _POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
     "item_features": lambda value: isinstance(value, Mapping) and all(map(is_count, value.values())),
     "sources": _are_sources,
     "extends": _is_extension,
+    "forgotten": _tells_of_forgotten,
     "tasks": lambda value: _are_names(value, MOST_TASKS),
     "actions": lambda value: _are_names(value, MOST_ACTIONS),
 }

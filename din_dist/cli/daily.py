@@ -19,6 +19,7 @@ from din_dist import environment, place, streams
 from din_dist.cli import flags as settings
 from din_dist.cli import help, launch
 from din_dist.cli.help import theme
+from din_dist.config import Config
 from din_dist.daily.loop import Loop, LoopEnded
 from din_dist.daily.settings import DailyConfig
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
@@ -53,10 +54,12 @@ def main(arguments: Sequence[str]) -> int:
     """
     words, trainer_flags = parse_flags(arguments)
     config = config_from_flags()
-    check_trainer_flags(config, trainer_flags)
+    data = check_trainer_flags(config, trainer_flags).data
+    # Those of the job that is evaluated may have been others.
+    forgetting = [f"--{name}={getattr(data, name)}" for name in ("min_item_events", "forget_after")]
 
     def run(name: str, own: Sequence[str]) -> int:
-        given = {"launch": words, "prepare_data": trainer_flags}.get(name, [])
+        given = {"launch": words, "prepare_data": trainer_flags, "evaluate": forgetting}.get(name, [])
         ending_seconds = {"ending_seconds": math.inf} if name == "launch" else {}  # its workers save before
         return launch.run_first(name, [*given, *own], **ending_seconds)
 
@@ -99,8 +102,8 @@ def config_from_flags() -> DailyConfig:
     return DailyConfig(**settings.settings_from_flags(DailyConfig, _FLAGS), begins=str(_FLAGS["from"].value))
 
 
-def check_trainer_flags(config: DailyConfig, trainer_flags: Sequence[str]) -> None:
-    """Checks all flags of the trainer before any work is done.
+def check_trainer_flags(config: DailyConfig, trainer_flags: Sequence[str]) -> Config:
+    """Checks all flags of the trainer before any work is done; returns the settings of a day after the first.
 
     Raises:
         InputError: one of them is wrong, or is set for each day.
@@ -114,10 +117,13 @@ def check_trainer_flags(config: DailyConfig, trainer_flags: Sequence[str]) -> No
                 raise InputError(
                     f"--{name}: is set for each day. Received: {values[name].value}. Drop it; --log names the days."
                 )
-        values(["daily.sh", *trainer_flags, "--dataset=event_log", f"--data_path={config.log}", "--split=temporal"])
+        days = ["--dataset=event_log", f"--data_path={config.log}", "--split=temporal", f"--extend={config.work_dir}"]
+        values(["daily.sh", *trainer_flags, *days])
     except flags.Error as error:
         raise _wrong_flag(error) from error
-    require_installed(settings.config_from_flags(values).telemetry.tracker)
+    given = settings.config_from_flags(values)
+    require_installed(given.telemetry.tracker)
+    return given
 
 
 def _wrong_flag(error: flags.Error) -> InputError:

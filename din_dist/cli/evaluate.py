@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from din_dist.serving.bundle import Bundle
 
 _KS = "must be whole numbers, comma-separated"
-_OVERRIDES = (*WHERE_DATA_LIES, "extend", "evaluation_negatives_per_positive", "evaluation_batch_size")
+_FORGETTING = ("min_item_events", "forget_after")
+_OVERRIDES = (*WHERE_DATA_LIES, "extend", *_FORGETTING, "evaluation_negatives_per_positive", "evaluation_batch_size")
 _TIMES = -(2**63), 2**63 - 1
 
 with theme("what to evaluate"):

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from din_dist.config.settings import (
     INT64_MAX,
     Settings,
+    count_setting,
     flagless,
     path_setting,
     require,
@@ -223,6 +224,15 @@ class DataConfig(Settings):
         FeatureConflict.ERROR,
         "What counts if rows of the log give an item or a user different values of a feature: first or last (in the "
         "order of the files; those of --extend come first), or error.",
+        later=True,
+    )
+    min_item_events: int = count_setting(
+        "Forget items with fewer events: they and their events are left out, and their ids are unknown. With "
+        "--forget_after, once their first event is so old. 0: none.",
+        later=True,
+    )
+    forget_after: int = count_setting(
+        "Forget items and users without an event in so many days before the newest event, likewise. 0: none.",
         later=True,
     )
     data_dir: str = path_setting(
@@ -500,6 +510,7 @@ class DataConfig(Settings):
         self._check_histories()
         self._check_behaviours()
         self._check_sessions()
+        self._check_forgetting()
         require(
             self.unknown_item is UnknownItem.FEATURES or self.unknown_item_rate == UNKNOWN_ITEM_RATE,
             "belongs to --unknown_item=features",
@@ -524,10 +535,13 @@ class DataConfig(Settings):
             self.data_path,
             "Add --dataset=event_log.",
         )
-        for name, default in (("extend", ""), ("item_feature_conflict", FeatureConflict.ERROR), ("memory_limit", "")):
+        conflict = ("item_feature_conflict", FeatureConflict.ERROR)
+        forgets = ("min_item_events", 0), ("forget_after", 0)
+        for name, default in (("extend", ""), conflict, ("memory_limit", ""), *forgets):
             value = getattr(self, name)
             rule = "belongs to --dataset=event_log"
-            require(kind == "event_log" or value == default, rule, name, str(value), "Drop it.")
+            shown = value if isinstance(value, int) else str(value)
+            require(kind == "event_log" or value == default, rule, name, shown, "Drop it.")
         require(
             kind == "event_log" or not is_remote(self.data_path),
             f"--dataset={kind} reads a local folder",
@@ -656,6 +670,19 @@ class DataConfig(Settings):
         rule, remedy = "orders behaviours as events, and those of --behaviours_path are none", "Drop it."
         ends = self.history_ends
         require(ends is not HistoryEnds.BEFORE_EVENT, rule, "history_ends", str(ends), remedy)
+
+    def _check_forgetting(self) -> None:
+        for name in ("min_item_events", "forget_after"):
+            value = getattr(self, name)
+            for other in ("behaviours_path", "offers_path"):
+                rule = f"cannot be used with --{other} yet"
+                require(not (value and getattr(self, other)), rule, name, value, "Drop one of the two.")
+        rule = "with --extend needs --forget_after, because new items of a day would have too few events"
+        remedy = "Say in --forget_after within how many days an item must have so many."
+        holds = not (self.extend and self.min_item_events) or bool(self.forget_after)
+        require(holds, rule, "min_item_events", self.min_item_events, remedy)
+        rule, remedy = "forgets nothing below 2", "Give 2 or more, or drop it."
+        require(self.min_item_events != 1, rule, "min_item_events", self.min_item_events, remedy)
 
     @property
     def has_sessions(self) -> bool:

@@ -105,6 +105,14 @@ def time_setting(default: int, help_text: str, *, theme: str = "", later: bool =
     return _field(default, help_text, bounds={"at_most": INT64_MAX}, theme=theme, later=later)
 
 
+def count_setting(help_text: str, *, later: bool = False) -> Any:
+    """Makes the field of a whole number that is not negative, 0 by default; see `text_setting`.
+
+    It may change, because the fingerprint of prepared data tells what it has decided.
+    """
+    return _field(0, help_text, bounds={"at_least": 0}, may_change=True, theme="", later=later)
+
+
 def flagless(default: Any) -> Any:
     """Makes a field that has no flag and may differ when a job is resumed."""
     return dataclasses.field(default=default, metadata={"may_change": True})

@@ -16,6 +16,7 @@ from din_dist.daily.records import DayPhase, WorkFolder, version_of
 from din_dist.daily.settings import DailyConfig, QualityMetric, date_of
 from din_dist.data.event_store import PACKED_DIR, read_facts, reading_prepared
 from din_dist.data.extension import Extension
+from din_dist.data.forgetting import shown_forgotten
 from din_dist.errors import EXIT_DAY_MISSING, EXIT_QUALITY_FELL, EXIT_RETRY, InputError
 from din_dist.files import is_locked, read_record
 from din_dist.serving.manifest import Manifest, read_manifest
@@ -146,8 +147,9 @@ class Loop:
         self._command(date, "prepare_data", [*where, *split, f"--output_dir={self._work.job(date)}"])
         folder = Extension(str(self._work.prepared(date))).find()
         facts = read_facts(folder)
-        num_new = facts.num_events - (facts.extends["events"] if facts.extends else 0)
-        num_late = num_new - _num_from(folder, train_from) if before else 0
+        gone = facts.forgotten or {"events": 0, "newer_events": 0}
+        num_new = facts.num_events + gone["events"] - (facts.extends["events"] if facts.extends else 0)
+        num_late = num_new - _num_from(folder, train_from) - gone["newer_events"] if before else 0
         if num_late > _MOST_LATE * num_new:
             raise InputError(
                 f"--log: a day must come after those before. Received: {source}, where {num_late:,} of {num_new:,} "
@@ -156,6 +158,8 @@ class Loop:
             )
         late = f"; {num_late:,} of them are not later than all before, and are history only" if num_late else ""
         self._say(f"{date}: {num_new:,} new events{late}")
+        if facts.forgotten:
+            self._say(f"{date}: {shown_forgotten(facts.forgotten)}")
         values = {
             "source": source,
             "events": facts.num_events,
@@ -163,6 +167,7 @@ class Loop:
             "late_events": num_late,
             "train_from": train_from,
             "last_timestamp": facts.last_timestamp,
+            "forgotten": facts.forgotten,
             "fingerprint": facts.fingerprint,
         }
         self._work.write(date, DayPhase.PREPARED, values)

@@ -134,7 +134,8 @@ class EventLog:
         tasks: the labels to predict, if there are several.
         behaviours: how the log of behaviours fits the events; None without one.
         actions: what behaviours were, in the order of their codes from 1.
-        extends: as of `schema.DatasetFacts`.
+        extends: as of `schema.DatasetFacts`; likewise the next.
+        forgotten: what was left out.
     """
 
     user_ids: pa.Array
@@ -150,6 +151,7 @@ class EventLog:
     behaviours: BehaviourCounts | None = None
     actions: tuple[str, ...] = ()
     extends: Mapping[str, Any] | None = None
+    forgotten: Mapping[str, Any] | None = None
 
 
 def first_users_of_blocks(begins: np.ndarray) -> np.ndarray:

@@ -575,7 +575,10 @@ def touched_gaps(runs: Iterable[tuple[np.ndarray, np.ndarray]], num_items: int) 
         users = np.repeat(np.arange(num_users), np.diff(offsets))
         kept = item_ids <= num_items
         pairs.append(users[kept] * (num_items + 1) + item_ids[kept])
-    touched_users, touched_items = np.divmod(np.unique(np.concatenate(pairs)), num_items + 1)
+    together = np.sort(np.concatenate(pairs))  # `np.unique` takes 80 times as long for it, because it hashes
+    is_first = np.ones(len(together), bool)
+    np.not_equal(together[1:], together[:-1], out=is_first[1:])
+    touched_users, touched_items = np.divmod(together[is_first], num_items + 1)
     offsets = np.searchsorted(touched_users, np.arange(num_users + 1))
     ranks = np.arange(len(touched_items)) - offsets[touched_users]
     return offsets, touched_items - 1 - ranks

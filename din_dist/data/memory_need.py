@@ -53,4 +53,6 @@ def why_in_memory(config: EventLogConfig) -> str:
         return "--behaviours_path"
     if config.features.offers_path:
         return "--offers_path"
+    if config.forgets.is_any:
+        return "forgetting"
     return "--extend" if config.extends else ""

@@ -33,6 +33,7 @@ from din_dist.data.builders.synthetic import Synthetic, SyntheticConfig
 from din_dist.data.builders.synthetic_impressions import SyntheticImpressions, SyntheticImpressionsConfig
 from din_dist.data.event_store import EventStore
 from din_dist.data.extension import Extension
+from din_dist.data.forgetting import Forgetting
 from din_dist.data.log_reader import Columns
 from din_dist.data.memory_need import memory_need, why_in_memory
 from din_dist.data.raw_columns import RawColumns
@@ -116,6 +117,7 @@ def _event_log(config: DataConfig) -> EventLogConfig:
         _feature_columns(config),
         _behaviour_columns(config),
         Extension(absolute(config.extend, "extend")) if config.extend else None,
+        Forgetting(config.min_item_events, config.forget_after, config.timestamp_unit),
     )
 
 
@@ -511,7 +513,8 @@ def _flags(config: DataConfig) -> str:
 
 def _decides_what_is_prepared(name: str) -> bool:
     names = [*_WHERE_FILES_LIE, "data_dir", "item_features", "presorted", "features", "feature_declarations"]
-    names += ["label_columns", "history_label", "extend", "item_feature_conflict"]
+    names += ["label_columns", "history_label", "extend", "item_feature_conflict", "min_item_events"]
+    names += ["forget_after"]
     return name in names or name.endswith("_column") or name.startswith("synthetic_")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from din_dist.data.event_store import EventStore
+from din_dist.data.forgetting import shown_forgotten
 from din_dist.data.histories import begins_a_moment
 from din_dist.data.raw_columns import TABLES, TableCounts
 from din_dist.data.raw_features import read_tables
@@ -42,6 +43,7 @@ def describe(store: EventStore, max_history_length: int) -> list[str]:
         f"item features: {', '.join(sizes) or 'none'}",
         f"events: {found['events']:,}, timestamps {found['first_timestamp']} to {found['last_timestamp']}",
         *([_extends_line(found)] if "extends" in found else []),
+        *([shown_forgotten(found["forgotten"])] if "forgotten" in found else []),
         "labels: none, every event is a positive" if rate is None else f"labels: {rate:.2%} positive",
         *([_tasks_line(found["label_rates"])] if "label_rates" in found else []),
         *([_weights_line(found["weights"])] if "weights" in found else []),
@@ -91,7 +93,10 @@ def _table_line(name: str, counts: TableCounts) -> str:
 
 def _extends_line(found: Mapping[str, Any]) -> str:
     before = found["extends"]
-    new = {name: found[name] - before[name] for name in ("events", "users", "items")}
+    gone = found.get("forgotten", {"events": 0, "users": {"ids": 0}, "items": {"ids": 0}})
+    now = {name: found[name] + gone[name]["ids"] for name in ("users", "items")}
+    now["events"] = found["events"] + gone["events"]
+    new = {name: now[name] - before[name] for name in ("events", "users", "items")}
     counts = ", ".join(f"{number:,} new {name}" for name, number in new.items())
     return f"extends {before['folder']}: {counts}"
 
@@ -131,6 +136,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         `item_features`: the number of ids of each feature, by name.
         `extends`: the `folder` of the data that newer files extend, and its number of `events`, `users` and `items`;
             absent if there is none.
+        `forgotten`: as of `DatasetFacts`; absent without a rule.
         `first_timestamp`, `last_timestamp`: the range of the times.
         `events_at_a_shared_time`: the number of events that have the user and the time of another.
         `history_rule`, `history_delay`: where histories end, and how long after its time a behaviour is known.
@@ -173,6 +179,7 @@ def measure(store: EventStore, max_history_length: int) -> dict[str, Any]:
         "history_length": _summary(lengths),
         "capped_history_length": _summary(capped),
         **({"extends": _measure_extension(facts)} if facts.extends else {}),
+        **({"forgotten": dict(facts.forgotten)} if facts.forgotten else {}),
         **({"histories": {history.name: len(history.item_ids) for history in store.sets}} if store.sets else {}),
         **({"features": _measure_features(store)} if store.features else {}),
         **({"tables": {name: asdict(counts) for name, counts in tables.items()}} if tables else {}),

@@ -32,6 +32,7 @@ class Commands:
         gauc: of a day's evaluation, by date; 0.7 by default.
         kill: (date, command, moment) at which the process is killed; the moments are begun and done.
         codes: (date, command) -> its exit code.
+        forgotten: as the facts of prepared data say it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,6 +43,7 @@ class Commands:
         self.gauc: dict[str, float | None] = {}
         self.kill: tuple[str, str, str] | None = None
         self.codes: dict[tuple[str, str], int] = {}
+        self.forgotten: dict[str, Any] | None = None
         self.said: list[str] = []
         self.words: Sequence[str] = ()  # of the last call
 
@@ -83,7 +85,8 @@ class Commands:
             old = np.load(Path(flags["extend"], "packed", "timestamps.npy")).tolist()
         np.save(folder / "packed" / "timestamps.npy", np.array([*old, *new], np.int64))
         extends = {"events": len(old)} if old else None
-        (folder / "facts.json").write_text(json.dumps({"extends": extends, "fingerprint": f"of {day}"}))
+        facts = {"extends": extends, "fingerprint": f"of {day}", "forgotten": self.forgotten}
+        (folder / "facts.json").write_text(json.dumps(facts))
 
     def _evaluate(self, day: str, flags: dict[str, str]) -> None:
         assert Path(flags["output_dir"], "step").read_text() == "whole"
@@ -334,6 +337,19 @@ def test_events_that_are_late_are_history_only(commands: Commands) -> None:
         )
     commands.add_days(2)
     assert commands.loop()["version"] == 20261103
+
+
+def test_what_is_forgotten_is_neither_late_nor_lost(commands: Commands) -> None:
+    commands.add_days(0)
+    commands.add_days(1, times=[3, 10, 11])
+    commands.loop()
+    commands.add_days(2)  # the four events that stay; of seven, two that are left out came after day 1
+    commands.forgotten = {"min_item_events": 0, "forget_after": 9, "events": 3, "newer_events": 2}
+    commands.forgotten |= {"items": {"ids": 2}, "users": {"ids": 1}}
+    commands.loop()
+    found = json.loads((commands.work / "days" / date(2) / "prepared.json").read_text())
+    assert (found["new_events"], found["late_events"]) == (7, 1)
+    assert f"{date(2)}: forgotten (--forget_after=9): 2 items, 1 users, with 3 events" in commands.said
 
 
 @pytest.mark.parametrize(

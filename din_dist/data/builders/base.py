@@ -182,6 +182,7 @@ def write_beside(
         tasks=log.tasks,
         actions=log.actions,
         extends=log.extends,
+        forgotten=log.forgotten,
         num_behaviours=log.behaviours.kept if log.behaviours else None,
         num_only_behaviours=log.behaviours.only_behaviours if log.behaviours else 0,
         num_without_id=log.behaviours.without_id if log.behaviours else 0,

@@ -19,6 +19,7 @@ from din_dist.data.behaviour_log import OWN_LOG, BehaviourColumns
 from din_dist.data.blocks import EventLog
 from din_dist.data.builders.base import EventsBuilder
 from din_dist.data.extension import Extension, extended, facts_of_parent
+from din_dist.data.forgetting import Forgetting
 from din_dist.data.log_reader import Columns, read_log
 from din_dist.data.raw_columns import RawColumns
 from din_dist.data.spilled_log import SpilledLogReader
@@ -36,6 +37,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
         features: what declared features need.
         behaviours: the log that histories come from. None: this one.
         extends: the prepared data that the files extend. None: they are all there is.
+        forgets: what is left out of all events.
     """
 
     source: str = ""
@@ -43,6 +45,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
     features: RawColumns = dataclasses.field(default_factory=RawColumns)
     behaviours: BehaviourColumns | None = None
     extends: Extension | None = None
+    forgets: Forgetting = Forgetting()
 
     @classmethod
     def for_source(
@@ -52,12 +55,14 @@ class EventLogConfig(tfds.core.BuilderConfig):
         features: RawColumns = RawColumns(),  # noqa: B008 (it is frozen)
         behaviours: BehaviourColumns | None = None,
         extends: Extension | None = None,
+        forgets: Forgetting = Forgetting(),  # noqa: B008 (it is frozen)
     ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
         own_log = [behaviours.name_parts()] if behaviours else []
         extension = [{"extends": extends.source}] if extends else []
-        key = json.dumps([source, columns.to_json(), *features.name_parts(), *own_log, *extension])
+        forgotten = [forgets.to_json()] if forgets.is_any else []
+        key = json.dumps([source, columns.to_json(), *features.name_parts(), *own_log, *extension, *forgotten])
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return cls(
             name=name,
@@ -67,6 +72,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
             features=features,
             behaviours=behaviours,
             extends=extends,
+            forgets=forgets,
         )
 
     def find_tables(self) -> dict[str, list[File]]:
@@ -92,7 +98,8 @@ class EventLogBuilder(EventsBuilder):
     def _settings(self) -> dict[str, Any]:
         config = self.builder_config
         own_log = config.behaviours.settings() if config.behaviours else {}
-        return config.columns.to_json() | config.features.settings() | own_log
+        forgotten = {"forgets": config.forgets.to_json()} if config.forgets.is_any else {}
+        return config.columns.to_json() | config.features.settings() | own_log | forgotten
 
     def _more(self) -> dict[str, type]:
         config = self.builder_config
@@ -117,9 +124,13 @@ class EventLogBuilder(EventsBuilder):
         else:
             log = read_log(files, config.columns, features=config.features, behaviours=config.behaviours)
         check_read()
+        last_timestamp = None
         if config.extends:
             parent = config.extends.open()
+            last_timestamp = parent.facts.last_timestamp
             log = dataclasses.replace(extended(parent, log, config.features.conflict), extends=facts_of_parent(parent))
+        if config.forgets.is_any:
+            log = config.forgets.apply(log, last_timestamp)
         return log, sources
 
     def _key(self, sources: Mapping[str, Mapping]) -> str:
