@@ -180,7 +180,9 @@ class FeatureReader:
             differing = values.differ(firsts, told)
             if differing.any():
                 place = int(np.argmax(differing))
-                raise _two_values(column, values, owners, (int(firsts[place]), int(told[place])), rows)
+                pair = (int(firsts[place]), int(told[place]))
+                owner_id = owners.ids[int(owners.of_event[pair[1]])].as_py()
+                raise two_values(column, owner_id, pair, (values.shown(pair[0]), values.shown(pair[1])), rows)
         taken = values.take(with_row_0(column.owner, chosen))
         return RawFeature(column, taken, None if given.all() else given[order])
 
@@ -190,18 +192,23 @@ def _ids_of(values: ColumnValues) -> IdValues:
     return values
 
 
-def _two_values(
-    column: RawColumn, values: ColumnValues, owners: OwnerIds, pair: tuple[int, int], rows: Rows
+def two_values(
+    column: RawColumn, owner_id: object, pair: tuple[int, int], shown_values: tuple[str, str], rows: Rows
 ) -> InputError:
-    """Returns the error for two rows that give their owner different values."""
-    before, second = pair
-    file, number = rows.place(before)
-    owner_id = owners.ids[int(owners.of_event[second])].as_py()
+    """Returns the error for two rows that give their owner different values.
+
+    Args:
+        column: the feature.
+        owner_id: the own id of the user or the item.
+        pair: the two rows, as `rows` counts them.
+        shown_values: the values as text.
+        rows: where rows stand.
+    """
+    file, number = rows.place(pair[0])
     return rows.reject(
-        second,
+        pair[1],
         f"a feature of {TABLES[column.owner]} has one value for each, here {column.column}",
-        f"{column.owner} {owner_id!r} with {values.shown(before)} ({file}, row {number}) "
-        f"and here with {values.shown(second)}",
+        f"{column.owner} {owner_id!r} with {shown_values[0]} ({file}, row {number}) and here with {shown_values[1]}",
         'Correct one of the two rows, or declare it with of = "context" in the file of --features. Or give '
         "--item_feature_conflict=first or last.",
     )
