@@ -43,6 +43,11 @@ class Split(enum.StrEnum):
     USERS = "users"
 
 
+class Engine(enum.StrEnum):
+    LOCAL = "local"
+    SPARK = "spark"
+
+
 class HistoryEnds(enum.StrEnum):
     AUTO = "auto"  # before_time with labels, before_event without
     BEFORE_TIME = "before_time"
@@ -204,6 +209,19 @@ class DataConfig(Settings):
         "Your events, for --dataset=event_log, which is meant if no --dataset is given: one Parquet, CSV or JSON-lines "
         "file, a folder of them, or a quoted glob, on this machine or in a store (s3://, gs://, abfs://, hdfs://). For "
         "amazon_reviews: a folder with files downloaded by hand.",
+    )
+    engine: Engine = text_setting(
+        Engine.LOCAL,
+        "What prepares your files: local, on this machine, or spark, on the executors of --spark_master. The result is "
+        "the same.",
+        may_change=True,
+        later=True,
+    )
+    spark_master: str = text_setting(
+        "local[*]",
+        "For --engine=spark: the cluster, as Spark takes it: local[2], yarn, spark://HOST:7077, k8s://...",
+        may_change=True,
+        later=True,
     )
     extend: str = path_setting(
         "",
@@ -510,7 +528,18 @@ class DataConfig(Settings):
             self.data_path,
             "Add --dataset=event_log.",
         )
-        for name, default in (("extend", ""), ("item_feature_conflict", FeatureConflict.ERROR)):
+        for name in ("extend", "behaviours_path", "items_path", "users_path", "offers_path"):
+            value, rule = getattr(self, name), "is not read by --engine=spark yet"
+            require(self.engine is Engine.LOCAL or not value, rule, name, value, "Drop it, or use --engine=local.")
+        on_spark = ("spark_master", "local[*]")
+        rule = "belongs to --engine=spark"
+        is_default = self.engine is Engine.SPARK or self.spark_master == on_spark[1]
+        require(is_default, rule, on_spark[0], self.spark_master, "Add --engine=spark, or drop it.")
+        for name, default in (
+            ("extend", ""),
+            ("engine", Engine.LOCAL),
+            ("item_feature_conflict", FeatureConflict.ERROR),
+        ):
             value = getattr(self, name)
             rule = "belongs to --dataset=event_log"
             require(kind == "event_log" or value == default, rule, name, str(value), "Drop it.")

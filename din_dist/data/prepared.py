@@ -22,6 +22,7 @@ from absl import logging
 
 from din_dist import progress, schema
 from din_dist.config import LABELLED, DataConfig, list_text
+from din_dist.config.data import Engine
 from din_dist.data import encoding, event_store, history_folders, history_rows, history_sets
 from din_dist.data.behaviour_log import BehaviourColumns
 from din_dist.data.blocks import Block
@@ -112,6 +113,7 @@ def _event_log(config: DataConfig) -> EventLogConfig:
         _feature_columns(config),
         _behaviour_columns(config),
         Extension(absolute(config.extend, "extend")) if config.extend else None,
+        config.spark_master if config.engine is Engine.SPARK else "",
     )
 
 

@@ -86,15 +86,20 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
             yield index, record_of(block, self._more())
 
     def _fingerprint(self, sources: Mapping[str, Mapping]) -> str:
+        return self._fingerprint_of(sources, self._log.late_columns, self._log.extends)
+
+    def _fingerprint_of(
+        self, sources: Mapping[str, Mapping], late_columns: Sequence[str], extends: Mapping[str, Any] | None = None
+    ) -> str:
         made_from = {
             "builder": [self.name, str(self.version)],
             "settings": self._settings(),
             "content": [source["digest"] + source.get("partition", "") for source in sources.values()],
         }
-        if self._log.late_columns:
-            made_from["late_columns"] = self._log.late_columns
-        if self._log.extends:
-            made_from["extends"] = self._log.extends["fingerprint"]
+        if late_columns:
+            made_from["late_columns"] = late_columns
+        if extends:
+            made_from["extends"] = extends["fingerprint"]
         return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
