@@ -163,15 +163,15 @@ make_tools() {
 }
 
 # resolve UV REQUIREMENTS OUTPUT FLAGS...: all that the requirements need on any Python that we support, with its
-# digests. Versions that are in OUTPUT already are preferred. Nothing of what is asked for is run: only Horovod and
-# promise may lack a wheel, and pyproject.toml says what they need. colorama: some packages want it on Windows.
+# digests. Versions that are in OUTPUT already are preferred. Nothing of what is asked for is run: only Horovod,
+# promise and pyspark may lack a wheel, and pyproject.toml says what they need. colorama: some packages want it on Windows.
 resolve() {
   # What tells pip where the index is tells uv too.
   [[ ! ${PIP_INDEX_URL:-} ]] || local -x UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
   [[ ! ${PIP_CERT:-} ]] || local -x SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
   # One version for every Python, where there is one.
   "$1" --quiet --project "$root" pip compile "$2" --output-file "$3" --universal --python-version 3.11 \
-    --fork-strategy fewest --generate-hashes --only-binary :all: --no-binary horovod --no-binary promise \
-    --no-emit-package colorama --no-header --no-annotate "${@:4}" >/dev/null ||
+    --fork-strategy fewest --generate-hashes --no-emit-package colorama \
+    --only-binary :all: --no-binary horovod --no-binary promise --no-binary pyspark --no-header --no-annotate "${@:4}" >/dev/null ||
     die "uv must find versions that fit setup.cfg and its own flags. Received: the answer above. Correct one of them."
 }

@@ -16,7 +16,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 make_tools "$work/tools" uv
 
-requirements_of "$work/tools/bin/python" cpu gpu distributed plots index tune mlflow wandb onnx test build release >"$work/requirements.in"
+requirements_of "$work/tools/bin/python" cpu gpu distributed plots index spark tune mlflow wandb onnx test build release >"$work/requirements.in"
 cp "$constraints" "$work/constraints.txt"
 resolve "$work/tools/bin/uv" "$work/requirements.in" "$work/constraints.txt" --exclude-newer '1 week' "$@"
 {

@@ -45,6 +45,11 @@ class Split(enum.StrEnum):
     USERS = "users"
 
 
+class Engine(enum.StrEnum):
+    LOCAL = "local"
+    SPARK = "spark"
+
+
 class HistoryEnds(enum.StrEnum):
     AUTO = "auto"  # before_time with labels, before_event without
     BEFORE_TIME = "before_time"
@@ -211,6 +216,19 @@ class DataConfig(Settings):
         "Your events, for --dataset=event_log, which is meant if no --dataset is given: one Parquet, CSV or JSON-lines "
         "file, a folder of them, or a quoted glob, on this machine or in a store (s3://, gs://, abfs://, hdfs://). For "
         "amazon_reviews: a folder with files downloaded by hand.",
+    )
+    engine: Engine = text_setting(
+        Engine.LOCAL,
+        "What prepares your files: local, on this machine, or spark, on the executors of --spark_master. The result is "
+        "the same.",
+        may_change=True,
+        later=True,
+    )
+    spark_master: str = text_setting(
+        "local[*]",
+        "For --engine=spark: the cluster, as Spark takes it: local[2], yarn, spark://HOST:7077, k8s://...",
+        may_change=True,
+        later=True,
     )
     extend: str = path_setting(
         "",
@@ -535,9 +553,10 @@ class DataConfig(Settings):
             self.data_path,
             "Add --dataset=event_log.",
         )
+        self._check_engine()
         conflict = ("item_feature_conflict", FeatureConflict.ERROR)
         forgets = ("min_item_events", 0), ("forget_after", 0)
-        for name, default in (("extend", ""), conflict, ("memory_limit", ""), *forgets):
+        for name, default in (("extend", ""), conflict, ("memory_limit", ""), ("engine", Engine.LOCAL), *forgets):
             value = getattr(self, name)
             rule = "belongs to --dataset=event_log"
             shown = value if isinstance(value, int) else str(value)
@@ -549,6 +568,19 @@ class DataConfig(Settings):
             self.data_path,
             "Copy the files to one.",
         )
+
+    def _check_engine(self) -> None:
+        drop = "Drop it, or use --engine=local."
+        for name in ("extend", "behaviours_path", "items_path", "users_path", "offers_path"):
+            value, rule = getattr(self, name), "is not read by --engine=spark yet"
+            require(self.engine is Engine.LOCAL or not value, rule, name, value, drop)
+        for name in ("min_item_events", "forget_after", "memory_limit"):
+            value, rule = getattr(self, name), "does not go with --engine=spark yet"
+            require(self.engine is Engine.LOCAL or not value, rule, name, value, drop)
+        on_spark = ("spark_master", "local[*]")
+        rule = "belongs to --engine=spark"
+        is_default = self.engine is Engine.SPARK or self.spark_master == on_spark[1]
+        require(is_default, rule, on_spark[0], self.spark_master, "Add --engine=spark, or drop it.")
 
     def _check_columns(self) -> None:
         own = "" if self.behaviours_path else self.action_column

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from din_dist import progress
@@ -20,8 +21,13 @@ _CHUNK_BYTES = 4 << 20
 
 def write_checksums(folder: Path) -> None:
     """Writes the checksums of all files in `folder`, all of which must be complete."""
-    found = {path.name: checksum_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    write_text(folder / CHECKSUMS_FILE, json.dumps(found, indent=1) + "\n")
+    write_found(folder, {path.name: checksum_of(path) for path in folder.iterdir() if path.is_file()})
+
+
+def write_found(folder: Path, found: Mapping[str, str]) -> None:
+    """Writes checksums that are known, by the name of the file."""
+    in_order = {name: found[name] for name in sorted(found)}
+    write_text(folder / CHECKSUMS_FILE, json.dumps(in_order, indent=1) + "\n")
 
 
 def check(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import quote
@@ -479,6 +479,20 @@ def map_array(path: Path, files: dict[Path, FileState]) -> np.ndarray:
             raise ValueError(f"its values end at byte {end} of {files[path].num_bytes}")
     mapped_files.watch(mapped, path, f"Look after its disk. {_remedy(path)}, and start the command again")
     return mapped
+
+
+@contextlib.contextmanager
+def packing(folder: Path, facts: schema.DatasetFacts) -> Iterator[Callable[[Block], None]]:
+    """Yields what writes the packed arrays of one block after the other, of some successive users of a data set.
+
+    Offsets begin with 0, as if these users were all.
+
+    Args:
+        folder: of the arrays.
+        facts: the facts about the data set.
+    """
+    with ArrayWriters(folder, _DTYPES) as writers:
+        yield _PackedArrays(writers, facts).append
 
 
 def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:

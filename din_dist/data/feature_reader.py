@@ -225,7 +225,7 @@ def two_values(
     before, second = pair
     file, number = rows.place(before)
     return rows.reject(
-        second,
+        pair[1],
         f"a feature of {TABLES[column.owner]} has one value for each, here {column.column}",
         f"{column.owner} {owner_id!r} with {shown_values[0]} ({file}, row {number}) and here with {shown_values[1]}",
         'Correct one of the two rows, or declare it with of = "context" in the file of --features. Or give '

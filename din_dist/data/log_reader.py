@@ -15,7 +15,7 @@ import numpy as np
 from din_dist import schema
 from din_dist.data.behaviour_log import BehaviourColumns, BehaviourReader, coded_actions
 from din_dist.data.blocks import EventLog, ItemFeature, group_by_user
-from din_dist.data.column_readers import ColumnReaders, number_names
+from din_dist.data.column_readers import ColumnReaders, names_of, number_names
 from din_dist.data.feature_reader import FeatureReader, OwnerIds
 from din_dist.data.feature_tables import REMEDY
 from din_dist.data.raw_columns import RawColumn, RawColumns
@@ -130,6 +130,49 @@ def read_log(
     return LogReader(files, columns, form, features, behaviours).read()
 
 
+def layout_of(file: File, form: Format, columns: Columns, features: Sequence[RawColumn]) -> Layout | None:
+    """Returns the layout of a file of a log; see `Layout.of`.
+
+    Args:
+        file: the file to look at.
+        form: its format.
+        columns: the columns to read.
+        features: the columns of declared features that the log of events has.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    lists = names_of(features)
+    names = list(dict.fromkeys([*columns.names, *lists]))
+    numbers = [*columns.labels, columns.weight, *number_names(features, columns.names)]
+    return Layout.of(file, form, names, numbers, lists)
+
+
+def checked_columns(
+    layouts: Mapping[File, Layout], columns: Columns, features: RawColumns, names: Sequence[str]
+) -> Columns:
+    """Returns the columns that a log has of those that may be absent.
+
+    Args:
+        layouts: the layout of each file.
+        columns: the columns to read.
+        features: what declared features need.
+        names: the columns of the log that they need.
+
+    Raises:
+        InputError: a file lacks a column, or features of candidates have no labels.
+    """
+    chosen = columns.chosen(layouts) if layouts else columns
+    require_columns(layouts, names, f"{REMEDY}.")
+    if features.candidates and not chosen.label:
+        raise InputError(
+            f"--features: features of candidates ({', '.join(features.candidates)}) take a log with labels, "
+            "because a drawn negative has none. Received: a log without the label column. Give --label_column, "
+            'look them up in a table of offers (by = [...]), or write of = "item" or of = "context".'
+        )
+    return chosen
+
+
 class LogReader:
     """Reads one log; see `read_log`."""
 
@@ -145,14 +188,7 @@ class LogReader:
         self._files = files
         self._features = FeatureReader(features, columns.user, columns.item, has_own_behaviours=behaviours is not None)
         self._layouts = self._find_layouts(columns)
-        self._columns = columns.chosen(self._layouts) if self._layouts else columns
-        require_columns(self._layouts, self._features.names, f"{REMEDY}.")
-        if features.candidates and not self._columns.label:
-            raise InputError(
-                f"--features: features of candidates ({', '.join(features.candidates)}) take a log with labels, "
-                "because a drawn negative has none. Received: a log without the label column. Give --label_column, "
-                'look them up in a table of offers (by = [...]), or write of = "item" or of = "context".'
-            )
+        self._columns = checked_columns(self._layouts, columns, features, self._features.names)
         self._rows = Rows()
         of_items = map(RawColumn.of, shorthand(self._columns.item_features))
         self._of_items = [column for column in of_items if column]
@@ -161,10 +197,8 @@ class LogReader:
         self._behaviours = BehaviourReader(behaviours, told, of_behaviours, self._rows) if behaviours else None
 
     def _find_layouts(self, columns: Columns) -> dict[File, Layout]:
-        of_features, lists = self._features.from_events, self._features.names
-        names = list(dict.fromkeys([*columns.names, *lists]))
-        numbers = [*columns.labels, columns.weight, *number_names(of_features, columns.names)]
-        found = {file: Layout.of(file, self._form, names, numbers, lists) for file in self._files}
+        of_features = self._features.from_events
+        found = {file: layout_of(file, self._form, columns, of_features) for file in self._files}
         return {file: layout for file, layout in found.items() if layout}
 
     def read(self) -> EventLog:
@@ -297,11 +331,7 @@ class OptionalColumns:
         if columns.label_time:
             assert label_of is not None
             times = self._label_times.finish()
-            positive = label_of == 1
-            if len(early := np.flatnonzero(positive & (times < timestamps))):
-                row = int(early[0])
-                raise early_label(self._columns, self._rows, row, (int(times[row]), int(timestamps[row])))
-            more[schema.BLOCK_LABEL_TIMES] = np.where(positive, times, timestamps)
+            more[schema.BLOCK_LABEL_TIMES] = checked_label_times(times, label_of, timestamps, columns, self._rows)
         if columns.weight:
             more[schema.BLOCK_WEIGHTS] = self._weights.finish(is_text(columns.weight)).numbers
         actions: tuple[str, ...] = ()
@@ -327,6 +357,29 @@ def early_label(columns: Columns, rows: Rows, row: int, times: tuple[int, int]) 
         f"no {name}" if missing else f"{name}={times[0]} before {times[1]}, as read",
         "Correct the row.",
     )
+
+
+def checked_label_times(
+    times: np.ndarray, labels: np.ndarray, timestamps: np.ndarray, columns: Columns, rows: Rows, first_row: int = 0
+) -> np.ndarray:
+    """Returns when each positive came, and the time of each other event, int64 `[E]`.
+
+    Args:
+        times: int64 `[E]`, as read; `NO_TIME` where it is missing.
+        labels: uint8 `[E]`.
+        timestamps: int64 `[E]`.
+        columns: the names of all columns.
+        rows: where rows stand.
+        first_row: the row of all rows that the arrays begin with.
+
+    Raises:
+        InputError: a positive came before its event, or has no time.
+    """
+    positive = labels == 1
+    if len(early := np.flatnonzero(positive & (times < timestamps))):
+        row = int(early[0])
+        raise early_label(columns, rows, first_row + row, (int(times[row]), int(timestamps[row])))
+    return np.where(positive, times, timestamps)
 
 
 def as_bits(labels: Iterable[np.ndarray]) -> np.ndarray:

@@ -22,6 +22,7 @@ from absl import logging
 
 from din_dist import progress, schema
 from din_dist.config import LABELLED, DataConfig, list_text
+from din_dist.config.data import Engine
 from din_dist.data import encoding, event_store, history_folders, history_rows, history_sets
 from din_dist.data.behaviour_log import BehaviourColumns
 from din_dist.data.blocks import Block
@@ -118,6 +119,7 @@ def _event_log(config: DataConfig) -> EventLogConfig:
         _behaviour_columns(config),
         Extension(absolute(config.extend, "extend")) if config.extend else None,
         Forgetting(config.min_item_events, config.forget_after, config.timestamp_unit),
+        config.spark_master if config.engine is Engine.SPARK else "",
     )
 
 
@@ -349,7 +351,8 @@ def build(
     shutil.rmtree(aside, ignore_errors=True)  # a process that was killed left it
     builder = _builder(config, aside)
     room = Room(folder.with_name(f"{folder.name}.sorting"), _memory_limit(config))
-    if isinstance(builder, EventLogBuilder) and _is_spilled(builder.builder_config, room, tell):
+    by_spark = isinstance(builder, EventLogBuilder) and builder.builder_config.spark_master
+    if isinstance(builder, EventLogBuilder) and not by_spark and _is_spilled(builder.builder_config, room, tell):
         builder.room = room
     try:
         with _quietly():

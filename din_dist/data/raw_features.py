@@ -50,15 +50,25 @@ def write_raw(
             save_array(into / f"{feature.column.key}-{name}.npy", array)
         if ids is not None:
             pq.write_table(pa.table({"id": ids}), raw_vocabulary_path(folder, feature.column))
+    write_known(into, {feature.column: (feature.extra, feature.told is not None) for feature in features}, tables)
+    write_checksums(into)
+
+
+def write_known(into: Path, columns: Mapping[RawColumn, tuple[int, bool]], tables: Mapping[str, TableCounts]) -> None:
+    """Writes what is known of the files in a folder of raw values.
+
+    Args:
+        into: the folder.
+        columns: for each column `RawFeature.extra`, and whether some events do not tell their owner's value.
+        tables: how the tables of items, users and offers fit the events.
+    """
     known = {
         "columns": {
-            feature.column.key: {**feature.column.to_json(), "extra": feature.extra, "told": feature.told is not None}
-            for feature in features
+            column.key: {**column.to_json(), "extra": extra, "told": told} for column, (extra, told) in columns.items()
         },
         "tables": {name: dataclasses.asdict(counts) for name, counts in tables.items()},
     }
     write_text(into / _COLUMNS_FILE, json.dumps(known, indent=1) + "\n")
-    write_checksums(into)
 
 
 def open_raw(folder: Path, column: RawColumn, files: dict[Path, FileState]) -> RawFeature:

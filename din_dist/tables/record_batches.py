@@ -115,14 +115,24 @@ def column_names(file: File, form: Format) -> tuple[str, ...]:
 # --- Columns. ---
 
 
-def read_columns(file: File, form: Format, layout: Layout, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read_columns(
+    file: File, form: Format, layout: Layout, names: Sequence[str], row_groups: list[int] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Yields the columns `names`; those that the names of folders give are text.
+
+    Args:
+        file: the file to read.
+        form: its format.
+        layout: its layout.
+        names: the columns to read.
+        row_groups: of Parquet, the row groups to read; None: all.
 
     Raises:
         InputError: the file is damaged; the text names the row where it can.
     """
     inside = [name for name in names if name not in layout.partition]
-    for batch in _read_own_columns(file, form, layout, inside):
+    own = _read_own_columns(file, form, layout, inside) if row_groups is None else None
+    for batch in own or _read_parquet(file, ROWS_PER_BATCH, columns=inside, row_groups=row_groups):
         for name in names:
             if name in layout.partition:
                 batch = batch.append_column(name, pa.repeat(pa.scalar(layout.partition[name], pa.string()), len(batch)))

@@ -6,7 +6,7 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,10 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
     room: Room | None = None  # where a log goes that does not fit into memory; None: it fits
 
     def _info(self) -> tfds.core.DatasetInfo:
-        flat = functools.partial(tfds.features.Tensor, shape=(None,), encoding="bytes")
         return _LocalInfo(
             builder=self,
             description=(type(self).__doc__ or "").split("\n\n")[0],
-            features=tfds.features.FeaturesDict(
-                {
-                    schema.BLOCK_FIRST_USER: tfds.features.Scalar(np.int64),
-                    schema.BLOCK_OFFSETS: flat(dtype=np.int64),
-                    schema.BLOCK_ITEM_IDS: flat(dtype=np.int32),
-                    schema.BLOCK_TIMESTAMPS: flat(dtype=np.int64),
-                    schema.BLOCK_LABELS: flat(dtype=np.uint8),
-                    **{name: flat(dtype=dtype) for name, dtype in self._more().items()},
-                }
-            ),
+            features=block_features(self._more()),
             disable_shuffling=True,
         )
 
@@ -96,29 +86,51 @@ class EventsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # typ
         for index in range(first_block, end_block):
             block = self._log.blocks[index]
             self._tally.add(block)
-            yield (
-                index,
-                {
-                    schema.BLOCK_FIRST_USER: block.first_user,
-                    schema.BLOCK_OFFSETS: block.offsets,
-                    schema.BLOCK_ITEM_IDS: block.item_ids,
-                    schema.BLOCK_TIMESTAMPS: block.timestamps,
-                    schema.BLOCK_LABELS: block.labels,
-                    **{name: getattr(block, name) for name in self._more()},
-                },
-            )
+            yield index, record_of(block, self._more())
 
     def _fingerprint(self, sources: Mapping[str, Mapping]) -> str:
+        return self._fingerprint_of(sources, self._log.late_columns, self._log.extends)
+
+    def _fingerprint_of(
+        self, sources: Mapping[str, Mapping], late_columns: Sequence[str], extends: Mapping[str, Any] | None = None
+    ) -> str:
         made_from = {
             "builder": [self.name, str(self.version)],
             "settings": self._settings(),
             "content": [source["digest"] + source.get("partition", "") for source in sources.values()],
         }
-        if self._log.late_columns:
-            made_from["late_columns"] = self._log.late_columns
-        if self._log.extends:
-            made_from["extends"] = self._log.extends["fingerprint"]
+        if late_columns:
+            made_from["late_columns"] = late_columns
+        if extends:
+            made_from["extends"] = extends["fingerprint"]
         return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def block_features(more: Mapping[str, type]) -> tfds.features.FeaturesDict:
+    """Returns the features of a record; `more` as of `EventsBuilder._more`."""
+    flat = functools.partial(tfds.features.Tensor, shape=(None,), encoding="bytes")
+    return tfds.features.FeaturesDict(
+        {
+            schema.BLOCK_FIRST_USER: tfds.features.Scalar(np.int64),
+            schema.BLOCK_OFFSETS: flat(dtype=np.int64),
+            schema.BLOCK_ITEM_IDS: flat(dtype=np.int32),
+            schema.BLOCK_TIMESTAMPS: flat(dtype=np.int64),
+            schema.BLOCK_LABELS: flat(dtype=np.uint8),
+            **{name: flat(dtype=dtype) for name, dtype in more.items()},
+        }
+    )
+
+
+def record_of(block: Block, more: Iterable[str]) -> dict[str, Any]:
+    """Returns the record of a block; `more` names the arrays beside those of every log."""
+    return {
+        schema.BLOCK_FIRST_USER: block.first_user,
+        schema.BLOCK_OFFSETS: block.offsets,
+        schema.BLOCK_ITEM_IDS: block.item_ids,
+        schema.BLOCK_TIMESTAMPS: block.timestamps,
+        schema.BLOCK_LABELS: block.labels,
+        **{name: getattr(block, name) for name in more},
+    }
 
 
 class _LocalInfo(tfds.core.DatasetInfo):

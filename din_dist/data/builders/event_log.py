@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
@@ -17,7 +18,8 @@ import tensorflow_datasets as tfds
 from din_dist import schema
 from din_dist.data.behaviour_log import OWN_LOG, BehaviourColumns
 from din_dist.data.blocks import EventLog
-from din_dist.data.builders.base import EventsBuilder
+from din_dist.data.builders.base import BLOCKS_PER_SHARD, EventsBuilder
+from din_dist.data.event_store import write_facts
 from din_dist.data.extension import Extension, extended, facts_of_parent
 from din_dist.data.forgetting import Forgetting
 from din_dist.data.log_reader import Columns, read_log
@@ -38,6 +40,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
         behaviours: the log that histories come from. None: this one.
         extends: the prepared data that the files extend. None: they are all there is.
         forgets: what is left out of all events.
+        spark_master: the cluster that prepares them; empty: this process does. It changes nothing of the result.
     """
 
     source: str = ""
@@ -46,6 +49,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
     behaviours: BehaviourColumns | None = None
     extends: Extension | None = None
     forgets: Forgetting = Forgetting()
+    spark_master: str = ""
 
     @classmethod
     def for_source(
@@ -56,6 +60,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
         behaviours: BehaviourColumns | None = None,
         extends: Extension | None = None,
         forgets: Forgetting = Forgetting(),  # noqa: B008 (it is frozen)
+        spark_master: str = "",
     ) -> EventLogConfig:
         """Makes a configuration whose name, and so whose folder, follows from the source and the columns."""
         source = absolute(source)
@@ -73,6 +78,7 @@ class EventLogConfig(tfds.core.BuilderConfig):
             behaviours=behaviours,
             extends=extends,
             forgets=forgets,
+            spark_master=spark_master,
         )
 
     def find_tables(self) -> dict[str, list[File]]:
@@ -106,6 +112,39 @@ class EventLogBuilder(EventsBuilder):
         if not config:
             return {}
         return config.columns.more | (config.behaviours.blocks if config.behaviours else {})
+
+    def _download_and_prepare(
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig | None = None,
+    ) -> None:
+        if not self.builder_config.spark_master:
+            super()._download_and_prepare(dl_manager, download_config)
+            return
+        from din_dist.data.spark.engine import SparkLog, prepare_on_spark, refuse_features
+
+        config, folder = self.builder_config, Path(self.data_path)
+        refuse_features(config.features)
+        files = find_files(config.source).files
+        template = self._get_filename_template(split_name=schema.EVENTS_SPLIT)
+
+        def paths_of_shards(count: int) -> tuple[str, ...]:
+            return tuple(str(template.sharded_filepath(shard_index=n, num_shards=count)) for n in range(count))
+
+        log = SparkLog(files, config.columns, config.features, self._more())
+        written = prepare_on_spark(log, config.spark_master, folder, paths_of_shards, BLOCKS_PER_SHARD)
+        check_unchanged(written.sources, files)
+        num_bytes = sum(Path(path).stat().st_size for path in paths_of_shards(len(written.shard_lengths)))
+        split = tfds.core.splits.SplitInfo(
+            name=schema.EVENTS_SPLIT,
+            shard_lengths=written.shard_lengths,
+            num_bytes=num_bytes,
+            filename_template=template,
+        )
+        self.info.set_splits(tfds.core.splits.SplitDict([split]))
+        fingerprint = self._fingerprint_of(written.sources, written.late_columns)
+        facts = dataclasses.replace(written.facts, fingerprint=fingerprint, sources=written.sources)
+        write_facts(folder, facts.by_present_rule())
 
     def _read(self, dl_manager: tfds.download.DownloadManager) -> tuple[EventLog, Mapping[str, Mapping]]:
         config = self.builder_config
