@@ -222,8 +222,7 @@ def two_values(
         shown_values: their values as text.
         rows: where rows stand.
     """
-    before, second = pair
-    file, number = rows.place(before)
+    file, number = rows.place(pair[0])
     return rows.reject(
         pair[1],
         f"a feature of {TABLES[column.owner]} has one value for each, here {column.column}",
