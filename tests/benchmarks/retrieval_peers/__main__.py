@@ -19,8 +19,9 @@ Speed: the systems take turns for --rounds rounds, each a process of its own on 
 --seconds of training steps, input pipeline included. Ratios are the median of the ratios of the rounds.
 Quality: each trains --epochs epochs. After each epoch its vectors of users and items are judged here, by the code of
 `din_dist.cli.evaluate`: recall@20 and NDCG@20 of the test events among all items, without those of the user's history
-(--noexclude_history keeps them). Each user has one test event, so hit rate is recall. Intervals are over users, also
-that of the difference. They do not cover the chance of training: give other --seed.
+(--noexclude_history keeps them). The epoch with the best recall of up to 5,000 validation events counts. Each user has
+one test event, so hit rate is recall. Intervals are over users, also that of the difference. They do not cover the
+chance of training: give other --seed.
 
 These differences remain:
 - Padding. ComiRec's code fills every history up to 20. SR-GNN fills the sessions of a batch to its most distinct items,
@@ -116,7 +117,8 @@ COMPARISONS = {
     "sasrec": Comparison("RecBole's SASRec", "sasrec", "recbole", ours=None, batch_size=2048),
 }
 
-flags.DEFINE_string("data_path", None, "The log, as for the trainer, without labels.", required=True)
+flags.DEFINE_enum("dataset", "event_log", ("event_log", "complete_journey"), "As for the trainer.")
+flags.DEFINE_string("data_path", "", "The log of event_log, as for the trainer, without labels.")
 flags.DEFINE_string("comirec_dir", "", "A checkout of THUDM/ComiRec. Default: leave out its models.")
 flags.DEFINE_string("sr_gnn_dir", "", "A checkout of CRIPAC-DIG/SR-GNN. Default: leave it out.")
 flags.DEFINE_list("models", [], f"Which ones: of {', '.join(COMPARISONS)}. Default: those whose code is there.")
@@ -124,7 +126,9 @@ flags.DEFINE_integer("rounds", 2, "Rounds of the measurement of speed; 0 leaves 
 flags.DEFINE_integer("warmup_steps", 20, "Steps at the start of a round, not measured.")
 flags.DEFINE_float("seconds", 10.0, "Seconds of training steps of each system in a round.")
 flags.DEFINE_integer("batch_size", 128, "Examples a step; SASRec has RecBole's 2048.")
+flags.DEFINE_list("learning_rates", [], "Compare the best of these on each side. Default: the authors' rate.")
 flags.DEFINE_integer("epochs", 0, "Epochs of training for the quality; 0 leaves it out.")
+flags.DEFINE_integer("epoch_examples", 0, "Examples after which an epoch counts as over. Default: all.")
 flags.DEFINE_float("max_seconds", 3600.0, "Seconds of training after which a system stops before that.")
 flags.DEFINE_boolean("exclude_history", True, "Leave out what is in the user's history, but never the target.")
 flags.DEFINE_integer("seed", 1234, "Of weights, order and sampled items.")
@@ -135,11 +139,12 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass
 class Findings:
-    """What was measured of a system: `speeds` by round, and `curve` and `parts` after each epoch and the last."""
+    """What was measured of a system: `speeds` by round, `curve` after each epoch, and `parts` of the best one."""
 
     speeds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     parts: Parts | None = None
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `curve`, by the recall of validation
 
 
 Found: TypeAlias = dict[tuple[str, str], Findings]
@@ -179,7 +184,7 @@ def _check_flags() -> None:
     values = FLAGS.flag_values_dict()
     for name in ("warmup_steps", "batch_size"):
         require(values[name] >= 1, "must be at least 1", name, values[name], "For example 20.")
-    for name in ("rounds", "epochs", "seed"):
+    for name in ("rounds", "epochs", "epoch_examples", "seed"):
         require(values[name] >= 0, "must be at least 0", name, values[name], "For example 2.")
     for name in ("seconds", "max_seconds"):
         require(values[name] > 0, "must be positive", name, values[name], "For example 20.")
@@ -266,29 +271,39 @@ class Run:
         return self._start(name, side, "speed")
 
     def train(self, name: str, side: str, findings: Findings, judge: Judge) -> None:
-        """Trains a system for its quality, and adds to its findings after each epoch."""
+        """Trains a system for its quality at each rate, and adds to its findings after each epoch."""
+        rate, num_evaluations = 0.0, 0
 
         def answer(said: dict[str, Any]) -> str:
+            nonlocal num_evaluations
+            num_evaluations += 1
             with np.load(self._vectors(name, side)) as vectors:
-                findings.parts = judge.parts(vectors["users"], vectors["items"])
-            measured = judge.measure(findings.parts)
-            findings.curve.append({**said, **{metric: found._asdict() for metric, found in measured.items()}})
+                parts = judge.parts(vectors["users"], vectors["items"])
+            measured = judge.measure(parts["test"])
+            above, below = parts["validation"]["recall"]
+            point = {**said, "learning_rate": rate, "validation_recall": float(above.sum() / below.sum())}
+            findings.curve.append({**point, **{metric: found._asdict() for metric, found in measured.items()}})
+            if findings.curve[-1]["validation_recall"] > findings.best.get("validation_recall", -1):
+                findings.best, findings.parts = findings.curve[-1], parts["test"]
             entry.say(
-                f"{_label(name, side)}: recall@{K} {measured['recall'].value:.4f}, NDCG@{K} "
+                f"{_label(name, side)} at {rate}: recall@{K} {measured['recall'].value:.4f}, NDCG@{K} "
                 f"{measured['ndcg'].value:.4f} after {said['examples']:,} examples in {said['seconds']:.1f} s"
             )
-            done = len(findings.curve) >= FLAGS.epochs or said["seconds"] >= FLAGS.max_seconds
+            done = num_evaluations >= FLAGS.epochs or said["seconds"] >= FLAGS.max_seconds
             return "stop" if done else "go on"
 
-        self._start(name, side, "quality", answer)
+        for rate in map(float, FLAGS.learning_rates or [COMPARISONS[name].learning_rate]):
+            num_evaluations = 0
+            self._start(name, side, "quality", answer, rate)
 
-    def _start(self, name: str, side: str, mode: str, answer: Any = lambda said: "") -> list[dict[str, Any]]:
+    def _start(
+        self, name: str, side: str, mode: str, answer: Any = lambda said: "", rate: float | None = None
+    ) -> list[dict[str, Any]]:
         comparison = COMPARISONS[name]
-        job = json.dumps(self._job(name, side, mode))
+        job = json.dumps(self._job(name, side, mode) | ({} if rate is None else {"learning_rate": rate}))
         if side == OURS:
-            return common.read(
-                [sys.executable, str(HERE / "run_ours.py"), *self.our_flags(name), f"--job={job}"], answer
-            )
+            command = [sys.executable, str(HERE / "run_ours.py"), *self.our_flags(name, rate), f"--job={job}"]
+            return common.read(command, answer)
         runner = HERE / f"run_{comparison.runner}.py"
         return common.read([str(self._pythons[comparison.environment]), str(runner), job], answer)
 
@@ -308,17 +323,23 @@ class Run:
             **{"model": name, "mode": mode, "data": str(self._data), "vectors": str(self._vectors(name, side))},
             **{"code": _code(comparison), "max_history_length": LENGTH, "embedding_dim": 64, "num_interests": 4},
             **{"batch_size": self._batch_size(name), "learning_rate": comparison.learning_rate},
-            "evaluate_every_steps": self._steps_per_epoch(name),
+            "evaluate_every_steps": -(-FLAGS.epoch_examples // self._batch_size(name)) or self._steps_per_epoch(name),
             **comparison.theirs,
         }
 
-    def our_flags(self, name: str) -> list[str]:
+    def our_flags(self, name: str, rate: float | None = None) -> list[str]:
+        """Returns the flags of our side; `rate` is in the place of the authors' learning rate."""
         comparison = COMPARISONS[name]
         given: dict[str, Any] = {
-            **{"dataset": "event_log", "data_path": FLAGS.data_path, "split": "leave_two_out", "item_features": ""},
+            **{
+                "dataset": FLAGS.dataset,
+                "data_path": FLAGS.data_path or "",
+                "split": "leave_two_out",
+                "item_features": "",
+            },
             **{"max_history_length": LENGTH, "num_positions": LENGTH, "embedding_dim": 64, "num_interests": 4},
             **{"global_batch_size": self._batch_size(name), "num_sampled": 10 * self._batch_size(name)},
-            **{"optimizer": "lazy_adam", "learning_rate": comparison.learning_rate, "embedding_l2": 0},
+            **{"optimizer": "lazy_adam", "learning_rate": rate or comparison.learning_rate, "embedding_l2": 0},
             **{"seed": FLAGS.seed, "metrics_port": -1},
         }
         if comparison.ours is not None:
@@ -332,10 +353,19 @@ def _report(found: Found, differences: dict[str, dict[str, Measured]]) -> dict[s
     report: dict[str, Any] = {
         "machine": {"cores": FLAGS.threads, "cpu": common.cpu_model(), "python": platform.python_version()},
         "commit": common.commit(),
-        "data": Path(FLAGS.data_path).name,
+        "data": Path(FLAGS.data_path).name or FLAGS.dataset,
         "settings": {
             name: FLAGS[name].value
-            for name in ("batch_size", "epochs", "rounds", "warmup_steps", "seconds", "seed", "exclude_history")
+            for name in (
+                "batch_size",
+                "epochs",
+                "epoch_examples",
+                "rounds",
+                "warmup_steps",
+                "seconds",
+                "seed",
+                "exclude_history",
+            )
         },
         "systems": [],
         "ours_less_theirs": {
@@ -357,6 +387,7 @@ def _report(found: Found, differences: dict[str, dict[str, Measured]]) -> dict[s
                 "examples_per_second_by_round": speeds,
                 "ours_times_its_speed": statistics.median(ratios) if ratios else None,
                 "peak_memory_bytes": max((said["peak_memory_bytes"] for said in findings.speeds), default=None),
+                "best": {name: value for name, value in findings.best.items() if name != "versions"},
                 "curve": [
                     {name: value for name, value in point.items() if name != "versions"} for point in findings.curve
                 ],
@@ -370,22 +401,24 @@ def _table(report: dict[str, Any]) -> str:
     lines = [
         f"{machine['cores']} cores of {machine['cpu']}, batch {FLAGS.batch_size}, commit {report['commit']}",
         "",
-        f"| | examples/s | ours: times as fast | peak memory, MiB | recall@{K} | NDCG@{K} | examples "
+        f"| | examples/s | ours: times as fast | peak memory, MiB | recall@{K} | NDCG@{K} | rate | examples | seconds "
         f"| ours less theirs, recall@{K} | NDCG@{K} |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for found in report["systems"]:
         theirs = found["side"] == THEIRS
         less = report["ours_less_theirs"].get(found["model"], {}) if theirs else {}
-        last = found["curve"][-1] if found["curve"] else {}
+        best = found["best"]
         cells = [
             found["name"] + " (" + ", ".join(f"{name} {version}" for name, version in found["versions"].items()) + ")",
             _number(found["examples_per_second"], ",.0f"),
             _number(found["ours_times_its_speed"], ".2f") if theirs else "",
             _number(found["peak_memory_bytes"] and found["peak_memory_bytes"] / 2**20, ",.0f"),
-            _with_interval(last.get("recall"), ".4f"),
-            _with_interval(last.get("ndcg"), ".4f"),
-            _number(last.get("examples"), ",d"),
+            _with_interval(best.get("recall"), ".4f"),
+            _with_interval(best.get("ndcg"), ".4f"),
+            _number(best.get("learning_rate"), "g"),
+            _number(best.get("examples"), ",d"),
+            _number(best.get("seconds"), ",.0f"),
             _with_interval(less.get("recall"), "+.4f"),
             _with_interval(less.get("ndcg"), "+.4f"),
         ]

@@ -1,6 +1,7 @@
 """Writes our prepared data's examples as plain arrays, for the peers: FLAGS of the trainer and --export_dir.
 
-`train.npz` and `test.npz`, one row an event of the split, user by user: `targets`, `history_lengths` and, end to end,
+`train.npz` and `asked.npz`, one row an event, user by user; what is asked are some validation events, then the test
+events, as of `judge.asked`: `targets`, `history_lengths` and, end to end,
 `history_item_ids`, oldest first. `users.npz`: `item_ids` of all events and `offsets`. `items.npz`: `counts`, how often
 training has each item, item 0 first. Prints their numbers as JSON.
 """
@@ -27,16 +28,21 @@ def main() -> None:
     from din_dist.data.splits import item_counts, split_examples
     from din_dist.data.walks import windows
     from din_dist.evaluation.retrieval import queries_of
+    from tests.benchmarks.retrieval_peers.judge import asked
 
     folder = Path(flags.FLAGS.export_dir)
     folder.mkdir(parents=True, exist_ok=True)
     store = prepare(config.data)
     splits = split_examples(store, config.data)
-    for name in ("train", "test"):
-        queries = queries_of(store, splits[name], config.data.max_history_length, splits[name].num_rows)
-        lengths = queries.history_ends - queries.history_starts
-        histories = store.history_item_ids[windows(queries.history_starts, lengths)]
-        np.savez(folder / f"{name}.npz", targets=queries.targets, history_lengths=lengths, history_item_ids=histories)
+    longest = config.data.max_history_length
+    train = queries_of(store, splits["train"], longest, splits["train"].num_rows)
+    for name, parts in (("train", [train]), ("asked", [*asked(store, splits, longest).values()])):
+        starts, ends, targets = (
+            np.concatenate([getattr(part, field) for part in parts])
+            for field in ("history_starts", "history_ends", "targets")
+        )
+        histories = store.history_item_ids[windows(starts, ends - starts)]
+        np.savez(folder / f"{name}.npz", targets=targets, history_lengths=ends - starts, history_item_ids=histories)
     np.savez(folder / "users.npz", item_ids=store.item_ids, offsets=store.user_offsets)
     np.savez(folder / "items.npz", counts=item_counts(store, splits))
     print(json.dumps({"num_train": splits["train"].num_rows, "num_items": store.facts.num_candidates}))

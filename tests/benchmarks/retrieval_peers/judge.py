@@ -12,14 +12,29 @@ import numpy as np
 
 from din_dist.config import DataConfig
 from din_dist.data.event_store import EventStore
-from din_dist.data.splits import item_counts, split_examples
+from din_dist.data.splits import Examples, item_counts, split_examples
 from din_dist.distributed.runtime import Runtime
 from din_dist.evaluation.confidence import Interval, intervals_of_sums
-from din_dist.evaluation.retrieval import Askers, Task, Tick, by_user, queries_of, rank
+from din_dist.evaluation.retrieval import Askers, Queries, Task, Tick, by_user, queries_of, rank
+
+VALIDATION, TEST = "validation", "test"
+MOST_VALIDATED = 5000  # events of validation that are asked
 
 Parts = Mapping[
     str, tuple[np.ndarray, np.ndarray]
 ]  # metric -> each user's share of numerator and denominator, [U] each
+
+
+def asked(store: EventStore, splits: Mapping[str, Examples], longest: int) -> dict[str, Queries]:
+    """Returns the events whose vectors are judged, by split: some of validation, and all of test.
+
+    Args:
+        store: the prepared data.
+        splits: of the data.
+        longest: the longest history.
+    """
+    most = {VALIDATION: MOST_VALIDATED, TEST: splits[TEST].num_rows}
+    return {name: queries_of(store, splits[name], longest, number) for name, number in most.items()}
 
 
 class Measured(NamedTuple):
@@ -65,7 +80,7 @@ class VectorScorer:
 
 
 class Judge:
-    """Measures recall, NDCG and hit rate of vectors on the test events.
+    """Measures recall, NDCG and hit rate of vectors on the events that are `asked`.
 
     Args:
         store: the prepared data.
@@ -79,29 +94,29 @@ class Judge:
         self, store: EventStore, config: DataConfig, *, exclude_history: bool, k: int = 20, num_samples: int = 1000
     ) -> None:
         splits = split_examples(store, config)
-        test = splits["test"]
         self._store, self._k, self._num_samples = store, k, num_samples
-        self._queries = queries_of(store, test, config.max_history_length, test.num_rows)
+        self._asked = asked(store, splits, config.max_history_length)
         self._task = Task(0, exclude_history, seed=0)
         self._popularity = item_counts(store, splits)
 
-    @property
-    def num_events(self) -> int:
-        """The number of test events, in whose order users' vectors are given."""
-        return len(self._queries)
-
-    def parts(self, users: np.ndarray, items: np.ndarray) -> Parts:
-        """Returns each user's share of the metrics of some vectors, as `VectorScorer` takes them.
+    def parts(self, users: np.ndarray, items: np.ndarray) -> dict[str, Parts]:
+        """Returns each user's share of the metrics of some vectors, as `VectorScorer` takes them, by split.
 
         Raises:
             ValueError: there are vectors of other events or items.
         """
-        expected = (len(self._queries), self._store.facts.num_candidates + 1)
+        expected = (sum(map(len, self._asked.values())), self._store.facts.num_candidates + 1)
         if (len(users), len(items)) != expected:
             raise ValueError(f"vectors: must be of {expected} events and items. Received: {len(users), len(items)}.")
-        scorer = VectorScorer(self._queries.events, users, items)
-        positions = rank(self._store, self._queries, self._task, scorer, self._k, Runtime())
-        found = by_user(self._queries, positions, self._popularity, [self._k])
+        own = np.split(users, np.cumsum([len(queries) for queries in self._asked.values()])[:-1])
+        return {
+            name: self._of(queries, VectorScorer(queries.events, vectors, items))
+            for (name, queries), vectors in zip(self._asked.items(), own, strict=True)
+        }
+
+    def _of(self, queries: Queries, scorer: VectorScorer) -> Parts:
+        positions = rank(self._store, queries, self._task, scorer, self._k, Runtime())
+        found = by_user(queries, positions, self._popularity, [self._k])
         return {name: found[f"{name}@{self._k}"] for name in ("recall", "ndcg", "hit_rate")}
 
     def measure(self, parts: Parts) -> dict[str, Measured]:

@@ -29,7 +29,7 @@ def prepare(job: dict[str, Any]) -> None:
     number_of = np.zeros(len(counts), np.int32)  # 0 is padding in theirs too
     number_of[1 + np.argsort(-counts[1:], kind="stable")] = np.arange(1, len(counts))
     np.save(folder / "number_of.npy", number_of)
-    for split in ("train", "test"):
+    for split in ("train", "asked"):
         targets, lengths, histories = vectors.examples(job, split)
         mask = (np.arange(histories.shape[1]) < lengths[:, None]).astype(np.float32)
         np.savez(folder / f"{split}.npz", targets=number_of[targets], histories=number_of[histories], mask=mask)
@@ -39,7 +39,7 @@ def train(job: dict[str, Any], channel: Any) -> None:
     tf, models = _their_models(Path(job["code"]))
     folder = Path(job["data"], FORM)
     number_of = np.load(folder / "number_of.npy")
-    given, test = (dict(np.load(folder / f"{split}.npz")) for split in ("train", "test"))
+    given, asked = (dict(np.load(folder / f"{split}.npz")) for split in ("train", "asked"))
     threads = {"intra_op_parallelism_threads": job["threads"], "inter_op_parallelism_threads": job["threads"]}
     tf.set_random_seed(job["seed"])
     with tf.Session(config=tf.ConfigProto(**threads)) as session:
@@ -48,8 +48,8 @@ def train(job: dict[str, Any], channel: Any) -> None:
 
         def found() -> tuple[np.ndarray, np.ndarray]:
             users = [
-                model.output_user(session, [test["histories"][part], test["mask"][part]])
-                for part in vectors.parts(len(test["mask"]), EVENTS_AT_ONCE)
+                model.output_user(session, [asked["histories"][part], asked["mask"][part]])
+                for part in vectors.parts(len(asked["mask"]), EVENTS_AT_ONCE)
             ]
             return np.concatenate(users), model.output_item(session)[number_of]
 

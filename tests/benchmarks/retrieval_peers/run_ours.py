@@ -20,7 +20,7 @@ def _watch(ours: Assembly, job: dict[str, Any], channel: TextIO) -> vectors.Vect
     """Returns a clock that saves vectors."""
     import tensorflow as tf
 
-    _, lengths, histories = vectors.examples(job, "test")
+    _, lengths, histories = vectors.examples(job, "asked")
     ids = tf.TensorSpec([None], tf.int32)
     users_of = tf.function(ours.model.users_of, input_signature=[ids, ids], autograph=False)
 

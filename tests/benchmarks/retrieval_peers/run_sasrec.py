@@ -72,7 +72,7 @@ def train(job: dict[str, Any], channel: Any) -> None:
     num_items = len(np.load(Path(job["data"], "items.npz"))["counts"]) - 1
     number_of = np.zeros(num_items + 1, np.int64)  # 0 is padding in theirs too
     number_of[1:] = dataset.token2id(dataset.iid_field, [str(item) for item in range(1, num_items + 1)])
-    _, lengths, histories = vectors.examples(job, "test")
+    _, lengths, histories = vectors.examples(job, "asked")
 
     def found() -> tuple[np.ndarray, np.ndarray]:
         model.eval()

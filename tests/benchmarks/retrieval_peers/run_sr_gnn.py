@@ -25,7 +25,7 @@ def train(job: dict[str, Any], channel: Any) -> None:
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
     np.random.seed(job["seed"])  # noqa: NPY002 - theirs shuffles by it
-    given, test = (Data(_sequences(job, split), shuffle=split == "train") for split in ("train", "test"))
+    given, asked = (Data(_sequences(job, split), shuffle=split == "train") for split in ("train", "asked"))
     num_items = len(np.load(Path(job["data"], "items.npz"))["counts"]) - 1
     options = types.SimpleNamespace(
         hiddenSize=job["embedding_dim"],
@@ -45,9 +45,9 @@ def train(job: dict[str, Any], channel: Any) -> None:
         model.eval()
         users = []
         with torch.no_grad():
-            for rows in test.generate_batch(model.batch_size):
+            for rows in asked.generate_batch(model.batch_size):
                 kept.clear()
-                forward(model, rows, test)
+                forward(model, rows, asked)
                 users.append(kept[0].numpy())
         model.train()
         return np.concatenate(users), model.embedding.weight.detach().numpy()

@@ -14,9 +14,9 @@ from stopwatch import Stopwatch
 
 
 class VectorStopwatch(Stopwatch):
-    """A clock that saves vectors: `scores` returns those of test events, `[E, H]` or `[E, K, H]`, and of items.
+    """A clock that saves vectors: `scores` returns those of the events that are asked, and of items.
 
-    Those of items are `[I + 1, H]`; row 0 is no item.
+    Those of events are `[E, H]` or `[E, K, H]`. Those of items are `[I + 1, H]`; row 0 is no item.
     """
 
     def save(self, scores: Any) -> None:
