@@ -175,11 +175,11 @@ def test_a_day_unlike_the_others_stops_it(days: Days) -> None:
         (days.folder / "log" / f"{date(NUM_DAYS)}.parquet").unlink()
 
 
-def start(days: Days, *flags: str) -> subprocess.Popen[str]:
-    """Starts the command itself with two workers, in a work folder of its own."""
-    words = [f"--log={days.folder / 'short'}", f"--from={date(0)}", f"--work_dir={days.folder / 'real'}"]
+def start(days: Days, log: str = "short", work: str = "real", num_workers: int = 2) -> subprocess.Popen[str]:
+    """Starts the command itself with several workers, in a work folder of its own."""
+    words = [f"--log={days.folder / log}", f"--from={date(0)}", f"--work_dir={days.folder / work}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "din_dist.cli.daily", *words, "--num_workers=2", *TRAINER, *flags],
+        [sys.executable, "-m", "din_dist.cli.daily", *words, f"--num_workers={num_workers}", *TRAINER],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -215,6 +215,30 @@ def test_two_workers_stopped_and_killed(days: Days) -> None:
         assert_same_weights(weights(real / date(day)), weights(whole / date(day)), tolerance=1e-3)
 
 
+@pytest.mark.thorough(unless=lambda case: case["num_workers"] == 3)
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_many_workers_over_several_days_are_as_one(days: Days, num_workers: int) -> None:
+    """Each day begins with the weights of the day before, so a difference would grow from day to day."""
+    work = f"{num_workers}_workers"
+    process = start(days, "log", work, num_workers)
+    said, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    found = json.loads(said.splitlines()[-1])
+    assert found["new_days"] == [date(day) for day in range(NUM_DAYS)]
+    many, alone = (days.folder / name for name in (work, "whole"))
+    for day in range(NUM_DAYS):
+        jobs = [folder / "jobs" / date(day) for folder in (many, alone)]
+        summaries = [json.loads((job / "summary.json").read_text()) for job in jobs]
+        assert [summary["world_size"] for summary in summaries] == [num_workers, 1]
+        assert summaries[0]["best_step"] == summaries[1]["best_step"]
+        assert_same_weights(*map(weights, jobs), tolerance=1e-3)
+        if day:
+            shown = [
+                json.loads((folder / "days" / date(day) / "evaluated.json").read_text()) for folder in (many, alone)
+            ]
+            assert shown[0]["gauc"] == pytest.approx(shown[1]["gauc"], abs=5e-3)
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
@@ -222,6 +246,10 @@ def test_two_workers_stopped_and_killed(days: Days) -> None:
         (["--period=year"], "flag --period=year: value should be one of <day|week|month>. See --help."),
         (["--train_from=5"], "--train_from: is set for each day. Received: 5. Drop it; --log names the days."),
         (["--epoch=2"], "Unknown command line flag 'epoch'. Did you mean: epochs ?. See --help."),
+        (
+            ["--min_item_events=5"],
+            "--min_item_events: with --extend needs --forget_after, because new items of a day would have too few",
+        ),
         (["--dropout=2"], "--dropout: must be below 1. Received: 2.0. For example 0."),
         (["--log=none"], "--log: must be a folder that can be read. Received: none, No such file or directory."),
         (

@@ -24,7 +24,7 @@ from din_dist.data.raw_features import raw_ids
 from din_dist.data.row_ids import NEW, RowIds, rows_before
 from din_dist.data.statistics import describe
 from din_dist.errors import InputError
-from tests.data.test_extension import FORMS, assert_same_files, config_of, rows_of, write
+from tests.support.growing_log import FORMS, assert_same_files, config_of, rows_of, write
 
 DAY = 86_400
 Rows = list[dict[str, Any]]
