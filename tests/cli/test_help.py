@@ -26,7 +26,7 @@ TRAINER = [
         "warm start",
         "execution",
     ),
-    *("checkpoints and recovery", "elastic", "evaluation", "logs and TensorBoard", "Prometheus"),
+    *("checkpoints and recovery", "elastic", "evaluation", "logs and TensorBoard", "Prometheus", "experiment tracker"),
 ]
 THEMES = {
     "benchmark": ["benchmark", "sweep", *TRAINER],
