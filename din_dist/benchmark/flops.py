@@ -70,7 +70,8 @@ def forward_products(
         products += [Product(number, width, first) for number in rows]
         products += num_histories * [Product(num_sides, side_width, first)] if side_width else []
         products += _stack(num_positions, (*config.attention_hidden_units, 1))
-    products += num_histories * [Product(num_examples, width + side_width, width)]  # the projection of each interest
+    if config.interest_projection:
+        products += num_histories * [Product(num_examples, width + side_width, width)]
     first, *_ = config.hidden_units
     experts = config.heads.experts if num_tasks > 1 else 0
     first_width = experts * (first + num_tasks) if experts else num_tasks * first

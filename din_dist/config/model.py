@@ -224,6 +224,13 @@ class ModelConfig(Settings):
         later=True,
     )
 
+    interest_projection: bool = text_setting(
+        True,
+        "A Dense layer between the pooled history and the head, as in the authors' code. Without it the head sees the "
+        "pooled history itself.",
+        later=True,
+    )
+
     attention: AttentionKind = text_setting(
         AttentionKind.MLP,
         "mlp: the local activation unit, a network that scores each pair of candidate and behaviour. dot: their "

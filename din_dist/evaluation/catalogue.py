@@ -122,11 +122,13 @@ class CatalogueScorer:
     def __init__(self, model: RankingModel, num_items: int, task: int = 0) -> None:
         self._lookup, self._num_items, self._task = model.lookup, num_items, task
         width = model.lookup.width
-        (norm,), (projection,) = model.interest_norms, model.interest_projections
+        (norm,) = model.interest_norms
         scale, offset = norm.affine()
-        self._of_behaviour = scale[:, None] * projection.kernel.value  # [H, H]
-        # The interest of a history without behaviours, `[1, H]`.
-        self._empty_interest = tf.matmul(offset[None], projection.kernel.value) + projection.bias.value
+        self._of_behaviour = tf.linalg.diag(scale)  # [H, H]
+        self._empty_interest = offset[None]  # the interest of a history without behaviours, `[1, H]`
+        for projection in model.interest_projections:
+            self._of_behaviour = tf.matmul(self._of_behaviour, projection.kernel.value)
+            self._empty_interest = tf.matmul(self._empty_interest, projection.kernel.value) + projection.bias.value
 
         self._model, self._head, head = model, model.head, model.split_head()
         self._head_bias = head.bias[None]  # [1, D]

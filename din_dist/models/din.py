@@ -27,6 +27,7 @@ class DIN(RankingModel):
     """Weighs each past behaviour by its relevance to the candidate.
 
     interest = Dense(BN(attention(q, history))); logit = head(BN([interest, q, interest * q, context])) + bias[item].
+    `--nointerest_projection` leaves that Dense out.
     Of several histories each has an interest, and the head sees them and their products with the candidate.
     The context is the columns of user, context and candidate features, if there are any.
     Source: the authors' din/model.py.

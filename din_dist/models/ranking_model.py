@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from din_dist.config import BatchNorm, ModelConfig
+from din_dist.config import BatchNorm, ModelConfig, require
 from din_dist.execution import INFERENCE, Mode, round_up
 from din_dist.features.spec import Owner
 from din_dist.layers.feature_columns import FeatureColumns
@@ -22,7 +22,7 @@ from din_dist.layers.native.vectors import vectors_and_candidates
 from din_dist.layers.packed import padded, rows_at, segment_ids
 from din_dist.layers.pairs import Pairs
 from din_dist.layers.spans import Positions, spans_of
-from din_dist.layers.stages import Stage
+from din_dist.layers.stages import Stage, activated
 from din_dist.layers.standardize import BatchNormalization
 from din_dist.layers.task_towers import TaskTowers
 from din_dist.models.behaviour_model import BehaviourModel, Sides, distinct_items, given_features, items_of, names_of
@@ -89,8 +89,12 @@ class RankingModel(BehaviourModel):
         self.has_batch_statistics = not frozen
         suffixes = suffixes_of(self.histories)
         self.interest_norms = [BatchNormalization(frozen, name=f"interest_norm{suffix}") for suffix in suffixes]
+        rule = "must stay where behaviours have features of their own, because it brings interests to the item's width"
+        drop = "Drop --nointerest_projection, or those features."
+        require(config.interest_projection or not self.side_width, rule, "interest_projection", "no", drop)
         self.interest_projections = [
-            keras.layers.Dense(lookup.width, name=f"interest_projection{suffix}") for suffix in suffixes
+            keras.layers.Dense(lookup.width, name=f"interest_projection{suffix}")
+            for suffix in (suffixes if config.interest_projection else ())
         ]
         self.head_norm = BatchNormalization(frozen, name="head_norm")
         make_head: Callable[..., HiddenLayers | TaskTowers] = HiddenLayers
@@ -237,11 +241,10 @@ class RankingModel(BehaviourModel):
             seeds: int64 `[C]`, for dropout.
             mode: of the pass.
         """
-        stages = map(Stage, self.interest_norms, self.interest_projections)
-        interests = []
-        for place, (pairs, stage) in enumerate(zip(all_pairs, stages, strict=True)):
-            interest = self.interest(items, pairs, mode, place)
-            interests.append(run_stages([stage], interest, None, mode))
+        interests = [
+            self._projected(self.interest(items, pairs, mode, place), place, mode)
+            for place, pairs in enumerate(all_pairs)
+        ]
         inputs = self.head_inputs(interests, items.candidate, mode)
         if items.history_terms is not None:
             return self._logits_from_terms(inputs, items)
@@ -252,6 +255,13 @@ class RankingModel(BehaviourModel):
         if not self.head.built:
             self.head.build(inputs.shape)
         return self.head.combined(self.head.behind(self.head_norm, inputs, seeds, mode) + items.biases)
+
+    def _projected(self, interest: tf.Tensor, history: int, mode: Mode) -> tf.Tensor:
+        """Returns what the head sees of the pooled history `[C, H + S]` at a place: `[C, H]`."""
+        norm = self.interest_norms[history]
+        if not self.interest_projections:
+            return activated(norm, interest, mode)
+        return run_stages([Stage(norm, self.interest_projections[history])], interest, None, mode)
 
     def _logits_from_terms(self, inputs: tf.Tensor, items: LookedUp) -> tf.Tensor:
         """Returns the logits `[C]` or `[C, T]` in inference; `inputs` `[C, W]` is the result of `head_inputs`."""

@@ -102,6 +102,8 @@ def _model_rows(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, s
         units = "–".join(map(str, model.attention_hidden_units))
         softmax = "softmax over the history" if model.attention_normalization == "softmax" else "no normalisation"
         rows.append(("Attention", f"hidden units {units}, {softmax}"))
+    if not model.model.retrieves and not model.interest_projection:
+        rows.append(("Interest", "pooled history, without a projection"))
     if model.model.retrieves:
         against = f"{model.num_sampled:,} items, drawn {model.sampler}"
         rows.append(("Softmax", f"over {against if model.softmax is Softmax.SAMPLED else 'all items'}"))

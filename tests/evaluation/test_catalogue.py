@@ -103,6 +103,14 @@ def test_attention_by_products():
 
 
 @pytest.mark.parametrize("kind", RANKING)
+def test_interests_without_a_projection(kind):
+    model = far_from_the_start(small_model(model=kind, interest_projection=False))
+    expected = one_by_one(model, HISTORIES)
+    assert expected.std() > 0.1
+    assert_allclose(at_once(model, HISTORIES), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", RANKING)
 def test_features_of_the_event_count_for_every_candidate(kind):
     """Of users, contexts and items."""
     features = RandomFeatures((Owner.USER, Owner.CONTEXT, Owner.ITEM))

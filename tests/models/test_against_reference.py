@@ -125,6 +125,29 @@ def test_features_of_every_form_equal_the_reference(model, owners, form):
     assert_same_gradients(gradients, wanted)
 
 
+@functools.cache
+def expected_without_projection(model):
+    batch = padded_batch(RAGGED)
+    ours = small_model(model=model, interest_projection=False, **NARROW)
+    reference = PaddedModel(ITEM_FEATURES, model, "dice", batch_statistics=True)
+    weights = weights_of(ours)
+    trainable = [weight.path for weight in ours.trainable_weights]
+    assert not any("projection" in path for path in trainable)
+    gradients = central_differences(lambda changed: reference.loss(changed, batch), weights, trainable)
+    return reference.logits(weights, batch), reference.loss(weights, batch), gradients
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model", RANKING)
+def test_interests_without_a_projection_equal_the_reference(model, form):
+    wanted_logits, wanted_loss, wanted = expected_without_projection(model)
+    ours = small_model(model=model, interest_projection=False, **NARROW, **FORMS[form])
+    logits, loss, gradients = loss_and_gradients(ours, packed(padded_batch(RAGGED)), training=True)
+    np.testing.assert_allclose(logits, wanted_logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    assert_same_gradients(gradients, wanted)
+
+
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_random_ragged_batches_equal_the_reference(seed):
     lengths = np.random.default_rng(seed).integers(0, 13, 16)

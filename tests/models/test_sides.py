@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from din_dist.config import Activation, AttentionNormalization, ModelKind
+from din_dist.errors import InputError
 from din_dist.features.sides import distinct_sides
 from din_dist.models.behaviour_model import Sides, items_of
 from din_dist.schema import Batch, NamedHistory
@@ -59,6 +60,16 @@ def reference_of(case: str, batch_statistics: bool) -> PaddedModel:
         other_histories=("buy",) if "histories" in config else (),
         share_attention=config.get("share_attention", False),
         sides=tuple(SIDES),
+    )
+
+
+@pytest.mark.parametrize("case", ["own", "mean"])
+def test_an_interest_of_behaviours_with_features_needs_its_projection(case: str):
+    with pytest.raises(InputError) as caught:
+        model_of(case, interest_projection=False)
+    assert str(caught.value) == (
+        "--interest_projection: must stay where behaviours have features of their own, because it brings interests to "
+        "the item's width. Received: 'no'. Drop --nointerest_projection, or those features."
     )
 
 

@@ -36,6 +36,7 @@ Each system is used as its documentation shows, so these differences remain:
 - Model. Ours follows the authors' code: scores divided by sqrt(H), a projection of the interest, the product of
   interest and candidate as a third input of the head, a bias an item, and scale and offset where they have batch
   normalisation (`--batch_norm=frozen`). The peers have none of these: their head sees candidate and interest.
+  `--nointerest_projection` leaves out the projection.
 - Start. The peers' embeddings start at N(0, 1e-4), ours at Glorot's. Our benchmark of speed trains at a rate of 1e-6,
   which is the same work.
 - Order. Each shuffles with its own generator: the peers all examples, ours the events, each with its negative beside it
@@ -92,6 +93,7 @@ OTHER_SETTINGS: dict[str, Any] = {
     "metrics_port": -1,
 }
 OF_HISTORIES = ("histories", "action_column", "long_history")
+OF_REPORT = ("rounds", "target_gauc", "interest_projection")
 FOR_THE_RUNNERS = (
     *("batch_size", "threads", "loader_workers", "seed", "warmup_steps", "seconds"),
     *("evaluate_every_steps", "max_seconds"),
@@ -109,6 +111,7 @@ flags.DEFINE_integer("warmup_steps", 10, "Steps at the start of a round, not mea
 flags.DEFINE_float("seconds", 20.0, "Seconds of training steps of each system in a round.")
 flags.DEFINE_integer("batch_size", 1024, "Examples a step.")
 flags.DEFINE_string("compute_dtype", "float32", "Of ours: float32, as the peers compute, or bfloat16.")
+flags.DEFINE_bool("interest_projection", True, "Of ours, as the authors have; the peers have none.")
 flags.DEFINE_integer("loader_workers", 1, "Processes of FuxiCTR's data loader (1 is its default).")
 flags.DEFINE_list("learning_rates", ["0.001"], "Of Adam, for the quality: each system trains at each.")
 flags.DEFINE_integer("seed", 1234, "Of negatives, weights and order.")
@@ -225,6 +228,7 @@ def _our_flags() -> list[str]:
     settings = {**OTHER_SETTINGS, **SIZES, "dataset": FLAGS.dataset, "data_path": FLAGS.data_path, "seed": FLAGS.seed}
     settings |= {"features": FLAGS.features} if FLAGS.features else {}
     settings |= {"global_batch_size": FLAGS.batch_size, "compute_dtype": FLAGS.compute_dtype}
+    settings |= {} if FLAGS.interest_projection else {"interest_projection": False}
     texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
     return [f"--{name}={text}" for name, text in texts.items()]
 
@@ -277,7 +281,7 @@ def _report(
     report: dict[str, Any] = {
         "machine": {"cores": FLAGS.threads, "cpu": common.cpu_model(), "python": platform.python_version()},
         "commit": common.commit(),
-        "settings": {name: FLAGS[name].value for name in (*OF_HISTORIES, *FOR_THE_RUNNERS, "rounds", "target_gauc")},
+        "settings": {name: FLAGS[name].value for name in (*OF_HISTORIES, *FOR_THE_RUNNERS, *OF_REPORT)},
         "data": Path(FLAGS.data_path).name or FLAGS.dataset,
         "features": Path(FLAGS.features).name,
         "systems": {},

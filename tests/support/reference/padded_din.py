@@ -140,7 +140,8 @@ class PaddedModel:
             keys = keys if sides is None else np.concatenate([keys, sides], axis=-1)
             interest = np.where(mask[..., None], keys, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
         interest = batch_norm(scope(weights, f"model/interest_norm{suffix}/"), interest, self.batch_statistics)
-        return dense(scope(weights, f"model/interest_projection{suffix}/"), interest)
+        projection = scope(weights, f"model/interest_projection{suffix}/")
+        return dense(projection, interest) if projection else interest
 
     def embed(self, weights: Weights, item_ids: np.ndarray) -> np.ndarray:
         """Returns the embeddings of items and of their features, concatenated: `[..., H]`."""
