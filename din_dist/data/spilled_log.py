@@ -106,7 +106,7 @@ class SpilledLogReader(LogReader):
         folder = self._room.folder / _READ
         if not folder.is_dir():
             with published_folder(folder) as aside:
-                self._spool(aside)
+                self.spool(aside)
                 self._check_read()
         log = SpooledLog(folder, self._columns, list(self._layouts), self._room.most_bytes)
         log.check_label_times()
@@ -139,7 +139,7 @@ class SpilledLogReader(LogReader):
         """Returns the columns of features in the log, each once."""
         return list(dict.fromkeys([*self._features.from_log, *self._of_items]))
 
-    def _spool(self, folder: Path) -> None:
+    def spool(self, folder: Path) -> None:
         """Writes the columns of all files to `folder`."""
         columns, rows = self._columns, self._rows
         times, optional = TimeColumn(columns.timestamp, rows), OptionalColumns(columns, rows)

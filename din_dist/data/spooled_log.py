@@ -25,7 +25,7 @@ from din_dist.tables.values import ColumnValues, IdValues, ListValues, NumberVal
 from din_dist.text import parse_json
 
 STATE_FILE = "read.json"
-_MOST_AT_ONCE, _FEWEST_AT_ONCE = 1 << 22, 1 << 6  # rows
+_MOST_AT_ONCE, FEWEST_AT_ONCE = 1 << 22, 1 << 6  # rows
 _DTYPES = {
     **dict.fromkeys(("user", "item", "request", "session", "action"), np.int32),
     **dict.fromkeys(("time", "label_time"), np.int64),
@@ -91,7 +91,7 @@ class SpooledLog:
 
     def parts(self, kind: RowType) -> Iterator[tuple[slice, RowPart]]:
         """Yields all rows, as many at a time as the memory may hold, and where they stand."""
-        at_once = int(np.clip(self.most_bytes // (4 * self.row_bytes), _FEWEST_AT_ONCE, _MOST_AT_ONCE))
+        at_once = int(np.clip(self.most_bytes // (4 * self.row_bytes), FEWEST_AT_ONCE, _MOST_AT_ONCE))
         return RowReader(self.folder, kind).parts(self.num_rows, at_once)
 
     def values(self, column: RawColumn, part: RowPart) -> ColumnValues:

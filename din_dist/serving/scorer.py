@@ -62,7 +62,7 @@ class ExportScorer:
             users, events = self._examples.users_and_events(batch.example_ids.numpy())
             given = by_owner(self._values.of(users, events, candidates.numpy()))
         behaviours, lengths = self._behaviours(histories.numpy(), batch.history_lengths.numpy(), of_behaviours)
-        return tf.constant(self._bundle.score(behaviours, lengths, self._own(candidates), **given))
+        return tf.constant(self._bundle.score(behaviours, lengths, self.own_ids(candidates), **given))
 
     def of_all(
         self,
@@ -136,7 +136,7 @@ class ExportScorer:
             rows = slice(first, min(first + _USERS_AT_ONCE, len(logits)))
             items = history_item_ids[ends[first] - history_lengths[first] : ends[rows.stop - 1]]
             given = self._of(askers, rows.start, rows.stop)
-            users = self._bundle.embed_users(self._own(items), history_lengths[rows], **given)
+            users = self._bundle.embed_users(self.own_ids(items), history_lengths[rows], **given)
             logits[rows] = (users @ self._item_vectors.T).max(axis=1) / temperature
             tick(rows.stop / len(logits))
         return logits
@@ -153,7 +153,7 @@ class ExportScorer:
         found = self._bundle.rank_histories(
             behaviours,
             lengths,
-            self._own(candidate_item_ids),
+            self.own_ids(candidate_item_ids),
             candidate_counts,
             **self._of(askers, 0, len(candidate_counts)),
         )
@@ -175,12 +175,12 @@ class ExportScorer:
     ) -> tuple[GivenBehaviours, np.ndarray]:
         """Returns behaviours and lengths as a bundle takes them, given those of a batch and their features."""
         if not self._histories:
-            return GivenBehaviours(self._own(item_ids), features=features), lengths
+            return GivenBehaviours(self.own_ids(item_ids), features=features), lengths
         order, names, lengths = by_user(lengths, self._histories)
         ordered = {name: values[order] for name, values in features.items()}
-        return GivenBehaviours(self._own(item_ids[order]), tf.constant(names, tf.string), ordered), lengths
+        return GivenBehaviours(self.own_ids(item_ids[order]), tf.constant(names, tf.string), ordered), lengths
 
-    def _own(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
+    def own_ids(self, item_ids: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Returns the log's own ids for dense ids, which count from 1."""
         return tf.gather(self._own_ids, tf.cast(item_ids, tf.int64) - 1)
 

@@ -122,10 +122,10 @@ def _latencies(
 ) -> dict[str, list[float]]:
     """Returns the seconds of each call for one user, by what is called, in turn."""
     times: dict[str, list[float]] = {}
-    all_items = ranker._own(np.arange(ranker.num_items) + 1)
+    all_items = ranker.own_ids(np.arange(ranker.num_items) + 1)
     for number in range(given.calls + WARMUP):
         at = number % len(queries)
-        history = ranker._own(store.history_item_ids[queries.history_starts[at] : queries.history_ends[at]])
+        history = ranker.own_ids(store.history_item_ids[queries.history_starts[at] : queries.history_ends[at]])
         calls = _calls(bundle, history, given.num_retrieved)
         if number % 5 == 0:  # it takes long
             calls["all ranked"] = _ranks_all(bundle, history, all_items)

@@ -34,7 +34,7 @@ from din_dist.data.spark.rows import (
     Piece,
     PositionedRows,
     Summary,
-    Wanted,
+    WantedColumns,
     in_conflict,
     read_piece,
     settle_folders,
@@ -57,7 +57,7 @@ _OF_SHARD = (
 
 @dataclasses.dataclass(frozen=True)
 class SparkLog:
-    """What is prepared.
+    """The log to prepare.
 
     Attributes:
         files: of the log, sorted.
@@ -74,7 +74,7 @@ class SparkLog:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The parts that were written.
 
     Attributes:
         facts: about the data set; the fingerprint, sources and reader are the builder's to fill in.
@@ -91,7 +91,7 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What a task finds of a file without reading its rows.
+    """The facts of a file that a task finds without reading its rows.
 
     Attributes:
         layout: None if it has no rows.
@@ -151,7 +151,7 @@ def prepare_on_spark(
 
 
 class _Numbered:
-    """What was numbered by first appearance.
+    """Values that are numbered by first appearance.
 
     Args:
         session: of Spark.
@@ -252,14 +252,14 @@ class _Preparation:
     def _form(self) -> Format:
         return format_of(self._files[0]) or Format.PARQUET
 
-    def _wanted(self, looks: Sequence[Look]) -> tuple[Wanted, dict[File, Layout]]:
+    def _wanted(self, looks: Sequence[Look]) -> tuple[WantedColumns, dict[File, Layout]]:
         layouts = {file: look.layout for file, look in zip(self._files, looks, strict=True) if look.layout}
         columns = checked_columns(layouts, self._log.columns, self._log.features, names_of(self._of_log))
         of_items = [column for column in map(RawColumn.of, shorthand(columns.item_features)) if column]
         features = tuple(dict.fromkeys([*self._of_log, *of_items]))
-        return Wanted(columns, features, self._form), layouts
+        return WantedColumns(columns, features, self._form), layouts
 
-    def _read(self, wanted: Wanted, looks: Sequence[Look], layouts: Mapping[File, Layout]) -> list[Summary]:
+    def _read(self, wanted: WantedColumns, looks: Sequence[Look], layouts: Mapping[File, Layout]) -> list[Summary]:
         pieces = []
         for place, (file, look) in enumerate(zip(self._files, looks, strict=True)):
             if file in layouts:
@@ -306,7 +306,7 @@ class _Preparation:
         counts = in_order.mapInArrow(write, _COUNTS).collect()
         return _Numbered(self._session, folder, {row["part"]: (row["rows"], row["events"]) for row in counts})
 
-    def _category_vocabularies(self, wanted: Wanted, rows: Any) -> dict[str, _Numbered]:
+    def _category_vocabularies(self, wanted: WantedColumns, rows: Any) -> dict[str, _Numbered]:
         """Returns the values of each category and of the actions, by the name in the rows."""
         from pyspark.sql import functions as F
 
@@ -317,7 +317,9 @@ class _Preparation:
             found[name] = self._number(values.agg(F.min("position").alias("first"), F.lit(1).alias("n")), name)
         return found
 
-    def _owners(self, wanted: Wanted, rows: Any, owner: Owner, vocabularies: Mapping[str, _Numbered]) -> _Numbered:
+    def _owners(
+        self, wanted: WantedColumns, rows: Any, owner: Owner, vocabularies: Mapping[str, _Numbered]
+    ) -> _Numbered:
         """Returns the users or the items, each with the values of its features."""
         from pyspark.sql import functions as F
 
@@ -405,7 +407,7 @@ class _Preparation:
 
     def _join(
         self,
-        wanted: Wanted,
+        wanted: WantedColumns,
         summaries: Sequence[Summary],
         users: _Numbered,
         items: _Numbered,
@@ -456,7 +458,7 @@ class _Preparation:
         for into, found in checksums.items():
             write_found(into, found)
 
-    def _actions(self, wanted: Wanted, vocabularies: Mapping[str, _Numbered]) -> tuple[str, ...]:
+    def _actions(self, wanted: WantedColumns, vocabularies: Mapping[str, _Numbered]) -> tuple[str, ...]:
         if "action" not in vocabularies:
             return ()
         found = vocabularies["action"]
@@ -470,7 +472,7 @@ class _Preparation:
 
     def _facts(
         self,
-        wanted: Wanted,
+        wanted: WantedColumns,
         users: _Numbered,
         items: _Numbered,
         vocabularies: Mapping[str, _Numbered],
@@ -528,7 +530,7 @@ def _pieces(place: int, file: File, layout: Layout, groups: Sequence[int]) -> li
 
 
 def _type_of(
-    wanted: Wanted,
+    wanted: WantedColumns,
     name: str,
     column: str,
     seeds: Mapping[str, pa.Array],
@@ -543,7 +545,9 @@ def _type_of(
     return "int64" if read_as_text and told and all(told) and name != "action" else "large_string"
 
 
-def _raw_of_events(wanted: Wanted, of_log: Sequence[RawColumn], told: Mapping[int, bool]) -> dict[str, tuple[str, str]]:
+def _raw_of_events(
+    wanted: WantedColumns, of_log: Sequence[RawColumn], told: Mapping[int, bool]
+) -> dict[str, tuple[str, str]]:
     """Returns the raw arrays with a value an event: column of the rows -> name and dtype; see `Sharding.raw`."""
     found = {}
     for index, column in enumerate(wanted.features):

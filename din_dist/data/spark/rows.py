@@ -38,8 +38,8 @@ ROWS_PER_PIECE = 1 << 20  # of Parquet: what one task reads, in whole row groups
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What is read of a log.
+class WantedColumns:
+    """The columns to read of a log.
 
     Attributes:
         columns: those that the log has.
@@ -104,7 +104,7 @@ class Piece:
 
 @dataclasses.dataclass
 class Summary:
-    """What a task tells of a piece.
+    """The facts of a piece that a task tells.
 
     Attributes:
         num_rows: it has.
@@ -141,7 +141,7 @@ class PositionedRows(Rows):
         return place_of(int(row), self._all)
 
 
-def read_piece(piece: Piece, wanted: Wanted, path: Path, seeds: Mapping[str, pa.Array]) -> Summary:
+def read_piece(piece: Piece, wanted: WantedColumns, path: Path, seeds: Mapping[str, pa.Array]) -> Summary:
     """Reads a piece, checks each value, and writes its rows to `path`.
 
     Args:
@@ -175,7 +175,7 @@ def read_piece(piece: Piece, wanted: Wanted, path: Path, seeds: Mapping[str, pa.
 class _PieceReader:
     """Checks the rows of a piece batch by batch."""
 
-    def __init__(self, wanted: Wanted, rows: Rows, layout: Layout, summary: Summary) -> None:
+    def __init__(self, wanted: WantedColumns, rows: Rows, layout: Layout, summary: Summary) -> None:
         columns = wanted.columns
         self._wanted, self._rows, self._layout, self._summary = wanted, rows, layout, summary
         self._users, self._items = IdColumn(columns.user, rows), IdColumn(columns.item, rows)
@@ -277,7 +277,7 @@ class _PieceReader:
             self._summary.examples[name] = values.slice(0, 1)
 
 
-def in_conflict(wanted: Wanted, seeds: Mapping[str, pa.Array], examples: Mapping[str, pa.Array]) -> bool:
+def in_conflict(wanted: WantedColumns, seeds: Mapping[str, pa.Array], examples: Mapping[str, pa.Array]) -> bool:
     """Tells whether values of two pieces are of different kinds."""
     columns, rows = wanted.columns, Rows()
     rows.begin(Path())
@@ -296,7 +296,7 @@ def in_conflict(wanted: Wanted, seeds: Mapping[str, pa.Array], examples: Mapping
 
 
 def settle_folders(
-    wanted: Wanted, pieces: Iterable[Piece], seeds: Mapping[str, pa.Array], files: Sequence[File]
+    wanted: WantedColumns, pieces: Iterable[Piece], seeds: Mapping[str, pa.Array], files: Sequence[File]
 ) -> None:
     """Refuses the name of a folder that is no integer, where other files have integers.
 

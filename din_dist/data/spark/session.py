@@ -17,7 +17,7 @@ from typing import Any
 from din_dist.errors import InputError
 
 PACKAGE = Path(__file__).parents[2]
-_DEFAULTS = {  # where spark-defaults.conf says nothing else
+DEFAULTS = {  # where spark-defaults.conf says nothing else
     "spark.app.name": "din_dist prepare_data",
     "spark.ui.showConsoleProgress": "false",
     "spark.sql.session.timeZone": "UTC",
@@ -66,7 +66,7 @@ def spark_session(master: str) -> Iterator[Any]:
         session = SparkSession.getActiveSession()
         if session is None:
             builder = SparkSession.builder.master(master)
-            for name, value in _DEFAULTS.items():
+            for name, value in DEFAULTS.items():
                 builder = builder.config(name, value)
             session = own = builder.getOrCreate()
             session.sparkContext.setLogLevel("ERROR")

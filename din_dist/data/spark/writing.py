@@ -1,4 +1,4 @@
-"""What executors write: parts of vocabularies, of records and of arrays, and the files that are joined from parts."""
+"""Writes, on executors, parts of vocabularies, of records and of arrays, and the files that are joined from parts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_numbered(batches: Batches, folder: Path, part: int) -> Iterator[pa.Rec
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """What the task of a shard of records must know.
+    """The facts that the task of a shard of records must know.
 
     Attributes:
         facts: about the data set; its first and last timestamps are not known yet.
@@ -132,7 +132,8 @@ def write_shard(batches: Batches, sharding: Sharding, shard: int) -> Iterator[pa
 
 def _tables_of_blocks(batches: Batches, sharding: Sharding, shard: int) -> Iterator[tuple[int, pa.Table]]:
     """Yields the number of each block of a shard and its rows."""
-    index, held = shard * sharding.blocks_per_shard, []
+    index = shard * sharding.blocks_per_shard
+    held: list[pa.RecordBatch] = []
     for batch in filter(len, batches):
         while batch is not None and int(batch.column("user_number")[-1].as_py()) >= sharding.first_users[index + 1]:
             users = batch.column("user_number").to_numpy()
@@ -198,7 +199,7 @@ def _raw(values: pa.ChunkedArray, dtype: str) -> np.ndarray:
 
 _NAN_BITS = int(np.array(np.nan, np.float32).view(np.int32))
 
-Task = Callable[[], None]
+WriteTask = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
