@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from din_dist import kernels, progress, schema
-from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TaskHead, require
+from din_dist.config import ComputeDtype, Config, ModelConfig, ModelKind, TablePlacement, TaskHead, require
 from din_dist.data.event_store import EventStore
 from din_dist.data.example_ages import ExampleAges
 from din_dist.data.pipeline import BatchMaker, Shard, read_ahead, side_counts, training_batches
@@ -24,7 +24,9 @@ from din_dist.data.trained_items import TrainedItems, row_of_item, trained_items
 from din_dist.data.walks import parts
 from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.gradients import GradientExchange
+from din_dist.distributed.placement import RowShard
 from din_dist.distributed.runtime import Runtime
+from din_dist.distributed.sharded_lookup import ShardedTables
 from din_dist.distributed.shared_memory import share_memory
 from din_dist.evaluation.evaluator import Evaluator
 from din_dist.execution import Execution, Mode
@@ -32,7 +34,7 @@ from din_dist.features.encoding import StoredFeature
 from din_dist.features.spec import Owner
 from din_dist.layers.feature_columns import feature_table_specs
 from din_dist.layers.local_lookup import LocalLookup, columns_of
-from din_dist.machine import memory_bytes
+from din_dist.layers.table_holder import WHOLE, TableHolder
 from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.models.comirec import MIND, ComiRecDR, ComiRecSA
 from din_dist.models.din import DIN
@@ -47,6 +49,7 @@ from din_dist.training.learner import Learner, TrainingData
 from din_dist.training.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from din_dist.training.regularization import Regularization
 from din_dist.training.schedules import num_updates
+from din_dist.training.table_room import Needs, TableRoom, choose_placement
 from din_dist.training.train_step import MessageSizes, TrainStep
 from din_dist.training.trainer import NoSignals, ReceivedSignals, Trainer
 from din_dist.training.undo import UndoLog
@@ -72,24 +75,38 @@ def table_specs(config: ModelConfig, facts: schema.DatasetFacts) -> list[schema.
 
 
 def require_memory_for_tables(
-    config: Config, facts: schema.DatasetFacts, features: Mapping[str, StoredFeature] | None = None
-) -> None:
-    """Checks that this machine has memory for one copy of the tables and their slots.
+    config: Config,
+    facts: schema.DatasetFacts,
+    features: Mapping[str, StoredFeature] | None = None,
+    runtime: Runtime | None = None,
+) -> bool:
+    """Checks that there is memory for the tables and their slots; returns True if the ranks are to deal out rows.
 
     Args:
         config: all settings.
         facts: of the data set.
         features: its declared features, by name. None: there are none.
+        runtime: the ranks, each of which calls this. None: it is not known yet how many there will be.
 
     Raises:
-        InputError: the memory is too small.
+        InputError: the memory is too small, or `--table_placement` asks for what does not work.
     """
     encodings = [feature.encoding for feature in (features or {}).values()]
     specs = table_specs(config.model, facts) + feature_table_specs(encodings, config.model.embedding_dim[0])
     slots = 0 if config.optimizer.adagrad_row_wise else len(OPTIMIZERS[config.optimizer.optimizer].initial_state)
-    wanted = 4 * (1 + slots) * sum(spec.num_rows * spec.width for spec in specs)
-    have = memory_bytes()
-    remedy = "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd)."
+    room, remedy = TableRoom.here(), "Give narrower embeddings, or an optimizer that keeps less (--optimizer=sgd)."
+    if runtime is None and config.execution.table_placement is TablePlacement.SHARDED:
+        return False  # the job itself looks at what its workers have
+    ranks = runtime or Runtime()
+    if ranks.world_size > 1 and not ranks.elastic:
+        room = room.smallest(ranks)
+    needs = Needs.of(specs, slots, config.execution.sharded_from_rows, ranks)
+    if choose_placement(config, needs, room, specs, ranks):
+        return True
+    wanted, have = needs.whole, min(room)
+    if needs.of_worker < wanted and ranks.world_size > 1 and not ranks.elastic:
+        each = needs.of_worker / 2**30
+        remedy = f"Try --table_placement=sharded, which takes {each:,.1f} GiB a worker here, or more workers. {remedy}"
     largest = max(specs, key=lambda spec: spec.num_rows * spec.width)
     declared = {schema.feature_label(encoding.spec.name): encoding.spec.name for encoding in encodings}
     if largest.name in declared:
@@ -102,6 +119,7 @@ def require_memory_for_tables(
         ",".join(map(str, config.model.embedding_dim)),
         remedy,
     )
+    return False
 
 
 def require_chained_labels(config: Config, store: EventStore) -> None:
@@ -166,6 +184,7 @@ def make_model(
     training_mode: Mode | None = None,
     model_class: Callable[..., BehaviourModel] | None = None,
     features: Mapping[str, StoredFeature] | None = None,
+    **of_tables: TableHolder,
 ) -> BehaviourModel:
     """Makes a model and its variables, the same for the same `seed`.
 
@@ -178,7 +197,9 @@ def make_model(
         training_mode: the mode of training passes. None: TensorFlow's operations compute them, without peers.
         model_class: None: the one of `MODELS` that `config` names.
         features: name -> a declared feature. None: there are none.
+        of_tables: `holder`, which makes the tables and reads their rows. Default: they are whole.
     """
+    holder = of_tables.get("holder", WHOLE)
     keras.utils.set_random_seed(seed)
     of_owner: dict[Owner, dict[str, StoredFeature]] = {owner: {} for owner in Owner}
     for name, stored in (features or {}).items():
@@ -186,7 +207,7 @@ def make_model(
     of_items, of_history = of_owner.pop(Owner.ITEM), of_owner.pop(Owner.HISTORY)
     num_biases = 0 if config.model.retrieves else facts.num_tasks
     lookup = LocalLookup(
-        table_specs(config, facts), item_features, seed, row_of_item, of_items, num_biases, name="lookup"
+        table_specs(config, facts), item_features, seed, row_of_item, of_items, num_biases, holder, name="lookup"
     )
     # The order of `Owner`: a split head wants the candidates' columns last.
     of_examples = {name: stored for own in of_owner.values() for name, stored in own.items()}
@@ -196,10 +217,10 @@ def make_model(
         given["histories"] = facts.histories
     if of_examples:
         first_seed = seed + len(lookup.embeddings)
-        given["example_columns"] = columns_of(of_examples, config.embedding_dim[0], first_seed)
+        given["example_columns"] = columns_of(of_examples, config.embedding_dim[0], first_seed, holder=holder)
     if of_history:
         first_seed = seed + len(lookup.embeddings) + len(of_examples)
-        given["side_columns"] = columns_of(of_history, config.embedding_dim[0], first_seed, name="sides")
+        given["side_columns"] = columns_of(of_history, config.embedding_dim[0], first_seed, "sides", holder)
     make = model_class or MODELS[config.model]
     model = make(lookup, config, training_mode, name="model", **given)
     model.build_variables()
@@ -235,7 +256,7 @@ class Assembly:
         num_threads: int = 2,
         open_parent: Callable[[Path], Parent] = ParentJob,
     ) -> None:
-        require_memory_for_tables(config, store.facts, store.features)
+        self._sharded = require_memory_for_tables(config, store.facts, store.features, runtime)
         require_chained_labels(config, store)
         require_known_features(config, store)
         self.config, self.runtime, self.store = config, runtime, store
@@ -263,7 +284,23 @@ class Assembly:
     @functools.cached_property
     def collectives(self) -> Collectives:
         """The way in which ranks sum and gather within an update."""
-        return share_memory(self.runtime) if self.execution.kernels else self.runtime
+        by_memory = self.execution.kernels and not self._sharded  # rows of shards go through Horovod, and all with them
+        return share_memory(self.runtime) if by_memory else self.runtime
+
+    @functools.cached_property
+    def shards(self) -> ShardedTables | None:
+        """The holder of tables whose rows are dealt out; None: all tables are whole."""
+        if not self._sharded:
+            return None
+        from_rows = self.config.execution.sharded_from_rows
+        return ShardedTables(self.collectives, self.runtime.rank, from_rows, self.execution)
+
+    @functools.cached_property
+    def shard_of(self) -> dict[str, RowShard]:
+        """This rank's shard of each variable whose rows are dealt out, by name: tables and their slots."""
+        shards = self.shards.shards if self.shards else {}
+        of_slots = {f"{name}/{kind}": shards[name] for name, kind, _ in self.optimizer.slots if name in shards}
+        return {**shards, **of_slots}
 
     @property
     def model_class(self) -> Callable[..., BehaviourModel]:
@@ -289,13 +326,15 @@ class Assembly:
             "seed": self.config.job.seed,
             "training_mode": Mode(True, self.execution, lambda sums: self.collectives.all_reduce([sums])[0]),
             "model_class": self.model_class,
+            **({"holder": self.shards} if self.shards else {}),
         }
 
     @functools.cached_property
     def row_counts(self) -> dict[str, np.ndarray]:
         """The number of training events in which each row of each table occurs."""
         with progress.at(f"reading data in {self.store.folder}"):
-            return _row_counts(self.config, self.store, self.splits, self.trained_items, self.model)
+            counts = _row_counts(self.config, self.store, self.splits, self.trained_items, self.model)
+        return {name: _part_of(own, self.shard_of.get(name)) for name, own in counts.items()}
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
@@ -312,7 +351,7 @@ class Assembly:
     @functools.cached_property
     def exchange(self) -> GradientExchange:
         """The sum of gradients over the ranks."""
-        return GradientExchange(self.collectives, self.config.optimizer.wire_dtype, self.execution)
+        return GradientExchange(self.collectives, self.config.optimizer.wire_dtype, self.execution, self.shards)
 
     @functools.cached_property
     def undo_log(self) -> UndoLog:
@@ -326,6 +365,13 @@ class Assembly:
         """All that a checkpoint keeps, by name."""
         weights = [*self.model.trainable_weights, *self.model.non_trainable_weights]
         return {**{weight.path: weight.value for weight in weights}, **self.optimizer.state}
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights of the model, over all ranks."""
+        shards = [(self.saved_variables[weight.path], self.shard_of.get(weight.path)) for weight in self.model.tables]
+        elsewhere = sum((shard.num_rows - shard.size) * table.shape[1] for table, shard in shards if shard)
+        return self.model.count_params() + elsewhere
 
     @functools.cached_property
     def step(self) -> TrainStep:
@@ -350,7 +396,8 @@ class Assembly:
         """All that learns."""
         wire_bytes = tf.as_dtype(self.config.optimizer.wire_dtype.value).size
         sizes = MessageSizes(self.model, self.optimizer, wire_bytes, self.runtime.has_peers)
-        return Learner(self.model, self.step, self.undo_log, self.saved_variables, sizes, self.warm_start)
+        parts = self.model, self.step, self.undo_log, self.saved_variables, sizes, self.warm_start, self.shard_of
+        return Learner(*parts)
 
     @property
     def warm_start(self) -> WarmStart | None:
@@ -395,7 +442,7 @@ class Assembly:
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         """The scorer of the splits."""
-        return Evaluator(self.config, self.store, self.splits, self.runtime)
+        return Evaluator(self.config, self.store, self.splits, self.runtime, in_step=self._sharded)
 
     @functools.cached_property
     def telemetry(self) -> Reporter:
@@ -410,8 +457,12 @@ class Assembly:
         learner, evaluator, telemetry = self.learner, self.evaluator, self.telemetry
         if self.config.execution.compute_dtype is ComputeDtype.BFLOAT16 and not self.execution.bfloat16:
             telemetry.say("computing in float32: this processor, without AMX tiles, would be slower in bfloat16")
-        checkpoints = CheckpointStore(self.config, self.store.facts.fingerprint, self.runtime)
+        checkpoints = CheckpointStore(self.config, self.store.facts.fingerprint, self.runtime, self.shard_of)
         return Trainer(self.config, self.runtime, learner, self.data, evaluator, checkpoints, telemetry, self._signals)
+
+
+def _part_of(counts: np.ndarray, shard: RowShard | None) -> np.ndarray:
+    return counts if shard is None else counts[shard.of_rank].copy()
 
 
 def choose_execution(config: Config) -> Execution:

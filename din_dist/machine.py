@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def free_memory_bytes(cgroups: Path = _CGROUPS) -> int:
         for most, now in zip(_number(folder / "memory.max"), _number(folder / "memory.current"), strict=False):
             free.append(most - now + _inactive_file_bytes(folder))
     return min(free)
+
+
+def address_space_left() -> int:
+    """Returns how many bytes the limits on this process (ulimit -v, ulimit -d) leave to it."""
+    left = []
+    used = psutil.Process().memory_info()
+    for kind, now in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
+        soft, _ = resource.getrlimit(kind)
+        left.append(sys.maxsize if soft == resource.RLIM_INFINITY else max(0, soft - now))
+    return min(left)
 
 
 def threads_left(cgroups: Path = _CGROUPS) -> int | None:

@@ -146,7 +146,9 @@ class TrainingProcess:
         floors_started = time.perf_counter()
         with job.telemetry.phase("test"):
             floors = job.evaluator.floors("test") if has_results else {}
-            if self._runtime.is_chief and num_items:
+            if job.shards and num_items:
+                job.telemetry.say("TensorBoard's projector is left out: no worker holds the table of items")
+            elif self._runtime.is_chief and num_items:
                 with job.telemetry.dispensable():
                     write_projector(self._folder / "tensorboard", job.model.lookup, self._store, num_items)
         self._prometheus_metrics.enter_phase("done")
@@ -180,7 +182,7 @@ class TrainingProcess:
             **({"warm_start": trainer.state.parent} if trainer.state.parent else {}),
             "world_size": self._runtime.world_size,
             "global_batch_size": self._config.job.global_batch_size,
-            "num_parameters": self._job.model.count_params(),
+            "num_parameters": self._job.num_parameters,
             "peak_memory_bytes": peak_memory,
             "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             "versions": build_info(),

@@ -21,7 +21,15 @@ from din_dist.config.data import (
     Split,
     UnknownItem,
 )
-from din_dist.config.job import ComputeDtype, EvaluationConfig, ExecutionConfig, JobConfig, NewRows, RecoveryConfig
+from din_dist.config.job import (
+    ComputeDtype,
+    EvaluationConfig,
+    ExecutionConfig,
+    JobConfig,
+    NewRows,
+    RecoveryConfig,
+    TablePlacement,
+)
 from din_dist.config.model import (
     Activation,
     AttentionKind,
@@ -80,6 +88,7 @@ __all__ = [
     "Settings",
     "Softmax",
     "Split",
+    "TablePlacement",
     "TaskHead",
     "TelemetryConfig",
     "TrackerKind",

@@ -14,6 +14,12 @@ class ComputeDtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class TablePlacement(enum.StrEnum):
+    AUTO = "auto"
+    WHOLE = "whole"
+    SHARDED = "sharded"
+
+
 class NewRows(enum.StrEnum):
     UNKNOWN = "unknown"
     RANDOM = "random"
@@ -24,6 +30,10 @@ _WARM_START = "warm start"
 
 def _check_output_dir(name: str, value: str) -> None:
     require(bool(value), "must name a folder", name, value, "For example runs/first.")
+
+
+def _check_sharded_from_rows(name: str, value: int) -> None:
+    require(value >= 1, "must be at least 1", name, value, "For example 100000.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,21 @@ class ExecutionConfig(Settings):
         "multiplies it (AMX, AVX512_BF16). Sums, weights and everything else stay float32. On Intel's processors "
         "without AMX all is computed in float32, which is faster there.",
         may_change=True,
+    )
+    table_placement: TablePlacement = text_setting(
+        TablePlacement.AUTO,
+        "Where embedding tables and their slots lie. whole: on every worker, or once a machine if workers share "
+        "memory. sharded: each worker holds a part of the rows, and asks the others for the rest. auto: whole, unless "
+        "only sharded fits into memory.",
+        may_change=True,
+        later=True,
+    )
+    sharded_from_rows: int = text_setting(
+        100_000,
+        "Rows of the smallest table that is sharded. Smaller ones stay whole on every worker.",
+        check=_check_sharded_from_rows,
+        may_change=True,
+        later=True,
     )
 
 

@@ -47,7 +47,11 @@ class Collectives:
         Args:
             lengths: int32 `[ranks]`, of the parts, one after the other; what is left at the end is given to nobody.
         """
-        return message[: lengths[0]]
+        return self.all_to_all_parts(message, lengths, name)[0]
+
+    def all_to_all_parts(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns what `all_to_all` does, and the length of each rank's part in it, int32 `[ranks]`."""
+        return message[: lengths[0]], lengths
 
     def share(self, variables: Sequence[tf.Variable]) -> bool:
         """Keeps one copy of `variables`, which are equal on all ranks, in memory that the ranks share, if any.

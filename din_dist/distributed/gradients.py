@@ -11,9 +11,13 @@ from din_dist.config import WireDtype
 from din_dist.distributed.collectives import Collectives
 from din_dist.distributed.placement import FEWEST_TO_SUM_AT_OWNERS
 from din_dist.distributed.row_transports import Gathered, Owners, Packed, RowGradients, RowTransport, SharedTables, Wire
+from din_dist.distributed.sharded_lookup import RoutedGradient, ShardedTables
 from din_dist.execution import Execution
 
 Gradient: TypeAlias = tf.Tensor | RowGradients
+OwnGradient: TypeAlias = tf.Tensor | tf.IndexedSlices | RoutedGradient  # of one rank
+
+_KIND_OF = {tf.IndexedSlices: "rows", RoutedGradient: "routed"}
 
 
 class GradientExchange:
@@ -27,12 +31,17 @@ class GradientExchange:
         ranks: the other ranks.
         wire_dtype: the type of rows that are sent through Horovod. Elsewhere rows stay float32.
         execution: how rows are merged and packed. Ranks that share tables need our kernels.
+        shards: holds the tables whose rows are dealt out. None: all tables are whole.
     """
 
     def __init__(
-        self, ranks: Collectives, wire_dtype: WireDtype = WireDtype.FLOAT32, execution: Execution | None = None
+        self,
+        ranks: Collectives,
+        wire_dtype: WireDtype = WireDtype.FLOAT32,
+        execution: Execution | None = None,
+        shards: ShardedTables | None = None,
     ) -> None:
-        self._ranks, self._execution = ranks, execution or Execution()
+        self._ranks, self._execution, self.shards = ranks, execution or Execution(), shards
         self._wire_dtype = wire_dtype if ranks.travels else WireDtype.FLOAT32
         self._tables: Sequence[tf.Variable] = ()  # that ranks share
 
@@ -60,7 +69,7 @@ class GradientExchange:
 
     def sum_of_parts(self, value: tf.Tensor) -> tf.Tensor:
         """Sums over all ranks a number that each computed from its own part of the rows."""
-        return self._ranks.all_reduce([value])[0] if self._tables else value
+        return self._ranks.all_reduce([value], "sum_of_parts")[0] if self._tables or self.shards else value
 
     def finish(self) -> None:
         """Ends an update: waits until no rank has rows left to update."""
@@ -69,7 +78,7 @@ class GradientExchange:
 
     def __call__(
         self,
-        gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+        gradients: Sequence[OwnGradient],
         extra: tf.Tensor,
         scale: tf.Tensor,
         early: Sequence[bool] | None = None,
@@ -78,19 +87,19 @@ class GradientExchange:
 
         Args:
             gradients: of this rank. Those of tables are `IndexedSlices` that name no row twice: lookups gather each row
-                once.
+                once. Those of sharded tables are `RoutedGradient`s.
             extra: float32 `[K]`.
             scale: as of `Wire`.
             early: whether each dense gradient is known while others are yet to be found, and with them the last batch
                 statistics. None: no gradient is.
         """
         kinds = [
-            "rows" if isinstance(gradient, tf.IndexedSlices) else "early" if known and self._packs else "late"
+            _KIND_OF.get(type(gradient), "early" if known and self._packs else "late")
             for gradient, known in zip(gradients, early or [False] * len(gradients), strict=True)
         ]
-        first, late, by_rows = (
+        first, late, by_rows, routed = (
             [gradient for gradient, its_kind in zip(gradients, kinds, strict=True) if its_kind == kind]
-            for kind in ("early", "late", "rows")
+            for kind in ("early", "late", "rows", "routed")
         )
         if first:
             # Behind the last batch statistics, for which the backward pass waits, and on its way while the rest runs.
@@ -98,7 +107,8 @@ class GradientExchange:
                 first = self._ranks.all_reduce(first, "dense_early")
         *late, extra = self._ranks.all_reduce([*late, extra], "dense")
         summed = self._sum_rows([_as_rows(gradient) for gradient in by_rows], scale)
-        results = {"early": iter(first), "late": iter(late), "rows": iter(summed)}
+        of_shards = self.shards.sum(routed, Wire(self._wire_dtype, scale)) if self.shards else []
+        results = {"early": iter(first), "late": iter(late), "rows": iter(summed), "routed": iter(of_shards)}
         return [next(results[kind]) for kind in kinds], extra
 
     def _sum_rows(self, gradients: Sequence[RowGradients], scale: tf.Tensor) -> list[RowGradients]:

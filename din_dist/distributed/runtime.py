@@ -168,8 +168,9 @@ class HorovodRuntime(Runtime):
     def num_ranks(self) -> tf.Tensor:
         return self._hvd.size_op()
 
-    def all_to_all(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tf.Tensor:
-        return self._hvd.alltoall(message, splits=lengths, name=name)[0]
+    def all_to_all_parts(self, message: tf.Tensor, lengths: tf.Tensor, name: str) -> tuple[tf.Tensor, tf.Tensor]:
+        received, received_lengths = self._hvd.alltoall(message, splits=lengths, name=name)
+        return received, received_lengths
 
     @raise_lost_peer()
     def sum(self, values: np.ndarray) -> np.ndarray:

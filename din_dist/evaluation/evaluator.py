@@ -11,7 +11,7 @@ import tensorflow as tf
 from din_dist import progress, schema
 from din_dist.config import Config
 from din_dist.data.event_store import EventStore
-from din_dist.data.pipeline import Shard, batch_signature, evaluation_batches
+from din_dist.data.pipeline import Shard, batch_signature, evaluation_batches, share
 from din_dist.data.splits import Examples, item_counts
 from din_dist.distributed.runtime import Runtime
 from din_dist.layers.packed import segment_ids, segment_sum, split_histories
@@ -33,10 +33,26 @@ def logits_of(model: BehaviourModel) -> BatchScorer:
 
 
 class Evaluator:
-    """Scores whole splits. Each rank scores its own range of the examples and gets the metrics of all of them."""
+    """Scores whole splits. Each rank scores its own range of the examples and gets the metrics of all of them.
 
-    def __init__(self, config: Config, store: EventStore, splits: Mapping[str, Examples], runtime: Runtime) -> None:
+    Args:
+        config: all settings.
+        store: the data.
+        splits: the examples of each split.
+        runtime: the ranks.
+        in_step: all ranks score as many batches, because they read rows of each other's tables.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: EventStore,
+        splits: Mapping[str, Examples],
+        runtime: Runtime,
+        in_step: bool = False,
+    ) -> None:
         self._config, self._store, self._splits, self._runtime = config, store, splits, runtime
+        self._in_step = in_step
 
     def has_examples(self, split: str) -> bool:
         return self._splits[split].num_examples > 0
@@ -128,13 +144,16 @@ class Evaluator:
 
     def batches(self, split: str) -> tf.data.Dataset:
         """Returns this rank's packed batches of a split."""
+        return self._batches(split, Shard(self._runtime.rank, self._runtime.world_size))
+
+    def _batches(self, split: str, shard: Shard) -> tf.data.Dataset:
         return evaluation_batches(
             self._store,
             self._splits[split],
             self._config.data,
             seed=self._config.job.seed,
             batch_size=self._config.evaluation.evaluation_batch_size,
-            shard=Shard(self._runtime.rank, self._runtime.world_size),
+            shard=shard,
             graphs=self._config.model.model.reads_graphs,
         )
 
@@ -142,10 +161,20 @@ class Evaluator:
         """Returns the scores of a split in its order, `[num_examples]` or by task, equal on all ranks."""
         batches = self.batches(split)
         mine = [score(batch).numpy() for batch in progress.each(batches, f"reading data in {self._store.folder}")]
+        if self._in_step:
+            self._score_for_others(split, score, len(mine))
         # Flat, because a rank without examples does not know the number of columns.
         found = self._runtime.gather(np.concatenate([*map(np.ravel, mine), np.zeros(0, np.float32)]))
         num_examples = self._splits[split].num_examples
         return found.reshape(num_examples, -1) if len(found) > num_examples else found
+
+    def _score_for_others(self, split: str, score: BatchScorer, num_scored: int) -> None:
+        """Scores some batch as often as the rank with the most batches has more than this one, which has scored all."""
+        size, num_ranks = self._config.evaluation.evaluation_batch_size, self._runtime.world_size
+        runs = (share(self._splits[split].num_examples, rank, num_ranks) for rank in range(num_ranks))
+        num_left = max(-(-(end - first) // size) for first, end in runs) - num_scored
+        for batch in self._batches(split, Shard()).take(1).repeat(num_left):
+            score(batch)
 
 
 def _popularity(batch: Batch, popularity_of: tf.Tensor) -> tf.Tensor:

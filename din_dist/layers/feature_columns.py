@@ -6,10 +6,11 @@ table; D width of a feature.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -23,6 +24,7 @@ from din_dist.features.spec import Form, Owner, Pooling, Scale
 from din_dist.kernels import operations
 from din_dist.layers.native.vectors import VectorColumns, concatenated, vectors_and_candidates
 from din_dist.layers.packed import segment_ids, segment_sum
+from din_dist.layers.table_holder import WHOLE, TableHolder
 from din_dist.schema import UNKNOWN_ID, TableSpec, feature_label
 
 _LONGEST_NAME = 150  # bytes: names of checkpoints' files have more in them
@@ -49,7 +51,7 @@ def _digest_name(feature: str) -> str:
 class _Weights(NamedTuple):
     """The weights of a feature; None where its form or its declaration has no use for them."""
 
-    table: Any  # a variable [rows, D], or as wide as the vectors that it starts from
+    rows: Any  # takes ids int32 [R] and returns rows [R, D] of the table, or as wide as the vectors it starts from
     frequencies: Any  # a variable [K]
     projection: Any  # a Dense layer
 
@@ -72,6 +74,7 @@ class FeatureColumns(keras.layers.Layer):
         default_width: the width of embeddings and projections that declare none.
         seed: of the initial values; every variable gets its own.
         starts: name -> `[rows, dimension]`, the initial values of the table of a trained vector.
+        holder: makes the tables and reads their rows.
     """
 
     def __init__(
@@ -80,17 +83,20 @@ class FeatureColumns(keras.layers.Layer):
         default_width: int,
         seed: int = 0,
         starts: Mapping[str, np.ndarray] | None = None,
+        holder: TableHolder = WHOLE,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._holder = holder
         self.encodings, self._default_width, self._seed = tuple(encodings), default_width, seed
         self.specs = feature_table_specs(self.encodings, default_width)
         starts = starts or {}
         self.tables = [
-            self.add_weight(
-                shape=(spec.num_rows, spec.width),
-                initializer=_first_values(starts.get(encoding.spec.name), seed + place),
-                name=variable_name(encoding.spec.name),
+            holder.add_table(
+                self,
+                variable_name(encoding.spec.name),
+                (spec.num_rows, spec.width),
+                _first_values(starts.get(encoding.spec.name), seed + place),
             )
             for place, (spec, encoding) in enumerate(zip(self.specs, self._with_tables, strict=True))
         ]
@@ -166,9 +172,12 @@ class FeatureColumns(keras.layers.Layer):
         parts = []
         for encoding in self._of(owners):
             name = encoding.spec.name
-            weights = _Weights(tables.get(name), self.frequencies.get(name), self.projections.get(name))
+            weights = _Weights(self._rows_of(tables.get(name)), self.frequencies.get(name), self.projections.get(name))
             parts.append(_PART_OF_FORM[encoding.form](encoding, weights, values[name], mode))
         return parts
+
+    def _rows_of(self, table: keras.Variable | None) -> Callable[[tf.Tensor], tf.Tensor] | None:
+        return None if table is None else functools.partial(self._holder.rows, table)
 
     def missing(self, num_rows: int | tf.Tensor) -> dict[str, Any]:
         """Returns `values` for `call` in which all are missing."""
@@ -234,13 +243,13 @@ def _first_values(start: np.ndarray | None, seed: int) -> keras.initializers.Ini
 
 def _ids_part(encoding: Encoding, weights: _Weights, ids: tf.Tensor, mode: Mode) -> VectorColumns:
     distinct, index = _distinct(ids, mode)
-    rows = tf.gather(weights.table.value, distinct)
+    rows = weights.rows(distinct)
     return VectorColumns(rows if weights.projection is None else weights.projection(rows), index)
 
 
 def _lists_part(encoding: Encoding, weights: _Weights, lists: Lists, mode: Mode) -> VectorColumns:
     distinct, index = _distinct(lists.values, mode)
-    rows = tf.gather(tf.gather(weights.table.value, distinct), index)  # [M, D]
+    rows = tf.gather(weights.rows(distinct), index)  # [M, D]
     if encoding.spec.pool is Pooling.WEIGHTED:
         rows *= lists.weights[:, None]
     pooled = segment_sum(rows, segment_ids(lists.lengths, mode), tf.size(lists.lengths))

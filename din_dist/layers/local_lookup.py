@@ -1,4 +1,4 @@
-"""Looks up item vectors in tables that this process holds whole."""
+"""Looks up item vectors in tables, wherever their rows lie."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from din_dist.features.encoding import Encoding, StoredFeature
 from din_dist.features.gathering import FeatureValues
 from din_dist.layers.feature_columns import FeatureColumns, variable_name
 from din_dist.layers.native.vectors import VectorColumns, concatenated
+from din_dist.layers.table_holder import WHOLE, TableHolder
 from din_dist.schema import UNKNOWN_ID, TableSpec
 
 _ITEM, _ITEM_BIAS = "item", "item_bias"
@@ -36,6 +37,7 @@ class LocalLookup(keras.layers.Layer):
         features: name -> a declared feature whose rows are items. None: there are none. Embeddings and projections
             that declare no width are as wide as the item's own table.
         num_biases: of each item, T: one for each task. 0: items have none.
+        holder: makes the tables and reads their rows. Default: this process holds them whole.
     """
 
     def __init__(
@@ -46,33 +48,31 @@ class LocalLookup(keras.layers.Layer):
         row_of_item: np.ndarray | None = None,
         features: Mapping[str, StoredFeature] | None = None,
         num_biases: int = 1,
+        holder: TableHolder = WHOLE,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._seed, self._num_biases = seed, num_biases
+        self._seed, self._num_biases, self._holder = seed, num_biases, holder
         self.specs = tuple(tables)
         self.row_of_item = None if row_of_item is None else tf.constant(row_of_item, tf.int32)
         self.item_features = {name: tf.constant(ids, tf.int32) for name, ids in item_features.items()}
         names = [_ITEM, *(variable_name(feature) for feature in item_features)]
         self.tables = [
-            self.add_weight(
-                shape=(spec.num_rows, spec.width),
-                initializer=keras.initializers.GlorotUniform((seed + place) % 2**32),
-                name=name,
+            holder.add_table(
+                self, name, (spec.num_rows, spec.width), keras.initializers.GlorotUniform((seed + place) % 2**32)
             )
             for place, (spec, name) in enumerate(zip(self.specs, names, strict=True))
         ]
         self._biases = []
         if num_biases:
-            self._biases.append(
-                self.add_weight(shape=(self.specs[0].num_rows, num_biases), initializer="zeros", name=_ITEM_BIAS)
-            )
+            self._biases.append(holder.add_table(self, _ITEM_BIAS, (self.specs[0].num_rows, num_biases), "zeros"))
         self._features = dict(features or {})
         self._values = {name: FeatureValues(stored) for name, stored in self._features.items()}
         self.columns: FeatureColumns | None = None
         if self._features:
             with keras.name_scope(self.name):
-                self.columns = columns_of(self._features, self.specs[0].width, seed + len(self.specs))
+                first_seed = seed + len(self.specs)
+                self.columns = columns_of(self._features, self.specs[0].width, first_seed, holder=holder)
         self.built = True
 
     @property
@@ -166,14 +166,14 @@ class LocalLookup(keras.layers.Layer):
         if self.row_of_item is not None:
             with on_host():
                 item_rows, index_of = tf.unique(item_rows)
-        parts = [VectorColumns(tf.gather(self.tables[0].value, item_rows), index_of)]
-        biases = tf.gather(self.item_bias.value, item_rows) if self._biases else tf.zeros([tf.size(item_rows), 1])
+        parts = [VectorColumns(self._holder.rows(self.tables[0], item_rows), index_of)]
+        biases = self._holder.rows(self.item_bias, item_rows) if self._biases else tf.zeros([tf.size(item_rows), 1])
         if index_of is not None:
             biases = tf.gather(biases, index_of)
         for table, ids in zip(self.tables[1:], feature_ids, strict=True):
             with on_host():
                 distinct, index = tf.unique(ids)
-            parts.append(VectorColumns(tf.gather(table.value, distinct), index))
+            parts.append(VectorColumns(self._holder.rows(table, distinct), index))
         if self.columns:
             parts += self.columns.parts(feature_values, mode)
         return parts, self.flat(biases)
@@ -217,13 +217,17 @@ class LocalLookup(keras.layers.Layer):
 
 
 def columns_of(
-    features: Mapping[str, StoredFeature], default_width: int, seed: int, name: str = "features"
+    features: Mapping[str, StoredFeature],
+    default_width: int,
+    seed: int,
+    name: str = "features",
+    holder: TableHolder = WHOLE,
 ) -> FeatureColumns:
     """Returns the columns of stored features; arguments as of `FeatureColumns`."""
     given = {name: getattr(stored, "start", None) for name, stored in features.items()}
     starts = {name: start for name, start in given.items() if start is not None}
     encodings = [stored.encoding for stored in features.values()]
-    return FeatureColumns(encodings, default_width, seed, starts, name=name)
+    return FeatureColumns(encodings, default_width, seed, starts, holder, name=name)
 
 
 def _to_config(stored: StoredFeature) -> dict[str, Any]:

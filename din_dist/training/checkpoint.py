@@ -1,13 +1,13 @@
 """Checkpoints: written aside, then published by one rename, so that a crash leaves the last one whole.
 
-`OUTPUT_DIR/checkpoints/step-000000001000/` holds one .npy file a variable (whole tables in global rows: any number of
-workers reads what any number wrote) and `manifest.json`: training state, settings and a digest of each file.
+`OUTPUT_DIR/checkpoints/step-000000001000/` holds one .npy file a variable, or one for each shard of it (any number of
+workers reads what any number wrote), and `manifest.json`: training state, settings and a digest of each file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import itertools
 import json
 import math
@@ -16,15 +16,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
-import numpy.lib.format
 import tensorflow as tf
 
 from din_dist import progress
 from din_dist.background_writer import Writer
 from din_dist.config import Config, differences
+from din_dist.distributed.placement import RowShard
 from din_dist.distributed.runtime import Runtime
 from din_dist.errors import FailedElsewhere, InputError
 from din_dist.files import (
@@ -33,19 +33,19 @@ from din_dist.files import (
     open_regular,
     publish_folder,
     read_bounded,
-    write_in_parts,
     write_text,
 )
 from din_dist.machine import free_memory_bytes
 from din_dist.text import parse_json, reason, shown
+from din_dist.training.checkpoint_arrays import digest_of, first_file, is_entry, read_variable, write_array
 from din_dist.training_state import TrainingState
 
 _MANIFEST = "manifest.json"
 _ABANDONED_AFTER_SECONDS = 600.0
 _MOST_MANIFEST_BYTES = 64 << 20
-_FILE_NAME = re.compile(r"[^/\0]+\.npy")
 _FOLDER_NAME = re.compile(r"step-\d{12,}")
 TRY_AGAIN_SECONDS = 1.0
+_DIGEST_BYTES = 16
 _COPY_SHARE = 0.5  # of the free memory, at most, for what waits to be written
 _OTHER = "Name another job, or an export."
 _PATIENCE_SECONDS = 5.0  # with a write that makes no progress, before updates go on without another
@@ -58,10 +58,20 @@ class DamagedCheckpoint(InputError):
 class CheckpointStore:
     """Saves and restores a job's variables and state under one output directory.
 
-    All ranks call `save` and `restore`; the chief reads and writes, the others get its values.
+    All ranks call `save` and `restore`; the chief reads and writes, the others get its values. Each rank reads and
+    writes its shards of tables that are dealt out; any number of ranks reads what any number has written.
+
+    Args:
+        config: all settings.
+        data_fingerprint: of the prepared data.
+        runtime: the ranks.
+        shards: this rank's shard of each variable whose rows are dealt out. None: there are none.
     """
 
-    def __init__(self, config: Config, data_fingerprint: str, runtime: Runtime) -> None:
+    def __init__(
+        self, config: Config, data_fingerprint: str, runtime: Runtime, shards: Mapping[str, RowShard] | None = None
+    ) -> None:
+        self._shards = dict(shards or {})
         self._root = checkpoints_dir(config)
         self._config = config
         self._data_fingerprint = data_fingerprint
@@ -78,13 +88,17 @@ class CheckpointStore:
             FailedElsewhere: likewise, on the other ranks.
         """
         problem, num_bytes = None, 0
+        shards = _ShardWriter(self._runtime, {name: variables[name] for name in self._shards})
+        whole = {name: variable for name, variable in variables.items() if name not in self._shards}
         if self._runtime.is_chief:
             try:
                 with progress.at(f"saving step {state.step} in {self._root}"):
-                    num_bytes = self._write(_values(variables), state)
+                    num_bytes = self._write(_values(whole), state, shards.write if self._shards else None)
                     self._prune(state.best_step)
             except OSError as error:
                 problem = self._problem(error, state)
+        if self._shards:
+            shards.finish()
         problem, num_bytes = self._runtime.broadcast_object((problem, num_bytes))
         if problem:
             raise InputError(problem) if self._runtime.is_chief else FailedElsewhere
@@ -172,6 +186,8 @@ class CheckpointStore:
             InputError: it belongs to other settings or data, or all are damaged.
             FailedElsewhere: likewise, on the other ranks.
         """
+        if self._shards:
+            return self._restore_shards(variables, step)
         problem, fields = None, None
         if self._runtime.is_chief:
             try:
@@ -187,13 +203,48 @@ class CheckpointStore:
         self._runtime.broadcast_variables(list(variables.values()))
         return TrainingState.from_json(fields)
 
+    def _restore_shards(self, variables: Mapping[str, tf.Variable], step: int | None) -> TrainingState | None:
+        """Does what `restore` does; each rank reads its own shards, and all take the same checkpoint."""
+        whole = {name: variable for name, variable in variables.items() if name not in self._shards}
+        own = variables if self._runtime.is_chief else {name: variables[name] for name in self._shards}
+        folders = _published(self._root)[::-1] if step is None else [self._root / _folder_name(step)]
+        names = self._runtime.broadcast_object([folder.name for folder in folders])
+        self.damaged = []
+        for name in names:
+            problem, fields = None, {}
+            with self._runtime.together(), progress.at(f"reading a checkpoint in {self._root}"):
+                try:
+                    fields = self._read_one(own, self._root / name)
+                except DamagedCheckpoint as error:
+                    problem = str(error)
+            refused = np.flatnonzero(self._runtime.gather(np.array([problem is not None], np.int32)))
+            if not len(refused):
+                self._runtime.broadcast_variables(list(whole.values()))
+                return TrainingState.from_json(fields)
+            self.damaged.append(self._runtime.broadcast_object(problem, root=int(refused[0])))
+        if self.damaged and not self._runtime.is_chief:
+            raise FailedElsewhere
+        if self.damaged:
+            raise InputError(f"{self.damaged[0]} None of {len(names)} can be read: name another --output_dir.")
+        return None
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """True if every rank writes a part of a checkpoint."""
+        return bool(self._shards)
+
     def has(self, step: int) -> bool:
         """Tells whether there is a checkpoint of `step`."""
         with progress.at(f"reading a checkpoint in {self._root}"):
             found = (self._root / _folder_name(step)).exists()
         return bool(self._runtime.broadcast_object(found))
 
-    def _write(self, values: Iterable[tuple[str, np.ndarray]], state: TrainingState) -> int:
+    def _write(
+        self,
+        values: Iterable[tuple[str, np.ndarray]],
+        state: TrainingState,
+        write_shards: Callable[[Path], dict[str, Any]] | None = None,
+    ) -> int:
         make_folder(self._root)
         for other in self._root.glob("writing-*"):
             # Of a process that was killed; a new one may be of a worker that was cut off and saves what it has.
@@ -203,9 +254,9 @@ class CheckpointStore:
             files = {}
             for name, value in values:
                 path = _new_path(aside, name.replace("/", "."))
-                _write_array(path, value)
-                with path.open("rb") as file:
-                    files[name] = {"file": path.name, "digest": _digest(file)}
+                files[name] = write_array(path, value)
+            if write_shards:
+                files |= write_shards(aside)
             manifest = {
                 "state": state.to_json(),
                 "config": self._config.to_json(),
@@ -240,17 +291,79 @@ class CheckpointStore:
         manifest = check_compatible(folder, self._config, self._data_fingerprint)
         for name, variable in variables.items():
             entry = manifest["variables"].get(name)
-            path = folder / entry["file"] if entry else folder / name
+            path = first_file(folder, entry) if entry else folder / name
             try:
                 if not entry:
                     raise ValueError("a manifest without it")
-                variable.assign(
-                    _read_array(path, entry["digest"], tuple(variable.shape), variable.dtype.as_numpy_dtype)
-                )
+                shard, shape = self._shards.get(name), tuple(variable.shape)
+                if shard:
+                    shape = (shard.num_rows, *shape[1:])
+                variable.assign(read_variable(folder, entry, shape, np.dtype(variable.dtype.as_numpy_dtype), shard))
                 progress.note()
             except (OSError, ValueError) as error:
                 raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {reason(error)}.") from error
         return manifest["state"]
+
+
+class _ShardWriter:
+    """Lets every rank write its shards of some variables into a folder that the chief has made."""
+
+    def __init__(self, runtime: Runtime, variables: Mapping[str, tf.Variable]) -> None:
+        self._runtime, self._variables, self._begun = runtime, variables, False
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes the shards of all ranks; only the chief calls it. Returns the entries of the manifest.
+
+        Raises:
+            OSError: a rank could not write.
+        """
+        self._begun = True
+        self._runtime.broadcast_object(str(folder))
+        return self._write_own(folder)
+
+    def finish(self) -> None:
+        """Writes this rank's shards, if the chief asks for them; all ranks call it."""
+        if self._begun:
+            return
+        folder = self._runtime.broadcast_object(None)
+        if folder and not self._runtime.is_chief:
+            with contextlib.suppress(OSError):  # the chief says what was wrong
+                self._write_own(Path(folder))
+
+    def _write_own(self, folder: Path) -> dict[str, Any]:
+        rank, count, problem = self._runtime.rank, self._runtime.world_size, None
+        digests = np.zeros([1, len(self._variables), _DIGEST_BYTES], np.uint8)
+        try:
+            for place, (name, variable) in enumerate(self._variables.items()):
+                path = folder / _shard_name(name, place, rank, count)
+                digest = write_array(path, variable.numpy())["digest"]
+                digests[0, place] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+                progress.note()
+        except OSError as error:
+            problem = error.strerror or str(error)
+        refused = np.flatnonzero(self._runtime.gather(np.array([problem is not None], np.int32)))
+        if len(refused):
+            problem = self._runtime.broadcast_object(problem, root=int(refused[0]))
+            raise OSError(errno.EIO, f"{problem} on rank {refused[0]}, which must see the same folder")
+        digests = self._runtime.gather(digests)
+        return {
+            name: {
+                "num_rows": int(num_rows),
+                "shards": [
+                    {"file": _shard_name(name, place, rank, count), "digest": digests[rank, place].tobytes().hex()}
+                    for rank in range(count)
+                ],
+            }
+            for place, (name, num_rows) in enumerate(self._num_rows().items())
+        }
+
+    def _num_rows(self) -> dict[str, int]:
+        sizes = np.array([[variable.shape[0] for variable in self._variables.values()]], np.int64)
+        return dict(zip(self._variables, self._runtime.sum(sizes)[0], strict=True))
+
+
+def _shard_name(name: str, place: int, rank: int, count: int) -> str:
+    return f"{place:03d}.{name.replace('/', '.')}.{rank:05d}-of-{count:05d}.npy"
 
 
 def _values(variables: Mapping[str, tf.Variable]) -> Iterator[tuple[str, np.ndarray]]:
@@ -284,7 +397,7 @@ class SavedCheckpoint:
         try:
             self._manifest = _read_manifest(folder / _MANIFEST)
             with open_regular(folder / _MANIFEST) as file:
-                self.digest = _digest(file)  # which covers that of each variable
+                self.digest = digest_of(file)  # which covers that of each variable
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{folder}: must be a checkpoint. Received: {reason(error)}. {_OTHER}") from error
         self.state = TrainingState.from_json(self._manifest["state"])
@@ -316,9 +429,9 @@ class SavedCheckpoint:
             DamagedCheckpoint: it has no such variable, or another one than was saved.
         """
         entry = self._manifest["variables"].get(name, {"file": name, "digest": ""})
-        path = self._folder / entry["file"]
+        path = first_file(self._folder, entry)
         try:
-            return _read_array(path, entry["digest"])
+            return read_variable(self._folder, entry)
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{path}: must be as it was saved. Received: {reason(error)}. {_OTHER}") from error
 
@@ -387,36 +500,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise ValueError(f"a manifest whose settings of {shown(room)} are {shown(settings)}")
     for name, entry in manifest["variables"].items():
-        file_name, digest = (entry.get("file"), entry.get("digest")) if isinstance(entry, dict) else (None, None)
-        is_inside = isinstance(file_name, str) and _FILE_NAME.fullmatch(file_name) is not None
-        if not is_inside or not isinstance(digest, str):
+        if not is_entry(entry):
             raise ValueError(f"a manifest whose variable {shown(name)} is {shown(entry)}")
     return manifest
-
-
-def _read_array(
-    path: Path, digest: str, shape: tuple[int, ...] | None = None, dtype: np.dtype | None = None
-) -> np.ndarray:
-    """Returns the array in `path`, which must have this digest, and this shape and type if they are given.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the array in the file is another one.
-    """
-    with open_regular(path) as file:
-        if _digest(file) != digest:
-            raise ValueError("its content changed")
-        file.seek(0)
-        if numpy.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("another format of arrays")
-        try:
-            found = numpy.lib.format.read_array_header_1_0(file)
-        except Exception as error:  # NumPy reads it with Python's own parser, whose errors are of many kinds
-            raise ValueError("the head of its array cannot be read") from error
-        if shape is not None and found != (shape, False, np.dtype(dtype)):  # before memory is taken for it
-            raise ValueError(f"an array of {found[2]}{list(found[0])} for {np.dtype(dtype)}{list(shape)}")
-        file.seek(0)
-        return numpy.lib.format.read_array(file, allow_pickle=False)
 
 
 def _published(root: Path) -> list[Path]:
@@ -435,15 +521,3 @@ def _new_path(folder: Path, stem: str) -> Path:
             break
         path = folder / f"{stem}.{number}.npy"
     return path
-
-
-def _write_array(path: Path, values: np.ndarray) -> None:
-    """Writes what `np.save` writes, which would hide why it could not."""
-    values = np.ascontiguousarray(values).reshape(values.shape)
-    with path.open("wb") as file:
-        numpy.lib.format.write_array_header_1_0(file, numpy.lib.format.header_data_from_array_1_0(values))
-        write_in_parts(file, values)
-
-
-def _digest(file: BinaryIO) -> str:
-    return hashlib.file_digest(file, "blake2b").hexdigest()[:32]  # type: ignore[arg-type]

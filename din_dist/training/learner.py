@@ -9,6 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from din_dist.data.event_store import EventStore
+from din_dist.distributed.placement import RowShard
 from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
 from din_dist.training.train_step import MessageSizes, TrainStep
@@ -27,6 +28,7 @@ class Learner:
         variables: all that a checkpoint keeps, by name.
         message_sizes: the bytes that an update sends to other ranks.
         warm_start: gives the variables their first values; None: they keep those that they were made with.
+        shards: this rank's shard of each of the `variables` whose rows are dealt out, by name.
     """
 
     model: BehaviourModel
@@ -35,6 +37,12 @@ class Learner:
     variables: Mapping[str, tf.Variable]
     message_sizes: MessageSizes
     warm_start: WarmStart | None = None
+    shards: Mapping[str, RowShard] = dataclasses.field(default_factory=dict)
+
+    @property
+    def equal_variables(self) -> list[tf.Variable]:
+        """The variables of which every rank has a copy."""
+        return [variable for name, variable in self.variables.items() if name not in self.shards]
 
 
 class TrainingData(NamedTuple):

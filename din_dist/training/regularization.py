@@ -68,17 +68,33 @@ class Regularization:
             for place, gradient in enumerate(gradients)
             if isinstance(gradient, RowGradients) and names[place] in self._tables
         }
-        others = [gradient for place, gradient in enumerate(gradients) if place not in penalised]
-        rows = [gradient.rows for gradient in others if isinstance(gradient, RowGradients)]
-        whole = [gradient for gradient in others if not isinstance(gradient, RowGradients)]
-        whole_tables = all(isinstance(values, tf.Variable) for _, values, _ in penalised.values())
-        add = self._by_kernel if self._execution.kernels and whole_tables else self._by_operations
-        added, of_rows, of_whole = add([*penalised.values()], rows, whole)
-        replaced = dict(zip(penalised, added, strict=True))
+        # A rank has a part of the rows of tables that ranks share or deal out, and all touched rows of others.
+        in_parts = {
+            place: gradient.num_rows is not None
+            for place, gradient in enumerate(gradients)
+            if isinstance(gradient, RowGradients)
+        }
+        whole = [gradient for gradient in gradients if not isinstance(gradient, RowGradients)]
+        replaced: dict[int, tf.Tensor] = {}
+        squares = tf.constant(0.0)
+        for is_part in sorted({*in_parts.values()}) or [False]:
+            of_kind = {place: each for place, each in penalised.items() if in_parts[place] == is_part}
+            rows = [
+                gradients[place].rows for place, part in in_parts.items() if part == is_part and place not in of_kind
+            ]
+            added, of_rows, of_whole = self._add([*of_kind.values()], rows, whole)
+            replaced |= zip(of_kind, added, strict=True)
+            squares += (sum_of_parts(of_rows) if is_part else of_rows) + of_whole
+            whole = []
         return [
             gradient._replace(rows=replaced[place]) if place in replaced else gradient
             for place, gradient in enumerate(gradients)
-        ], tf.sqrt(sum_of_parts(of_rows) + of_whole)
+        ], tf.sqrt(squares)
+
+    def _add(self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]) -> _Added:
+        whole_tables = all(isinstance(values, tf.Variable) for _, values, _ in penalised)
+        add = self._by_kernel if self._execution.kernels and whole_tables else self._by_operations
+        return add(penalised, rows, whole)
 
     def _by_operations(
         self, penalised: Sequence[_Penalised], rows: Sequence[tf.Tensor], whole: Sequence[tf.Tensor]

@@ -48,6 +48,7 @@ class Rejoin:
     ) -> None:
         self._runtime, self._checkpoints, self._telemetry = runtime, checkpoints, telemetry
         self._undo_log, self._variables = learner.undo_log, learner.variables
+        self._equal_variables = learner.equal_variables
         self._warm_start = learner.warm_start
         self._digest = digest_of(config, data.store.facts.fingerprint)
         self._examples_per_epoch = data.examples_per_epoch
@@ -103,7 +104,7 @@ class Rejoin:
             self._telemetry.say(f"{problem} Going on from the checkpoint before it.", level="warning")
         if state is None:
             state = self._first_state()
-            self._runtime.broadcast_variables(list(self._variables.values()))
+            self._runtime.broadcast_variables(self._equal_variables)
             if state.parent:  # kept at once: whoever resumes the job does not need the parent again
                 self._checkpoints.save(self._variables, state)
             return before._replace(state=state, saved_step=0)

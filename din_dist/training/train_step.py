@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,8 +12,9 @@ import tensorflow as tf
 from din_dist.config import OptimizerConfig
 from din_dist.data.hashing import hash64
 from din_dist.data.pipeline import batch_signature
-from din_dist.distributed.gradients import Gradient, GradientExchange
+from din_dist.distributed.gradients import Gradient, GradientExchange, OwnGradient
 from din_dist.distributed.row_transports import RowGradients
+from din_dist.distributed.sharded_lookup import RoutedGradient
 from din_dist.execution import on_host
 from din_dist.models.behaviour_model import BehaviourModel
 from din_dist.schema import Batch
@@ -137,16 +139,20 @@ class TrainStep:
         self,
         batch: Batch,
         gradients_ready: tf.Tensor,
-        own: Sequence[tf.Tensor | tf.IndexedSlices],
+        own: Sequence[OwnGradient],
         merged: Sequence[Gradient],
     ) -> Observed:
         """Returns what the update did, from this rank's gradients and those of the global batch."""
-        touched = [tf.size(gradient.indices) for gradient in own if isinstance(gradient, tf.IndexedSlices)]
+        by_rows = [gradient for gradient in own if isinstance(gradient, tf.IndexedSlices | RoutedGradient)]
+        touched = [tf.size(gradient.indices) for gradient in by_rows]
         rows = [gradient for gradient in merged if isinstance(gradient, RowGradients)]
         num_rows = [each.num_rows_of_all() for each in rows]
         with on_host():
             transport = self._exchange.rows
-            sent = [transport.rows_sent(*numbers) for numbers in zip(touched, num_rows or touched, strict=True)]
+            sent = [
+                tf.size(gradient.indices) if isinstance(gradient, RoutedGradient) else transport.rows_sent(*numbers)
+                for gradient, *numbers in zip(by_rows, touched, num_rows or touched, strict=True)
+            ]
             return Observed(
                 gradients_ready,
                 _time_after(merged),
@@ -158,19 +164,22 @@ class TrainStep:
 
     def local_gradients(
         self, batch: Batch, global_examples: tf.Tensor
-    ) -> tuple[list[tf.Tensor | tf.IndexedSlices], tf.Tensor, tf.Tensor]:
+    ) -> tuple[list[OwnGradient], tf.Tensor, tf.Tensor]:
         """Returns this rank's part of the gradient and of the loss, and the loss of each of its examples."""
-        with tf.GradientTape() as tape:
+        shards = self._exchange.shards
+        with tf.GradientTape() as tape, shards.watched_by(tape) if shards else contextlib.nullcontext():
             losses = self._model.losses(batch)
             if self._model.num_tasks > 1:
                 losses = tf.linalg.matvec(losses, self._task_weights)
             weighted = losses * batch.weights if "weights" in batch.extras else losses
             loss = tf.reduce_sum(weighted) / global_examples  # a rank without examples contributes 0
         variables = self._optimizer.variables
+        if shards:
+            return shards.gradients(tape, loss, variables), loss, losses
         return tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO), loss, losses
 
     def exchange(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], extra: tf.Tensor, global_examples: tf.Tensor
+        self, gradients: Sequence[OwnGradient], extra: tf.Tensor, global_examples: tf.Tensor
     ) -> tuple[list[Gradient], tf.Tensor]:
         """Returns the gradients of the global batch and the sums of `extra`.
 
@@ -211,7 +220,7 @@ class UnobservedTrainStep(TrainStep):
         self,
         batch: Batch,
         gradients_ready: tf.Tensor,
-        own: Sequence[tf.Tensor | tf.IndexedSlices],
+        own: Sequence[OwnGradient],
         merged: Sequence[Gradient],
     ) -> Observed:
         return Observed(*(tf.constant(0) for _ in Observed._fields))
@@ -257,7 +266,7 @@ def statistics_bytes(widths: Sequence[int]) -> int:
     return 4 * sum(4 * width + 1 for width in widths)
 
 
-def _time_after(gradients: Sequence[Gradient | tf.IndexedSlices]) -> tf.Tensor:
+def _time_after(gradients: Sequence[Gradient | OwnGradient]) -> tf.Tensor:
     """Reads the wall clock when all `gradients` are known."""
     parts = [part for part in tf.nest.flatten(gradients, expand_composites=True) if part is not None]
     with on_host(), tf.control_dependencies(parts):

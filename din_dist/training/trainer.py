@@ -17,7 +17,7 @@ from din_dist.config import Config
 from din_dist.data.pipeline import num_steps_per_epoch
 from din_dist.distributed.elastic import WorkersChanged
 from din_dist.distributed.runtime import Runtime
-from din_dist.errors import FailedElsewhere, Interrupted, Left
+from din_dist.errors import FailedElsewhere, InputError, Interrupted, Left
 from din_dist.evaluation.evaluator import Evaluator, logits_of
 from din_dist.schema import Batch
 from din_dist.telemetry.reporter import Reporter
@@ -77,7 +77,7 @@ class Trainer:
         self._model, self._step, self._undo_log = learner.model, learner.step, learner.undo_log
         self._variables, self._message_sizes = learner.variables, learner.message_sizes
         self._make_batches, self._examples_per_epoch = data.make_batches, data.examples_per_epoch
-        self._store = data.store
+        self._store, self._shards = data.store, learner.shards
         self._rejoin = Rejoin(config, runtime, learner, data, checkpoints, telemetry)
         self._evaluator, self._checkpoints, self._telemetry = evaluator, checkpoints, telemetry
         self._logits_of = logits_of(self._model)
@@ -159,8 +159,8 @@ class Trainer:
     def save(self, *, required: bool = False, is_best: bool = False) -> None:
         """Publishes a checkpoint; all ranks are at the same step.
 
-        Unless it is `required`, it is written while training goes on. If it cannot be written, the failure is logged
-        and counted. The best weights are tried for some seconds more.
+        Unless it is `required`, it is written while training goes on, or before that if every rank writes its shards.
+        If it cannot be written, the failure is logged and counted. The best weights are tried for some seconds more.
 
         Raises:
             InputError, FailedElsewhere: it failed and is `required`; or what it learned from has changed, at any time.
@@ -169,13 +169,20 @@ class Trainer:
             self._store.check_unchanged()
         with self._phase("checkpoint"):
             started = time.perf_counter()
-            if not required:
+            if not required and not self._checkpoints.needs_all_ranks:
                 if self._runtime.is_chief:
                     tries = 1 + (_FURTHER_TRIES if is_best else 0)
                     failed = self._telemetry.checkpoint_failed
                     self._checkpoints.save_later(self._variables, self.state, tries, self._note_saved, failed)
                 return
-            num_bytes = self._checkpoints.save(self._variables, self.state)
+            try:
+                num_bytes = self._checkpoints.save(self._variables, self.state)
+            except (InputError, FailedElsewhere) as error:
+                if required:
+                    raise
+                if self._runtime.is_chief:
+                    self._telemetry.checkpoint_failed(str(error))
+                return
             self._saved_step = self.state.step
             self._telemetry.after_checkpoint(self.state, time.perf_counter() - started, num_bytes)
 
@@ -312,11 +319,13 @@ class Trainer:
     def _histograms(self, batch: Batch) -> dict[str, np.ndarray]:
         """Returns values of this rank's last batch, and of a sample of each table's rows, for histograms."""
         found = {}
-        if (weights := self._model.attention_weights(batch)) is not None:
+        # With sharded tables a rank reads no rows alone, and the sample is of its own shard.
+        if not self._shards and (weights := self._model.attention_weights(batch)) is not None:
             found["attention_weights"] = weights.numpy()
         for spec, table in self._model.embeddings:
-            rows = np.unique(np.linspace(1, spec.num_rows - 1, _SAMPLED_ROWS, dtype=np.int32))
-            rows = rows[rows < spec.num_rows]  # a table may have row 0 alone
+            num_rows = table.shape[0]
+            rows = np.unique(np.linspace(1, num_rows - 1, _SAMPLED_ROWS, dtype=np.int32))
+            rows = rows[rows < num_rows]  # a table may have row 0 alone
             found[f"embedding_norms/{spec.name}"] = np.linalg.norm(tf.gather(table.value, rows).numpy(), axis=1)
         return found
 

@@ -42,11 +42,16 @@ JOBS = {
     "at_owners": Job(("adagrad",), (FEWEST_TO_SUM_AT_OWNERS,)),
     "at_owners_more": Job(("lazy_adam", "bfloat16"), (FEWEST_TO_SUM_AT_OWNERS,)),
     "two_then_three": Job(("lazy_adam",), (2, 3)),
+    # Each worker has a part of the rows.
+    "sharded": Job(("lazy_adam", "adagrad", "comirec_sa"), (2,)),
+    "sharded_more": Job(("sgd", "features", "tasks", "youtube_dnn"), (2,)),
+    "sharded_three_then_two": Job(("lazy_adam",), (3, 2)),
 }
 AS_ONE = [(run, case) for run in ("two", "three", "three_more") for case in JOBS[run].cases]
+SHARDED = [(run, case) for run in ("sharded", "sharded_more") for case in JOBS[run].cases]
 BY_MESSAGES = [(run, case) for run in ("by_messages", "at_owners", "at_owners_more") for case in JOBS[run].cases]
 EACH_WAY_ONCE = pytest.mark.thorough(
-    unless=lambda case: case["run"] in ("one", "two", "three", "by_messages", "at_owners")
+    unless=lambda case: case["run"] in ("one", "two", "three", "by_messages", "at_owners", "sharded")
 )
 
 
@@ -83,6 +88,29 @@ def test_many_workers_equal_one(folder: Path, trained: Callable[..., None], run:
     loose = 50 if case == "bfloat16" else 1  # 8 bits of mantissa on the wire
     assert_same_training(folder, run, "one", case, loose)
     assert losses(folder, "one", case)[-10:].mean() < losses(folder, "one", case)[:10].mean()  # it learns something
+
+
+@EACH_WAY_ONCE
+@pytest.mark.parametrize(("run", "case"), SHARDED)
+def test_sharded_tables_equal_whole_ones(folder: Path, trained: Callable[..., None], run: str, case: str) -> None:
+    """Bit for bit those of as many workers with whole tables, and within rounding those of one."""
+    trained("one", run)
+    assert_same_training(folder, run, "one", case)
+    (one,), (many,) = (records(folder, name, case, "test") for name in ("one", run))
+    assert many["auc"] == pytest.approx(one["auc"], abs=1e-3)
+    if case in JOBS["by_messages"].cases:
+        trained("by_messages")
+        whole = weights(folder, "by_messages", case)
+        assert (losses(folder, run, case) == losses(folder, "by_messages", case)).all()
+        assert all(np.array_equal(weight, whole[name]) for name, weight in weights(folder, run, case).items())
+
+
+@pytest.mark.thorough
+def test_a_job_of_shards_may_change_its_size(folder: Path, trained: Callable[..., None]) -> None:
+    """Two workers read what three have written, and one process what two have."""
+    trained("one", "sharded_three_then_two")
+    other = weights(folder, "sharded_three_then_two", "lazy_adam")
+    assert_same_weights(other, weights(folder, "one", "lazy_adam"), tolerance=1e-3)
 
 
 @pytest.mark.thorough  # as elastic jobs do in test_elastic.py

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from din_dist.training.checkpoint import SavedCheckpoint
 from tests.support.patience import PATIENCE
 from tests.support.repository import ROOT
 from tests.support.train_cases import CASES
@@ -81,9 +82,11 @@ def records(folder: Path, run: str, case: str, kind: str) -> list[dict]:
 
 
 def weights(folder: Path, run: str, case: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of the checkpoint of step `STEPS`, by file name."""
+    """Returns the whole arrays of the checkpoint of step `STEPS`, by the name of the file of a whole one."""
     (checkpoint,) = (folder / run / case / "checkpoints").glob(f"step-{STEPS:012d}")
-    return {path.name: np.load(path) for path in checkpoint.glob("*.npy")}
+    names = json.loads((checkpoint / "manifest.json").read_text())["variables"]
+    saved = SavedCheckpoint(checkpoint)
+    return {f"{name.replace('/', '.')}.npy": saved.read(name) for name in names}
 
 
 def assert_same_training(folder: Path, run: str, expected: str, case: str, loose: float = 1) -> None:
