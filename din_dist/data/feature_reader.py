@@ -174,7 +174,7 @@ class FeatureReader:
 
     @property
     def conflict(self) -> FeatureConflict:
-        """What counts if rows give an owner different values."""
+        """The value that counts if rows give an owner different ones."""
         return self._wanted.conflict
 
     def wants(self, column: RawColumn) -> bool:

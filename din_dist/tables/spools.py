@@ -119,7 +119,7 @@ def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> No
 
 @dataclasses.dataclass(frozen=True)
 class RowType:
-    """What a row has.
+    """The arrays of a row.
 
     Attributes:
         arrays: name -> dtype, and the width as of `Spool`.
