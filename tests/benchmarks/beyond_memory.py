@@ -1,11 +1,14 @@
 """Prepares a synthetic log by way of files and in memory: events a second, peak memory, bytes on disk.
 
-    python -m tests.benchmarks.beyond_memory --events=100000000 --memory_limit=1GiB --folder=/tmp/FOLDER [--ways=files]
+    python -m tests.benchmarks.beyond_memory --events=100000000 --memory_limit=1GiB --folder=/tmp/FOLDER [--ways files]
+    python -m tests.benchmarks.beyond_memory --ids=5000000
 
 The log has integer ids, N / 50 users, N / 100 items (at most two million), a category, a label and a time. Its rows
 are in no order of users. Each preparation is a process of its own; its imports count in the peaks, and not in the
 seconds. Peak memory is the largest of all moments; what the kernel may take back at once (pages of files) counts in the
 first number and not in the second. The folder is deleted at the end.
+
+The second command tells how much memory different ids take while they are read.
 """
 
 from __future__ import annotations
@@ -33,6 +36,24 @@ store = prepare(
     DataConfig(dataset="event_log", data_path=log, data_dir=data_dir, memory_limit=limit), tell=lambda line: print(line)
 )
 print(json.dumps({"seconds": time.perf_counter() - started, "events": store.facts.num_events}))
+"""
+
+
+IDS = """
+import resource, sys
+import numpy as np
+import pyarrow as pa
+from din_dist.tables.columns import IdColumn, Rows
+
+form, number = sys.argv[1], int(sys.argv[2])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+column, before = IdColumn("id", Rows()), peak()
+for first in range(0, number, 1 << 18):
+    ids = np.arange(first, min(first + (1 << 18), number))
+    column.add(pa.array(ids if form == "integers" else [f"{value:020d}" for value in ids]))
+    column.drain(at_end=False)
+column.drain(at_end=True)
+print((peak() - before) / number)
 """
 
 
@@ -119,9 +140,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--memory_limit", default="100MiB")
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--ids", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=("files", "memory"), default=["files", "memory"])
     given = parser.parse_args()
+    for form in ("integers", "texts of 20 characters") if given.ids else ():
+        output = subprocess.run(
+            [sys.executable, "-c", IDS, form, str(given.ids)], capture_output=True, text=True, check=True
+        )
+        print(f"{given.ids:,} {form}: {float(output.stdout):.0f} bytes each")
+    if given.ids:
+        return
+    if not given.folder:
+        parser.error("--folder: give a new folder on a disk with room. Received: none.")
     given.folder.mkdir()
     try:
         write_log(given.folder / "log", given.events)
