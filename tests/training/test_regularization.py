@@ -95,9 +95,9 @@ def test_of_parts_of_the_rows_the_norm_is_that_of_all(native):
     """This rank has (1 + 3)^2 + 2^2 + 4^2 = 36, the first penalised, of 40; with 3^2 of a whole gradient, 7^2."""
     table = tf.Variable([[3.0], [0.0]])
     gradients = [
-        RowGradients(tf.constant([0]), tf.constant([[1.0]])),
+        RowGradients(tf.constant([0]), tf.constant([[1.0]]), tf.constant(2)),
         tf.constant([3.0]),
-        RowGradients(tf.constant([1, 0]), tf.constant([[2.0], [4.0]])),
+        RowGradients(tf.constant([1, 0]), tf.constant([[2.0], [4.0]]), tf.constant(3)),
     ]
     regularize = Regularization(OptimizerConfig(embedding_l2=1.0), {"a": np.ones(2)}, Execution(kernels=native))
     values = [table if native else tf.gather(table, [0]), tf.zeros([1]), tf.zeros([2, 1])]

@@ -25,6 +25,7 @@ from din_dist.data.log_reader import Columns, as_bits, checked_label_times
 from din_dist.data.raw_columns import RawColumn
 from din_dist.errors import InputError
 from din_dist.features.spec import Kind
+from din_dist.files import published
 from din_dist.tables.arrow_text import is_text
 from din_dist.tables.columns import Column, IdColumn, LabelColumn, Rows, TimeColumn, plain
 from din_dist.tables.formats import INTEGER, Format
@@ -155,10 +156,9 @@ def read_piece(piece: Piece, wanted: WantedColumns, path: Path, seeds: Mapping[s
     rows = PositionedRows([*[piece.path] * (piece.file + 1)])
     summary, start = Summary(), piece.first_row
     reader = _PieceReader(wanted, rows, piece.layout, summary)
-    aside = path.with_name(f"{path.name}.incomplete")
     try:
         reader.seed(seeds)
-        with pq.ParquetWriter(aside, wanted.schema) as writer:
+        with published(path, durable=False) as file, pq.ParquetWriter(file, wanted.schema) as writer:
             for batch in filter(len, batches):
                 first = piece.file << FILE_BITS | start
                 rows.count = first
@@ -168,7 +168,6 @@ def read_piece(piece: Piece, wanted: WantedColumns, path: Path, seeds: Mapping[s
         summary.error = str(error)
     else:
         summary.num_rows = start - piece.first_row
-        aside.rename(path)
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from din_dist.data.blocks import Block
 from din_dist.data.checksums import checksum_of
 from din_dist.data.event_store import packing
 from din_dist.data.log_reader import first_times, session_places
+from din_dist.files import published
 
 _ROWS_AT_ONCE = 1 << 20  # a row group of a vocabulary has so many, as Arrow writes a whole table
 _BASES = {  # arrays of places: which count stands before the first of a part
@@ -32,21 +34,21 @@ Batches = Iterable[pa.RecordBatch]
 def write_numbered(batches: Batches, folder: Path, part: int) -> Iterator[pa.RecordBatch]:
     """Writes a part of what is numbered, with `place` in the part and the events before it; yields its counts."""
     rows = events = 0
-    writer, path = None, folder / f"part-{part:06}.parquet"
-    aside = path.with_name(f"{path.name}.incomplete")
-    for batch in filter(len, batches):
-        counts = batch.column("n").to_numpy()
-        ends = events + np.cumsum(counts)
-        table = pa.Table.from_batches([batch])
-        table = table.append_column("part", pa.repeat(pa.scalar(part, pa.int32()), len(batch)))
-        table = table.append_column("place", pa.array(np.arange(rows, rows + len(batch))))
-        table = table.append_column("before", pa.array(ends - counts))
-        writer = writer or pq.ParquetWriter(aside, table.schema)
-        writer.write_table(table)
-        rows, events = rows + len(batch), int(ends[-1])
-    if writer:
-        writer.close()
-        aside.rename(path)
+    path = folder / f"part-{part:06}.parquet"
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for batch in filter(len, batches):
+            counts = batch.column("n").to_numpy()
+            ends = events + np.cumsum(counts)
+            table = pa.Table.from_batches([batch])
+            table = table.append_column("part", pa.repeat(pa.scalar(part, pa.int32()), len(batch)))
+            table = table.append_column("place", pa.array(np.arange(rows, rows + len(batch))))
+            table = table.append_column("before", pa.array(ends - counts))
+            if writer is None:
+                file = stack.enter_context(published(path, durable=False))
+                writer = stack.enter_context(pq.ParquetWriter(file, table.schema))
+            writer.write_table(table)
+            rows, events = rows + len(batch), int(ends[-1])
     yield pa.RecordBatch.from_pydict({"part": [part], "rows": [rows], "events": [events]})
 
 
