@@ -17,7 +17,7 @@ from typing import Any
 from din_dist.errors import InputError
 
 PACKAGE = Path(__file__).parents[2]
-DEFAULTS = {  # where spark-defaults.conf says nothing else
+DEFAULTS = {  # before what spark-defaults.conf says
     "spark.app.name": "din_dist prepare_data",
     "spark.ui.showConsoleProgress": "false",
     "spark.sql.session.timeZone": "UTC",
