@@ -19,7 +19,7 @@ from din_dist import environment, place, streams
 from din_dist.cli import flags as settings
 from din_dist.cli import help, launch
 from din_dist.cli.help import theme
-from din_dist.config import Config
+from din_dist.config import FORGETTING, Config
 from din_dist.daily.loop import Loop, LoopEnded
 from din_dist.daily.settings import DailyConfig
 from din_dist.errors import EXIT_INPUT_ERROR, EXIT_RETRY, InputError
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     config = config_from_flags()
     data = check_trainer_flags(config, trainer_flags).data
     # Those of the job that is evaluated may have been others.
-    forgetting = [f"--{name}={getattr(data, name)}" for name in ("min_item_events", "forget_after")]
+    forgetting = [f"--{name}={getattr(data, name)}" for name in FORGETTING]
 
     def run(name: str, own: Sequence[str]) -> int:
         given = {"launch": words, "prepare_data": trainer_flags, "evaluate": forgetting}.get(name, [])

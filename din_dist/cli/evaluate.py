@@ -20,7 +20,7 @@ from din_dist.cli import entry
 from din_dist.cli.flags import define_overrides, define_path, overridden
 from din_dist.cli.help import theme
 from din_dist.cli.saved_job import WHERE_DATA_LIES, config_from_text, config_of, model_on_other_data, trained_model
-from din_dist.config import Config, Split, differences, require
+from din_dist.config import FORGETTING, Config, Split, differences, require
 from din_dist.distributed.cores import claim_cores
 from din_dist.errors import InputError
 from din_dist.evaluation.request import ALL, AUTO, EVENTS, HITS, NONE, TARGETS, USERS, EvaluationRequest
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from din_dist.serving.bundle import Bundle
 
 _KS = "must be whole numbers, comma-separated"
-_FORGETTING = ("min_item_events", "forget_after")
-_OVERRIDES = (*WHERE_DATA_LIES, "extend", *_FORGETTING, "evaluation_negatives_per_positive", "evaluation_batch_size")
+_OVERRIDES = (*WHERE_DATA_LIES, "extend", *FORGETTING, "evaluation_negatives_per_positive", "evaluation_batch_size")
 _TIMES = -(2**63), 2**63 - 1
 
 with theme("what to evaluate"):

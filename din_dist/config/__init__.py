@@ -10,6 +10,7 @@ from typing import Any
 
 from din_dist.config.data import (
     ALL_BEHAVIOURS,
+    FORGETTING,
     LABELLED,
     LONG,
     SKIPPED,
@@ -53,6 +54,7 @@ from din_dist.config.telemetry import LogFormat, TelemetryConfig, TrackerKind
 
 __all__ = [
     "ALL_BEHAVIOURS",
+    "FORGETTING",
     "LABELLED",
     "LONG",
     "SKIPPED",

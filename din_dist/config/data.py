@@ -34,6 +34,7 @@ EVENT_LOG = "event_log"
 LABELLED = (EVENT_LOG, _IMPRESSIONS)  # data sets that may have labels
 _DATASETS = (_PURCHASES, "amazon_reviews", "event_log", "synthetic", _IMPRESSIONS)
 ALL_BEHAVIOURS, SKIPPED, LONG = "all", "skipped", "long"  # histories that no action names
+FORGETTING = ("min_item_events", "forget_after")  # settings that say what is forgotten
 _MOST_HISTORIES = 8
 _SYNTHETIC, _EXAMPLES = "synthetic data", "examples"
 
@@ -555,7 +556,7 @@ class DataConfig(Settings):
         )
         self._check_engine()
         conflict = ("item_feature_conflict", FeatureConflict.ERROR)
-        forgets = ("min_item_events", 0), ("forget_after", 0)
+        forgets = [(name, 0) for name in FORGETTING]
         for name, default in (("extend", ""), conflict, ("memory_limit", ""), ("engine", Engine.LOCAL), *forgets):
             value = getattr(self, name)
             rule = "belongs to --dataset=event_log"
@@ -574,7 +575,7 @@ class DataConfig(Settings):
         for name in ("extend", "behaviours_path", "items_path", "users_path", "offers_path"):
             value, rule = getattr(self, name), "is not read by --engine=spark yet"
             require(self.engine is Engine.LOCAL or not value, rule, name, value, drop)
-        for name in ("min_item_events", "forget_after", "memory_limit"):
+        for name in (*FORGETTING, "memory_limit"):
             value, rule = getattr(self, name), "does not go with --engine=spark yet"
             require(self.engine is Engine.LOCAL or not value, rule, name, value, drop)
         on_spark = ("spark_master", "local[*]")
@@ -704,7 +705,7 @@ class DataConfig(Settings):
         require(ends is not HistoryEnds.BEFORE_EVENT, rule, "history_ends", str(ends), remedy)
 
     def _check_forgetting(self) -> None:
-        for name in ("min_item_events", "forget_after"):
+        for name in FORGETTING:
             value = getattr(self, name)
             for other in ("behaviours_path", "offers_path"):
                 rule = f"cannot be used with --{other} yet"

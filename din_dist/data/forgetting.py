@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from din_dist import progress
+from din_dist.config import FORGETTING
 from din_dist.data.blocks import Block, Blocks, EventLog, ItemFeature, first_users_of_blocks
 from din_dist.data.extension import digest_of
 from din_dist.data.raw_columns import RawFeature
@@ -252,6 +253,6 @@ def _compact(values: ColumnValues) -> ColumnValues:
 
 def shown_forgotten(told: Mapping[str, Any]) -> str:
     """Returns a line about what was forgotten, from the facts."""
-    rule = " ".join(f"--{name}={told[name]}" for name in ("min_item_events", "forget_after") if told[name])
+    rule = " ".join(f"--{name}={told[name]}" for name in FORGETTING if told[name])
     counts = ", ".join(f"{told[name]['ids']:,} {name}" for name in ("items", "users"))
     return f"forgotten ({rule}): {counts}, with {told['events']:,} events"
