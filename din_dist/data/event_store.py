@@ -497,8 +497,7 @@ def packing(folder: Path, facts: schema.DatasetFacts) -> Iterator[Callable[[Bloc
 
 def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Block]) -> None:
     num_users = num_events = 0
-    with ArrayWriters(folder, _DTYPES) as writers:
-        arrays = _PackedArrays(writers, facts)
+    with packing(folder, facts) as pack:
         for block in blocks:
             progress.note()
             if block.first_user != num_users:
@@ -506,7 +505,7 @@ def _write_arrays(folder: Path, facts: schema.DatasetFacts, blocks: Iterable[Blo
                     f"{folder.parent}: records must hold all users in order. Received: user {block.first_user} where "
                     f"user {num_users} must stand. Give {_OVERWRITE}."
                 )
-            arrays.append(block)
+            pack(block)
             num_users += len(block.offsets) - 1
             num_events += len(block.item_ids)
     if (num_users, num_events) != (facts.num_users, facts.num_events):
