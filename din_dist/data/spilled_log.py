@@ -45,7 +45,7 @@ _WITHOUT_IDS = ("request", "session")  # columns of ids whose names nobody needs
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """Where a log that does not fit into memory goes while it is prepared, and how much of it memory may hold.
+    """The place of a log that does not fit into memory while it is prepared, and how much of it memory may hold.
 
     Attributes:
         folder: of the files, beside the prepared data.

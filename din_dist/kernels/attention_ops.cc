@@ -23,7 +23,7 @@ namespace din {
 namespace {
 
 #if defined(__x86_64__)
-// Returns a register of what the processor says of itself. Once a process: it is slow on virtual machines.
+// Returns a register of what the processor says of itself. Callers keep it, because it is slow on virtual machines.
 unsigned Features(unsigned leaf, unsigned part, int which) {
   unsigned found[4] = {};
   return __get_cpuid_count(leaf, part, &found[0], &found[1], &found[2], &found[3]) ? found[which] : 0;

@@ -82,7 +82,7 @@ class Spool:
 
 @dataclasses.dataclass(frozen=True)
 class OffsetsSpool:
-    """Where lists begin, int64 `[n + 1]`.
+    """The beginnings of lists, int64 `[n + 1]`.
 
     Attributes:
         counts: the length of each list.

@@ -99,7 +99,7 @@ class Piece:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Where it stands among all pieces."""
+        """The place among all pieces."""
         return self.file, self.first_row
 
 
